@@ -1,0 +1,108 @@
+"""Exact products and one rounding: the same bits for any tile, thread count or device.
+
+A factor is put on a power-of-two grid of 22 bits (a column of A, a row of B), so a product has at most
+44 bits and every float64 partial sum of up to 512 of them is exact, in whatever order it is taken.
+"""
+
+import torch
+from torch import Tensor
+
+from surgery.errors import ValueRangeError
+
+GRID_BITS = 22
+BLOCK = 512  # terms whose sum is exact: 2 * 22 bits + 9 bits = 53
+EXPONENT_LIMIT = 450  # beyond it a product of two grid steps could leave float64's normal range
+
+
+def exact_product(B: Tensor, A: Tensor) -> Tensor:
+    """B @ A in float64, free of summation order; B is [out, r], A is [r, in].
+
+    Differs from the ideal product by at most r * 2^-21 * max|A column| * max|B row|.
+    Raises ValueRangeError where a factor is not finite or lies beyond 2^±450.
+    """
+    A, B = on_grid(A, along=0), on_grid(B, along=1)
+    r = A.shape[0]
+    if r <= BLOCK:
+        return B @ A  # [out, in]
+    total = B[:, :BLOCK] @ A[:BLOCK]  # [out, in]
+    for start in range(BLOCK, r, BLOCK):
+        total = total + B[:, start : start + BLOCK] @ A[start : start + BLOCK]
+    return total
+
+
+def on_grid(factor: Tensor, along: int) -> Tensor:
+    """`factor` in float64, each column (`along` 0) or row (`along` 1) rounded to 22 bits below its largest."""
+    values = exact_float64(factor)
+    if values.numel() == 0:
+        return values
+    largest = values.abs().amax(dim=along, keepdim=True)
+    if not bool(torch.isfinite(largest).all()):
+        raise ValueRangeError("a factor holds NaN or infinity; finite numbers are wanted; train or export it again")
+    exponent = torch.frexp(largest).exponent
+    exponent = torch.where(largest == 0, torch.zeros_like(exponent), exponent)
+    if bool((exponent.abs() > EXPONENT_LIMIT).any()):
+        raise ValueRangeError(
+            f"a factor's largest magnitude is beyond 2^±{EXPONENT_LIMIT}; exact arithmetic needs it within; "
+            "rescale the factor"
+        )
+    shift = GRID_BITS - exponent
+    return torch.round(values * power_of_two(shift)) * power_of_two(-shift)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in float64, by its bits: torch.pow and torch.ldexp may be an ulp off."""
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+
+
+def exact_float64(values: Tensor) -> Tensor:
+    """`values` in float64, on the CPU where the device has none."""
+    if values.device.type == "mps":
+        values = values.cpu()
+    return values.to(torch.float64)
+
+
+def round_once(acc: Tensor, dtype: torch.dtype) -> Tensor:
+    """`acc` (float64) rounded once to `dtype`, to nearest, ties to even.
+
+    torch converts float64 to a half type by way of float32 and so rounds twice. That errs only where the
+    float32 value is a tie of the half type; there it is moved one step towards `acc` before.
+    """
+    if dtype in (torch.float64, torch.float32):
+        return acc.to(dtype)
+    if dtype not in _TIE:
+        raise ValueRangeError(f"cannot round to {dtype}; float64, float32, bfloat16 and float16 can be merged")
+    single = acc.to(torch.float32)
+    bits = single.view(torch.int32)
+    mask, tie = _TIE[dtype]
+    suspect = (bits & mask) == tie
+    if dtype == torch.float16:  # subnormal results have their ties elsewhere; a nudge is harmless there
+        suspect |= single.abs() < 2.0**-14
+    suspect &= (bits & 1) == 0
+    where = suspect.flatten().nonzero().squeeze(1)
+    if where.numel():
+        _nudge(bits.flatten(), acc.flatten(), single.flatten(), where)
+    return single.to(dtype)
+
+
+_TIE = {torch.bfloat16: (0xFFFF, 0x8000), torch.float16: (0x1FFF, 0x1000)}
+
+
+def _nudge(bits: Tensor, acc: Tensor, single: Tensor, where: Tensor) -> None:
+    """Move `single` one float32 step towards `acc` where they differ; `bits` is its own memory."""
+    exact, near = acc[where], single[where].to(torch.float64)
+    step = torch.where(exact.abs() > near.abs(), 1, -1)
+    step = torch.where((exact == near) | ~torch.isfinite(near), 0, step)
+    bits[where] += step.to(torch.int32)
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of `dtype` at each of `values` (float64): the step to the next magnitude."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(values.abs()).exponent.to(torch.int64)
+    bits = _PRECISION[dtype]
+    lowest = torch.frexp(torch.tensor(info.tiny, dtype=torch.float64)).exponent.to(exponent.device)
+    exponent = torch.maximum(exponent, lowest.to(torch.int64)) - bits
+    return power_of_two(torch.clamp(exponent, min=-1022))
+
+
+_PRECISION = {torch.float64: 53, torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}

@@ -1,0 +1,100 @@
+"""AdapterConfig: the fields of PEFT's adapter_config.json that choose modules, and how a config is read."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+from surgery.core.method import Method
+from surgery.errors import ConfigError, FormatError, printable
+
+# Fields that say where a file came from. They change no number, so any value is carried.
+PROVENANCE = frozenset({"auto_mapping", "peft_type", "peft_version", "runtime_config"})
+
+# What PEFT itself puts into modules_to_save for a task, whether or not the model has it.
+TASK_HEADS: Mapping[str, frozenset[str]] = {
+    "SEQ_CLS": frozenset({"classifier", "score"}),
+    "TOKEN_CLS": frozenset({"classifier", "score"}),
+    "QUESTION_ANS": frozenset({"qa_outputs"}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(ABC):
+    """Selection fields, named as in PEFT. Raises ConfigError for a value that cannot be."""
+
+    peft_type: ClassVar[str]
+    neutral: ClassVar[Mapping[str, Any]]  # fields we know of, and the only value that leaves the maths alone
+
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            _check_names(name, getattr(self, name), or_pattern=True)
+        _check_names("modules_to_save", self.modules_to_save, or_pattern=False)
+
+    @abstractmethod
+    def method(self, name: str) -> Method:
+        """The method at the site `name`, with patterns resolved."""
+
+    def task_heads(self) -> frozenset[str]:
+        """Entries that PEFT adds to `modules_to_save` for this task; they may match nothing."""
+        return TASK_HEADS.get(self.task_type or "", frozenset())
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field that PEFT 0.21.2 writes, sorted by name."""
+        own = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        known = {name: _plain(value) for name, value in self.neutral.items()}
+        origin = {"auto_mapping": None, "peft_type": self.peft_type, "peft_version": "0.21.2"}
+        return dict(sorted((known | origin | own).items()))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str = "adapter_config.json") -> Self:
+        """The config that `data` spells. FormatError for a field that changes the maths in a way we lack."""
+        own = {field.name for field in fields(cls)}
+        for name, value in data.items():
+            if name in own or name in PROVENANCE:
+                continue
+            if name not in cls.neutral:
+                raise FormatError(
+                    f"{where}: unknown field {printable(name)!r}; it may change the maths, so it is refused; "
+                    "remove it if it does not"
+                )
+            if value != cls.neutral[name] and value not in (None, False, {}, []):
+                raise FormatError(
+                    f"{where}: {name} is {printable(value)!r}; only {cls.neutral[name]!r} is supported; "
+                    "merge this adapter with the tool that made it"
+                )
+        try:
+            return cls(**{name: value for name, value in data.items() if name in own})
+        except (TypeError, AttributeError) as error:
+            raise FormatError(f"{where}: {error}; a field has the wrong type") from error
+
+
+def _check_names(field: str, value: Any, or_pattern: bool) -> None:
+    if value is None or (or_pattern and isinstance(value, str)):
+        return
+    wanted = "a list of module names" + (" or one string" if or_pattern else "")
+    if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
+        raise ConfigError(f"{field} is {printable(value)!r}; it must be {wanted}")
+    if not all(isinstance(entry, str) and entry for entry in value):
+        raise ConfigError(f"{field} holds an entry that is not a name; it must be {wanted}")
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it; sets are sorted, so that equal configs give equal bytes."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value

@@ -1,0 +1,53 @@
+"""Site: where weights live, as a module path with the tensors it plays on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from surgery.core.op import Op
+
+
+class TensorInfo(NamedTuple):
+    """A tensor's name in its host, dtype and stored shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        size = self.dtype.itemsize
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module path, its tensors by role, its op (None: not one we act on), and other names of it."""
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+    op: Op | None = None
+    aliases: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()  # other sites that hold the very same weight memory
+
+    @property
+    def weight(self) -> TensorInfo:
+        return self.tensors["weight"]
+
+    @property
+    def acting(self) -> Op:
+        """The op, where an adapter has already been joined to the site."""
+        assert self.op is not None
+        return self.op
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        return self.acting.shape(self.weight.shape)
+
+    def with_op(self, op: Op) -> "Site":
+        return replace(self, op=op)

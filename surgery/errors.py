@@ -1,0 +1,83 @@
+"""Every error that surgery raises on purpose, and the exit code of each.
+
+SurgeryError
+├── UsageError           2  a call that cannot mean anything
+│   └── ConfigError      2  a config value that cannot be
+├── InputError           3  a file, tensor or name that is refused
+│   ├── FormatError      3  a file is not what its name says
+│   ├── MatchError       3  a name fits nothing, or more than one thing
+│   ├── ShapeError       3  tensors that do not fit together
+│   ├── ValueRangeError  3  numbers that cannot be merged: NaN, infinity, overflow
+│   └── StateError       3  the model or folder is not in the state that the call needs
+├── CheckError           4  a check ran and failed
+├── EnvironmentFault     5  disk, permission, network, memory, a missing package
+└── OutputExistsError    6  the output is there already, or busy
+
+A message reads `<where>: <found>; <wanted>; <next step>`.
+"""
+
+
+class SurgeryError(Exception):
+    """Root of the tree; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class UsageError(SurgeryError):
+    """The call itself makes no sense."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError, ValueError):
+    """A config value that cannot be."""
+
+
+class InputError(SurgeryError):
+    """A file, tensor or name that is refused."""
+
+    exit_code = 3
+
+
+class FormatError(InputError):
+    """A file is not what its name says."""
+
+
+class MatchError(InputError):
+    """A name fits nothing, or more than one thing."""
+
+
+class ShapeError(InputError):
+    """Tensors that do not fit together."""
+
+
+class ValueRangeError(InputError):
+    """Numbers that cannot be merged: NaN, infinity, overflow."""
+
+
+class StateError(InputError):
+    """The model or folder is not in the state that the call needs."""
+
+
+class CheckError(SurgeryError):
+    """A check ran and failed."""
+
+    exit_code = 4
+
+
+class EnvironmentFault(SurgeryError):
+    """Disk, permission, network, memory, or a missing package."""
+
+    exit_code = 5
+
+
+class OutputExistsError(SurgeryError):
+    """The output is there already, or busy."""
+
+    exit_code = 6
+
+
+def printable(name: object) -> str:
+    """`name` with control and non-ASCII characters escaped, cut to 200 characters: safe to print."""
+    text = str(name).encode("unicode_escape").decode("ascii")
+    return text if len(text) <= 200 else text[:197] + "..."

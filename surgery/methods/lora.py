@@ -1,0 +1,155 @@
+"""LoRA: W + scaling * B A, with scaling = alpha / r, or alpha / sqrt(r). https://arxiv.org/abs/2106.09685"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from surgery.core.config import AdapterConfig
+from surgery.core.method import Additive, Params, Product, Run, Spec
+from surgery.core.op import Op, Tile
+from surgery.core.select import pattern_value
+from surgery.core.site import Site
+from surgery.errors import ConfigError, printable
+
+Init = bool | Literal["gaussian", "orthogonal"]
+
+_NEUTRAL: Mapping[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "qalora_group_size": 16,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "velora_config": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(AdapterConfig):
+    """LoRA's settings, named as in PEFT.
+
+    >>> LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"]).method("layers.0.q_proj").scaling
+    2.0
+    """
+
+    peft_type: ClassVar[str] = "LORA"
+    neutral: ClassVar[Mapping[str, Any]] = _NEUTRAL
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False  # read and written for PEFT; the op decides, see hosts
+    init_lora_weights: Init = True
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_rank("r", self.r)
+        _check_number("lora_alpha", self.lora_alpha)
+        _check_number("lora_dropout", self.lora_dropout)
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
+        if self.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+            raise ConfigError(
+                f"init_lora_weights is {printable(self.init_lora_weights)!r}; True, False, 'gaussian' and "
+                "'orthogonal' leave the base alone and are supported"
+            )
+        for key, rank in self.rank_pattern.items():
+            _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
+        for key, alpha in self.alpha_pattern.items():
+            _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
+
+    def method(self, name: str) -> "Lora":
+        r = int(pattern_value(self.rank_pattern.items(), name, self.r))
+        alpha = pattern_value(self.alpha_pattern.items(), name, self.lora_alpha)
+        scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        return Lora(r=r, scaling=scaling, dropout=self.lora_dropout, start=self.init_lora_weights)
+
+
+@dataclass(frozen=True)
+class Lora(Additive):
+    """A is [r, in], B is [out, r]."""
+
+    r: int
+    dropout: float = 0.0
+    start: Init = True
+
+    def tensors(self, site: Site) -> Mapping[str, Spec]:
+        out_features, in_features = site.shape
+        prefix, suffix = ("lora_embedding_", "") if site.acting.name == "embedding" else ("lora_", ".weight")
+        return {
+            "A": Spec(f"{prefix}A{suffix}", (self.r, in_features)),
+            "B": Spec(f"{prefix}B{suffix}", (out_features, self.r)),
+        }
+
+    def init(self, site: Site) -> Params:
+        out_features, in_features = site.shape
+        A, B = torch.zeros(self.r, in_features), torch.zeros(out_features, self.r)
+        if self.start == "orthogonal":
+            return _orthogonal(self.r, in_features, out_features)
+        if site.acting.name == "embedding":  # as PEFT: an embedding's A is zero and its B is not
+            B.normal_()
+            if self.start is False:
+                A.normal_()
+        elif self.start == "gaussian":
+            A.normal_(std=1 / self.r)
+        else:
+            torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            if self.start is False:
+                torch.nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        return {"A": A, "B": B}
+
+    def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
+        rows, columns = tile
+        return product(p["B"][rows], p["A"][:, columns])
+
+    def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
+        below = run(x)
+        A, B = p["A"], p["B"]
+        if op.accepts_dropout():
+            if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
+                x = x.to(A.dtype)
+            if training and self.dropout:
+                x = F.dropout(x, self.dropout)
+        return torch.add(below, op.mix(op.apply(x, A), B), alpha=self.scaling)
+
+
+def _orthogonal(r: int, in_features: int, out_features: int) -> Params:
+    """A and B random, with B A = 0: their inner rows come from disjoint halves of one rotation."""
+    if r % 2:
+        raise ConfigError(f"r is {r}; the orthogonal init needs an even r")
+    rotation = torch.linalg.qr(torch.randn(r, r)).Q
+    A = rotation[0::2].T @ torch.randn(r // 2, in_features) / 10  # [r, in]
+    B = torch.randn(out_features, r // 2) @ rotation[1::2] / 10  # [out, r]
+    return {"A": A, "B": B}
+
+
+def _check_rank(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {printable(value)!r}; it must be a whole number, 1 or more")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name} is {printable(value)!r}; it must be a finite number")

@@ -1,0 +1,9 @@
+"""How a weight acts on an input; one file an op."""
+
+from collections.abc import Mapping
+
+from surgery.core.op import Op
+from surgery.ops.embedding import Embedding
+from surgery.ops.linear import Conv1D, Linear
+
+OPS: Mapping[str, Op] = {op.name: op for op in (Linear(), Conv1D(), Embedding())}
