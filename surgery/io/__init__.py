@@ -1,0 +1,1 @@
+"""Bytes in and out: strict headers, ranged reads, staged folders, hashes, Hub paths."""

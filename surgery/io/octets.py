@@ -1,0 +1,46 @@
+"""Octets: tensors as bytes and bytes as tensors, without a copy, and their sha256."""
+
+import ctypes
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def octets(values: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor; the caller keeps the tensor alive."""
+    size = values.numel() * values.element_size()
+    if size == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * size).from_address(values.data_ptr())).cast("B")
+
+
+def tensor_from(data: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor over `data`, whose memory it shares."""
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).view(shape)
+
+
+def sha256_of(values: Tensor) -> str:
+    """sha256 of the tensor's bytes, row-major."""
+    flat = values.detach().cpu().contiguous()
+    return hashlib.sha256(octets(flat)).hexdigest()
+
+
+class Tally:
+    """sha256 of each tensor of a file and of the file, fed once and in order."""
+
+    def __init__(self, header: bytes) -> None:
+        self.whole = hashlib.sha256(header)
+        self.tensors: dict[str, str] = {}
+
+    def feed(self, name: str, chunks: Iterable[memoryview]) -> Iterable[memoryview]:
+        """`chunks` of the tensor `name`, passed on as they are hashed."""
+        one = hashlib.sha256()
+        for chunk in chunks:
+            one.update(chunk)
+            self.whole.update(chunk)
+            yield chunk
+        self.tensors[name] = one.hexdigest()
