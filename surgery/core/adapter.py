@@ -19,12 +19,12 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A config, its tensors by site and role, and what else its file carries."""
+    """A config, its tensors by site and role, and what else its files carry."""
 
     config: AdapterConfig
     sites: Mapping[str, Params]
     saved: Mapping[str, Tensor] = field(default_factory=dict)  # modules_to_save: full tensors by base name
     copies: Mapping[str, Tensor] = field(default_factory=dict)  # copies of the base's own tensors
-    spellings: Mapping[str, str] = field(default_factory=dict)  # "site role" -> the key it came from
+    ops: Mapping[str, str] = field(default_factory=dict)  # by site, where the spelling of its tensors tells
     where: str = "adapter"
-    sha256: Mapping[str, str] = field(default_factory=dict)  # by tensor key, and by file name
+    sha256: Mapping[str, str] = field(default_factory=dict)  # by tensor, as the file spells it, and by file

@@ -23,6 +23,10 @@ class TensorInfo(NamedTuple):
             size *= extent
         return size
 
+    def rows(self, rows: slice) -> "TensorInfo":
+        """The same for some rows of the first axis."""
+        return self._replace(shape=(rows.stop - rows.start, *self.shape[1:]))
+
 
 @dataclass(frozen=True)
 class Site:

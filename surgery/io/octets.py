@@ -2,7 +2,6 @@
 
 import ctypes
 import hashlib
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -30,17 +29,19 @@ def sha256_of(values: Tensor) -> str:
 
 
 class Tally:
-    """sha256 of each tensor of a file and of the file, fed once and in order."""
+    """sha256 of a file and of each tensor in it, fed once and in the order of the bytes."""
 
     def __init__(self, header: bytes) -> None:
         self.whole = hashlib.sha256(header)
         self.tensors: dict[str, str] = {}
+        self.current = hashlib.sha256()
 
-    def feed(self, name: str, chunks: Iterable[memoryview]) -> Iterable[memoryview]:
-        """`chunks` of the tensor `name`, passed on as they are hashed."""
-        one = hashlib.sha256()
-        for chunk in chunks:
-            one.update(chunk)
-            self.whole.update(chunk)
-            yield chunk
-        self.tensors[name] = one.hexdigest()
+    def feed(self, chunk: memoryview | bytearray) -> None:
+        """More bytes of the tensor at hand."""
+        self.whole.update(chunk)
+        self.current.update(chunk)
+
+    def end(self, name: str) -> None:
+        """The tensor at hand was `name`, and is complete."""
+        self.tensors[name] = self.current.hexdigest()
+        self.current = hashlib.sha256()

@@ -1,0 +1,1 @@
+"""Where sites live: a live model, a checkpoint on disk, and views over either."""

@@ -1,0 +1,153 @@
+"""Checkpoint: a folder of safetensors, or one file, as a readable place of sites."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.core.codec import Packed
+from surgery.core.site import Site, TensorInfo
+from surgery.errors import FormatError, InputError, printable
+from surgery.io.header import Entry
+from surgery.io.octets import Tally, tensor_from
+from surgery.io.strict_json import read_json
+from surgery.io.tensor_file import TensorFile
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """Its files are open for reading; close it, or use it as a context.
+
+    Raises InputError if nothing can be read at `path`, FormatError if its files contradict each other.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = path if path.is_dir() else path.parent
+        self.config = read_json(self.folder / "config.json") if (self.folder / "config.json").is_file() else {}
+        self.index: dict[str, Any] | None = None
+        self.files: list[TensorFile] = []
+        try:
+            for name in self._names():
+                self.files.append(TensorFile(self.folder / name))
+            self.at = self._positions()
+        except BaseException:
+            self.close()
+            raise
+        self.tallies: list[Tally] | None = None
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def tally(self) -> list[Tally]:
+        """From now on all that is read is hashed, by file; every tensor must then be read once, in order."""
+        self.tallies = [Tally(file.header.raw) for file in self.files]
+        return self.tallies
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """All tensors, in the order of the files and of the bytes in each."""
+        for file in self.files:
+            for entry in file.header.entries:
+                yield entry.info
+
+    def sites(self) -> Iterable[Site]:
+        """Tensors grouped by module path: the last part of a name is the role."""
+        grouped: dict[str, dict[str, TensorInfo]] = {}
+        for info in self.tensors():
+            path, _, role = info.name.rpartition(".")
+            grouped.setdefault(path, {})[role] = info
+        return [Site(path, roles) for path, roles in grouped.items()]
+
+    def load(self, site: Site, rows: slice | None = None) -> Packed:
+        """The weight, or `rows` of its first axis."""
+        index, entry = self.at[site.weight.name]
+        info = entry.info
+        part = info if rows is None or not info.shape else info.rows(rows)
+        skipped = 0 if rows is None or not info.shape else info.rows(slice(0, rows.start)).nbytes
+        data = self.files[index].read(entry.start + skipped, part.nbytes)
+        if self.tallies is not None:
+            self.tallies[index].feed(data)
+            if skipped + part.nbytes == info.nbytes:
+                self.tallies[index].end(info.name)
+        return Packed({"weight": tensor_from(data, info.dtype, part.shape)})
+
+    def position(self, name: str) -> tuple[int, int]:
+        """Where a tensor's bytes begin: file and offset."""
+        index, entry = self.at[name]
+        return index, entry.start
+
+    def read(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor, in chunks."""
+        index, entry = self.at[name]
+        for chunk in self.files[index].chunks(entry):
+            if self.tallies is not None:
+                self.tallies[index].feed(chunk)
+            yield chunk
+        if self.tallies is not None:
+            self.tallies[index].end(name)
+
+    def check_unchanged(self) -> None:
+        for file in self.files:
+            file.check_unchanged()
+
+    def _names(self) -> list[str]:
+        if self.path.is_file():
+            return [self.path.name]
+        if (self.folder / INDEX).is_file():
+            self.index = read_json(self.folder / INDEX)
+            return sorted(set(_shard_names(self.index, printable(self.folder / INDEX))))
+        if (self.folder / SINGLE).is_file():
+            return [SINGLE]
+        found = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if len(found) == 1:
+            return found
+        raise InputError(f"{printable(self.folder)}: {_what_lies_there(self.folder, found)}")
+
+    def _positions(self) -> Mapping[str, tuple[int, Entry]]:
+        found: dict[str, tuple[int, Entry]] = {}
+        for index, file in enumerate(self.files):
+            for name, entry in file.entries.items():
+                if name in found:
+                    other = self.files[found[name][0]].path.name
+                    raise FormatError(f"{file.where}: {printable(name)} stands in {other} too; each may stand once")
+                found[name] = index, entry
+        if self.index is not None:
+            self._check_index(found)
+        return found
+
+    def _check_index(self, found: Mapping[str, tuple[int, Entry]]) -> None:
+        where = printable(self.folder / INDEX)
+        told: Mapping[str, str] = (self.index or {})["weight_map"]
+        here = {name: self.files[index].path.name for name, (index, _) in found.items()}
+        for name in sorted(told.keys() | here.keys()):
+            if told.get(name) != here.get(name):
+                raise FormatError(
+                    f"{where}: {printable(name)} should be in {printable(told.get(name))}, and is in "
+                    f"{printable(here.get(name))}; index and shards must agree; copy the checkpoint again"
+                )
+
+
+def _shard_names(index: Mapping[str, Any], where: str) -> Iterator[str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{where}: it has no weight_map; the index is damaged")
+    for name in weight_map.values():
+        if not isinstance(name, str) or "/" in name or "\\" in name or not name.endswith(".safetensors"):
+            raise FormatError(f"{where}: {printable(name)!r} is no shard's name; a .safetensors file beside it is wanted")
+        yield name
+
+
+def _what_lies_there(folder: Path, found: list[str]) -> str:
+    if found:
+        return f"{len(found)} safetensors files and no {INDEX}; name one of the files"
+    if any(folder.glob("*.bin")):
+        return "weights in .bin files, which can run code when they are read; save the model as safetensors first"
+    return f"no {SINGLE} and no {INDEX}; a folder with safetensors is wanted"

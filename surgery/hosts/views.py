@@ -1,0 +1,136 @@
+"""Merged and Unmerged: a host as it reads with adapters laid over it, or taken off again."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from surgery.codecs import codec_of
+from surgery.core.adapter import Layer
+from surgery.core.arithmetic import exact_product, round_once
+from surgery.core.codec import Packed
+from surgery.core.method import Dense, Elementwise
+from surgery.core.site import Site
+from surgery.core.source import Source
+from surgery.core.undo import Restorer, accumulate
+from surgery.errors import ValueRangeError, printable
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one weight: layers in the order they apply, or a tensor that takes its place."""
+
+    site: Site
+    dtype: torch.dtype  # of the outcome
+    layers: tuple[Layer, ...] = ()
+    saved: Tensor | None = None
+
+
+class Watch(Protocol):
+    """Sees each tile of a merge; `steps` is None where the merge is not a chain of elementwise steps."""
+
+    def __call__(
+        self, change: Change, rows: slice, original: Tensor, merged: Tensor, steps: Sequence[Elementwise] | None
+    ) -> None: ...
+
+
+class Merged:
+    """The changed weights of `source`, computed a tile at a time in float64 and rounded once."""
+
+    def __init__(self, source: Source, changes: Iterable[Change], watch: Watch | None = None) -> None:
+        self.source, self.watch = source, watch
+        self.changes = {change.site.name: change for change in changes}
+
+    def sites(self) -> Iterable[Site]:
+        return [change.site for change in self.changes.values()]
+
+    def load(self, site: Site, rows: slice | None = None) -> Packed:
+        """ValueRangeError where the base or the outcome is not finite."""
+        change = self.changes[site.name]
+        packed = self.source.load(site, rows)
+        rows = slice(0, site.weight.shape[0] if site.weight.shape else 1) if rows is None else rows
+        steps: list[Elementwise] | None
+        if change.saved is not None:
+            laid, steps = change.saved.view(site.weight.shape)[rows if site.weight.shape else ...], None
+        else:
+            weight = codec_of(packed, printable(site.weight.name)).decode(packed, torch.float64)
+            _refuse_non_finite(weight, site, "the base weight")
+            laid, steps = _lay(change, rows, weight)
+        outcome = _encode(laid, packed, change)
+        _refuse_non_finite(outcome.tensors["weight"], site, "the merged weight")
+        if self.watch is not None:
+            self.watch(change, rows, packed.tensors["weight"], outcome.tensors["weight"], steps)
+        return outcome
+
+
+@dataclass(frozen=True)
+class Undo:
+    """What one weight needs to come back: index streams by bits each, or the original itself."""
+
+    dtype: torch.dtype
+    streams: Mapping[int, bytes] | None = None
+    kept: Tensor | None = None
+
+
+class Unmerged:
+    """The weights of `source`, a merged host, as they were before `changes`; each is read once, in order."""
+
+    def __init__(self, source: Source, changes: Iterable[Change], undo: Mapping[str, Undo]) -> None:
+        self.source, self.undo = source, undo
+        self.changes = {change.site.name: change for change in changes}
+        self.restorers: dict[str, Restorer] = {}
+
+    def sites(self) -> Iterable[Site]:
+        return [change.site for change in self.changes.values()]
+
+    def load(self, site: Site, rows: slice | None = None) -> Packed:
+        change, undo = self.changes[site.name], self.undo[site.name]
+        merged = self.source.load(site, rows).tensors["weight"]
+        rows = slice(0, site.weight.shape[0] if site.weight.shape else 1) if rows is None else rows
+        if undo.kept is not None:
+            return Packed({"weight": undo.kept.view(site.weight.shape)[rows if site.weight.shape else ...]})
+        if site.name not in self.restorers:
+            self.restorers[site.name] = Restorer(dict(undo.streams or {}))
+        steps = elementwise(change, rows)
+        assert steps is not None  # what has no steps is kept
+        return Packed({"weight": self.restorers[site.name].restore(merged, steps, undo.dtype)})
+
+
+def elementwise(change: Change, rows: slice) -> list[Elementwise] | None:
+    """The layers as steps over `rows` of the stored weight; None if one of them is not elementwise."""
+    steps = []
+    for layer in change.layers:
+        op = change.site.acting
+        step = layer.method.steps(layer.params, op.tile(rows), exact_product)
+        if step is None:
+            return None
+        steps.append(Elementwise(op.stored(step.shift)))
+    return steps
+
+
+def _lay(change: Change, rows: slice, weight: Tensor) -> tuple[Tensor, list[Elementwise] | None]:
+    steps = elementwise(change, rows)
+    if steps is not None:
+        return accumulate(weight, steps), steps
+    op = change.site.acting
+    for method, params in change.layers:
+        base = Dense(op.matrix(weight))
+        weight = op.stored(method.merge(base, params, op.tile(rows), exact_product).weight)
+    return weight, None
+
+
+def _encode(laid: Tensor, packed: Packed, change: Change) -> Packed:
+    """`laid` held as `packed` is, or plainly where the dtype is another."""
+    if packed.tensors["weight"].dtype == change.dtype:
+        return codec_of(packed, change.site.name).encode(laid.to(torch.float64), like=packed)
+    return Packed({"weight": round_once(laid.to(torch.float64), change.dtype)})
+
+
+def _refuse_non_finite(values: Tensor, site: Site, what: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise ValueRangeError(
+            f"{printable(site.name)}: {what} holds NaN or infinity in {str(values.dtype).removeprefix('torch.')}; "
+            "finite numbers are wanted; check the base, or choose a --dtype of wider range"
+        )
