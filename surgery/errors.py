@@ -65,7 +65,7 @@ class CheckError(SurgeryError):
     exit_code = 4
 
 
-class EnvironmentFault(SurgeryError):
+class EnvironmentFault(SurgeryError):  # noqa: N818  # EnvironmentError is a builtin
     """Disk, permission, network, memory, or a missing package."""
 
     exit_code = 5

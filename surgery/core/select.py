@@ -1,13 +1,15 @@
 """Which of a model's names a config selects, by PEFT's rules: suffixes, one regex, or all-linear."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from surgery.core.config import AdapterConfig
 from surgery.core.names import nearest, suffix_hits, suffixes
 from surgery.errors import ConfigError, MatchError, printable
 
 ALL_LINEAR = "all-linear"
+Number = TypeVar("Number", int, float)
 
 
 def select(config: AdapterConfig, names: Iterable[str], all_linear: Collection[str] = ()) -> list[str]:
@@ -38,8 +40,12 @@ def refuse_unmatched(field: str, entries: Sequence[str], names: Collection[str])
     """MatchError naming each entry that hit nothing, with its three nearest names."""
     if not entries:
         return
-    told = "; ".join(f"{printable(entry)!r} (nearest: {', '.join(nearest(entry, names))})" for entry in entries)
-    raise MatchError(f"{field}: nothing matches {told}; every entry must match; `surgery inspect` lists the names")
+    told = "; ".join(
+        f"{printable(entry)!r} (nearest: {', '.join(nearest(entry, names))})" for entry in entries
+    )
+    raise MatchError(
+        f"{field}: nothing matches {told}; every entry must match; `surgery inspect` lists the names"
+    )
 
 
 def saved_modules(config: AdapterConfig, names: Collection[str]) -> list[str]:
@@ -51,9 +57,9 @@ def saved_modules(config: AdapterConfig, names: Collection[str]) -> list[str]:
     return chosen
 
 
-def pattern_value(patterns: Iterable[tuple[str, int]], name: str, default: int) -> int:
+def pattern_value(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
     """The value of the first key that, as a regex, matches the end of `name` (PEFT's rule), else `default`."""
-    for key, value in patterns:
+    for key, value in patterns.items():
         if _compile(rf"(.*\.)?({key})$", key).match(name):
             return value
     return default

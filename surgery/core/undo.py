@@ -69,7 +69,9 @@ class Restorer:
 
     def _reader(self, bits: int) -> "_BitReader":
         if bits not in self.readers:
-            raise CheckError("undo record: it ends too soon; the record or the merged weights have been changed")
+            raise CheckError(
+                "undo record: it ends too soon; the record or the merged weights have been changed"
+            )
         return self.readers[bits]
 
 
@@ -152,7 +154,7 @@ def _first(reached: Callable[[Tensor], Tensor], like: Tensor, dtype: torch.dtype
 
 
 def _widths(width: Tensor) -> list[int]:
-    return [int(bits) for bits in width.unique() if bits > 0]
+    return [int(bits) for bits in torch.unique(width) if bits > 0]
 
 
 class _BitWriter:
@@ -164,7 +166,7 @@ class _BitWriter:
         self.rest = torch.empty(0, dtype=torch.uint8)
 
     def write(self, values: Tensor) -> None:
-        for part in values.cpu().split(1 << 16):
+        for part in torch.split(values.cpu(), 1 << 16):
             bits = (part[:, None] >> torch.arange(self.bits)) & 1  # [n, bits]
             stream = torch.cat([self.rest, bits.flatten().to(torch.uint8)])
             full = stream.numel() // 8 * 8
@@ -187,7 +189,9 @@ class _BitReader:
     def _part(self, count: int) -> Tensor:
         end = self.at + count * self.bits
         if end > 8 * len(self.data):
-            raise CheckError("undo record: it ends too soon; the record or the merged weights have been changed")
+            raise CheckError(
+                "undo record: it ends too soon; the record or the merged weights have been changed"
+            )
         window = bytearray(self.data[self.at // 8 : -(-end // 8)])
         octets = torch.frombuffer(window, dtype=torch.uint8)
         stream = ((octets[:, None] >> torch.arange(8)) & 1).flatten()[self.at % 8 :][: count * self.bits]

@@ -32,7 +32,12 @@ class Watch(Protocol):
     """Sees each tile of a merge; `steps` is None where the merge is not a chain of elementwise steps."""
 
     def __call__(
-        self, change: Change, rows: slice, original: Tensor, merged: Tensor, steps: Sequence[Elementwise] | None
+        self,
+        change: Change,
+        rows: slice,
+        original: Tensor,
+        merged: Tensor,
+        steps: Sequence[Elementwise] | None,
     ) -> None: ...
 
 

@@ -19,7 +19,9 @@ def locate(spec: str | Path) -> Path:
         return path
     found = _HUB_ID.fullmatch(str(spec))
     if found is None:
-        raise InputError(f"{printable(spec)}: no such file or folder; a path or owner/name[@revision] is wanted")
+        raise InputError(
+            f"{printable(spec)}: no such file or folder; a path or owner/name[@revision] is wanted"
+        )
     return _download(found["id"], found["revision"])
 
 
@@ -35,6 +37,10 @@ def _download(hub_id: str, revision: str | None) -> Path:
             f"{name}: neither a path here, nor in the Hub's cache, and the Hub cannot be reached; check the name and network"
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-        raise InputError(f"{name}: the Hub refuses it ({type(error).__name__}); check the name and your login") from error
+        raise InputError(
+            f"{name}: the Hub refuses it ({type(error).__name__}); check the name and your login"
+        ) from error
     except OSError as error:
-        raise EnvironmentFault(f"{name}: the download failed ({type(error).__name__}); check network and disk") from error
+        raise EnvironmentFault(
+            f"{name}: the download failed ({type(error).__name__}); check network and disk"
+        ) from error

@@ -19,14 +19,16 @@ class Staging:
     """
 
     def __init__(self, out: Path, overwrite: bool = False) -> None:
-        self.out = Path(os.path.abspath(out))
+        self.out = Path.cwd() / out
         self.overwrite = overwrite
         self.folder = self.out.with_name(f".{self.out.name}.surgery-staging")
         self.lock = -1
 
     def __enter__(self) -> Self:
         if os.path.lexists(self.out) and not self.overwrite:
-            raise OutputExistsError(f"{printable(self.out)}: it exists; a new folder is wanted; or say --overwrite")
+            raise OutputExistsError(
+                f"{printable(self.out)}: it exists; a new folder is wanted; or say --overwrite"
+            )
         with _faults(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
@@ -35,11 +37,15 @@ class Staging:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self.lock)
-            raise OutputExistsError(f"{printable(self.out)}: another run is writing it; wait for that one") from error
+            raise OutputExistsError(
+                f"{printable(self.out)}: another run is writing it; wait for that one"
+            ) from error
         self._clear()  # what an interrupted run has left
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 with _faults(self.out):
@@ -110,4 +116,6 @@ def _faults(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         found = error.strerror or type(error).__name__
-        raise EnvironmentFault(f"{printable(where)}: writing failed ({found}); see to the disk and run again") from error
+        raise EnvironmentFault(
+            f"{printable(where)}: writing failed ({found}); see to the disk and run again"
+        ) from error

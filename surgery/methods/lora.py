@@ -81,8 +81,8 @@ class LoraConfig(AdapterConfig):
             _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
 
     def method(self, name: str) -> "Lora":
-        r = int(pattern_value(self.rank_pattern.items(), name, self.r))
-        alpha = pattern_value(self.alpha_pattern.items(), name, self.lora_alpha)
+        r = pattern_value(self.rank_pattern, name, self.r)
+        alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         return Lora(r=r, scaling=scaling, dropout=self.lora_dropout, start=self.init_lora_weights)
 

@@ -1,0 +1,97 @@
+"""Model: a live nn.Module as a place of sites, and what recognises the op of a module."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.codec import Packed
+from surgery.core.op import Op
+from surgery.core.site import Site, TensorInfo
+from surgery.core.source import row_tiles
+from surgery.ops import OPS
+
+TILE_ELEMENTS = 1 << 20
+
+
+def op_of(module: nn.Module) -> Op | None:
+    """The op of a module's weight. None if it is none of ours, or a subclass that computes otherwise."""
+    for kind, name in _kinds():
+        if isinstance(module, kind):
+            return OPS[name] if type(module).forward is kind.forward else None
+    return None
+
+
+def _kinds() -> Iterator[tuple[type[nn.Module], str]]:
+    yield nn.Linear, "linear"
+    yield nn.Embedding, "embedding"
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    if transformers is not None:
+        yield transformers.Conv1D, "conv1d"
+
+
+def live_site(name: str, module: nn.Module, op: Op) -> Site:
+    """The site that a module is."""
+    held = {role: values for role, values in module._parameters.items() if values is not None}
+    return Site(name, {role: _info(f"{name}.{role}", values) for role, values in held.items()}, op)
+
+
+def model_sites(root: nn.Module) -> list[Site]:
+    """Every module with parameters of its own, each once; further paths to it are aliases."""
+    paths: dict[int, list[str]] = {}
+    weights: dict[int, list[str]] = {}
+    modules = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        if any(values is not None for values in module._parameters.values()):
+            paths.setdefault(id(module), []).append(name)
+            modules[id(module)] = module
+    for key, names in paths.items():
+        weights.setdefault(id(modules[key]._parameters.get("weight")), []).append(names[0])
+    found = []
+    for key, (name, *aliases) in paths.items():
+        module, op = modules[key], op_of(modules[key])
+        held = {role: values for role, values in module._parameters.items() if values is not None}
+        infos = {role: _info(f"{name}.{role}".lstrip("."), values) for role, values in held.items()}
+        same = weights[id(module._parameters.get("weight"))] if "weight" in held else [name]
+        found.append(Site(name, infos, op, tuple(aliases), tuple(other for other in same if other != name)))
+    return found
+
+
+class LiveWeights:
+    """Some modules' weights as a source, and as a sink that puts each new weight in place at once, whole."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], sites: Iterable[Site]) -> None:
+        self.modules, self._sites = modules, list(sites)
+        self.fresh: dict[str, Tensor] = {}
+
+    def sites(self) -> Iterable[Site]:
+        return self._sites
+
+    def load(self, site: Site, rows: slice | None = None) -> Packed:
+        weight = self.weight(site)
+        return Packed({"weight": weight if rows is None else weight[rows]})
+
+    def tiles(self, site: Site) -> Iterator[slice]:
+        return row_tiles(site.weight.shape, TILE_ELEMENTS)
+
+    def store(self, site: Site, packed: Packed, rows: slice) -> None:
+        weight = self.weight(site)
+        if rows.start == 0:
+            self.fresh[site.name] = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        self.fresh[site.name][rows] = packed.tensors["weight"]
+        if rows.stop >= weight.shape[0]:
+            weight.copy_(self.fresh.pop(site.name))
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+    def weight(self, site: Site) -> Tensor:
+        """The weight's own memory, outside autograd."""
+        weight = self.modules[site.name].weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+
+def _info(name: str, values: Tensor) -> TensorInfo:
+    return TensorInfo(name, values.dtype, tuple(values.shape))

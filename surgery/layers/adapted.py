@@ -1,0 +1,134 @@
+"""Adapted: a layer with adapters over it; any method, any op."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.adapter import Layer
+from surgery.core.method import Dense, Method, Params
+from surgery.core.op import WHOLE
+from surgery.core.site import Site
+from surgery.layers.slot import Slot
+
+Holder = tuple[dict[str, nn.Parameter | None], str]
+
+
+class Fitted(NamedTuple):
+    """One adapter at this layer: its method, and where each tensor is held."""
+
+    method: Method
+    holders: Mapping[str, Holder]
+    slots: Mapping[str, Slot]
+
+    @property
+    def params(self) -> Params:
+        found = {}
+        for role, (held, key) in self.holders.items():
+            values = held[key]
+            assert values is not None
+            found[role] = values
+        return found
+
+
+class Adapted(nn.Module):
+    """Runs `base_layer` with the active adapters in their order; `weight` and `bias` are the effective ones.
+
+    The outcome has the dtype that the base layer alone would give. What is not found here is looked up in
+    the base layer.
+    """
+
+    def __init__(self, base_layer: nn.Module, site: Site) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.site, self.op = site, site.acting
+        self.fitted: dict[str, Fitted] = {}
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.merged: tuple[str, ...] | None = None  # the adapters that are in the base weight now
+        self.running: tuple[Fitted, ...] = ()
+
+    def fit(self, adapter: str, method: Method, params: Params, trainable: bool) -> None:
+        """Lay an adapter over the layer; it is not active yet."""
+        slots = {}
+        for role, spec in method.tensors(self.site).items():
+            name, _, leaf = spec.spelling.partition(".")
+            slot = self._modules.get(name)
+            if not isinstance(slot, Slot):
+                slot = Slot(leaf)
+                self.add_module(name, slot)
+            slot.put(adapter, params[role], trainable)
+            slots[role] = slot
+        holders = {role: slot.holder(adapter) for role, slot in slots.items()}
+        self.fitted[adapter] = Fitted(method, holders, slots)
+
+    def unfit(self, adapter: str) -> None:
+        """Take an adapter away."""
+        for slot in self.fitted.pop(adapter).slots.values():
+            slot.remove(adapter)
+        self.activate(tuple(name for name in self.active if name != adapter), self.enabled)
+
+    def activate(self, adapters: tuple[str, ...], enabled: bool) -> None:
+        """Those of `adapters` that lie over this layer run from now on, in this order, if `enabled`."""
+        self.active = tuple(name for name in adapters if name in self.fitted)
+        self.enabled = enabled
+        running = self.active if enabled and self.merged is None else ()
+        self.running = tuple(self.fitted[name] for name in running)
+
+    def layers(self) -> tuple[Layer, ...]:
+        """The active adapters' methods with their tensors."""
+        chosen = [self.fitted[name] for name in self.active]
+        return tuple(Layer(one.method, {r: p.detach() for r, p in one.params.items()}) for one in chosen)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base_layer: Any = self._modules["base_layer"]
+        if not self.running:
+            out: Tensor = base_layer(x, *args, **kwargs)
+            return out
+        dtype: torch.dtype | None = None
+
+        def run(x: Tensor) -> Tensor:
+            nonlocal dtype
+            below: Tensor = base_layer(x, *args, **kwargs)
+            dtype = below.dtype
+            return below
+
+        above: Callable[[Tensor], Tensor] = run
+        for one in self.running[:-1]:
+            above = self._over(one, above)
+        out = self._branch(self.running[-1], x, above)
+        return out if out.dtype == dtype or dtype is None else out.to(dtype)
+
+    def _over(self, one: Fitted, below: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: self._branch(one, x, below)
+
+    def _branch(self, one: Fitted, x: Tensor, below: Callable[[Tensor], Tensor]) -> Tensor:
+        params: Any = {role: held[key] for role, (held, key) in one.holders.items()}
+        return one.method.branch(x, below, self.op, params, self.training)
+
+    def _effective(self) -> Dense:
+        base: Any = self._modules["base_layer"]
+        dense = Dense(self.op.matrix(base.weight), base.bias if "bias" in base._parameters else None)
+        for one in self.running:
+            dense = one.method.merge(dense, one.params, WHOLE, torch.matmul)
+        return dense
+
+    @property
+    def weight(self) -> Tensor:
+        """The stored weight with the running adapters in it, differentiable."""
+        base: Any = self._modules["base_layer"]
+        held: Tensor = base.weight
+        return self.op.stored(self._effective().weight).to(held.dtype) if self.running else held
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._effective().bias
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # while being unpickled
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
