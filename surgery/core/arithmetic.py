@@ -38,7 +38,7 @@ def on_grid(factor: Tensor, along: int) -> Tensor:
     largest = values.abs().amax(dim=along, keepdim=True)
     if not bool(torch.isfinite(largest).all()):
         raise ValueRangeError(
-            "a factor holds NaN or infinity; finite numbers are wanted; train or export it again"
+            "a factor holds NaN or infinity; finite numbers are wanted; train or save it again"
         )
     exponent = torch.frexp(largest).exponent
     exponent = torch.where(largest == 0, torch.zeros_like(exponent), exponent)

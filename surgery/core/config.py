@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from surgery.core.method import Method
 from surgery.errors import ConfigError, FormatError, printable
@@ -19,11 +19,19 @@ TASK_HEADS: Mapping[str, frozenset[str]] = {
 }
 
 
+class Spelling(NamedTuple):
+    """What a tensor's name in a file tells: its role, and the op it is made for, if only one."""
+
+    role: str
+    op: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(ABC):
     """Selection fields, named as in PEFT. Raises ConfigError for a value that cannot be."""
 
     peft_type: ClassVar[str]
+    spellings: ClassVar[Mapping[str, "Spelling"]]  # how PEFT ends the names of its tensors
     neutral: ClassVar[Mapping[str, Any]]  # fields we know of, and the only value that leaves the maths alone
 
     target_modules: str | Sequence[str] | None = None

@@ -70,8 +70,8 @@ class Method(ABC):
         """The merge as an elementwise step of this tile; None where elements depend on each other."""
 
     @abstractmethod
-    def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor | None:
-        """The adapted output in activation space, or None; `run(x)` is the layer below."""
+    def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
+        """The adapted output, in activation space; `run(x)` is the layer below."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Additive(Method):
         """[out, in] of the tile, before scaling."""
 
     def steps(self, p: Params, tile: Tile, product: Product) -> Elementwise:
-        # The scaling is an operation of its own, never fused with the addition, which would round differently.
+        # The scaling is an operation of its own: fused with the addition it would round differently.
         return Elementwise(self.scaling * self.delta(p, tile, product))
 
     def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:

@@ -44,7 +44,7 @@ def refuse_unmatched(field: str, entries: Sequence[str], names: Collection[str])
         f"{printable(entry)!r} (nearest: {', '.join(nearest(entry, names))})" for entry in entries
     )
     raise MatchError(
-        f"{field}: nothing matches {told}; every entry must match; `surgery inspect` lists the names"
+        f"{field}: nothing matches {told}; each entry must match; `surgery inspect` lists the names"
     )
 
 

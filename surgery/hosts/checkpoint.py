@@ -146,7 +146,7 @@ def _shard_names(index: Mapping[str, Any], where: str) -> Iterator[str]:
     for name in weight_map.values():
         if not isinstance(name, str) or "/" in name or "\\" in name or not name.endswith(".safetensors"):
             raise FormatError(
-                f"{where}: {printable(name)!r} is no shard's name; a .safetensors file beside it is wanted"
+                f"{where}: {printable(name)!r} is no shard's name; a .safetensors file is wanted"
             )
         yield name
 

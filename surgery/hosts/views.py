@@ -135,7 +135,8 @@ def _encode(laid: Tensor, packed: Packed, change: Change) -> Packed:
 
 def _refuse_non_finite(values: Tensor, site: Site, what: str) -> None:
     if not bool(torch.isfinite(values).all()):
+        dtype = str(values.dtype).removeprefix("torch.")
         raise ValueRangeError(
-            f"{printable(site.name)}: {what} holds NaN or infinity in {str(values.dtype).removeprefix('torch.')}; "
+            f"{printable(site.name)}: {what} holds NaN or infinity in {dtype}; "
             "finite numbers are wanted; check the base, or choose a --dtype of wider range"
         )

@@ -34,7 +34,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_WANTED))
     except errors.LocalEntryNotFoundError as error:
         raise EnvironmentFault(
-            f"{name}: neither a path here, nor in the Hub's cache, and the Hub cannot be reached; check the name and network"
+            f"{name}: not a path, not in the Hub's cache, and the Hub cannot be reached; check name and network"
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise InputError(

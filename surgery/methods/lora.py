@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.config import AdapterConfig
+from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Additive, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.select import pattern_value
@@ -52,6 +52,12 @@ class LoraConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    spellings: ClassVar[Mapping[str, Spelling]] = {
+        "lora_A.weight": Spelling("A"),
+        "lora_B.weight": Spelling("B"),
+        "lora_embedding_A": Spelling("A", "embedding"),
+        "lora_embedding_B": Spelling("B", "embedding"),
+    }
     neutral: ClassVar[Mapping[str, Any]] = _NEUTRAL
 
     r: int = 8

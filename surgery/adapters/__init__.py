@@ -1,0 +1,1 @@
+"""How adapter files are spelled; one file a format."""

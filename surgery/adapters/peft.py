@@ -1,0 +1,157 @@
+"""PEFT's adapter folder: adapter_config.json and adapter_model.safetensors."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from surgery.core.adapter import Adapter
+from surgery.core.config import AdapterConfig
+from surgery.core.names import suffix_hits, suffixes
+from surgery.core.site import TensorInfo
+from surgery.errors import FormatError, InputError, ShapeError, printable
+from surgery.io.header import SPELLINGS, encode_header
+from surgery.io.octets import octets, tensor_from
+from surgery.io.strict_json import json_bytes, read_json
+from surgery.io.tensor_file import TensorFile
+from surgery.methods import METHODS
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+class Found(NamedTuple):
+    """A tensor of an adapter file."""
+
+    key: str
+    values: Tensor
+
+
+def read_adapter(path: Path) -> Adapter:
+    """The adapter in a folder, or in one file beside its config. Every tensor has its place, or InputError."""
+    folder, file = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
+    _refuse_pickles(folder, file)
+    config = config_from(read_json(folder / CONFIG, "an adapter's config"), printable(folder / CONFIG))
+    tensors, sha256 = _read_tensors(file)
+    sha256[CONFIG] = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
+    return _sorted_out(config, tensors, str(path), sha256)
+
+
+def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
+    """The config that `data` spells; FormatError for a `peft_type` that is none of ours."""
+    kind = data.get("peft_type")
+    if kind not in METHODS:
+        known = ", ".join(METHODS)
+        raise FormatError(
+            f"{where}: peft_type is {printable(kind)!r}; supported are {known}; use PEFT for this one"
+        )
+    return METHODS[kind].from_json(data, where)
+
+
+def adapter_files(
+    config: AdapterConfig, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, list[bytes | memoryview]]]:
+    """The files of an adapter folder, each as a name and the parts of its content.
+
+    `tensors` are contiguous, on the CPU, by their name in the base model with PEFT's spelling behind it.
+    """
+    yield CONFIG, [json_bytes(config.to_json())]
+    found = sorted((PREFIX + name, values) for name, values in tensors.items())
+    infos = [TensorInfo(key, values.dtype, tuple(values.shape)) for key, values in found]
+    yield TENSORS, [encode_header(infos, {"format": "pt"}), *(octets(values) for _, values in found)]
+
+
+def _refuse_pickles(folder: Path, file: Path) -> None:
+    pickled = file if file.suffix in (".bin", ".pt", ".pth") else folder / "adapter_model.bin"
+    if pickled.exists() and (pickled == file or not file.exists()):
+        raise FormatError(
+            f"{printable(pickled)}: a pickle, which can run code when it is read; {TENSORS} is wanted; "
+            "load it in PEFT and save it again"
+        )
+    if not file.exists():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{TENSORS}"))
+        hint = f"name one of its sub-folders: {printable(', '.join(inside))}" if inside else "check the path"
+        raise InputError(f"{printable(folder)}: it holds no {TENSORS}; an adapter folder is wanted; {hint}")
+
+
+def _read_tensors(path: Path) -> tuple[list[Found], dict[str, str]]:
+    file = TensorFile(path)
+    try:
+        found, sha256, whole = [], {}, hashlib.sha256(file.header.raw)
+        for info, start in file.header.entries:
+            data = file.read(start, info.nbytes)
+            whole.update(data)
+            sha256[info.name] = hashlib.sha256(data).hexdigest()
+            found.append(Found(info.name, tensor_from(data, info.dtype, info.shape)))
+        file.check_unchanged()
+        return found, sha256 | {TENSORS: whole.hexdigest()}
+    finally:
+        file.close()
+
+
+def _sorted_out(
+    config: AdapterConfig, tensors: list[Found], where: str, sha256: Mapping[str, str]
+) -> Adapter:
+    sites: dict[str, dict[str, Tensor]] = {}
+    saved, copies, ops = {}, {}, {}
+    entries = frozenset(config.modules_to_save or ())
+    for key, values in tensors:
+        name = key.removeprefix(PREFIX)
+        spelled = next((end for end in suffixes(name) if end in config.spellings), None)
+        if spelled is not None and values.is_floating_point():
+            site = name.removesuffix(spelled).rstrip(".")
+            role, op = config.spellings[spelled]
+            if role in sites.setdefault(site, {}):
+                raise FormatError(
+                    f"{printable(where)}: {printable(site)} has two tensors {role}; one is wanted"
+                )
+            sites[site][role] = values
+            if op is not None:
+                ops[site] = op
+        elif name.endswith(".base_layer.weight"):
+            copies[name.replace(".base_layer.", ".")] = values
+        elif any(suffix_hits(entries, module) for module in _parents(name)):
+            saved[name] = values
+        else:
+            raise FormatError(
+                f"{printable(where)}: no place for tensor {printable(key)} ({SPELLINGS[values.dtype]}); "
+                f"{config.peft_type} tensors end in {', '.join(config.spellings)}; was it renamed?"
+            )
+    _check_complete(config, sites, where)
+    return Adapter(config, sites, saved, copies, ops, where, sha256)
+
+
+def _parents(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
+    """Each site has every role; an adapter has at least one site."""
+    roles = {spelling.role for spelling in config.spellings.values()}
+    if not sites:
+        raise FormatError(
+            f"{printable(where)}: no {config.peft_type} tensor in it; was it saved without its weights?"
+        )
+    for site, held in sites.items():
+        for role in sorted(roles - held.keys()):
+            raise FormatError(
+                f"{printable(where)}: {printable(site)} has no tensor {role}, only {', '.join(sorted(held))}; "
+                "the file is incomplete; save or download it again"
+            )
+
+
+def check_shapes(
+    site_name: str, given: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """ShapeError where a tensor is not shaped as the method and the base's weight ask."""
+    for role, shape in wanted.items():
+        if tuple(given[role].shape) != shape:
+            raise ShapeError(
+                f"{printable(where)}: {printable(site_name)}: {role} is {list(given[role].shape)}, but "
+                f"{list(shape)} is wanted by this base and the config's rank; was it trained on another model?"
+            )
