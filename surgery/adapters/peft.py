@@ -14,7 +14,7 @@ from surgery.core.site import TensorInfo
 from surgery.errors import FormatError, InputError, ShapeError, printable
 from surgery.io.header import SPELLINGS, encode_header
 from surgery.io.octets import octets, tensor_from
-from surgery.io.strict_json import json_bytes, read_json
+from surgery.io.strict_json import read_json
 from surgery.io.tensor_file import TensorFile
 from surgery.methods import METHODS
 
@@ -30,20 +30,23 @@ class Found(NamedTuple):
     values: Tensor
 
 
-def read_adapter(path: Path) -> Adapter:
+def read_adapter(path: Path, config_name: str = CONFIG) -> Adapter:
     """The adapter in a folder, or in one file beside its config. Every tensor has its place, or InputError."""
     folder, file = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
-    _refuse_pickles(folder, file)
-    config = config_from(read_json(folder / CONFIG, "an adapter's config"), printable(folder / CONFIG))
+    if config_name == CONFIG:
+        _refuse_pickles(folder, file)
+    config = config_from(
+        read_json(folder / config_name, "an adapter's config"), printable(folder / config_name)
+    )
     tensors, sha256 = _read_tensors(file)
-    sha256[CONFIG] = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
+    sha256[config_name] = hashlib.sha256((folder / config_name).read_bytes()).hexdigest()
     return _sorted_out(config, tensors, str(path), sha256)
 
 
 def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
     """The config that `data` spells; FormatError for a `peft_type` that is none of ours."""
     kind = data.get("peft_type")
-    if kind not in METHODS:
+    if not isinstance(kind, str) or kind not in METHODS:
         known = ", ".join(METHODS)
         raise FormatError(
             f"{where}: peft_type is {printable(kind)!r}; supported are {known}; use PEFT for this one"
@@ -59,9 +62,9 @@ def adapter_files(
     `tensors` are contiguous, on the CPU, by their name in the base model with PEFT's spelling behind it.
     """
     yield CONFIG, [json_bytes(config.to_json())]
-    found = sorted((PREFIX + name, values) for name, values in tensors.items())
+    found = [(PREFIX + name, tensors[name].detach().cpu().contiguous()) for name in sorted(tensors)]
     infos = [TensorInfo(key, values.dtype, tuple(values.shape)) for key, values in found]
-    yield TENSORS, [encode_header(infos, {"format": "pt"}), *(octets(values) for _, values in found)]
+    return b"".join([encode_header(infos, {"format": "pt"}), *(octets(values) for _, values in found)])
 
 
 def _refuse_pickles(folder: Path, file: Path) -> None:
@@ -87,7 +90,7 @@ def _read_tensors(path: Path) -> tuple[list[Found], dict[str, str]]:
             sha256[info.name] = hashlib.sha256(data).hexdigest()
             found.append(Found(info.name, tensor_from(data, info.dtype, info.shape)))
         file.check_unchanged()
-        return found, sha256 | {TENSORS: whole.hexdigest()}
+        return found, sha256 | {path.name: whole.hexdigest()}
     finally:
         file.close()
 

@@ -70,13 +70,25 @@ class Method(ABC):
         """The merge as an elementwise step of this tile; None where elements depend on each other."""
 
     @abstractmethod
+    def spread(self, p: Params, tile: Tile) -> Tensor:
+        """[out, in] of the tile: how far two correct merges in the factors' dtype may lie apart."""
+
+    @abstractmethod
+    def settings(self) -> Mapping[str, str]:
+        """What makes its merge differ from another's with the same tensors, for reports; floats as hex."""
+
+    @abstractmethod
+    def weighted(self, weight: float) -> Self:
+        """The same method at `weight` times its strength."""
+
+    @abstractmethod
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         """The adapted output, in activation space; `run(x)` is the layer below."""
 
 
 @dataclass(frozen=True)
 class Additive(Method):
-    """W + scaling * delta. A subclass writes `delta` alone, unscaled."""
+    """W + scaling * delta. A subclass writes `delta`, unscaled, and its `spread`."""
 
     scaling: float
 
@@ -96,5 +108,4 @@ class Additive(Method):
         return base._replace(weight=self.steps(p, tile, product).apply(base.weight))
 
     def weighted(self, weight: float) -> Self:
-        """The same method with its delta taken `weight` times."""
         return replace(self, scaling=self.scaling * weight)

@@ -25,3 +25,29 @@ def nearest(entry: str, names: Iterable[str], count: int = 3) -> list[str]:
         return difflib.get_close_matches(entry, full, n=count, cutoff=0.0)
     last = sorted({name.rsplit(".", 1)[-1] for name in full})
     return difflib.get_close_matches(entry, last, n=count, cutoff=0.0)
+
+
+def renaming(wanted: Collection[str], known: Collection[str]) -> dict[str, str]:
+    """Each of `wanted` as `known` has it: all the same, or all with one prefix more or less. Else empty.
+
+    >>> renaming(["transformer.h.0.mlp"], {"h.0.mlp"})
+    {'transformer.h.0.mlp': 'h.0.mlp'}
+    """
+    if all(name in known for name in wanted):
+        return {name: name for name in wanted}
+    first = next(iter(wanted), "")
+    found = []
+    for removed, added in _prefixes(first, known):
+        if all(name.startswith(removed) and added + name[len(removed) :] in known for name in wanted):
+            found.append({name: added + name[len(removed) :] for name in wanted})
+    return found[0] if len(found) == 1 else {}
+
+
+def _prefixes(name: str, known: Collection[str]) -> Iterable[tuple[str, str]]:
+    """What to remove from the front of `name`, and what to put there, to reach a known name."""
+    for end in suffixes(name):
+        if end in known:
+            yield name.removesuffix(end), ""
+    for other in known:
+        if other.endswith("." + name):
+            yield "", other.removesuffix(name)

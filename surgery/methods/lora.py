@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from surgery.core.arithmetic import exact_float64
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Additive, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
@@ -129,6 +130,13 @@ class Lora(Additive):
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
         rows, columns = tile
         return product(p["B"][rows], p["A"][:, columns])
+
+    def spread(self, p: Params, tile: Tile) -> Tensor:
+        # The grid's bound (see arithmetic), and that of a sum of r products with each operation rounded.
+        A, B = exact_float64(p["A"][:, tile[1]]).abs(), exact_float64(p["B"][tile[0]]).abs()
+        unit = max(torch.finfo(factor.dtype).eps / 2 for factor in p.values())
+        grid = self.r * 2.0**-21 * B.amax(1, keepdim=True) * A.amax(0, keepdim=True)  # [out, in]
+        return abs(self.scaling) * (grid + (self.r + 1) * unit * (B @ A))
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         below = run(x)

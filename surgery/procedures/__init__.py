@@ -1,0 +1,1 @@
+"""What a surgeon does; one file a procedure."""

@@ -1,0 +1,178 @@
+"""UndoRecord: the folder `surgery.undo` of a reversible merge, as it is written and read.
+
+record.json lists by tensor where its index streams, or the tensor itself, lie in `streams`; beside it are
+the adapters that were merged, and the small files whose bytes the merge changed. No file in it ends in
+`.safetensors`, which loaders look for.
+"""
+
+import base64
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.adapters.peft import adapter_bytes
+from surgery.core.method import Elementwise
+from surgery.core.undo import Recorder
+from surgery.errors import CheckError, FormatError, printable
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.views import Change, Undo
+from surgery.io.header import DTYPES, SPELLINGS
+from surgery.io.octets import tensor_from
+from surgery.io.staging import Staging, write_all
+from surgery.io.strict_json import json_bytes, read_json
+from surgery.procedures.plan import Weighted
+
+FOLDER = "surgery.undo"
+FORMAT = 1
+
+
+class UndoWriter:
+    """A watch of a merge. Use as a context; `finish` writes the record."""
+
+    def __init__(self, base: Checkpoint, staging: Staging) -> None:
+        self.base, self.staging = base, staging
+        self.tensors: dict[str, dict[str, Any]] = {}
+        self.recorder: Recorder | None = Recorder()
+        self.at, self.sha256 = 0, hashlib.sha256()
+        self.context = ExitStack()
+        self.streams = self.context.enter_context(staging.file(f"{FOLDER}/streams"))
+
+    def __enter__(self) -> "UndoWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.context.__exit__(*error)  # type: ignore[arg-type]  # ExitStack spells the three out
+
+    def __call__(
+        self,
+        change: Change,
+        rows: slice,
+        original: Tensor,
+        merged: Tensor,
+        steps: Sequence[Elementwise] | None,
+    ) -> None:
+        info = change.site.weight
+        if steps is None:
+            self.recorder = None
+        elif self.recorder is not None:
+            self.recorder.add(original, merged, steps)
+        if not info.shape or rows.stop >= info.shape[0]:
+            self._end(change)
+            self.recorder = Recorder()
+
+    def _end(self, change: Change) -> None:
+        """Write the streams of a tensor, or the tensor where that is smaller or they do not fit."""
+        info = change.site.weight
+        streams = self.recorder.streams() if self.recorder is not None and self.recorder.exact else None
+        field: dict[str, Any] = {"dtype": SPELLINGS[info.dtype]}
+        if streams is None or sum(map(len, streams.values())) >= info.nbytes:
+            field["kept"] = [self.at, info.nbytes]
+            for chunk in self.base.files[self.base.at[info.name][0]].chunks(self.base.at[info.name][1]):
+                self._write(chunk)
+        else:
+            field["streams"] = {}
+            for bits, data in streams.items():
+                field["streams"][str(bits)] = [self.at, len(data)]
+                self._write(memoryview(data))
+        self.tensors[info.name] = field
+
+    def _write(self, data: memoryview) -> None:
+        self.sha256.update(data)
+        self.at += len(data)
+        write_all(self.streams, data)
+
+    def finish(
+        self, adapters: Sequence[Weighted], files: Mapping[str, str], displaced: Sequence[str]
+    ) -> None:
+        """`files` are the originals' sha256 by name; `displaced` those whose bytes the merge changes."""
+        self.context.close()
+        for name in displaced:
+            self.staging.carry(self.base.folder / name, f"{FOLDER}/files/{name}")
+        for index, (adapter, _) in enumerate(adapters):
+            tensors = {}
+            spelled = {(one.role, one.op): ending for ending, one in adapter.config.spellings.items()}
+            for site, params in adapter.sites.items():
+                for role, values in params.items():
+                    tensors[f"{site}.{spelled[role, adapter.ops.get(site)]}"] = values
+            self.staging.write(f"{FOLDER}/adapter-{index}.tensors", adapter_bytes(tensors))
+            self.staging.write(f"{FOLDER}/adapter-{index}.json", json_bytes(adapter.config.to_json()))
+        headers = {f.path.name: base64.b64encode(f.header.raw).decode() for f in self.base.files}
+        record = {
+            "format": FORMAT,
+            "weights": [weight.hex() for _, weight in adapters],
+            "files": dict(files),
+            "displaced": sorted(displaced),
+            "headers": headers,
+            "streams_sha256": self.sha256.hexdigest(),
+            "tensors": self.tensors,
+        }
+        self.staging.write(f"{FOLDER}/record.json", json_bytes(record))
+
+
+class UndoRecord:
+    """The record of a merged folder. FormatError if it is none; CheckError if it has been changed."""
+
+    def __init__(self, merged: Path) -> None:
+        self.folder = merged / FOLDER
+        if not self.folder.is_dir():
+            raise FormatError(
+                f"{printable(merged)}: no {FOLDER} in it; only a merge made with --reversible can be unmerged"
+            )
+        data = read_json(self.folder / "record.json", "an undo record")
+        try:
+            self._take(data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(
+                f"{printable(self.folder)}: record.json is damaged ({printable(error)})"
+            ) from error
+
+    def _take(self, data: Mapping[str, Any]) -> None:
+        if data["format"] != FORMAT:
+            raise FormatError(
+                f"{printable(self.folder)}: format {printable(data['format'])}; this version reads {FORMAT}"
+            )
+        self.weights = [float.fromhex(weight) for weight in data["weights"]]
+        self.files: dict[str, str] = dict(data["files"])
+        self.displaced: list[str] = list(data["displaced"])
+        self.headers = {name: base64.b64decode(raw) for name, raw in data["headers"].items()}
+        self.tensors: dict[str, dict[str, Any]] = data["tensors"]
+        self.dtypes = {name: DTYPES[field["dtype"]] for name, field in self.tensors.items()}
+        self.streams_sha256: str = data["streams_sha256"]
+        for name in (*self.files, *self.displaced, *self.headers):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise FormatError(f"{printable(self.folder)}: {printable(name)} leads out of the folder")
+
+    def check(self) -> None:
+        """CheckError if the streams are not those that the merge wrote."""
+        found = hashlib.sha256()
+        with (self.folder / "streams").open("rb") as file:
+            while data := file.read(1 << 22):
+                found.update(data)
+        if found.hexdigest() != self.streams_sha256:
+            raise CheckError(
+                f"{printable(self.folder)}: its streams have been changed; the merge cannot be undone"
+            )
+
+    def undo(self, change: Change) -> Undo:
+        """What the weight of `change` needs; read anew at each call."""
+        field = self.tensors[change.site.weight.name]
+        dtype = DTYPES[field["dtype"]]
+        if "kept" in field:
+            data = self._read(field["kept"])
+            return Undo(dtype, kept=tensor_from(data, dtype, change.site.weight.shape))
+        streams = {int(bits): bytes(self._read(span)) for bits, span in field["streams"].items()}
+        return Undo(dtype, streams=streams)
+
+    def _read(self, span: list[int]) -> bytearray:
+        with (self.folder / "streams").open("rb") as file:
+            file.seek(span[0])
+            return bytearray(file.read(span[1]))
+
+
+Lookup = Callable[[Change], Undo]
+_ = torch
