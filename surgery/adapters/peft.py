@@ -35,9 +35,7 @@ def read_adapter(path: Path, config_name: str = CONFIG) -> Adapter:
     folder, file = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
     if config_name == CONFIG:
         _refuse_pickles(folder, file)
-    config = config_from(
-        read_json(folder / config_name, "an adapter's config"), printable(folder / config_name)
-    )
+    config = config_from(read_json(folder / config_name, "an adapter's config"), printable(folder / config_name))
     tensors, sha256 = _read_tensors(file)
     sha256[config_name] = hashlib.sha256((folder / config_name).read_bytes()).hexdigest()
     return _sorted_out(config, tensors, str(path), sha256)
@@ -48,20 +46,12 @@ def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
     kind = data.get("peft_type")
     if not isinstance(kind, str) or kind not in METHODS:
         known = ", ".join(METHODS)
-        raise FormatError(
-            f"{where}: peft_type is {printable(kind)!r}; supported are {known}; use PEFT for this one"
-        )
+        raise FormatError(f"{where}: peft_type is {printable(kind)!r}; supported are {known}; use PEFT for this one")
     return METHODS[kind].from_json(data, where)
 
 
-def adapter_files(
-    config: AdapterConfig, tensors: Mapping[str, Tensor]
-) -> Iterator[tuple[str, list[bytes | memoryview]]]:
-    """The files of an adapter folder, each as a name and the parts of its content.
-
-    `tensors` are contiguous, on the CPU, by their name in the base model with PEFT's spelling behind it.
-    """
-    yield CONFIG, [json_bytes(config.to_json())]
+def adapter_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of adapter_model.safetensors, for tensors by their name in the base with PEFT's spelling behind it."""
     found = [(PREFIX + name, tensors[name].detach().cpu().contiguous()) for name in sorted(tensors)]
     infos = [TensorInfo(key, values.dtype, tuple(values.shape)) for key, values in found]
     return b"".join([encode_header(infos, {"format": "pt"}), *(octets(values) for _, values in found)])
@@ -95,9 +85,7 @@ def _read_tensors(path: Path) -> tuple[list[Found], dict[str, str]]:
         file.close()
 
 
-def _sorted_out(
-    config: AdapterConfig, tensors: list[Found], where: str, sha256: Mapping[str, str]
-) -> Adapter:
+def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: Mapping[str, str]) -> Adapter:
     sites: dict[str, dict[str, Tensor]] = {}
     saved, copies, ops = {}, {}, {}
     entries = frozenset(config.modules_to_save or ())
@@ -108,9 +96,7 @@ def _sorted_out(
             site = name.removesuffix(spelled).rstrip(".")
             role, op = config.spellings[spelled]
             if role in sites.setdefault(site, {}):
-                raise FormatError(
-                    f"{printable(where)}: {printable(site)} has two tensors {role}; one is wanted"
-                )
+                raise FormatError(f"{printable(where)}: {printable(site)} has two tensors {role}; one is wanted")
             sites[site][role] = values
             if op is not None:
                 ops[site] = op
@@ -137,9 +123,7 @@ def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Tens
     """Each site has every role; an adapter has at least one site."""
     roles = {spelling.role for spelling in config.spellings.values()}
     if not sites:
-        raise FormatError(
-            f"{printable(where)}: no {config.peft_type} tensor in it; was it saved without its weights?"
-        )
+        raise FormatError(f"{printable(where)}: no {config.peft_type} tensor in it; was it saved without its weights?")
     for site, held in sites.items():
         for role in sorted(roles - held.keys()):
             raise FormatError(

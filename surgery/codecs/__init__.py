@@ -14,6 +14,4 @@ def codec_of(packed: Packed, where: str) -> Codec:
         if codec.claims(headers):
             return codec
     held = ", ".join(f"{role} {str(dtype).removeprefix('torch.')}" for role, (dtype, _) in headers.items())
-    raise FormatError(
-        f"{where}: held as {held}; float64, float32, bfloat16 or float16 is wanted; dequantize it first"
-    )
+    raise FormatError(f"{where}: held as {held}; float64, float32, bfloat16 or float16 is wanted; dequantize it first")

@@ -37,9 +37,7 @@ def on_grid(factor: Tensor, along: int) -> Tensor:
         return values
     largest = values.abs().amax(dim=along, keepdim=True)
     if not bool(torch.isfinite(largest).all()):
-        raise ValueRangeError(
-            "a factor holds NaN or infinity; finite numbers are wanted; train or save it again"
-        )
+        raise ValueRangeError("a factor holds NaN or infinity; finite numbers are wanted; train or save it again")
     exponent = torch.frexp(largest).exponent
     exponent = torch.where(largest == 0, torch.zeros_like(exponent), exponent)
     if bool((exponent.abs() > EXPONENT_LIMIT).any()):
@@ -72,9 +70,7 @@ def round_once(acc: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype in (torch.float64, torch.float32):
         return acc.to(dtype)
     if dtype not in _TIE:
-        raise ValueRangeError(
-            f"cannot round to {dtype}; float64, float32, bfloat16 and float16 can be merged"
-        )
+        raise ValueRangeError(f"cannot round to {dtype}; float64, float32, bfloat16 and float16 can be merged")
     single = acc.to(torch.float32)
     bits = single.view(torch.int32)
     mask, tie = _TIE[dtype]

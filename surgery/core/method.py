@@ -107,5 +107,8 @@ class Additive(Method):
     def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:
         return base._replace(weight=self.steps(p, tile, product).apply(base.weight))
 
+    def settings(self) -> Mapping[str, str]:
+        return {"scaling": self.scaling.hex()}
+
     def weighted(self, weight: float) -> Self:
         return replace(self, scaling=self.scaling * weight)

@@ -40,12 +40,8 @@ def refuse_unmatched(field: str, entries: Sequence[str], names: Collection[str])
     """MatchError naming each entry that hit nothing, with its three nearest names."""
     if not entries:
         return
-    told = "; ".join(
-        f"{printable(entry)!r} (nearest: {', '.join(nearest(entry, names))})" for entry in entries
-    )
-    raise MatchError(
-        f"{field}: nothing matches {told}; each entry must match; `surgery inspect` lists the names"
-    )
+    told = "; ".join(f"{printable(entry)!r} (nearest: {', '.join(nearest(entry, names))})" for entry in entries)
+    raise MatchError(f"{field}: nothing matches {told}; each entry must match; `surgery inspect` lists the names")
 
 
 def saved_modules(config: AdapterConfig, names: Collection[str]) -> list[str]:

@@ -69,9 +69,7 @@ class Restorer:
 
     def _reader(self, bits: int) -> "_BitReader":
         if bits not in self.readers:
-            raise CheckError(
-                "undo record: it ends too soon; the record or the merged weights have been changed"
-            )
+            raise CheckError("undo record: it ends too soon; the record or the merged weights have been changed")
         return self.readers[bits]
 
 
@@ -189,9 +187,7 @@ class _BitReader:
     def _part(self, count: int) -> Tensor:
         end = self.at + count * self.bits
         if end > 8 * len(self.data):
-            raise CheckError(
-                "undo record: it ends too soon; the record or the merged weights have been changed"
-            )
+            raise CheckError("undo record: it ends too soon; the record or the merged weights have been changed")
         window = bytearray(self.data[self.at // 8 : -(-end // 8)])
         octets = torch.frombuffer(window, dtype=torch.uint8)
         stream = ((octets[:, None] >> torch.arange(8)) & 1).flatten()[self.at % 8 :][: count * self.bits]

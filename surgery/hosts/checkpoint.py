@@ -25,9 +25,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.folder = path if path.is_dir() else path.parent
-        self.config = (
-            read_json(self.folder / "config.json") if (self.folder / "config.json").is_file() else {}
-        )
+        self.config = read_json(self.folder / "config.json") if (self.folder / "config.json").is_file() else {}
         self.index: dict[str, Any] | None = None
         self.files: list[TensorFile] = []
         try:
@@ -119,9 +117,7 @@ class Checkpoint:
             for name, entry in file.entries.items():
                 if name in found:
                     other = self.files[found[name][0]].path.name
-                    raise FormatError(
-                        f"{file.where}: {printable(name)} stands in {other} too; each may stand once"
-                    )
+                    raise FormatError(f"{file.where}: {printable(name)} stands in {other} too; each may stand once")
                 found[name] = index, entry
         if self.index is not None:
             self._check_index(found)
@@ -145,9 +141,7 @@ def _shard_names(index: Mapping[str, Any], where: str) -> Iterator[str]:
         raise FormatError(f"{where}: it has no weight_map; the index is damaged")
     for name in weight_map.values():
         if not isinstance(name, str) or "/" in name or "\\" in name or not name.endswith(".safetensors"):
-            raise FormatError(
-                f"{where}: {printable(name)!r} is no shard's name; a .safetensors file is wanted"
-            )
+            raise FormatError(f"{where}: {printable(name)!r} is no shard's name; a .safetensors file is wanted")
         yield name
 
 

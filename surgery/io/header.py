@@ -59,18 +59,12 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
     entries, at = [], 0
     for start, end, info in spans:
         if start != at:
-            found = (
-                "overlaps the tensor before it"
-                if start < at
-                else f"leaves a hole of {start - at} bytes before it"
-            )
+            found = "overlaps the tensor before it" if start < at else f"leaves a hole of {start - at} bytes before it"
             raise FormatError(f"{where}: {printable(info.name)} {found}; the file is damaged")
         entries.append(Entry(info, len(raw) + start))
         at = end
     if len(raw) + at != file_bytes:
-        raise FormatError(
-            f"{where}: {file_bytes} bytes, but its header describes {len(raw) + at}; copy it again"
-        )
+        raise FormatError(f"{where}: {file_bytes} bytes, but its header describes {len(raw) + at}; copy it again")
     return Header(tuple(entries), raw, metadata)
 
 
@@ -78,9 +72,7 @@ def header_length(first: bytes, file_bytes: int, where: str) -> int:
     """The length of the whole header, from the file's first 8 bytes."""
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
     if not 2 <= length <= min(HEADER_BYTES, file_bytes - 8):
-        raise FormatError(
-            f"{where}: not a safetensors file, or cut off; its first 8 bytes give no header length"
-        )
+        raise FormatError(f"{where}: not a safetensors file, or cut off; its first 8 bytes give no header length")
     return 8 + int(length)
 
 
@@ -105,14 +97,10 @@ def _span(name: str, field: Any, where: str) -> tuple[int, int, TensorInfo]:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FormatError(f"{where}: dtype {printable(dtype)!r} is not known; known are {', '.join(DTYPES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise FormatError(
-            f"{where}: shape and data_offsets must be whole numbers from 0; the file is damaged"
-        )
+        raise FormatError(f"{where}: shape and data_offsets must be whole numbers from 0; the file is damaged")
     info = TensorInfo(name, DTYPES[dtype], tuple(shape))
     if offsets[1] - offsets[0] != info.nbytes:
-        raise FormatError(
-            f"{where}: {offsets[1] - offsets[0]} bytes, but {info.nbytes} are needed for {shape} {dtype}"
-        )
+        raise FormatError(f"{where}: {offsets[1] - offsets[0]} bytes, but {info.nbytes} are needed for {shape} {dtype}")
     return offsets[0], offsets[1], info
 
 

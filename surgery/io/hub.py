@@ -19,9 +19,7 @@ def locate(spec: str | Path) -> Path:
         return path
     found = _HUB_ID.fullmatch(str(spec))
     if found is None:
-        raise InputError(
-            f"{printable(spec)}: no such file or folder; a path or owner/name[@revision] is wanted"
-        )
+        raise InputError(f"{printable(spec)}: no such file or folder; a path or owner/name[@revision] is wanted")
     return _download(found["id"], found["revision"])
 
 

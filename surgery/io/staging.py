@@ -26,9 +26,7 @@ class Staging:
 
     def __enter__(self) -> Self:
         if os.path.lexists(self.out) and not self.overwrite:
-            raise OutputExistsError(
-                f"{printable(self.out)}: it exists; a new folder is wanted; or say --overwrite"
-            )
+            raise OutputExistsError(f"{printable(self.out)}: it exists; a new folder is wanted; or say --overwrite")
         with _faults(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
@@ -37,9 +35,7 @@ class Staging:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self.lock)
-            raise OutputExistsError(
-                f"{printable(self.out)}: another run is writing it; wait for that one"
-            ) from error
+            raise OutputExistsError(f"{printable(self.out)}: another run is writing it; wait for that one") from error
         self._clear()  # what an interrupted run has left
         return self
 

@@ -13,18 +13,12 @@ def read_json(path: Path, what: str = "") -> dict[str, Any]:
     """The object in `path`. FormatError unless it is one, with each key once."""
     try:
         if not path.is_file():
-            raise InputError(
-                f"{printable(path)}: no such file; {what or 'a JSON file'} is wanted; check the path"
-            )
+            raise InputError(f"{printable(path)}: no such file; {what or 'a JSON file'} is wanted; check the path")
         if path.stat().st_size > JSON_BYTES:
-            raise FormatError(
-                f"{printable(path)}: larger than {JSON_BYTES} bytes; that is no {what or 'JSON file'}"
-            )
+            raise FormatError(f"{printable(path)}: larger than {JSON_BYTES} bytes; that is no {what or 'JSON file'}")
         return parse_json(path.read_bytes(), printable(path))
     except OSError as error:
-        raise InputError(
-            f"{printable(path)}: cannot be read ({error.strerror}); check its permissions"
-        ) from error
+        raise InputError(f"{printable(path)}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:

@@ -38,9 +38,7 @@ class TensorFile:
             try:
                 got = os.preadv(self.descriptor, [view[done:]], start + done)
             except OSError as error:
-                raise EnvironmentFault(
-                    f"{self.where}: reading failed ({error.strerror}); check the disk"
-                ) from error
+                raise EnvironmentFault(f"{self.where}: reading failed ({error.strerror}); check the disk") from error
             if got == 0:
                 raise InputError(f"{self.where}: it became shorter while it was read; let no one write to it")
             done += got
@@ -56,9 +54,7 @@ class TensorFile:
         """InputError if the file is no longer what it was when it was opened."""
         now = os.fstat(self.descriptor)
         if (now.st_size, now.st_mtime_ns) != (self.state.st_size, self.state.st_mtime_ns):
-            raise InputError(
-                f"{self.where}: it changed while it was read; let no one write to it, and run again"
-            )
+            raise InputError(f"{self.where}: it changed while it was read; let no one write to it, and run again")
 
     def close(self) -> None:
         os.close(self.descriptor)

@@ -15,9 +15,7 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.ops import OPS
 
 # The families of transformers whose projections are stored transposed, and the names of those.
-CONV1D_FAMILIES = frozenset(
-    {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
-)
+CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
 CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
 _TYING = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
@@ -113,9 +111,7 @@ def refused_copies(base: Checkpoint, adapter: Adapter) -> Iterator[InputError]:
     """For each copy of a base tensor in the adapter that is not equal to it."""
     for name, values in adapter.copies.items():
         if name not in base.at:
-            yield MatchError(
-                f"{printable(adapter.where)}: it holds a copy of {printable(name)}, which the base lacks"
-            )
+            yield MatchError(f"{printable(adapter.where)}: it holds a copy of {printable(name)}, which the base lacks")
             continue
         info = base.at[name][1].info
         site = Site(name, {"weight": info})

@@ -1,10 +1,8 @@
 """merge_checkpoint: adapters merged into a checkpoint, streaming, into a new folder."""
 
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,10 @@ from surgery.hosts.views import Change, Merged, Watch
 from surgery.io.octets import Tally
 from surgery.io.staging import Staging
 from surgery.io.strict_json import json_bytes
-from surgery.procedures.plan import Plan, Weighted, describe, make_plan
-from surgery.procedures.small_files import RECEIPT, file_sha256, small_files, true_config
-from surgery.procedures.undo_record import FOLDER, UndoWriter
-
-RECEIPT_FORMAT = 1
+from surgery.procedures.plan import Plan, Weighted, make_plan
+from surgery.procedures.receipt import Receipt
+from surgery.procedures.small_files import RECEIPT, SmallFiles, file_sha256, small_files, true_config
+from surgery.procedures.undo_record import UndoWriter
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,8 @@ def merge_checkpoint(
     plan = make_plan(base, adapters, options.dtype)
     plan.require()
     with Staging(out, options.overwrite) as staging, ExitStack() as stack:
-        largest = LargestChange()
-        watches: list[Watch] = [largest]
+        receipt = Receipt(base, adapters, plan)
+        watches: list[Watch] = [receipt]
         undo = stack.enter_context(UndoWriter(base, staging)) if options.reversible else None
         watches += [undo] if undo is not None else []
         read = base.tally()
@@ -75,31 +72,14 @@ def merge_checkpoint(
         with CheckpointSink(base, staging, changed, tile_elements=options.tile_elements) as sink:
             copy(Merged(base, plan.changes, _all(watches)), sink)
         base.check_unchanged()
-        beside = _carry(base, adapters, options, staging, undo, read)
-        receipt = make_receipt(base, adapters, plan, options, read, sink.tallies, largest.values, beside)
-        staging.write(RECEIPT, json_bytes(receipt))
-    return MergeReport(out, plan, receipt)
-
-
-class LargestChange:
-    """A watch that keeps, by tensor, the largest |merged - original|."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, float] = {}
-
-    def __call__(
-        self,
-        change: Change,
-        rows: slice,
-        original: Tensor,
-        merged: Tensor,
-        steps: Sequence[Elementwise] | None,
-    ) -> None:
-        del rows, steps
-        name = change.site.weight.name
-        apart = (merged.to(torch.float64) - original.to(torch.float64)).abs()
-        here = float(apart.max()) if apart.numel() else 0.0
-        self.values[name] = max(here, self.values.get(name, 0.0))
+        files = _carry(base, adapters, options, staging)
+        if undo is not None:
+            changed_files = [INDEX] if base.index is not None and changed else []
+            changed_files += ["config.json"] if true_config(base, options.dtype) is not None else []
+            undo.finish(adapters, _originals(base, read, files), sorted({*files.displaced, *changed_files}))
+        told = receipt.finish(read, sink.tallies, files, options.dtype, options.reversible)
+        staging.write(RECEIPT, json_bytes(told))
+    return MergeReport(out, plan, told)
 
 
 def _all(watches: Sequence[Watch]) -> Watch:
@@ -116,24 +96,15 @@ def _refuse_overlap(base: Checkpoint, adapters: Sequence[Weighted], out: Path) -
     """An output inside an input, or over it, would destroy what it is made of."""
     target = out.resolve()
     for path in (base.folder, *(Path(one.adapter.where) for one in adapters)):
-        inside = (
-            target == path.resolve() or path.resolve() in target.parents or target in path.resolve().parents
-        )
+        inside = target == path.resolve() or path.resolve() in target.parents or target in path.resolve().parents
         if inside:
             raise ConfigError(
                 f"{printable(out)}: it overlaps with {printable(path)}, which is read; name another folder"
             )
 
 
-def _carry(
-    base: Checkpoint,
-    adapters: Sequence[Weighted],
-    options: Options,
-    staging: Staging,
-    undo: UndoWriter | None,
-    read: Sequence[Tally],
-) -> dict[str, Any]:
-    """Write the small files and finish the undo record; returns what the receipt says of them."""
+def _carry(base: Checkpoint, adapters: Sequence[Weighted], options: Options, staging: Staging) -> SmallFiles:
+    """Write the small files."""
     files = small_files(base, [Path(one.adapter.where) for one in adapters])
     config = true_config(base, options.dtype)
     for name, path in files.carried.items():
@@ -141,63 +112,11 @@ def _carry(
             staging.write(name, config)
         else:
             staging.carry(path, name)
-    if undo is not None:
-        displaced = [*files.displaced, *(["config.json"] if config is not None else [])]
-        displaced += [INDEX] if base.index is not None else []
-        originals = {
-            file.path.name: tally.whole.hexdigest() for file, tally in zip(base.files, read, strict=True)
-        }
-        kept = [
-            *(name for name in files.carried if name not in files.added),
-            *([INDEX] if base.index else []),
-        ]
-        originals |= {name: file_sha256(base.folder / name) for name in kept}
-        undo.finish(adapters, originals, sorted(set(displaced)))
-    return {"left_out": files.left_out, "carried": sorted(files.carried)}
+    return files
 
 
-def make_receipt(
-    base: Checkpoint,
-    adapters: Sequence[Weighted],
-    plan: Plan,
-    options: Options,
-    read: Sequence[Tally],
-    written: dict[str, Tally],
-    largest: dict[str, float],
-    beside: dict[str, Any],
-) -> dict[str, Any]:
-    """What went in, what was done, what came out; no times, no paths of the machine."""
-    before = {name: digest for tally in read for name, digest in tally.tensors.items()}
-    after = {name: digest for tally in written.values() for name, digest in tally.tensors.items()}
-    changes = {change.site.weight.name: describe(change) for change in plan.changes}
-    changed = {
-        name: {
-            **about,
-            "largest_change": largest[name].hex(),
-            "base_sha256": before[name],
-            "sha256": after[name],
-        }
-        for name, about in changes.items()
-    }
-    return {
-        "format": RECEIPT_FORMAT,
-        "base": {"files": {f.path.name: t.whole.hexdigest() for f, t in zip(base.files, read, strict=True)}},
-        "adapters": [
-            {"sha256": dict(adapter.sha256), "weight": weight.hex()} for adapter, weight in adapters
-        ],
-        "options": {
-            "arithmetic": "exact",
-            "dtype": str(options.dtype).removeprefix("torch.") if options.dtype else None,
-        },
-        "changed": changed,
-        "untouched": {name: digest for name, digest in after.items() if name not in changes},
-        "files": {name: tally.whole.hexdigest() for name, tally in written.items()},
-        "reversible": FOLDER if options.reversible else None,
-        "notes": list(plan.notes),
-        **beside,
-        "tools": {
-            "surgery": version("model-surgery"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
+def _originals(base: Checkpoint, read: Sequence[Tally], files: SmallFiles) -> dict[str, str]:
+    """sha256 of each file of the base that an unmerge gives back."""
+    found = {file.path.name: tally.whole.hexdigest() for file, tally in zip(base.files, read, strict=True)}
+    kept = [name for name in files.carried if name not in files.added] + ([INDEX] if base.index else [])
+    return found | {name: file_sha256(base.folder / name) for name in kept}

@@ -127,20 +127,14 @@ def _lay(base: Checkpoint, adapter: Adapter, weight: float, changes: dict[str, C
         name = site.weight.name
         before = changes.get(name, Change(Site(name, {"weight": site.weight}, site.op), site.weight.dtype))
         if before.saved is not None or before.site.op != site.op:
-            refusals.append(
-                MatchError(f"{printable(name)}: two adapters treat it in ways that exclude each other")
-            )
+            refusals.append(MatchError(f"{printable(name)}: two adapters treat it in ways that exclude each other"))
         changes[name] = Change(before.site, before.dtype, (*before.layers, layer))
     sites, missing = replaced(base, adapter)
     if adapter.saved and weight != 1:
-        raise ConfigError(
-            f"{printable(adapter.where)}: it replaces modules (modules_to_save); its weight must be 1"
-        )
+        raise ConfigError(f"{printable(adapter.where)}: it replaces modules (modules_to_save); its weight must be 1")
     for site, values in sites:
         if site.name in changes:
-            refusals.append(
-                MatchError(f"{printable(site.name)}: it would be replaced twice, or adapted and replaced")
-            )
+            refusals.append(MatchError(f"{printable(site.name)}: it would be replaced twice, or adapted and replaced"))
         changes[site.name] = Change(site, site.weight.dtype, saved=values)
     return refusals + missing
 
@@ -174,15 +168,10 @@ def _costed(
 ) -> Plan:
     infos = list(base.tensors())
     written = {change.site.weight.name: change for change in changes}
-    sizes = [
-        info._replace(dtype=written[info.name].dtype if info.name in written else info.dtype)
-        for info in infos
-    ]
+    sizes = [info._replace(dtype=written[info.name].dtype if info.name in written else info.dtype) for info in infos]
     tile = max((min(TILE_ELEMENTS, info.nbytes) for info in infos), default=0)
     held = sum(v.nbytes for one in adapters for params in one.adapter.sites.values() for v in params.values())
-    held += sum(
-        v.nbytes for one in adapters for v in (*one.adapter.saved.values(), *one.adapter.copies.values())
-    )
+    held += sum(v.nbytes for one in adapters for v in (*one.adapter.saved.values(), *one.adapter.copies.values()))
     return Plan(
         tuple(changes),
         tuple(refusals),

@@ -13,9 +13,7 @@ from surgery.io.strict_json import json_bytes
 RECEIPT = "surgery.receipt.json"
 
 # Weights in other formats, which a merge would leave stale.
-_STALE = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx"}
-)
+_STALE = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx"})
 _STALE_FOLDERS = frozenset({"onnx", "openvino", "coreml", "surgery.undo"})
 _STALE_NAMES = frozenset({RECEIPT, INDEX})
 
@@ -42,7 +40,8 @@ class SmallFiles(NamedTuple):
 def small_files(base: Checkpoint, adapters: Sequence[Path]) -> SmallFiles:
     """What stands beside the weights of `base`, overlaid by the tokenizers of `adapters`."""
     found, left_out = _beside(base)
-    displaced, added = [], []
+    displaced: list[str] = []
+    added: list[str] = []
     for folder in adapters:
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             if path.is_file() and path.name.startswith(_TOKENIZER):

@@ -7,12 +7,11 @@ the adapters that were merged, and the small files whose bytes the merge changed
 
 import base64
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from surgery.adapters.peft import adapter_bytes
@@ -86,9 +85,7 @@ class UndoWriter:
         self.at += len(data)
         write_all(self.streams, data)
 
-    def finish(
-        self, adapters: Sequence[Weighted], files: Mapping[str, str], displaced: Sequence[str]
-    ) -> None:
+    def finish(self, adapters: Sequence[Weighted], files: Mapping[str, str], displaced: Sequence[str]) -> None:
         """`files` are the originals' sha256 by name; `displaced` those whose bytes the merge changes."""
         self.context.close()
         for name in displaced:
@@ -127,9 +124,7 @@ class UndoRecord:
         try:
             self._take(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(
-                f"{printable(self.folder)}: record.json is damaged ({printable(error)})"
-            ) from error
+            raise FormatError(f"{printable(self.folder)}: record.json is damaged ({printable(error)})") from error
 
     def _take(self, data: Mapping[str, Any]) -> None:
         if data["format"] != FORMAT:
@@ -154,9 +149,7 @@ class UndoRecord:
             while data := file.read(1 << 22):
                 found.update(data)
         if found.hexdigest() != self.streams_sha256:
-            raise CheckError(
-                f"{printable(self.folder)}: its streams have been changed; the merge cannot be undone"
-            )
+            raise CheckError(f"{printable(self.folder)}: its streams have been changed; the merge cannot be undone")
 
     def undo(self, change: Change) -> Undo:
         """What the weight of `change` needs; read anew at each call."""
@@ -172,7 +165,3 @@ class UndoRecord:
         with (self.folder / "streams").open("rb") as file:
             file.seek(span[0])
             return bytearray(file.read(span[1]))
-
-
-Lookup = Callable[[Change], Undo]
-_ = torch
