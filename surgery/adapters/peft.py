@@ -51,7 +51,7 @@ def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
 
 
 def adapter_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """The content of adapter_model.safetensors, for tensors by their name in the base with PEFT's spelling behind it."""
+    """The content of adapter_model.safetensors, for tensors by their name in the base as PEFT ends it."""
     found = [(PREFIX + name, tensors[name].detach().cpu().contiguous()) for name in sorted(tensors)]
     infos = [TensorInfo(key, values.dtype, tuple(values.shape)) for key, values in found]
     return b"".join([encode_header(infos, {"format": "pt"}), *(octets(values) for _, values in found)])
@@ -106,7 +106,7 @@ def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256:
             saved[name] = values
         else:
             raise FormatError(
-                f"{printable(where)}: no place for tensor {printable(key)} ({SPELLINGS[values.dtype]}); "
+                f"{printable(where)}: no place for {printable(key)} ({SPELLINGS[values.dtype]}); "
                 f"{config.peft_type} tensors end in {', '.join(config.spellings)}; was it renamed?"
             )
     _check_complete(config, sites, where)

@@ -53,5 +53,9 @@ class Site:
         """(out, in) of the matrix."""
         return self.acting.shape(self.weight.shape)
 
+    def rows(self, rows: slice | None) -> slice:
+        """`rows` of the stored weight, all if None; a scalar counts as one row."""
+        return slice(0, self.weight.shape[0] if self.weight.shape else 1) if rows is None else rows
+
     def with_op(self, op: Op) -> "Site":
         return replace(self, op=op)

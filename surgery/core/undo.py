@@ -5,7 +5,7 @@ neighbours in the order of their bits, and which of them w was is a small number
 candidate and nothing is stored.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Recorder:
 class Restorer:
     """The inverse of Recorder: gives the original tiles back, in the same order."""
 
-    def __init__(self, streams: dict[int, bytes]) -> None:
+    def __init__(self, streams: Mapping[int, bytes]) -> None:
         self.readers = {bits: _BitReader(bits, data) for bits, data in streams.items()}
 
     def restore(self, merged: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> Tensor:

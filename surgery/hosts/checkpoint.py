@@ -79,6 +79,10 @@ class Checkpoint:
                 self.tallies[index].end(info.name)
         return Packed({"weight": tensor_from(data, info.dtype, part.shape)})
 
+    def written_name(self, file: TensorFile) -> str:
+        """What a copy of one of its files is called: a base given as one file becomes a model folder."""
+        return file.path.name if self.path.is_dir() else SINGLE
+
     def position(self, name: str) -> tuple[int, int]:
         """Where a tensor's bytes begin: file and offset."""
         index, entry = self.at[name]

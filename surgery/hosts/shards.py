@@ -7,7 +7,7 @@ from typing import BinaryIO
 import torch
 
 from surgery.core.codec import Packed
-from surgery.core.site import Site, TensorInfo
+from surgery.core.site import Site
 from surgery.core.source import row_tiles
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.io.header import Header, encode_header
@@ -60,17 +60,19 @@ class CheckpointSink:
             self._end(name)
 
     def close(self) -> None:
-        """Carry what is left, and write the index."""
+        """Carry what is left."""
         for name in self.order[self.done :]:
             self._carry(name)
         self._open(len(self.base.files))
-        if self.base.index is not None:
-            self.staging.write(INDEX, self._index())
 
-    def infos(self) -> Iterator[TensorInfo]:
-        """What is written, in its order."""
-        for info in self.base.tensors():
-            yield info._replace(dtype=self.dtypes.get(info.name, info.dtype))
+    def index(self) -> bytes | None:
+        """The base's index, if it has one; its size follows a change of dtype."""
+        if self.base.index is None or not self.dtypes:
+            return None if self.base.index is None else (self.base.folder / INDEX).read_bytes()
+        infos = (info._replace(dtype=self.dtypes.get(info.name, info.dtype)) for info in self.base.tensors())
+        metadata = dict(self.base.index.get("metadata") or {})
+        metadata["total_size"] = sum(info.nbytes for info in infos)
+        return json_bytes({**self.base.index, "metadata": metadata})
 
     def _carry(self, name: str) -> None:
         for chunk in self.base.read(name):
@@ -97,7 +99,7 @@ class CheckpointSink:
             if self.opened == len(self.base.files):
                 return
             source = self.base.files[self.opened]
-            name = source.path.name if self.base.path.is_dir() else "model.safetensors"
+            name = self.base.written_name(source)
             raw = self.headers.get(name) or self._header(source.header)
             self.file = self.context.enter_context(self.staging.file(name))
             write_all(self.file, raw)
@@ -110,12 +112,3 @@ class CheckpointSink:
         return encode_header(
             [info._replace(dtype=self.dtypes.get(info.name, info.dtype)) for info in infos], header.metadata
         )
-
-    def _index(self) -> bytes:
-        """The base's index; its size follows a change of dtype."""
-        assert self.base.index is not None
-        if not self.dtypes:
-            return (self.base.folder / INDEX).read_bytes()
-        metadata = dict(self.base.index.get("metadata") or {})
-        metadata["total_size"] = sum(info.nbytes for info in self.infos())
-        return json_bytes({**self.base.index, "metadata": metadata})

@@ -1,6 +1,6 @@
 """Merged and Unmerged: a host as it reads with adapters laid over it, or taken off again."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,7 +55,7 @@ class Merged:
         """ValueRangeError where the base or the outcome is not finite."""
         change = self.changes[site.name]
         packed = self.source.load(site, rows)
-        rows = slice(0, site.weight.shape[0] if site.weight.shape else 1) if rows is None else rows
+        rows = site.rows(rows)
         steps: list[Elementwise] | None
         if change.saved is not None:
             laid, steps = change.saved.view(site.weight.shape)[rows if site.weight.shape else ...], None
@@ -82,25 +82,27 @@ class Undo:
 class Unmerged:
     """The weights of `source`, a merged host, as they were before `changes`; each is read once, in order."""
 
-    def __init__(self, source: Source, changes: Iterable[Change], undo: Mapping[str, Undo]) -> None:
+    def __init__(self, source: Source, changes: Iterable[Change], undo: Callable[[Change], Undo]) -> None:
         self.source, self.undo = source, undo
         self.changes = {change.site.name: change for change in changes}
-        self.restorers: dict[str, Restorer] = {}
+        self.current: tuple[str, Undo, Restorer] | None = None
 
     def sites(self) -> Iterable[Site]:
         return [change.site for change in self.changes.values()]
 
     def load(self, site: Site, rows: slice | None = None) -> Packed:
-        change, undo = self.changes[site.name], self.undo[site.name]
+        """CheckError where the record does not fit the merged weight."""
         merged = self.source.load(site, rows).tensors["weight"]
-        rows = slice(0, site.weight.shape[0] if site.weight.shape else 1) if rows is None else rows
+        change, rows = self.changes[site.name], site.rows(rows)
+        if self.current is None or self.current[0] != site.name:
+            undo = self.undo(change)
+            self.current = site.name, undo, Restorer(undo.streams or {})
+        _, undo, restorer = self.current
         if undo.kept is not None:
-            return Packed({"weight": undo.kept.view(site.weight.shape)[rows if site.weight.shape else ...]})
-        if site.name not in self.restorers:
-            self.restorers[site.name] = Restorer(dict(undo.streams or {}))
+            return Packed({"weight": undo.kept[rows if site.weight.shape else ...]})
         steps = elementwise(change, rows)
         assert steps is not None  # what has no steps is kept
-        return Packed({"weight": self.restorers[site.name].restore(merged, steps, undo.dtype)})
+        return Packed({"weight": restorer.restore(merged, steps, undo.dtype)})
 
 
 def elementwise(change: Change, rows: slice) -> list[Elementwise] | None:

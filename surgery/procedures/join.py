@@ -49,7 +49,7 @@ class Joined:
         site = site.with_op(op)
         wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
         check_shapes(name, params, wanted, self.adapter.where)
-        if op.name == "embedding" and self._is_tied(site):
+        if op.name == "embedding" and ties_head(self.base, site):
             raise MatchError(
                 f"{printable(name)}: this embedding is tied to the output head, which the checkpoint does not hold; "
                 "a merge would change both; save the base with tie_word_embeddings=false first"
@@ -93,18 +93,19 @@ class Joined:
         specs = self.adapter.config.method(name).tensors(site.with_op(op))
         return all(tuple(self.adapter.sites[name][role].shape) == spec.shape for role, spec in specs.items())
 
-    def _is_tied(self, site: Site) -> bool:
-        """Whether an output head of this shape belongs to the model, and no tensor for it is here."""
-        names = self.base.config.get("architectures") or ["ForCausalLM"]
-        others = (info for info in self.base.tensors() if info.name != site.weight.name)
-        return str(names[0]).endswith(_TYING) and all(info.shape != site.weight.shape for info in others)
-
     def _absent(self, name: str) -> str:
         close = ", ".join(printable(other) for other in nearest(name, self.known))
         return (
             f"{printable(self.adapter.where)}: {printable(name)} is not in the base; nearest there: {close}; "
             "is this the adapter's base? An absent output head is tied to the embedding"
         )
+
+
+def ties_head(base: Checkpoint, embedding: Site) -> bool:
+    """Whether the model has an output head, and no tensor for it is here: it is the embedding's."""
+    architecture = str((base.config.get("architectures") or ["ForCausalLM"])[0])
+    others = (info for info in base.tensors() if info.name != embedding.weight.name)
+    return architecture.endswith(_TYING) and all(info.shape != embedding.weight.shape for info in others)
 
 
 def refused_copies(base: Checkpoint, adapter: Adapter) -> Iterator[InputError]:

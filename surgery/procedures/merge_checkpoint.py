@@ -72,6 +72,9 @@ def merge_checkpoint(
         with CheckpointSink(base, staging, changed, tile_elements=options.tile_elements) as sink:
             copy(Merged(base, plan.changes, _all(watches)), sink)
         base.check_unchanged()
+        index = sink.index()
+        if index is not None:
+            staging.write(INDEX, index)
         files = _carry(base, adapters, options, staging)
         if undo is not None:
             changed_files = [INDEX] if base.index is not None and changed else []
@@ -117,6 +120,6 @@ def _carry(base: Checkpoint, adapters: Sequence[Weighted], options: Options, sta
 
 def _originals(base: Checkpoint, read: Sequence[Tally], files: SmallFiles) -> dict[str, str]:
     """sha256 of each file of the base that an unmerge gives back."""
-    found = {file.path.name: tally.whole.hexdigest() for file, tally in zip(base.files, read, strict=True)}
+    found = {base.written_name(file): tally.whole.hexdigest() for file, tally in zip(base.files, read, strict=True)}
     kept = [name for name in files.carried if name not in files.added] + ([INDEX] if base.index else [])
     return found | {name: file_sha256(base.folder / name) for name in kept}

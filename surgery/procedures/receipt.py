@@ -53,7 +53,9 @@ class Receipt:
             name = change.site.weight.name
             hashes = {"base_sha256": before[name], "sha256": after[name]}
             changed[name] = {**describe(change), "largest_change": self.largest[name].hex(), **hashes}
-        base_files = {f.path.name: t.whole.hexdigest() for f, t in zip(self.base.files, read, strict=True)}
+        base_files = {
+            self.base.written_name(f): t.whole.hexdigest() for f, t in zip(self.base.files, read, strict=True)
+        }
         return {
             "format": FORMAT,
             "base": {"files": base_files},

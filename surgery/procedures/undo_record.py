@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from surgery.adapters.peft import adapter_bytes
+from surgery.adapters.peft import adapter_bytes, read_adapter
 from surgery.core.method import Elementwise
 from surgery.core.undo import Recorder
 from surgery.errors import CheckError, FormatError, printable
@@ -25,6 +25,7 @@ from surgery.io.octets import tensor_from
 from surgery.io.staging import Staging, write_all
 from surgery.io.strict_json import json_bytes, read_json
 from surgery.procedures.plan import Weighted
+from surgery.procedures.small_files import file_sha256
 
 FOLDER = "surgery.undo"
 FORMAT = 1
@@ -98,7 +99,7 @@ class UndoWriter:
                     tensors[f"{site}.{spelled[role, adapter.ops.get(site)]}"] = values
             self.staging.write(f"{FOLDER}/adapter-{index}.tensors", adapter_bytes(tensors))
             self.staging.write(f"{FOLDER}/adapter-{index}.json", json_bytes(adapter.config.to_json()))
-        headers = {f.path.name: base64.b64encode(f.header.raw).decode() for f in self.base.files}
+        headers = {self.base.written_name(f): base64.b64encode(f.header.raw).decode() for f in self.base.files}
         record = {
             "format": FORMAT,
             "weights": [weight.hex() for _, weight in adapters],
@@ -144,12 +145,16 @@ class UndoRecord:
 
     def check(self) -> None:
         """CheckError if the streams are not those that the merge wrote."""
-        found = hashlib.sha256()
-        with (self.folder / "streams").open("rb") as file:
-            while data := file.read(1 << 22):
-                found.update(data)
-        if found.hexdigest() != self.streams_sha256:
+        if file_sha256(self.folder / "streams") != self.streams_sha256:
             raise CheckError(f"{printable(self.folder)}: its streams have been changed; the merge cannot be undone")
+
+    def adapters(self) -> list[Weighted]:
+        """The adapters that were merged, in their order."""
+        found = []
+        for index, weight in enumerate(self.weights):
+            adapter = read_adapter(self.folder / f"adapter-{index}.tensors", f"adapter-{index}.json")
+            found.append(Weighted(adapter, weight))
+        return found
 
     def undo(self, change: Change) -> Undo:
         """What the weight of `change` needs; read anew at each call."""

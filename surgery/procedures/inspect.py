@@ -1,0 +1,75 @@
+"""inspect: the sites of a model's files, or the tensors of an adapter's."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from surgery.adapters.peft import CONFIG, TENSORS, read_adapter
+from surgery.core.site import Site
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.procedures.join import CONV1D_FAMILIES, CONV1D_NAMES, ties_head
+
+
+class Row(NamedTuple):
+    """A site, or a tensor of an adapter."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    size_bytes: int
+    tied: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What lies at a path: `kind` is model or adapter."""
+
+    kind: str
+    rows: tuple[Row, ...]
+    config: dict[str, Any]
+
+    def summary(self) -> str:
+        """One line."""
+        total = sum(row.size_bytes for row in self.rows)
+        return f"{self.kind}: {len(self.rows)} {'sites' if self.kind == 'model' else 'tensors'}, {total / 1e6:.1f} MB"
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [{**row._asdict(), "shape": list(row.shape)} for row in self.rows]
+        return {"kind": self.kind, "config": self.config, "rows": rows}
+
+
+def inspect(path: Path) -> Inspection:
+    """InputError if neither a model nor an adapter lies at `path`."""
+    if (path / CONFIG).is_file() or path.name == TENSORS:
+        adapter = read_adapter(path)
+        return Inspection("adapter", tuple(_adapter_rows(adapter.sites, adapter.ops)), adapter.config.to_json())
+    with Checkpoint(path) as base:
+        return Inspection("model", tuple(_row(base, site) for site in base.sites()), base.config)
+
+
+def _adapter_rows(sites: Any, ops: Any) -> Iterator[Row]:
+    for name, params in sorted(sites.items()):
+        for role, values in sorted(params.items()):
+            dtype = str(values.dtype).removeprefix("torch.")
+            yield Row(f"{name} {role}", ops.get(name, ""), tuple(values.shape), dtype, values.nbytes)
+
+
+def _row(base: Checkpoint, site: Site) -> Row:
+    info = site.tensors.get("weight") or next(iter(site.tensors.values()))
+    size = sum(one.nbytes for one in site.tensors.values())
+    dtype = str(info.dtype).removeprefix("torch.")
+    op = likely_op(base, site)
+    tied = "output head" if op == "embedding" and ties_head(base, site) else ""
+    return Row(site.name or info.name, op, info.shape, dtype, size, tied)
+
+
+def likely_op(base: Checkpoint, site: Site) -> str:
+    """By name and family alone: a checkpoint does not say."""
+    last = site.name.rpartition(".")[2]
+    if "weight" not in site.tensors or len(site.weight.shape) != 2:
+        return ""
+    if base.config.get("model_type") in CONV1D_FAMILIES and last in CONV1D_NAMES:
+        return "conv1d"
+    return "embedding" if "emb" in last or last in ("wte", "wpe", "tokens_embed", "positions_embed") else "linear"
