@@ -99,6 +99,20 @@ class Staging:
                 path.unlink()
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """`data` as the file `path`, which is the old one or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with _faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb", buffering=0) as file:
+                write_all(file, data)
+                os.fsync(file.fileno())
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     """All of `data`, to an unbuffered file, whose `write` may stop short."""
     view = memoryview(data)

@@ -46,7 +46,7 @@ class Adapted(nn.Module):
         self.fitted: dict[str, Fitted] = {}
         self.active: tuple[str, ...] = ()
         self.enabled = True
-        self.merged: tuple[str, ...] | None = None  # the adapters that are in the base weight now
+        self.merged: Any = None  # what undoes the merge, while the base weight holds the active adapters
         self.running: tuple[Fitted, ...] = ()
 
     def fit(self, adapter: str, method: Method, params: Params, trainable: bool) -> None:
@@ -105,7 +105,8 @@ class Adapted(nn.Module):
 
     def _branch(self, one: Fitted, x: Tensor, below: Callable[[Tensor], Tensor]) -> Tensor:
         params: Any = {role: held[key] for role, (held, key) in one.holders.items()}
-        return one.method.branch(x, below, self.op, params, self.training)
+        out: Tensor = one.method.branch(x, below, self.op, params, self.training)
+        return out
 
     def _effective(self) -> Dense:
         base: Any = self._modules["base_layer"]

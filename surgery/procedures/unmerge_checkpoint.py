@@ -10,6 +10,7 @@ from surgery.errors import CheckError, ConfigError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.shards import TILE_ELEMENTS, CheckpointSink
 from surgery.hosts.views import Change, Unmerged
+from surgery.io.octets import Tally
 from surgery.io.staging import Staging
 from surgery.procedures.plan import make_plan
 from surgery.procedures.receipt import read_receipt
@@ -49,13 +50,9 @@ def unmerge_checkpoint(
         with CheckpointSink(source, staging, record.dtypes, record.headers, tile_elements) as sink:
             copy(Unmerged(source, changes, record.undo), sink)
         source.check_unchanged()
-        _compare(
-            "merged file",
-            merged,
-            {f.path.name: t.whole.hexdigest() for f, t in zip(source.files, read, strict=True)},
-            receipt["files"],
-        )
-        found = {name: tally.whole.hexdigest() for name, tally in sink.tallies.items()}
+        names = [file.path.name for file in source.files]
+        _compare("merged file", merged, dict(zip(names, map(_digest, read), strict=True)), receipt["files"])
+        found = {name: _digest(tally) for name, tally in sink.tallies.items()}
         for name in record.files.keys() - found.keys():
             path = merged / FOLDER / "files" / name if name in record.displaced else merged / name
             if not path.is_file():
@@ -64,6 +61,10 @@ def unmerge_checkpoint(
             found[name] = file_sha256(staging.folder / name)
         _compare("restored file", merged, found, record.files)
     return UnmergeReport(out, found)
+
+
+def _digest(tally: Tally) -> str:
+    return tally.whole.hexdigest()
 
 
 def _changes(source: Checkpoint, record: UndoRecord) -> list[Change]:

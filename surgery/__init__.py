@@ -1,0 +1,114 @@
+"""Model surgery: adapters into torch models and out again, bit for bit."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.api import (
+        disable_adapters,
+        eject,
+        enable_adapters,
+        inject,
+        inspect,
+        load,
+        merge,
+        merge_checkpoint,
+        plan,
+        save,
+        set_adapter,
+        unmerge,
+        unmerge_checkpoint,
+        verify_checkpoint,
+    )
+    from surgery.core.config import AdapterConfig
+    from surgery.errors import (
+        CheckError,
+        ConfigError,
+        EnvironmentFault,
+        FormatError,
+        InputError,
+        MatchError,
+        OutputExistsError,
+        ShapeError,
+        StateError,
+        SurgeryError,
+        UsageError,
+        ValueRangeError,
+    )
+    from surgery.methods.lora import LoraConfig
+    from surgery.procedures.inspect import Inspection
+    from surgery.procedures.merge_checkpoint import MergeReport
+    from surgery.procedures.plan import Plan
+    from surgery.procedures.unmerge_checkpoint import UnmergeReport
+    from surgery.procedures.verify import VerifyReport
+
+_HOMES = {
+    "AdapterConfig": "core.config",
+    "CheckError": "errors",
+    "ConfigError": "errors",
+    "EnvironmentFault": "errors",
+    "FormatError": "errors",
+    "InputError": "errors",
+    "Inspection": "procedures.inspect",
+    "LoraConfig": "methods.lora",
+    "MatchError": "errors",
+    "MergeReport": "procedures.merge_checkpoint",
+    "OutputExistsError": "errors",
+    "Plan": "procedures.plan",
+    "ShapeError": "errors",
+    "StateError": "errors",
+    "SurgeryError": "errors",
+    "UnmergeReport": "procedures.unmerge_checkpoint",
+    "UsageError": "errors",
+    "ValueRangeError": "errors",
+    "VerifyReport": "procedures.verify",
+}
+
+__all__ = [
+    "AdapterConfig",
+    "CheckError",
+    "ConfigError",
+    "EnvironmentFault",
+    "FormatError",
+    "InputError",
+    "Inspection",
+    "LoraConfig",
+    "MatchError",
+    "MergeReport",
+    "OutputExistsError",
+    "Plan",
+    "ShapeError",
+    "StateError",
+    "SurgeryError",
+    "UnmergeReport",
+    "UsageError",
+    "ValueRangeError",
+    "VerifyReport",
+    "disable_adapters",
+    "eject",
+    "enable_adapters",
+    "inject",
+    "inspect",
+    "load",
+    "merge",
+    "merge_checkpoint",
+    "plan",
+    "save",
+    "set_adapter",
+    "unmerge",
+    "unmerge_checkpoint",
+    "verify_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names come from their files when they are first used: torch is not imported before."""
+    if name not in __all__:
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    value = getattr(import_module(f"surgery.{_HOMES.get(name, 'api')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

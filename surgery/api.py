@@ -1,0 +1,174 @@
+"""The public functions: each finds its inputs and calls one procedure."""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from surgery.adapters.peft import CONFIG, config_from, read_adapter
+from surgery.core.config import AdapterConfig
+from surgery.errors import ConfigError, printable
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.integrations.transformers import output_heads
+from surgery.io.hub import locate
+from surgery.io.strict_json import read_json
+from surgery.procedures import adapter_files, switch
+from surgery.procedures import inject as injection
+from surgery.procedures import inspect as inspection
+from surgery.procedures import merge as live
+from surgery.procedures import merge_checkpoint as merging
+from surgery.procedures import plan as planning
+from surgery.procedures import unmerge_checkpoint as unmerging
+from surgery.procedures import verify as verifying
+from surgery.procedures.plan import Weighted
+
+Model = TypeVar("Model", bound=nn.Module)
+Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
+Adapters = Where | Sequence[Where | tuple[Where, float]]  # one, or several in their order, each with a weight
+
+
+def inject(model: Model, config: object, *, adapter_name: str = "default", trainable: bool = True) -> Model:
+    """Lay a fresh adapter over the modules that `config` names, in place; returns the model.
+
+    `config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter. The rest
+    of the model is frozen. The first adapter is active. Raises MatchError for an entry of target_modules
+    that matches nothing, ConfigError, StateError.
+
+    >>> import surgery, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> model = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]))
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.lora_A.default.weight', '0.lora_B.default.weight']
+    """
+    injection.inject(model, _config(config), adapter_name, output_heads(model), trainable)
+    return model
+
+
+def load(model: Model, path: Where, *, adapter_name: str = "default", trainable: bool = False) -> Model:
+    """Lay a saved adapter over the model, in place; returns the model.
+
+    `path` is a folder, a file, or owner/name[@revision] on the Hub. The first adapter is active, later ones
+    are not. Raises InputError unless every tensor of the adapter finds its place.
+    """
+    adapter_files.load(model, locate(path), adapter_name, trainable)
+    return model
+
+
+def save(model: nn.Module, folder: Where, *, adapter_name: str | None = None) -> None:
+    """Write the model's adapters as PEFT does: "default" into `folder`, others into sub-folders of their name."""
+    adapter_files.save(model, Path(folder), None if adapter_name is None else [adapter_name])
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> switch.Switched:
+    """Run this adapter, or these in their order; a context manager that takes it back."""
+    return switch.set_adapter(model, adapter_name)
+
+
+def enable_adapters(model: nn.Module) -> switch.Switched:
+    """Run the active adapters; a context manager that takes it back."""
+    return switch.enable_adapters(model)
+
+
+def disable_adapters(model: nn.Module) -> switch.Switched:
+    """Run the base alone; a context manager that takes it back."""
+    return switch.disable_adapters(model)
+
+
+def merge(model: Model, *, undo: live.UndoKind = "index") -> Model:
+    """Add the active adapters to the base weights, in place; `unmerge` brings them back to the bit.
+
+    `undo` "index" stores a fraction of a bit a parameter; "copy" keeps the original weights.
+    """
+    live.merge(model, undo)
+    return model
+
+
+def unmerge(model: Model) -> Model:
+    """The base weights as they were before `merge`, to the bit. StateError if they have changed since."""
+    live.unmerge(model)
+    return model
+
+
+def eject(model: Model, *, keep_merged: bool = False) -> Model:
+    """Put the model's own modules back, with their requires_grad flags; unmerges first unless `keep_merged`."""
+    injection.eject(model, keep_merged)
+    return model
+
+
+def inspect(path: Where) -> inspection.Inspection:
+    """The sites of a model, or the tensors of an adapter, from the headers of its files."""
+    return inspection.inspect(locate(path))
+
+
+def plan(base: Where, adapters: Adapters, *, dtype: str | torch.dtype | None = None) -> planning.Plan:
+    """What a merge would do, and all that stands against it. Writes nothing."""
+    with Checkpoint(locate(base)) as source:
+        return planning.make_plan(source, _weighted(adapters), planning.check_dtype(dtype))
+
+
+def merge_checkpoint(
+    base: Where,
+    adapters: Adapters,
+    out: Where,
+    *,
+    reversible: bool = False,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+) -> merging.MergeReport:
+    """Merge adapters over `base` into the new folder `out`, streaming; complete, or nothing is written.
+
+    `reversible` writes what `unmerge_checkpoint` needs; `dtype` casts all floats.
+    """
+    options = merging.Options(reversible, planning.check_dtype(dtype), overwrite)
+    with Checkpoint(locate(base)) as source:
+        return merging.merge_checkpoint(source, _weighted(adapters), Path(out), options)
+
+
+def unmerge_checkpoint(merged: Where, out: Where, *, overwrite: bool = False) -> unmerging.UnmergeReport:
+    """Write the base of a reversible merge to `out`: the original bytes, checked by their sha256."""
+    return unmerging.unmerge_checkpoint(locate(merged), Path(out), overwrite=overwrite)
+
+
+def verify_checkpoint(
+    base: Where, adapters: Adapters | None = None, out: Where | None = None
+) -> verifying.VerifyReport:
+    """Grade each tensor of `out` against `adapters` merged over `base`, whichever tool made it.
+
+    With one argument, a merged folder, check its files against its receipt. `report.ok` is false where
+    anything is different. Raises InputError for what cannot be read, or has no receipt.
+    """
+    if out is None or adapters is None:
+        return verifying.verify_receipt(locate(base))
+    with Checkpoint(locate(base)) as source, Checkpoint(locate(out)) as found:
+        return verifying.verify_checkpoint(source, _weighted(adapters), found)
+
+
+def _config(value: object) -> AdapterConfig:
+    """The config that `value` is, spells, or lies at."""
+    if isinstance(value, AdapterConfig):
+        return value
+    if isinstance(value, str | PathLike):
+        return config_from(read_json(locate(value) / CONFIG), printable(value))
+    spelled: Any = value.to_dict() if hasattr(value, "to_dict") else value  # a peft config
+    if not isinstance(spelled, Mapping):
+        raise ConfigError(
+            f"config: a {type(value).__name__}; a LoraConfig, a dict, a folder or a peft config is wanted"
+        )
+    return config_from({key: _plain(field) for key, field in spelled.items()}, "config")
+
+
+def _plain(field: Any) -> Any:
+    if isinstance(field, Enum):
+        return field.value
+    return sorted(field) if isinstance(field, set) else field
+
+
+def _weighted(adapters: Adapters) -> list[Weighted]:
+    single = isinstance(adapters, str | PathLike)
+    given: Sequence[Any] = [adapters] if single else adapters  # type: ignore[list-item,assignment]
+    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in given]
+    return [Weighted(read_adapter(locate(where)), float(weight)) for where, weight in pairs]

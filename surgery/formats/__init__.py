@@ -1,0 +1,1 @@
+"""Write-only outsides: formats that merged weights are exported to."""

@@ -1,0 +1,136 @@
+"""save and load: a live model's adapters to PEFT's files, and from them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes, check_shapes, read_adapter
+from surgery.core.adapter import Adapter
+from surgery.core.config import AdapterConfig
+from surgery.core.names import nearest, renaming
+from surgery.errors import MatchError, StateError, printable
+from surgery.hosts.tree import State, adapted_layers, replaced_modules, state_of
+from surgery.io.staging import write_file
+from surgery.io.strict_json import json_bytes
+from surgery.layers import Adapted
+from surgery.procedures.inject import Fitting, Tree, check_name, fit
+
+DEFAULT = "default"
+
+
+def save(root: nn.Module, folder: Path, adapters: Iterable[str] | None = None) -> None:
+    """Write adapters, all if None: "default" into `folder` itself, each other into a sub-folder of its name.
+
+    StateError if the model has none, or not that one.
+    """
+    state = state_of(root)
+    if state is None:
+        raise StateError("save: the model has no adapters; inject or load one first")
+    for adapter in state.configs if adapters is None else adapters:
+        known(state, adapter)
+        target = folder if adapter == DEFAULT else folder / adapter
+        config = _resolved(root, state.configs[adapter], adapter)
+        write_file(target / TENSORS, adapter_bytes(_tensors(root, adapter)))
+        write_file(target / CONFIG, json_bytes(config.to_json()))
+
+
+def load(root: nn.Module, path: Path, adapter_name: str = DEFAULT, trainable: bool = False) -> None:
+    """Lay the adapter at `path` over the model; every tensor finds its place, or nothing changes."""
+    check_name(root, adapter_name)
+    adapter = read_adapter(path)
+    tree = Tree(root)
+    names = renaming(list(adapter.sites), tree.modules.keys())
+    if not names:
+        absent = next(name for name in adapter.sites if name not in tree.modules)
+        close = ", ".join(printable(other) for other in nearest(absent, tree.modules))
+        raise MatchError(
+            f"{printable(path)}: {printable(absent)} is not in the model; nearest there: {close}; "
+            "is this the adapter's base?"
+        )
+    _check_copies(tree, adapter)
+    sites = {}
+    for name, params in adapter.sites.items():
+        first = tree.first_name(names[name])
+        site, method = tree.site(first), adapter.config.method(name)
+        wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
+        check_shapes(name, params, wanted, adapter.where)
+        sites[first] = site, method, params
+    fit(tree, adapter_name, Fitting(adapter.config, sites, _saved(tree, adapter)), trainable)
+
+
+def known(state: State, adapter: str) -> None:
+    """StateError if the model has no adapter of that name."""
+    if adapter not in state.configs:
+        there = ", ".join(state.configs)
+        raise StateError(f"adapter {printable(adapter)!r} is not in the model; there are: {there}")
+
+
+def _tensors(root: nn.Module, adapter: str) -> dict[str, Tensor]:
+    found = {}
+    for name, layer in adapted_layers(root).items():
+        if adapter in layer.fitted:
+            one = layer.fitted[adapter]
+            for role, spec in one.method.tensors(layer.site).items():
+                found[f"{name}.{spec.spelling}"] = one.params[role]
+    for name, module in replaced_modules(root).items():
+        if adapter in module.modules_to_save:
+            for key, values in module.modules_to_save[adapter].state_dict().items():
+                found[f"{name}.{key}"] = values
+    return found
+
+
+def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterConfig:
+    """The config with the paths it stands for, so that a reader needs no matching."""
+    layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
+    resolved = replace(
+        config,
+        target_modules=sorted(layers),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        inference_mode=True,
+        base_model_name_or_path=config.base_model_name_or_path or getattr(root, "name_or_path", None) or None,
+    )
+    if any(field.name == "fan_in_fan_out" for field in fields(config)):
+        transposed = any(layer.op.name == "conv1d" for layer in layers.values())
+        return replace(resolved, **{"fan_in_fan_out": transposed})  # type: ignore[arg-type]  # known only here
+    return resolved
+
+
+def _check_copies(tree: Tree, adapter: Adapter) -> None:
+    for name, values in adapter.copies.items():
+        module = tree.modules.get(name.removesuffix(".weight"))
+        base = module.base_layer if isinstance(module, Adapted) else module
+        weight = None if base is None else base._parameters.get("weight")
+        if weight is None or weight.shape != values.shape or not torch.equal(weight.cpu(), values.to(weight.dtype)):
+            raise MatchError(
+                f"{printable(adapter.where)}: its copy of {printable(name)} is not equal to the model's; "
+                "it was trained or resized; name it in modules_to_save"
+            )
+
+
+def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor]]:
+    """The tensors of `modules_to_save` by module, each module whole."""
+    grouped: dict[str, dict[str, Tensor]] = {}
+    roots = sorted((name for name in tree.modules), key=len)
+    entries = frozenset(adapter.config.modules_to_save or ())
+    modules = [name for name in roots if name.rpartition(".")[2] in entries or name in entries]
+    for name, values in adapter.saved.items():
+        owner = next((module for module in modules if name.startswith(module + ".")), None)
+        if owner is None:
+            raise MatchError(f"{printable(adapter.where)}: {printable(name)} of modules_to_save is not in the model")
+        grouped.setdefault(tree.first_name(owner), {})[name.removeprefix(owner + ".")] = values
+    for owner, given in grouped.items():
+        module = tree.modules[owner]
+        wanted = {
+            key: tuple(values.shape) for key, values in getattr(module, "original_module", module).state_dict().items()
+        }
+        if {key: tuple(values.shape) for key, values in given.items()} != wanted:
+            raise MatchError(
+                f"{printable(adapter.where)}: {printable(owner)} of modules_to_save holds {sorted(given)}; "
+                f"the model's holds {sorted(wanted)}, and shapes must be equal too"
+            )
+    return dict(grouped)

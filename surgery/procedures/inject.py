@@ -1,0 +1,191 @@
+"""inject and eject: adapters into any model in place, and the very modules back out."""
+
+import copy
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.config import AdapterConfig
+from surgery.core.method import Method, Params
+from surgery.core.names import suffix_hits
+from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
+from surgery.core.site import Site
+from surgery.errors import MatchError, StateError, UsageError, printable
+from surgery.hosts.model import live_site, op_of
+from surgery.hosts.tree import Place, State, places, set_state, state_of
+from surgery.layers import Adapted, Replaced, Slot
+from surgery.procedures.merge import refuse_merged, unmerge
+
+Wrapper = TypeVar("Wrapper", Adapted, Replaced)
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_PROBE = Slot()
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """All that one adapter lays over a model, checked: nothing is changed before it is whole."""
+
+    config: AdapterConfig
+    sites: Mapping[str, tuple[Site, Method, Params]]
+    saved: Mapping[str, Mapping[str, Tensor] | None]  # by module: tensors to start from; None: the module's own
+
+
+class Tree:
+    """The modules of a model by path, and the paths of each module."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.places = list(places(root))
+        self.modules = {place.name: place.module for place in self.places}
+        self.aliases: dict[int, list[Place]] = {}
+        for place in self.places:
+            self.aliases.setdefault(id(place.module), []).append(place)
+
+    def first_name(self, name: str) -> str:
+        """The first path of the module at `name`."""
+        return self.aliases[id(self.modules[name])][0].name
+
+    def site(self, name: str) -> Site:
+        """The site at a path. MatchError if no op of ours acts there."""
+        module = self.modules[name]
+        base = module.base_layer if isinstance(module, Adapted) else module
+        op = op_of(base)
+        if op is None:
+            kind = f"{type(base).__module__}.{type(base).__name__}"
+            raise MatchError(
+                f"{printable(name)}: a {kind}; Linear, Conv1D and Embedding can be adapted; "
+                "name their paths, or exclude this one"
+            )
+        return live_site(name, base, op)
+
+
+def inject(
+    root: nn.Module, config: AdapterConfig, adapter: str, output_heads: Collection[str] = (), trainable: bool = True
+) -> None:
+    """Lay a fresh adapter over the modules that `config` selects; `output_heads` are not in "all-linear".
+
+    Raises MatchError for an entry that hits nothing, StateError if `adapter` is there or a merge is.
+    """
+    check_name(root, adapter)
+    tree = Tree(root)
+    config = with_task_heads(config, tree)
+    names = list(tree.modules)
+    linear = [name for name in names if _is_linear(tree.modules[name]) and name not in output_heads]
+    chosen = select(config, names, linear)
+    refuse_unmatched("target_modules", unmatched(config, chosen), names)
+    first = dict.fromkeys(tree.first_name(name) for name in chosen)
+    sites = {}
+    for name in first:
+        site, method = tree.site(name), config.method(name)
+        sites[name] = site, method, method.init(site)
+    saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
+    fit(tree, adapter, Fitting(config, sites, saved), trainable)
+
+
+def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
+    """Lay a checked adapter over the model. The first one of a model is active, later ones are not."""
+    root = tree.root
+    state = state_of(root)
+    if state is None:
+        wanted = frozenset(name for name, values in root.named_parameters() if values.requires_grad)
+        state = State(wanted)
+        set_state(root, state)
+    for parameter in root.parameters():
+        if not state.configs:
+            parameter.requires_grad_(False)
+    for name, (site, method, params) in fitting.sites.items():
+        module = tree.modules[name]
+        layer = module if isinstance(module, Adapted) else _wrap(tree, module, Adapted(module, site))
+        layer.fit(adapter, method, _placed(params, layer.base_layer.weight), trainable)
+    for name, tensors in fitting.saved.items():
+        module = tree.modules[name]
+        holder = module if isinstance(module, Replaced) else _wrap(tree, module, Replaced(module))
+        holder.modules_to_save[adapter] = _copied(holder.original_module, tensors, trainable)
+    state.configs[adapter] = fitting.config
+    activate(root, state, (adapter,) if len(state.configs) == 1 else state.active, state.enabled)
+
+
+def activate(root: nn.Module, state: State, adapters: tuple[str, ...], enabled: bool) -> None:
+    """Run `adapters`, in this order, wherever they lie, if `enabled`."""
+    for place in places(root):
+        if isinstance(place.module, Adapted | Replaced):
+            place.module.activate(adapters, enabled)
+    state.active, state.enabled = adapters, enabled
+
+
+def eject(root: nn.Module, keep_merged: bool = False) -> None:
+    """Put the model's own modules back, with their flags; merged weights are unmerged first, or kept.
+
+    StateError if nothing is injected, or nothing merged that could be kept.
+    """
+    state = state_of(root)
+    if state is None:
+        raise StateError("eject: the model has no adapters; inject or load one first")
+    merged = any(isinstance(p.module, Adapted) and p.module.merged is not None for p in places(root))
+    if keep_merged and not merged:
+        raise StateError("eject: keep_merged, but nothing is merged; merge the model first")
+    if merged and not keep_merged:
+        unmerge(root)
+    for place in list(places(root)):
+        if isinstance(place.module, Adapted):
+            place.parent._modules[place.key] = place.module.base_layer
+        elif isinstance(place.module, Replaced):
+            kept = place.module.running if keep_merged else place.module.original_module
+            place.parent._modules[place.key] = kept
+    for name, parameter in root.named_parameters():
+        parameter.requires_grad_(name in state.trainable)
+    set_state(root, None)
+
+
+def check_name(root: nn.Module, adapter: str) -> None:
+    """UsageError for a name that cannot be one; StateError if it is taken, or adapters are merged."""
+    if not _NAME.fullmatch(adapter) or hasattr(_PROBE, adapter) or hasattr(nn.ModuleDict(), adapter):
+        raise UsageError(
+            f"adapter name {printable(adapter)!r}: letters, digits, _ and - are wanted, and no method's name"
+        )
+    state = state_of(root)
+    if state is not None and adapter in state.configs:
+        raise StateError(f"adapter {adapter!r} is there already; choose another adapter_name, or eject first")
+    refuse_merged(root, "add an adapter")
+
+
+def with_task_heads(config: AdapterConfig, tree: Tree) -> AdapterConfig:
+    """As PEFT: the heads of a task are saved with the adapter, those of them that the model has."""
+    given = list(config.modules_to_save or ())
+    heads = {head for name in tree.modules for head in suffix_hits(config.task_heads(), name)}
+    added = sorted(heads - set(given))
+    return replace(config, modules_to_save=[*given, *added]) if added else config
+
+
+def _is_linear(module: nn.Module) -> bool:
+    op = op_of(module.base_layer if isinstance(module, Adapted) else module)
+    return op is not None and op.name != "embedding"
+
+
+def _wrap(tree: Tree, module: nn.Module, wrapper: Wrapper) -> Wrapper:
+    """Put `wrapper` at every path of `module`."""
+    wrapper.training = module.training
+    for place in tree.aliases[id(module)]:
+        place.parent._modules[place.key] = wrapper
+        tree.modules[place.name] = wrapper
+    tree.aliases[id(wrapper)] = tree.aliases[id(module)]
+    return wrapper
+
+
+def _placed(params: Params, weight: Tensor) -> Params:
+    """On the weight's device, in its dtype, or in float32 where that is a half type: small steps survive."""
+    half = weight.dtype.itemsize < 4
+    dtype = torch.float32 if half else weight.dtype
+    return {role: values.to(weight.device, dtype) for role, values in params.items()}
+
+
+def _copied(original: nn.Module, tensors: Mapping[str, Tensor] | None, trainable: bool) -> nn.Module:
+    module = copy.deepcopy(original)
+    if tensors is not None:
+        module.load_state_dict(dict(tensors))
+    return module.requires_grad_(trainable)

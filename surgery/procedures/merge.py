@@ -1,0 +1,145 @@
+"""merge and unmerge of a live model: the base weights change in place, and come back to the bit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from surgery.core.adapter import Layer
+from surgery.core.method import Elementwise
+from surgery.core.source import copy
+from surgery.core.undo import Recorder
+from surgery.errors import MatchError, StateError, printable
+from surgery.hosts.model import LiveWeights, live_site
+from surgery.hosts.tree import adapted_layers
+from surgery.hosts.views import Change, Merged, Undo, Unmerged
+from surgery.io.octets import sha256_of
+from surgery.layers import Adapted
+
+UndoKind = Literal["index", "copy"]
+
+
+@dataclass(frozen=True)
+class LiveUndo:
+    """What brings one weight back: the change with its own clone of the factors, the record, both hashes."""
+
+    change: Change
+    undo: Undo
+    original_sha256: str
+    merged_sha256: str
+
+
+class LiveRecorder:
+    """A watch that makes the record of each weight as it is merged."""
+
+    def __init__(self, live: LiveWeights, kind: UndoKind) -> None:
+        self.live, self.kind = live, kind
+        self.recorder: Recorder | None = None
+        self.undos: dict[str, Undo] = {}
+        self.originals: dict[str, str] = {}
+
+    def __call__(
+        self, change: Change, rows: slice, original: Tensor, merged: Tensor, steps: Sequence[Elementwise] | None
+    ) -> None:
+        if rows.start == 0:
+            self.recorder = Recorder() if self.kind == "index" and steps is not None else None
+        if self.recorder is not None and steps is not None:
+            self.recorder.add(original, merged, steps)
+        if rows.stop >= change.site.weight.shape[0]:
+            self._end(change)
+
+    def _end(self, change: Change) -> None:
+        name, weight = change.site.name, self.live.weight(change.site)
+        self.originals[name] = sha256_of(weight)
+        streams = self.recorder.streams() if self.recorder is not None and self.recorder.exact else None
+        if streams is None or sum(map(len, streams.values())) >= weight.nbytes:
+            self.undos[name] = Undo(weight.dtype, kept=weight.clone())
+        else:
+            self.undos[name] = Undo(weight.dtype, streams=streams)
+
+
+def merge(root: nn.Module, undo: UndoKind = "index") -> None:
+    """Add the active adapters to the base weights; on an error everything is as it was.
+
+    `undo` "index" records what cannot be recomputed; "copy" keeps the originals: faster, and as large as they.
+    Raises StateError if adapters are merged or none is active, MatchError for a tied weight, ValueRangeError.
+    """
+    refuse_merged(root, "merge again")
+    layers = {name: layer for name, layer in adapted_layers(root).items() if layer.running}
+    if not layers:
+        raise StateError("merge: no active adapter; inject one, or set_adapter and enable_adapters")
+    _refuse_tied(root, layers)
+    changes = [_change(name, layer) for name, layer in layers.items()]
+    live = LiveWeights({name: layer.base_layer for name, layer in layers.items()}, [c.site for c in changes])
+    recorder = LiveRecorder(live, undo)
+    try:
+        copy(Merged(live, changes, recorder), live)
+    except BaseException:
+        done = [c for c in changes if c.site.name in recorder.undos]
+        copy(Unmerged(live, done, lambda change: recorder.undos[change.site.name]), live)
+        raise
+    for change in changes:
+        name = change.site.name
+        merged = sha256_of(live.weight(change.site))
+        layers[name].merged = LiveUndo(change, recorder.undos[name], recorder.originals[name], merged)
+        layers[name].activate(layers[name].active, layers[name].enabled)
+
+
+def unmerge(root: nn.Module) -> None:
+    """The base weights as they were before `merge`, to the bit.
+
+    StateError, and nothing changes, if nothing is merged or a merged weight has changed since.
+    """
+    layers = {name: layer for name, layer in adapted_layers(root).items() if layer.merged is not None}
+    if not layers:
+        raise StateError("unmerge: nothing is merged; merge the model first")
+    live = LiveWeights({name: layer.base_layer for name, layer in layers.items()}, [])
+    undos = {name: _here(layer) for name, layer in layers.items()}
+    for name, undo in undos.items():
+        if sha256_of(live.weight(undo.change.site)) != undo.merged_sha256:
+            raise StateError(f"{printable(name)}: its merged weight has changed since the merge; it cannot be unmerged")
+    copy(Unmerged(live, [undo.change for undo in undos.values()], lambda change: undos[change.site.name].undo), live)
+    for name, layer in layers.items():
+        if sha256_of(live.weight(undos[name].change.site)) != undos[name].original_sha256:
+            raise StateError(f"{printable(name)}: the unmerged weight is not the original; its undo record has changed")
+        layer.merged = None
+        layer.activate(layer.active, layer.enabled)
+
+
+def refuse_merged(root: nn.Module, what: str) -> None:
+    """StateError while adapters are merged."""
+    if any(layer.merged is not None for layer in adapted_layers(root).values()):
+        raise StateError(f"cannot {what} while adapters are merged; unmerge first")
+
+
+def _change(name: str, layer: Adapted) -> Change:
+    """What the active adapters make of a layer; the factors are cloned, for training may go on."""
+    site = live_site(name, layer.base_layer, layer.op)
+    device = layer.base_layer.weight.device
+    layers = [
+        Layer(method, {role: values.to(device, copy=True) for role, values in params.items()})
+        for method, params in layer.layers()
+    ]
+    return Change(site, site.weight.dtype, tuple(layers))
+
+
+def _here(layer: Adapted) -> LiveUndo:
+    undo = layer.merged
+    assert isinstance(undo, LiveUndo)
+    return undo
+
+
+def _refuse_tied(root: nn.Module, layers: Mapping[str, Adapted]) -> None:
+    """MatchError where another module holds the very parameter."""
+    owners: dict[int, list[str]] = {}
+    for name, module in root.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        others = [owner for owner in owners[id(layer.base_layer.weight)] if owner != f"{name}.base_layer"]
+        if others:
+            raise MatchError(
+                f"{printable(name)}: its weight is tied to {printable(others[0])}; a merge would change both; "
+                "untie them, or leave it out of target_modules"
+            )
