@@ -110,7 +110,7 @@ def plan(base: Where, adapters: Adapters, *, dtype: str | torch.dtype | None = N
         return planning.make_plan(source, _weighted(adapters), planning.check_dtype(dtype))
 
 
-def merge_checkpoint(
+def merge_checkpoint(  # noqa: PLR0913  # three things and three options
     base: Where,
     adapters: Adapters,
     out: Where,
@@ -155,9 +155,7 @@ def _config(value: object) -> AdapterConfig:
         return config_from(read_json(locate(value) / CONFIG), printable(value))
     spelled: Any = value.to_dict() if hasattr(value, "to_dict") else value  # a peft config
     if not isinstance(spelled, Mapping):
-        raise ConfigError(
-            f"config: a {type(value).__name__}; a LoraConfig, a dict, a folder or a peft config is wanted"
-        )
+        raise ConfigError(f"config: a {type(value).__name__}; a config, a dict or a folder is wanted")
     return config_from({key: _plain(field) for key, field in spelled.items()}, "config")
 
 
@@ -169,6 +167,6 @@ def _plain(field: Any) -> Any:
 
 def _weighted(adapters: Adapters) -> list[Weighted]:
     single = isinstance(adapters, str | PathLike)
-    given: Sequence[Any] = [adapters] if single else adapters  # type: ignore[list-item,assignment]
+    given: Sequence[Any] = [adapters] if single else adapters  # type: ignore[assignment]
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in given]
     return [Weighted(read_adapter(locate(where)), float(weight)) for where, weight in pairs]

@@ -64,6 +64,7 @@ class LiveWeights:
     def __init__(self, modules: Mapping[str, nn.Module], sites: Iterable[Site]) -> None:
         self.modules, self._sites = modules, list(sites)
         self.fresh: dict[str, Tensor] = {}
+        self.stored: set[str] = set()  # the sites that hold their new weight
 
     def sites(self) -> Iterable[Site]:
         return self._sites
@@ -82,6 +83,7 @@ class LiveWeights:
         self.fresh[site.name][rows] = packed.tensors["weight"]
         if rows.stop >= weight.shape[0]:
             weight.copy_(self.fresh.pop(site.name))
+            self.stored.add(site.name)
 
     def close(self) -> None:
         """Nothing is left to do."""

@@ -1,6 +1,7 @@
 """Where a model or adapter lies: an existing path, or `owner/name[@revision]` on the Hugging Face Hub."""
 
 import re
+from os import PathLike
 from pathlib import Path
 
 from surgery.errors import EnvironmentFault, InputError, printable
@@ -9,7 +10,7 @@ _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
 
 
-def locate(spec: str | Path) -> Path:
+def locate(spec: str | PathLike[str]) -> Path:
     """The path that `spec` names, after a download where it is a Hub id.
 
     InputError if it is neither; EnvironmentFault if the Hub cannot be reached and its cache lacks the files.

@@ -116,10 +116,16 @@ class Adapted(nn.Module):
         return dense
 
     @property
+    def base_weight(self) -> Tensor:
+        """The base layer's own stored weight."""
+        held: Any = self._modules["base_layer"]
+        weight: Tensor = held.weight
+        return weight
+
+    @property
     def weight(self) -> Tensor:
         """The stored weight with the running adapters in it, differentiable."""
-        base: Any = self._modules["base_layer"]
-        held: Tensor = base.weight
+        held = self.base_weight
         return self.op.stored(self._effective().weight).to(held.dtype) if self.running else held
 
     @property

@@ -101,7 +101,7 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     for name, (site, method, params) in fitting.sites.items():
         module = tree.modules[name]
         layer = module if isinstance(module, Adapted) else _wrap(tree, module, Adapted(module, site))
-        layer.fit(adapter, method, _placed(params, layer.base_layer.weight), trainable)
+        layer.fit(adapter, method, _placed(params, layer.base_weight), trainable)
     for name, tensors in fitting.saved.items():
         module = tree.modules[name]
         holder = module if isinstance(module, Replaced) else _wrap(tree, module, Replaced(module))
@@ -145,9 +145,7 @@ def eject(root: nn.Module, keep_merged: bool = False) -> None:
 def check_name(root: nn.Module, adapter: str) -> None:
     """UsageError for a name that cannot be one; StateError if it is taken, or adapters are merged."""
     if not _NAME.fullmatch(adapter) or hasattr(_PROBE, adapter) or hasattr(nn.ModuleDict(), adapter):
-        raise UsageError(
-            f"adapter name {printable(adapter)!r}: letters, digits, _ and - are wanted, and no method's name"
-        )
+        raise UsageError(f"adapter name {printable(adapter)!r}: letters, digits, _ and - are wanted")
     state = state_of(root)
     if state is not None and adapter in state.configs:
         raise StateError(f"adapter {adapter!r} is there already; choose another adapter_name, or eject first")

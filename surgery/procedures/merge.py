@@ -76,7 +76,7 @@ def merge(root: nn.Module, undo: UndoKind = "index") -> None:
     try:
         copy(Merged(live, changes, recorder), live)
     except BaseException:
-        done = [c for c in changes if c.site.name in recorder.undos]
+        done = [change for change in changes if change.site.name in live.stored]
         copy(Unmerged(live, done, lambda change: recorder.undos[change.site.name]), live)
         raise
     for change in changes:
@@ -116,7 +116,7 @@ def refuse_merged(root: nn.Module, what: str) -> None:
 def _change(name: str, layer: Adapted) -> Change:
     """What the active adapters make of a layer; the factors are cloned, for training may go on."""
     site = live_site(name, layer.base_layer, layer.op)
-    device = layer.base_layer.weight.device
+    device = layer.base_weight.device
     layers = [
         Layer(method, {role: values.to(device, copy=True) for role, values in params.items()})
         for method, params in layer.layers()
@@ -137,7 +137,7 @@ def _refuse_tied(root: nn.Module, layers: Mapping[str, Adapted]) -> None:
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
-        others = [owner for owner in owners[id(layer.base_layer.weight)] if owner != f"{name}.base_layer"]
+        others = [owner for owner in owners[id(layer.base_weight)] if owner != f"{name}.base_layer"]
         if others:
             raise MatchError(
                 f"{printable(name)}: its weight is tied to {printable(others[0])}; a merge would change both; "

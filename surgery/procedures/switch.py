@@ -1,7 +1,6 @@
 """switch: which adapters of a live model run."""
 
 from collections.abc import Sequence
-from types import TracebackType
 
 from torch import nn
 

@@ -138,7 +138,7 @@ def _one(base: Checkpoint, out: Checkpoint, info: TensorInfo, there: TensorInfo 
 
 
 def _within(expected: Merged, change: Change, rows: slice, found: Tensor) -> Grade:
-    """Whether each element lies within half an ulp of the result per step, half an ulp of each delta, and its spread."""
+    """Whether each element lies within half an ulp of the result and of each delta, plus the spread."""
     site, op = change.site, change.site.op
     value = exact_float64(expected.source.load(site, rows).tensors["weight"])
     if change.saved is not None:

@@ -1,0 +1,64 @@
+"""What commands share: how adapters are spelled, and how a report is shown."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import click
+
+
+class Report(Protocol):
+    """What api functions return."""
+
+    def summary(self) -> str: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
+    help="Write all floats in this dtype. By default each tensor keeps its own.",
+)
+
+
+def adapters_of(arguments: Sequence[str]) -> list[tuple[str, float]]:
+    """ADAPTER[=WEIGHT]: an existing path as it stands, else split at the last `=` before a finite number."""
+    return [_weighted(argument) for argument in arguments]
+
+
+def show(report: Report, as_json: bool, rows: Sequence[Sequence[str]] = (), header: Sequence[str] = ()) -> None:
+    """The report as JSON, or its rows as a table with the summary below."""
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2, sort_keys=True))
+        return
+    if rows:
+        _table(rows, header)
+    click.echo(report.summary())
+
+
+def _weighted(argument: str) -> tuple[str, float]:
+    name, sign, weight = argument.rpartition("=")
+    if not sign or Path(argument).exists():
+        return argument, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        return argument, 1.0
+    return (name, value) if math.isfinite(value) else (argument, 1.0)
+
+
+def _table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(markup=False, highlight=False)
+    width = None if console.is_terminal else 200  # a pipe has no width: do not cut names
+    console.print(table, width=width)

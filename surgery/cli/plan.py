@@ -1,0 +1,39 @@
+"""surgery plan BASE ADAPTER[=WEIGHT]..."""
+
+import sys
+
+import click
+
+from surgery.cli.arguments import adapters_of, as_json, dtype, show
+
+
+@click.command()
+@click.argument("base")
+@click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True)
+@dtype
+@as_json
+def plan(base: str, adapters: tuple[str, ...], dtype: str | None, as_json: bool) -> None:
+    """Show what a merge would do, and all that stands against it. Writes nothing.
+
+    Exit code 3 if anything is refused.
+    """
+    from surgery import api
+    from surgery.errors import InputError, printable
+
+    report = api.plan(base, adapters_of(adapters), dtype=dtype)
+    rows = [
+        (
+            printable(one["tensor"]),
+            one["op"] or "",
+            "x".join(map(str, one["shape"])),
+            one["dtype"],
+            "replaced" if one["replaced"] else ", ".join(str(method["method"]) for method in one["methods"]) or "cast",
+        )
+        for one in report.to_json()["changes"]
+    ]
+    show(report, as_json, rows, ("tensor", "op", "shape", "dtype", "what"))
+    if not as_json:
+        for line in (*report.notes, *(f"refused: {error}" for error in report.refusals)):
+            click.echo(line)
+    if not report.ok:
+        sys.exit(InputError.exit_code)
