@@ -13,7 +13,7 @@ from surgery.cli.arguments import adapters_of, as_json, dtype, overwrite, show
 @dtype
 @overwrite
 @as_json
-def merge(  # noqa: PLR0913  # one argument an option
+def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     base: str,
     adapters: tuple[str, ...],
     out: str,

@@ -49,12 +49,13 @@ class CheckpointSink:
         self.context.__exit__(*error)  # type: ignore[arg-type]  # ExitStack spells the three out
 
     def tiles(self, site: Site) -> Iterator[slice]:
-        return row_tiles(site.weight.shape, self.tile_elements)
+        # What lies before the site goes first: the base is read in the order of its bytes, and hashed so.
+        while self.order[self.done] != site.weight.name:
+            self._carry(self.order[self.done])
+        yield from row_tiles(site.weight.shape, self.tile_elements)
 
     def store(self, site: Site, packed: Packed, rows: slice) -> None:
         name, values = site.weight.name, packed.tensors["weight"].contiguous()
-        while self.order[self.done] != name:
-            self._carry(self.order[self.done])
         self._write(name, octets(values))
         if not site.weight.shape or rows.stop >= site.weight.shape[0]:
             self._end(name)

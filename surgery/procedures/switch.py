@@ -20,9 +20,7 @@ class Switched:
     def __enter__(self) -> None:
         """The switch is made already."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         _switch(self.root, *self.before)
 
 
