@@ -1,0 +1,37 @@
+"""What adapters add to the forward pass of the thin model, against peft: 1 x 16 tokens, r = 8, no_grad."""
+
+import copy
+import json
+
+import peft
+import torch
+
+import surgery
+from bench.thin import TARGETS, middle, seconds, shuffle_adapters, thin_llama
+
+ROUNDS = 40
+
+
+def main() -> None:
+    bare = thin_llama()
+    ours = surgery.inject(copy.deepcopy(bare), surgery.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(bare), peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
+    ).eval()
+    shuffle_adapters(ours)
+    shuffle_adapters(theirs)
+    tokens = torch.arange(16)[None]  # [batch, seq]
+    models = {"bare": bare, "ours": ours, "peft": theirs}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            for name, model in models.items():
+                times[name].append(seconds(lambda m=model: m(tokens)))
+    ms = {name: 1e3 * middle(values) for name, values in times.items()}
+    added, peft_added = ms["ours"] - ms["bare"], ms["peft"] - ms["bare"]
+    what = f"added to a forward pass of {ms['bare']:.0f} ms"
+    print(json.dumps([[what, f"{added:.1f} ms", f"{peft_added:.1f} ms", f"{added / peft_added:.2f}", "<= 0.6"]]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Merge LoRA (r = 16, all linears) into a made 1.1B bf16 checkpoint of three shards, streaming, against peft."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCAB, RANK, SHARDS = 2048, 5632, 22, 32, 4, 32000, 16, 3
+KV = HIDDEN // HEADS * KV_HEADS
+LINEARS = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KV, HIDDEN),
+    "self_attn.v_proj": (KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        alone(sys.argv[1], Path(sys.argv[2]))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_base(folder / "base")
+        make_adapter(folder / "adapter")
+        found = {kind: measured(kind, folder) for kind in ("copy", "surgery", "reversible", "unmerge", "peft")}
+    (a, mb), (b, theirs) = found["surgery"], found["peft"]
+    peft = f"{b:.1f} s, {theirs:.0f} MB"
+    rows = [
+        ["merge 1.1B bf16, streaming", f"{a:.1f} s, peak RSS {mb:.0f} MB", peft, f"{b / a:.1f} x faster", "<= 600 MB"],
+        row("the same, reversible", *found["reversible"], b),
+        ["unmerge it", f"{found['unmerge'][0]:.1f} s, {found['unmerge'][1]:.0f} MB", "none", "", ""],
+        ["cp of the base", f"{found['copy'][0]:.1f} s", "", "", ""],
+        ["undo record", f"{found['reversible'][2]:.3f} bits a parameter", "none", "", ""],
+    ]
+    print(json.dumps(rows))
+
+
+def row(what: str, taken: float, mb: float, theirs: float) -> list[str]:
+    return [what, f"{taken:.1f} s, peak RSS {mb:.0f} MB", "", f"{theirs / taken:.1f} x faster", ""]
+
+
+def measured(kind: str, folder: Path) -> tuple[float, ...]:
+    """Seconds and peak resident megabytes of one run in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.merge", kind, str(folder)], check=True, capture_output=True, text=True
+    )
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
+
+
+def alone(kind: str, folder: Path) -> None:
+    """One run; prints seconds (imports left out), peak RSS in MB, and undo bits a parameter."""
+    taken = {
+        "copy": copy_base,
+        "surgery": merge,
+        "reversible": merge_reversible,
+        "unmerge": unmerge,
+        "peft": merge_peft,
+    }
+    spent = taken[kind](folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    undo = folder / "reversible" / "surgery.undo" / "streams"
+    merged = LAYERS * sum(rows * columns for rows, columns in LINEARS.values())
+    bits = 8 * undo.stat().st_size / merged if kind == "reversible" else 0.0
+    if kind in ("copy", "surgery", "unmerge", "peft"):
+        shutil.rmtree(folder / kind)
+    print(json.dumps([spent, peak, bits]))
+
+
+def copy_base(folder: Path) -> float:
+    start = time.perf_counter()
+    shutil.copytree(folder / "base", folder / "copy")
+    return time.perf_counter() - start
+
+
+def merge(folder: Path) -> float:
+    import surgery
+
+    start = time.perf_counter()
+    surgery.merge_checkpoint(folder / "base", folder / "adapter", folder / "surgery")
+    return time.perf_counter() - start
+
+
+def merge_reversible(folder: Path) -> float:
+    import surgery
+
+    start = time.perf_counter()
+    surgery.merge_checkpoint(folder / "base", folder / "adapter", folder / "reversible", reversible=True)
+    return time.perf_counter() - start
+
+
+def unmerge(folder: Path) -> float:
+    import surgery
+
+    start = time.perf_counter()
+    surgery.unmerge_checkpoint(folder / "reversible", folder / "unmerge")
+    return time.perf_counter() - start
+
+
+def merge_peft(folder: Path) -> float:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    start = time.perf_counter()
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    merged = peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    merged.save_pretrained(folder / "peft")
+    return time.perf_counter() - start
+
+
+def weights() -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
+    for layer in range(LAYERS):
+        for name, shape in LINEARS.items():
+            yield f"model.layers.{layer}.{name}.weight", shape
+        yield f"model.layers.{layer}.input_layernorm.weight", (HIDDEN,)
+        yield f"model.layers.{layer}.post_attention_layernorm.weight", (HIDDEN,)
+    yield "model.norm.weight", (HIDDEN,)
+    yield "lm_head.weight", (VOCAB, HIDDEN)
+
+
+def make_base(folder: Path) -> None:
+    """Seeded normal weights, std 0.02, in three shards with an index and a config."""
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        vocab_size=VOCAB,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    every = list(weights())
+    size, index = -(-len(every) // SHARDS), {}
+    for shard in range(SHARDS):
+        name = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
+        part = {key: (0.02 * torch.randn(shape)).bfloat16() for key, shape in every[shard * size : (shard + 1) * size]}
+        save_file(part, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, name)
+    total = sum(2 * torch.Size(shape).numel() for _, shape in every)
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def make_adapter(folder: Path) -> None:
+    """PEFT's files for LoRA on all linears."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    tensors = {}
+    for layer in range(LAYERS):
+        for name, (rows, columns) in LINEARS.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, columns) / columns**0.5
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, RANK) * 0.002
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    targets = [name.rpartition(".")[2] for name in LINEARS]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 32, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+if __name__ == "__main__":
+    main()
