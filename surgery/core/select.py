@@ -47,6 +47,8 @@ def refuse_unmatched(field: str, entries: Sequence[str], names: Collection[str])
 def saved_modules(config: AdapterConfig, names: Collection[str]) -> list[str]:
     """The modules that `modules_to_save` names; MatchError for an entry that names none."""
     entries = frozenset(config.modules_to_save or ())
+    if not entries:
+        return []
     chosen = [name for name in names if suffix_hits(entries, name)]
     found = {entry for name in chosen for entry in suffix_hits(entries, name)}
     refuse_unmatched("modules_to_save", sorted(entries - found - config.task_heads()), names)
@@ -68,7 +70,9 @@ def _matcher(entries: str | Sequence[str] | None, all_linear: Collection[str]) -
     if isinstance(entries, str):
         pattern = _compile(entries, entries)
         return lambda name: pattern.fullmatch(name) is not None
-    wanted = frozenset(entries or ())
+    if not entries:
+        return lambda name: False
+    wanted = frozenset(entries)
     return lambda name: any(suffix in wanted for suffix in suffixes(name))
 
 

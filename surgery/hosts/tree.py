@@ -10,6 +10,7 @@ from surgery.core.config import AdapterConfig
 from surgery.layers import Adapted, Replaced
 
 _STATE = "surgery_state"
+_WRAPPERS = (Adapted, Replaced)
 
 
 class Place(NamedTuple):
@@ -51,7 +52,7 @@ def places(root: nn.Module, prefix: str = "") -> Iterator[Place]:
             continue
         name = prefix + key
         yield Place(name, module, root, key)
-        if not isinstance(module, Adapted | Replaced):
+        if not isinstance(module, _WRAPPERS):
             yield from places(module, name + ".")
 
 

@@ -39,15 +39,16 @@ class Adapted(nn.Module):
     the base layer.
     """
 
+    active: tuple[str, ...] = ()
+    enabled = True
+    merged: Any = None  # what undoes the merge, while the base weight holds the active adapters
+    running: tuple[Fitted, ...] = ()
+
     def __init__(self, base_layer: nn.Module, site: Site) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.site, self.op = site, site.acting
         self.fitted: dict[str, Fitted] = {}
-        self.active: tuple[str, ...] = ()
-        self.enabled = True
-        self.merged: Any = None  # what undoes the merge, while the base weight holds the active adapters
-        self.running: tuple[Fitted, ...] = ()
 
     def fit(self, adapter: str, method: Method, params: Params, trainable: bool) -> None:
         """Lay an adapter over the layer; it is not active yet."""
@@ -57,7 +58,7 @@ class Adapted(nn.Module):
             slot = self._modules.get(name)
             if not isinstance(slot, Slot):
                 slot = Slot(leaf)
-                self.add_module(name, slot)
+                self._modules[name] = slot
             slot.put(adapter, params[role], trainable)
             slots[role] = slot
         holders = {role: slot.holder(adapter) for role, slot in slots.items()}

@@ -6,18 +6,21 @@ from torch import Tensor, nn
 class Slot(nn.Module):
     """Spelled as PEFT does: `lora_A.default.weight`, or `lora_embedding_A.default` where there is no leaf."""
 
+    leaf = ""  # the name below the adapter's, if there is one
+
     def __init__(self, leaf: str = "") -> None:
         super().__init__()
-        self.leaf = leaf
+        if leaf:
+            self.leaf = leaf
 
     def put(self, adapter: str, values: Tensor, trainable: bool) -> None:
         parameter = nn.Parameter(values, requires_grad=trainable)
         if not self.leaf:
-            self.register_parameter(adapter, parameter)
+            self._parameters[adapter] = parameter
             return
         holder = Slot()
-        holder.register_parameter(self.leaf, parameter)
-        self.add_module(adapter, holder)
+        holder._parameters[self.leaf] = parameter
+        self._modules[adapter] = holder
 
     def holder(self, adapter: str) -> tuple[dict[str, nn.Parameter | None], str]:
         """The dict that holds the adapter's parameter, and its key there; both stay as the model moves."""

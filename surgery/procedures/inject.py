@@ -1,8 +1,10 @@
 """inject and eject: adapters into any model in place, and the very modules back out."""
 
 import copy
+import gc
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -87,17 +89,23 @@ def inject(
     fit(tree, adapter, Fitting(config, sites, saved), trainable)
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Thousands of modules are made and all of them stay: a search for garbage would double the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_collector_paused()
 def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     """Lay a checked adapter over the model. The first one of a model is active, later ones are not."""
     root = tree.root
-    state = state_of(root)
-    if state is None:
-        wanted = frozenset(name for name, values in root.named_parameters() if values.requires_grad)
-        state = State(wanted)
-        set_state(root, state)
-    for parameter in root.parameters():
-        if not state.configs:
-            parameter.requires_grad_(False)
+    state = state_of(root) or _frozen(root)
     for name, (site, method, params) in fitting.sites.items():
         module = tree.modules[name]
         layer = module if isinstance(module, Adapted) else _wrap(tree, module, Adapted(module, site))
@@ -108,6 +116,16 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
         holder.modules_to_save[adapter] = _copied(holder.original_module, tensors, trainable)
     state.configs[adapter] = fitting.config
     activate(root, state, (adapter,) if len(state.configs) == 1 else state.active, state.enabled)
+
+
+def _frozen(root: nn.Module) -> State:
+    """Freeze the model, and remember what was not."""
+    wanted = {name: values for name, values in root.named_parameters() if values.requires_grad}
+    for values in wanted.values():
+        values.requires_grad_(False)
+    state = State(frozenset(wanted))
+    set_state(root, state)
+    return state
 
 
 def activate(root: nn.Module, state: State, adapters: tuple[str, ...], enabled: bool) -> None:
@@ -154,6 +172,8 @@ def check_name(root: nn.Module, adapter: str) -> None:
 
 def with_task_heads(config: AdapterConfig, tree: Tree) -> AdapterConfig:
     """As PEFT: the heads of a task are saved with the adapter, those of them that the model has."""
+    if not config.task_heads():
+        return config
     given = list(config.modules_to_save or ())
     heads = {head for name in tree.modules for head in suffix_hits(config.task_heads(), name)}
     added = sorted(heads - set(given))

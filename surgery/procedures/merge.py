@@ -12,7 +12,7 @@ from surgery.core.source import copy
 from surgery.core.undo import Recorder
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.model import LiveWeights, live_site
-from surgery.hosts.tree import adapted_layers
+from surgery.hosts.tree import adapted_layers, state_of
 from surgery.hosts.views import Change, Merged, Undo, Unmerged
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
@@ -109,7 +109,7 @@ def unmerge(root: nn.Module) -> None:
 
 def refuse_merged(root: nn.Module, what: str) -> None:
     """StateError while adapters are merged."""
-    if any(layer.merged is not None for layer in adapted_layers(root).values()):
+    if state_of(root) is not None and any(layer.merged is not None for layer in adapted_layers(root).values()):
         raise StateError(f"cannot {what} while adapters are merged; unmerge first")
 
 
