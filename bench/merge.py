@@ -34,11 +34,11 @@ def main() -> None:
         make_base(folder / "base")
         make_adapter(folder / "adapter")
         found = {kind: measured(kind, folder) for kind in ("copy", "surgery", "reversible", "unmerge", "peft")}
-    (a, mb), (b, theirs) = found["surgery"], found["peft"]
+    (a, mb, _), (b, theirs, _) = found["surgery"], found["peft"]
     peft = f"{b:.1f} s, {theirs:.0f} MB"
     rows = [
         ["merge 1.1B bf16, streaming", f"{a:.1f} s, peak RSS {mb:.0f} MB", peft, f"{b / a:.1f} x faster", "<= 600 MB"],
-        row("the same, reversible", *found["reversible"], b),
+        row("the same, reversible", *found["reversible"][:2], b),
         ["unmerge it", f"{found['unmerge'][0]:.1f} s, {found['unmerge'][1]:.0f} MB", "none", "", ""],
         ["cp of the base", f"{found['copy'][0]:.1f} s", "", "", ""],
         ["undo record", f"{found['reversible'][2]:.3f} bits a parameter", "none", "", ""],

@@ -67,6 +67,7 @@ def round_once(acc: Tensor, dtype: torch.dtype) -> Tensor:
     torch converts float64 to a half type by way of float32 and so rounds twice. That errs only where the
     float32 value is a tie of the half type; there it is moved one step towards `acc` before.
     """
+    acc = acc.contiguous()  # below, bits are changed through views
     if dtype in (torch.float64, torch.float32):
         return acc.to(dtype)
     if dtype not in _TIE:
@@ -100,8 +101,9 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     info = torch.finfo(dtype)
     exponent = torch.frexp(values.abs()).exponent.to(torch.int64)
     bits = _PRECISION[dtype]
-    lowest = torch.frexp(torch.tensor(info.tiny, dtype=torch.float64)).exponent.to(exponent.device)
-    exponent = torch.maximum(exponent, lowest.to(torch.int64)) - bits
+    lowest = torch.frexp(torch.tensor(info.tiny, dtype=torch.float64)).exponent.to(exponent)
+    exponent = torch.where(values == 0, lowest, exponent)
+    exponent = torch.maximum(exponent, lowest) - bits
     return power_of_two(torch.clamp(exponent, min=-1022))
 
 

@@ -71,7 +71,7 @@ def _matcher(entries: str | Sequence[str] | None, all_linear: Collection[str]) -
         pattern = _compile(entries, entries)
         return lambda name: pattern.fullmatch(name) is not None
     if not entries:
-        return lambda name: False
+        return frozenset[str]().__contains__
     wanted = frozenset(entries)
     return lambda name: any(suffix in wanted for suffix in suffixes(name))
 

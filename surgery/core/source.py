@@ -42,9 +42,9 @@ def copy(source: Source, sink: Sink) -> None:
 
 
 def row_tiles(shape: tuple[int, ...], tile_elements: int) -> Iterator[slice]:
-    """Slices of the first axis that hold about `tile_elements` each; one slice for a scalar."""
-    if not shape:
-        yield slice(0, 1)
+    """Slices of the first axis that hold about `tile_elements` each; one slice for a scalar, or for no rows."""
+    if not shape or shape[0] == 0:
+        yield slice(0, 0 if shape else 1)
         return
     per_row = 1
     for extent in shape[1:]:

@@ -83,10 +83,9 @@ class Checkpoint:
         """What a copy of one of its files is called: a base given as one file becomes a model folder."""
         return file.path.name if self.path.is_dir() else SINGLE
 
-    def position(self, name: str) -> tuple[int, int]:
-        """Where a tensor's bytes begin: file and offset."""
-        index, entry = self.at[name]
-        return index, entry.start
+    def file_of(self, name: str) -> int:
+        """The file that holds a tensor, as an index into `files`."""
+        return self.at[name][0]
 
     def read(self, name: str) -> Iterator[memoryview]:
         """The bytes of a tensor, in chunks."""

@@ -81,13 +81,13 @@ class CheckpointSink:
         self._end(name)
 
     def _write(self, name: str, data: memoryview) -> None:
-        self._open(self.base.position(name)[0])
+        self._open(self.base.file_of(name))
         assert self.file is not None
         self.tally.feed(data)
         write_all(self.file, data)
 
     def _end(self, name: str) -> None:
-        self._open(self.base.position(name)[0])  # for a tensor of no bytes
+        self._open(self.base.file_of(name))  # for a tensor of no bytes
         self.tally.end(name)
         self.done += 1
 

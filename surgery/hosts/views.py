@@ -110,7 +110,10 @@ def elementwise(change: Change, rows: slice) -> list[Elementwise] | None:
     steps = []
     for layer in change.layers:
         op = change.site.acting
-        step = layer.method.steps(layer.params, op.tile(rows), exact_product)
+        try:
+            step = layer.method.steps(layer.params, op.tile(rows), exact_product)
+        except ValueRangeError as error:
+            raise ValueRangeError(f"{printable(change.site.name)}: {error}") from error
         if step is None:
             return None
         steps.append(Elementwise(op.stored(step.shift)))

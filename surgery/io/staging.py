@@ -3,13 +3,13 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from surgery.errors import EnvironmentFault, OutputExistsError, printable
+from surgery.errors import ConfigError, EnvironmentFault, OutputExistsError, printable
 
 
 class Staging:
@@ -97,6 +97,16 @@ class Staging:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
+    """ConfigError if `out` is an input, lies in one or holds one: writing it would change what is read."""
+    target = out.resolve()
+    for path in (one.resolve() for one in inputs):
+        if target == path or path in target.parents or target in path.parents:
+            raise ConfigError(
+                f"{printable(out)}: it overlaps with {printable(path)}, which is read; name another folder"
+            )
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from surgery.core.adapter import Layer
 from surgery.core.method import Dense, Method, Params
-from surgery.core.op import WHOLE
+from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site
 from surgery.layers.slot import Slot
 
@@ -39,6 +39,9 @@ class Adapted(nn.Module):
     the base layer.
     """
 
+    site: Site
+    op: Op
+    fitted: dict[str, Fitted]
     active: tuple[str, ...] = ()
     enabled = True
     merged: Any = None  # what undoes the merge, while the base weight holds the active adapters
@@ -47,8 +50,8 @@ class Adapted(nn.Module):
     def __init__(self, base_layer: nn.Module, site: Site) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.site, self.op = site, site.acting
-        self.fitted: dict[str, Fitted] = {}
+        # Plain values go past nn.Module's __setattr__, which looks for parameters and takes microseconds.
+        self.__dict__.update(site=site, op=site.acting, fitted={})
 
     def fit(self, adapter: str, method: Method, params: Params, trainable: bool) -> None:
         """Lay an adapter over the layer; it is not active yet."""
@@ -72,10 +75,10 @@ class Adapted(nn.Module):
 
     def activate(self, adapters: tuple[str, ...], enabled: bool) -> None:
         """Those of `adapters` that lie over this layer run from now on, in this order, if `enabled`."""
-        self.active = tuple(name for name in adapters if name in self.fitted)
-        self.enabled = enabled
-        running = self.active if enabled and self.merged is None else ()
-        self.running = tuple(self.fitted[name] for name in running)
+        active = tuple(name for name in adapters if name in self.fitted)
+        running = active if enabled and self.merged is None else ()
+        chosen = tuple(self.fitted[name] for name in running)
+        self.__dict__.update(active=active, enabled=enabled, running=chosen)
 
     def layers(self) -> tuple[Layer, ...]:
         """The active adapters' methods with their tensors."""

@@ -122,9 +122,9 @@ class Lora(Additive):
         elif self.start == "gaussian":
             A.normal_(std=1 / self.r)
         else:
-            torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            A.uniform_(-(in_features**-0.5), in_features**-0.5)  # Kaiming's, with a = sqrt(5)
             if self.start is False:
-                torch.nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+                B.uniform_(-(self.r**-0.5), self.r**-0.5)
         return {"A": A, "B": B}
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from surgery.core.method import Elementwise
 from surgery.core.source import copy
-from surgery.errors import ConfigError, printable
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.shards import TILE_ELEMENTS, CheckpointSink
 from surgery.hosts.views import Change, Merged, Watch
 from surgery.io.octets import Tally
-from surgery.io.staging import Staging
+from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
 from surgery.procedures.plan import Plan, Weighted, make_plan
 from surgery.procedures.receipt import Receipt
@@ -59,7 +58,7 @@ def merge_checkpoint(
     Raises InputError for what cannot be merged, OutputExistsError, EnvironmentFault.
     """
     options = options or Options()
-    _refuse_overlap(base, adapters, out)
+    refuse_overlap(out, [base.path, *(Path(one.adapter.where) for one in adapters)])
     plan = make_plan(base, adapters, options.dtype)
     plan.require()
     with Staging(out, options.overwrite) as staging, ExitStack() as stack:
@@ -93,17 +92,6 @@ def _all(watches: Sequence[Watch]) -> Watch:
             one(change, rows, original, merged, steps)
 
     return watch
-
-
-def _refuse_overlap(base: Checkpoint, adapters: Sequence[Weighted], out: Path) -> None:
-    """An output inside an input, or over it, would destroy what it is made of."""
-    target = out.resolve()
-    for path in (base.folder, *(Path(one.adapter.where) for one in adapters)):
-        inside = target == path.resolve() or path.resolve() in target.parents or target in path.resolve().parents
-        if inside:
-            raise ConfigError(
-                f"{printable(out)}: it overlaps with {printable(path)}, which is read; name another folder"
-            )
 
 
 def _carry(base: Checkpoint, adapters: Sequence[Weighted], options: Options, staging: Staging) -> SmallFiles:

@@ -105,7 +105,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], dtype: torch.dtype
             )
     if dtype is not None:
         _cast_all(base, dtype, changes)
-    ordered = sorted(changes.values(), key=lambda change: base.position(change.site.weight.name))
+    ordered = [changes[info.name] for info in base.tensors() if info.name in changes]
     return _costed(base, adapters, ordered, refusals, notes)
 
 

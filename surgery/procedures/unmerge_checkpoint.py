@@ -6,12 +6,12 @@ from typing import Any
 
 from surgery.core.site import Site
 from surgery.core.source import copy
-from surgery.errors import CheckError, ConfigError, printable
+from surgery.errors import CheckError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.shards import TILE_ELEMENTS, CheckpointSink
 from surgery.hosts.views import Change, Unmerged
 from surgery.io.octets import Tally
-from surgery.io.staging import Staging
+from surgery.io.staging import Staging, refuse_overlap
 from surgery.procedures.plan import make_plan
 from surgery.procedures.receipt import read_receipt
 from surgery.procedures.small_files import file_sha256
@@ -40,8 +40,7 @@ def unmerge_checkpoint(
 
     CheckError, and nothing is left behind, if the merged files or the record are not what the merge wrote.
     """
-    if merged.resolve() == out.resolve() or merged.resolve() in out.resolve().parents:
-        raise ConfigError(f"{printable(out)}: it overlaps with {printable(merged)}, which is read; name another folder")
+    refuse_overlap(out, [merged])
     record, receipt = UndoRecord(merged), read_receipt(merged)
     record.check()
     with Checkpoint(merged) as source, Staging(out, overwrite) as staging:
