@@ -1,7 +1,6 @@
 """Merge LoRA (r = 16, all linears) into a made 1.1B bf16 checkpoint of three shards, streaming, against peft."""
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -68,13 +67,19 @@ def alone(kind: str, folder: Path) -> None:
         "peft": merge_peft,
     }
     spent = taken[kind](folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = peak_mb()
     undo = folder / "reversible" / "surgery.undo" / "streams"
     merged = LAYERS * sum(rows * columns for rows, columns in LINEARS.values())
     bits = 8 * undo.stat().st_size / merged if kind == "reversible" else 0.0
     if kind in ("copy", "surgery", "unmerge", "peft"):
         shutil.rmtree(folder / kind)
     print(json.dumps([spent, peak, bits]))
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process. ru_maxrss would count the parent's, from before exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
 
 
 def copy_base(folder: Path) -> float:

@@ -40,7 +40,7 @@ def refuse_unmatched(field: str, entries: Sequence[str], names: Collection[str])
     """MatchError naming each entry that hit nothing, with its three nearest names."""
     if not entries:
         return
-    told = "; ".join(f"{printable(entry)!r} (nearest: {', '.join(nearest(entry, names))})" for entry in entries)
+    told = "; ".join(f"{printable(entry)!r} ({_why(entry, names)})" for entry in entries)
     raise MatchError(f"{field}: nothing matches {told}; each entry must match; `surgery inspect` lists the names")
 
 
@@ -61,6 +61,12 @@ def pattern_value(patterns: Mapping[str, Number], name: str, default: Number) ->
         if _compile(rf"(.*\.)?({key})$", key).match(name):
             return value
     return default
+
+
+def _why(entry: str, names: Collection[str]) -> str:
+    if any(suffix_hits((entry,), name) for name in names):
+        return "exclude_modules, layers_to_transform or modules_to_save takes away all it hits"
+    return f"nearest: {', '.join(printable(name) for name in nearest(entry, names))}"
 
 
 def _matcher(entries: str | Sequence[str] | None, all_linear: Collection[str]) -> Callable[[str], bool]:

@@ -1,0 +1,121 @@
+"""Every config: its JSON is itself again, and a field that we do not know is refused."""
+
+import json
+import math
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgery.errors import ConfigError, FormatError
+from surgery.methods import METHODS
+
+laws = settings(deadline=None, max_examples=60, database=None)
+each_config = pytest.mark.parametrize("name", METHODS)
+
+names = st.text(min_size=1, max_size=12)
+lists = st.lists(names, max_size=3)
+numbers = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**6), 10**6)
+SHARED = {
+    "target_modules": st.none() | names | lists,
+    "exclude_modules": st.none() | names | lists,
+    "modules_to_save": st.none() | lists,
+    "layers_to_transform": st.none() | st.integers(0, 40) | st.lists(st.integers(0, 40), max_size=3),
+    "layers_pattern": st.none() | names | lists,
+    "base_model_name_or_path": st.none() | names,
+    "revision": st.none() | names,
+    "task_type": st.sampled_from([None, "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]),
+    "inference_mode": st.booleans(),
+}
+OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "LORA": {
+        "r": st.integers(1, 512),
+        "lora_alpha": numbers,
+        "lora_dropout": st.floats(0, 1, exclude_max=True),
+        "use_rslora": st.booleans(),
+        "fan_in_fan_out": st.booleans(),
+        "init_lora_weights": st.sampled_from([True, False, "gaussian", "orthogonal"]),
+        "rank_pattern": st.dictionaries(names, st.integers(1, 64), max_size=3),
+        "alpha_pattern": st.dictionaries(names, numbers, max_size=3),
+    },
+}
+
+
+@each_config
+@laws
+@given(data=st.data())
+def test_a_config_read_from_its_json_is_equal(name: str, data: st.DataObject):
+    config = METHODS[name]
+    chosen = data.draw(st.fixed_dictionaries({}, optional={**SHARED, **OWN.get(name, {})}))
+    written = config(**chosen)
+    read = config.from_json(json.loads(json.dumps(written.to_json())))
+    assert read == written
+    assert read.to_json() == written.to_json()
+    assert all(getattr(written, field) == value for field, value in chosen.items())
+
+
+@each_config
+def test_every_field_of_a_config_is_drawn(name: str):
+    assert {field.name for field in fields(METHODS[name])} == set(SHARED) | set(OWN.get(name, {}))
+
+
+@each_config
+def test_equal_configs_give_equal_bytes_in_order_of_their_names(name: str):
+    spellings = [["b", "a"], ("b", "a")], [{"a", "b"}, frozenset({"b", "a"})]
+    for first, second in spellings:
+        left, right = (METHODS[name](target_modules=value).to_json() for value in (first, second))
+        assert json.dumps(left) == json.dumps(right)
+        assert list(left) == sorted(left)
+        assert left["peft_type"] == name
+
+
+@each_config
+@pytest.mark.parametrize("value", [None, False, 0, 1, "x", [], {}], ids=repr)
+def test_an_unknown_field_is_refused_whatever_its_value(name: str, value: object):
+    config = METHODS[name]
+    with pytest.raises(FormatError, match="no_such_field"):
+        config.from_json({**config().to_json(), "no_such_field": value}, "here.json")
+
+
+@each_config
+def test_a_field_that_changes_the_maths_is_refused_unless_it_is_neutral(name: str):
+    config = METHODS[name]
+    plain = config().to_json()
+    for field, value in config.neutral.items():
+        assert config.from_json({**plain, field: value}) == config()
+        with pytest.raises(FormatError, match=field):
+            config.from_json({**plain, field: "anything else"}, "here.json")
+
+
+@each_config
+def test_where_a_file_came_from_changes_nothing(name: str):
+    config = METHODS[name]
+    origin = {"auto_mapping": {"x": 1}, "peft_version": "9.9", "runtime_config": {"y": 2}}
+    assert config.from_json({**config().to_json(), **origin}) == config()
+    assert config.from_json({}) == config()
+
+
+@each_config
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "modules_to_save"])
+@pytest.mark.parametrize("value", [3, {"a": 1}, [1], [""], ["a", None]], ids=repr)
+def test_names_of_modules_that_are_no_names_are_refused(name: str, field: str, value: object):
+    with pytest.raises((ConfigError, FormatError), match=field):
+        METHODS[name].from_json({field: value})
+
+
+@each_config
+def test_a_field_of_any_type_is_read_or_refused_by_our_own_errors(name: str):
+    config = METHODS[name]
+    for field in config().to_json():
+        for value in (None, True, -1, 1.5, float("inf"), "x", [], [[]], {}, {"x": "y"}, {"x": -1}):
+            with suppress(ConfigError, FormatError):
+                config.from_json({**config().to_json(), field: value})
+
+
+@pytest.mark.parametrize("r", [1, 4, 7])
+def test_loras_scaling_is_alpha_over_the_rank_or_over_its_root(r: int):
+    assert METHODS["LORA"](r=r, lora_alpha=3).method("layer").scaling == 3 / r
+    assert METHODS["LORA"](r=r, lora_alpha=3, use_rslora=True).method("layer").scaling == 3 / math.sqrt(r)

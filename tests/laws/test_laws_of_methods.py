@@ -1,0 +1,246 @@
+"""Every method over every op: a fresh one changes nothing; branch and merge agree; tiles, steps and undo."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from rational import same_bits
+from torch import Tensor
+
+from surgery.core.arithmetic import exact_product, round_once
+from surgery.core.method import Additive, Dense, Elementwise, Method, Params
+from surgery.core.op import WHOLE, Op
+from surgery.core.site import Site, TensorInfo
+from surgery.core.undo import Recorder, Restorer, accumulate
+from surgery.methods import METHODS
+from surgery.ops import OPS
+
+OUT, IN = 12, 10
+EPS = torch.finfo(torch.float64).eps
+
+# By method, the settings to hold the laws for besides its defaults; each leaves a fresh adapter without effect.
+VARIANTS: Mapping[str, list[dict[str, Any]]] = {
+    "LORA": [
+        {"r": 3, "lora_alpha": 5, "use_rslora": True},
+        {"r": 1, "lora_alpha": -7.5, "lora_dropout": 0.5},
+        {"r": 4, "init_lora_weights": "gaussian"},
+        {"r": 2, "rank_pattern": {"layer": 5}, "alpha_pattern": {"layer": 0.3}},
+    ],
+}
+METHOD_CASES = [
+    pytest.param(config(**settings).method("layer"), id=f"{name}-{index}")
+    for name, config in METHODS.items()
+    for index, settings in enumerate([{}, *VARIANTS.get(name, [])])
+]
+each_method = pytest.mark.parametrize("method", METHOD_CASES)
+each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def site_of(op: Op) -> Site:
+    stored = tuple(op.stored(torch.empty(OUT, IN)).shape)
+    return Site("layer", {"weight": TensorInfo("layer.weight", torch.float32, stored)}, op)
+
+
+def trained(method: Method, op: Op, dtype: torch.dtype = torch.float64) -> Params:
+    """Every tensor of the method filled with normal numbers, as training would leave it."""
+    return {role: torch.randn(spec.shape, dtype=dtype) for role, spec in method.tensors(site_of(op)).items()}
+
+
+def given(op: Op, dtype: torch.dtype, *batch: int) -> Tensor:
+    """An input [*batch, in]; an embedding's is one index in place of `in` numbers."""
+    return torch.randint(0, IN, batch) if op.name == "embedding" else torch.randn(*batch, IN, dtype=dtype)
+
+
+def magnitude(op: Op, x: Tensor, matrix: Tensor) -> Tensor:
+    """[*batch, out]: the sum of the magnitudes of all terms of `apply`."""
+    return op.apply(x.abs(), matrix.abs())
+
+
+def stored_tiles(op: Op, step: int) -> list[slice]:
+    count = site_of(op).weight.shape[0]
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+@each_method
+@each_op
+def test_tensors_are_shaped_as_init_makes_them(method: Method, op: Op):
+    specs, fresh = method.tensors(site_of(op)), method.init(site_of(op))
+    assert {role: tuple(values.shape) for role, values in fresh.items()} == {r: s.shape for r, s in specs.items()}
+    assert {values.dtype for values in fresh.values()} == {torch.float32}
+    assert all(bool(torch.isfinite(values).all()) for values in fresh.values())
+    assert any(bool(values.any()) for values in fresh.values())  # all zero, and no gradient would ever flow
+
+
+@each_op
+@pytest.mark.parametrize("name", METHODS)
+def test_tensors_are_spelled_as_the_config_reads_them(name: str, op: Op):
+    config = METHODS[name]
+    specs = config().method("layer").tensors(site_of(op))
+    assert len({spec.spelling for spec in specs.values()}) == len(specs)
+    for role, spec in specs.items():
+        read = config.spellings[spec.spelling]
+        assert read.role == role
+        assert read.op in (None, op.name)
+
+
+@each_method
+@each_op
+@pytest.mark.parametrize("training", [False, True], ids=["evaluating", "training"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_fresh_adapter_leaves_the_output_equal_to_the_bit(method: Method, op: Op, training: bool, dtype: torch.dtype):
+    matrix, bias, x = torch.randn(OUT, IN, dtype=dtype), torch.randn(OUT, dtype=dtype), given(op, dtype, 4, 3)
+    out = method.branch(x, lambda x: op.apply(x, matrix, bias), op, method.init(site_of(op)), training)
+    assert same_bits(out.to(dtype), op.apply(x, matrix, bias))
+
+
+@each_op
+@pytest.mark.parametrize("r", [2, 8])
+def test_loras_orthogonal_start_leaves_the_output_equal_within_its_rounding(op: Op, r: int):
+    method = METHODS["LORA"](r=r, init_lora_weights="orthogonal").method("layer")
+    p, x = {role: values.double() for role, values in method.init(site_of(op)).items()}, given(op, torch.float64, 4)
+    moved = method.branch(x, lambda x: op.apply(x, torch.zeros(OUT, IN).double()), op, p, False).abs()
+    # float32 rounds the entries of a rotation and of A and B, each a sum of up to r terms.
+    size = abs(method.scaling) * magnitude(op, x, p["B"].abs() @ p["A"].abs())
+    assert bool((moved <= 4 * r * torch.finfo(torch.float32).eps * size).all())
+    assert bool(p["A"].any())
+    assert bool(p["B"].any())
+
+
+@each_method
+@each_op
+def test_a_fresh_adapter_leaves_the_merged_weight_equal(method: Method, op: Op):
+    matrix = torch.randn(OUT, IN, dtype=torch.float64)
+    merged = method.merge(Dense(matrix), method.init(site_of(op)), WHOLE, exact_product)
+    assert torch.equal(merged.weight, matrix)
+
+
+@each_method
+@each_op
+def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op):
+    base = Dense(torch.randn(OUT, IN).double(), torch.randn(OUT).double())
+    p, x = trained(method, op), given(op, torch.float64, 5, 3)
+    merged = method.merge(base, p, WHOLE, exact_product)
+    branch = method.branch(x, lambda x: op.apply(x, base.weight, base.bias), op, p, False)
+    apart = (branch - op.apply(x, merged.weight, merged.bias)).abs()
+    # Each weight may be off by the spread; each forward sums at most in + 2 terms, rounded each time.
+    spread = magnitude(op, x, method.spread(p, WHOLE))
+    rounding = (IN + 2) * EPS * (magnitude(op, x, base.weight) + magnitude(op, x, merged.weight) + base.bias.abs())
+    assert bool((apart <= spread + rounding).all())
+    effect = (branch - op.apply(x, base.weight, base.bias)).abs()
+    assert float(effect.mean()) > 100 * float((spread + rounding).mean())  # else the law could not fail
+
+
+@each_op
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("weight", [1.0, -0.5, 2.0])
+def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str, op: Op, weight: float):
+    method = METHODS[name]().method("layer").weighted(weight)
+    if not isinstance(method, Additive):
+        return
+    p = {role: torch.randint(-3, 4, values.shape).float() for role, values in trained(method, op).items()}
+    base = Dense(torch.randint(-9, 10, (OUT, IN)).float(), torch.randint(-9, 10, (OUT,)).float())
+    x = given(op, torch.float32, 5, 3)
+    x = x.round() if x.is_floating_point() else x
+    branch = method.branch(x, lambda x: op.apply(x, base.weight, base.bias), op, p, False)
+    for product in (exact_product, torch.matmul):
+        merged = method.merge(base, p, WHOLE, product)
+        assert torch.equal(branch, op.apply(x, merged.weight.float(), merged.bias))
+    assert not torch.equal(branch, op.apply(x, base.weight, base.bias))
+
+
+@each_method
+@each_op
+def test_a_branch_is_differentiable_in_every_tensor(method: Method, op: Op):
+    p = {role: values.requires_grad_() for role, values in trained(method, op).items()}
+    x, matrix = given(op, torch.float64, 4), torch.randn(OUT, IN).double()
+    method.branch(x, lambda x: op.apply(x, matrix), op, p, True).square().sum().backward()
+    assert all(values.grad is not None and bool(values.grad.any()) for values in p.values())
+
+
+@each_method
+@each_op
+@pytest.mark.parametrize("step", [1, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_merge_of_tiles_is_the_merge_of_the_whole_to_the_bit(method: Method, op: Op, step: int, dtype: torch.dtype):
+    if method.couples:  # its tiles are chosen by what it couples
+        return
+    p, stored = trained(method, op, torch.float32), op.stored(torch.randn(OUT, IN)).contiguous().to(dtype).double()
+    whole = op.stored(method.merge(Dense(op.matrix(stored)), p, WHOLE, exact_product).weight)
+    for rows in stored_tiles(op, step):
+        part = method.merge(Dense(op.matrix(stored[rows])), p, op.tile(rows), exact_product).weight
+        assert same_bits(op.stored(part), whole[rows])
+        assert same_bits(round_once(op.stored(part), dtype), round_once(whole, dtype)[rows])
+
+
+@each_method
+@each_op
+def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, op: Op):
+    p = trained(method, op, torch.bfloat16)
+    whole = op.stored(method.spread(p, WHOLE))
+    assert bool((whole > 0).all())
+    for rows in stored_tiles(op, 5):
+        part = op.stored(method.spread(p, op.tile(rows)))
+        assert torch.allclose(part, whole[rows], rtol=2 * OUT * IN * EPS, atol=0)  # plain sums, in any order
+
+
+@each_method
+@each_op
+def test_steps_are_the_merge_and_undo_takes_them_back(method: Method, op: Op):
+    p, w = trained(method, op), torch.randn(OUT, IN).double()
+    step = method.steps(p, WHOLE, exact_product)
+    if step is None:
+        assert method.undo != "index"
+        return
+    merged = method.merge(Dense(w), p, WHOLE, exact_product).weight
+    assert same_bits(step.apply(w), merged)
+    # Two roundings, of w + shift and of the difference, half an eps each.
+    assert bool(((step.undo(merged) - w).abs() <= EPS * (w.abs() + merged.abs())).all())
+    where = torch.tensor([5, 0, OUT * IN - 1])
+    assert same_bits(step.at(where).apply(w.flatten()[where]), merged.flatten()[where])
+    higher = torch.nextafter(w, torch.tensor(math.inf).double())
+    assert bool((step.apply(higher) >= merged).all())  # never decreasing
+
+
+@each_method
+@each_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_merge_comes_back_to_the_bit_from_its_index(method: Method, op: Op, dtype: torch.dtype):
+    if method.undo != "index":
+        return
+    p, stored = trained(method, op), op.stored(torch.randn(OUT, IN)).to(dtype)
+
+    def steps(rows: slice) -> list[Elementwise]:
+        step = method.steps(p, op.tile(rows), exact_product)
+        assert step is not None
+        return [Elementwise(op.stored(step.shift))]
+
+    recorder, merged = Recorder(), []
+    for rows in stored_tiles(op, 4):
+        merged.append(round_once(accumulate(stored[rows].double(), steps(rows)), dtype))
+        recorder.add(stored[rows], merged[-1], steps(rows))
+    assert recorder.exact
+    restorer, whole = Restorer(recorder.streams()), torch.cat(merged)
+    assert not torch.equal(whole, stored)
+    back = [restorer.restore(whole[rows], steps(rows), dtype) for rows in stored_tiles(op, 5)]
+    assert same_bits(torch.cat(back), stored)
+
+
+@each_method
+@each_op
+@pytest.mark.parametrize("weight", [0.5, -2.0, 0.0])
+def test_a_weight_scales_what_an_additive_method_adds(method: Method, op: Op, weight: float):
+    if not isinstance(method, Additive):
+        return
+    p = trained(method, op)
+    shift = method.steps(p, WHOLE, exact_product).shift
+    assert torch.equal(method.weighted(weight).steps(p, WHOLE, exact_product).shift, weight * shift)  # powers of two
+    assert same_bits(method.weighted(1.0).steps(p, WHOLE, exact_product).shift, shift)
+    assert method.weighted(weight).settings() != method.settings()
+    assert all(isinstance(text, str) for pair in method.settings().items() for text in pair)
