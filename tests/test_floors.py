@@ -1,0 +1,70 @@
+"""The floors: a file imports only from lower floors or its own folder, and heavy packages only inside functions."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import surgery
+
+ROOT = Path(surgery.__file__).parent
+FLOORS = (
+    ("cli",),
+    ("api",),
+    ("integrations",),
+    ("procedures",),
+    ("formats",),
+    ("adapters", "hosts"),
+    ("methods", "codecs", "ops", "layers", "io"),
+    ("core",),
+    ("errors",),
+)
+FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
+HEAVY = frozenset({"bitsandbytes", "onnx", "transformers", "rich", "huggingface_hub", "peft"})
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if path.parent != ROOT / "examples")
+
+
+def imported(source: str) -> Iterator[str]:
+    """Every module that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [alias.name for alias in node.names]
+            yield from [f"surgery.{name}" for name in names] if node.module == "surgery" else [node.module or ""]
+
+
+def wrong(file: str, source: str) -> list[str]:
+    """The imports of `file` that lead up, or sideways into another folder."""
+    here = file.split("/", maxsplit=1)[0].removesuffix(".py")
+    parts = [name.split(".") for name in imported(source)]
+    there = [part[1] for part in parts if part[0] == "surgery" and len(part) > 1]
+    return [name for name in there if name != here and FLOOR[name] <= FLOOR[here]]
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
+def test_a_file_imports_only_from_lower_floors(file: str) -> None:
+    assert wrong(file, (ROOT / file).read_text()) == []
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_heavy_packages_are_imported_inside_functions(file: str) -> None:
+    tree = ast.parse((ROOT / file).read_text())
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {name.split(".")[0] for node in top for name in imported(ast.unparse(node))}
+    assert not names & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("core/site.py", "from surgery.hosts.model import op_of"),
+        ("methods/lora.py", "def f():\n    import surgery.ops.linear"),
+        ("adapters/peft.py", "from surgery.hosts.checkpoint import Checkpoint"),
+        ("procedures/plan.py", "from surgery import api"),
+    ],
+)
+def test_an_import_that_leads_up_or_sideways_is_found(file: str, source: str) -> None:
+    assert wrong(file, source)

@@ -1,0 +1,35 @@
+"""What `import surgery` shows, and what it costs."""
+
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+import surgery
+from surgery.cli import surgery as command
+
+
+def test_all_is_sorted_and_every_name_is_there_and_documented() -> None:
+    assert surgery.__all__ == sorted(surgery.__all__)
+    assert all(getattr(surgery, name).__doc__ for name in surgery.__all__)
+
+
+def test_import_takes_no_torch_until_a_name_is_used() -> None:
+    code = "import sys, surgery, surgery.cli; assert 'torch' not in sys.modules; surgery.inject; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_answers_at_once() -> None:
+    def once() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "surgery.cli", "--help"], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    once()  # compiles the files
+    assert statistics.median(once() for _ in range(5)) < 0.2
+
+
+def test_the_command_knows_its_version() -> None:
+    assert version("model-surgery") == "0.1.0"
+    assert set(command.commands) == {"inspect", "plan", "merge", "verify", "unmerge", "demo"}
