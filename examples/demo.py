@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import surgery
 
 HERE = Path(__file__).parent
-EPOCHS, BATCH, TEMPERATURE, LEARNING_RATE = 8, 32, 0.05, 2e-3
+EPOCHS, BATCH, TEMPERATURE, LEARNING_RATE = 3, 32, 0.05, 2e-3
 Result = TypeVar("Result")
 Pairs = list[tuple[str, str]]
 
@@ -39,7 +39,10 @@ class Steps:
     """The table that the demo fills and prints."""
 
     def __init__(self) -> None:
-        self.table = Table("step", "outcome", "seconds", title="surgery demo")
+        self.table = Table(title="surgery demo")
+        self.table.add_column("step")
+        self.table.add_column("outcome", overflow="fold")
+        self.table.add_column("seconds")
 
     def do(self, what: str, action: Callable[[], Result], told: Callable[[Result], str]) -> Result:
         start = time.perf_counter()
@@ -68,26 +71,34 @@ def work(out: Path) -> None:
     after = steps.do("with the adapter", lambda: score(model, tokenizer, held_out), str)
     if after.recall_at_1 <= before.recall_at_1 or after.mrr <= before.mrr:
         raise surgery.CheckError(f"demo: training did not help; before {before}, after {after}")
-    finish(steps, base, out, model, after, lambda merged: score(loaded(merged)[1], tokenizer, held_out))
+    merged = merge(steps, base, out, model)
+    again = steps.do("merged model", lambda: score(loaded(merged)[1], tokenizer, held_out), str)
+    if again != after:
+        raise surgery.CheckError(f"demo: the merged model scores {again}, with the adapter it was {after}")
+    unmerge(steps, base, out)
     Console().print(steps.table)
 
 
-def finish(
-    steps: Steps, base: Path, out: Path, model: nn.Module, after: Score, scored: Callable[[Path], Score]
-) -> None:
-    """Save, plan, merge, verify, use and unmerge."""
-    adapter, merged, restored = out / "adapter", out / "merged", out / "restored"
+def merge(steps: Steps, base: Path, out: Path, model: nn.Module) -> Path:
+    """Save, plan, merge and verify; returns the merged folder."""
+    adapter, merged = out / "adapter", out / "merged"
     steps.do("save", lambda: surgery.save(model, adapter), lambda _: "adapter/ in PEFT's format")
     steps.do("plan", lambda: surgery.plan(base, adapter), lambda plan: plan.summary())
-    merge = lambda: surgery.merge_checkpoint(base, adapter, merged, reversible=True)  # noqa: E731
-    steps.do("merge, streaming", merge, lambda report: f"merged/: {len(report.receipt['changed'])} tensors changed")
+    steps.do(
+        "merge, streaming",
+        lambda: surgery.merge_checkpoint(base, adapter, merged, reversible=True),
+        lambda report: f"merged/: {len(report.receipt['changed'])} tensors changed",
+    )
     report = steps.do("verify", lambda: surgery.verify_checkpoint(base, adapter, merged), lambda one: one.summary())
     if not report.ok:
         raise surgery.CheckError(f"demo: the merge is not what base and adapter give: {report.summary()}")
-    again = steps.do("merged model", lambda: scored(merged), str)
-    if again != after:
-        raise surgery.CheckError(f"demo: the merged model scores {again}, with the adapter it was {after}")
-    steps.do("unmerge", lambda: surgery.unmerge_checkpoint(merged, restored), lambda one: f"{len(one.files)} files")
+    return merged
+
+
+def unmerge(steps: Steps, base: Path, out: Path) -> None:
+    """The original bytes, by their sha256."""
+    restored = out / "restored"
+    steps.do("unmerge", lambda: surgery.unmerge_checkpoint(out / "merged", restored), lambda one: one.summary())
     original, back = sha256(base / "model.safetensors"), sha256(restored / "model.safetensors")
     if original != back:
         raise surgery.CheckError(f"demo: sha256 of the original is {original}, of the restored file {back}")
@@ -158,7 +169,7 @@ def train_adapter(model: nn.Module, tokenizer: Any, train: Pairs) -> float:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def sha256(path: Path) -> str:

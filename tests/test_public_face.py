@@ -16,7 +16,8 @@ def test_all_is_sorted_and_every_name_is_there_and_documented() -> None:
 
 
 def test_import_takes_no_torch_until_a_name_is_used() -> None:
-    code = "import sys, surgery, surgery.cli; assert 'torch' not in sys.modules; surgery.inject; assert 'torch' in sys.modules"
+    before = "import sys, surgery, surgery.cli; assert 'torch' not in sys.modules"
+    code = f"{before}; surgery.inject; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
