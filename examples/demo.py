@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import surgery
 
 HERE = Path(__file__).parent
-EPOCHS, BATCH, TEMPERATURE, LEARNING_RATE = 3, 32, 0.05, 2e-3
+EPOCHS, BATCH, TEMPERATURE, LEARNING_RATE = 8, 32, 0.05, 2e-3
 Result = TypeVar("Result")
 Pairs = list[tuple[str, str]]
 

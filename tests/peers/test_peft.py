@@ -48,7 +48,12 @@ def test_an_adapter_saved_by_peft_gives_equal_outputs_here(
     config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **options)
     theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
     theirs.save_pretrained(tmp_path)
-    assert torch.equal(outputs(surgery.load(model, tmp_path)), outputs(theirs))
+    ours, wanted = outputs(surgery.load(model, tmp_path)), outputs(theirs)
+    # peft multiplies by the scaling and then adds; here both are one operation with one rounding less. That is
+    # the same for powers of two, and else an ulp at each of at most 12 adapted layers, each a sum of 64 terms.
+    ulps = 12 * 64 if "alpha_pattern" in options else 0
+    bound = ulps * torch.finfo(wanted.dtype).eps * wanted.abs().max().item()
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=bound)
 
 
 def test_a_merge_by_peft_passes_verify_and_another_adapter_does_not(
