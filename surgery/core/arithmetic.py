@@ -96,6 +96,23 @@ def _nudge(bits: Tensor, acc: Tensor, single: Tensor, where: Tensor) -> None:
     bits[where] += step.to(torch.int32)
 
 
+def all_finite(values: Tensor) -> bool:
+    """Is every element a number? One pass, without a mask."""
+    if values.numel() == 0:
+        return True
+    lowest, largest = torch.aminmax(values)  # a NaN anywhere makes both NaN
+    return bool(torch.isfinite(lowest) & torch.isfinite(largest))
+
+
+def largest_change(a: Tensor, b: Tensor) -> float:
+    """max|a - b|, taken in float32 where both are of 16 bits, else in float64."""
+    if a.numel() == 0:
+        return 0.0
+    wide = torch.float32 if max(a.itemsize, b.itemsize) == 2 else torch.float64
+    lowest, largest = torch.aminmax(a.to(wide) - b.to(wide))
+    return max(-float(lowest), float(largest))
+
+
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The spacing of `dtype` at each of `values` (float64): the step to the next magnitude."""
     info = torch.finfo(dtype)

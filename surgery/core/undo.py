@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import round_once, ulp
+from surgery.core.arithmetic import round_once
+from surgery.core.bits import BitReader, BitWriter
 from surgery.core.method import Elementwise
 from surgery.errors import CheckError
 
@@ -26,23 +27,21 @@ class Recorder:
     """Collects the index streams of one tensor, tile by tile in order; `streams` is its outcome."""
 
     def __init__(self) -> None:
-        self.writers: dict[int, _BitWriter] = {}
+        self.writers: dict[int, BitWriter] = {}
         self.exact = True  # False: this tensor cannot be recomputed and has to be kept
 
     def add(self, original: Tensor, merged: Tensor, steps: Sequence[Elementwise]) -> None:
         guess, unsure = _guess(merged, steps, original.dtype)
-        settled = torch.ones_like(unsure)
-        settled[unsure.nonzero().squeeze(1)] = False
-        truth = order(original).flatten()
-        if not torch.equal(order(guess).flatten()[settled], truth[settled]):
-            self.exact = False
+        kind = _INTEGER[original.dtype]
+        same = guess.view(kind) == original.contiguous().view(kind)
         where = unsure.nonzero().squeeze(1)
         low, width = _candidates(merged, steps, original.dtype, where)
-        index = truth[where] - low
-        for bits in _widths(width):
-            self.writers.setdefault(bits, _BitWriter(bits)).write(index[width == bits])
-        if not bool(((index >= 0) & (index < 1 << width)).all()):
-            self.exact = False
+        index = order(original.flatten()[where]) - low
+        held = (index >= 0) & (index < 1 << width)
+        self.exact &= bool((same.flatten() | unsure).all()) and bool(held.all())
+        if self.exact:
+            for bits in _widths(width):
+                self.writers.setdefault(bits, BitWriter(bits)).write(index[width == bits])
 
     def streams(self) -> dict[int, bytes]:
         """The packed indices, by bits each."""
@@ -53,7 +52,7 @@ class Restorer:
     """The inverse of Recorder: gives the original tiles back, in the same order."""
 
     def __init__(self, streams: Mapping[int, bytes]) -> None:
-        self.readers = {bits: _BitReader(bits, data) for bits, data in streams.items()}
+        self.readers = {bits: BitReader(bits, data) for bits, data in streams.items()}
 
     def restore(self, merged: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> Tensor:
         """The original tile in `dtype`. CheckError where the streams end too soon."""
@@ -67,7 +66,7 @@ class Restorer:
         flat[where] = from_order(key, dtype)
         return flat.view(merged.shape)
 
-    def _reader(self, bits: int) -> "_BitReader":
+    def _reader(self, bits: int) -> BitReader:
         if bits not in self.readers:
             raise CheckError("undo record: it ends too soon; the record or the merged weights have been changed")
         return self.readers[bits]
@@ -112,9 +111,10 @@ def _guess(merged: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> 
     guess = round_once(back, dtype)
     if merged.dtype != dtype or dtype == torch.float64:
         return guess, torch.ones(merged.numel(), dtype=torch.bool, device=merged.device)
-    again = accumulate(guess.to(torch.float64), steps)
-    apart = (again - value).abs() < 0.499 * ulp(value, dtype)
-    return guess, ~(apart & (guess.abs() > _power_below(merged))).flatten()
+    below = _power_below(merged)  # an ulp of m is this times eps; below the normal range it is 0, and nothing certain
+    off = (accumulate(guess.to(torch.float64), steps) - value).abs()
+    apart = off < below.to(torch.float64) * (0.499 * torch.finfo(dtype).eps)
+    return guess, ~(apart & (guess.abs() > below)).flatten()
 
 
 def _power_below(values: Tensor) -> Tensor:
@@ -128,73 +128,46 @@ def _candidates(
     merged: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype, where: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The lowest candidate (as `order`) at each position of `where`, and the bits that tell them apart."""
-    target = order(merged.flatten()[where])
+    m = merged.flatten()[where]
+    target = order(m)
     here = [step.at(where) for step in steps]
 
     def outcome(keys: Tensor) -> Tensor:
-        return order(merged_value(from_order(keys, dtype).to(torch.float64), here, merged.dtype))
+        return order(merged_value(from_order(keys, dtype).to(torch.float64), here, m.dtype))
 
-    low = _first(lambda keys: outcome(keys) >= target, target, dtype)
-    high = _first(lambda keys: outcome(keys) > target, target, dtype) - 1
+    def origin_of_edge(neighbour: Tensor) -> Tensor:
+        """By algebra, the key about which the outcome passes from m to its neighbour."""
+        edge = from_order(neighbour, m.dtype).to(torch.float64) / 2 + m.to(torch.float64) / 2
+        for step in reversed(here):
+            edge = step.undo(edge)
+        return order(round_once(edge, dtype))
+
+    low = _first(lambda keys: outcome(keys) >= target, origin_of_edge(target - 1), dtype)
+    high = _first(lambda keys: outcome(keys) > target, origin_of_edge(target + 1), dtype) - 1
     spare = (high - low).clamp(min=0)  # candidates beyond the first
     return low, torch.frexp(spare.to(torch.float64)).exponent.to(torch.int64)
 
 
-def _first(reached: Callable[[Tensor], Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """By bisection over all finite values of `dtype`: the lowest key from which `reached` holds."""
+def _first(reached: Callable[[Tensor], Tensor], about: Tensor, dtype: torch.dtype) -> Tensor:
+    """The lowest key from which `reached` holds, of all finite values of `dtype`; the search starts at `about`.
+
+    Strides that double lead outwards until it is enclosed, and after 2^20 of them bisection ends it.
+    """
     top = int(order(torch.tensor(torch.finfo(dtype).max, dtype=dtype)))
-    low, high = torch.full_like(like, -top - 1), torch.full_like(like, top + 1)
-    for _ in range(8 * dtype.itemsize + 1):
-        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
-        hit = reached(middle.clamp(-top - 1, top))
-        high, low = torch.where(hit, middle, high), torch.where(hit, low, middle + 1).minimum(high)
+    low, high = torch.full_like(about, -top - 2), torch.full_like(about, top + 1)
+    probe, stride = about.clamp(-top - 1, top), 1
+    while bool((low + 1 < high).any()):
+        hit = reached(probe)
+        high, low = torch.where(hit, probe, high), torch.where(hit, low, probe)
+        mean = (low & high) + ((low ^ high) >> 1)  # without overflow
+        if stride <= 1 << 20:
+            outward = torch.where(hit, high - stride, low + stride)
+            enclosed = (low > -top - 2) & (high < top + 1)
+            mean = torch.where(enclosed, mean, outward)
+        probe = mean.minimum(high - 1).maximum(low + 1)
+        stride *= 2
     return high
 
 
 def _widths(width: Tensor) -> list[int]:
     return [int(bits) for bits in torch.unique(width) if bits > 0]
-
-
-class _BitWriter:
-    """Packs integers of `bits` bits each, lowest bit first, across calls."""
-
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
-        self.done = bytearray()
-        self.rest = torch.empty(0, dtype=torch.uint8)
-
-    def write(self, values: Tensor) -> None:
-        for part in torch.split(values.cpu(), 1 << 16):
-            bits = (part[:, None] >> torch.arange(self.bits)) & 1  # [n, bits]
-            stream = torch.cat([self.rest, bits.flatten().to(torch.uint8)])
-            full = stream.numel() // 8 * 8
-            self.done += _pack(stream[:full])
-            self.rest = stream[full:].clone()
-
-    def finish(self) -> bytes:
-        padding = torch.zeros(-self.rest.numel() % 8, dtype=torch.uint8)
-        return bytes(self.done) + _pack(torch.cat([self.rest, padding]))
-
-
-class _BitReader:
-    def __init__(self, bits: int, data: bytes) -> None:
-        self.bits, self.data, self.at = bits, data, 0
-
-    def read(self, count: int) -> Tensor:
-        parts = [self._part(min(1 << 16, count - done)) for done in range(0, count, 1 << 16)]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-
-    def _part(self, count: int) -> Tensor:
-        end = self.at + count * self.bits
-        if end > 8 * len(self.data):
-            raise CheckError("undo record: it ends too soon; the record or the merged weights have been changed")
-        window = bytearray(self.data[self.at // 8 : -(-end // 8)])
-        octets = torch.frombuffer(window, dtype=torch.uint8)
-        stream = ((octets[:, None] >> torch.arange(8)) & 1).flatten()[self.at % 8 :][: count * self.bits]
-        self.at = end
-        return (stream.view(count, self.bits).to(torch.int64) << torch.arange(self.bits)).sum(1)
-
-
-def _pack(bits: Tensor) -> bytes:
-    octets = (bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
-    return bytes(octets.tolist())

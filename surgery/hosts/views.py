@@ -9,7 +9,7 @@ from torch import Tensor
 
 from surgery.codecs import codec_of
 from surgery.core.adapter import Layer
-from surgery.core.arithmetic import exact_product, round_once
+from surgery.core.arithmetic import all_finite, exact_product, round_once
 from surgery.core.codec import Packed
 from surgery.core.method import Dense, Elementwise
 from surgery.core.site import Site
@@ -61,10 +61,10 @@ class Merged:
             laid, steps = change.saved.view(site.weight.shape)[rows if site.weight.shape else ...], None
         else:
             weight = codec_of(packed, printable(site.weight.name)).decode(packed, torch.float64)
-            _refuse_non_finite(weight, site, "the base weight")
             laid, steps = _lay(change, rows, weight)
         outcome = _encode(laid, packed, change)
-        _refuse_non_finite(outcome.tensors["weight"], site, "the merged weight")
+        if not all_finite(outcome.tensors["weight"]):
+            raise _non_finite(site, packed.tensors["weight"], outcome.tensors["weight"])
         if self.watch is not None:
             self.watch(change, rows, packed.tensors["weight"], outcome.tensors["weight"], steps)
         return outcome
@@ -138,10 +138,10 @@ def _encode(laid: Tensor, packed: Packed, change: Change) -> Packed:
     return Packed({"weight": round_once(laid.to(torch.float64), change.dtype)})
 
 
-def _refuse_non_finite(values: Tensor, site: Site, what: str) -> None:
-    if not bool(torch.isfinite(values).all()):
-        dtype = str(values.dtype).removeprefix("torch.")
-        raise ValueRangeError(
-            f"{printable(site.name)}: {what} holds NaN or infinity in {dtype}; "
-            "finite numbers are wanted; check the base, or choose a --dtype of wider range"
-        )
+def _non_finite(site: Site, base: Tensor, merged: Tensor) -> ValueRangeError:
+    what, values = ("the merged weight", merged) if all_finite(base) else ("the base weight", base)
+    dtype = str(values.dtype).removeprefix("torch.")
+    return ValueRangeError(
+        f"{printable(site.name)}: {what} holds NaN or infinity in {dtype}; "
+        "finite numbers are wanted; check the base, or choose a --dtype of wider range"
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.core.arithmetic import largest_change
 from surgery.core.method import Elementwise
 from surgery.errors import FormatError, InputError, printable
 from surgery.hosts.checkpoint import Checkpoint
@@ -33,9 +34,7 @@ class Receipt:
     ) -> None:
         del rows, steps
         name = change.site.weight.name
-        apart = (merged.to(torch.float64) - original.to(torch.float64)).abs()
-        here = float(apart.max()) if apart.numel() else 0.0
-        self.largest[name] = max(here, self.largest.get(name, 0.0))
+        self.largest[name] = max(largest_change(merged, original), self.largest.get(name, 0.0))
 
     def finish(
         self,
