@@ -44,7 +44,7 @@ def inject(model: Model, config: object, *, adapter_name: str = "default", train
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
-    injection.inject(model, _config(config), adapter_name, output_heads(model), trainable)
+    injection.inject(model, _config(config), adapter_name, lambda: output_heads(model), trainable)
     return model
 
 

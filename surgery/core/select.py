@@ -12,13 +12,13 @@ ALL_LINEAR = "all-linear"
 Number = TypeVar("Number", int, float)
 
 
-def select(config: AdapterConfig, names: Iterable[str], all_linear: Collection[str] = ()) -> list[str]:
+def select(config: AdapterConfig, names: Iterable[str], all_linear: Callable[[], Collection[str]]) -> list[str]:
     """Those of `names` that `target_modules` hits and nothing excludes, in their order.
 
-    `all_linear` is what "all-linear" stands for in this model. ConfigError for a pattern that is no regex.
+    `all_linear` finds what "all-linear" stands for in this model. ConfigError for a pattern that is no regex.
     """
     hit = _matcher(config.target_modules, all_linear)
-    excluded = _matcher(config.exclude_modules, ())
+    excluded = _matcher(config.exclude_modules, tuple)
     saved = frozenset(config.modules_to_save or ())
     return [
         name
@@ -69,17 +69,17 @@ def _why(entry: str, names: Collection[str]) -> str:
     return f"nearest: {', '.join(printable(name) for name in nearest(entry, names))}"
 
 
-def _matcher(entries: str | Sequence[str] | None, all_linear: Collection[str]) -> Callable[[str], bool]:
+def _matcher(entries: str | Sequence[str] | None, all_linear: Callable[[], Collection[str]]) -> Callable[[str], bool]:
     """The test that `entries` stands for, prepared once for many names."""
     if isinstance(entries, str) and entries.lower() == ALL_LINEAR:
-        return frozenset(all_linear).__contains__
+        return frozenset(all_linear()).__contains__
     if isinstance(entries, str):
         pattern = _compile(entries, entries)
         return lambda name: pattern.fullmatch(name) is not None
     if not entries:
         return frozenset[str]().__contains__
     wanted = frozenset(entries)
-    return lambda name: any(suffix in wanted for suffix in suffixes(name))
+    return lambda name: not wanted.isdisjoint(suffixes(name))
 
 
 def _inside(modules: frozenset[str], name: str) -> bool:

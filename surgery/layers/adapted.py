@@ -49,8 +49,8 @@ class Adapted(nn.Module):
 
     def __init__(self, base_layer: nn.Module, site: Site) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        # Plain values go past nn.Module's __setattr__, which looks for parameters and takes microseconds.
+        # Past nn.Module's __setattr__, which looks for parameters everywhere and takes microseconds.
+        self._modules["base_layer"] = base_layer
         self.__dict__.update(site=site, op=site.acting, fitted={})
 
     def fit(self, adapter: str, method: Method, params: Params, trainable: bool) -> None:

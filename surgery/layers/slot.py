@@ -11,7 +11,7 @@ class Slot(nn.Module):
     def __init__(self, leaf: str = "") -> None:
         super().__init__()
         if leaf:
-            self.leaf = leaf
+            self.__dict__["leaf"] = leaf  # past nn.Module's __setattr__, see Adapted
 
     def put(self, adapter: str, values: Tensor, trainable: bool) -> None:
         parameter = nn.Parameter(values, requires_grad=trainable)

@@ -3,7 +3,7 @@
 import copy
 import gc
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -48,9 +48,24 @@ class Tree:
         for place in self.places:
             self.aliases.setdefault(id(place.module), []).append(place)
 
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As `named_parameters`, each once at its first path, from the walk that has been made."""
+        seen: set[int] = set()
+        for prefix, module in [("", self.root), *((place.name + ".", place.module) for place in self.places)]:
+            for key, values in module._parameters.items():
+                if values is not None and id(values) not in seen:
+                    seen.add(id(values))
+                    yield prefix + key, values
+
     def first_name(self, name: str) -> str:
         """The first path of the module at `name`."""
         return self.aliases[id(self.modules[name])][0].name
+
+    def is_linear(self, name: str) -> bool:
+        """Is it of what "all-linear" stands for, output heads aside?"""
+        module = self.modules[name]
+        op = op_of(module.base_layer if isinstance(module, Adapted) else module)
+        return op is not None and op.name != "embedding"
 
     def site(self, name: str) -> Site:
         """The site at a path. MatchError if no op of ours acts there."""
@@ -66,29 +81,6 @@ class Tree:
         return live_site(name, base, op)
 
 
-def inject(
-    root: nn.Module, config: AdapterConfig, adapter: str, output_heads: Collection[str] = (), trainable: bool = True
-) -> None:
-    """Lay a fresh adapter over the modules that `config` selects; `output_heads` are not in "all-linear".
-
-    Raises MatchError for an entry that hits nothing, StateError if `adapter` is there or a merge is.
-    """
-    check_name(root, adapter)
-    tree = Tree(root)
-    config = with_task_heads(config, tree)
-    names = list(tree.modules)
-    linear = [name for name in names if _is_linear(tree.modules[name]) and name not in output_heads]
-    chosen = select(config, names, linear)
-    refuse_unmatched("target_modules", unmatched(config, chosen), names)
-    first = dict.fromkeys(tree.first_name(name) for name in chosen)
-    sites = {}
-    for name in first:
-        site, method = tree.site(name), config.method(name)
-        sites[name] = site, method, method.init(site)
-    saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
-    fit(tree, adapter, Fitting(config, sites, saved), trainable)
-
-
 @contextmanager
 def _collector_paused() -> Iterator[None]:
     """Thousands of modules are made and all of them stay: a search for garbage would double the time."""
@@ -102,29 +94,62 @@ def _collector_paused() -> Iterator[None]:
 
 
 @_collector_paused()
+def inject(
+    root: nn.Module,
+    config: AdapterConfig,
+    adapter: str,
+    output_heads: Callable[[], Collection[str]] = tuple,
+    trainable: bool = True,
+) -> None:
+    """Lay a fresh adapter over the modules that `config` selects; `output_heads` finds what "all-linear" leaves out.
+
+    Raises MatchError for an entry that hits nothing, StateError if `adapter` is there or a merge is.
+    """
+    check_name(root, adapter)
+    tree = Tree(root)
+    config = with_task_heads(config, tree)
+    names = list(tree.modules)
+    chosen = select(config, names, lambda: {name for name in names if tree.is_linear(name)} - {*output_heads()})
+    refuse_unmatched("target_modules", unmatched(config, chosen), names)
+    first = dict.fromkeys(tree.first_name(name) for name in chosen)
+    sites = {}
+    for name in first:
+        site, method = tree.site(name), config.method(name)
+        sites[name] = site, method, method.init(site)
+    saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
+    fit(tree, adapter, Fitting(config, sites, saved), trainable)
+
+
+@_collector_paused()
 def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     """Lay a checked adapter over the model. The first one of a model is active, later ones are not."""
     root = tree.root
-    state = state_of(root) or _frozen(root)
+    state = state_of(root) or _frozen(tree)
+    touched: list[Adapted | Replaced] = []
     for name, (site, method, params) in fitting.sites.items():
         module = tree.modules[name]
         layer = module if isinstance(module, Adapted) else _wrap(tree, module, Adapted(module, site))
         layer.fit(adapter, method, _placed(params, layer.base_weight), trainable)
+        touched.append(layer)
     for name, tensors in fitting.saved.items():
         module = tree.modules[name]
         holder = module if isinstance(module, Replaced) else _wrap(tree, module, Replaced(module))
         holder.modules_to_save[adapter] = _copied(holder.original_module, tensors, trainable)
+        touched.append(holder)
     state.configs[adapter] = fitting.config
-    activate(root, state, (adapter,) if len(state.configs) == 1 else state.active, state.enabled)
+    if len(state.configs) == 1:
+        state.active = (adapter,)
+    for wrapper in touched:  # elsewhere nothing has changed
+        wrapper.activate(state.active, state.enabled)
 
 
-def _frozen(root: nn.Module) -> State:
+def _frozen(tree: Tree) -> State:
     """Freeze the model, and remember what was not."""
-    wanted = {name: values for name, values in root.named_parameters() if values.requires_grad}
+    wanted = {name: values for name, values in tree.parameters() if values.requires_grad}
     for values in wanted.values():
         values.requires_grad_(False)
     state = State(frozenset(wanted))
-    set_state(root, state)
+    set_state(tree.root, state)
     return state
 
 
@@ -180,14 +205,9 @@ def with_task_heads(config: AdapterConfig, tree: Tree) -> AdapterConfig:
     return replace(config, modules_to_save=[*given, *added]) if added else config
 
 
-def _is_linear(module: nn.Module) -> bool:
-    op = op_of(module.base_layer if isinstance(module, Adapted) else module)
-    return op is not None and op.name != "embedding"
-
-
 def _wrap(tree: Tree, module: nn.Module, wrapper: Wrapper) -> Wrapper:
     """Put `wrapper` at every path of `module`."""
-    wrapper.training = module.training
+    wrapper.__dict__["training"] = module.training
     for place in tree.aliases[id(module)]:
         place.parent._modules[place.key] = wrapper
         tree.modules[place.name] = wrapper
