@@ -1,5 +1,6 @@
 """The public functions: each finds its inputs and calls one procedure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from os import PathLike
@@ -11,7 +12,7 @@ from torch import nn
 
 from surgery.adapters.peft import CONFIG, config_from, read_adapter
 from surgery.core.config import AdapterConfig
-from surgery.errors import ConfigError, printable
+from surgery.errors import ConfigError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.integrations.transformers import output_heads
 from surgery.io.hub import locate
@@ -99,9 +100,14 @@ def eject(model: Model, *, keep_merged: bool = False) -> Model:
     return model
 
 
-def inspect(path: Where) -> inspection.Inspection:
-    """The sites of a model, or the tensors of an adapter, from the headers of its files."""
-    return inspection.inspect(locate(path))
+def inspect(model: nn.Module | Where) -> inspection.Inspection:
+    """The sites of a model, in memory or from the headers of its files, or the tensors of an adapter.
+
+    >>> import surgery, torch
+    >>> [(row.name, row.op, row.shape) for row in surgery.inspect(torch.nn.Sequential(torch.nn.Linear(4, 2))).rows]
+    [('0', 'linear', (2, 4))]
+    """
+    return inspection.inspect_model(model) if isinstance(model, nn.Module) else inspection.inspect(locate(model))
 
 
 def plan(base: Where, adapters: Adapters, *, dtype: str | torch.dtype | None = None) -> planning.Plan:
@@ -166,7 +172,11 @@ def _plain(field: Any) -> Any:
 
 
 def _weighted(adapters: Adapters) -> list[Weighted]:
-    single = isinstance(adapters, str | PathLike)
-    given: Sequence[Any] = [adapters] if single else adapters  # type: ignore[assignment]
-    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in given]
-    return [Weighted(read_adapter(locate(where)), float(weight)) for where, weight in pairs]
+    """UsageError for a weight that is no finite number."""
+    found = []
+    for one in [adapters] if isinstance(adapters, str | PathLike) else adapters:
+        where, weight = one if isinstance(one, tuple) else (one, 1.0)
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise UsageError(f"{printable(where)}: its weight is {printable(weight)}; a finite number is wanted")
+        found.append(Weighted(read_adapter(locate(where)), float(weight)))
+    return found

@@ -11,7 +11,7 @@ SurgeryError
 │   └── StateError       3  the model or folder is not in the state that the call needs
 ├── CheckError           4  a check ran and failed
 ├── EnvironmentFault     5  disk, permission, network, memory, a missing package
-└── OutputExistsError    6  the output is there already, or busy
+└── OutputExistsError    6  the output is there already, busy, or an input
 
 A message reads `<where>: <found>; <wanted>; <next step>`.
 """
@@ -72,7 +72,7 @@ class EnvironmentFault(SurgeryError):  # noqa: N818  # EnvironmentError is a bui
 
 
 class OutputExistsError(SurgeryError):
-    """The output is there already, or busy."""
+    """The output is there already, busy, or overlaps with an input."""
 
     exit_code = 6
 

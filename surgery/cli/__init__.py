@@ -1,6 +1,7 @@
 """The command line: each command parses, calls one api function and prints its report."""
 
 import sys
+import traceback
 from typing import Any
 
 import click
@@ -37,18 +38,14 @@ for command in (inspect, plan, merge, verify, unmerge, demo):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error is one line on stderr, and its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    if "--debug" in given:
-        surgery(given)
     try:
-        sys.exit(_run(given))
-    except SurgeryError as error:
-        _fail(str(error), error.exit_code)
-    except OSError as error:
-        _fail(
-            f"{printable(error.filename)}: {error.strerror}; see to the disk and run again", EnvironmentFault.exit_code
-        )
-    except MemoryError:
-        _fail("out of memory; close other programs, or use a machine with more", EnvironmentFault.exit_code)
+        code = _run(given)
+    except Exception as error:  # noqa: BLE001  # the last resort: a bug of ours is one line too
+        if "--debug" in given:
+            traceback.print_exc()
+        message, code = _told(error)
+        click.echo(f"surgery: {message}", err=True)
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> Any:
@@ -57,12 +54,22 @@ def _run(arguments: list[str]) -> Any:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.Abort:
-        _fail("interrupted", 130)
+        click.echo("surgery: interrupted", err=True)
+        return 130
     except click.ClickException as error:
         error.show()
         return error.exit_code
 
 
-def _fail(message: str, code: int) -> None:
-    click.echo(f"surgery: {message}", err=True)
-    sys.exit(code)
+def _told(error: Exception) -> tuple[str, int]:
+    """The line and the exit code of an error."""
+    match error:
+        case SurgeryError():
+            return str(error), error.exit_code
+        case OSError():
+            found = f"{printable(error.filename)}: {error.strerror}; see to the disk and run again"
+            return found, EnvironmentFault.exit_code
+        case MemoryError():
+            return "out of memory; close other programs, or use a machine with more", EnvironmentFault.exit_code
+    found = f"{type(error).__name__}: {printable(error)}"
+    return f"{found}; this is a bug of surgery; run again with --debug and report it", 1

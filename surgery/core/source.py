@@ -33,6 +33,9 @@ class Sink(Protocol):
         ...
 
 
+TILE_ELEMENTS = 1 << 20  # of a weight at a time: 8 MB of float64, which bounds the memory of every procedure
+
+
 def copy(source: Source, sink: Sink) -> None:
     """Everything of `source` into `sink`, a tile at a time."""
     for site in source.sites():

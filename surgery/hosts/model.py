@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from surgery.core.codec import Packed
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
-from surgery.core.source import row_tiles
+from surgery.core.source import TILE_ELEMENTS, row_tiles
 from surgery.ops import OPS
-
-TILE_ELEMENTS = 1 << 20
 
 
 def op_of(module: nn.Module) -> Op | None:

@@ -2,20 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from types import TracebackType
 from typing import BinaryIO
 
 import torch
 
 from surgery.core.codec import Packed
 from surgery.core.site import Site
-from surgery.core.source import row_tiles
+from surgery.core.source import TILE_ELEMENTS, row_tiles
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.io.header import Header, encode_header
 from surgery.io.octets import Tally, octets
 from surgery.io.staging import Staging, write_all
 from surgery.io.strict_json import json_bytes
-
-TILE_ELEMENTS = 1 << 20
 
 
 class CheckpointSink:
@@ -45,8 +44,10 @@ class CheckpointSink:
     def __enter__(self) -> "CheckpointSink":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.context.__exit__(*error)  # type: ignore[arg-type]  # ExitStack spells the three out
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.context.__exit__(kind, value, trace)
 
     def tiles(self, site: Site) -> Iterator[slice]:
         # What lies before the site goes first: the base is read in the order of its bytes, and hashed so.

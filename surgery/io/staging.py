@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from surgery.errors import ConfigError, EnvironmentFault, OutputExistsError, printable
+from surgery.errors import EnvironmentFault, OutputExistsError, printable
 
 
 class Staging:
@@ -100,11 +100,11 @@ class Staging:
 
 
 def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
-    """ConfigError if `out` is an input, lies in one or holds one: writing it would change what is read."""
+    """OutputExistsError if `out` is an input, lies in one or holds one: writing it would change what is read."""
     target = out.resolve()
     for path in (one.resolve() for one in inputs):
         if target == path or path in target.parents or target in path.parents:
-            raise ConfigError(
+            raise OutputExistsError(
                 f"{printable(out)}: it overlaps with {printable(path)}, which is read; name another folder"
             )
 

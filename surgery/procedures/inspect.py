@@ -1,13 +1,16 @@
-"""inspect: the sites of a model's files, or the tensors of an adapter's."""
+"""inspect: the sites of a model, in memory or in files, or the tensors of an adapter's files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from surgery.adapters.peft import CONFIG, TENSORS, read_adapter
 from surgery.core.site import Site
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.model import model_sites
 from surgery.procedures.join import CONV1D_FAMILIES, CONV1D_NAMES, ties_head
 
 
@@ -40,13 +43,19 @@ class Inspection:
         return {"kind": self.kind, "config": self.config, "rows": rows}
 
 
+def inspect_model(root: nn.Module) -> Inspection:
+    """The sites of a live model: its paths are what `target_modules` names."""
+    rows = [_row(one, one.op.name if one.op else "", ", ".join(one.aliases + one.tied)) for one in model_sites(root)]
+    return Inspection("model", tuple(rows), {})
+
+
 def inspect(path: Path) -> Inspection:
     """InputError if neither a model nor an adapter lies at `path`."""
     if (path / CONFIG).is_file() or path.name == TENSORS:
         adapter = read_adapter(path)
         return Inspection("adapter", tuple(_adapter_rows(adapter.sites, adapter.ops)), adapter.config.to_json())
     with Checkpoint(path) as base:
-        return Inspection("model", tuple(_row(base, site) for site in base.sites()), base.config)
+        return Inspection("model", tuple(_stored_row(base, site) for site in base.sites()), base.config)
 
 
 def _adapter_rows(sites: Any, ops: Any) -> Iterator[Row]:
@@ -56,13 +65,15 @@ def _adapter_rows(sites: Any, ops: Any) -> Iterator[Row]:
             yield Row(f"{name} {role}", ops.get(name, ""), tuple(values.shape), dtype, values.nbytes)
 
 
-def _row(base: Checkpoint, site: Site) -> Row:
+def _row(site: Site, op: str, tied: str) -> Row:
     info = site.tensors.get("weight") or next(iter(site.tensors.values()))
     size = sum(one.nbytes for one in site.tensors.values())
-    dtype = str(info.dtype).removeprefix("torch.")
+    return Row(site.name or info.name, op, info.shape, str(info.dtype).removeprefix("torch."), size, tied)
+
+
+def _stored_row(base: Checkpoint, site: Site) -> Row:
     op = likely_op(base, site)
-    tied = "output head" if op == "embedding" and ties_head(base, site) else ""
-    return Row(site.name or info.name, op, info.shape, dtype, size, tied)
+    return _row(site, op, "output head" if op == "embedding" and ties_head(base, site) else "")
 
 
 def likely_op(base: Checkpoint, site: Site) -> str:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from surgery.core.method import Elementwise
-from surgery.core.source import copy
+from surgery.core.source import TILE_ELEMENTS, copy
 from surgery.hosts.checkpoint import INDEX, Checkpoint
-from surgery.hosts.shards import TILE_ELEMENTS, CheckpointSink
+from surgery.hosts.shards import CheckpointSink
 from surgery.hosts.views import Change, Merged, Watch
 from surgery.io.octets import Tally
 from surgery.io.staging import Staging, refuse_overlap

@@ -10,9 +10,9 @@ from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter
 from surgery.core.select import unmatched
 from surgery.core.site import Site
+from surgery.core.source import TILE_ELEMENTS
 from surgery.errors import ConfigError, FormatError, InputError, MatchError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.shards import TILE_ELEMENTS
 from surgery.hosts.views import Change
 from surgery.procedures.join import Joined, refused_copies, replaced
 

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -45,8 +46,10 @@ class UndoWriter:
     def __enter__(self) -> "UndoWriter":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.context.__exit__(*error)  # type: ignore[arg-type]  # ExitStack spells the three out
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.context.__exit__(kind, value, trace)
 
     def __call__(
         self,

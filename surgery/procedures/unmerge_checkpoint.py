@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from surgery.core.site import Site
-from surgery.core.source import copy
+from surgery.core.source import TILE_ELEMENTS, copy
 from surgery.errors import CheckError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.shards import TILE_ELEMENTS, CheckpointSink
+from surgery.hosts.shards import CheckpointSink
 from surgery.hosts.views import Change, Unmerged
 from surgery.io.octets import Tally
 from surgery.io.staging import Staging, refuse_overlap

@@ -15,11 +15,10 @@ from torch import Tensor
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.site import Site, TensorInfo
-from surgery.core.source import Source, row_tiles
+from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
 from surgery.core.undo import order
 from surgery.errors import InputError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.shards import TILE_ELEMENTS
 from surgery.hosts.views import Change, Merged, elementwise
 from surgery.io.octets import Tally
 from surgery.procedures.plan import Weighted, make_plan

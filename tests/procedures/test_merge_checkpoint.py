@@ -117,7 +117,7 @@ def test_an_output_that_overlaps_with_an_input_is_refused(
     where: str, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     before = file_hashes(tmp_path)
-    with pytest.raises(ConfigError, match="overlaps"):
+    with pytest.raises(OutputExistsError, match="overlaps"):
         surgery.merge_checkpoint(base, adapter, tmp_path / where, overwrite=True)
     assert file_hashes(tmp_path) == before
 

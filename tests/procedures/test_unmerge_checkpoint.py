@@ -17,7 +17,7 @@ from checkpoint_folders import (
 )
 
 import surgery
-from surgery import CheckError, ConfigError, FormatError, OutputExistsError
+from surgery import CheckError, FormatError, OutputExistsError
 
 DTYPES = ("float32", "bfloat16", "float16")
 CONFIG = {"model_type": "llama", "dtype": "float32", "architectures": ["LlamaForCausalLM"]}
@@ -155,6 +155,6 @@ def test_an_existing_output_is_refused_until_overwrite_is_said(merged: Path, tmp
 @pytest.mark.parametrize("where", ["merged", "merged/back", "."])
 def test_an_output_that_overlaps_with_the_merged_folder_is_refused(where: str, merged: Path, tmp_path: Path) -> None:
     before = file_hashes(tmp_path)
-    with pytest.raises(ConfigError, match="overlaps"):
+    with pytest.raises(OutputExistsError, match="overlaps"):
         surgery.unmerge_checkpoint(merged, tmp_path / where, overwrite=True)
     assert file_hashes(tmp_path) == before
