@@ -1,4 +1,4 @@
-"""Run every benchmark in a fresh process, print one table and write it to RESULTS.md."""
+"""Run every benchmark in a fresh process, print one table, and write it to RESULTS.md and the README."""
 
 import json
 import os
@@ -10,22 +10,24 @@ from pathlib import Path
 
 BENCHMARKS = ("inject", "load", "forward", "merge")
 RESULTS = Path(__file__).parent / "RESULTS.md"
+README = RESULTS.parents[1] / "README.md"
+MARKS = "<!-- figures: written by `make bench` -->", "<!-- end of figures -->"
 
 
 def main() -> None:
     rows = [row for name in BENCHMARKS for row in run(name)]
     lines = [
-        "# Results",
-        "",
-        machine(),
-        "",
         "| what | surgery | peft | ratio | wanted |",
         "| --- | --- | --- | --- | --- |",
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        machine(),
     ]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", "Written by `make bench`; both sides run in the same process group, on the same files."]
-    text = "\n".join(lines) + "\n"
-    RESULTS.write_text(text)
+    text = "\n".join(lines)
+    RESULTS.write_text(f"# Results\n\n{text} Written by `make bench`; both sides ran in turn, on the same files.\n")
+    before, _, rest = README.read_text().partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    README.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
     print(text)
 
 
