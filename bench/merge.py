@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def alone(kind: str, folder: Path) -> None:
     taken = {
         "copy": copy_base,
         "surgery": merge,
-        "reversible": merge_reversible,
+        "reversible": partial(merge, reversible=True),
         "unmerge": unmerge,
         "peft": merge_peft,
     }
@@ -89,19 +90,12 @@ def copy_base(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def merge(folder: Path) -> float:
+def merge(folder: Path, reversible: bool = False) -> float:
     import surgery
 
+    out = folder / ("reversible" if reversible else "surgery")
     start = time.perf_counter()
-    surgery.merge_checkpoint(folder / "base", folder / "adapter", folder / "surgery")
-    return time.perf_counter() - start
-
-
-def merge_reversible(folder: Path) -> float:
-    import surgery
-
-    start = time.perf_counter()
-    surgery.merge_checkpoint(folder / "base", folder / "adapter", folder / "reversible", reversible=True)
+    surgery.merge_checkpoint(folder / "base", folder / "adapter", out, reversible=reversible)
     return time.perf_counter() - start
 
 

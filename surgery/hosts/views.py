@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,17 +28,28 @@ class Change:
     saved: Tensor | None = None
 
 
-class Watch(Protocol):
-    """Sees each tile of a merge; `steps` is None where the merge is not a chain of elementwise steps."""
+class MergedTile(NamedTuple):
+    """Some rows of a weight as they were and as they became."""
 
-    def __call__(
-        self,
-        change: Change,
-        rows: slice,
-        original: Tensor,
-        merged: Tensor,
-        steps: Sequence[Elementwise] | None,
-    ) -> None: ...
+    change: Change
+    rows: slice  # of the stored weight
+    original: Tensor
+    merged: Tensor
+    steps: Sequence[Elementwise] | None  # None where the merge is not a chain of elementwise steps
+
+    @property
+    def first(self) -> bool:
+        """Is it the weight's first tile?"""
+        return bool(self.rows.start == 0)
+
+    @property
+    def last(self) -> bool:
+        """Is it the weight's last tile?"""
+        shape = self.change.site.weight.shape
+        return not shape or self.rows.stop >= shape[0]
+
+
+Watch = Callable[[MergedTile], None]  # sees each tile of a merge, in order
 
 
 class Merged:
@@ -66,7 +77,7 @@ class Merged:
         if not all_finite(outcome.tensors["weight"]):
             raise _non_finite(site, packed.tensors["weight"], outcome.tensors["weight"])
         if self.watch is not None:
-            self.watch(change, rows, packed.tensors["weight"], outcome.tensors["weight"], steps)
+            self.watch(MergedTile(change, rows, packed.tensors["weight"], outcome.tensors["weight"], steps))
         return outcome
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.op import Op, Tile
+from surgery.ops.transposed import Transposed
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,13 @@ class Linear(Op):
 
 
 @dataclass(frozen=True)
-class Conv1D(Linear):
+class Conv1D(Transposed):
     """transformers' Conv1D (GPT-2): the same map, stored transposed."""
 
     name = "conv1d"
 
-    def matrix(self, stored: Tensor) -> Tensor:
-        return stored.T  # [in, out] -> [out, in]
+    def apply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, matrix, bias)
 
-    def stored(self, matrix: Tensor) -> Tensor:
-        return matrix.T  # [out, in] -> [in, out]
-
-    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
-        return stored[1], stored[0]
-
-    def tile(self, rows: slice) -> Tile:
-        return slice(None), rows
+    def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
+        return F.linear(h, matrix)

@@ -1,19 +1,18 @@
 """merge and unmerge of a live model: the base weights change in place, and come back to the bit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from surgery.core.adapter import Layer
-from surgery.core.method import Elementwise
 from surgery.core.source import copy
 from surgery.core.undo import Recorder
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.model import LiveWeights, live_site
 from surgery.hosts.tree import adapted_layers, state_of
-from surgery.hosts.views import Change, Merged, Undo, Unmerged
+from surgery.hosts.views import Change, Merged, MergedTile, Undo, Unmerged
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
 
@@ -39,15 +38,13 @@ class LiveRecorder:
         self.undos: dict[str, Undo] = {}
         self.originals: dict[str, str] = {}
 
-    def __call__(
-        self, change: Change, rows: slice, original: Tensor, merged: Tensor, steps: Sequence[Elementwise] | None
-    ) -> None:
-        if rows.start == 0:
-            self.recorder = Recorder() if self.kind == "index" and steps is not None else None
-        if self.recorder is not None and steps is not None:
-            self.recorder.add(original, merged, steps)
-        if rows.stop >= change.site.weight.shape[0]:
-            self._end(change)
+    def __call__(self, tile: MergedTile) -> None:
+        if tile.first:
+            self.recorder = Recorder() if self.kind == "index" and tile.steps is not None else None
+        if self.recorder is not None and tile.steps is not None:
+            self.recorder.add(tile.original, tile.merged, tile.steps)
+        if tile.last:
+            self._end(tile.change)
 
     def _end(self, change: Change) -> None:
         name, weight = change.site.name, self.live.weight(change.site)

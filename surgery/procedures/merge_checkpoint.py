@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from surgery.core.method import Elementwise
 from surgery.core.source import TILE_ELEMENTS, copy
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.shards import CheckpointSink
-from surgery.hosts.views import Change, Merged, Watch
+from surgery.hosts.views import Merged, MergedTile, Watch
 from surgery.io.octets import Tally
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
@@ -85,11 +83,9 @@ def merge_checkpoint(
 
 
 def _all(watches: Sequence[Watch]) -> Watch:
-    def watch(
-        change: Change, rows: slice, original: Tensor, merged: Tensor, steps: Sequence[Elementwise] | None
-    ) -> None:
+    def watch(tile: MergedTile) -> None:
         for one in watches:
-            one(change, rows, original, merged, steps)
+            one(tile)
 
     return watch
 

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from surgery.core.arithmetic import largest_change
-from surgery.core.method import Elementwise
 from surgery.errors import FormatError, InputError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.views import Change
+from surgery.hosts.views import MergedTile
 from surgery.io.octets import Tally
 from surgery.io.strict_json import read_json
 from surgery.procedures.plan import Plan, Weighted, describe
@@ -29,12 +27,9 @@ class Receipt:
         self.base, self.adapters, self.plan = base, adapters, plan
         self.largest: dict[str, float] = {}
 
-    def __call__(
-        self, change: Change, rows: slice, original: Tensor, merged: Tensor, steps: Sequence[Elementwise] | None
-    ) -> None:
-        del rows, steps
-        name = change.site.weight.name
-        self.largest[name] = max(largest_change(merged, original), self.largest.get(name, 0.0))
+    def __call__(self, tile: MergedTile) -> None:
+        name = tile.change.site.weight.name
+        self.largest[name] = max(largest_change(tile.merged, tile.original), self.largest.get(name, 0.0))
 
     def finish(
         self,

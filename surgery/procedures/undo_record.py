@@ -13,14 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor
-
 from surgery.adapters.peft import adapter_bytes, read_adapter
-from surgery.core.method import Elementwise
 from surgery.core.undo import Recorder
 from surgery.errors import CheckError, FormatError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.views import Change, Undo
+from surgery.hosts.views import Change, MergedTile, Undo
 from surgery.io.header import DTYPES, SPELLINGS
 from surgery.io.octets import tensor_from
 from surgery.io.staging import Staging, write_all
@@ -51,21 +48,13 @@ class UndoWriter:
     ) -> None:
         self.context.__exit__(kind, value, trace)
 
-    def __call__(
-        self,
-        change: Change,
-        rows: slice,
-        original: Tensor,
-        merged: Tensor,
-        steps: Sequence[Elementwise] | None,
-    ) -> None:
-        info = change.site.weight
-        if steps is None:
+    def __call__(self, tile: MergedTile) -> None:
+        if tile.steps is None:
             self.recorder = None
         elif self.recorder is not None:
-            self.recorder.add(original, merged, steps)
-        if not info.shape or rows.stop >= info.shape[0]:
-            self._end(change)
+            self.recorder.add(tile.original, tile.merged, tile.steps)
+        if tile.last:
+            self._end(tile.change)
             self.recorder = Recorder()
 
     def _end(self, change: Change) -> None:
