@@ -6,6 +6,8 @@ import sys
 import time
 from importlib.metadata import version
 
+import torch
+
 import surgery
 from surgery.cli import surgery as command
 
@@ -34,3 +36,16 @@ def test_help_answers_at_once() -> None:
 def test_the_command_knows_its_version() -> None:
     assert version("model-surgery") == "0.1.0"
     assert set(command.commands) == {"inspect", "plan", "merge", "verify", "unmerge", "demo"}
+
+
+def test_inspect_lists_a_live_model_with_what_is_tied() -> None:
+    embedding, head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False)
+    head.weight = embedding.weight
+    model = torch.nn.ModuleDict({"embed": embedding, "inner": torch.nn.Linear(4, 4), "head": head})
+    model["again"] = model["inner"]
+    rows = {row.name: (row.op, row.shape, row.size_bytes, row.tied) for row in surgery.inspect(model).rows}
+    assert rows == {
+        "embed": ("embedding", (10, 4), 160, "head"),
+        "inner": ("linear", (4, 4), 80, "again"),
+        "head": ("linear", (10, 4), 160, "embed"),
+    }
