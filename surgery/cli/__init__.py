@@ -12,7 +12,7 @@ from surgery.cli.merge import merge
 from surgery.cli.plan import plan
 from surgery.cli.unmerge import unmerge
 from surgery.cli.verify import verify
-from surgery.errors import EnvironmentFault, SurgeryError, printable
+from surgery.errors import EnvironmentFault, SurgeryError, UsageError, printable
 
 _EPILOG = (
     "Exit codes: 0 done, 2 usage, 3 input refused, 4 a check failed, 5 environment, 6 output exists or is busy, "
@@ -56,9 +56,9 @@ def _run(arguments: list[str]) -> Any:
     except click.Abort:
         click.echo("surgery: interrupted", err=True)
         return 130
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "surgery"
+        raise UsageError(f"{printable(error.format_message())}; `{command} --help` says what is wanted") from error
 
 
 def _told(error: Exception) -> tuple[str, int]:
@@ -67,8 +67,9 @@ def _told(error: Exception) -> tuple[str, int]:
         case SurgeryError():
             return str(error), error.exit_code
         case OSError():
-            found = f"{printable(error.filename)}: {error.strerror}; see to the disk and run again"
-            return found, EnvironmentFault.exit_code
+            where = "" if error.filename is None else f"{printable(error.filename)}: "
+            found = error.strerror or str(error) or type(error).__name__
+            return f"{where}{printable(found)}; see to the disk and run again", EnvironmentFault.exit_code
         case MemoryError():
             return "out of memory; close other programs, or use a machine with more", EnvironmentFault.exit_code
     found = f"{type(error).__name__}: {printable(error)}"

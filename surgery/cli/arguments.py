@@ -56,9 +56,12 @@ def _table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in header:
+        table.add_column(title, overflow="fold")  # a name is never cut
     for row in rows:
         table.add_row(*row)
-    console = Console(markup=False, highlight=False)
-    width = None if console.is_terminal else 200  # a pipe has no width: do not cut names
-    console.print(table, width=width)
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 1 << 16  # a pipe has no width
+    console.print(table)

@@ -1,7 +1,5 @@
 """surgery plan BASE ADAPTER[=WEIGHT]..."""
 
-import sys
-
 import click
 
 from surgery.cli.arguments import adapters_of, as_json, dtype, show
@@ -18,7 +16,7 @@ def plan(base: str, adapters: tuple[str, ...], dtype: str | None, as_json: bool)
     Exit code 3 if anything is refused.
     """
     from surgery import api
-    from surgery.errors import InputError, printable
+    from surgery.errors import printable
 
     report = api.plan(base, adapters_of(adapters), dtype=dtype)
     rows = [
@@ -35,5 +33,4 @@ def plan(base: str, adapters: tuple[str, ...], dtype: str | None, as_json: bool)
     if not as_json:
         for line in (*report.notes, *(f"refused: {error}" for error in report.refusals)):
             click.echo(line)
-    if not report.ok:
-        sys.exit(InputError.exit_code)
+    report.require()

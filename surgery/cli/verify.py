@@ -1,7 +1,5 @@
 """surgery verify OUT, or surgery verify BASE ADAPTER... OUT."""
 
-import sys
-
 import click
 
 from surgery.cli.arguments import adapters_of, as_json, show
@@ -19,7 +17,7 @@ def verify(paths: tuple[str, ...], base: str | None, adapters: tuple[str, ...], 
     checked against its receipt.
     """
     from surgery import api
-    from surgery.errors import CheckError, printable
+    from surgery.errors import printable
 
     if len(paths) == 2 or (len(paths) > 2 and (base or adapters)) or bool(base) != bool(adapters):
         raise click.UsageError("name OUT; or OUT with --base and --adapter; or BASE ADAPTER... OUT")
@@ -33,5 +31,4 @@ def verify(paths: tuple[str, ...], base: str | None, adapters: tuple[str, ...], 
         if one.grade in ("rounding", "different")
     ]
     show(report, as_json, rows, ("tensor", "grade", "max abs error", "why"))
-    if not report.ok:
-        sys.exit(CheckError.exit_code)
+    report.require()

@@ -1,5 +1,6 @@
 """AdapterConfig: the fields of PEFT's adapter_config.json that choose modules, and how a config is read."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -45,9 +46,19 @@ class AdapterConfig(ABC):
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            _check_names(name, getattr(self, name), or_pattern=True)
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            _check_names(name, value, or_pattern=True)
+            if isinstance(value, str):
+                check_pattern(name, value)
         _check_names("modules_to_save", self.modules_to_save, or_pattern=False)
+        _check_layers(self.layers_to_transform)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool and not isinstance(value, bool):
+                raise ConfigError(f"{field.name} is {printable(value)!r}; it must be true or false")
+            if field.type == str | None and not isinstance(value, str | None):
+                raise ConfigError(f"{field.name} is {printable(value)!r}; it must be a string")
 
     @abstractmethod
     def method(self, name: str) -> Method:
@@ -83,6 +94,8 @@ class AdapterConfig(ABC):
                 )
         try:
             return cls(**{name: value for name, value in data.items() if name in own})
+        except ConfigError as error:
+            raise FormatError(f"{where}: {error}") from error
         except (TypeError, AttributeError) as error:
             raise FormatError(f"{where}: {error}; a field has the wrong type") from error
 
@@ -91,10 +104,28 @@ def _check_names(field: str, value: Any, or_pattern: bool) -> None:
     if value is None or (or_pattern and isinstance(value, str)):
         return
     wanted = "a list of module names" + (" or one string" if or_pattern else "")
-    if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
+    if not _listed(value):
         raise ConfigError(f"{field} is {printable(value)!r}; it must be {wanted}")
     if not all(isinstance(entry, str) and entry for entry in value):
         raise ConfigError(f"{field} holds an entry that is not a name; it must be {wanted}")
+
+
+def _check_layers(value: Any) -> None:
+    numbers = value if _listed(value) else [] if value is None else [value]
+    if not all(type(number) is int for number in numbers):
+        raise ConfigError(f"layers_to_transform is {printable(value)!r}; it must be a whole number or a list of them")
+
+
+def check_pattern(field: str, pattern: str) -> None:
+    """ConfigError for what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{field}: {printable(pattern)!r} is not a regular expression: {error}") from error
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset))
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Checkpoint: a folder of safetensors, or one file, as a readable place of sites."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.folder = path if path.is_dir() else path.parent
-        self.config = read_json(self.folder / "config.json") if (self.folder / "config.json").is_file() else {}
+        self.config = read_json(self.folder / "config.json") if os.path.lexists(self.folder / "config.json") else {}
         self.index: dict[str, Any] | None = None
         self.files: list[TensorFile] = []
         try:
@@ -104,8 +105,10 @@ class Checkpoint:
     def _names(self) -> list[str]:
         if self.path.is_file():
             return [self.path.name]
-        if (self.folder / INDEX).is_file():
+        if os.path.lexists(self.folder / INDEX):
             self.index = read_json(self.folder / INDEX)
+            if not isinstance(self.index.get("metadata") or {}, dict):
+                raise FormatError(f"{printable(self.folder / INDEX)}: its metadata is no table; the index is damaged")
             return sorted(set(_shard_names(self.index, printable(self.folder / INDEX))))
         if (self.folder / SINGLE).is_file():
             return [SINGLE]
@@ -143,7 +146,9 @@ def _shard_names(index: Mapping[str, Any], where: str) -> Iterator[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{where}: it has no weight_map; the index is damaged")
     for name in weight_map.values():
-        if not isinstance(name, str) or "/" in name or "\\" in name or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or "/" in name or "\\" in name or not name.isprintable():
+            raise FormatError(f"{where}: {printable(name)!r} is no shard's name; a .safetensors file is wanted")
+        if not name.endswith(".safetensors"):
             raise FormatError(f"{where}: {printable(name)!r} is no shard's name; a .safetensors file is wanted")
         yield name
 

@@ -51,6 +51,8 @@ class Header(NamedTuple):
 
 def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
     """The header whose bytes are `raw`. FormatError for holes, overlaps, wrong sizes or cut files."""
+    if raw[8:9] != b"{":
+        raise FormatError(f"{where}: its header does not begin with {{; a safetensors file is wanted")
     fields = parse_json(raw[8:], where)
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -98,11 +100,24 @@ def _span(name: str, field: Any, where: str) -> tuple[int, int, TensorInfo]:
         raise FormatError(f"{where}: dtype {printable(dtype)!r} is not known; known are {', '.join(DTYPES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise FormatError(f"{where}: shape and data_offsets must be whole numbers from 0; the file is damaged")
+    if not _countable(shape):
+        raise FormatError(f"{where}: shape {printable(shape)} has more elements than a tensor can; the file is damaged")
     info = TensorInfo(name, DTYPES[dtype], tuple(shape))
     if offsets[1] - offsets[0] != info.nbytes:
-        raise FormatError(f"{where}: {offsets[1] - offsets[0]} bytes, but {info.nbytes} are needed for {shape} {dtype}")
+        given = printable(offsets[1] - offsets[0])
+        raise FormatError(f"{where}: {given} bytes, but {info.nbytes} are needed for {printable(shape)} {dtype}")
     return offsets[0], offsets[1], info
 
 
 def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _countable(shape: list[int]) -> bool:
+    """Does the product of the extents other than 0 stay below 2^63? It is not taken any further."""
+    size = 1
+    for extent in shape:
+        size *= max(extent, 1)
+        if size >= 1 << 63:
+            return False
+    return True

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from surgery.errors import EnvironmentFault, InputError, printable
 
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*"]
 
 
@@ -16,12 +16,19 @@ def locate(spec: str | PathLike[str]) -> Path:
     InputError if it is neither; EnvironmentFault if the Hub cannot be reached and its cache lacks the files.
     """
     path = Path(spec).expanduser()
-    if path.exists():
+    if _exists(path):
         return path
     found = _HUB_ID.fullmatch(str(spec))
     if found is None:
         raise InputError(f"{printable(spec)}: no such file or folder; a path or owner/name[@revision] is wanted")
     return _download(found["id"], found["revision"])
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name that is too long to be one
+        return False
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -33,12 +33,26 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=_no_constant, parse_int=_whole
+        )
+        if b"\\ud" in data.lower():  # an escape may spell half a character, which no file name or key can hold
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not JSON ({printable(error)}); was it cut off or edited?") from error
     if not isinstance(value, dict):
         raise FormatError(f"{where}: a JSON {type(value).__name__}; an object is wanted")
     return value
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _whole(text: str) -> int:
+    if text == "-0":
+        raise ValueError("-0 is no whole number")
+    return int(text)
 
 
 def json_bytes(value: object) -> bytes:

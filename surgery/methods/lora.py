@@ -1,6 +1,7 @@
 """LoRA: W + scaling * B A, with scaling = alpha / r, or alpha / sqrt(r). https://arxiv.org/abs/2106.09685"""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -10,12 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import AdapterConfig, Spelling, check_pattern
 from surgery.core.method import Additive, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, printable
+
+_LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
 Init = bool | Literal["gaussian", "orthogonal"]
 
@@ -83,8 +86,10 @@ class LoraConfig(AdapterConfig):
                 "'orthogonal' leave the base alone and are supported"
             )
         for key, rank in self.rank_pattern.items():
+            check_pattern("rank_pattern", key)
             _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
+            check_pattern("alpha_pattern", key)
             _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
 
     def method(self, name: str) -> "Lora":
@@ -160,10 +165,10 @@ def _orthogonal(r: int, in_features: int, out_features: int) -> Params:
 
 
 def _check_rank(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {printable(value)!r}; it must be a whole number, 1 or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
+        raise ConfigError(f"{name} is {printable(value)!r}; it must be a whole number, from 1 to 2^31 - 1")
 
 
 def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         raise ConfigError(f"{name} is {printable(value)!r}; it must be a finite number")

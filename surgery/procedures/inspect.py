@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.adapters.peft import CONFIG, TENSORS, read_adapter
+from surgery.core.adapter import Adapter
 from surgery.core.site import Site
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.model import model_sites
@@ -53,16 +54,21 @@ def inspect(path: Path) -> Inspection:
     """InputError if neither a model nor an adapter lies at `path`."""
     if (path / CONFIG).is_file() or path.name == TENSORS:
         adapter = read_adapter(path)
-        return Inspection("adapter", tuple(_adapter_rows(adapter.sites, adapter.ops)), adapter.config.to_json())
+        return Inspection("adapter", tuple(_adapter_rows(adapter)), adapter.config.to_json())
     with Checkpoint(path) as base:
         return Inspection("model", tuple(_stored_row(base, site) for site in base.sites()), base.config)
 
 
-def _adapter_rows(sites: Any, ops: Any) -> Iterator[Row]:
-    for name, params in sorted(sites.items()):
+def _adapter_rows(adapter: Adapter) -> Iterator[Row]:
+    for site, params in sorted(adapter.sites.items()):
         for role, values in sorted(params.items()):
-            dtype = str(values.dtype).removeprefix("torch.")
-            yield Row(f"{name} {role}", ops.get(name, ""), tuple(values.shape), dtype, values.nbytes)
+            yield _tensor_row(f"{site} {role}", adapter.ops.get(site, ""), values)
+    for name, values in sorted({**adapter.saved, **adapter.copies}.items()):
+        yield _tensor_row(name, "", values)
+
+
+def _tensor_row(name: str, op: str, values: Tensor) -> Row:
+    return Row(name, op, tuple(values.shape), str(values.dtype).removeprefix("torch."), values.nbytes)
 
 
 def _row(site: Site, op: str, tied: str) -> Row:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from surgery.core.source import TILE_ELEMENTS, copy
+from surgery.errors import printable
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.shards import CheckpointSink
 from surgery.hosts.views import Merged, MergedTile, Watch
@@ -42,7 +43,7 @@ class MergeReport:
     def summary(self) -> str:
         """One line."""
         merged, untouched = len(self.receipt["changed"]), len(self.receipt["untouched"])
-        return f"{self.out}: {merged} tensors changed, {untouched} carried as bytes"
+        return f"{printable(self.out)}: {merged} tensors changed, {untouched} carried as bytes"
 
     def to_json(self) -> dict[str, Any]:
         return {"out": str(self.out), "receipt": self.receipt}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from surgery.errors import InputError, printable
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.io.strict_json import json_bytes
 
@@ -75,6 +76,8 @@ def _beside(base: Checkpoint) -> tuple[dict[str, Path], list[str]]:
     found, left_out = {}, []
     for path in sorted(base.folder.rglob("*")):
         name = path.relative_to(base.folder)
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{printable(path)}: a link to nothing; was the model downloaded whole?")
         if not path.is_file() or any(part.startswith(".") for part in name.parts) or str(name) in weights:
             continue
         stale = path.suffix in _STALE or name.parts[0] in _STALE_FOLDERS or name.as_posix() in _STALE_NAMES

@@ -27,7 +27,7 @@ class UnmergeReport:
 
     def summary(self) -> str:
         """One line."""
-        return f"{self.out}: {len(self.files)} files, each with the sha256 of the original"
+        return f"{printable(self.out)}: {len(self.files)} files, each with the sha256 of the original"
 
     def to_json(self) -> dict[str, Any]:
         return {"out": str(self.out), "files": self.files}

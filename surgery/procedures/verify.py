@@ -3,6 +3,7 @@
 bits: derived again to the same bytes. rounding: within what correct merges may differ by. different: neither.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
 from surgery.core.undo import order
-from surgery.errors import InputError, printable
+from surgery.errors import CheckError, InputError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import Change, Merged, elementwise
 from surgery.io.octets import Tally
@@ -34,17 +35,30 @@ class Grade(NamedTuple):
     max_abs_error: float = 0.0
     why: str = ""
 
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; an error that is no number is null, for JSON has no NaN."""
+        return {**self._asdict(), "max_abs_error": self.max_abs_error if math.isfinite(self.max_abs_error) else None}
+
 
 @dataclass(frozen=True)
 class VerifyReport:
     """A grade for every tensor of base and output."""
 
+    out: Path
     tensors: Mapping[str, Grade]
 
     @property
     def ok(self) -> bool:
         """Nothing is different."""
         return all(one.grade != "different" for one in self.tensors.values())
+
+    def require(self) -> None:
+        """CheckError naming the first tensor that is different."""
+        wrong = [(name, one.why) for name, one in self.tensors.items() if one.grade == "different"]
+        if wrong:
+            name, why = wrong[0]
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise CheckError(f"{printable(self.out)}: {printable(name)} is different{more}: {why}; merge it anew")
 
     @property
     def counts(self) -> dict[str, int]:
@@ -60,7 +74,7 @@ class VerifyReport:
         return {
             "ok": self.ok,
             "counts": self.counts,
-            "tensors": {name: one._asdict() for name, one in self.tensors.items()},
+            "tensors": {name: one.to_json() for name, one in self.tensors.items()},
         }
 
 
@@ -78,7 +92,7 @@ def verify_checkpoint(base: Checkpoint, adapters: Sequence[Weighted], out: Check
         grades[name] = Grade("different", why="it is not in the base")
     base.check_unchanged()
     out.check_unchanged()
-    return VerifyReport(grades)
+    return VerifyReport(out.path, grades)
 
 
 def verify_receipt(folder: Path) -> VerifyReport:
@@ -101,7 +115,7 @@ def verify_receipt(folder: Path) -> VerifyReport:
                 grades[file.path.name] = Grade("different", why=why)
     for name in wanted:
         grades[name] = Grade("different", why="it is missing")
-    return VerifyReport(grades)
+    return VerifyReport(folder, grades)
 
 
 def compare(expected: Merged, other: Source, change: Change) -> Grade:

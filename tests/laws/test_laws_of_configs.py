@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any
@@ -17,14 +18,15 @@ laws = settings(deadline=None, max_examples=60, database=None)
 each_config = pytest.mark.parametrize("name", METHODS)
 
 names = st.text(min_size=1, max_size=12)
+patterns = names.map(re.escape)
 lists = st.lists(names, max_size=3)
 numbers = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**6), 10**6)
 SHARED = {
-    "target_modules": st.none() | names | lists,
-    "exclude_modules": st.none() | names | lists,
+    "target_modules": st.none() | patterns | lists,
+    "exclude_modules": st.none() | patterns | lists,
     "modules_to_save": st.none() | lists,
     "layers_to_transform": st.none() | st.integers(0, 40) | st.lists(st.integers(0, 40), max_size=3),
-    "layers_pattern": st.none() | names | lists,
+    "layers_pattern": st.none() | patterns | lists,
     "base_model_name_or_path": st.none() | names,
     "revision": st.none() | names,
     "task_type": st.sampled_from([None, "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]),
@@ -38,8 +40,8 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "use_rslora": st.booleans(),
         "fan_in_fan_out": st.booleans(),
         "init_lora_weights": st.sampled_from([True, False, "gaussian", "orthogonal"]),
-        "rank_pattern": st.dictionaries(names, st.integers(1, 64), max_size=3),
-        "alpha_pattern": st.dictionaries(names, numbers, max_size=3),
+        "rank_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
+        "alpha_pattern": st.dictionaries(patterns, numbers, max_size=3),
     },
 }
 

@@ -1,0 +1,220 @@
+"""Each command does what its Python function does, and tells the same facts as a table and as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_folders import (
+    SITES,
+    base_tensors,
+    factors,
+    file_hashes,
+    read_tensors,
+    write_adapter,
+    write_base,
+)
+from outcomes import Outcome, Run, parsed, rows
+
+import surgery
+
+RECEIPT = "surgery.receipt.json"
+
+
+def test_inspect_lists_each_site_of_a_model(run: Run, base: Path) -> None:
+    listed, data = run("inspect", base), parsed(run("inspect", base, "--json"))
+    assert listed.code == 0
+    assert data == surgery.inspect(base).to_json()
+    assert {row["name"]: row["shape"] for row in data["rows"] if row["op"] == "linear"} == {
+        name.removesuffix(".weight"): list(values.shape)
+        for name, values in base_tensors(torch.bfloat16).items()
+        if values.dim() == 2 and "embed" not in name
+    }
+    for row, cells in zip(data["rows"], rows(listed), strict=False):
+        wanted = [row["name"], row["op"], "x".join(map(str, row["shape"])), row["dtype"], str(row["size_bytes"])]
+        assert cells == [cell for cell in wanted if cell]
+    assert listed.out.splitlines()[-1] == "model: 8 sites, 0.0 MB"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_inspect_of_a_single_file_lists_what_inspect_of_its_folder_lists(
+    dtype: torch.dtype, run: Run, tmp_path: Path
+) -> None:
+    folder = write_base(tmp_path / "model", base_tensors(dtype))
+    of_file = run("inspect", folder / "model.safetensors")
+    assert of_file == run("inspect", folder)
+    assert str(dtype).removeprefix("torch.") in of_file.out
+    assert parsed(run("inspect", folder / "model.safetensors", "--json")) == parsed(run("inspect", folder, "--json"))
+
+
+def test_inspect_lists_each_tensor_of_an_adapter(run: Run, adapter: Path) -> None:
+    listed, data = run("inspect", adapter), parsed(run("inspect", adapter, "--json"))
+    assert data["kind"] == "adapter"
+    assert data["config"] == json.loads((adapter / "adapter_config.json").read_text())
+    wanted = {
+        name.replace(".lora_", " ").removesuffix(".weight"): list(values.shape) for name, values in factors().items()
+    }
+    assert {row["name"]: row["shape"] for row in data["rows"]} == wanted
+    assert {cells[0]: cells[1] for cells in rows(listed)[:-1]} == {k: "x".join(map(str, v)) for k, v in wanted.items()}
+    assert run("inspect", adapter / "adapter_model.safetensors") == listed
+
+
+def test_inspect_lists_the_modules_to_save_of_an_adapter_too(run: Run, tmp_path: Path) -> None:
+    tensors = factors() | {"lm_head.weight": torch.ones(11, 6)}
+    adapter = write_adapter(tmp_path / "saved", tensors, modules_to_save=["lm_head"])
+    data = parsed(run("inspect", adapter, "--json"))
+    assert len(data["rows"]) == len(tensors)
+    assert any("lm_head" in row["name"] for row in data["rows"])
+
+
+def test_inspect_says_that_an_embedding_is_the_output_head_too(run: Run, tmp_path: Path) -> None:
+    tensors = base_tensors(torch.float32)
+    del tensors["lm_head.weight"]
+    folder = write_base(tmp_path / "tied", tensors, config={"architectures": ["LlamaForCausalLM"]})
+    found = next(cells for cells in rows(run("inspect", folder)) if cells[0] == "model.embed_tokens")
+    assert found[-1] == "output head"
+
+
+@pytest.mark.parametrize("name", [":smile:.[bold]x[/bold]", "layer." * 10 + "proj", "layer." * 30 + "proj"])
+def test_a_table_in_a_pipe_shows_names_whole_and_as_they_are(name: str, run: Run, tmp_path: Path) -> None:
+    folder = write_base(tmp_path / "named", {f"{name}.weight": torch.ones(3, 3)})
+    assert rows(run("inspect", folder))[0] == [name, "linear", "3x3", "float32", "36"]
+
+
+@pytest.mark.parametrize("weight", ["", "=0.5"])
+def test_plan_lists_each_change_and_writes_nothing(weight: str, run: Run, base: Path, adapter: Path) -> None:
+    before = file_hashes(base.parent)
+    listed, data = run("plan", base, f"{adapter}{weight}"), parsed(run("plan", base, f"{adapter}{weight}", "--json"))
+    assert data == surgery.plan(base, [(adapter, float(weight.strip("=") or 1))]).to_json()
+    assert sorted(change["tensor"] for change in data["changes"]) == sorted(f"{site}.weight" for site in SITES)
+    assert [cells[0] for cells in rows(listed)[:-1]] == [change["tensor"] for change in data["changes"]]
+    assert listed.out.splitlines()[-1].startswith("4 weights to merge, 0 to replace, 5 untouched, 0 refused")
+    assert listed.code == 0
+    assert file_hashes(base.parent) == before
+
+
+def test_plan_lists_every_refusal_and_writes_nothing(run: Run, base: Path, tmp_path: Path) -> None:
+    tensors = factors() | {f"model.layers.0.{name}.lora_A.weight": torch.ones(3, 6) for name in ("q_proj", "up_proj")}
+    adapter = write_adapter(tmp_path / "wrong", tensors)
+    before = file_hashes(tmp_path)
+    listed, as_json = run("plan", base, adapter), run("plan", base, adapter, "--json")
+    data = json.loads(as_json.out)
+    assert (listed.code, as_json.code, data["ok"]) == (3, 3, False)
+    assert len(data["refusals"]) == 2
+    assert [line for line in listed.out.splitlines() if line.startswith("refused: ")] == [
+        f"refused: {one}" for one in data["refusals"]
+    ]
+    assert file_hashes(tmp_path) == before
+
+
+def test_plan_shows_what_a_cast_changes(run: Run, base: Path, adapter: Path) -> None:
+    listed = {cells[0]: cells[-2:] for cells in rows(run("plan", base, adapter, "--dtype", "float16"))[:-1]}
+    assert listed["model.layers.0.q_proj.weight"] == ["float16", "Lora"]
+    assert listed["lm_head.weight"] == ["float16", "cast"]
+    assert "model.positions" not in listed
+
+
+def test_merge_writes_what_the_function_writes(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    found = run("merge", base, adapter, tmp_path / "out")
+    surgery.merge_checkpoint(base, adapter, tmp_path / "wanted")
+    assert found == Outcome(0, f"{tmp_path / 'out'}: 4 tensors changed, 5 carried as bytes\n", "")
+    assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "wanted") != file_hashes(base)
+
+
+def test_merge_in_json_holds_the_receipt(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    data = parsed(run("merge", base, adapter, tmp_path / "out", "--json"))
+    assert data == {"out": str(tmp_path / "out"), "receipt": json.loads((tmp_path / "out" / RECEIPT).read_text())}
+
+
+@pytest.mark.parametrize("spelled", ["0.5", "-1", "1e-3", "2"])
+def test_a_weight_gives_what_the_function_gives(
+    spelled: str, run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    assert run("merge", base, f"{adapter}={spelled}", tmp_path / "out").code == 0
+    surgery.merge_checkpoint(base, [(adapter, float(spelled))], tmp_path / "wanted")
+    surgery.merge_checkpoint(base, adapter, tmp_path / "unweighted")
+    assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "wanted")
+    weights = [file_hashes(tmp_path / name)["model.safetensors"] for name in ("out", "unweighted")]
+    assert weights[0] != weights[1]
+
+
+@pytest.mark.parametrize(
+    ("spelled", "wanted"),
+    [("adapter=2", ("adapter=2", 1)), ("adapter=2=0.5", ("adapter=2", 0.5)), ("adapter=3", ("adapter", 3))],
+)
+def test_an_existing_path_wins_over_a_weight(
+    spelled: str, wanted: tuple[str, float], run: Run, base: Path, adapter: Path
+) -> None:
+    folder = adapter.parent
+    write_adapter(folder / "adapter=2", factors(seed=7))
+    assert run("merge", base, folder / spelled, folder / "out").code == 0
+    surgery.merge_checkpoint(base, [(folder / wanted[0], wanted[1])], folder / "wanted")
+    assert file_hashes(folder / "out") == file_hashes(folder / "wanted")
+
+
+@pytest.mark.parametrize("spelled", ["=nan", "=inf", "=-inf", "=1e999", "=", "=half"])
+def test_what_is_no_finite_number_is_no_weight(
+    spelled: str, run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    found = run("merge", base, f"{adapter}{spelled}", tmp_path / "out")
+    assert found.code == 3
+    assert f"{adapter}{spelled}: no such file or folder" in found.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_adapters_merge_in_their_order(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    second = write_adapter(tmp_path / "second", factors(SITES[:2], seed=5))
+    assert run("merge", base, f"{adapter}=0.5", second, tmp_path / "out").code == 0
+    surgery.merge_checkpoint(base, [(adapter, 0.5), second], tmp_path / "wanted")
+    assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "wanted")
+    methods = {name: len(one["methods"]) for name, one in _receipt(tmp_path / "out")["changed"].items()}
+    assert methods == {f"{site}.weight": 2 if site in SITES[:2] else 1 for site in SITES}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_dtype_casts_all_floats(dtype: str, run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    assert run("merge", base, adapter, tmp_path / "out", "--dtype", dtype).code == 0
+    tensors = read_tensors(tmp_path / "out")
+    assert tensors.pop("model.positions").dtype == torch.int64
+    assert {values.dtype for values in tensors.values()} == {getattr(torch, dtype)}
+    surgery.merge_checkpoint(base, adapter, tmp_path / "wanted", dtype=dtype)
+    assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "wanted")
+
+
+def test_overwrite_replaces_the_output_whole(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    assert run("merge", base, adapter, tmp_path / "out").code == 6
+    assert run("merge", base, adapter, tmp_path / "out", "--overwrite").code == 0
+    assert file_hashes(tmp_path / "out").keys() == {*file_hashes(base), RECEIPT}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("options", [(), ("--dtype", "float32")])
+def test_unmerge_gives_back_files_of_the_same_sha256(
+    options: tuple[str, ...], shards: int, run: Run, adapter: Path, tmp_path: Path
+) -> None:
+    folder = write_base(tmp_path / "model", base_tensors(torch.bfloat16), shards, {"model_type": "llama"})
+    original = file_hashes(folder)
+    assert run("merge", folder, adapter, tmp_path / "out", "--reversible", *options).code == 0
+    found = run("unmerge", tmp_path / "out", tmp_path / "back")
+    count = len(original)
+    assert found == Outcome(0, f"{tmp_path / 'back'}: {count} files, each with the sha256 of the original\n", "")
+    assert file_hashes(tmp_path / "back") == original
+    merged = file_hashes(tmp_path / "out")
+    assert all(merged[name] != digest for name, digest in original.items() if name.endswith(".safetensors"))
+    data = parsed(run("unmerge", tmp_path / "out", tmp_path / "back", "--overwrite", "--json"))
+    assert data == {"out": str(tmp_path / "back"), "files": original}
+
+
+def test_unmerge_refuses_a_merge_that_is_not_reversible(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    run("merge", base, adapter, tmp_path / "out")
+    assert run("unmerge", tmp_path / "out", tmp_path / "back").code == 3
+    assert not (tmp_path / "back").exists()
+
+
+def _receipt(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / RECEIPT).read_text())
+    return found

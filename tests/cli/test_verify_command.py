@@ -1,0 +1,77 @@
+"""surgery verify, in both forms: what it grades, and what it tells as a table and as JSON."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_folders import SITES, flip_byte, read_tensors, rewrite
+from outcomes import Outcome, Run, parsed, rows, told
+
+import surgery
+
+TARGET = f"{SITES[1]}.weight"
+
+
+@pytest.fixture
+def merged(run: Run, base: Path, adapter: Path, tmp_path: Path) -> Path:
+    assert run("merge", base, adapter, tmp_path / "out").code == 0
+    return tmp_path / "out"
+
+
+def test_a_merge_agrees_with_its_receipt(run: Run, merged: Path) -> None:
+    assert run("verify", merged) == Outcome(0, "0 bits, 0 rounding, 0 different, 9 untouched\n", "")
+    assert parsed(run("verify", merged, "--json")) == surgery.verify_checkpoint(merged).to_json()
+
+
+def test_both_spellings_derive_the_merge_anew(run: Run, base: Path, adapter: Path, merged: Path) -> None:
+    inline = run("verify", base, adapter, merged)
+    assert inline == Outcome(0, "4 bits, 0 rounding, 0 different, 5 untouched\n", "")
+    assert run("verify", merged, "--base", base, "--adapter", adapter) == inline
+    data = parsed(run("verify", base, adapter, merged, "--json"))
+    assert data == surgery.verify_checkpoint(base, adapter, merged).to_json()
+    assert {name for name, one in data["tensors"].items() if one["grade"] == "bits"} == {f"{s}.weight" for s in SITES}
+
+
+def test_weights_and_several_adapters_are_verified_in_both_spellings(
+    run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    twice = f"{adapter}=0.5", f"{adapter}=-2"
+    assert run("merge", base, *twice, tmp_path / "out").code == 0
+    assert run("verify", base, *twice, tmp_path / "out").code == 0
+    options = [part for one in twice for part in ("--adapter", one)]
+    assert run("verify", tmp_path / "out", "--base", base, *options).code == 0
+    found = run("verify", base, adapter, tmp_path / "out")
+    assert found.code == 4
+    assert {cells[0]: cells[1] for cells in rows(found)[:-1]} == {f"{site}.weight": "different" for site in SITES}
+
+
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_changed_tensor_is_named(derived: bool, run: Run, base: Path, adapter: Path, merged: Path) -> None:
+    changed = read_tensors(merged)[TARGET]
+    changed[-1, -1] += 64
+    rewrite(merged / "model.safetensors", {TARGET: changed})
+    given = (base, adapter, merged) if derived else (merged,)
+    listed, data = run("verify", *given), parsed(run("verify", *given, "--json"))
+    assert listed.code == 4
+    different = {name for name, one in data["tensors"].items() if one["grade"] == "different"}
+    assert different == ({TARGET} if derived else {TARGET, "model.safetensors"})
+    assert {cells[0] for cells in rows(listed)[:-1]} == different
+    assert data["ok"] is False
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_the_json_of_a_poisoned_merge_is_json(value: float, run: Run, base: Path, adapter: Path, merged: Path) -> None:
+    poisoned = read_tensors(merged)[TARGET]
+    poisoned[0, 0] = value
+    rewrite(merged / "model.safetensors", {TARGET: poisoned})
+    found = run("verify", base, adapter, merged, "--json")
+    assert found.code == 4
+    assert parsed(found)["tensors"][TARGET]["grade"] == "different"
+
+
+def test_verify_writes_nothing_and_needs_a_receipt_or_the_base(run: Run, base: Path, merged: Path) -> None:
+    flip_byte(merged / "model.safetensors")
+    before = sorted(merged.parent.rglob("*"))
+    assert run("verify", merged).code == 4
+    assert "surgery.receipt.json" in told(run("verify", base), 3)
+    assert sorted(merged.parent.rglob("*")) == before
