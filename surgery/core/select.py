@@ -66,6 +66,8 @@ def pattern_value(patterns: Mapping[str, Number], name: str, default: Number) ->
 def _why(entry: str, names: Collection[str]) -> str:
     if any(suffix_hits((entry,), name) for name in names):
         return "exclude_modules, layers_to_transform or modules_to_save takes away all it hits"
+    if not names:
+        return "the model has no modules in it; wrap it in one"
     return f"nearest: {', '.join(printable(name) for name in nearest(entry, names))}"
 
 

@@ -29,6 +29,18 @@ def _kinds() -> Iterator[tuple[type[nn.Module], str]]:
         yield transformers.Conv1D, "conv1d"
 
 
+def unfit(module: nn.Module) -> str | None:
+    """Why a module of a known kind can bear no adapter all the same, and the next step; None if it can."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other tensors; remove the parametrization first"
+    if isinstance(weight, nn.UninitializedParameter):
+        return "its weight has no shape yet; call the model once first"
+    if getattr(module, "max_norm", None) is not None:
+        return "its max_norm changes the weight in each forward, so that no merge holds; set it to None first"
+    return None
+
+
 def live_site(name: str, module: nn.Module, op: Op) -> Site:
     """The site that a module is."""
     held = {role: values for role, values in module._parameters.items() if values is not None}

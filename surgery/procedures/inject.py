@@ -17,7 +17,7 @@ from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
 from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, UsageError, printable
-from surgery.hosts.model import live_site, op_of
+from surgery.hosts.model import live_site, op_of, unfit
 from surgery.hosts.tree import Place, State, places, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
 from surgery.procedures.merge import refuse_merged, unmerge
@@ -78,6 +78,9 @@ class Tree:
                 f"{printable(name)}: a {kind}; Linear, Conv1D and Embedding can be adapted; "
                 "name their paths, or exclude this one"
             )
+        why = unfit(base)
+        if why is not None:
+            raise MatchError(f"{printable(name)}: {why}, or exclude it")
         return live_site(name, base, op)
 
 

@@ -1,5 +1,6 @@
 """Which modules a config selects, and what is refused because it would select nothing, or nothing of ours."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -238,3 +239,31 @@ def test_a_config_may_come_in_any_spelling(kind: str, tiny: LlamaConfig, tmp_pat
 def test_what_is_no_config_is_refused(config: object, model: nn.Module) -> None:
     with pytest.raises(UsageError):
         surgery.inject(model, config)
+
+
+def _parametrized() -> nn.Module:
+    return torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (_parametrized, "remove the parametrization"),
+        (lambda: nn.LazyLinear(3), "call the model once"),
+        (lambda: nn.Embedding(5, 3, max_norm=1.0), "max_norm"),
+        (lambda: nn.LayerNorm(3), "LayerNorm"),
+    ],
+)
+def test_a_module_whose_weight_cannot_be_adapted_is_refused_with_the_reason(
+    module: Callable[[], nn.Module], why: str
+) -> None:
+    model = nn.Sequential(module())
+    before = [*model.state_dict()], [values.requires_grad for values in model.parameters()]
+    with pytest.raises(MatchError, match=why):
+        surgery.inject(model, LoraConfig(r=2, target_modules=["0"]))
+    assert ([*model.state_dict()], [values.requires_grad for values in model.parameters()]) == before
+
+
+def test_a_model_that_is_one_layer_is_told_to_be_wrapped() -> None:
+    with pytest.raises(MatchError, match="wrap it"):
+        surgery.inject(nn.Linear(3, 3), LoraConfig(target_modules="all-linear"))
