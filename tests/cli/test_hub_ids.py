@@ -1,0 +1,72 @@
+"""Ids of the Hub, read from a cache made here and without a network."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoint_folders import file_hashes
+
+REVISIONS = {"main": "a" * 40, "v1": "b" * 40}
+
+
+def cached(cache: Path, hub_id: str, folder: Path, branch: str) -> None:
+    """Lay `folder` into the cache as the Hub's library does: blobs, and a snapshot of links to them."""
+    root, commit = cache / f"models--{hub_id.replace('/', '--')}", REVISIONS[branch]
+    for name in ("blobs", "refs", f"snapshots/{commit}"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    (root / "refs" / branch).write_text(commit)
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        (root / "blobs" / digest).write_bytes(data)
+        (root / "snapshots" / commit / path.name).symlink_to(Path("../../blobs") / digest)
+
+
+@pytest.fixture
+def cache(base: Path, adapter: Path, tmp_path: Path) -> Path:
+    cache = tmp_path / "hub"
+    cached(cache, "owner/base", base, "main")
+    cached(cache, "owner/adapter", adapter, "v1")
+    return cache
+
+
+def surgery(cache: Path, *arguments: object, offline: str = "1") -> subprocess.CompletedProcess[str]:
+    here = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    return subprocess.run(
+        [sys.executable, "-m", "surgery.cli", *map(str, arguments)],
+        env={**os.environ, **here},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_id_reads_as_the_folder_that_is_cached(cache: Path, base: Path, adapter: Path, tmp_path: Path) -> None:
+    listed = surgery(cache, "inspect", "owner/base", "--json")
+    assert listed.stdout == surgery(cache, "inspect", base, "--json").stdout != ""
+    plan = surgery(cache, "plan", "owner/base@main", "owner/adapter@v1", "--json")
+    assert json.loads(plan.stdout)["ok"] is True
+    by_id = surgery(cache, "merge", "owner/base", f"owner/adapter@{REVISIONS['v1']}=0.5", tmp_path / "by_id")
+    by_path = surgery(cache, "merge", base, f"{adapter}=0.5", tmp_path / "by_path")
+    assert (by_id.returncode, by_path.returncode) == (0, 0), by_id.stderr + by_path.stderr
+    assert file_hashes(tmp_path / "by_id") == file_hashes(tmp_path / "by_path") != {}
+
+
+@pytest.mark.parametrize("hub_id", ["owner/other", "owner/adapter", "owner/base@v2"])
+@pytest.mark.parametrize("offline", ["1", "0"])
+def test_what_is_not_cached_and_cannot_be_reached_is_code_5(cache: Path, hub_id: str, offline: str) -> None:
+    done = surgery(cache, "inspect", hub_id, offline=offline)
+    assert done.returncode == 5
+    assert done.stderr.startswith(f"surgery: {hub_id}: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_of_that_name_wins(cache: Path, base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "missing").symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    assert surgery(cache, "inspect", "owner/missing").returncode == 0
