@@ -1,13 +1,13 @@
 """Merge LoRA (r = 16, all linears) into a made 1.1B bf16 checkpoint of three shards, streaming, against peft."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ def main() -> None:
     theirs, peft_mb, _ = found["peft"]
     names = {"surgery": "merge 1.1B bf16, streaming", "reversible": "the same, reversible", "unmerge": "unmerge it"}
     rows = [
-        ["cp of the base", f"{found['copy'][0]:.1f} s", "", "", ""],
+        ["cp and sync of the base", f"{found['copy'][0]:.1f} s", "", "", ""],
         *([what, *figures(*found[kind][:2])] for kind, what in names.items()),
         ["undo record of it", f"{found['reversible'][2]:.3f} bits a parameter", "", "", ""],
     ]
@@ -60,19 +60,19 @@ def measured(kind: str, folder: Path) -> tuple[float, ...]:
 
 
 def alone(kind: str, folder: Path) -> None:
-    """One run; prints seconds (imports left out), peak RSS in MB, and undo bits a parameter."""
+    """One run; prints seconds, peak RSS in MB, and undo bits a parameter."""
     taken = {
         "copy": copy_base,
         "surgery": merge,
-        "reversible": partial(merge, reversible=True),
+        "reversible": merge_reversible,
         "unmerge": unmerge,
         "peft": merge_peft,
     }
     spent = taken[kind](folder)
     peak = peak_mb()
-    undo = folder / "reversible" / "surgery.undo" / "streams"
+    undo = (folder / "reversible" / "surgery.undo").glob("streams-*")
     merged = LAYERS * sum(rows * columns for rows, columns in LINEARS.values())
-    bits = 8 * undo.stat().st_size / merged if kind == "reversible" else 0.0
+    bits = 8 * sum(path.stat().st_size for path in undo) / merged if kind == "reversible" else 0.0
     if kind in ("copy", "surgery", "unmerge", "peft"):
         shutil.rmtree(folder / kind)
     print(json.dumps([spent, peak, bits]))
@@ -87,23 +87,28 @@ def peak_mb() -> float:
 def copy_base(folder: Path) -> float:
     start = time.perf_counter()
     shutil.copytree(folder / "base", folder / "copy")
+    os.sync()
     return time.perf_counter() - start
 
 
-def merge(folder: Path, reversible: bool = False) -> float:
-    import surgery
+def merge(folder: Path, out: str = "surgery", *options: str) -> float:
+    return command("merge", folder / "base", folder / "adapter", folder / out, *options)
 
-    out = folder / ("reversible" if reversible else "surgery")
-    start = time.perf_counter()
-    surgery.merge_checkpoint(folder / "base", folder / "adapter", out, reversible=reversible)
-    return time.perf_counter() - start
+
+def merge_reversible(folder: Path) -> float:
+    return merge(folder, "reversible", "--reversible")
 
 
 def unmerge(folder: Path) -> float:
-    import surgery
+    return command("unmerge", folder / "reversible", folder / "unmerge")
+
+
+def command(*arguments: object) -> float:
+    """Seconds of a call of the command line, within this process."""
+    from surgery.cli import surgery
 
     start = time.perf_counter()
-    surgery.unmerge_checkpoint(folder / "reversible", folder / "unmerge")
+    surgery.main([str(one) for one in arguments], standalone_mode=False)
     return time.perf_counter() - start
 
 

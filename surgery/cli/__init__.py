@@ -29,6 +29,9 @@ def surgery(debug: bool) -> None:
     BASE and ADAPTER are a folder, a file, or owner/name[@revision] on the Hugging Face Hub.
     """
     del debug  # read in main, which sees the errors
+    from surgery.io.memory import keep_freed_memory
+
+    keep_freed_memory()
 
 
 for command in (inspect, plan, merge, verify, unmerge, demo):

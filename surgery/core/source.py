@@ -1,10 +1,18 @@
-"""Source and sink, the two ends of every procedure, and the one line that joins them."""
+"""Source and sink, the two ends of every procedure, and the one function that joins them."""
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from threading import Event
 from typing import Protocol
+
+import torch
 
 from surgery.core.codec import Packed
 from surgery.core.site import Site
+
+TILE_ELEMENTS = 1 << 18  # of a weight at a time: 2 MB of float64, which bounds the memory of every procedure
 
 
 class Source(Protocol):
@@ -19,8 +27,11 @@ class Source(Protocol):
         ...
 
 
-class Sink(Protocol):
-    """A writable place of sites."""
+class Part(Protocol):
+    """What a sink takes in one piece, such as a file: its sites, one after another, in their order."""
+
+    @property
+    def sites(self) -> Sequence[Site]: ...
 
     def tiles(self, site: Site) -> Iterator[slice]:
         """The rows of the stored weight to ask for at a time, in order, without gaps."""
@@ -29,19 +40,42 @@ class Sink(Protocol):
     def store(self, site: Site, packed: Packed, rows: slice) -> None: ...
 
     def close(self) -> None:
-        """Finish: nothing has been changed for others until this returns."""
+        """Finish the part."""
         ...
 
 
-TILE_ELEMENTS = 1 << 20  # of a weight at a time: 8 MB of float64, which bounds the memory of every procedure
+class Sink(Protocol):
+    """A writable place of sites."""
+
+    def parts(self, sites: Iterable[Site]) -> Sequence[Part]:
+        """`sites` by parts, which know nothing of each other and may be filled at once."""
+        ...
 
 
-def copy(source: Source, sink: Sink) -> None:
-    """Everything of `source` into `sink`, a tile at a time."""
-    for site in source.sites():
-        for rows in sink.tiles(site):
-            sink.store(site, source.load(site, rows), rows)
-    sink.close()
+def copy(source: Source, sink: Sink, workers: int = 1) -> None:
+    """Everything of `source` into `sink`, a tile at a time, up to `workers` parts at once.
+
+    More than one worker gives each a single thread of torch, for as long as it takes.
+    """
+    parts, stop = sink.parts(source.sites()), Event()
+    if min(workers, len(parts)) < 2:
+        for part in parts:
+            _fill(source, part, stop)
+        return
+    with _single_threads(), ThreadPoolExecutor(min(workers, len(parts))) as pool:
+        running = [pool.submit(_fill, source, part, stop) for part in parts]
+        try:
+            done, _ = wait(running, return_when=FIRST_EXCEPTION)
+            for one in done:
+                one.result()
+        finally:
+            stop.set()
+
+
+def default_workers() -> int:
+    """One more than the processors of this process, so that none idles; nine at most, for each takes memory."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 + min(8, here)
 
 
 def row_tiles(shape: tuple[int, ...], tile_elements: int) -> Iterator[slice]:
@@ -55,3 +89,24 @@ def row_tiles(shape: tuple[int, ...], tile_elements: int) -> Iterator[slice]:
     step = max(1, tile_elements // max(1, per_row))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
+
+
+def _fill(source: Source, part: Part, stop: Event) -> None:
+    """One part, unless another has failed meanwhile: then it is left as it is."""
+    for site in part.sites:
+        for rows in part.tiles(site):
+            if stop.is_set():
+                return
+            part.store(site, source.load(site, rows), rows)
+    part.close()
+
+
+@contextmanager
+def _single_threads() -> Iterator[None]:
+    """One thread of torch in each thread: more would wait for one another, and each result is the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,7 +1,7 @@
 """Model: a live nn.Module as a place of sites, and what recognises the op of a module."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,6 @@ class LiveWeights:
 
     def __init__(self, modules: Mapping[str, nn.Module], sites: Iterable[Site]) -> None:
         self.modules, self._sites = modules, list(sites)
-        self.fresh: dict[str, Tensor] = {}
         self.stored: set[str] = set()  # the sites that hold their new weight
 
     def sites(self) -> Iterable[Site]:
@@ -83,26 +82,35 @@ class LiveWeights:
         weight = self.weight(site)
         return Packed({"weight": weight if rows is None else weight[rows]})
 
-    def tiles(self, site: Site) -> Iterator[slice]:
-        return row_tiles(site.weight.shape, TILE_ELEMENTS)
-
-    def store(self, site: Site, packed: Packed, rows: slice) -> None:
-        weight = self.weight(site)
-        if rows.start == 0:
-            self.fresh[site.name] = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        self.fresh[site.name][rows] = packed.tensors["weight"]
-        if rows.stop >= weight.shape[0]:
-            weight.copy_(self.fresh.pop(site.name))
-            self.stored.add(site.name)
-
-    def close(self) -> None:
-        """Nothing is left to do."""
+    def parts(self, sites: Iterable[Site]) -> Sequence["LivePart"]:
+        return [LivePart(self, list(sites))]
 
     def weight(self, site: Site) -> Tensor:
         """The weight's own memory, outside autograd."""
         weight = self.modules[site.name].weight
         assert isinstance(weight, Tensor)
         return weight.detach()
+
+
+class LivePart:
+    """All of them, one after another."""
+
+    def __init__(self, live: LiveWeights, sites: Sequence[Site]) -> None:
+        self.live, self.sites = live, sites
+        self.fresh = torch.empty(0)  # the weight at hand, until it is whole
+
+    def tiles(self, site: Site) -> Iterator[slice]:
+        self.fresh = torch.empty_like(self.live.weight(site), memory_format=torch.contiguous_format)
+        return row_tiles(site.weight.shape, TILE_ELEMENTS)
+
+    def store(self, site: Site, packed: Packed, rows: slice) -> None:
+        self.fresh[rows] = packed.tensors["weight"]
+        if rows.stop >= self.fresh.shape[0]:
+            self.live.weight(site).copy_(self.fresh)
+            self.live.stored.add(site.name)
+
+    def close(self) -> None:
+        """Nothing is left to do."""
 
 
 def _info(name: str, values: Tensor) -> TensorInfo:

@@ -96,7 +96,7 @@ class Unmerged:
     def __init__(self, source: Source, changes: Iterable[Change], undo: Callable[[Change], Undo]) -> None:
         self.source, self.undo = source, undo
         self.changes = {change.site.name: change for change in changes}
-        self.current: tuple[str, Undo, Restorer] | None = None
+        self.begun: dict[str, tuple[Undo, Restorer]] = {}  # the weights of which some tiles are read
 
     def sites(self) -> Iterable[Site]:
         return [change.site for change in self.changes.values()]
@@ -105,10 +105,12 @@ class Unmerged:
         """CheckError where the record does not fit the merged weight."""
         merged = self.source.load(site, rows).tensors["weight"]
         change, rows = self.changes[site.name], site.rows(rows)
-        if self.current is None or self.current[0] != site.name:
+        if site.name not in self.begun:
             undo = self.undo(change)
-            self.current = site.name, undo, Restorer(undo.streams or {})
-        _, undo, restorer = self.current
+            self.begun[site.name] = undo, Restorer(undo.streams or {})
+        undo, restorer = self.begun[site.name]
+        if not site.weight.shape or rows.stop >= site.weight.shape[0]:
+            del self.begun[site.name]
         if undo.kept is not None:
             return Packed({"weight": undo.kept[rows if site.weight.shape else ...]})
         steps = elementwise(change, rows)

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from surgery.core.source import TILE_ELEMENTS, copy
+from surgery.core.source import TILE_ELEMENTS, copy, default_workers
 from surgery.errors import printable
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.shards import CheckpointSink
@@ -30,6 +30,7 @@ class Options:
     dtype: torch.dtype | None = None
     overwrite: bool = False
     tile_elements: int = TILE_ELEMENTS
+    workers: int = field(default_factory=default_workers)  # files at once
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def merge_checkpoint(
         read = base.tally()
         changed = {c.site.weight.name: c.dtype for c in plan.changes if c.dtype != c.site.weight.dtype}
         with CheckpointSink(base, staging, changed, tile_elements=options.tile_elements) as sink:
-            copy(Merged(base, plan.changes, _all(watches)), sink)
+            copy(Merged(base, plan.changes, _all(watches)), sink, options.workers)
         base.check_unchanged()
         index = sink.index()
         if index is not None:

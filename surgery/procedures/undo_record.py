@@ -1,8 +1,8 @@
 """UndoRecord: the folder `surgery.undo` of a reversible merge, as it is written and read.
 
-record.json lists by tensor where its index streams, or the tensor itself, lie in `streams`; beside it are
-the adapters that were merged, and the small files whose bytes the merge changed. No file in it ends in
-`.safetensors`, which loaders look for.
+record.json lists by tensor where its index streams, or the tensor itself, lie: in `streams-0` for the first
+file of the base, and so on. Beside it are the adapters that were merged, and the small files whose bytes the
+merge changed. No file in it ends in `.safetensors`, which loaders look for.
 """
 
 import base64
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from surgery.adapters.peft import adapter_bytes, read_adapter
 from surgery.core.undo import Recorder
@@ -30,15 +30,11 @@ FORMAT = 1
 
 
 class UndoWriter:
-    """A watch of a merge. Use as a context; `finish` writes the record."""
+    """A watch of a merge, whose files may be merged at once. Use as a context; `finish` writes the record."""
 
     def __init__(self, base: Checkpoint, staging: Staging) -> None:
         self.base, self.staging = base, staging
-        self.tensors: dict[str, dict[str, Any]] = {}
-        self.recorder: Recorder | None = Recorder()
-        self.at, self.sha256 = 0, hashlib.sha256()
-        self.context = ExitStack()
-        self.streams = self.context.enter_context(staging.file(f"{FOLDER}/streams"))
+        self.files = [FileUndo(base, staging, index) for index in range(len(base.files))]
 
     def __enter__(self) -> "UndoWriter":
         return self
@@ -46,41 +42,16 @@ class UndoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.context.__exit__(kind, value, trace)
+        for file in self.files:
+            file.context.__exit__(kind, value, trace)
 
     def __call__(self, tile: MergedTile) -> None:
-        if tile.steps is None:
-            self.recorder = None
-        elif self.recorder is not None:
-            self.recorder.add(tile.original, tile.merged, tile.steps)
-        if tile.last:
-            self._end(tile.change)
-            self.recorder = Recorder()
-
-    def _end(self, change: Change) -> None:
-        """Write the streams of a tensor, or the tensor where that is smaller or they do not fit."""
-        info = change.site.weight
-        streams = self.recorder.streams() if self.recorder is not None and self.recorder.exact else None
-        field: dict[str, Any] = {"dtype": SPELLINGS[info.dtype]}
-        if streams is None or sum(map(len, streams.values())) >= info.nbytes:
-            field["kept"] = [self.at, info.nbytes]
-            for chunk in self.base.files[self.base.at[info.name][0]].chunks(self.base.at[info.name][1]):
-                self._write(chunk)
-        else:
-            field["streams"] = {}
-            for bits, data in streams.items():
-                field["streams"][str(bits)] = [self.at, len(data)]
-                self._write(memoryview(data))
-        self.tensors[info.name] = field
-
-    def _write(self, data: memoryview) -> None:
-        self.sha256.update(data)
-        self.at += len(data)
-        write_all(self.streams, data)
+        self.files[self.base.file_of(tile.change.site.weight.name)](tile)
 
     def finish(self, adapters: Sequence[Weighted], files: Mapping[str, str], displaced: Sequence[str]) -> None:
         """`files` are the originals' sha256 by name; `displaced` those whose bytes the merge changes."""
-        self.context.close()
+        for file in self.files:
+            file.context.close()
         for name in displaced:
             self.staging.carry(self.base.folder / name, f"{FOLDER}/files/{name}")
         for index, (adapter, _) in enumerate(adapters):
@@ -98,10 +69,55 @@ class UndoWriter:
             "files": dict(files),
             "displaced": sorted(displaced),
             "headers": headers,
-            "streams_sha256": self.sha256.hexdigest(),
-            "tensors": self.tensors,
+            "streams_sha256": {file.name: file.sha256.hexdigest() for file in self.files if file.tensors},
+            "tensors": {name: field for file in self.files for name, field in file.tensors.items()},
         }
         self.staging.write(f"{FOLDER}/record.json", json_bytes(record))
+
+
+class FileUndo:
+    """What the merge of one file needs to be undone: its index streams, in a file of their own."""
+
+    def __init__(self, base: Checkpoint, staging: Staging, index: int) -> None:
+        self.base, self.staging, self.name = base, staging, f"streams-{index}"
+        self.tensors: dict[str, dict[str, Any]] = {}
+        self.recorder: Recorder | None = Recorder()
+        self.at, self.sha256 = 0, hashlib.sha256()
+        self.context = ExitStack()
+        self.file: BinaryIO | None = None
+
+    def __call__(self, tile: MergedTile) -> None:
+        if tile.steps is None:
+            self.recorder = None
+        elif self.recorder is not None:
+            self.recorder.add(tile.original, tile.merged, tile.steps)
+        if tile.last:
+            self._end(tile.change)
+            self.recorder = Recorder()
+
+    def _end(self, change: Change) -> None:
+        """Write the streams of a tensor, or the tensor where that is smaller or they do not fit."""
+        info = change.site.weight
+        streams = self.recorder.streams() if self.recorder is not None and self.recorder.exact else None
+        if self.file is None:
+            self.file = self.context.enter_context(self.staging.file(f"{FOLDER}/{self.name}"))
+        field: dict[str, Any] = {"dtype": SPELLINGS[info.dtype], "file": self.name}
+        if streams is None or sum(map(len, streams.values())) >= info.nbytes:
+            field["kept"] = [self.at, info.nbytes]
+            index, entry = self.base.at[info.name]
+            for chunk in self.base.files[index].chunks(entry):
+                self._write(self.file, chunk)
+        else:
+            field["streams"] = {}
+            for bits, data in streams.items():
+                field["streams"][str(bits)] = [self.at, len(data)]
+                self._write(self.file, memoryview(data))
+        self.tensors[info.name] = field
+
+    def _write(self, file: BinaryIO, data: memoryview) -> None:
+        self.sha256.update(data)
+        self.at += len(data)
+        write_all(file, data)
 
 
 class UndoRecord:
@@ -130,15 +146,20 @@ class UndoRecord:
         self.headers = {name: base64.b64decode(raw) for name, raw in data["headers"].items()}
         self.tensors: dict[str, dict[str, Any]] = data["tensors"]
         self.dtypes = {name: DTYPES[field["dtype"]] for name, field in self.tensors.items()}
-        self.streams_sha256: str = data["streams_sha256"]
-        for name in (*self.files, *self.displaced, *self.headers):
+        self.streams_sha256: dict[str, str] = dict(data["streams_sha256"])
+        streams = [*self.streams_sha256, *(field["file"] for field in self.tensors.values())]
+        for name in (*self.files, *self.displaced, *self.headers, *streams):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise FormatError(f"{printable(self.folder)}: {printable(name)} leads out of the folder")
 
     def check(self) -> None:
         """CheckError if the streams are not those that the merge wrote."""
-        if file_sha256(self.folder / "streams") != self.streams_sha256:
-            raise CheckError(f"{printable(self.folder)}: its streams have been changed; the merge cannot be undone")
+        for name, wanted in self.streams_sha256.items():
+            if not (self.folder / name).is_file() or file_sha256(self.folder / name) != wanted:
+                raise CheckError(
+                    f"{printable(self.folder / name)}: it was changed after the merge, which cannot be undone; "
+                    "bring back a copy of it"
+                )
 
     def adapters(self) -> list[Weighted]:
         """The adapters that were merged, in their order."""
@@ -153,12 +174,12 @@ class UndoRecord:
         field = self.tensors[change.site.weight.name]
         dtype = DTYPES[field["dtype"]]
         if "kept" in field:
-            data = self._read(field["kept"])
+            data = self._read(field["file"], field["kept"])
             return Undo(dtype, kept=tensor_from(data, dtype, change.site.weight.shape))
-        streams = {int(bits): bytes(self._read(span)) for bits, span in field["streams"].items()}
+        streams = {int(bits): bytes(self._read(field["file"], span)) for bits, span in field["streams"].items()}
         return Undo(dtype, streams=streams)
 
-    def _read(self, span: list[int]) -> bytearray:
-        with (self.folder / "streams").open("rb") as file:
+    def _read(self, name: str, span: list[int]) -> bytearray:
+        with (self.folder / name).open("rb") as file:
             file.seek(span[0])
             return bytearray(file.read(span[1]))

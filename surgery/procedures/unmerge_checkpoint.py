@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.core.site import Site
-from surgery.core.source import TILE_ELEMENTS, copy
+from surgery.core.source import TILE_ELEMENTS, copy, default_workers
 from surgery.errors import CheckError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.shards import CheckpointSink
@@ -47,7 +47,7 @@ def unmerge_checkpoint(
         changes = _changes(source, record)
         read = source.tally()
         with CheckpointSink(source, staging, record.dtypes, record.headers, tile_elements) as sink:
-            copy(Unmerged(source, changes, record.undo), sink)
+            copy(Unmerged(source, changes, record.undo), sink, default_workers())
         source.check_unchanged()
         names = [file.path.name for file in source.files]
         _compare("merged file", merged, dict(zip(names, map(_digest, read), strict=True)), receipt["files"])

@@ -5,10 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from checkpoint_folders import file_hashes
+from checkpoint_folders import factors, file_hashes, write_adapter
 
 REVISIONS = {"main": "a" * 40, "v1": "b" * 40}
 
@@ -34,8 +37,10 @@ def cache(base: Path, adapter: Path, tmp_path: Path) -> Path:
     return cache
 
 
-def surgery(cache: Path, *arguments: object, offline: str = "1") -> subprocess.CompletedProcess[str]:
-    here = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9"}
+def surgery(
+    cache: Path, *arguments: object, offline: str = "1", endpoint: str = "http://127.0.0.1:9"
+) -> subprocess.CompletedProcess[str]:
+    here = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": offline, "HF_ENDPOINT": endpoint, "NO_PROXY": "*"}
     return subprocess.run(
         [sys.executable, "-m", "surgery.cli", *map(str, arguments)],
         env={**os.environ, **here},
@@ -70,3 +75,62 @@ def test_a_folder_of_that_name_wins(cache: Path, base: Path, monkeypatch: pytest
     (tmp_path / "owner" / "missing").symlink_to(base)
     monkeypatch.chdir(tmp_path)
     assert surgery(cache, "inspect", "owner/missing").returncode == 0
+
+
+def test_the_revision_chooses_the_files(cache: Path, base: Path, adapter: Path, tmp_path: Path) -> None:
+    other = write_adapter(tmp_path / "other", factors(seed=9))
+    cached(cache, "owner/adapter", other, "main")
+    out = tmp_path / "out"
+    assert surgery(cache, "merge", "owner/base", "owner/adapter", out, "--reversible").returncode == 0
+    for hub_id, grades in (("owner/adapter", "4 bits, 0 rounding, 0 different"), ("owner/adapter@v1", "0 bits")):
+        done = surgery(cache, "verify", "owner/base", hub_id, out)
+        assert grades in done.stdout
+        assert done.returncode == (0 if hub_id == "owner/adapter" else 4)
+    assert surgery(cache, "unmerge", out, tmp_path / "back").returncode == 0
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
+def test_a_cache_serves_where_the_hub_is_dead(cache: Path) -> None:
+    done = surgery(cache, "plan", "owner/base", "owner/adapter@v1", "--json", offline="0")
+    assert (done.returncode, json.loads(done.stdout)["ok"]) == (0, True)
+
+
+@pytest.mark.parametrize("lost", ["link", "blob"])
+def test_a_cache_that_lacks_the_weights_is_refused(cache: Path, lost: str, tmp_path: Path) -> None:
+    [weights] = cache.glob("models--owner--base/snapshots/*/model.safetensors")
+    (weights if lost == "link" else weights.resolve()).unlink()
+    done = surgery(cache, "merge", "owner/base", "owner/adapter@v1", tmp_path / "out")
+    assert done.returncode in (3, 5)
+    assert done.stderr.startswith("surgery: ")
+    assert "safetensors" in done.stderr
+    assert not list(tmp_path.glob("*out*"))
+
+
+class Unknowing(BaseHTTPRequestHandler):
+    """A Hub that has no repository."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Unknowing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_what_the_hub_does_not_have_is_code_3(cache: Path, endpoint: str) -> None:
+    done = surgery(cache, "inspect", "owner/other", offline="0", endpoint=endpoint)
+    assert done.returncode == 3
+    assert done.stderr.startswith("surgery: owner/other: ")
+    assert done.stderr.count("\n") == 1

@@ -140,6 +140,22 @@ def test_one_delta_that_is_wrong_is_different_and_the_only_one(
         assert merge.different() == [name]
 
 
+@pytest.mark.parametrize("merge", [given for given in GIVEN if given[1].itemsize == 2], indirect=True, ids=str)
+def test_one_element_four_ulps_off_is_different(merge: Merge) -> None:
+    """Half an ulp each for result and delta, which has at most twice the result's: 1.5 for peft and for verify."""
+    merge.by_peft()
+    base, merged = load_file(merge.base / FILE), load_file(merge.out / FILE)
+    for name in merge.changed():
+        values = merged[name].clone()
+        place = (values.float() - base[name].float()).abs().argmax()
+        size = torch.maximum(values.abs(), base[name].abs()).flatten()[place].float()
+        ulp = torch.finfo(values.dtype).eps * 2.0 ** (torch.frexp(size).exponent.item() - 1)
+        for steps in (-4, 4):
+            values.view(-1)[place] = merged[name].flatten()[place] + steps * ulp
+            save_file(merged | {name: values}, merge.out / FILE)
+            assert merge.different() == [name]
+
+
 def test_a_weight_changed_beside_the_adapter_is_different(merge: Merge) -> None:
     merge.by_peft()
     merged = load_file(merge.out / FILE)

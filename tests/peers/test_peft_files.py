@@ -94,7 +94,7 @@ def as_json(config: peft.LoraConfig, folder: Path) -> dict[str, object]:
 
 def test_a_config_is_hit_by_the_same_modules_as_in_peft(case: Case) -> None:
     model, config = case
-    theirs = trainable(peft.get_peft_model(copy.deepcopy(model), config))
+    theirs = trainable(peft.get_peft_model(copy.deepcopy(model), copy.deepcopy(config)))  # it resolves its config
     assert trainable(surgery.inject(model, config)) == theirs
 
 
@@ -118,6 +118,14 @@ def test_what_is_saved_here_gives_equal_outputs_in_peft(case: Case, dtype: torch
     theirs = peft.PeftModel.from_pretrained(other, tmp_path).eval()
     assert torch.equal(outputs(theirs), outputs(ours))
     assert not torch.equal(outputs(theirs), before)
+
+
+def test_the_layout_of_the_weights_is_told_to_peft(case: Case, tmp_path: Path) -> None:
+    model, config = case
+    transposed = config.fan_in_fan_out
+    config.fan_in_fan_out = False
+    surgery.save(surgery.inject(model, config), tmp_path)
+    assert peft.LoraConfig.from_pretrained(tmp_path).fan_in_fan_out == transposed
 
 
 def test_a_folder_keeps_its_meaning_through_both_tools(case: Case, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_replaced_tensors_come_back(tmp_path: Path) -> None:
 
 def _files(merged: Path) -> list[str]:
     shards = sorted(path.name for path in merged.glob("*.safetensors"))
-    return [*shards, "surgery.undo/streams", "surgery.undo/adapter-0.tensors", "tokenizer.json"]
+    return [*shards, "surgery.undo/streams-0", "surgery.undo/adapter-0.tensors", "tokenizer.json"]
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -112,7 +112,7 @@ def test_one_changed_byte_is_found_and_nothing_is_written(index: int, merged: Pa
 
 @pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
 def test_a_changed_byte_anywhere_in_the_streams_is_found(at: float, merged: Path, tmp_path: Path) -> None:
-    streams = merged / "surgery.undo" / "streams"
+    streams = merged / "surgery.undo" / "streams-0"
     assert streams.stat().st_size > 10
     flip_byte(streams, int(at * streams.stat().st_size))
     with pytest.raises(CheckError, match="streams"):
