@@ -1,5 +1,6 @@
 """Where a model or adapter lies: an existing path, or `owner/name[@revision]` on the Hugging Face Hub."""
 
+import os
 import re
 from os import PathLike
 from pathlib import Path
@@ -16,19 +17,12 @@ def locate(spec: str | PathLike[str]) -> Path:
     InputError if it is neither; EnvironmentFault if the Hub cannot be reached and its cache lacks the files.
     """
     path = Path(spec).expanduser()
-    if _exists(path):
+    if os.path.exists(path):  # noqa: PTH110  # unlike Path.exists, false for a name too long to be one
         return path
     found = _HUB_ID.fullmatch(str(spec))
     if found is None:
         raise InputError(f"{printable(spec)}: no such file or folder; a path or owner/name[@revision] is wanted")
     return _download(found["id"], found["revision"])
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # such as a name that is too long to be one
-        return False
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

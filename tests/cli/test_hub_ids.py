@@ -77,7 +77,7 @@ def test_a_folder_of_that_name_wins(cache: Path, base: Path, monkeypatch: pytest
     assert surgery(cache, "inspect", "owner/missing").returncode == 0
 
 
-def test_the_revision_chooses_the_files(cache: Path, base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_the_revision_chooses_the_files(cache: Path, base: Path, tmp_path: Path) -> None:
     other = write_adapter(tmp_path / "other", factors(seed=9))
     cached(cache, "owner/adapter", other, "main")
     out = tmp_path / "out"
