@@ -104,8 +104,13 @@ class Joined:
 def ties_head(base: Checkpoint, embedding: Site) -> bool:
     """Whether the model has an output head, and no tensor for it is here: it is the embedding's."""
     architecture = str((base.config.get("architectures") or ["ForCausalLM"])[0])
-    others = (info for info in base.tensors() if info.name != embedding.weight.name)
+    others = (info for info in base.tensors() if info.name != embedding.weight.name and not _in_layer(info.name))
     return architecture.endswith(_TYING) and all(info.shape != embedding.weight.shape for info in others)
+
+
+def _in_layer(name: str) -> bool:
+    """Is it inside a numbered layer? No output head is, whatever its shape."""
+    return any(part.isdigit() for part in name.split("."))
 
 
 def refused_copies(base: Checkpoint, adapter: Adapter) -> Iterator[InputError]:

@@ -1,6 +1,7 @@
 """verify: every tensor of a merged checkpoint graded against what base and adapters give.
 
 bits: derived again to the same bytes. rounding: within what correct merges may differ by. different: neither.
+untouched: the bytes of the base. recorded: of the sha256 that the receipt tells.
 """
 
 import math
@@ -25,7 +26,7 @@ from surgery.io.octets import Tally
 from surgery.procedures.plan import Weighted, make_plan
 from surgery.procedures.receipt import read_receipt
 
-GRADES = ("bits", "rounding", "different", "untouched")
+GRADES = ("bits", "rounding", "untouched", "recorded", "different")
 
 
 class Grade(NamedTuple):
@@ -68,7 +69,7 @@ class VerifyReport:
 
     def summary(self) -> str:
         """One line."""
-        return ", ".join(f"{count} {grade}" for grade, count in self.counts.items())
+        return ", ".join(f"{count} {grade}" for grade, count in self.counts.items() if count or grade == "different")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -109,7 +110,7 @@ def verify_receipt(folder: Path) -> VerifyReport:
                 tally.end(entry.info.name)
             for name, digest in tally.tensors.items():
                 same = wanted.pop(name, None) == digest
-                grades[name] = Grade("untouched") if same else Grade("different", why="its sha256 is not the receipt's")
+                grades[name] = Grade("recorded") if same else Grade("different", why="its sha256 is not the receipt's")
             if receipt["files"].get(file.path.name) != tally.whole.hexdigest():
                 why = "the file's sha256 is not the receipt's"
                 grades[file.path.name] = Grade("different", why=why)
@@ -166,5 +167,5 @@ def _within(expected: Merged, change: Change, rows: slice, found: Tensor) -> Gra
     allowed += ulp(size, change.dtype) / 2 * max(1, len(change.layers))
     apart = (exact_float64(found) - value).abs()
     close = bool((apart <= allowed).all())  # false for NaN
-    why = "" if close else f"{printable(site.name)}: further off than rounding explains"
+    why = "" if close else "further off than rounding explains"
     return Grade("rounding" if close else "different", float(apart.max()), why)

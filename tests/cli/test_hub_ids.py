@@ -82,7 +82,7 @@ def test_the_revision_chooses_the_files(cache: Path, base: Path, tmp_path: Path)
     cached(cache, "owner/adapter", other, "main")
     out = tmp_path / "out"
     assert surgery(cache, "merge", "owner/base", "owner/adapter", out, "--reversible").returncode == 0
-    for hub_id, grades in (("owner/adapter", "4 bits, 0 rounding, 0 different"), ("owner/adapter@v1", "0 bits")):
+    for hub_id, grades in (("owner/adapter", "4 bits, 5 untouched, 0 different"), ("owner/adapter@v1", "4 different")):
         done = surgery(cache, "verify", "owner/base", hub_id, out)
         assert grades in done.stdout
         assert done.returncode == (0 if hub_id == "owner/adapter" else 4)

@@ -19,13 +19,13 @@ def merged(run: Run, base: Path, adapter: Path, tmp_path: Path) -> Path:
 
 
 def test_a_merge_agrees_with_its_receipt(run: Run, merged: Path) -> None:
-    assert run("verify", merged) == Outcome(0, "0 bits, 0 rounding, 0 different, 9 untouched\n", "")
+    assert run("verify", merged) == Outcome(0, "9 recorded, 0 different\n", "")
     assert parsed(run("verify", merged, "--json")) == surgery.verify_checkpoint(merged).to_json()
 
 
 def test_both_spellings_derive_the_merge_anew(run: Run, base: Path, adapter: Path, merged: Path) -> None:
     inline = run("verify", base, adapter, merged)
-    assert inline == Outcome(0, "4 bits, 0 rounding, 0 different, 5 untouched\n", "")
+    assert inline == Outcome(0, "4 bits, 5 untouched, 0 different\n", "")
     assert run("verify", merged, "--base", base, "--adapter", adapter) == inline
     data = parsed(run("verify", base, adapter, merged, "--json"))
     assert data == surgery.verify_checkpoint(base, adapter, merged).to_json()

@@ -207,3 +207,16 @@ def test_a_tensor_without_elements_is_carried(dtype: str | None, adapter: Path, 
     assert read_tensors(tmp_path / "out")["model.layers.0.spare"].shape == (0, 6)
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
+def test_a_tied_embedding_is_refused_even_if_a_layer_has_its_shape(tmp_path: Path) -> None:
+    """A weight inside a numbered layer is no output head."""
+    tensors = {"model.embed_tokens.weight": torch.randn(10, 6), "model.layers.0.up_proj.weight": torch.randn(10, 6)}
+    base = write_base(tmp_path / "tied", tensors, config={"architectures": ["LlamaForCausalLM"]})
+    parts = {"lora_embedding_A": torch.randn(4, 10), "lora_embedding_B": torch.randn(6, 4)}
+    named = {f"model.embed_tokens.{part}": values for part, values in parts.items()}
+    adapter = write_adapter(tmp_path / "embedding", named, target_modules=["embed_tokens"])
+    with pytest.raises(MatchError, match="tied to the output head"):
+        surgery.merge_checkpoint(base, adapter, tmp_path / "out")
+    untied = write_base(tmp_path / "untied", tensors | {"lm_head.weight": torch.randn(10, 6)})
+    surgery.merge_checkpoint(untied, adapter, tmp_path / "out")

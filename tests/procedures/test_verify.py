@@ -55,7 +55,7 @@ def test_our_own_merge_is_graded_bits(base: Path, adapter: Path, merged: Path) -
     report = surgery.verify_checkpoint(base, adapter, merged)
     assert _graded(report) == _wanted("bits")
     assert report.ok
-    assert report.counts == {"bits": 4, "rounding": 0, "different": 0, "untouched": 5}
+    assert report.counts == {"bits": 4, "rounding": 0, "untouched": 5, "recorded": 0, "different": 0}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -128,7 +128,7 @@ def test_a_clearly_changed_element_is_different(base: Path, adapter: Path, merge
     report = surgery.verify_checkpoint(base, adapter, merged)
     assert _graded(report) == _wanted("bits", **{TARGET: "different"})
     assert report.tensors[TARGET].max_abs_error >= 0.1
-    assert TARGET.removesuffix(".weight") in report.tensors[TARGET].why
+    assert "further off" in report.tensors[TARGET].why
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
