@@ -41,7 +41,7 @@ def refuse_unmatched(field: str, entries: Sequence[str], names: Collection[str])
     if not entries:
         return
     told = "; ".join(f"{printable(entry)!r} ({_why(entry, names)})" for entry in entries)
-    raise MatchError(f"{field}: nothing matches {told}; each entry must match; `surgery.inspect(model)` lists the names")
+    raise MatchError(f"{field}: nothing matches {told}; each must match; `surgery.inspect(model)` lists the names")
 
 
 def saved_modules(config: AdapterConfig, names: Collection[str]) -> list[str]:
