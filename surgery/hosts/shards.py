@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import BinaryIO
 
 import torch
 
@@ -13,7 +12,7 @@ from surgery.core.source import TILE_ELEMENTS, row_tiles
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.io.header import Header, encode_header
 from surgery.io.octets import Tally, octets
-from surgery.io.staging import Staging, write_all
+from surgery.io.staging import StagedFile, Staging
 from surgery.io.strict_json import json_bytes
 
 
@@ -91,7 +90,7 @@ class FilePart:
         self.order = [entry.info.name for entry in source.header.entries]
         self.done = 0  # tensors of `order` that are written
         self.context = ExitStack()
-        self.file: BinaryIO | None = None
+        self.file: StagedFile | None = None
 
     def tiles(self, site: Site) -> Iterator[slice]:
         # What lies before the site goes first: the base is read in the order of its bytes, and hashed so.
@@ -119,14 +118,14 @@ class FilePart:
 
     def _write(self, data: memoryview) -> None:
         self.tally.feed(data)
-        write_all(self._opened(), data)
+        self._opened().write(data)
 
     def _end(self, name: str) -> None:
         self.tally.end(name)
         self.done += 1
 
-    def _opened(self) -> BinaryIO:
+    def _opened(self) -> StagedFile:
         if self.file is None:
             self.file = self.context.enter_context(self.staging.file(self.name))
-            write_all(self.file, self.raw)
+            self.file.write(self.raw)
         return self.file

@@ -1,42 +1,59 @@
-"""Staging: an output folder that appears whole, by one rename, or not at all."""
+"""Staging: an output folder that appears whole, by one rename, or not at all, and can be gone on with if cut short.
 
-import fcntl
+Beside `out` lie, while it is written: `.out.surgery-lock`, which holds off other runs, and
+`.out.surgery-staging`, whose files bear their names only once they are whole and on the disk, and whose
+journal tells which parts are finished.
+"""
+
+import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, Self
 
-from surgery.errors import EnvironmentFault, OutputExistsError, printable
+from surgery.errors import EnvironmentFault, OutputExistsError, StateError, printable
+from surgery.io import disk
+from surgery.io.journal import NAME as JOURNAL
+from surgery.io.journal import Journal
+from surgery.io.lock import Lock
+
+_PARTIAL = ".partial"
+_KEPT = (EnvironmentFault, OSError, MemoryError, KeyboardInterrupt, SystemExit)  # after these a run can go on
 
 
 class Staging:
-    """A hidden folder beside `out`; as a context it is renamed to `out` on success and removed on failure.
+    """A hidden folder beside `out`; as a context it becomes `out` on success and is removed on failure.
 
-    OutputExistsError if `out` exists and `overwrite` is false, or if another run is writing it.
+    `key` stands for all that decides the output's bytes. After an interruption or a fault of the environment
+    the folder stays, and a run of the same key goes on with its `finished` parts. `resume` false starts anew;
+    true asks for a folder to go on with, else StateError. OutputExistsError if `out` exists and `overwrite` is
+    false, or if another run is writing it.
     """
 
-    def __init__(self, out: Path, overwrite: bool = False) -> None:
+    def __init__(self, out: Path, *, overwrite: bool = False, key: str = "", resume: bool | None = None) -> None:
         self.out = Path.cwd() / out
-        self.overwrite = overwrite
+        self.overwrite, self.key, self.resume = overwrite, key, resume
         self.folder = self.out.with_name(f".{self.out.name}.surgery-staging")
-        self.lock = -1
+        self.aside = self.out.with_name(f".{self.out.name}.surgery-old")
+        self.journal = Journal(self.folder, key)
 
     def __enter__(self) -> Self:
-        if os.path.lexists(self.out) and not self.overwrite:
-            raise OutputExistsError(f"{printable(self.out)}: it exists; a new folder is wanted; or say --overwrite")
-        with _faults(self.out):
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(exist_ok=True)
-            self.lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._refuse_existing()
+        with faults(self.out):
+            disk.make_folder(self.out.parent)
+            self.lock = Lock(self.out)
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self.lock)
-            raise OutputExistsError(f"{printable(self.out)}: another run is writing it; wait for that one") from error
-        self._clear()  # what an interrupted run has left
+            with faults(self.out):
+                self._put_back()
+                self._refuse_existing()  # anew: a run that held the lock may have just written it
+                self._begin()
+        except BaseException:
+            self.journal.close()
+            self.lock.release()
+            raise
         return self
 
     def __exit__(
@@ -44,59 +61,151 @@ class Staging:
     ) -> None:
         try:
             if kind is None:
-                with _faults(self.out):
+                with faults(self.out):
                     self._publish()
+            elif not (issubclass(kind, _KEPT) and self.finished):
+                _remove(self.folder)
         finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self.lock)
+            self.journal.close()
+            self.lock.release()
+
+    @property
+    def finished(self) -> Mapping[str, Any]:
+        """What was told of each finished part."""
+        return {part: one["told"] for part, one in self.journal.done.items()}
+
+    def finish(self, part: str, files: Mapping[str, str], told: Any) -> None:
+        """A part is done: its `files` by name, with their sha256, and what a later run has to know of it."""
+        with faults(self.out):
+            self.journal.add(part, {"files": dict(files), "told": told})
+
+    def require_room(self, needed_bytes: int) -> None:
+        """EnvironmentFault unless the disk has as many bytes free."""
+        with faults(self.out):
+            free = shutil.disk_usage(self.folder).free
+        if free < needed_bytes:
+            raise EnvironmentFault(
+                f"{printable(self.out)}: {needed_bytes:,} bytes are needed, {free:,} are free; "
+                "make room, or write to another disk"
+            )
 
     @contextmanager
-    def file(self, name: str) -> Iterator[BinaryIO]:
-        """A file of the folder, which bears its name only once it is whole and on the disk."""
+    def file(self, name: str, size: int = 0) -> Iterator["StagedFile"]:
+        """A file of the folder, of `size` bytes if known; it bears its name only once it is whole and on the disk."""
         path = self.folder / name
-        partial = path.with_name(path.name + ".partial")
-        with _faults(self.out):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("xb", buffering=0) as raw:
-                yield raw
-                os.fsync(raw.fileno())
-            partial.rename(path)
+        partial = path.with_name(path.name + _PARTIAL)
+        with faults(self.out):
+            disk.make_folder(path.parent)
+            descriptor = disk.create(partial)
+            try:
+                disk.allocate(descriptor, size)
+                yield StagedFile(descriptor)
+                disk.sync(descriptor)
+            finally:
+                os.close(descriptor)
+            disk.rename(partial, path)
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes) -> str:
+        """A small file; returns its sha256."""
         with self.file(name) as file:
-            write_all(file, data)
+            file.write(data)
+        return hashlib.sha256(data).hexdigest()
 
-    def carry(self, source: Path, name: str) -> None:
-        """A copy of `source` under `name`."""
+    def carry(self, source: Path, name: str) -> str:
+        """A copy of `source` under `name`; returns the sha256 of the bytes written."""
+        sha256 = hashlib.sha256()
         with source.open("rb") as found, self.file(name) as file:
-            while data := found.read(1 << 22):
-                write_all(file, data)
+            while data := found.read(1 << 20):
+                sha256.update(data)
+                file.write(data)
+        return sha256.hexdigest()
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self.out) and not self.overwrite:
+            raise OutputExistsError(f"{printable(self.out)}: it exists; a new folder is wanted; or say --overwrite")
+
+    def _put_back(self) -> None:
+        """Where names cannot change places at once, a run may have died between its two renames."""
+        if os.path.lexists(self.aside) and not os.path.lexists(self.out):
+            disk.rename(self.aside, self.out)
+        _remove(self.aside)
+
+    def _begin(self) -> None:
+        """An empty folder, or one that holds finished parts and nothing else; with an open journal."""
+        resumable = bool(self.key) and self.resume is not False and self.journal.read()
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            _remove(self.folder)
+        if resumable:
+            self.journal.done = {part: one for part, one in self.journal.done.items() if self._whole(one)}
+        if self.resume and not resumable:
+            raise StateError(f"{printable(self.out)}: nothing to go on with; no run of this call was cut short here")
+        kept = {name for one in self.journal.done.values() for name in one["files"]}
+        disk.make_folder(self.folder)
+        for path in sorted(self.folder.rglob("*"), reverse=True):  # what lies in a folder comes before it
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    disk.remove_folder(path)
+            elif path.relative_to(self.folder).as_posix() not in kept | {JOURNAL}:
+                disk.remove(path)
+        self.journal.begin()
+
+    def _whole(self, one: Any) -> bool:
+        """Are the files of a finished part still those that were written?"""
+        try:
+            return all(_sha256(self.folder / name) == wanted for name, wanted in one["files"].items())
+        except (OSError, KeyError, TypeError, AttributeError):
+            return False
 
     def _publish(self) -> None:
-        os.fsync(self.lock)
-        aside = self.folder.with_name(self.folder.name + "-old")
-        if os.path.lexists(self.out):
-            self.out.rename(aside)
+        """The folder becomes `out`; what was there is gone. On an error all is as it was, without the folder."""
         try:
-            self.folder.rename(self.out)
+            self.journal.close()
+            disk.remove(self.journal.path)
+            for path in (*(path for path in self.folder.rglob("*") if path.is_dir()), self.folder):
+                _sync_folder(path)
+            take_back = self._switch()
         except OSError:
-            if os.path.lexists(aside):
-                aside.rename(self.out)
+            self._put_back()
+            _remove(self.folder)
             raise
-        parent = os.open(self.out.parent, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(parent)
-        os.close(parent)
-        if aside.is_dir() and not aside.is_symlink():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink(missing_ok=True)
+        try:
+            _sync_folder(self.out.parent)
+        except OSError:
+            take_back()
+            _remove(self.folder)
+            raise
+        _remove(self.folder)
+        _remove(self.aside)
 
-    def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    def _switch(self) -> Callable[[], object]:
+        """The folder becomes `out`, and what was there goes aside; returns what takes that back."""
+        if not os.path.lexists(self.out):
+            try:
+                disk.place(self.folder, self.out)
+            except FileExistsError as error:
+                _remove(self.folder)
+                raise OutputExistsError(f"{printable(self.out)}: it has appeared meanwhile; name another") from error
+            return lambda: disk.rename(self.out, self.folder)
+        if disk.exchange(self.folder, self.out):
+            return lambda: disk.exchange(self.folder, self.out)
+        disk.rename(self.out, self.aside)
+        disk.rename(self.folder, self.out)
+        return self._go_back
+
+    def _go_back(self) -> None:
+        disk.rename(self.out, self.folder)
+        disk.rename(self.aside, self.out)
+
+
+class StagedFile:
+    """A file that is being written."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def write(self, data: bytes | memoryview) -> None:
+        """All of `data`."""
+        disk.write_all(self.descriptor, data)
 
 
 def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
@@ -111,31 +220,51 @@ def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """`data` as the file `path`, which is the old one or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    with _faults(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    with faults(path):
+        disk.make_folder(path.parent)
+        partial.unlink(missing_ok=True)
+        descriptor = disk.create(partial)
         try:
-            with partial.open("wb", buffering=0) as file:
-                write_all(file, data)
-                os.fsync(file.fileno())
-            partial.rename(path)
+            disk.write_all(descriptor, data)
+            disk.sync(descriptor)
+            disk.rename(partial, path)
         finally:
+            os.close(descriptor)
             partial.unlink(missing_ok=True)
-
-
-def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
-    """All of `data`, to an unbuffered file, whose `write` may stop short."""
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+        _sync_folder(path.parent)
 
 
 @contextmanager
-def _faults(where: Path) -> Iterator[None]:
+def faults(where: Path) -> Iterator[None]:
+    """EnvironmentFault, naming `where`, for what the system refuses."""
     try:
         yield
     except OSError as error:
         found = error.strerror or type(error).__name__
         raise EnvironmentFault(
-            f"{printable(where)}: writing failed ({found}); see to the disk and run again"
+            f"{printable(where)}: writing failed ({found}); see to the disk and run again, "
+            "which goes on from what is finished"
         ) from error
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        disk.sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all in it, or a file or link, if it is there; what cannot be removed is in nobody's way."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

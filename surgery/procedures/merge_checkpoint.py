@@ -61,7 +61,7 @@ def merge_checkpoint(
     refuse_overlap(out, [base.path, *(Path(one.adapter.where) for one in adapters)])
     plan = make_plan(base, adapters, options.dtype)
     plan.require()
-    with Staging(out, options.overwrite) as staging, ExitStack() as stack:
+    with Staging(out, overwrite=options.overwrite) as staging, ExitStack() as stack:
         receipt = Receipt(base, adapters, plan)
         watches: list[Watch] = [receipt]
         undo = stack.enter_context(UndoWriter(base, staging)) if options.reversible else None

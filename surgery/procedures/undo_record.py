@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from surgery.adapters.peft import adapter_bytes, read_adapter
 from surgery.core.undo import Recorder
@@ -20,7 +20,7 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import Change, MergedTile, Undo
 from surgery.io.header import DTYPES, SPELLINGS
 from surgery.io.octets import tensor_from
-from surgery.io.staging import Staging, write_all
+from surgery.io.staging import StagedFile, Staging
 from surgery.io.strict_json import json_bytes, read_json
 from surgery.procedures.plan import Weighted
 from surgery.procedures.small_files import file_sha256
@@ -84,7 +84,7 @@ class FileUndo:
         self.recorder: Recorder | None = Recorder()
         self.at, self.sha256 = 0, hashlib.sha256()
         self.context = ExitStack()
-        self.file: BinaryIO | None = None
+        self.file: StagedFile | None = None
 
     def __call__(self, tile: MergedTile) -> None:
         if tile.steps is None:
@@ -114,10 +114,10 @@ class FileUndo:
                 self._write(self.file, memoryview(data))
         self.tensors[info.name] = field
 
-    def _write(self, file: BinaryIO, data: memoryview) -> None:
+    def _write(self, file: StagedFile, data: memoryview) -> None:
         self.sha256.update(data)
         self.at += len(data)
-        write_all(file, data)
+        file.write(data)
 
 
 class UndoRecord:

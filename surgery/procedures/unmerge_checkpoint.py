@@ -43,7 +43,7 @@ def unmerge_checkpoint(
     refuse_overlap(out, [merged])
     record, receipt = UndoRecord(merged), read_receipt(merged)
     record.check()
-    with Checkpoint(merged) as source, Staging(out, overwrite) as staging:
+    with Checkpoint(merged) as source, Staging(out, overwrite=overwrite) as staging:
         changes = _changes(source, record)
         read = source.tally()
         with CheckpointSink(source, staging, record.dtypes, record.headers, tile_elements) as sink:

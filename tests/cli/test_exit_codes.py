@@ -1,7 +1,6 @@
 """Each exit code, and what stands on stderr then: one line, `surgery: ...`, with names escaped."""
 
 import errno
-import fcntl
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from outcomes import Run, told
 
 from surgery import api
 from surgery.cli import surgery as command
+from surgery.io.lock import Lock
 
 FUNCTIONS = {
     "inspect": ("inspect", ["x"]),
@@ -222,12 +222,11 @@ def test_an_unmerge_over_its_input_is_code_6(
 
 
 def test_an_output_that_another_run_writes_is_code_6(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
-    staging = tmp_path / ".out.surgery-staging"
-    staging.mkdir()
-    lock = os.open(staging, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    assert "another run" in told(run("merge", base, adapter, tmp_path / "out"), 6)
-    os.close(lock)
+    lock = Lock(tmp_path / "out")
+    assert f"another run is writing it (process {os.getpid()})" in told(
+        run("merge", base, adapter, tmp_path / "out"), 6
+    )
+    lock.release()
     assert run("merge", base, adapter, tmp_path / "out").code == 0
 
 
