@@ -1,5 +1,6 @@
 """The command line: each command parses, calls one api function and prints its report."""
 
+import re
 import sys
 import traceback
 from typing import Any
@@ -8,6 +9,7 @@ import click
 
 from surgery.cli.demo import demo
 from surgery.cli.inspect import inspect
+from surgery.cli.interrupts import Interrupted, listen
 from surgery.cli.merge import merge
 from surgery.cli.plan import plan
 from surgery.cli.unmerge import unmerge
@@ -18,6 +20,8 @@ _EPILOG = (
     "Exit codes: 0 done, 2 usage, 3 input refused, 4 a check failed, 5 environment, 6 output exists or is busy, "
     "1 a bug of ours."
 )
+
+_NO_MEMORY = re.compile("can't allocate memory|can't start new thread|bad_alloc|Cannot allocate memory")
 
 
 @click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,13 +45,15 @@ for command in (inspect, plan, merge, verify, unmerge, demo):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error is one line on stderr, and its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        listen()  # as a program of its own; in another's process the signals are its
     try:
         code = _run(given)
     except Exception as error:  # noqa: BLE001  # the last resort: a bug of ours is one line too
         if "--debug" in given:
             traceback.print_exc()
         message, code = _told(error)
-        click.echo(f"surgery: {message}", err=True)
+        click.echo("; ".join([f"surgery: {message}", *getattr(error, "__notes__", ())]), err=True)
     sys.exit(code)
 
 
@@ -56,9 +62,9 @@ def _run(arguments: list[str]) -> Any:
         return surgery.main(arguments, prog_name="surgery", standalone_mode=False)
     except click.exceptions.Exit as error:
         return error.exit_code
-    except click.Abort:
-        click.echo("surgery: interrupted", err=True)
-        return 130
+    except (click.Abort, Interrupted) as error:
+        click.echo("; ".join(["surgery: interrupted", *getattr(error, "__notes__", ())]), err=True)
+        return error.exit_code if isinstance(error, Interrupted) else 130
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "surgery"
         raise UsageError(f"{printable(error.format_message())}; `{command} --help` says what is wanted") from error
@@ -73,7 +79,7 @@ def _told(error: Exception) -> tuple[str, int]:
             where = "" if error.filename is None else f"{printable(error.filename)}: "
             found = error.strerror or str(error) or type(error).__name__
             return f"{where}{printable(found)}; see to the disk and run again", EnvironmentFault.exit_code
-        case MemoryError():
+        case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
             return "out of memory; close other programs, or use a machine with more", EnvironmentFault.exit_code
     found = f"{type(error).__name__}: {printable(error)}"
     return f"{found}; this is a bug of surgery; run again with --debug and report it", 1
