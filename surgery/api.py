@@ -102,14 +102,18 @@ def eject(model: Model, *, keep_merged: bool = False) -> Model:
     return model
 
 
-def inspect(model: nn.Module | Where) -> inspection.Inspection:
+def inspect(model: nn.Module | Where, *, sha256: bool = False) -> inspection.Inspection:
     """The sites of a model, in memory or from the headers of its files, or the tensors of an adapter.
+
+    `sha256` asks for the hash that `expect_base_sha256` takes, for which all of the model's files are read.
 
     >>> import surgery, torch
     >>> [(row.name, row.op, row.shape) for row in surgery.inspect(torch.nn.Sequential(torch.nn.Linear(4, 2))).rows]
     [('0', 'linear', (2, 4))]
     """
-    return inspection.inspect_model(model) if isinstance(model, nn.Module) else inspection.inspect(locate(model))
+    if isinstance(model, nn.Module):
+        return inspection.inspect_model(model)
+    return inspection.inspect(locate(model), sha256)
 
 
 def plan(
