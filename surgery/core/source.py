@@ -3,14 +3,12 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from threading import Event
 from typing import Protocol
 
-import torch
-
 from surgery.core.codec import Packed
 from surgery.core.site import Site
+from surgery.core.workers import single_threads
 
 TILE_ELEMENTS = 1 << 18  # of a weight at a time: 2 MB of float64, which bounds the memory of every procedure
 
@@ -62,7 +60,7 @@ def copy(source: Source, sink: Sink, workers: int = 1) -> None:
         for part in parts:
             _fill(source, part, stop)
         return
-    with _single_threads(), ThreadPoolExecutor(min(workers, len(parts))) as pool:
+    with single_threads(), ThreadPoolExecutor(min(workers, len(parts))) as pool:
         running = [pool.submit(_fill, source, part, stop) for part in parts]
         try:
             done, _ = wait(running, return_when=FIRST_EXCEPTION)
@@ -99,14 +97,3 @@ def _fill(source: Source, part: Part, stop: Event) -> None:
                 return
             part.store(site, source.load(site, rows), rows)
     part.close()
-
-
-@contextmanager
-def _single_threads() -> Iterator[None]:
-    """One thread of torch in each thread: more would wait for one another, and each result is the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
