@@ -1,10 +1,5 @@
-"""verify: every tensor of a merged checkpoint graded against what base and adapters give.
+"""verify: every tensor of a merged checkpoint graded against what base and adapters give."""
 
-bits: derived again to the same bytes. rounding: within what correct merges may differ by. different: neither.
-untouched: the bytes of the base. recorded: of the sha256 that the receipt tells.
-"""
-
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,42 +8,19 @@ from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from surgery.codecs.plain import PLAIN_DTYPES
-from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, default_workers, row_tiles
 from surgery.core.workers import in_order
-from surgery.errors import CheckError, ValueRangeError, printable
+from surgery.errors import CheckError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.views import Change, Merged, MergedTile
+from surgery.hosts.views import Change
 from surgery.io.octets import Tally
 from surgery.io.tensor_file import TensorFile
+from surgery.procedures.grade import GRADES, Grade, carried, derived
 from surgery.procedures.plan import Weighted, make_plan
 from surgery.procedures.receipt import read_receipt
-from surgery.procedures.spans import read_span, spans
-
-GRADES = ("bits", "rounding", "untouched", "recorded", "different")
-_BADNESS = {"bits": 0, "untouched": 0, "recorded": 0, "rounding": 1, "different": 2}
-
-
-class Grade(NamedTuple):
-    """What became of one tensor, and how far off its worst element is."""
-
-    grade: str
-    max_abs_error: float = 0.0
-    why: str = ""
-
-    def worse(self, other: "Grade") -> "Grade":
-        """Of two tiles of a tensor: the worse grade, its reason, the larger error."""
-        worst = other if _BADNESS[other.grade] > _BADNESS[self.grade] else self
-        return worst._replace(max_abs_error=max(self.max_abs_error, other.max_abs_error, key=_size))
-
-    def to_json(self) -> dict[str, Any]:
-        """Its fields; an error that is no number is null, for JSON has no NaN."""
-        return {**self._asdict(), "max_abs_error": self.max_abs_error if math.isfinite(self.max_abs_error) else None}
+from surgery.procedures.spans import spans
 
 
 @dataclass(frozen=True)
@@ -145,11 +117,11 @@ def _pieces(base: Checkpoint, out: Checkpoint, changes: Iterable[Change]) -> Ite
         if there is None or refused:
             yield Piece(name, partial(Grade, "different", why=refused))
         elif change is None and there.dtype == info.dtype:
-            yield from (Piece(name, partial(_carried, base, out, name, span)) for span in spans(info))
+            yield from (Piece(name, partial(carried, base, out, name, span)) for span in spans(info))
         else:
             change = replace(change or Change(Site(name, {"weight": info}), info.dtype), dtype=there.dtype)
             for rows in row_tiles(info.shape, TILE_ELEMENTS):
-                yield Piece(name, partial(_derived, base, out, change, rows))
+                yield Piece(name, partial(derived, base, out, change, rows))
     for name in found:
         yield Piece(name, partial(Grade, "different", why="it is not in the base"))
 
@@ -164,51 +136,6 @@ def _refused(info: TensorInfo, there: TensorInfo | None, change: Change | None) 
     if cast and not {there.dtype, info.dtype} <= set(PLAIN_DTYPES):
         return f"it became {str(there.dtype).removeprefix('torch.')}"
     return ""
-
-
-def _carried(base: Checkpoint, out: Checkpoint, name: str, span: slice) -> Grade:
-    same = read_span(base, name, span) == read_span(out, name, span)
-    return Grade("untouched") if same else Grade("different", why="no adapter touches it, yet it is not the base's")
-
-
-def _derived(base: Checkpoint, out: Checkpoint, change: Change, rows: slice) -> Grade:
-    """Grade some rows of a change: their bytes first, the tolerance only where these are others."""
-    tiles: list[MergedTile] = []
-    found = out.load(change.site, rows).tensors["weight"]
-    try:
-        Merged(base, [change], tiles.append).load(change.site, rows)
-        return Grade("bits") if _equal_bytes(found, tiles[0].merged) else _within(tiles[0], found)
-    except ValueRangeError as error:
-        return Grade("different", why=f"it cannot be derived: {error}")
-
-
-def _equal_bytes(a: Tensor, b: Tensor) -> bool:
-    """Have two tensors of floats the same dtype and bytes? Compared as integers, for which NaN equals NaN."""
-    return a.dtype == b.dtype and torch.equal(a.flatten().view(torch.int16), b.flatten().view(torch.int16))
-
-
-def _within(tile: MergedTile, found: Tensor) -> Grade:
-    """Whether each element lies within half an ulp of the result and of each delta, plus the spread."""
-    change = tile.change
-    value = exact_float64(tile.original if change.saved is None else _saved(change, tile.rows))
-    size, allowed = value.abs(), torch.zeros_like(value)
-    for layer, step in zip(change.layers, tile.steps or (), strict=True):
-        op = change.site.acting
-        value = step.apply(value)
-        size = torch.maximum(size, value.abs())
-        allowed += op.stored(layer.method.spread(layer.params, op.tile(tile.rows)))
-        allowed += ulp(step.shift, change.site.weight.dtype) / 2
-    allowed += ulp(size, change.dtype) / 2 * max(1, len(change.layers))
-    apart = (exact_float64(found) - value).abs()
-    close = bool((apart <= allowed).all())  # false for NaN
-    why = "" if close else "further off than rounding explains"
-    return Grade("rounding" if close else "different", float(apart.max()), why)
-
-
-def _saved(change: Change, rows: slice) -> Tensor:
-    assert change.saved is not None
-    shape = change.site.weight.shape
-    return change.saved.view(shape)[rows if shape else ...]
 
 
 def _tallies(files: Sequence[TensorFile], workers: int) -> Iterator[Tally]:
@@ -226,8 +153,3 @@ def _tally(stop: Event, file: TensorFile) -> Tally:
             tally.feed(chunk)
         tally.end(entry.info.name)
     return tally
-
-
-def _size(error: float) -> float:
-    """NaN is larger than any error."""
-    return math.inf if math.isnan(error) else error
