@@ -20,7 +20,10 @@ from surgery.io.tensor_file import TensorFile
 from surgery.procedures.grade import GRADES, Grade, carried, derived
 from surgery.procedures.plan import Weighted, make_plan
 from surgery.procedures.receipt import read_receipt
+from surgery.procedures.report import Case
 from surgery.procedures.spans import spans
+
+_LISTED = frozenset({"rounding", "different"})
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,20 @@ class VerifyReport:
     def summary(self) -> str:
         """One line."""
         return ", ".join(f"{count} {grade}" for grade, count in self.counts.items() if count or grade == "different")
+
+    @property
+    def title(self) -> str:
+        return f"surgery verify {self.out}"
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return "tensor", "grade", "max abs error", "why"
+
+    def cases(self) -> Iterator[Case]:
+        """The tensors; listed are those that are not as good as can be."""
+        for name, one in self.tensors.items():
+            failure = (one.why or one.grade) if one.grade == "different" else ""
+            yield Case(name, one.grade, (f"{one.max_abs_error:.3g}", one.why), one.grade in _LISTED, failure)
 
     def to_json(self) -> dict[str, Any]:
         return {
