@@ -72,10 +72,10 @@ ENDINGS: Mapping[str, Callable[[CaseReport], str]] = {".json": as_json, ".md": a
 
 
 def visible(text: str) -> str:
-    """`text` with each character that cannot be printed spelled as an escape; XML can hold all others.
+    r"""`text` with each character that cannot be printed spelled as an escape; XML can hold all others.
 
-    >>> visible("a\x1bb")
-    'a\\x1bb'
+    >>> print(visible("a\x1bb"))
+    a\x1bb
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
