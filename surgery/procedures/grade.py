@@ -5,15 +5,17 @@ untouched: the bytes of the base. recorded: of the sha256 that the receipt tells
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import exact_float64, ulp
+from surgery.core.method import Elementwise
 from surgery.errors import ValueRangeError
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.views import Change, Merged, MergedTile
+from surgery.hosts.views import Change, Merged, MergedTile, elementwise
 from surgery.procedures.spans import read_span
 
 GRADES = ("bits", "rounding", "untouched", "recorded", "different")
@@ -63,10 +65,10 @@ def _integers(values: Tensor) -> Tensor:
 
 def _within(tile: MergedTile, found: Tensor, where: Tensor) -> Grade:
     """Whether each element of flat `where` lies within half an ulp of result and of each delta, plus the spread."""
-    change = tile.change
-    value = exact_float64(_start(tile).flatten()[where])
+    change, steps = tile.change, _steps(tile)
+    value = exact_float64((tile.merged if steps is None else _start(tile)).flatten()[where])
     size, allowed = value.abs(), torch.zeros_like(value)
-    for step in tile.steps or ():
+    for step in steps or ():
         shift = step.at(where)
         value = shift.apply(value)
         size = torch.maximum(size, value.abs())
@@ -80,12 +82,18 @@ def _within(tile: MergedTile, found: Tensor, where: Tensor) -> Grade:
     return Grade("rounding" if close else "different", float(apart.max()), why)
 
 
+def _steps(tile: MergedTile) -> Sequence[Elementwise] | None:
+    """From what the tile begins as to its outcome; None if a layer is not elementwise."""
+    return elementwise(tile.change, tile.rows) if tile.steps is None else tile.steps
+
+
 def _start(tile: MergedTile) -> Tensor:
-    """What the steps begin from: the base, or what takes its place; the outcome itself where there are no steps."""
+    """What the steps begin from: the base, or what takes its place."""
     change, shape = tile.change, tile.change.site.weight.shape
     if change.saved is not None:
         return change.saved.view(shape)[tile.rows if shape else ...]
-    return tile.merged if tile.steps is None else tile.original
+    assert tile.original is not None
+    return tile.original
 
 
 def _spread(tile: MergedTile) -> Tensor:
