@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from surgery.cli.demo import demo
+from surgery.cli.diff import diff
 from surgery.cli.inspect import inspect
 from surgery.cli.merge import merge
 from surgery.cli.plan import plan
@@ -34,7 +35,7 @@ def surgery(debug: bool) -> None:
     keep_freed_memory()
 
 
-for command in (inspect, plan, merge, verify, unmerge, demo):
+for command in (inspect, plan, merge, verify, unmerge, diff, demo):
     surgery.add_command(command)
 
 
