@@ -24,7 +24,7 @@ _SAID = {
     "shape": "of another shape",
     "only in a": "only in A",
     "only in b": "only in B",
-    "config": "keys of config.json",
+    "config": "in config.json",
 }
 
 

@@ -295,7 +295,7 @@ def test_keys_of_config_json_are_compared_by_their_dotted_paths(tmp_path: Path) 
         }
     )
     assert not report.equal
-    assert report.summary() == "1 equal, 6 keys of config.json"
+    assert report.summary() == "1 equal, 6 in config.json"
 
 
 def test_a_config_on_one_side_alone_differs(tmp_path: Path) -> None:
