@@ -137,6 +137,12 @@ def test_equal_values_of_another_dtype_are_told_as_dtype(tmp_path: Path) -> None
     assert (other["what"], other["differing"], other["max_abs_error"]) == ("values", 1, 0.0)
 
 
+def test_a_nan_against_a_number_of_another_dtype_differs(tmp_path: Path) -> None:
+    a, b = torch.tensor([torch.nan, 1.0, 2.0, torch.nan]), torch.tensor([1.0, torch.nan, 2.0, torch.nan])
+    found = _one(tmp_path, a, b.half())
+    assert (found["what"], found["differing"], found["not_finite"]) == ("values", 2, 2)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_what_is_not_finite_is_counted_and_leaves_the_other_errors(dtype: torch.dtype, tmp_path: Path) -> None:
     a = torch.tensor([1.0, torch.nan, torch.inf, 3.0, torch.nan, -torch.inf, 5.0]).to(dtype)
@@ -232,6 +238,16 @@ def test_an_element_at_a_border_of_tiles_is_seen_once(at: int, dtype: torch.dtyp
     found = _one(tmp_path, a, b)
     assert (found["elements"], found["differing"]) == (a.numel(), 1)
     assert found["norm_a"] == (math.sqrt(a.numel()) if dtype.is_floating_point else None)
+
+
+@pytest.mark.parametrize("at", [(0, -1), (-1, 0)])
+def test_the_largest_of_all_tiles_counts(at: tuple[int, int], tmp_path: Path) -> None:
+    a = torch.ones(2 * TILE_ELEMENTS + 3)
+    b = a.clone()
+    b[at[0]], b[at[1]] = 1.5, 1.25
+    found = _one(tmp_path, a, b)
+    assert (found["differing"], found["max_abs_error"], found["max_ulps"]) == (2, 0.5, 1 << 22)
+    assert found["norm_difference"] == math.sqrt(0.5**2 + 0.25**2)
 
 
 def test_no_piece_that_is_read_is_larger_than_a_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
