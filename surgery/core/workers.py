@@ -19,7 +19,7 @@ def in_order(
     """`job` of each item, in the order of the items, on up to `workers` threads with one thread of torch each.
 
     A few items are taken ahead of the one that is waited for, so memory does not grow with their number. The
-    first failure in that order is raised, the same for any number of workers; no item is begun after it, and
+    first failure in that order is raised, the same for any number of workers; no item is begun after that, and
     `stop` is set, which jobs that take long should look at.
     """
     with single_threads():
