@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.api import (
+        diff,
         disable_adapters,
         eject,
         enable_adapters,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         ValueRangeError,
     )
     from surgery.methods.lora import LoraConfig
+    from surgery.procedures.diff import DiffReport
     from surgery.procedures.inspect import Inspection
     from surgery.procedures.merge_checkpoint import MergeReport
     from surgery.procedures.plan import Plan
@@ -46,6 +48,7 @@ _HOMES = {
     "AdapterConfig": "core.config",
     "CheckError": "errors",
     "ConfigError": "errors",
+    "DiffReport": "procedures.diff",
     "EnvironmentFault": "errors",
     "FormatError": "errors",
     "InputError": "errors",
@@ -68,6 +71,7 @@ __all__ = [
     "AdapterConfig",
     "CheckError",
     "ConfigError",
+    "DiffReport",
     "EnvironmentFault",
     "FormatError",
     "InputError",
@@ -84,6 +88,7 @@ __all__ = [
     "UsageError",
     "ValueRangeError",
     "VerifyReport",
+    "diff",
     "disable_adapters",
     "eject",
     "enable_adapters",

@@ -20,6 +20,7 @@ from surgery.integrations.transformers import output_heads
 from surgery.io.hub import locate
 from surgery.io.strict_json import read_json
 from surgery.procedures import adapter_files, switch
+from surgery.procedures import diff as differing
 from surgery.procedures import inject as injection
 from surgery.procedures import inspect as inspection
 from surgery.procedures import merge as live
@@ -182,17 +183,38 @@ def unmerge_checkpoint(
 
 
 def verify_checkpoint(
-    base: Where, adapters: Adapters | None = None, out: Where | None = None
+    base: Where, adapters: Adapters | None = None, out: Where | None = None, *, ops: Mapping[str, str] | None = None
 ) -> verifying.VerifyReport:
     """Grade each tensor of `out` against `adapters` merged over `base`, whichever tool made it.
 
     With one argument, a merged folder, check its files against its receipt. `report.ok` is false where
-    anything is different. Raises InputError for what cannot be read, or has no receipt.
+    anything is different. `ops` as in `merge_checkpoint`. Raises InputError for what cannot be read, or has no receipt.
     """
     if out is None or adapters is None:
         return verifying.verify_receipt(locate(base))
     with Checkpoint(locate(base)) as source, Checkpoint(locate(out)) as found:
-        return verifying.verify_checkpoint(source, _weighted(adapters), found)
+        return verifying.verify_checkpoint(source, _weighted(adapters), found, ops)
+
+
+def diff(a: Where, b: Where) -> differing.DiffReport:
+    """What differs between two checkpoints, however each is cut into files; streaming.
+
+    Of each tensor: absent, another shape or dtype, or other values, with their number, the largest absolute
+    difference, the largest in ulps (of the dtype with fewer digits), ||a||, ||a - b|| and their ratio. What is
+    no float64, float32, bfloat16 or float16 is compared by its bytes. Of config.json, the keys that differ.
+
+    >>> import surgery, tempfile, torch
+    >>> from safetensors.torch import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     a, b = f"{folder}/a.safetensors", f"{folder}/b.safetensors"
+    ...     save_file({"weight": torch.ones(4)}, a)
+    ...     save_file({"weight": torch.tensor([1.0, 1.0, 1.0, 1.5])}, b)
+    ...     report = surgery.diff(a, b)
+    >>> report.tensors["weight"].difference.max_abs_error
+    0.5
+    """
+    with Checkpoint(locate(a)) as one, Checkpoint(locate(b)) as other:
+        return differing.diff(one, other)
 
 
 def _config(value: object) -> AdapterConfig:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from surgery.cli.demo import demo
+from surgery.cli.diff import diff
 from surgery.cli.inspect import inspect
 from surgery.cli.interrupts import Interrupted, listen
 from surgery.cli.merge import merge
@@ -38,7 +39,7 @@ def surgery(debug: bool) -> None:
     keep_freed_memory()
 
 
-for command in (inspect, plan, merge, verify, unmerge, demo):
+for command in (inspect, plan, merge, verify, unmerge, diff, demo):
     surgery.add_command(command)
 
 

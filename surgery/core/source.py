@@ -1,16 +1,13 @@
 """Source and sink, the two ends of every procedure, and the one function that joins them."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from threading import Event
 from typing import Protocol
 
-import torch
-
 from surgery.core.codec import Packed
 from surgery.core.site import Site
+from surgery.core.workers import single_threads
 
 TILE_ELEMENTS = 1 << 18  # of a weight at a time: 2 MB of float64, which bounds the memory of every procedure
 
@@ -62,7 +59,7 @@ def copy(source: Source, sink: Sink, workers: int = 1) -> None:
         for part in parts:
             _fill(source, part, stop)
         return
-    with _single_threads(), ThreadPoolExecutor(min(workers, len(parts))) as pool:
+    with single_threads(), ThreadPoolExecutor(min(workers, len(parts))) as pool:
         running = [pool.submit(_fill, source, part, stop) for part in parts]
         try:
             done, _ = wait(running, return_when=FIRST_EXCEPTION)
@@ -70,12 +67,6 @@ def copy(source: Source, sink: Sink, workers: int = 1) -> None:
                 one.result()
         finally:
             stop.set()
-
-
-def default_workers() -> int:
-    """One more than the processors of this process, so that none idles; nine at most, for each takes memory."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 + min(8, here)
 
 
 def row_tiles(shape: tuple[int, ...], tile_elements: int) -> Iterator[slice]:
@@ -99,14 +90,3 @@ def _fill(source: Source, part: Part, stop: Event) -> None:
                 return
             part.store(site, source.load(site, rows), rows)
     part.close()
-
-
-@contextmanager
-def _single_threads() -> Iterator[None]:
-    """One thread of torch in each thread: more would wait for one another, and each result is the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

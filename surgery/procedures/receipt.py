@@ -20,7 +20,7 @@ from surgery.io.strict_json import read_json
 from surgery.procedures.plan import Plan, Treatment, describe
 from surgery.procedures.small_files import RECEIPT, SmallFiles
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Receipt:
@@ -91,7 +91,7 @@ def read_receipt(folder: Path) -> dict[str, Any]:
             f"{printable(folder)}: no {RECEIPT} in it; give base and adapter too, and it is checked by deriving it anew"
         )
     receipt = read_json(path)
-    wanted = {"files": dict, "changed": dict, "untouched": dict}
+    wanted = {"files": dict, "changed": dict, "untouched": dict, "carried": dict}
     if receipt.get("format") != FORMAT or not all(isinstance(receipt.get(k), kind) for k, kind in wanted.items()):
         raise FormatError(f"{printable(path)}: not a receipt of format {FORMAT}; was it edited?")
     return receipt

@@ -25,6 +25,7 @@ FUNCTIONS = {
     "merge": ("merge_checkpoint", ["x", "y", "z"]),
     "verify": ("verify_checkpoint", ["x"]),
     "unmerge": ("unmerge_checkpoint", ["x", "y"]),
+    "diff": ("diff", ["x", "y"]),
 }
 HEAVY = {"torch", "numpy", "transformers", "huggingface_hub", "safetensors", "rich"}
 HELP = f"""

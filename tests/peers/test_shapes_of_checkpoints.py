@@ -158,7 +158,8 @@ def test_the_head_of_a_headless_encoder_is_added(tmp_path: Path) -> None:
     """Its sites bear a prefix, `bert.`, that the headless base's lack."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     torch.manual_seed(0)
-    config = BertConfig(VOCAB, 16, 2, 2, 24)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=VOCAB, **sizes)
     BertModel(config).eval().save_pretrained(base)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     logits = adapter_of(model, adapter, ["query", "value"], task_type="SEQ_CLS")
