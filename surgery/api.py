@@ -1,5 +1,6 @@
 """The public functions: each finds its inputs and calls one procedure."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -17,7 +18,7 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.integrations.transformers import output_heads
 from surgery.io.hub import locate
 from surgery.io.strict_json import read_json
-from surgery.procedures import adapter_files, switch
+from surgery.procedures import adapter_files, publish, switch
 from surgery.procedures import inject as injection
 from surgery.procedures import inspect as inspection
 from surgery.procedures import merge as live
@@ -124,14 +125,35 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and three options
     reversible: bool = False,
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> merging.MergeReport:
     """Merge adapters over `base` into the new folder `out`, streaming; complete, or nothing is written.
 
-    `reversible` writes what `unmerge_checkpoint` needs; `dtype` casts all floats.
+    `reversible` writes what `unmerge_checkpoint` needs; `dtype` casts all floats; `push_to_hub`
+    names a repository that OUT is then uploaded to, as the function of that name does.
     """
+    if push_to_hub is not None:
+        publish.check_hub_id(push_to_hub)
+    elif private:
+        raise UsageError("private: there is nothing to be private; push_to_hub names a repository")
     options = merging.Options(reversible, planning.check_dtype(dtype), overwrite)
     with Checkpoint(locate(base)) as source:
-        return merging.merge_checkpoint(source, _weighted(adapters), Path(out), options)
+        report = merging.merge_checkpoint(source, _weighted(adapters), Path(out), options)
+    if push_to_hub is None:
+        return report
+    pushed = publish.push_to_hub(report.out, push_to_hub, private=private)
+    return dataclasses.replace(report, pushed=f"{pushed.hub_id}@{pushed.commit}")
+
+
+def push_to_hub(out: Where, repo: str, *, private: bool = False) -> publish.PushReport:
+    """Upload a merged folder as one commit of `repo` ("owner/name") on the Hub, with a model card.
+
+    The repository is made if there is none. Afterwards the hashes that the Hub states are compared with those of
+    `out`, which stays as it is. Raises InputError for what the Hub refuses, CheckError if `out` is not what its
+    receipt says, EnvironmentFault for the network. On the command line: `surgery push OUT REPO`.
+    """
+    return publish.push_to_hub(Path(out), repo, private=private)
 
 
 def unmerge_checkpoint(merged: Where, out: Where, *, overwrite: bool = False) -> unmerging.UnmergeReport:

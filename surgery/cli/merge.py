@@ -3,6 +3,7 @@
 import click
 
 from surgery.cli.arguments import adapters_of, as_json, dtype, overwrite, show
+from surgery.cli.push import private
 
 
 @click.command()
@@ -12,6 +13,8 @@ from surgery.cli.arguments import adapters_of, as_json, dtype, overwrite, show
 @click.option("--reversible", is_flag=True, help="Write what `surgery unmerge` needs, into OUT/surgery.undo.")
 @dtype
 @overwrite
+@click.option("--push-to-hub", metavar="REPO", help="Then upload OUT to this repository on the Hub, as `surgery push`.")
+@private
 @as_json
 def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     base: str,
@@ -20,6 +23,8 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     reversible: bool,
     dtype: str | None,
     overwrite: bool,
+    push_to_hub: str | None,
+    private: bool,
     as_json: bool,
 ) -> None:
     """Merge adapters into BASE, streaming, into the new folder OUT.
@@ -29,6 +34,13 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     from surgery import api
 
     report = api.merge_checkpoint(
-        base, adapters_of(adapters), out, reversible=reversible, dtype=dtype, overwrite=overwrite
+        base,
+        adapters_of(adapters),
+        out,
+        reversible=reversible,
+        dtype=dtype,
+        overwrite=overwrite,
+        push_to_hub=push_to_hub,
+        private=private,
     )
     show(report, as_json)

@@ -49,7 +49,9 @@ class Patience:
             try:
                 with _listening():
                     return call()
-            except (Later, OSError, ValueError, RuntimeError, _http_error()) as error:
+            except (Later, OSError, ValueError, RuntimeError, _http_error()) as raised:
+                wrapped = isinstance(raised, RuntimeError) and isinstance(raised.__cause__, Exception)
+                error: Any = raised.__cause__ if wrapped else raised  # uploads wrap what went wrong
                 refusal = _refusal(error, where)
                 if refusal is not None:
                     raise refusal from error
@@ -79,6 +81,7 @@ _FINAL = (
     ("RemoteEntryNotFoundError", InputError, "listed, but the Hub does not have it (404); was its upload cut off?"),
     ("HfHubHTTPError", InputError, "the Hub refuses it ({}); check the name and your login"),
     ("HFValidationError", InputError, "not a name that the Hub can hold; owner/name is wanted; check the name"),
+    ("OfflineModeIsEnabled", EnvironmentFault, "HF_HUB_OFFLINE forbids to ask the Hub; unset it"),
     ("FileMetadataError", EnvironmentFault, "the answer lacks its ETag or commit; check HF_ENDPOINT and any proxy"),
     ("TooManyRedirects", EnvironmentFault, "the Hub redirects in a circle; check HF_ENDPOINT and any proxy"),
 )

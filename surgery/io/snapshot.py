@@ -38,7 +38,7 @@ def snapshot(hub_id: str, revision: str | None) -> tuple[Path, str]:
     patience = Patience(name, TRIES)
     try:
         asked = Patience(name, 1) if whole else patience
-        commit, files = asked.run(lambda: _listing(hub_id, revision, name))
+        commit, files = asked.run(lambda: listing(hub_id, revision, name))
     except EnvironmentFault:
         if whole is None:
             raise
@@ -89,7 +89,8 @@ class Fetch:
             raise InputError(f"{where}: its bytes are not those that the Hub states; they are removed; run again")
 
 
-def _listing(hub_id: str, revision: str | None, name: str) -> tuple[str, list[HubFile]]:
+def listing(hub_id: str, revision: str | None, name: str) -> tuple[str, list[HubFile]]:
+    """The commit that `revision` is now, and its files, in one answer of the Hub."""
     from huggingface_hub import HfApi
 
     try:

@@ -53,7 +53,8 @@ def unmerge_checkpoint(
         _compare("merged file", merged, dict(zip(names, map(_digest, read), strict=True)), receipt["files"])
         found = {name: _digest(tally) for name, tally in sink.tallies.items()}
         for name in record.files.keys() - found.keys():
-            path = merged / FOLDER / "files" / name if name in record.displaced else merged / name
+            kept = merged / FOLDER / "files" / name  # also what a push has put its model card in place of
+            path = kept if name in record.displaced or kept.is_file() else merged / name
             if not path.is_file():
                 raise CheckError(f"{printable(path)}: it is missing; the original cannot be restored whole")
             staging.carry(path, name)

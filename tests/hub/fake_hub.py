@@ -188,7 +188,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, hub_id: str, commit: str) -> dict[str, Any]:
         files = self.server.repositories[hub_id].commits[commit]
-        return {"id": hub_id, "sha": commit, "siblings": [sibling(name, data) for name, data in files.items()]}
+        lines = [sibling(name, data) for name, data in files.items()]
+        return {"id": hub_id, "sha": commit, "private": self.server.repositories[hub_id].private, "siblings": lines}
 
     def _read(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
