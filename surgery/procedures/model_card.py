@@ -54,10 +54,10 @@ def _front_matter(receipt: Mapping[str, Any], base_card: Mapping[str, Any]) -> d
 
 def _plain(value: object) -> str | list[str] | None:
     """A word or words as they stand; None for anything else, such as a path."""
-    words = value if isinstance(value, list) else [value]
+    words: list[Any] = value if isinstance(value, list) else [value]
     if not words or not all(isinstance(one, str) and _PLAIN.fullmatch(one) for one in words):
         return None
-    return list(words) if isinstance(value, list) else str(value)
+    return words if isinstance(value, list) else str(value)
 
 
 def _license_link(link: object, receipt: Mapping[str, Any]) -> str | None:
@@ -83,7 +83,7 @@ def _body(receipt: Mapping[str, Any], receipt_sha256: str, hub_id: str) -> Itera
     changed, untouched = len(receipt["changed"]), len(receipt["untouched"])
     yield f"# {hub_id.rpartition('/')[2]}\n"
     what = "An adapter" if len(adapters) == 1 else f"{len(adapters)} adapters"
-    yield f"{what} merged into a base with `surgery`: {changed} tensors changed, {untouched} are the base's bytes.\n"
+    yield f"{what} merged into a base with `surgery`. Tensors changed: {changed}; the base's own bytes: {untouched}.\n"
     yield "| part | what | weight |\n| --- | --- | --- |"
     yield f"| base | {_named(base)} | |"
     for one in adapters:
@@ -112,7 +112,7 @@ def _at(one: Mapping[str, Any], form: str) -> str:
 
 
 def _weight(one: Mapping[str, Any]) -> str:
-    return f"{float.fromhex(one['weight']):g}" if float.fromhex(one["weight"]) != 1 else "1"
+    return repr(float.fromhex(one["weight"]))
 
 
 def _spelled(base: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]) -> Iterator[str]:
