@@ -1,17 +1,18 @@
 """One repository in the Hub's cache, laid out as huggingface_hub does: blobs, refs, and a folder of links a commit.
 
 Beside them `surgery/COMMIT.json` keeps which files are needed of a commit and what the Hub stated of them, so
-that without a network a download that was cut off is told from a whole one.
+that without a network a download that was cut off is told from a whole one; and which of them were to be fetched
+and are not yet checked, so that a run that was killed between the two leaves nothing unchecked.
 """
 
 import errno
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from surgery.errors import FormatError, InputError
+from surgery.errors import InputError
 from surgery.io.hub_files import HubFile, hub_file, is_commit
 from surgery.io.strict_json import read_json
 
@@ -44,9 +45,9 @@ class CachedRepository:
         if not is_commit(revision):
             _write(self.root / "refs" / revision, commit)
 
-    def keep(self, commit: str, needed: Sequence[HubFile] | None) -> None:
-        """Write which files are needed; None while that is not known."""
-        _write(self._record(commit), json.dumps({"needed": needed}))
+    def keep(self, commit: str, needed: Sequence[HubFile] | None, unchecked: Sequence[str] = ()) -> None:
+        """Write which files are needed, None while that is not known; and which are still to be checked."""
+        _write(self._record(commit), json.dumps({"needed": needed, "unchecked": unchecked}))
 
     def state(self, commit: str) -> "State":
         """What the cache holds of a commit."""
@@ -56,7 +57,7 @@ class CachedRepository:
             return State(True, False, "")  # downloaded by another tool, which kept no list
         try:
             needed = [hub_file(*one) for one in read_json(self._record(commit))["needed"]]
-        except (InputError, FormatError, TypeError):
+        except (InputError, KeyError, TypeError):
             return State(False, True, "in the Hub's cache in part")
         for file in needed:
             if not self.holds(commit, file):
@@ -64,11 +65,12 @@ class CachedRepository:
         return State(True, True, "")
 
     def holds(self, commit: str, file: HubFile) -> bool:
-        """Whether a file is there, of the size stated; and if it is small, with the bytes stated."""
+        """Whether a file is there, of the size stated; and if it is small or unchecked, with the bytes stated."""
         path = self.folder(commit) / file.name
         if not path.is_file() or path.stat().st_size != file.size:
             return False
-        return file.size > RECHECKED_BYTES or file.is_content_of(path)
+        trusted = file.size > RECHECKED_BYTES and file.name not in self._unchecked(commit)
+        return trusted or file.is_content_of(path)
 
     def discard(self, commit: str, name: str) -> None:
         """Remove a file: the link of this commit, and the blob it leads to."""
@@ -79,6 +81,13 @@ class CachedRepository:
             path = target
         if path.is_relative_to(self.cache):
             path.unlink(missing_ok=True)
+
+    def _unchecked(self, commit: str) -> Collection[str]:
+        try:
+            found = read_json(self._record(commit))["unchecked"]
+        except (InputError, KeyError):
+            return ()
+        return found if isinstance(found, list) else ()
 
     def _record(self, commit: str) -> Path:
         return self.root / "surgery" / f"{commit}.json"

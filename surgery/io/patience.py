@@ -55,8 +55,6 @@ class Patience:
                 refusal = _refusal(error, where)
                 if refusal is not None:
                     raise refusal from error
-                if isinstance(error, ValueError) and not isinstance(error, _NO_JSON):
-                    raise
                 self._wait(error, where, tried)
         raise AssertionError("the last try returns or raises")
 
@@ -96,6 +94,8 @@ def _refusal(error: BaseException, where: str) -> SurgeryError | None:
     for name, kind, told in _FINAL:
         if name in names:
             return kind(f"{where}: {told.format(_kind(error))}")
+    if isinstance(error, ValueError) and not isinstance(error, _NO_JSON):
+        return InputError(f"{where}: huggingface_hub refuses it ({printable(error)})")
     if isinstance(error, OSError) and error.errno is not None:
         found = printable(error.strerror or _kind(error))
         return EnvironmentFault(f"{where}: it cannot be stored ({found}); see to the disk and run again")

@@ -62,9 +62,11 @@ class Fetch:
             list(pool.map(self._one, first))
         shards = self._shards() if any(file.name == INDEX for file in first) else []
         weights = needed_weights(files, shards, self.patience.name)
-        self.cache.keep(self.commit, [*first, *weights])
+        unchecked = [file.name for file in weights if not self.cache.holds(self.commit, file)]
+        self.cache.keep(self.commit, [*first, *weights], unchecked)
         for file in weights:
             self._one(file)
+        self.cache.keep(self.commit, [*first, *weights])
         self.cache.keep_ref(revision, self.commit)
         return self.folder
 

@@ -68,7 +68,8 @@ def push_to_hub(out: Path, hub_id: str, *, private: bool = False) -> PushReport:
     patience.run(lambda: api.create_repo(hub_id, private=private, exist_ok=True))
     _refuse_others(patience, hub_id, {one.path_in_repo for one in additions}, private)
     with _bars_on_terminals_only():
-        commit = patience.run(lambda: _commit(api, hub_id, additions))
+        made = patience.run(lambda: api.create_commit(hub_id, additions, commit_message="Merge made by surgery"))
+    commit = str(made.oid)
     _compare(patience, hub_id, commit, additions)
     return PushReport(hub_id, commit, {one.path_in_repo: one.upload_info.sha256.hex() for one in additions})
 
@@ -122,16 +123,6 @@ def _bars_on_terminals_only() -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
-
-
-def _commit(api: Any, hub_id: str, additions: list[Any]) -> str:
-    try:
-        told = "Merge made by surgery"
-        return str(api.create_commit(hub_id, additions, commit_message=told).oid)
-    except OSError:
-        raise  # also a ValueError where the status is 400
-    except ValueError as error:
-        raise InputError(f"{hub_id}: the Hub refuses the upload ({printable(error)}); the folder stays") from error
 
 
 def _compare(patience: Patience, hub_id: str, commit: str, additions: list[Any]) -> None:

@@ -200,6 +200,39 @@ def test_what_was_damaged_in_the_cache_is_fetched_anew(
     ]
 
 
+class Killed(BaseException):
+    """As a signal would end it."""
+
+
+def test_a_run_that_was_killed_before_the_check_leaves_nothing_unchecked(
+    hub: FakeHub, model: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgery.io.hub_cache.RECHECKED_BYTES", 0)
+    hub.add(ID, model)
+    hub.faults = [Fault(wrong, "GET", SINGLE)]
+    check = HubFile.is_content_of
+
+    def killed(file: HubFile, path: Path) -> bool:
+        if file.name == SINGLE:
+            raise Killed
+        return check(file, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HubFile, "is_content_of", killed)
+        with pytest.raises(Killed):
+            located(ID)
+    with pytest.raises(InputError, match=SINGLE):
+        located(ID)
+    hub.faults = []
+    assert (located(ID).path / SINGLE).read_bytes() == model[SINGLE]
+
+
+def wrong(handler: Handler) -> bool:
+    commit, data = handler.found() or ("", b"")
+    handler.answer(200, data[:-1] + bytes([data[-1] ^ 1]), **handler.headers_of(commit, data))
+    return True
+
+
 def test_large_cached_files_are_checked_by_size_alone(
     hub: FakeHub, model: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:

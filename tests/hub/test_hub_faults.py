@@ -1,14 +1,18 @@
 """What a Hub can do wrong, as a table: the exit code, one line on stderr, and no wrong byte taken for a right one."""
 
+import errno
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import pytest
 from fake_hub import FakeHub, Fault, Files, Handler, sibling
-from huggingface_hub import get_session, hf_hub_download
-from outcomes import Run, told
+from huggingface_hub import constants, get_session, hf_hub_download
+from outcomes import Outcome, Run, told
 
 from surgery.io import patience
 
@@ -307,6 +311,39 @@ def test_a_silent_hub_is_given_up(hub: FakeHub, model: Files, run: Run, monkeypa
         assert "ReadTimeout" in told(run("inspect", ID), 5)
     finally:
         stopped.set()
+
+
+def test_a_hub_that_dies_after_the_listing_is_told_with_the_library_s_own_tries(
+    hub: FakeHub, model: Files, run: Run, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(ID, {WEIGHTS: model[WEIGHTS]})
+    dead = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", dead)
+    assert "7 tries, the last: ConnectError" in told(run("inspect", ID), 5)
+    assert len(waits) == 5  # one try alone, then six
+
+
+def test_a_full_disk_is_told_as_such(hub: FakeHub, model: Files, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hub.add(ID, model)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    assert "No space left on device" in told(run("inspect", ID), 5)
+
+
+def test_the_command_itself_tells_one_line(hub: FakeHub, model: Files, tmp_path: Path) -> None:
+    hub.add(ID, model)
+    hub.faults = [Fault(dropped(4), "GET", CONFIG, 1), Fault(body(flipped), "GET", WEIGHTS)]
+    here = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "surgery.cli", "inspect", ID],
+        env={**os.environ, **here, "NO_PROXY": "*"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert WEIGHTS in told(Outcome(done.returncode, done.stdout, done.stderr), 3)
 
 
 def test_every_file_comes_from_the_commit_that_was_listed(hub: FakeHub, model: Files, run: Run, tmp_path: Path) -> None:

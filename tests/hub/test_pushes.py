@@ -123,6 +123,11 @@ def dropped_file(handler: Handler) -> bool:
     return False
 
 
+def bad_card(handler: Handler) -> bool:
+    handler.json({"errors": [{"message": "license is no license"}]}, 400)
+    return True
+
+
 def hung_up(handler: Handler) -> bool:
     handler.close_connection = True
     return True
@@ -154,7 +159,7 @@ def test_a_passing_fault_is_got_over(fault: Fault, hub: FakeHub, out: Path, run:
         (on(status(401), "POST", "/api/repos/create"), 3, "login"),
         (on(status(403), "POST", "/commit/main"), 3, "403"),
         (on(status(403), "PUT", "/lfs/"), 3, "403"),
-        (on(status(400), "POST", "/validate-yaml"), 3, "refuses"),
+        (Fault(bad_card, "POST", "/validate-yaml"), 3, "license is no license"),
         (on(status(503), "POST", "/commit/main"), 5, "503"),
         (on(status(503), "PUT", "/lfs/"), 5, "503"),
         (Fault(hung_up, "POST", "/api/repos/create"), 5, "RemoteProtocolError"),
