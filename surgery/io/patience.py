@@ -50,8 +50,7 @@ class Patience:
                 with _listening():
                     return call()
             except (Later, OSError, ValueError, RuntimeError, _http_error()) as raised:
-                wrapped = isinstance(raised, RuntimeError) and isinstance(raised.__cause__, Exception)
-                error: Any = raised.__cause__ if wrapped else raised  # uploads wrap what went wrong
+                error = _meant(raised)
                 refusal = _refusal(error, where)
                 if refusal is not None:
                     raise refusal from error
@@ -69,6 +68,16 @@ class Patience:
                 raise _given_up(error, where, f"{tries}, and it asks to wait {wait_s:.0f} s more") from error
             self.left_s -= wait_s
         time.sleep(wait_s)
+
+
+def _meant(error: Exception) -> Exception:
+    """What went wrong in a thread of the library's own, where the hook is silent; uploads wrap it."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    response: Any = getattr(error, "response", None)
+    if response is not None and _passes(response.status_code):
+        return Later(response.status_code, _asked_s(response.headers))
+    return error
 
 
 # What no further try mends, by the library's error; the first that fits.
@@ -96,7 +105,7 @@ def _refusal(error: BaseException, where: str) -> SurgeryError | None:
             return kind(f"{where}: {told.format(_kind(error))}")
     if isinstance(error, ValueError) and not isinstance(error, _NO_JSON):
         return InputError(f"{where}: huggingface_hub refuses it ({printable(error)})")
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
         found = printable(error.strerror or _kind(error))
         return EnvironmentFault(f"{where}: it cannot be stored ({found}); see to the disk and run again")
     return None
@@ -158,11 +167,15 @@ def _hook(response: Any) -> None:
     if not _ours.get():
         return
     status: int = response.status_code
-    if status in (408, 429) or status >= 500:
+    if _passes(status):
         raise Later(status, _asked_s(response.headers))
     tag = response.headers.get("X-Linked-ETag") or response.headers.get("ETag") or ""
     if response.request.method == "HEAD" and re.search(r"[/\\\x00]|\.\.", tag.removeprefix("W/")):
         raise InputError(f"{printable(response.request.url)}: its ETag is {printable(tag)}; a hash is wanted")
+
+
+def _passes(status: int) -> bool:
+    return status in (408, 429) or status >= 500
 
 
 def _asked_s(headers: Mapping[str, str]) -> float | None:

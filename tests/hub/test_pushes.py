@@ -226,3 +226,12 @@ def test_a_push_is_told_as_data(hub: FakeHub, out: Path, run: Run) -> None:
     report = parsed(found)
     assert (report["hub_id"], report["commit"]) == (REPO, hub.repositories[REPO].branches["main"])
     assert {name: digest for name, digest in report["files"].items() if name != "README.md"} == there(hub)
+
+
+def test_a_fault_in_the_library_s_own_threads_is_got_over_too(hub: FakeHub, out: Path, run: Run) -> None:
+    (out / "second.safetensors").write_bytes((out / "model.safetensors").read_bytes() + b"x")
+    hub.faults = [on(status(503), "PUT", "/lfs/", 20)]
+    found = run("push", out, REPO)
+    assert found.code == 0, found.err
+    hub.faults = [on(status(403), "PUT", "/lfs/")]
+    assert "403" in told(run("push", out, "me/other"), 3)
