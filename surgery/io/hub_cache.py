@@ -53,8 +53,9 @@ class CachedRepository:
         """What the cache holds of a commit."""
         if not self.folder(commit).is_dir():
             return State(False, False, "not in the Hub's cache")
-        if not self._record(commit).exists():
-            return State(True, False, "")  # downloaded by another tool, which kept no list
+        if not self._record(commit).exists():  # downloaded by another tool, which kept no list
+            weights = any(path.exists() for path in self.folder(commit).glob("*.safetensors"))
+            return State(weights, False, "in the Hub's cache without a safetensors file")
         try:
             needed = [hub_file(*one) for one in read_json(self._record(commit))["needed"]]
         except (InputError, KeyError, TypeError):

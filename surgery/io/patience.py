@@ -112,10 +112,9 @@ def _refusal(error: BaseException, where: str) -> SurgeryError | None:
 
 
 def _unreachable(error: BaseException, where: str) -> EnvironmentFault:
-    """The library has tried for half a minute already."""
-    return EnvironmentFault(
-        f"{where}: the Hub cannot be reached (7 tries, the last: {_kind(error)}); check the network"
-    )
+    """The library has tried for half a minute already; how often depends on its version."""
+    found = f"several tries, the last: {_kind(error)}"
+    return EnvironmentFault(f"{where}: the Hub cannot be reached ({found}); check the network and run again")
 
 
 def _given_up(error: Exception, where: str, tries: str) -> SurgeryError:

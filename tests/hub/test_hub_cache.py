@@ -111,6 +111,8 @@ def test_a_location_names_repository_and_commit(hub: FakeHub, model: Files, base
     assert located(ID)[1:] == (ID, first)
     assert located(f"{ID}@main") == located(f"{ID}@{first}")
     assert located(f"{ID}@next").commit == second
+    hub.repositories[ID].branches["refs/pr/1"] = second
+    assert located(f"{ID}@refs/pr/1").commit == second
     assert located(base) == Located(base, None, None)
 
 
@@ -267,6 +269,19 @@ def test_the_cache_of_another_tool_is_read_as_it_is(
     [folder] = {Path(hf_hub_download(ID, name)).parent for name in model}
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert located(ID).path == folder
+
+
+def test_a_cache_of_another_tool_without_weights_is_not_taken_for_the_model(
+    hub: FakeHub, model: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(ID, model)
+    hf_hub_download(ID, "config.json")
+    with monkeypatch.context() as patched:
+        patched.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(EnvironmentFault, match="without a safetensors file"):
+            located(ID)
+    hub.faults = [Fault(busy, "GET", "/api/models/", 1)]
+    assert (located(ID).path / SINGLE).read_bytes() == model[SINGLE]
 
 
 def test_a_cache_for_reading_only_serves(hub: FakeHub, model: Files, monkeypatch: pytest.MonkeyPatch) -> None:
