@@ -76,7 +76,7 @@ class CachedRepository:
     def discard(self, commit: str, name: str) -> None:
         """Remove a file: the link of this commit, and the blob it leads to."""
         path = self.folder(commit) / name
-        while path.is_symlink():
+        while path.is_symlink() and path.is_relative_to(self.cache):
             target = Path(os.path.normpath(path.parent / path.readlink()))
             path.unlink()
             path = target

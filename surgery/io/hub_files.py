@@ -19,7 +19,7 @@ _LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*")
 _RECORDS = "surgery.undo/"  # what unmerge needs
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".safetensors")
 _OTHER_FORMATS = frozenset({"onnx", "openvino", "coreml"})
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f\\:]")  # a colon is a drive on Windows
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f\\:\ud800-\udfff]")  # a colon is a drive on Windows
 _SHA256, _SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
 
@@ -83,10 +83,8 @@ def needed_weights(files: Sequence[HubFile], shards: Collection[str], where: str
         )
     if INDEX in by_name:
         return found + [by_name[name] for name in sorted(shards)]
-    alone = (
-        [SINGLE] if SINGLE in by_name else [n for n in sorted(by_name) if n.endswith(".safetensors") and "/" not in n]
-    )
-    alone = [name for name in alone if name != ADAPTER] or alone
+    others = [name for name in sorted(by_name) if name.endswith(".safetensors") and "/" not in name]
+    alone = [SINGLE] if SINGLE in by_name else others
     if len(alone) > 1:
         raise InputError(f"{where}: {len(alone)} safetensors files and no {INDEX}; download one and give its path")
     return found + [by_name[name] for name in alone] or _refuse(by_name, "no safetensors file", where)
@@ -110,9 +108,8 @@ def _is_small(name: str, wanted: Sequence[str]) -> bool:
         return False
     if name.endswith(_PICKLES) or (last.endswith(".index.json") and name != INDEX):
         return False
-    if any(part.startswith(".") and not part.startswith("..") for part in (*folders, last)) or _OTHER_FORMATS & set(
-        folders
-    ):
+    hidden = any(part.startswith(".") and not part.startswith("..") for part in (*folders, last))
+    if hidden or _OTHER_FORMATS & set(folders):
         return False
     return any(fnmatchcase(last, pattern) for pattern in wanted)
 
@@ -136,6 +133,7 @@ def _refuse(names: Collection[str], found: str, where: str) -> list[HubFile]:
 
 def shard_names(weight_map: object) -> Iterator[str]:
     """The files that an index names; what is no plain name of one is left to the reader of the checkpoint."""
-    for name in set(weight_map.values()) if isinstance(weight_map, dict) else ():
-        if isinstance(name, str) and name.endswith(".safetensors") and "/" not in name:
+    named = weight_map.values() if isinstance(weight_map, dict) else ()
+    for name in dict.fromkeys(one for one in named if isinstance(one, str)):
+        if name.endswith(".safetensors") and "/" not in name:
             yield name

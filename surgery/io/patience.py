@@ -11,8 +11,9 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from surgery.errors import EnvironmentFault, InputError, SurgeryError, printable
@@ -181,6 +182,10 @@ def _asked_s(headers: Mapping[str, str]) -> float | None:
     """Seconds that an answer asks to wait, by Retry-After or by the Hub's own header of rate limits."""
     asked = headers.get("Retry-After", "").strip()
     limit = _RATE_LIMIT.search(headers.get("RateLimit", ""))
-    if asked.isdecimal():
+    if asked.isascii() and asked.isdecimal():
         return float(asked)
+    if asked:
+        with suppress(ValueError, TypeError):  # a date, taken against the Hub's own clock
+            until, now = parsedate_to_datetime(asked), parsedate_to_datetime(headers.get("Date", ""))
+            return max(0.0, (until - now).total_seconds())
     return None if limit is None else float(limit[1])

@@ -56,6 +56,8 @@ def push_to_hub(out: Path, hub_id: str, *, private: bool = False) -> PushReport:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     check_hub_id(hub_id)
+    if not (out / RECEIPT).is_file():
+        raise InputError(f"{printable(out)}: no {RECEIPT} in it; a folder that `surgery merge` wrote is wanted")
     receipt = read_receipt(out)
     files = {path.relative_to(out).as_posix(): path for path in _files(out)}
     if CARD in files:

@@ -11,7 +11,7 @@ from outcomes import Run
 
 from surgery.errors import EnvironmentFault, InputError
 from surgery.io.hub import Located, located
-from surgery.io.hub_files import HubFile, needed_at_first, needed_weights
+from surgery.io.hub_files import HubFile, needed_at_first, needed_weights, shard_names
 
 ID = "owner/base"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -282,6 +282,25 @@ def test_a_cache_of_another_tool_without_weights_is_not_taken_for_the_model(
             located(ID)
     hub.faults = [Fault(busy, "GET", "/api/models/", 1)]
     assert (located(ID).path / SINGLE).read_bytes() == model[SINGLE]
+
+
+@pytest.mark.parametrize("weight_map", [None, [1], {"a": ["x"], "b": 1, "c": "../x.safetensors", "d": "y.bin"}])
+def test_an_index_that_names_no_shard_is_left_to_the_reader(weight_map: object) -> None:
+    assert list(shard_names(weight_map)) == []
+
+
+def test_only_what_lies_in_the_cache_is_discarded(hub: FakeHub, model: Files, tmp_path: Path) -> None:
+    hub.add(ID, model)
+    path = located(ID).path / SINGLE
+    outside, behind = tmp_path / "outside", tmp_path / "behind"
+    behind.write_bytes(b"kept")
+    outside.symlink_to(behind)
+    path.unlink()
+    path.symlink_to(outside)
+    located(ID)
+    assert outside.is_symlink()
+    assert behind.read_bytes() == b"kept"
+    assert path.read_bytes() == model[SINGLE]
 
 
 def test_a_cache_for_reading_only_serves(hub: FakeHub, model: Files, monkeypatch: pytest.MonkeyPatch) -> None:

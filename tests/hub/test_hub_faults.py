@@ -231,7 +231,16 @@ SCRIPTS = [
     Script("name listed twice", 3, [Fault(listed(lambda ls: ls.append(ls[0])), "GET", LISTING)], ["twice"], 1),
     *(
         Script(f"hostile name {name!r}", 3, [Fault(named(name), "GET", LISTING)], ["relative name"], 1)
-        for name in ("../x.json", "a/../../x.json", "/tmp/x.json", "..\\x.json", "C:x.json", "x\0.json", "a//b.json")
+        for name in (
+            "../x.json",
+            "a/../../x.json",
+            "/tmp/x.json",
+            "..\\x.json",
+            "C:x.json",
+            "x\0.json",
+            "a//b.json",
+            "\ud800.json",
+        )
     ),
 ]
 
@@ -287,6 +296,27 @@ def test_the_library_alone_takes_a_wrong_body_of_the_right_length(hub: FakeHub, 
     hub.faults = [Fault(body(flipped), "GET", WEIGHTS)]
     path = Path(hf_hub_download(ID, WEIGHTS, revision=commit))
     assert path.read_bytes() == flipped(model[WEIGHTS])  # why every body is hashed here
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait_s"),
+    [
+        ({"Retry-After": "7"}, 7),
+        ({"Retry-After": " 7 "}, 7),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:09 GMT", "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 9),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT", "Date": "Wed, 21 Oct 2026 07:28:09 GMT"}, 0),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:09 GMT"}, None),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:09", "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+        ({"Retry-After": "soon", "Date": "now"}, None),
+        ({"Retry-After": "-1"}, None),
+        ({"Retry-After": "\u0663"}, None),
+        ({"RateLimit": '"api";r=0;t=55'}, 55),
+        ({"RateLimit": '"api";r=10;t=55'}, None),
+        ({}, None),
+    ],
+)
+def test_the_wait_that_a_hub_asks_for(headers: dict[str, str], wait_s: float | None) -> None:
+    assert patience._asked_s(headers) == wait_s
 
 
 def test_all_waits_together_are_bounded(hub: FakeHub, model: Files, run: Run, waits: list[float]) -> None:
