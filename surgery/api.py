@@ -142,7 +142,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and three options
         report = merging.merge_checkpoint(source, _weighted(adapters), Path(out), options)
     if push_to_hub is None:
         return report
-    pushed = publish.push_to_hub(report.out, push_to_hub, private=private)
+    pushed = publish.push_merged(report.out, push_to_hub, private=private)
     return dataclasses.replace(report, pushed=f"{pushed.hub_id}@{pushed.commit}")
 
 

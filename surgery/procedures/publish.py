@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import CheckError, EnvironmentFault, InputError, UsageError, printable
+from surgery.errors import CheckError, EnvironmentFault, InputError, SurgeryError, UsageError, printable
 from surgery.io.hub_files import HubFile
 from surgery.io.patience import Patience
 from surgery.io.snapshot import listing
@@ -74,6 +74,15 @@ def push_to_hub(out: Path, hub_id: str, *, private: bool = False) -> PushReport:
     commit = str(made.oid)
     _compare(patience, hub_id, commit, additions)
     return PushReport(hub_id, commit, {one.path_in_repo: one.upload_info.sha256.hex() for one in additions})
+
+
+def push_merged(out: Path, hub_id: str, *, private: bool) -> PushReport:
+    """`push_to_hub` right after a merge, whose errors say that the merge itself is done."""
+    try:
+        return push_to_hub(out, hub_id, private=private)
+    except SurgeryError as error:
+        told = f"{error}; {printable(out)} is merged and stays; `surgery push` uploads it"
+        raise type(error)(told) from error
 
 
 def _files(out: Path) -> list[Path]:

@@ -74,6 +74,17 @@ def test_merge_pushes_where_it_is_told_to(hub: FakeHub, base: Path, adapter: Pat
     assert report.summary().endswith(f"; pushed as {report.pushed}")
 
 
+def test_a_merge_that_cannot_be_pushed_is_a_merge(
+    hub: FakeHub, base: Path, adapter: Path, run: Run, tmp_path: Path
+) -> None:
+    hub.faults = [on(status(503), "POST", "/api/repos/create")]
+    line = told(run("merge", base, adapter, tmp_path / "out", "--push-to-hub", REPO), 5)
+    assert "is merged and stays" in line
+    assert run("verify", tmp_path / "out").code == 0
+    hub.faults = []
+    assert run("push", tmp_path / "out", REPO).code == 0
+
+
 @pytest.mark.parametrize("repo", ["merged", "a/b/c", "../x", "a/..", "a/b--c", "a/b.git", "me/ x"])
 def test_a_name_that_no_repository_can_have_is_code_2_before_the_merge(
     repo: str, hub: FakeHub, base: Path, adapter: Path, run: Run, tmp_path: Path
