@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         merge,
         merge_checkpoint,
         plan,
+        push_to_hub,
         save,
         set_adapter,
         unmerge,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from surgery.procedures.inspect import Inspection
     from surgery.procedures.merge_checkpoint import MergeReport
     from surgery.procedures.plan import Plan
+    from surgery.procedures.publish import PushReport
     from surgery.procedures.unmerge_checkpoint import UnmergeReport
     from surgery.procedures.verify import VerifyReport
 
@@ -58,6 +60,7 @@ _HOMES = {
     "MergeReport": "procedures.merge_checkpoint",
     "OutputExistsError": "errors",
     "Plan": "procedures.plan",
+    "PushReport": "procedures.publish",
     "ShapeError": "errors",
     "StateError": "errors",
     "SurgeryError": "errors",
@@ -81,6 +84,7 @@ __all__ = [
     "MergeReport",
     "OutputExistsError",
     "Plan",
+    "PushReport",
     "ShapeError",
     "StateError",
     "SurgeryError",
@@ -98,6 +102,7 @@ __all__ = [
     "merge",
     "merge_checkpoint",
     "plan",
+    "push_to_hub",
     "save",
     "set_adapter",
     "unmerge",

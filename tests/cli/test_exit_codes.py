@@ -173,7 +173,7 @@ def test_a_hub_that_gives_nothing_is_told_by_its_cause(
     def download(*_: object, **__: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", download)
     assert told(run("inspect", "owner/name@main"), code).startswith("owner/name@main: ")
 
 

@@ -126,7 +126,7 @@ def test_an_op_that_is_none_or_names_no_site_is_a_usage_error(
 
 def test_the_expected_base_and_adapter_pass_and_others_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     receipt = surgery.merge_checkpoint(base, adapter, tmp_path / "one").receipt
-    sha256 = receipt["base"]["sha256"]
+    sha256 = receipt["base"]["fingerprint"]
     digest = surgery.inspect(adapter).sha256
     right = {"expect_base_sha256": sha256.upper(), "expect_adapter_sha256": digest}
     surgery.merge_checkpoint(base, adapter, tmp_path / "two", **right)
