@@ -9,6 +9,7 @@ from surgery.errors import InputError, printable
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 
 RECEIPT = "surgery.receipt.json"
+CARD = "README.md"  # for people: a push writes another
 
 # Weights in other formats, which a merge would leave stale.
 _STALE = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx"})
