@@ -78,7 +78,7 @@ class Checkpoint:
             self.tallies[index].feed(data)
             if skipped + part.nbytes == info.nbytes:
                 self.tallies[index].end(info.name)
-        return Packed({"weight": tensor_from(data, info.dtype, part.shape)})
+        return Packed({"weight": tensor_from(data, info.torch_dtype, part.shape)})
 
     def written_name(self, file: TensorFile) -> str:
         """What a copy of one of its files is called: a base given as one file becomes a model folder."""

@@ -1,12 +1,12 @@
 """TensorFile: one safetensors file, open for ranged reads."""
 
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from surgery.errors import EnvironmentFault, FormatError, InputError, printable
+from surgery.errors import EnvironmentFault, InputError, printable
 from surgery.io.header import Entry, Header, header_length, parse_header
+from surgery.io.regular import open_descriptor
 
 CHUNK_BYTES = 1 << 22
 
@@ -16,14 +16,9 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.where = path, printable(path)
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError as error:
-            raise InputError(f"{self.where}: cannot be opened ({error.strerror}); check the path") from error
+        self.descriptor = open_descriptor(path, "a safetensors file")
         self.state = os.fstat(self.descriptor)
         try:
-            if not stat.S_ISREG(self.state.st_mode):
-                raise FormatError(f"{self.where}: not a regular file; a safetensors file is wanted")
             self.header = self._header()
         except BaseException:
             self.close()

@@ -9,8 +9,8 @@ from surgery.adapters.peft import check_shapes
 from surgery.core.adapter import Adapter, Layer
 from surgery.core.names import nearest, renaming
 from surgery.core.op import Op
-from surgery.core.site import Site
-from surgery.errors import InputError, MatchError, ShapeError, printable
+from surgery.core.site import RawDtype, Site
+from surgery.errors import FormatError, InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.ops import OPS
 
@@ -43,6 +43,7 @@ class Joined:
         site = self.known.get(self.renamed[name])
         if site is None or "weight" not in site.tensors:
             raise MatchError(self._absent(name))
+        _ = site.weight.torch_dtype  # a format that torch lacks is refused
         method = self.adapter.config.method(name)
         op = self._op(site, name)
         params = self.adapter.sites[name]
@@ -150,6 +151,14 @@ def replaced(base: Checkpoint, adapter: Adapter) -> tuple[list[tuple[Site, Tenso
                 ShapeError(
                     f"{printable(adapter.where)}: {printable(name)} is {list(values.shape)}, the base's is {wanted}; "
                     "they must be equal; resize the base first"
+                )
+            )
+        elif isinstance(base.at[there][1].info.dtype, RawDtype):
+            held = base.at[there][1].info.dtype
+            refusals.append(
+                FormatError(
+                    f"{printable(there)}: held as {held}, which modules_to_save cannot replace; "
+                    "plain floats are wanted; dequantize the base first"
                 )
             )
         else:

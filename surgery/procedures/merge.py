@@ -118,7 +118,7 @@ def _change(name: str, layer: Adapted) -> Change:
         Layer(method, {role: values.to(device, copy=True) for role, values in params.items()})
         for method, params in layer.layers()
     ]
-    return Change(site, site.weight.dtype, tuple(layers))
+    return Change(site, site.weight.torch_dtype, tuple(layers))
 
 
 def _here(layer: Adapted) -> LiveUndo:

@@ -125,7 +125,7 @@ def _lay(base: Checkpoint, adapter: Adapter, weight: float, changes: dict[str, C
     refusals = [*joined.refusals, *refused_copies(base, adapter)]
     for site, layer in joined.layers.values():
         name = site.weight.name
-        before = changes.get(name, Change(Site(name, {"weight": site.weight}, site.op), site.weight.dtype))
+        before = changes.get(name, Change(Site(name, {"weight": site.weight}, site.op), site.weight.torch_dtype))
         if before.saved is not None or before.site.op != site.op:
             refusals.append(MatchError(f"{printable(name)}: two adapters treat it in ways that exclude each other"))
         changes[name] = Change(before.site, before.dtype, (*before.layers, layer))
@@ -135,7 +135,7 @@ def _lay(base: Checkpoint, adapter: Adapter, weight: float, changes: dict[str, C
     for site, values in sites:
         if site.name in changes:
             refusals.append(MatchError(f"{printable(site.name)}: it would be replaced twice, or adapted and replaced"))
-        changes[site.name] = Change(site, site.weight.dtype, saved=values)
+        changes[site.name] = Change(site, site.weight.torch_dtype, saved=values)
     return refusals + missing
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+import torch
+
 from surgery.adapters.peft import adapter_bytes, read_adapter
 from surgery.core.undo import Recorder
 from surgery.errors import CheckError, FormatError, printable
@@ -145,7 +147,7 @@ class UndoRecord:
         self.displaced: list[str] = list(data["displaced"])
         self.headers = {name: base64.b64decode(raw) for name, raw in data["headers"].items()}
         self.tensors: dict[str, dict[str, Any]] = data["tensors"]
-        self.dtypes = {name: DTYPES[field["dtype"]] for name, field in self.tensors.items()}
+        self.dtypes = {name: _dtype(field) for name, field in self.tensors.items()}
         self.streams_sha256: dict[str, str] = dict(data["streams_sha256"])
         streams = [*self.streams_sha256, *(field["file"] for field in self.tensors.values())]
         for name in (*self.files, *self.displaced, *self.headers, *streams):
@@ -172,7 +174,7 @@ class UndoRecord:
     def undo(self, change: Change) -> Undo:
         """What the weight of `change` needs; read anew at each call."""
         field = self.tensors[change.site.weight.name]
-        dtype = DTYPES[field["dtype"]]
+        dtype = _dtype(field)
         if "kept" in field:
             data = self._read(field["file"], field["kept"])
             return Undo(dtype, kept=tensor_from(data, dtype, change.site.weight.shape))
@@ -183,3 +185,10 @@ class UndoRecord:
         with (self.folder / name).open("rb") as file:
             file.seek(span[0])
             return bytearray(file.read(span[1]))
+
+
+def _dtype(field: Mapping[str, Any]) -> torch.dtype:
+    found = DTYPES[field["dtype"]]
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{found} is no dtype that a merge changes")
+    return found

@@ -74,7 +74,7 @@ def _changes(source: Checkpoint, record: UndoRecord) -> list[Change]:
     found = []
     for info in source.tensors():
         if info.name in record.tensors:
-            before = laid.get(info.name, Change(Site(info.name, {"weight": info}), info.dtype))
+            before = laid.get(info.name, Change(Site(info.name, {"weight": info}), info.torch_dtype))
             found.append(Change(before.site, record.dtypes[info.name], before.layers))
     return found
 

@@ -163,7 +163,7 @@ def _within(expected: Merged, change: Change, rows: slice, found: Tensor) -> Gra
         value = step.apply(value)
         size = torch.maximum(size, value.abs())
         allowed += op.stored(layer.method.spread(layer.params, op.tile(rows)))
-        allowed += ulp(step.shift, site.weight.dtype) / 2
+        allowed += ulp(step.shift, site.weight.torch_dtype) / 2
     allowed += ulp(size, change.dtype) / 2 * max(1, len(change.layers))
     apart = (exact_float64(found) - value).abs()
     close = bool((apart <= allowed).all())  # false for NaN
