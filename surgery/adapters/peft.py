@@ -1,7 +1,7 @@
 """PEFT's adapter folder: adapter_config.json and adapter_model.safetensors."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +11,10 @@ from surgery.core.adapter import Adapter
 from surgery.core.config import AdapterConfig
 from surgery.core.names import suffix_hits, suffixes
 from surgery.core.site import TensorInfo
-from surgery.errors import FormatError, InputError, ShapeError, printable
+from surgery.errors import ConfigError, FormatError, InputError, ShapeError, printable
 from surgery.io.header import SPELLINGS, encode_header
 from surgery.io.octets import octets, tensor_from
-from surgery.io.strict_json import read_json
+from surgery.io.strict_json import parse_json, read_bytes
 from surgery.io.tensor_file import TensorFile
 from surgery.methods import METHODS
 
@@ -35,9 +35,11 @@ def read_adapter(path: Path, config_name: str = CONFIG) -> Adapter:
     folder, file = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
     if config_name == CONFIG:
         _refuse_pickles(folder, file)
-    config = config_from(read_json(folder / config_name, "an adapter's config"), printable(folder / config_name))
+    told = read_bytes(folder / config_name, "an adapter's config")
+    where = printable(folder / config_name)
+    config = config_from(parse_json(told, where), where)
     tensors, sha256 = _read_tensors(file)
-    sha256[config_name] = hashlib.sha256((folder / config_name).read_bytes()).hexdigest()
+    sha256[config_name] = hashlib.sha256(told).hexdigest()
     return _sorted_out(config, tensors, str(path), sha256)
 
 
@@ -110,6 +112,7 @@ def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256:
                 f"{config.peft_type} tensors end in {', '.join(config.spellings)}; was it renamed?"
             )
     _check_complete(config, sites, where)
+    _resolve(config, sites, where)
     return Adapter(config, sites, saved, copies, ops, where, sha256)
 
 
@@ -130,6 +133,15 @@ def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Tens
                 f"{printable(where)}: {printable(site)} has no tensor {role}, only {', '.join(sorted(held))}; "
                 "the file is incomplete; save or download it again"
             )
+
+
+def _resolve(config: AdapterConfig, sites: Iterable[str], where: str) -> None:
+    """FormatError where a site's settings cannot be told: a pattern takes too long."""
+    try:
+        for site in sites:
+            config.method(site)
+    except ConfigError as error:
+        raise FormatError(f"{printable(where)}: {error}") from error
 
 
 def check_shapes(
