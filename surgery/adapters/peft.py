@@ -14,6 +14,7 @@ from surgery.core.site import TensorInfo
 from surgery.errors import ConfigError, FormatError, InputError, ShapeError, printable
 from surgery.io.header import SPELLINGS, encode_header
 from surgery.io.octets import octets, tensor_from
+from surgery.io.regular import contained
 from surgery.io.strict_json import parse_json, read_bytes
 from surgery.io.tensor_file import TensorFile
 from surgery.methods import METHODS
@@ -32,10 +33,10 @@ class Found(NamedTuple):
 
 def read_adapter(path: Path, config_name: str = CONFIG) -> Adapter:
     """The adapter in a folder, or in one file beside its config. Every tensor has its place, or InputError."""
-    folder, file = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
+    folder, file = (path, contained(path, TENSORS)) if path.is_dir() else (path.parent, path)
     if config_name == CONFIG:
         _refuse_pickles(folder, file)
-    told = read_bytes(folder / config_name, "an adapter's config")
+    told = read_bytes(contained(folder, config_name), "an adapter's config")
     where = printable(folder / config_name)
     config = config_from(parse_json(told, where), where)
     tensors, sha256 = _read_tensors(file)

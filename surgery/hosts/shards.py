@@ -10,7 +10,7 @@ import torch
 from surgery.core.codec import Packed
 from surgery.core.site import Site
 from surgery.core.source import TILE_ELEMENTS, row_tiles
-from surgery.hosts.checkpoint import INDEX, Checkpoint
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.header import Header, encode_header
 from surgery.io.octets import Tally, octets
 from surgery.io.staging import Staging, write_all
@@ -60,7 +60,7 @@ class CheckpointSink:
     def index(self) -> bytes | None:
         """The base's index, if it has one; its size follows a change of dtype."""
         if self.base.index is None or not self.dtypes:
-            return None if self.base.index is None else (self.base.folder / INDEX).read_bytes()
+            return None if self.base.index is None else self.base.index_bytes
         infos = (info._replace(dtype=self.dtypes.get(info.name, info.dtype)) for info in self.base.tensors())
         metadata = dict(self.base.index.get("metadata") or {})
         metadata["total_size"] = sum(info.nbytes for info in infos)

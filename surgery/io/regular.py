@@ -1,9 +1,9 @@
-"""Regular files: opened for reading without ever waiting, and only where they lie in the folder that they are of."""
+"""Regular files: opened without ever waiting, and only where they lie in the folder that they are listed in."""
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from surgery.errors import FormatError, InputError, printable
 
@@ -22,6 +22,26 @@ def open_descriptor(path: Path, what: str) -> int:
     return descriptor
 
 
-def open_regular(path: Path, what: str) -> BinaryIO:
+def open_regular(path: Path, what: str) -> BufferedReader:
     """The regular file at `path`, for reading; InputError if it cannot be opened."""
     return os.fdopen(open_descriptor(path, what), "rb")
+
+
+def contained(folder: Path, name: str | Path) -> Path:
+    """`folder / name`, unless a link in the folder leads out of it; the folder itself may be reached through one.
+
+    The Hub's cache is such that its snapshots link to blobs of the same repository, which is allowed.
+    """
+    root, found = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
+    if root != found and root not in found.parents and found.parent not in _blobs(root):
+        raise FormatError(
+            f"{printable(folder / name)}: a link that leads out of its folder, to {printable(found)}; "
+            "a file of the folder is wanted; put a copy there"
+        )
+    return folder / name
+
+
+def _blobs(root: Path) -> list[Path]:
+    """Where the Hub's cache keeps the files of the snapshot that `root` is or lies in."""
+    inner = [root, *root.parents]
+    return [one.parent.parent / "blobs" for one in inner if one.parent.name == "snapshots"][:1]

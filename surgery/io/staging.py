@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from surgery.errors import EnvironmentFault, OutputExistsError, printable
+from surgery.io.regular import open_regular
 
 
 class Staging:
@@ -68,7 +69,7 @@ class Staging:
 
     def carry(self, source: Path, name: str) -> None:
         """A copy of `source` under `name`."""
-        with source.open("rb") as found, self.file(name) as file:
+        with open_regular(source, "a file to carry") as found, self.file(name) as file:
             while data := found.read(1 << 22):
                 write_all(file, data)
 

@@ -61,6 +61,7 @@ def merge_checkpoint(
     refuse_overlap(out, [base.path, *(Path(one.adapter.where) for one in adapters)])
     plan = make_plan(base, adapters, options.dtype)
     plan.require()
+    files = small_files(base, [Path(one.adapter.where) for one in adapters])
     with Staging(out, options.overwrite) as staging, ExitStack() as stack:
         receipt = Receipt(base, adapters, plan)
         watches: list[Watch] = [receipt]
@@ -74,7 +75,7 @@ def merge_checkpoint(
         index = sink.index()
         if index is not None:
             staging.write(INDEX, index)
-        files = _carry(base, adapters, options, staging)
+        _carry(base, files, options, staging)
         if undo is not None:
             changed_files = [INDEX] if base.index is not None and changed else []
             changed_files += ["config.json"] if true_config(base, options.dtype) is not None else []
@@ -92,16 +93,14 @@ def _all(watches: Sequence[Watch]) -> Watch:
     return watch
 
 
-def _carry(base: Checkpoint, adapters: Sequence[Weighted], options: Options, staging: Staging) -> SmallFiles:
+def _carry(base: Checkpoint, files: SmallFiles, options: Options, staging: Staging) -> None:
     """Write the small files."""
-    files = small_files(base, [Path(one.adapter.where) for one in adapters])
     config = true_config(base, options.dtype)
     for name, path in files.carried.items():
         if name == "config.json" and config is not None:
             staging.write(name, config)
         else:
             staging.carry(path, name)
-    return files
 
 
 def _originals(base: Checkpoint, read: Sequence[Tally], files: SmallFiles) -> dict[str, str]:
