@@ -110,7 +110,9 @@ class Checkpoint:
     def _config(self) -> dict[str, Any]:
         if not os.path.lexists(self.folder / "config.json"):
             return {}
-        return read_json(contained(self.folder, "config.json"))
+        config = read_json(contained(self.folder, "config.json"))
+        _check_config(config, printable(self.folder / "config.json"))
+        return config
 
     def _names(self) -> list[str]:
         if self.path.is_file():
@@ -152,6 +154,16 @@ class Checkpoint:
                     f"{where}: {printable(name)} should be in {printable(told.get(name))}, and is in "
                     f"{printable(here.get(name))}; index and shards must agree; copy the checkpoint again"
                 )
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    """FormatError where a field that tells how weights are meant is not of its type."""
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    if not isinstance(model_type, str | None):
+        raise FormatError(f"{where}: model_type is {printable(model_type)}; a string is wanted; was it edited?")
+    listed = architectures if isinstance(architectures, list | None) else [None]
+    if not all(isinstance(one, str) for one in listed or ()):
+        raise FormatError(f"{where}: architectures is {printable(architectures)}; a list of strings is wanted")
 
 
 def _shard_names(index: Mapping[str, Any], where: str) -> Iterator[str]:

@@ -18,6 +18,8 @@ from surgery.ops import OPS
 CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
 CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
+EXPLAINED = 8  # of the sites that a base lacks; to find the nearest names takes time
+
 _TYING = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 
 
@@ -95,9 +97,12 @@ class Joined:
         return all(tuple(self.adapter.sites[name][role].shape) == spec.shape for role, spec in specs.items())
 
     def _absent(self, name: str) -> str:
+        told = f"{printable(self.adapter.where)}: {printable(name)} is not in the base"
+        if len(self.refusals) >= EXPLAINED:
+            return told
         close = ", ".join(printable(other) for other in nearest(name, self.known))
         return (
-            f"{printable(self.adapter.where)}: {printable(name)} is not in the base; nearest there: {close}; "
+            f"{told}; nearest there: {close}; "
             "is this the adapter's base? An absent output head is tied to the embedding"
         )
 

@@ -74,7 +74,7 @@ def file_sha256(path: Path) -> str:
 def _beside(base: Checkpoint) -> tuple[dict[str, Path], list[str]]:
     if not base.path.is_dir():
         config = base.folder / "config.json"
-        return ({"config.json": config} if base.config else {}), []
+        return ({"config.json": _carried(base.folder, config)} if os.path.lexists(config) else {}), []
     weights = {file.path.name for file in base.files}
     found, left_out = {}, []
     for path in sorted(base.folder.rglob("*")):

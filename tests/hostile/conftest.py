@@ -15,14 +15,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_hang() -> Iterator[None]:
+def no_hang(request: pytest.FixtureRequest) -> Iterator[None]:
     """A read that blocks ends the test after 10 seconds."""
 
     def stop(*_: object) -> None:
         raise SystemExit("10 seconds, and no answer")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(10)
+    signal.alarm(60 if request.node.get_closest_marker("hypothesis") else 10)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

@@ -7,7 +7,9 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from damages import BASE_CONFIG, CONFIG, INDEX, SHARD, SHARDS, TENSORS, Damage, Damages
+import torch
+from damages import BASE_CONFIG, CONFIG, INDEX, SHARD, SHARDS, TENSORS, Damage, Damages, write
+from safetensors.torch import save_file
 
 A = "base_model.model.1.lora_A.weight"
 
@@ -93,6 +95,21 @@ def keys(count: int, more: bytes = b"") -> bytes:
     return b"{" + b",".join(b'"%d":1' % i for i in range(count)) + more + b"}"
 
 
+def many_strangers(folder: Path) -> None:
+    """A base of many tensors, and an adapter of many sites, none of which is there."""
+    names = [f"layers.{i}.mlp.experts.{j}.up_proj" for i in range(100) for j in range(50)]
+    there = {f"{name}.weight": SHARDS[0] for name in names} | {f"1.{role}": SHARDS[1] for role in ("weight", "bias")}
+    write(folder / INDEX, {"weight_map": there})
+    tensors = {f"{name}.weight": torch.zeros(4, 2) for name in names}
+    save_file(tensors, folder / "base" / SHARDS[0])
+    pairs = {
+        f"base_model.model.{name.replace('experts', 'expert')}.lora_{role}.weight": torch.zeros(2, 2)
+        for name in names[:1000]
+        for role in "AB"
+    }
+    save_file(pairs, folder / TENSORS)
+
+
 def both(*damages: Damage) -> Damage:
     def damage(folder: Path) -> None:
         for one in damages:
@@ -115,6 +132,7 @@ SIZES: Damages = {
     "a shape of 2^62 by 0": header(SHARD, shaped([1 << 62, 1 << 62, 0], size=0)),
     "a shape beyond 2^63": header(SHARD, shaped([1 << 32, 1 << 32], size=0)),
     "a name of 2000 bytes": header(SHARD, {"n" * 2000: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}),
+    "many sites that the base lacks": many_strangers,
     "a million empty tensors": header(SHARD, lambda: empty_tensors(1_000_000)),
     "100 001 empty tensors": header(SHARD, lambda: empty_tensors(100_001)),
     "a header of 17 MiB of spaces": header(SHARD, lambda: b"{" + b" " * (17 << 20) + b"}"),
