@@ -81,7 +81,10 @@ def _read_tensors(path: Path) -> tuple[list[Found], dict[str, str]]:
             data = file.read(start, info.nbytes)
             whole.update(data)
             sha256[info.name] = hashlib.sha256(data).hexdigest()
-            found.append(Found(info.name, tensor_from(data, info.torch_dtype, info.shape)))
+            try:
+                found.append(Found(info.name, tensor_from(data, info.torch_dtype, info.shape)))
+            except FormatError as error:
+                raise FormatError(f"{file.where}: {error}") from error
         file.check_unchanged()
         return found, sha256 | {path.name: whole.hexdigest()}
     finally:

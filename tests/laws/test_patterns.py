@@ -1,10 +1,14 @@
 """Patterns of configs mean what `re` says, and end in time whatever they say."""
 
+import copy
+import json
+import pickle
 import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -188,3 +192,14 @@ def test_a_group_that_hides_the_layers_number_is_refused() -> None:
 def test_a_flag_in_the_middle_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"rank_pattern: '\(\?i\)x' is not a regular expression"):
         surgery.LoraConfig(target_modules=["0"], rank_pattern={"(?i)x": 4})
+
+
+def test_a_config_with_patterns_is_copied_pickled_and_compared_as_before() -> None:
+    config = surgery.LoraConfig(target_modules=["0"], rank_pattern={"a.*": 4}, alpha_pattern={"b": 2.0})
+    assert config.method("a.0").tensors is not None
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), replace(config)):
+        assert other == config
+        assert repr(other) == repr(config)
+        assert other.method("a.1") == config.method("a.1")
+    assert asdict(config)["rank_pattern"] == {"a.*": 4}
+    assert json.loads(json.dumps(config.to_json()))["rank_pattern"] == {"a.*": 4}
