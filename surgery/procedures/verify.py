@@ -146,7 +146,7 @@ def _pieces(base: Checkpoint, out: Checkpoint, changes: Iterable[Change]) -> Ite
         elif change is None and there.dtype == info.dtype:
             yield from (Piece(name, partial(carried, base, out, name, span)) for span in spans(info))
         else:
-            change = replace(change or Change(Site(name, {"weight": info}), info.dtype), dtype=there.dtype)
+            change = replace(change or Change(Site(name, {"weight": info}), info.torch_dtype), dtype=there.torch_dtype)
             for rows in row_tiles(info.shape, TILE_ELEMENTS):
                 yield Piece(name, partial(derived, base, out, change, rows))
     for name in found:
