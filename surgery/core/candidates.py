@@ -50,7 +50,10 @@ def accumulate(w: Tensor, steps: Sequence[Elementwise]) -> Tensor:
 
 
 class Survey:
-    """A quick pass over a merged tile, in float32 where both dtypes are of 16 bits, else in float64."""
+    """A quick pass over a merged tile, in float32 where both dtypes are of 16 bits, else in float64.
+
+    `doubtful` is its end: the memory of the values is used up.
+    """
 
     def __init__(self, merged: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> None:
         self.merged, self.steps, self.dtype = merged.detach().reshape(-1), steps, dtype
@@ -73,14 +76,14 @@ class Survey:
         here, own = torch.finfo(self.merged.dtype), torch.finfo(self.dtype)
         near = w.to(self.wide)
         off = (near + self.shift).sub_(self.value).abs_()
-        below = _power_below(self.value).clamp_(min=here.tiny)  # an ulp of m is this times eps
+        below = _clear_mantissa(self.value).clamp_(min=here.tiny)  # an ulp of m is this times eps
         apart = _greater(near.abs_(), below if here.eps == own.eps else below * (here.eps / own.eps))
         slack = 2 * (len(self.steps) + 1) * torch.finfo(self.wide).eps
         room = below.mul_(0.499 * here.eps).sub_(near, alpha=slack)
         if len(self.steps) > 1:  # else the shift is the way from w to m, which needs no more
             room.sub_(self._sum([step.shift.abs() for step in self.steps]), alpha=slack)
         apart &= _greater(room, off)
-        return torch.from_numpy(np.flatnonzero(np.logical_not(apart, out=apart))).to(w.device)
+        return torch.from_numpy(_places(np.logical_not(apart, out=apart))).to(w.device)
 
     def _sum(self, shifts: Sequence[Tensor]) -> Tensor:
         total = shifts[0] if shifts else torch.zeros_like(self.value)
@@ -89,18 +92,27 @@ class Survey:
         return total.detach().to(self.wide).reshape(-1)
 
 
-def _power_below(values: Tensor) -> Tensor:
-    """|values| with the mantissa cleared."""
+def _clear_mantissa(values: Tensor) -> Tensor:
+    """In place: the power of two below each |value|."""
     kind, infinity = _WIDE[values.dtype]
-    return (values.view(kind) & infinity).view(values.dtype)
+    values.view(kind).bitwise_and_(infinity)
+    return values
 
 
 _WIDE = {torch.float32: (torch.int32, 0x7F80_0000), torch.float64: (torch.int64, 0x7FF0_0000_0000_0000)}
 
 
 def _greater(left: Tensor, right: Tensor) -> NDArray[np.bool_]:
-    """left > right, by numpy: torch takes four times as long for it, and five times for nonzero."""
+    """left > right, by numpy: torch takes four times as long for it."""
     return np.greater(left.cpu().numpy(), right.cpu().numpy())
+
+
+def _places(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """np.flatnonzero, in half the time where one in some twenty is set: bytes of eight are looked at first."""
+    packed = np.packbits(mask)
+    some = np.flatnonzero(packed != 0)
+    within = np.flatnonzero(np.unpackbits(packed[some]).view(np.bool_))
+    return some[within >> 3] * 8 + (within & 7)
 
 
 def candidates(m: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

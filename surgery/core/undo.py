@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from surgery.core.bits import BitReader, BitWriter
@@ -18,12 +19,16 @@ from surgery.errors import CheckError
 
 __all__ = ["Recorder", "Restorer", "accumulate", "from_order", "merged_value", "order"]
 
+_PART = 1 << 16  # indices sorted and packed at a time, so that small tiles cost little each
+_LONGEST = 62  # bits of an index
+
 
 class Recorder:
     """Collects the index streams of one tensor, tile by tile in order; `streams` is its outcome."""
 
     def __init__(self) -> None:
         self.writers: dict[int, BitWriter] = {}
+        self.waiting: list[tuple[NDArray[np.int64], NDArray[np.int8]]] = []  # indices and their widths
         self.exact = True  # False: this tensor cannot be recomputed and has to be kept
 
     def add(self, original: Tensor, merged: Tensor, steps: Sequence[Elementwise]) -> None:
@@ -32,17 +37,26 @@ class Recorder:
         w = original.detach().reshape(-1)
         where = Survey(merged, steps, w.dtype).doubtful(w)
         low, spare = _candidates(merged, steps, w.dtype, where)
-        index = order(w.index_select(0, where)) - low
-        ranked, counts = _by_width(spare)
-        self.exact = max(counts, default=0) < 63 and _at_least_0(index) and _at_least_0(spare - index)
-        if self.exact:
-            parts = index.cpu().index_select(0, ranked).split([*counts.values()])
-            for bits, part in zip(counts, parts, strict=True):
-                self.writers.setdefault(bits, BitWriter(bits)).write(part)
+        index, width = order(w.index_select(0, where)) - low, _width(spare)
+        self.exact = _at_least_0(index) and _at_least_0(spare - index) and width.max(initial=0) <= _LONGEST
+        self.waiting.append((index.cpu().numpy(), width))
+        if sum(map(len, (index for index, _ in self.waiting))) >= _PART:
+            self._pack()
 
     def streams(self) -> dict[int, bytes]:
         """The packed indices, by bits each."""
+        self._pack()
         return {bits: writer.finish() for bits, writer in sorted(self.writers.items())}
+
+    def _pack(self) -> None:
+        if not self.waiting:
+            return
+        index, width = (np.concatenate(part) for part in zip(*self.waiting, strict=True))
+        self.waiting.clear()
+        ranked, ends = _by_width(width)
+        for bits, (start, end) in ends.items():
+            writer = self.writers.setdefault(bits, BitWriter(bits))
+            writer.write(torch.from_numpy(index[ranked[start:end]]))
 
 
 class Restorer:
@@ -56,13 +70,13 @@ class Restorer:
         survey = Survey(merged, steps, dtype)
         w = survey.guess()
         where = survey.doubtful(w)
-        key, spare = _candidates(merged, steps, dtype, where)
-        ranked, counts = _by_width(spare)
-        read = [self._reader(bits).read(count) for bits, count in counts.items()]
-        if read:
-            key.index_add_(0, ranked.to(key.device), torch.cat(read).to(key.device))
-        w.index_copy_(0, where, from_order(key, dtype))
-        return w.view(merged.shape)
+        low, spare = _candidates(merged, steps, dtype, where)
+        index = np.zeros(len(where), dtype=np.int64)
+        ranked, ends = _by_width(_width(spare))
+        for bits, (start, end) in ends.items():
+            index[ranked[start:end]] = self._reader(bits).read(end - start).numpy()
+        key = low + torch.from_numpy(index).to(low.device)
+        return w.index_copy_(0, where, from_order(key, dtype)).view(merged.shape)
 
     def _reader(self, bits: int) -> BitReader:
         if bits not in self.readers:
@@ -77,17 +91,19 @@ def _candidates(
     return candidates(m, [step.at(where) for step in steps], dtype)
 
 
-def _by_width(spare: Tensor) -> tuple[Tensor, dict[int, int]]:
-    """By the bits that tell the first candidate from the `spare` ones: how many need each, and where, grouped.
+def _width(spare: Tensor) -> NDArray[np.int8]:
+    """The bits that tell the first candidate from the `spare` ones; a bit too many where float64 rounds up."""
+    exponent = (spare.to(torch.float64).view(torch.int64) >> 52) - 1022
+    return exponent.clamp_(min=0).to(torch.int8).cpu().numpy()
 
-    Those that need none are left out; the others stay in order within each group.
-    """
-    exponent = (spare.to(torch.float64).view(torch.int64) >> 52) - 1022  # float64 may round up: a bit too many
-    width = exponent.clamp_(min=0).to(torch.int8).cpu().numpy()
+
+def _by_width(width: NDArray[np.int8]) -> tuple[NDArray[np.int64], dict[int, tuple[int, int]]]:
+    """Positions sorted by their width, in order where it is the same; and where in that each width above 0 lies."""
     ranked = np.argsort(width, kind="stable")
-    starts = np.searchsorted(width[ranked], np.arange(66)).tolist()
-    counts = {bits: end - start for bits, (start, end) in enumerate(pairwise(starts)) if end > start}
-    return torch.from_numpy(ranked[counts.pop(0, 0) :]), counts
+    starts = np.searchsorted(width[ranked], np.arange(_LONGEST + 3, dtype=np.int8)).tolist()
+    spans = {bits: span for bits, span in enumerate(pairwise(starts)) if span[0] < span[1]}
+    spans.pop(0, None)
+    return ranked, spans
 
 
 def _at_least_0(numbers: Tensor) -> bool:
