@@ -16,32 +16,21 @@ class BitWriter:
     def __init__(self, bits: int) -> None:
         self.bits = bits
         self.done = bytearray()
-        self.waiting: list[NDArray[np.int64]] = []  # few calls bring as many numbers as are worth packing
-        self.count = 0
         self.rest = np.empty(0, dtype=np.uint8)  # single bits that do not fill a byte yet
 
     def write(self, values: Tensor) -> None:
         """`values` are int64, each in [0, 2^bits)."""
-        self.waiting.append(values.cpu().numpy().copy())
-        self.count += len(values)
-        if self.count >= _PART:
-            self._pack()
-
-    def finish(self) -> bytes:
-        """All of it; the last byte is filled up with zeros."""
-        self._pack()
-        return bytes(self.done) + np.packbits(self.rest, bitorder="little").tobytes()
-
-    def _pack(self) -> None:
-        values = np.concatenate([np.empty(0, dtype="<i8"), *self.waiting]).astype("<i8", copy=False)
-        self.waiting, self.count = [], 0
-        for start in range(0, len(values), _PART):
-            little = values[start : start + _PART].view(np.uint8).reshape(-1, 8)  # [n, 8]
+        for part in torch.split(values.cpu(), _PART):
+            little = part.numpy().astype("<i8").view(np.uint8).reshape(-1, 8)  # [n, 8]
             single = np.unpackbits(little, axis=1, count=self.bits, bitorder="little")  # [n, bits]
             stream = np.concatenate([self.rest, single.reshape(-1)])
             full = len(stream) // 8 * 8
             self.done += np.packbits(stream[:full], bitorder="little").tobytes()
             self.rest = stream[full:].copy()
+
+    def finish(self) -> bytes:
+        """All of it; the last byte is filled up with zeros."""
+        return bytes(self.done) + np.packbits(self.rest, bitorder="little").tobytes()
 
 
 class BitReader:

@@ -104,7 +104,8 @@ _WIDE = {torch.float32: (torch.int32, 0x7F80_0000), torch.float64: (torch.int64,
 
 def _greater(left: Tensor, right: Tensor) -> NDArray[np.bool_]:
     """left > right, by numpy: torch takes four times as long for it."""
-    return np.greater(left.cpu().numpy(), right.cpu().numpy())
+    larger: NDArray[np.bool_] = np.greater(left.cpu().numpy(), right.cpu().numpy())
+    return larger
 
 
 def _places(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -112,7 +113,8 @@ def _places(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     packed = np.packbits(mask)
     some = np.flatnonzero(packed != 0)
     within = np.flatnonzero(np.unpackbits(packed[some]).view(np.bool_))
-    return some[within >> 3] * 8 + (within & 7)
+    places: NDArray[np.int64] = some[within >> 3] * 8 + (within & 7)
+    return places
 
 
 def candidates(m: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
