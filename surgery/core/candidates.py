@@ -59,7 +59,7 @@ class Survey:
         self.merged, self.steps, self.dtype = merged.detach().reshape(-1), steps, dtype
         self.wide = torch.float32 if max(merged.itemsize, dtype.itemsize) == 2 else torch.float64
         self.value = self.merged.to(self.wide)
-        self.shift = self._sum([step.shift for step in steps])
+        self.shift = self._sum()
 
     def guess(self) -> Tensor:
         """The originals by algebra, flat, in the dtype: right wherever there is a lone candidate near it."""
@@ -69,7 +69,8 @@ class Survey:
         """Flat positions at which others than `w` may lead to m as well, or others alone.
 
         Elsewhere the steps lead `w` to less than half an ulp from m, and its neighbours are an ulp away at least,
-        so that they are led beyond the half. Of the half, a thousandth and `slack` make up for what is rounded.
+        so that they are led beyond the half. The thousandth taken off the half makes up for what float32 rounds:
+        some 2^-24 of |w| and of |m|, where `w` and its neighbours are 2^-11 of |w| apart or more.
         """
         if torch.float64 in (self.merged.dtype, self.dtype):
             return torch.arange(len(w), device=w.device)  # float64 is no wider than that
@@ -78,18 +79,22 @@ class Survey:
         off = (near + self.shift).sub_(self.value).abs_()
         below = _clear_mantissa(self.value).clamp_(min=here.tiny)  # an ulp of m is this times eps
         apart = _greater(near.abs_(), below if here.eps == own.eps else below * (here.eps / own.eps))
-        slack = 2 * (len(self.steps) + 1) * torch.finfo(self.wide).eps
-        room = below.mul_(0.499 * here.eps).sub_(near, alpha=slack)
-        if len(self.steps) > 1:  # else the shift is the way from w to m, which needs no more
-            room.sub_(self._sum([step.shift.abs() for step in self.steps]), alpha=slack)
+        room = below.mul_(0.499 * here.eps)
+        for step in self.steps if len(self.steps) > 1 else ():  # those that cancel round away more than their sum does
+            room.sub_(self._flat(step.shift).abs(), alpha=_lost(self.steps))
         apart &= _greater(room, off)
         return torch.from_numpy(_places(np.logical_not(apart, out=apart))).to(w.device)
 
-    def _sum(self, shifts: Sequence[Tensor]) -> Tensor:
-        total = shifts[0] if shifts else torch.zeros_like(self.value)
-        for shift in shifts[1:]:
-            total = total + shift
-        return total.detach().to(self.wide).reshape(-1)
+    def _sum(self) -> Tensor:
+        if not self.steps:
+            return torch.zeros_like(self.value)
+        total = self.steps[0].shift
+        for step in self.steps[1:]:
+            total = total + step.shift
+        return self._flat(total)
+
+    def _flat(self, values: Tensor) -> Tensor:
+        return values.detach().to(self.wide).reshape(-1)
 
 
 def _clear_mantissa(values: Tensor) -> Tensor:
@@ -144,7 +149,12 @@ def _by_algebra(m: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> 
     found = edge.clamp(-largest, largest).to(dtype)  # rounded twice, maybe, but to one of the two about the edge
     gap = found.to(torch.float64) - edge
     first = order(found) - (gap.view(torch.int64) >> 63)  # one more where the gap is negative
-    return first, gap.abs_().sub_(size, alpha=(len(steps) + 1) * 2.0**-50)
+    return first, gap.abs_().sub_(size, alpha=_lost(steps))
+
+
+def _lost(steps: Sequence[Elementwise]) -> float:
+    """Of the sum of all magnitudes, more than twice what float64 rounds away in applying or undoing the steps."""
+    return (len(steps) + 1) * 2.0**-50
 
 
 def _neighbours(m: Tensor) -> Tensor:
