@@ -22,7 +22,31 @@ def exact_product(B: Tensor, A: Tensor) -> Tensor:
     Differs from the ideal product by at most r * 2^-21 * max|A column| * max|B row|.
     Raises ValueRangeError where a factor is not finite or lies beyond 2^±450.
     """
-    A, B = on_grid(A, along=0), on_grid(B, along=1)
+    return _sum(on_grid(B, along=1), on_grid(A, along=0))
+
+
+class ExactProduct:
+    """`exact_product`, which keeps a factor's grid for as long as the next call asks for the same memory."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, B: Tensor, A: Tensor) -> Tensor:
+        return _sum(self._on_grid(B, along=1), self._on_grid(A, along=0))
+
+    def _on_grid(self, factor: Tensor, along: int) -> Tensor:
+        kept = self._kept.get(along)
+        if kept is None or _memory(kept[0]) != _memory(factor):
+            kept = self._kept[along] = factor, on_grid(factor, along)
+        return kept[1]
+
+
+def _memory(values: Tensor) -> tuple[object, ...]:
+    return values.data_ptr(), values.shape, values.stride(), values.dtype
+
+
+def _sum(B: Tensor, A: Tensor) -> Tensor:
+    """B @ A of factors on their grids, in blocks whose sums are exact."""
     r = A.shape[0]
     if r <= BLOCK:
         return B @ A  # [out, in]
