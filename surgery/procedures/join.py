@@ -151,6 +151,10 @@ class Joined:
         )
 
     def _lacking(self, name: str) -> MatchError:
+        if len(self.refusals) >= EXPLAINED:
+            return MatchError(
+                f"{printable(self.adapter.where)}: {printable(name)} of modules_to_save is not in the base"
+            )
         close = ", ".join(printable(other) for other in nearest(name, self.base.at))
         return MatchError(
             f"{printable(self.adapter.where)}: {printable(name)} of modules_to_save is not in the base; "
