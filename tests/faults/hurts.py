@@ -1,0 +1,156 @@
+"""Hurt: what befalls a child, at the n-th call of the disk's functions, by a limit of the system, or not at all."""
+
+import errno
+import inspect
+import os
+import pickle
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from threading import RLock
+from typing import Any, NamedTuple
+
+from surgery.io import disk
+
+READS = ("preadv",)  # of os, as io/tensor_file.py calls it
+KILL, HALF_KILL, SHORT, HALF, NONE_WRITTEN = "kill", "half and kill", "one byte", "half", "no byte"
+SIGNALS = ("SIGINT", "SIGTERM")
+
+
+def disk_functions() -> tuple[str, ...]:
+    """All that change the disk; what only calls them is left out."""
+    found = inspect.getmembers(disk, inspect.isfunction)
+    public = [name for name, one in found if one.__module__ == disk.__name__ and not name.startswith("_")]
+    return tuple(name for name in public if name != "write_all")
+
+
+class Hurt(NamedTuple):
+    """`how` befalls the `at`-th call of the functions in `names`, and all after it if `lasting`."""
+
+    names: tuple[str, ...] = ()
+    at: int = 0
+    how: str = ""
+    lasting: bool = False
+    limits: dict[str, int] = {}  # of the system, by name; a size of memory is beyond what the child has
+    strace: str = ""  # what strace injects
+    trace: str = ""  # the file that takes the calls, for a replay
+    delay_s: float = 0.0
+    no_renameat2: bool = False
+
+
+class Hurting:
+    """A hurt that is laid over this process. `tell` is called once, when it strikes."""
+
+    def __init__(self, hurt: Hurt, tell: Callable[[str], None]) -> None:
+        self.hurt, self.tell, self.calls, self.lock = hurt, tell, 0, RLock()
+        if hurt.no_renameat2:
+            disk._renameat2 = lambda *_: False
+        self.trace = Path(hurt.trace).open("ab", buffering=0) if hurt.trace else None
+        for name in disk_functions():
+            setattr(disk, name, self._wrapped(name, getattr(disk, name)))
+        if self.trace is not None:
+            self._trace_removals()
+        if "preadv" in hurt.names:
+            os.preadv = self._read(os.preadv)
+        for name, value in hurt.limits.items():
+            limit = getattr(resource, name)
+            beyond = _memory_bytes() if name == "RLIMIT_AS" else 0
+            resource.setrlimit(limit, (beyond + value, resource.getrlimit(limit)[1]))
+
+    def _strikes(self, name: str, where: str) -> bool:
+        if name not in self.hurt.names:
+            return False
+        self.calls += 1
+        struck = self.calls == self.hurt.at or (self.hurt.lasting and self.calls > self.hurt.at)
+        if self.calls == self.hurt.at:
+            self.tell(f"{name} {where}")
+        return struck
+
+    def _wrapped(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)
+        def hurt(*given: Any) -> Any:
+            with self.lock:  # what is traced is in the order of what was done
+                where = tuple(map(_path, given[: 1 if name == "write" else None]))
+                if self._strikes(name, str(where[0])):
+                    return self._strike(name, call, given)
+                done = call(*given)
+                self._record(name, where, given, done)
+                return done
+
+        return hurt
+
+    def _strike(self, name: str, call: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+        how = self.hurt.how
+        if how == HALF_KILL and name == "write":
+            call(given[0], given[1][: len(given[1]) // 2])
+        if how in {KILL, HALF_KILL}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how in SIGNALS:
+            os.kill(os.getpid(), getattr(signal, how))
+            time.sleep(0.05)  # where another thread holds the call, let the first one hear of it
+            return call(*given)
+        if how in {SHORT, HALF, NONE_WRITTEN}:
+            size = {SHORT: 1, HALF: (len(given[1]) + 1) // 2, NONE_WRITTEN: 0}[how]
+            return call(given[0], given[1][:size]) if size else 0
+        raise _error(how)
+
+    def _read(self, call: Callable[..., int]) -> Callable[..., int]:
+        def hurt(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+            with self.lock:
+                if not self._strikes("preadv", _path(descriptor)):
+                    return call(descriptor, buffers, offset)
+            if self.hurt.how not in {SHORT, HALF}:
+                raise _error(self.hurt.how)
+            size = 1 if self.hurt.how == SHORT else (len(buffers[0]) + 1) // 2
+            return call(descriptor, [buffers[0][:size]], offset)
+
+        return hurt
+
+    def _record(self, name: str, where: tuple[object, ...], given: tuple[Any, ...], done: Any) -> None:
+        if self.trace is None or done is False:  # nothing was exchanged
+            return
+        more = (bytes(given[1][:done]),) if name == "write" else ()
+        self.trace.write(pickle.dumps((name, *where, *more)))
+
+    def _trace_removals(self) -> None:
+        """Folders are removed by shutil, files that may be missing by pathlib."""
+        remove_tree, unlink = shutil.rmtree, Path.unlink
+
+        def traced_tree(path: Path, **options: Any) -> None:
+            with self.lock:
+                for one in sorted(path.rglob("*"), reverse=True):
+                    self._record("remove_folder" if one.is_dir() else "remove", (str(one),), (), None)
+                self._record("remove_folder", (str(path),), (), None)
+                remove_tree(path, **options)
+
+        def traced_unlink(path: Path, missing_ok: bool = False) -> None:
+            with self.lock:
+                if os.path.lexists(path):
+                    self._record("remove", (str(path),), (), None)
+                unlink(path, missing_ok=missing_ok)
+
+        shutil.rmtree, Path.unlink = traced_tree, traced_unlink
+
+
+def _path(given: object) -> Any:
+    """A path as text, of a descriptor too; other values as they are."""
+    if isinstance(given, Path):
+        return str(given)
+    if isinstance(given, int) and os.path.lexists(f"/proc/self/fd/{given}"):
+        return os.readlink(f"/proc/self/fd/{given}")
+    return given
+
+
+def _error(name: str) -> OSError:
+    number = getattr(errno, name)
+    return OSError(number, os.strerror(number))
+
+
+def _memory_bytes() -> int:
+    """Of address space."""
+    pages = Path("/proc/self/statm").read_text().split()[0]
+    return int(pages) * resource.getpagesize()
