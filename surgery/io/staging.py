@@ -139,6 +139,16 @@ class Staging:
             self.journal.done = {part: one for part, one in self.journal.done.items() if self._whole(one)}
         if self.resume and not resumable:
             raise StateError(f"{printable(self.out)}: nothing to go on with; no run of this call was cut short here")
+        try:
+            self._tidy()
+            self.journal.begin()
+        except BaseException:
+            if not self.finished:
+                _remove(self.folder)
+            raise
+
+    def _tidy(self) -> None:
+        """Leave the files of the finished parts, and the journal."""
         kept = {name for one in self.journal.done.values() for name in one["files"]}
         disk.make_folder(self.folder)
         for path in sorted(self.folder.rglob("*"), reverse=True):  # what lies in a folder comes before it
@@ -147,7 +157,6 @@ class Staging:
                     disk.remove_folder(path)
             elif path.relative_to(self.folder).as_posix() not in kept | {JOURNAL}:
                 disk.remove(path)
-        self.journal.begin()
 
     def _whole(self, one: Any) -> bool:
         """Are the files of a finished part still those that were written?"""
