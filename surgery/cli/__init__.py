@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -19,6 +20,12 @@ _EPILOG = (
     "1 a bug of ours."
 )
 
+_OUT_OF_MEMORY = "out of memory; close other programs, or use a machine with more"
+_MEMORY_LACKS = (  # as torch, C++, the threads and the loader of libraries say it, where none raises MemoryError
+    *("bad_alloc", "allocate memory", "not enough memory", "out of memory"),
+    *("can't start new thread", "failed to map segment"),
+)
+
 
 @click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="model-surgery")
@@ -29,8 +36,9 @@ def surgery(debug: bool) -> None:
     BASE and ADAPTER are a folder, a file, or owner/name[@revision] on the Hugging Face Hub.
     """
     del debug  # read in main, which sees the errors
-    from surgery.io.memory import keep_freed_memory
+    from surgery.io.memory import keep_freed_memory, require_room_for_torch
 
+    require_room_for_torch()
     keep_freed_memory()
 
 
@@ -47,7 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in given:
             traceback.print_exc()
         message, code = _told(error)
-        click.echo(f"surgery: {message}", err=True)
+        with suppress(OSError):  # the code says it too
+            click.echo(f"surgery: {message}", err=True)
     sys.exit(code)
 
 
@@ -74,6 +83,8 @@ def _told(error: Exception) -> tuple[str, int]:
             found = error.strerror or str(error) or type(error).__name__
             return f"{where}{printable(found)}; see to the disk and run again", EnvironmentFault.exit_code
         case MemoryError():
-            return "out of memory; close other programs, or use a machine with more", EnvironmentFault.exit_code
+            return _OUT_OF_MEMORY, EnvironmentFault.exit_code
+        case RuntimeError() | ImportError() if any(sign in str(error).lower() for sign in _MEMORY_LACKS):
+            return _OUT_OF_MEMORY, EnvironmentFault.exit_code
     found = f"{type(error).__name__}: {printable(error)}"
     return f"{found}; this is a bug of surgery; run again with --debug and report it", 1

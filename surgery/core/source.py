@@ -13,6 +13,7 @@ from surgery.core.codec import Packed
 from surgery.core.site import Site
 
 TILE_ELEMENTS = 1 << 18  # of a weight at a time: 2 MB of float64, which bounds the memory of every procedure
+_THREAD_BYTES = 1 << 24  # less than what a tile takes from its reading to its writing
 
 
 class Source(Protocol):
@@ -62,6 +63,7 @@ def copy(source: Source, sink: Sink, workers: int = 1) -> None:
         for part in parts:
             _fill(source, part, stop)
         return
+    bytearray(_THREAD_BYTES)  # a thread that starts without memory dies unheard, and who started it waits for ever
     with _single_threads(), ThreadPoolExecutor(min(workers, len(parts))) as pool:
         running = [pool.submit(_fill, source, part, stop) for part in parts]
         try:
