@@ -43,10 +43,12 @@ class Staging:
     def __enter__(self) -> Self:
         self._refuse_existing()
         with faults(self.out):
-            disk.make_folder(self.out.parent)
+            _make_folder(self.out.parent)
             self.lock = Lock(self.out)
         try:
             with faults(self.out):
+                if os.path.lexists(self.folder) or os.path.lexists(self.aside):
+                    _sync_folder(self.out.parent)  # the names that a run cut short has changed: then remove what it left
                 self._put_back()
                 self._refuse_existing()  # anew: a run that held the lock may have just written it
                 self._begin()
@@ -231,7 +233,7 @@ def write_file(path: Path, data: bytes) -> None:
     """`data` as the file `path`, which is the old one or the new one, never a part."""
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     with faults(path):
-        disk.make_folder(path.parent)
+        _make_folder(path.parent)
         partial.unlink(missing_ok=True)
         descriptor = disk.create(partial)
         try:
@@ -255,6 +257,14 @@ def faults(where: Path) -> Iterator[None]:
             f"{printable(where)}: writing failed ({found}); see to the disk and run again, "
             "which goes on from what is finished"
         ) from error
+
+
+def _make_folder(path: Path) -> None:
+    """The folder and its parents; on the disk when this returns."""
+    lacking = [one for one in (path, *path.parents) if not one.exists()]
+    disk.make_folder(path)
+    for one in lacking:
+        _sync_folder(one.parent)
 
 
 def _sync_folder(path: Path) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
 
-from surgery.io import disk
+from surgery.io import disk, memory
 
 READS = ("preadv",)  # of os, as io/tensor_file.py calls it
 KILL, HALF_KILL, SHORT, HALF, NONE_WRITTEN = "kill", "half and kill", "one byte", "half", "no byte"
+_OF_TWO_PATHS = ("rename", "place", "exchange")
 SIGNALS = ("SIGINT", "SIGTERM")
 
 
@@ -56,6 +57,8 @@ class Hurting:
             self._trace_removals()
         if "preadv" in hurt.names:
             os.preadv = self._read(os.preadv)
+        if "RLIMIT_AS" in hurt.limits:
+            memory.require_room_for_torch = lambda: None  # it is loaded here
         for name, value in hurt.limits.items():
             limit = getattr(resource, name)
             beyond = _memory_bytes() if name == "RLIMIT_AS" else 0
@@ -74,11 +77,12 @@ class Hurting:
         @wraps(call)
         def hurt(*given: Any) -> Any:
             with self.lock:  # what is traced is in the order of what was done
-                where = tuple(map(_path, given[: 1 if name == "write" else None]))
+                where = (_path(given[0]), *map(str, given[1:] if name in _OF_TWO_PATHS else ()))
                 if self._strikes(name, str(where[0])):
                     return self._strike(name, call, given)
                 done = call(*given)
-                self._record(name, where, given, done)
+                size = given[1:] if name == "allocate" else ()
+                self._record(name, (*where, *size), given, done)
                 return done
 
         return hurt
@@ -136,13 +140,9 @@ class Hurting:
         shutil.rmtree, Path.unlink = traced_tree, traced_unlink
 
 
-def _path(given: object) -> Any:
-    """A path as text, of a descriptor too; other values as they are."""
-    if isinstance(given, Path):
-        return str(given)
-    if isinstance(given, int) and os.path.lexists(f"/proc/self/fd/{given}"):
-        return os.readlink(f"/proc/self/fd/{given}")
-    return given
+def _path(given: Path | int) -> str:
+    """A path, of a descriptor too."""
+    return os.readlink(f"/proc/self/fd/{given}") if isinstance(given, int) else str(given)
 
 
 def _error(name: str) -> OSError:
