@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from surgery.adapters.peft import CONFIG, config_from, read_adapter
+from surgery.core.adapter import Weighted
 from surgery.core.config import AdapterConfig
 from surgery.errors import ConfigError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.layout import shard_bytes
 from surgery.integrations.transformers import output_heads
 from surgery.io.hub import locate
 from surgery.io.strict_json import read_json
@@ -25,7 +27,7 @@ from surgery.procedures import merge_checkpoint as merging
 from surgery.procedures import plan as planning
 from surgery.procedures import unmerge_checkpoint as unmerging
 from surgery.procedures import verify as verifying
-from surgery.procedures.plan import Weighted
+from surgery.procedures.filling import OnProgress, Pace
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
@@ -110,33 +112,69 @@ def inspect(model: nn.Module | Where) -> inspection.Inspection:
     return inspection.inspect_model(model) if isinstance(model, nn.Module) else inspection.inspect(locate(model))
 
 
-def plan(base: Where, adapters: Adapters, *, dtype: str | torch.dtype | None = None) -> planning.Plan:
-    """What a merge would do, and all that stands against it. Writes nothing."""
+def plan(
+    base: Where,
+    adapters: Adapters,
+    *,
+    dtype: str | torch.dtype | None = None,
+    tied: str = "refuse",
+    ops: Mapping[str, str] | None = None,
+) -> planning.Plan:
+    """What a merge with these options would do, and all that stands against it. Writes nothing."""
     with Checkpoint(locate(base)) as source:
-        return planning.make_plan(source, _weighted(adapters), planning.check_dtype(dtype))
+        return planning.make_plan(source, _weighted(adapters), planning.treatment(dtype, tied, ops))
 
 
-def merge_checkpoint(  # noqa: PLR0913  # three things and three options
+def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     base: Where,
     adapters: Adapters,
     out: Where,
     *,
     reversible: bool = False,
     dtype: str | torch.dtype | None = None,
+    tied: str = "refuse",
+    ops: Mapping[str, str] | None = None,
+    max_shard_size: int | str | None = None,
     overwrite: bool = False,
+    resume: bool | None = None,
+    expect_base_sha256: str | None = None,
+    expect_adapter_sha256: str | Sequence[str] | None = None,
+    progress: OnProgress | None = None,
 ) -> merging.MergeReport:
-    """Merge adapters over `base` into the new folder `out`, streaming; complete, or nothing is written.
+    """Merge adapters over `base` into the new folder `out`, streaming; complete, or `out` stays as it is.
 
-    `reversible` writes what `unmerge_checkpoint` needs; `dtype` casts all floats.
+    `reversible` writes what `unmerge_checkpoint` needs; `dtype` casts all floats; `tied` "untie" writes a tied
+    head apart where an adapter changes it or the embedding; `ops` says by the end of a name whether a square weight
+    is "linear" or "conv1d"; `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
+    A run that was cut short is gone on with, unless `resume` is false. `progress` is called with a Progress as
+    bytes are written, one call at a time. The expected hashes are those that the receipt and `inspect` tell.
     """
-    options = merging.Options(reversible, planning.check_dtype(dtype), overwrite)
+    found = _weighted(adapters)
+    merging.check_adapters(found, expect_adapter_sha256)
+    options = merging.Options(
+        planning.treatment(dtype, tied, ops),
+        shard_bytes(max_shard_size),
+        reversible=reversible,
+        overwrite=overwrite,
+        resume=resume,
+        expect_base_sha256=expect_base_sha256,
+        pace=Pace(progress=progress),
+    )
     with Checkpoint(locate(base)) as source:
-        return merging.merge_checkpoint(source, _weighted(adapters), Path(out), options)
+        return merging.merge_checkpoint(source, found, Path(out), options)
 
 
-def unmerge_checkpoint(merged: Where, out: Where, *, overwrite: bool = False) -> unmerging.UnmergeReport:
+def unmerge_checkpoint(
+    merged: Where,
+    out: Where,
+    *,
+    overwrite: bool = False,
+    resume: bool | None = None,
+    progress: OnProgress | None = None,
+) -> unmerging.UnmergeReport:
     """Write the base of a reversible merge to `out`: the original bytes, checked by their sha256."""
-    return unmerging.unmerge_checkpoint(locate(merged), Path(out), overwrite=overwrite)
+    pace = Pace(progress=progress)
+    return unmerging.unmerge_checkpoint(locate(merged), Path(out), overwrite=overwrite, resume=resume, pace=pace)
 
 
 def verify_checkpoint(

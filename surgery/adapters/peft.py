@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from surgery.core.config import AdapterConfig
 from surgery.core.names import suffix_hits, suffixes
 from surgery.core.site import TensorInfo
 from surgery.errors import FormatError, InputError, ShapeError, printable
+from surgery.io.fingerprint import read_base_print
 from surgery.io.header import SPELLINGS, encode_header
 from surgery.io.octets import octets, tensor_from
 from surgery.io.strict_json import read_json
@@ -21,6 +23,7 @@ from surgery.methods import METHODS
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"})
 
 
 class Found(NamedTuple):
@@ -38,7 +41,8 @@ def read_adapter(path: Path, config_name: str = CONFIG) -> Adapter:
     config = config_from(read_json(folder / config_name, "an adapter's config"), printable(folder / config_name))
     tensors, sha256 = _read_tensors(file)
     sha256[config_name] = hashlib.sha256((folder / config_name).read_bytes()).hexdigest()
-    return _sorted_out(config, tensors, str(path), sha256)
+    found = _sorted_out(config, tensors, str(path), sha256)
+    return replace(found, files=(config_name, file.name), trained_on=read_base_print(folder))
 
 
 def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
@@ -104,6 +108,8 @@ def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256:
             copies[name.replace(".base_layer.", ".")] = values
         elif any(suffix_hits(entries, module) for module in _parents(name)):
             saved[name] = values
+        elif name.endswith(".weight") and name.split(".")[-2] in _EMBEDDINGS:
+            copies[name] = values  # PEFT saves these where the vocabulary was resized, or they are targeted
         else:
             raise FormatError(
                 f"{printable(where)}: no place for {printable(key)} ({SPELLINGS[values.dtype]}); "

@@ -1,5 +1,6 @@
 """The command line: each command parses, calls one api function and prints its report."""
 
+import re
 import sys
 import traceback
 from contextlib import suppress
@@ -9,6 +10,7 @@ import click
 
 from surgery.cli.demo import demo
 from surgery.cli.inspect import inspect
+from surgery.cli.interrupts import Interrupted, listen
 from surgery.cli.merge import merge
 from surgery.cli.plan import plan
 from surgery.cli.unmerge import unmerge
@@ -21,9 +23,9 @@ _EPILOG = (
 )
 
 _OUT_OF_MEMORY = "out of memory; close other programs, or use a machine with more"
-_MEMORY_LACKS = (  # as torch, C++, the threads and the loader of libraries say it, where none raises MemoryError
-    *("bad_alloc", "allocate memory", "not enough memory", "out of memory"),
-    *("can't start new thread", "failed to map segment"),
+_NO_MEMORY = re.compile(  # as torch, C++, the threads and the loader of libraries say it, where none says MemoryError
+    "allocate memory|not enough memory|out of memory|bad_alloc|can't start new thread|failed to map segment",
+    re.IGNORECASE,
 )
 
 
@@ -49,6 +51,8 @@ for command in (inspect, plan, merge, verify, unmerge, demo):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error is one line on stderr, and its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        listen()  # as a program of its own; in another's process the signals are its
     try:
         code = _run(given)
     except Exception as error:  # noqa: BLE001  # the last resort: a bug of ours is one line too
@@ -56,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         message, code = _told(error)
         with suppress(OSError):  # the code says it too
-            click.echo(f"surgery: {message}", err=True)
+            click.echo("; ".join([f"surgery: {message}", *getattr(error, "__notes__", ())]), err=True)
     sys.exit(code)
 
 
@@ -65,9 +69,9 @@ def _run(arguments: list[str]) -> Any:
         return surgery.main(arguments, prog_name="surgery", standalone_mode=False)
     except click.exceptions.Exit as error:
         return error.exit_code
-    except click.Abort:
-        click.echo("surgery: interrupted", err=True)
-        return 130
+    except (click.Abort, Interrupted) as error:
+        click.echo("; ".join(["surgery: interrupted", *getattr(error, "__notes__", ())]), err=True)
+        return error.exit_code if isinstance(error, Interrupted) else 130
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "surgery"
         raise UsageError(f"{printable(error.format_message())}; `{command} --help` says what is wanted") from error
@@ -84,7 +88,7 @@ def _told(error: Exception) -> tuple[str, int]:
             return f"{where}{printable(found)}; see to the disk and run again", EnvironmentFault.exit_code
         case MemoryError():
             return _OUT_OF_MEMORY, EnvironmentFault.exit_code
-        case RuntimeError() | ImportError() if any(sign in str(error).lower() for sign in _MEMORY_LACKS):
+        case RuntimeError() | ImportError() if _NO_MEMORY.search(str(error)):
             return _OUT_OF_MEMORY, EnvironmentFault.exit_code
     found = f"{type(error).__name__}: {printable(error)}"
     return f"{found}; this is a bug of surgery; run again with --debug and report it", 1

@@ -19,6 +19,25 @@ class Report(Protocol):
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+resume = click.option(
+    "--resume/--no-resume",
+    default=None,
+    help="Go on with such a call that was cut short, or start anew. By default it goes on if there is one.",
+)
+tied = click.option(
+    "--tied",
+    type=click.Choice(["refuse", "untie"]),
+    default="refuse",
+    show_default=True,
+    help="Where one of two tied tensors changes: refuse, or write an output head of its own.",
+)
+ops = click.option(
+    "--op",
+    "ops",
+    multiple=True,
+    metavar="NAME=linear|conv1d",
+    help="The layout of a square weight, by the end of its name; may be repeated.",
+)
 dtype = click.option(
     "--dtype",
     type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
@@ -29,6 +48,17 @@ dtype = click.option(
 def adapters_of(arguments: Sequence[str]) -> list[tuple[str, float]]:
     """ADAPTER[=WEIGHT]: an existing path as it stands, else split at the last `=` before a finite number."""
     return [_weighted(argument) for argument in arguments]
+
+
+def ops_of(arguments: Sequence[str]) -> dict[str, str]:
+    """NAME=OP."""
+    found = {}
+    for argument in arguments:
+        name, sign, op = argument.rpartition("=")
+        if not sign or not name:
+            raise click.UsageError(f"--op {argument}: NAME=linear or NAME=conv1d is wanted")
+        found[name] = op
+    return found
 
 
 def show(report: Report, as_json: bool, rows: Sequence[Sequence[str]] = (), header: Sequence[str] = ()) -> None:

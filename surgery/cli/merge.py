@@ -2,7 +2,8 @@
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, dtype, overwrite, show
+from surgery.cli.arguments import adapters_of, as_json, dtype, ops, ops_of, overwrite, resume, show, tied
+from surgery.cli.progress import shown
 
 
 @click.command()
@@ -11,7 +12,18 @@ from surgery.cli.arguments import adapters_of, as_json, dtype, overwrite, show
 @click.argument("out")
 @click.option("--reversible", is_flag=True, help="Write what `surgery unmerge` needs, into OUT/surgery.undo.")
 @dtype
+@tied
+@ops
+@click.option("--max-shard-size", metavar="SIZE", help="Such as 5GB. By default the files are cut as the base's are.")
+@click.option("--expect-base-sha256", metavar="HASH", help="Refuse another base; `surgery inspect --sha256` tells it.")
+@click.option(
+    "--expect-adapter-sha256",
+    metavar="HASH",
+    multiple=True,
+    help="Refuse another adapter; one for each, in their order. `surgery inspect --sha256` tells it.",
+)
 @overwrite
+@resume
 @as_json
 def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     base: str,
@@ -19,16 +31,36 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     out: str,
     reversible: bool,
     dtype: str | None,
+    tied: str,
+    ops: tuple[str, ...],
+    max_shard_size: str | None,
+    expect_base_sha256: str | None,
+    expect_adapter_sha256: tuple[str, ...],
     overwrite: bool,
+    resume: bool | None,
     as_json: bool,
 ) -> None:
     """Merge adapters into BASE, streaming, into the new folder OUT.
 
     Every adapter tensor is applied once, or nothing is written. OUT/surgery.receipt.json says what was done.
+    OUT appears whole, at the end; a call that was cut short goes on from the files that were finished.
     """
     from surgery import api
 
-    report = api.merge_checkpoint(
-        base, adapters_of(adapters), out, reversible=reversible, dtype=dtype, overwrite=overwrite
-    )
+    with shown("merging") as progress:
+        report = api.merge_checkpoint(
+            base,
+            adapters_of(adapters),
+            out,
+            reversible=reversible,
+            dtype=dtype,
+            tied=tied,
+            ops=ops_of(ops),
+            max_shard_size=max_shard_size,
+            expect_base_sha256=expect_base_sha256,
+            expect_adapter_sha256=expect_adapter_sha256 or None,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+        )
     show(report, as_json)

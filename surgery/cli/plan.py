@@ -2,15 +2,19 @@
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, dtype, show
+from surgery.cli.arguments import adapters_of, as_json, dtype, ops, ops_of, show, tied
 
 
 @click.command()
 @click.argument("base")
 @click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True)
 @dtype
+@tied
+@ops
 @as_json
-def plan(base: str, adapters: tuple[str, ...], dtype: str | None, as_json: bool) -> None:
+def plan(  # noqa: PLR0913, PLR0917  # one argument an option
+    base: str, adapters: tuple[str, ...], dtype: str | None, tied: str, ops: tuple[str, ...], as_json: bool
+) -> None:
     """Show what a merge would do, and all that stands against it. Writes nothing.
 
     Exit code 3 if anything is refused.
@@ -18,7 +22,7 @@ def plan(base: str, adapters: tuple[str, ...], dtype: str | None, as_json: bool)
     from surgery import api
     from surgery.errors import printable
 
-    report = api.plan(base, adapters_of(adapters), dtype=dtype)
+    report = api.plan(base, adapters_of(adapters), dtype=dtype, tied=tied, ops=ops_of(ops))
     rows = [
         (
             printable(one["tensor"]),

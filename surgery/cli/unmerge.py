@@ -2,16 +2,20 @@
 
 import click
 
-from surgery.cli.arguments import as_json, overwrite, show
+from surgery.cli.arguments import as_json, overwrite, resume, show
+from surgery.cli.progress import shown
 
 
 @click.command()
 @click.argument("merged", metavar="OUT")
 @click.argument("out", metavar="BASE_OUT")
 @overwrite
+@resume
 @as_json
-def unmerge(merged: str, out: str, overwrite: bool, as_json: bool) -> None:
+def unmerge(merged: str, out: str, overwrite: bool, resume: bool | None, as_json: bool) -> None:
     """Write the original files of OUT, a merge made with --reversible, to BASE_OUT. The base is not needed."""
     from surgery import api
 
-    show(api.unmerge_checkpoint(merged, out, overwrite=overwrite), as_json)
+    with shown("unmerging") as progress:
+        report = api.unmerge_checkpoint(merged, out, overwrite=overwrite, resume=resume, progress=progress)
+    show(report, as_json)

@@ -1,5 +1,6 @@
 """Adapter: one config plus its tensors by site; and layer, one method with its tensors at one site."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -8,13 +9,23 @@ from torch import Tensor
 
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Method, Params
+from surgery.core.site import TensorInfo
 
 
 class Layer(NamedTuple):
-    """One method with its tensors: what is laid over one site."""
+    """One method with its tensors: what is laid over one site; and where it comes from, of several adapters."""
 
     method: Method
     params: Params
+    adapter: int = 0
+    name: str = ""  # of the site, as the adapter has it
+
+
+class Weighted(NamedTuple):
+    """An adapter and how strongly it applies."""
+
+    adapter: "Adapter"
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -28,3 +39,11 @@ class Adapter:
     ops: Mapping[str, str] = field(default_factory=dict)  # by site, where the spelling of its tensors tells
     where: str = "adapter"
     sha256: Mapping[str, str] = field(default_factory=dict)  # by tensor, as the file spells it, and by file
+    files: tuple[str, ...] = ()  # those of `sha256` that are files
+    trained_on: Mapping[str, tuple[TensorInfo, str]] = field(default_factory=dict)  # base tensors, with their sha256
+
+    @property
+    def digest(self) -> str:
+        """What `sha256sum adapter_config.json adapter_model.safetensors | sha256sum` gives."""
+        lines = "".join(f"{self.sha256[name]}  {name}\n" for name in sorted(self.files))
+        return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,7 +1,8 @@
 """Pure name matching: suffixes of module paths, and the nearest names to one that fits nothing."""
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
 
 
 def suffixes(name: str) -> Iterable[str]:
@@ -27,27 +28,77 @@ def nearest(entry: str, names: Iterable[str], count: int = 3) -> list[str]:
     return difflib.get_close_matches(entry, last, n=count, cutoff=0.0)
 
 
+class Prefix(NamedTuple):
+    """What to take off the front of a name, and what to put there."""
+
+    removed: str = ""
+    added: str = ""
+
+    def of(self, name: str) -> str:
+        """The other name of `name`, which is itself where it begins otherwise."""
+        return self.added + name[len(self.removed) :] if name.startswith(self.removed) else name
+
+
+def prefix_between(wanted: Collection[str], known: Collection[str]) -> Prefix | None:
+    """The one prefix more, less, or in another's place, that makes each of `wanted` a known name; None if none does.
+
+    A name that does not begin so has to be known as it is. No prefix holds a number, which would turn one layer
+    into another.
+
+    >>> prefix_between(["transformer.h.0.mlp"], {"h.0.mlp"})
+    Prefix(removed='transformer.', added='')
+    >>> prefix_between(["model.language_model.h.0.mlp"], {"language_model.model.h.0.mlp"})
+    Prefix(removed='model.language_model.', added='language_model.model.')
+    """
+    if all(name in known for name in wanted):
+        return Prefix()
+    first = max(wanted, key=len)
+    for candidates in (_plain_prefixes(first, known), _replaced_prefixes(first, known)):
+        fitting = {prefix for prefix in candidates if _leads(prefix, wanted, known)}
+        outcomes = {tuple(prefix.of(name) for name in wanted) for prefix in fitting}
+        if len(outcomes) == 1:
+            return min(fitting, key=lambda prefix: len(prefix.removed) + len(prefix.added))
+        if outcomes:
+            return None
+    return None
+
+
 def renaming(wanted: Collection[str], known: Collection[str]) -> dict[str, str]:
-    """Each of `wanted` as `known` has it: all the same, or all with one prefix more or less. Else empty.
+    """Each of `wanted` as `known` has it, all by one prefix; empty where there is no such prefix, or more than one.
 
     >>> renaming(["transformer.h.0.mlp"], {"h.0.mlp"})
     {'transformer.h.0.mlp': 'h.0.mlp'}
     """
-    if all(name in known for name in wanted):
-        return {name: name for name in wanted}
-    first = next(iter(wanted), "")
-    found = []
-    for removed, added in _prefixes(first, known):
-        if all(name.startswith(removed) and added + name[len(removed) :] in known for name in wanted):
-            found.append({name: added + name[len(removed) :] for name in wanted})
-    return found[0] if len(found) == 1 else {}
+    prefix = prefix_between(wanted, known) if wanted else None
+    return {} if prefix is None else {name: prefix.of(name) for name in wanted}
 
 
-def _prefixes(name: str, known: Collection[str]) -> Iterable[tuple[str, str]]:
-    """What to remove from the front of `name`, and what to put there, to reach a known name."""
+def _leads(prefix: Prefix, wanted: Collection[str], known: Collection[str]) -> bool:
+    return all(prefix.of(name) in known for name in wanted)
+
+
+def _plain_prefixes(name: str, known: Collection[str]) -> Iterator[Prefix]:
+    """Those that only take something off the front of `name`, or only put something there."""
     for end in suffixes(name):
         if end in known:
-            yield name.removesuffix(end), ""
+            yield from _unnumbered(name.removesuffix(end), "")
     for other in known:
         if other.endswith("." + name):
-            yield "", other.removesuffix(name)
+            yield from _unnumbered("", other.removesuffix(name))
+
+
+def _replaced_prefixes(name: str, known: Collection[str]) -> Iterator[Prefix]:
+    """Those that put another in the place of what `name` begins with."""
+    by_end: dict[str, list[str]] = {}
+    for other in known:
+        for end in suffixes(other):
+            by_end.setdefault(end, []).append(other)
+    for end in suffixes(name):
+        for other in by_end.get(end, ()):
+            if end not in (name, other):
+                yield from _unnumbered(name.removesuffix(end), other.removesuffix(end))
+
+
+def _unnumbered(removed: str, added: str) -> Iterator[Prefix]:
+    if not any(part.isdigit() for part in (*removed.split("."), *added.split("."))):
+        yield Prefix(removed, added)

@@ -1,5 +1,6 @@
 """Source and sink, the two ends of every procedure, and the one function that joins them."""
 
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -13,7 +14,7 @@ from surgery.core.codec import Packed
 from surgery.core.site import Site
 
 TILE_ELEMENTS = 1 << 18  # of a weight at a time: 2 MB of float64, which bounds the memory of every procedure
-_THREAD_BYTES = 1 << 24  # less than what a tile takes from its reading to its writing
+_THREAD_BYTES = 144 << 20  # of address space: a stack, and what the C library sets aside for a thread
 
 
 class Source(Protocol):
@@ -59,12 +60,12 @@ def copy(source: Source, sink: Sink, workers: int = 1) -> None:
     More than one worker gives each a single thread of torch, for as long as it takes.
     """
     parts, stop = sink.parts(source.sites()), Event()
-    if min(workers, len(parts)) < 2:
+    workers = min(workers, len(parts))
+    if workers < 2 or not _room_for_threads(workers):
         for part in parts:
             _fill(source, part, stop)
         return
-    bytearray(_THREAD_BYTES)  # a thread that starts without memory dies unheard, and who started it waits for ever
-    with _single_threads(), ThreadPoolExecutor(min(workers, len(parts))) as pool:
+    with _single_threads(), ThreadPoolExecutor(workers) as pool:
         running = [pool.submit(_fill, source, part, stop) for part in parts]
         try:
             done, _ = wait(running, return_when=FIRST_EXCEPTION)
@@ -101,6 +102,17 @@ def _fill(source: Source, part: Part, stop: Event) -> None:
                 return
             part.store(site, source.load(site, rows), rows)
     part.close()
+
+
+def _room_for_threads(workers: int) -> bool:
+    """Is there address space for them? One that starts without dies unheard, and who started it waits for ever."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return True
+    try:  # taken and given back, never touched
+        mmap.mmap(-1, workers * _THREAD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from typing import Any
 from surgery.core.codec import Packed
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import FormatError, InputError, printable
+from surgery.hosts.reading import Reading
 from surgery.io.header import Entry
-from surgery.io.octets import Tally, tensor_from
+from surgery.io.octets import tensor_from
 from surgery.io.strict_json import read_json
 from surgery.io.tensor_file import TensorFile
 
@@ -36,7 +37,7 @@ class Checkpoint:
         except BaseException:
             self.close()
             raise
-        self.tallies: list[Tally] | None = None
+        self.readings: list[Reading] | None = None
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -48,10 +49,10 @@ class Checkpoint:
         for file in self.files:
             file.close()
 
-    def tally(self) -> list[Tally]:
-        """From now on all that is read is hashed, by file; every tensor must then be read once, in order."""
-        self.tallies = [Tally(file.header.raw) for file in self.files]
-        return self.tallies
+    def hash_reads(self) -> list[Reading]:
+        """From now on all that is read is hashed, by file."""
+        self.readings = [Reading(file) for file in self.files]
+        return self.readings
 
     def tensors(self) -> Iterator[TensorInfo]:
         """All tensors, in the order of the files and of the bytes in each."""
@@ -74,10 +75,8 @@ class Checkpoint:
         part = info if rows is None or not info.shape else info.rows(rows)
         skipped = 0 if rows is None or not info.shape else info.rows(slice(0, rows.start)).nbytes
         data = self.files[index].read(entry.start + skipped, part.nbytes)
-        if self.tallies is not None:
-            self.tallies[index].feed(data)
-            if skipped + part.nbytes == info.nbytes:
-                self.tallies[index].end(info.name)
+        if self.readings is not None:
+            self.readings[index].feed(entry, entry.start + skipped, data)
         return Packed({"weight": tensor_from(data, info.dtype, part.shape)})
 
     def written_name(self, file: TensorFile) -> str:
@@ -91,12 +90,12 @@ class Checkpoint:
     def read(self, name: str) -> Iterator[memoryview]:
         """The bytes of a tensor, in chunks."""
         index, entry = self.at[name]
+        start = entry.start
         for chunk in self.files[index].chunks(entry):
-            if self.tallies is not None:
-                self.tallies[index].feed(chunk)
+            if self.readings is not None:
+                self.readings[index].feed(entry, start, chunk)
+            start += len(chunk)
             yield chunk
-        if self.tallies is not None:
-            self.tallies[index].end(name)
 
     def check_unchanged(self) -> None:
         for file in self.files:

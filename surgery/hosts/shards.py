@@ -1,38 +1,48 @@
-"""CheckpointSink: safetensors files like a base's, each written once from front to back into a staging folder."""
+"""CheckpointSink: safetensors files of a layout, each written once from front to back into a staging folder."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
-
-import torch
 
 from surgery.core.codec import Packed
 from surgery.core.site import Site
 from surgery.core.source import TILE_ELEMENTS, row_tiles
-from surgery.hosts.checkpoint import INDEX, Checkpoint
-from surgery.io.header import Header, encode_header
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.layout import Layout, OutFile
 from surgery.io.octets import Tally, octets
 from surgery.io.staging import StagedFile, Staging
-from surgery.io.strict_json import json_bytes
+
+
+@dataclass(frozen=True)
+class Written:
+    """sha256 of a file that was written, and of each tensor in it."""
+
+    sha256: str
+    tensors: Mapping[str, str]
 
 
 class CheckpointSink:
-    """What is stored replaces the base's tensor; all that lies between is carried as bytes. A file is a part.
+    """What is stored goes where the layout has it; all that lies between is carried from `base` as bytes.
 
-    `dtypes` are those that differ from the base's; `headers` are raw headers by file name, where they must
-    be of certain bytes.
+    A file is a part. `written` are those that an earlier run has finished, which are passed over; `finished` is
+    called with each file that this one has, and `progress` with the number of bytes, as they are written.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # what is written, where to, and who is told
         self,
         base: Checkpoint,
         staging: Staging,
-        dtypes: Mapping[str, torch.dtype],
-        headers: Mapping[str, bytes] | None = None,
+        layout: Layout,
+        *,
+        written: Mapping[str, Written] | None = None,
+        finished: Callable[["FilePart"], None] | None = None,
+        progress: Callable[[int], None] | None = None,
         tile_elements: int = TILE_ELEMENTS,
     ) -> None:
-        self.base, self.staging, self.tile_elements = base, staging, tile_elements
-        self.dtypes, self.headers = dtypes, headers or {}
+        self.base, self.staging, self.layout, self.tile_elements = base, staging, layout, tile_elements
+        self.written: dict[str, Written] = dict(written or {})
+        self.finished, self.progress = finished, progress
         self.files: list[FilePart] = []
 
     def __enter__(self) -> "CheckpointSink":
@@ -45,49 +55,25 @@ class CheckpointSink:
             file.context.__exit__(kind, value, trace)
 
     def parts(self, sites: Iterable[Site]) -> Sequence["FilePart"]:
-        grouped: dict[int, list[Site]] = {index: [] for index in range(len(self.base.files))}
-        for site in sites:
-            grouped[self.base.file_of(site.weight.name)].append(site)
-        self.files = [FilePart(self, index, found) for index, found in grouped.items()]
+        stored = {site.weight.name: site for site in sites}
+        self.files = [FilePart(self, file, stored) for file in self.layout.files if file.name not in self.written]
         return self.files
 
-    @property
-    def tallies(self) -> dict[str, Tally]:
-        """Of what is written, by file."""
-        return {file.name: file.tally for file in self.files}
-
-    def index(self) -> bytes | None:
-        """The base's index, if it has one; its size follows a change of dtype."""
-        if self.base.index is None or not self.dtypes:
-            return None if self.base.index is None else (self.base.folder / INDEX).read_bytes()
-        infos = (info._replace(dtype=self.dtypes.get(info.name, info.dtype)) for info in self.base.tensors())
-        metadata = dict(self.base.index.get("metadata") or {})
-        metadata["total_size"] = sum(info.nbytes for info in infos)
-        return json_bytes({**self.base.index, "metadata": metadata})
-
-    def header(self, index: int) -> bytes:
-        """The header that a file is written with."""
-        file = self.base.files[index]
-        return self.headers.get(self.base.written_name(file)) or self._derived(file.header)
-
-    def _derived(self, header: Header) -> bytes:
-        infos = [entry.info for entry in header.entries]
-        if not any(info.name in self.dtypes for info in infos):
-            return header.raw
-        return encode_header(
-            [info._replace(dtype=self.dtypes.get(info.name, info.dtype)) for info in infos], header.metadata
-        )
+    def end(self, part: "FilePart") -> None:
+        """A file is whole and on the disk."""
+        self.written[part.name] = Written(part.tally.whole.hexdigest(), part.tally.tensors)
+        if self.finished is not None:
+            self.finished(part)
 
 
 class FilePart:
     """One file of the output; `sites` are those of its weights that are stored, in the order of their bytes."""
 
-    def __init__(self, sink: CheckpointSink, index: int, sites: Sequence[Site]) -> None:
-        source = sink.base.files[index]
-        self.sites, self.base, self.staging, self.tile_elements = sites, sink.base, sink.staging, sink.tile_elements
-        self.name, self.raw = sink.base.written_name(source), sink.header(index)
-        self.tally = Tally(self.raw)
-        self.order = [entry.info.name for entry in source.header.entries]
+    def __init__(self, sink: CheckpointSink, file: OutFile, stored: Mapping[str, Site]) -> None:
+        self.sink, self.name, self.layout = sink, file.name, file
+        self.order = [info.name for info in file.infos]
+        self.sites = [stored[name] for name in self.order if name in stored]
+        self.tally = Tally(file.raw)
         self.done = 0  # tensors of `order` that are written
         self.context = ExitStack()
         self.file: StagedFile | None = None
@@ -96,7 +82,7 @@ class FilePart:
         # What lies before the site goes first: the base is read in the order of its bytes, and hashed so.
         while self.order[self.done] != site.weight.name:
             self._carry(self.order[self.done])
-        yield from row_tiles(site.weight.shape, self.tile_elements)
+        yield from row_tiles(site.weight.shape, self.sink.tile_elements)
 
     def store(self, site: Site, packed: Packed, rows: slice) -> None:
         name, values = site.weight.name, packed.tensors["weight"].contiguous()
@@ -110,15 +96,18 @@ class FilePart:
             self._carry(name)
         self._opened()
         self.context.close()
+        self.sink.end(self)
 
     def _carry(self, name: str) -> None:
-        for chunk in self.base.read(name):
+        for chunk in self.sink.base.read(name):
             self._write(chunk)
         self._end(name)
 
     def _write(self, data: memoryview) -> None:
         self.tally.feed(data)
         self._opened().write(data)
+        if self.sink.progress is not None:
+            self.sink.progress(len(data))
 
     def _end(self, name: str) -> None:
         self.tally.end(name)
@@ -126,6 +115,6 @@ class FilePart:
 
     def _opened(self) -> StagedFile:
         if self.file is None:
-            self.file = self.context.enter_context(self.staging.file(self.name))
-            self.file.write(self.raw)
+            self.file = self.context.enter_context(self.sink.staging.file(self.name, self.layout.size))
+            self.file.write(self.layout.raw)
         return self.file

@@ -20,12 +20,19 @@ from surgery.errors import ValueRangeError, printable
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one weight: layers in the order they apply, or a tensor that takes its place."""
+    """What becomes of one weight: it begins as it is, or as another, and layers are laid over it in their order."""
 
     site: Site
     dtype: torch.dtype  # of the outcome
     layers: tuple[Layer, ...] = ()
-    saved: Tensor | None = None
+    saved: Tensor | None = None  # what it begins as instead
+    begins: Site | None = None  # the weight of the host that it begins as instead
+    new: bool = False  # the host has no weight of this name and shape
+
+    @property
+    def origin(self) -> Site | None:
+        """The host's weight that the outcome is compared with; None if there is none."""
+        return self.begins or (None if self.new else self.site)
 
 
 class MergedTile(NamedTuple):
@@ -33,9 +40,9 @@ class MergedTile(NamedTuple):
 
     change: Change
     rows: slice  # of the stored weight
-    original: Tensor
+    original: Tensor | None  # None where the host has no weight of this shape
     merged: Tensor
-    steps: Sequence[Elementwise] | None  # None where the merge is not a chain of elementwise steps
+    steps: Sequence[Elementwise] | None  # None where no chain of elementwise steps leads from one to the other
 
     @property
     def first(self) -> bool:
@@ -64,20 +71,19 @@ class Merged:
 
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """ValueRangeError where the base or the outcome is not finite."""
-        change = self.changes[site.name]
-        packed = self.source.load(site, rows)
-        rows = site.rows(rows)
-        steps: list[Elementwise] | None
-        if change.saved is not None:
-            laid, steps = change.saved.view(site.weight.shape)[rows if site.weight.shape else ...], None
-        else:
-            weight = codec_of(packed, printable(site.weight.name)).decode(packed, torch.float64)
-            laid, steps = _lay(change, rows, weight)
-        outcome = _encode(laid, packed, change)
-        if not all_finite(outcome.tensors["weight"]):
-            raise _non_finite(site, packed.tensors["weight"], outcome.tensors["weight"])
+        change, rows = self.changes[site.name], site.rows(rows)
+        original = None if change.origin is None else self.source.load(change.origin, rows)
+        begin = _begin(change, original, rows)
+        weight = codec_of(begin, printable(site.weight.name)).decode(begin, torch.float64)
+        laid, steps = _lay(change, rows, weight)
+        outcome = _encode(laid, begin, change)
+        merged = outcome.tensors["weight"]
+        if not all_finite(merged):
+            raise _non_finite(site, begin.tensors["weight"], merged)
         if self.watch is not None:
-            self.watch(MergedTile(change, rows, packed.tensors["weight"], outcome.tensors["weight"], steps))
+            before = None if original is None else original.tensors["weight"]
+            chained = None if change.saved is not None or change.new else steps
+            self.watch(MergedTile(change, rows, before, merged, chained))
         return outcome
 
 
@@ -103,8 +109,8 @@ class Unmerged:
 
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """CheckError where the record does not fit the merged weight."""
-        merged = self.source.load(site, rows).tensors["weight"]
         change, rows = self.changes[site.name], site.rows(rows)
+        merged = None if change.new else self.source.load(site, rows).tensors["weight"]
         if site.name not in self.begun:
             undo = self.undo(change)
             self.begun[site.name] = undo, Restorer(undo.streams or {})
@@ -114,6 +120,7 @@ class Unmerged:
         if undo.kept is not None:
             return Packed({"weight": undo.kept[rows if site.weight.shape else ...]})
         steps = elementwise(change, rows)
+        assert merged is not None
         assert steps is not None  # what has no steps is kept
         return Packed({"weight": restorer.restore(merged, steps, undo.dtype)})
 
@@ -133,14 +140,23 @@ def elementwise(change: Change, rows: slice) -> list[Elementwise] | None:
     return steps
 
 
+def _begin(change: Change, original: Packed | None, rows: slice) -> Packed:
+    """What the layers are laid over."""
+    if change.saved is None:
+        assert original is not None
+        return original
+    shape = change.site.weight.shape
+    return Packed({"weight": change.saved.view(shape)[rows if shape else ...]})
+
+
 def _lay(change: Change, rows: slice, weight: Tensor) -> tuple[Tensor, list[Elementwise] | None]:
     steps = elementwise(change, rows)
     if steps is not None:
         return accumulate(weight, steps), steps
     op = change.site.acting
-    for method, params in change.layers:
+    for layer in change.layers:
         base = Dense(op.matrix(weight))
-        weight = op.stored(method.merge(base, params, op.tile(rows), exact_product).weight)
+        weight = op.stored(layer.method.merge(base, layer.params, op.tile(rows), exact_product).weight)
     return weight, None
 
 

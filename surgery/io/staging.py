@@ -21,7 +21,7 @@ from surgery.io.journal import Journal
 from surgery.io.lock import Lock
 
 _PARTIAL = ".partial"
-_KEPT = (EnvironmentFault, OSError, MemoryError, KeyboardInterrupt, SystemExit)  # after these a run can go on
+_FAULTS = (EnvironmentFault, OSError, MemoryError, RuntimeError)  # after these a run can go on, as when interrupted
 
 
 class Staging:
@@ -65,16 +65,24 @@ class Staging:
             if kind is None:
                 with faults(self.out):
                     self._publish()
-            elif not (issubclass(kind, _KEPT) and self.finished):
+            elif not self.finished or (issubclass(kind, Exception) and not issubclass(kind, _FAULTS)):
                 _remove(self.folder)
+            elif value is not None:
+                value.add_note(f"what is finished lies in {printable(self.folder)}; the same call goes on from there")
         finally:
             self.journal.close()
             self.lock.release()
 
     @property
-    def finished(self) -> Mapping[str, Any]:
-        """What was told of each finished part."""
-        return {part: one["told"] for part, one in self.journal.done.items()}
+    def finished(self) -> Mapping[str, tuple[Mapping[str, str], Any]]:
+        """By finished part: its files with their sha256, and what was told of it."""
+        return {part: (one["files"], one["told"]) for part, one in self.journal.done.items()}
+
+    def forget(self, part: str) -> None:
+        """A finished part is of no use after all."""
+        with faults(self.out):
+            for name in self.journal.done.pop(part)["files"]:
+                disk.remove(self.folder / name)
 
     def finish(self, part: str, files: Mapping[str, str], told: Any) -> None:
         """A part is done: its `files` by name, with their sha256, and what a later run has to know of it."""
@@ -101,7 +109,7 @@ class Staging:
             descriptor = disk.create(partial)
             try:
                 disk.allocate(descriptor, size)
-                yield StagedFile(descriptor)
+                yield StagedFile(descriptor, self.out)
                 disk.sync(descriptor)
             finally:
                 os.close(descriptor)
@@ -159,6 +167,7 @@ class Staging:
                     disk.remove_folder(path)
             elif path.relative_to(self.folder).as_posix() not in kept | {JOURNAL}:
                 disk.remove(path)
+        _sync_folder(self.folder)  # what another run has left is gone, before this one writes beside it
 
     def _whole(self, one: Any) -> bool:
         """Are the files of a finished part still those that were written?"""
@@ -211,12 +220,13 @@ class Staging:
 class StagedFile:
     """A file that is being written."""
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+    def __init__(self, descriptor: int, out: Path) -> None:
+        self.descriptor, self.out = descriptor, out
 
     def write(self, data: bytes | memoryview) -> None:
         """All of `data`."""
-        disk.write_all(self.descriptor, data)
+        with faults(self.out):
+            disk.write_all(self.descriptor, data)
 
 
 def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
@@ -254,8 +264,7 @@ def faults(where: Path) -> Iterator[None]:
     except OSError as error:
         found = error.strerror or type(error).__name__
         raise EnvironmentFault(
-            f"{printable(where)}: writing failed ({found}); see to the disk and run again, "
-            "which goes on from what is finished"
+            f"{printable(where)}: writing failed ({found}); see to the disk and run again"
         ) from error
 
 

@@ -45,10 +45,14 @@ class TensorFile:
         return buffer
 
     def chunks(self, entry: Entry) -> Iterator[memoryview]:
-        """The bytes of one tensor, at most CHUNK_BYTES at a time."""
-        end = entry.start + entry.info.nbytes
-        for start in range(entry.start, end, CHUNK_BYTES):
-            yield memoryview(self.read(start, min(CHUNK_BYTES, end - start)))
+        """The bytes of one tensor, at most CHUNK_BYTES at a time; an empty chunk for no bytes."""
+        start, end = entry.start, entry.start + entry.info.nbytes
+        while True:
+            size = min(CHUNK_BYTES, end - start)
+            yield memoryview(self.read(start, size))
+            start += size
+            if start == end:
+                return
 
     def check_unchanged(self) -> None:
         """InputError if the file is no longer what it was when it was opened."""

@@ -12,7 +12,8 @@ from surgery.core.adapter import Adapter
 from surgery.core.site import Site
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.model import model_sites
-from surgery.procedures.join import CONV1D_FAMILIES, CONV1D_NAMES, ties_head
+from surgery.procedures.op_choice import CONV1D_FAMILIES, CONV1D_NAMES
+from surgery.procedures.tying import ties_head
 
 
 class Row(NamedTuple):
@@ -79,7 +80,7 @@ def _row(site: Site, op: str, tied: str) -> Row:
 
 def _stored_row(base: Checkpoint, site: Site) -> Row:
     op = likely_op(base, site)
-    return _row(site, op, "output head" if op == "embedding" and ties_head(base, site) else "")
+    return _row(site, op, "output head" if op == "embedding" and ties_head(base, site.weight) else "")
 
 
 def likely_op(base: Checkpoint, site: Site) -> str:

@@ -1,97 +1,134 @@
-"""The join of an adapter's tensors to a checkpoint's sites: names, ops and shapes agree, or it is refused."""
+"""The join of an adapter to a checkpoint: names, ops and shapes agree, or it is refused."""
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from typing import NamedTuple
 
 from torch import Tensor
 
 from surgery.adapters.peft import check_shapes
-from surgery.core.adapter import Adapter, Layer
-from surgery.core.names import nearest, renaming
-from surgery.core.op import Op
-from surgery.core.site import Site
+from surgery.core.adapter import Adapter, Layer, Weighted
+from surgery.core.names import Prefix, nearest, prefix_between, suffix_hits
+from surgery.core.site import Site, TensorInfo
 from surgery.errors import InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.ops import OPS
+from surgery.procedures.op_choice import OpChoice
+from surgery.procedures.tying import ties_head, tying_of, vocabulary
 
-# The families of transformers whose projections are stored transposed, and the names of those.
-CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
-CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
-_TYING = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+class Whole(NamedTuple):
+    """A tensor that takes the place of the base's, or is added to them."""
+
+    info: TensorInfo  # as it stands in the output
+    values: Tensor
+    new: bool  # the base has none of this name and shape
+    copied: bool = False  # a copy of the resized base, not a trained module
 
 
 class Joined:
-    """The layers that an adapter lays over a checkpoint's sites, and what was refused."""
+    """What one adapter lays over a checkpoint, and what was refused.
 
-    def __init__(self, base: Checkpoint, adapter: Adapter, weight: float) -> None:
-        self.base, self.adapter, self.weight = base, adapter, weight
-        self.known = {site.name: site for site in base.sites()}
-        self.layers: dict[str, tuple[Site, Layer]] = {}
+    `layers` are by tensor, each with its site; `wholes` are tensors that take the place of others: trained
+    modules, and an embedding that has grown; `added` are those that the base lacks.
+    """
+
+    def __init__(self, base: Checkpoint, given: Weighted, index: int, ops: Mapping[str, str]) -> None:
+        self.base, self.adapter, self.weight, self.index = base, given.adapter, given.weight, index
+        self.tying = tying_of(base)
         self.refusals: list[InputError] = []
-        names = {name for name, site in self.known.items() if "weight" in site.tensors}
-        self.renamed = renaming(list(adapter.sites), names) or {name: name for name in adapter.sites}
-        for name in sorted(adapter.sites):
+        self.layers: dict[str, tuple[Site, Layer]] = {}
+        self.wholes: dict[str, Whole] = {}
+        known = {site.name: site for site in base.sites() if "weight" in site.tensors}
+        if self.tying is not None and self.tying.separable:
+            known[self.tying.head.name] = self.tying.head
+        self.prefix = prefix_between(list(given.adapter.sites), known) or Prefix()
+        self._copies()
+        self._saved()
+        self.known = {name: self._as_grown(site) for name, site in known.items()}
+        self._sites(ops)
+
+    @property
+    def heads(self) -> list[str]:
+        """The tensors that only the adapter brings."""
+        return [name for name in self.wholes if self._info(name) is None]
+
+    def _sites(self, ops: Mapping[str, str]) -> None:
+        found = {name: self.known.get(self.prefix.of(name)) for name in self.adapter.sites}
+        choice = OpChoice(self.base, self.adapter, {name: one for name, one in found.items() if one is not None}, ops)
+        for name, there in sorted(found.items()):
             try:
-                site, layer = self._one(name)
+                if there is None:
+                    raise MatchError(self._absent(name))
+                site = there.with_op(choice.of(name))
+                self.layers[site.weight.name] = site, self._layer(name, site)
             except InputError as error:
                 self.refusals.append(error)
-            else:
-                self.layers[site.name] = site, layer
 
-    def _one(self, name: str) -> tuple[Site, Layer]:
-        site = self.known.get(self.renamed[name])
-        if site is None or "weight" not in site.tensors:
-            raise MatchError(self._absent(name))
-        method = self.adapter.config.method(name)
-        op = self._op(site, name)
-        params = self.adapter.sites[name]
-        site = site.with_op(op)
+    def _layer(self, name: str, site: Site) -> Layer:
+        method, params = self.adapter.config.method(name), self.adapter.sites[name]
         wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
         check_shapes(name, params, wanted, self.adapter.where)
-        if op.name == "embedding" and ties_head(self.base, site):
+        if site.acting.name == "embedding" and self.tying is None and ties_head(self.base, site.weight):
             raise MatchError(
                 f"{printable(name)}: this embedding is tied to the output head, which the checkpoint does not hold; "
                 "a merge would change both; save the base with tie_word_embeddings=false first"
             )
-        return site, Layer(method.weighted(self.weight), params)
+        return Layer(method.weighted(self.weight), params, self.index, name)
 
-    def _op(self, site: Site, name: str) -> Op:
-        hint = self.adapter.ops.get(name)
-        if len(site.weight.shape) != 2:
-            raise ShapeError(
-                f"{printable(name)}: its weight is {list(site.weight.shape)}; a matrix is wanted; "
-                "this kind of layer is not supported yet"
-            )
-        if hint is not None:
-            return OPS[hint]
-        fits = [OPS[key] for key in ("linear", "conv1d") if self._fits(site, name, OPS[key])]
-        if len(fits) < 2:
-            return fits[0] if fits else OPS["linear"]
-        return self._square(site, name)
+    def _copies(self) -> None:
+        """Copies of the base's own tensors: equal ones say nothing, grown ones take their place."""
+        for name, values in self.adapter.copies.items():
+            there = self._there(name)
+            info = self._info(there)
+            if info is not None and info.shape != tuple(values.shape) and _grown(info, values, self.base):
+                self.wholes[there] = Whole(info._replace(shape=tuple(values.shape)), values, True, copied=True)
+            elif info is None or (there in self.base.at and not _equal(self.base, info, values)):
+                self.refusals.append(self._unequal(name, info))
+            elif there not in self.base.at:
+                self.wholes[there] = Whole(info, values, True, copied=True)
 
-    def _square(self, site: Site, name: str) -> Op:
-        """The layout of a square weight, which no shape tells."""
-        family = self.base.config.get("model_type")
-        if family is not None:
-            transposed = family in CONV1D_FAMILIES and site.name.rpartition(".")[2] in CONV1D_NAMES
-            return OPS["conv1d" if transposed else "linear"]
-        told = OPS["conv1d" if getattr(self.adapter.config, "fan_in_fan_out", False) else "linear"]
-        for other, params in self.adapter.sites.items():
-            there = self.known.get(self.renamed[other])
-            shapes = {tuple(values.shape) for values in params.values()}
-            if there is not None and len(shapes) == 2 and not self._fits(there, other, told):
-                raise MatchError(
-                    f"{printable(name)}: its weight is square, fan_in_fan_out says {told.name}, and "
-                    f"{printable(other)} is not; put the model's config.json beside the weights"
+    def _saved(self) -> None:
+        for name, values in self.adapter.saved.items():
+            there = self._there(name)
+            info, shape = self._info(there), tuple(values.shape)
+            if info is None and not self._is_new(name):
+                self.refusals.append(self._lacking(name))
+            elif info is None:
+                self.wholes[there] = Whole(TensorInfo(there, values.dtype, shape), values, True)
+            elif info.shape == shape or _grown(info, values, self.base):
+                new = info.shape != shape or there not in self.base.at
+                self.wholes[there] = Whole(info._replace(shape=shape), values, new)
+            else:
+                self.refusals.append(
+                    ShapeError(
+                        f"{printable(self.adapter.where)}: {printable(name)} is {list(shape)}, the base's is "
+                        f"{list(info.shape)}; they must be equal; resize the base first"
+                    )
                 )
-        return told
 
-    def _fits(self, site: Site, name: str, op: Op) -> bool:
-        if "weight" not in site.tensors or len(site.weight.shape) != 2 or name in self.adapter.ops:
-            return name in self.adapter.ops
-        specs = self.adapter.config.method(name).tensors(site.with_op(op))
-        return all(tuple(self.adapter.sites[name][role].shape) == spec.shape for role, spec in specs.items())
+    def _there(self, name: str) -> str:
+        """A tensor's name as the base has it, or would have it."""
+        renamed = self.prefix.of(name)
+        return renamed if renamed in self.base.at else name
+
+    def _info(self, name: str) -> TensorInfo | None:
+        """Of the base's tensor, or of the head that is tied."""
+        if name in self.base.at:
+            return self.base.at[name][1].info
+        head = None if self.tying is None else self.tying.head.weight
+        return head if head is not None and head.name == name else None
+
+    def _is_new(self, name: str) -> bool:
+        """Does the tensor belong to a module of which the base has nothing, so that only the adapter brings it?"""
+        entries = suffix_hits(frozenset(self.adapter.config.modules_to_save or ()), name.rpartition(".")[0])
+        last = {part for entry in entries or _owners(self.adapter, name) for part in (entry.rpartition(".")[2],)}
+        return bool(last) and not any(last & set(info.name.split(".")) for info in self.base.tensors())
+
+    def _as_grown(self, site: Site) -> Site:
+        tied = self.tying is not None and site.weight.name not in self.base.at
+        whole = self.wholes.get(self.tying.embedding.name if self.tying and tied else site.weight.name)
+        if whole is None:
+            return site
+        return Site(site.name, {**site.tensors, "weight": whole.info._replace(name=site.weight.name)})
 
     def _absent(self, name: str) -> str:
         close = ", ".join(printable(other) for other in nearest(name, self.known))
@@ -100,58 +137,39 @@ class Joined:
             "is this the adapter's base? An absent output head is tied to the embedding"
         )
 
+    def _lacking(self, name: str) -> MatchError:
+        close = ", ".join(printable(other) for other in nearest(name, self.base.at))
+        return MatchError(
+            f"{printable(self.adapter.where)}: {printable(name)} of modules_to_save is not in the base; "
+            f"nearest there: {close}; save the base with that module first"
+        )
 
-def ties_head(base: Checkpoint, embedding: Site) -> bool:
-    """Whether the model has an output head, and no tensor for it is here: it is the embedding's."""
-    architecture = str((base.config.get("architectures") or ["ForCausalLM"])[0])
-    others = (info for info in base.tensors() if info.name != embedding.weight.name and not _in_layer(info.name))
-    return architecture.endswith(_TYING) and all(info.shape != embedding.weight.shape for info in others)
-
-
-def _in_layer(name: str) -> bool:
-    """Is it inside a numbered layer? No output head is, whatever its shape."""
-    return any(part.isdigit() for part in name.split("."))
-
-
-def refused_copies(base: Checkpoint, adapter: Adapter) -> Iterator[InputError]:
-    """For each copy of a base tensor in the adapter that is not equal to it."""
-    for name, values in adapter.copies.items():
-        if name not in base.at:
-            yield MatchError(f"{printable(adapter.where)}: it holds a copy of {printable(name)}, which the base lacks")
-            continue
-        info = base.at[name][1].info
-        site = Site(name, {"weight": info})
-        whole = base.load(site).tensors["weight"] if info.shape == tuple(values.shape) else None
-        if whole is None or not bool((whole == values.to(whole.dtype)).all()):
-            yield MatchError(
-                f"{printable(adapter.where)}: its copy of {printable(name)} is not equal to the base's; "
-                "it was trained or resized; name it in modules_to_save"
-            )
+    def _unequal(self, name: str, info: TensorInfo | None) -> MatchError:
+        where = printable(self.adapter.where)
+        if info is None:
+            return MatchError(f"{where}: it holds a copy of {printable(name)}, which the base lacks; is this its base?")
+        return MatchError(
+            f"{where}: its copy of {printable(name)} is not equal to the base's; "
+            "it was trained or resized; name it in modules_to_save"
+        )
 
 
-def replaced(base: Checkpoint, adapter: Adapter) -> tuple[list[tuple[Site, Tensor]], list[InputError]]:
-    """The base's tensors that `adapter.saved` takes the place of, and a refusal for each that has none."""
-    found: list[tuple[Site, Tensor]] = []
-    refusals: list[InputError] = []
-    known: Mapping[str, str] = renaming(list(adapter.saved), base.at.keys())
-    for name, values in adapter.saved.items():
-        there = known.get(name, name)
-        if there not in base.at:
-            close = ", ".join(printable(other) for other in nearest(name, chain(base.at)))
-            refusals.append(
-                MatchError(
-                    f"{printable(adapter.where)}: {printable(name)} of modules_to_save is not in the base; "
-                    f"nearest there: {close}; save the base with that module first"
-                )
-            )
-        elif base.at[there][1].info.shape != tuple(values.shape):
-            wanted = list(base.at[there][1].info.shape)
-            refusals.append(
-                ShapeError(
-                    f"{printable(adapter.where)}: {printable(name)} is {list(values.shape)}, the base's is {wanted}; "
-                    "they must be equal; resize the base first"
-                )
-            )
-        else:
-            found.append((Site(there, {"weight": base.at[there][1].info}), values))
-    return found, refusals
+def _owners(adapter: Adapter, name: str) -> Iterator[str]:
+    """The entries of modules_to_save that `name` lies in."""
+    entries = frozenset(adapter.config.modules_to_save or ())
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield from suffix_hits(entries, name)
+
+
+def _grown(info: TensorInfo, values: Tensor, base: Checkpoint) -> bool:
+    """Is it a tensor with a row for each token, that now has rows for other tokens too?"""
+    rows = info.name in vocabulary(base) or info.name not in base.at
+    return rows and values.dim() == len(info.shape) > 0 and tuple(values.shape[1:]) == info.shape[1:]
+
+
+def _equal(base: Checkpoint, info: TensorInfo, values: Tensor) -> bool:
+    if info.shape != tuple(values.shape):
+        return False
+    whole = base.load(Site(info.name, {"weight": info})).tensors["weight"]
+    return bool((whole == values.to(whole.dtype)).all())

@@ -41,7 +41,7 @@ class LiveRecorder:
     def __call__(self, tile: MergedTile) -> None:
         if tile.first:
             self.recorder = Recorder() if self.kind == "index" and tile.steps is not None else None
-        if self.recorder is not None and tile.steps is not None:
+        if self.recorder is not None and tile.steps is not None and tile.original is not None:
             self.recorder.add(tile.original, tile.merged, tile.steps)
         if tile.last:
             self._end(tile.change)
@@ -115,8 +115,8 @@ def _change(name: str, layer: Adapted) -> Change:
     site = live_site(name, layer.base_layer, layer.op)
     device = layer.base_weight.device
     layers = [
-        Layer(method, {role: values.to(device, copy=True) for role, values in params.items()})
-        for method, params in layer.layers()
+        Layer(one.method, {role: values.to(device, copy=True) for role, values in one.params.items()})
+        for one in layer.layers()
     ]
     return Change(site, site.weight.dtype, tuple(layers))
 

@@ -1,36 +1,45 @@
 """merge_checkpoint: adapters merged into a checkpoint, streaming, into a new folder."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from surgery.core.source import TILE_ELEMENTS, copy, default_workers
-from surgery.errors import printable
+from surgery.core.adapter import Weighted
+from surgery.core.names import prefix_between
+from surgery.errors import EnvironmentFault, InputError, UsageError, printable
 from surgery.hosts.checkpoint import INDEX, Checkpoint
-from surgery.hosts.shards import CheckpointSink
-from surgery.hosts.views import Merged, MergedTile, Watch
-from surgery.io.octets import Tally
+from surgery.hosts.layout import Layout, layout_like
+from surgery.hosts.reading import Reading
+from surgery.hosts.shards import FilePart
+from surgery.hosts.views import Merged, MergedTile
+from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
-from surgery.procedures.plan import Plan, Weighted, make_plan
-from surgery.procedures.receipt import Receipt
-from surgery.procedures.small_files import RECEIPT, SmallFiles, file_sha256, small_files, true_config
-from surgery.procedures.undo_record import UndoWriter
+from surgery.procedures.filling import Pace, fill
+from surgery.procedures.plan import Plan, Treatment, make_plan
+from surgery.procedures.receipt import Receipt, base_fingerprint
+from surgery.procedures.small_files import RECEIPT, SmallFiles, file_sha256, small_files
+from surgery.procedures.undo_record import FOLDER, UndoWriter
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a merge is made. `dtype` None keeps each tensor's own; only `dtype` affects the bytes."""
+    """How a merge is made. `treatment` and `max_shard_bytes` affect the bytes, `reversible` adds files.
 
+    `resume` false starts anew where a run was cut short, true asks that there be one to go on with.
+    """
+
+    treatment: Treatment = field(default_factory=Treatment)
+    max_shard_bytes: int | None = None  # None: files like the base's
     reversible: bool = False
-    dtype: torch.dtype | None = None
     overwrite: bool = False
-    tile_elements: int = TILE_ELEMENTS
-    workers: int = field(default_factory=default_workers)  # files at once
+    resume: bool | None = None
+    expect_base_sha256: str | None = None
+    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass(frozen=True)
@@ -53,59 +62,126 @@ class MergeReport:
 def merge_checkpoint(
     base: Checkpoint, adapters: Sequence[Weighted], out: Path, options: Options | None = None
 ) -> MergeReport:
-    """Merge `adapters` over `base` into the new folder `out`; complete, or nothing is left behind.
+    """Merge `adapters` over `base` into the new folder `out`; complete, or `out` stays as it is.
 
     Raises InputError for what cannot be merged, OutputExistsError, EnvironmentFault.
     """
     options = options or Options()
     refuse_overlap(out, [base.path, *(Path(one.adapter.where) for one in adapters)])
-    plan = make_plan(base, adapters, options.dtype)
+    plan = make_plan(base, adapters, options.treatment)
     plan.require()
-    with Staging(out, overwrite=options.overwrite) as staging, ExitStack() as stack:
-        receipt = Receipt(base, adapters, plan)
-        watches: list[Watch] = [receipt]
-        undo = stack.enter_context(UndoWriter(base, staging)) if options.reversible else None
-        watches += [undo] if undo is not None else []
-        read = base.tally()
-        changed = {c.site.weight.name: c.dtype for c in plan.changes if c.dtype != c.site.weight.dtype}
-        with CheckpointSink(base, staging, changed, tile_elements=options.tile_elements) as sink:
-            copy(Merged(base, plan.changes, _all(watches)), sink, options.workers)
-        base.check_unchanged()
-        index = sink.index()
-        if index is not None:
-            staging.write(INDEX, index)
-        files = _carry(base, adapters, options, staging)
+    layout = layout_like(base, plan.written(), options.max_shard_bytes)
+    key = _key(base, adapters, layout, options)
+    with Staging(out, overwrite=options.overwrite, key=key, resume=options.resume) as staging, ExitStack() as stack:
+        undo = stack.enter_context(UndoWriter(base, staging, layout)) if options.reversible else None
+        books = _Books(Receipt(base, adapters, plan), undo)
+        readings, written = fill(base, Merged(base, plan.changes, books), staging, layout, books, options.pace)
+        _check_base(base, adapters, readings, options)
+        files = _small_files(base, adapters, plan, layout, staging)
         if undo is not None:
-            changed_files = [INDEX] if base.index is not None and changed else []
-            changed_files += ["config.json"] if true_config(base, options.dtype) is not None else []
-            undo.finish(adapters, _originals(base, read, files), sorted({*files.displaced, *changed_files}))
-        told = receipt.finish(read, sink.tallies, files, options.dtype, options.reversible)
+            undo.finish(adapters, _originals(base, readings, files), files.displaced)
+        told = books.receipt.finish(readings, written, files, options.treatment, options.reversible)
         staging.write(RECEIPT, json_bytes(told))
+        _reopen(staging, layout)
     return MergeReport(out, plan, told)
 
 
-def _all(watches: Sequence[Watch]) -> Watch:
-    def watch(tile: MergedTile) -> None:
-        for one in watches:
-            one(tile)
+class _Books:
+    """All that is kept of a merge: the receipt, and the undo record if there is one."""
 
-    return watch
+    def __init__(self, receipt: Receipt, undo: UndoWriter | None) -> None:
+        self.receipt, self.undo = receipt, undo
+
+    def __call__(self, tile: MergedTile) -> None:
+        self.receipt(tile)
+        if self.undo is not None:
+            self.undo(tile)
+
+    def close(self, part: str) -> Mapping[str, str]:
+        one = None if self.undo is None else self.undo.close(part)
+        return {f"{FOLDER}/{one.name}": one.sha256} if one is not None and one.tensors else {}
+
+    def told(self, part: FilePart) -> Any:
+        largest = {name: value.hex() for name in part.order if (value := self.receipt.largest.get(name)) is not None}
+        return {"largest": largest, "undo": None if self.undo is None else self.undo.files[part.name].told()}
+
+    def take(self, part: str, told: Any) -> None:
+        self.receipt.largest |= {name: float.fromhex(value) for name, value in told["largest"].items()}
+        if self.undo is not None:
+            self.undo.files[part].take(told["undo"])
 
 
-def _carry(base: Checkpoint, adapters: Sequence[Weighted], options: Options, staging: Staging) -> SmallFiles:
-    """Write the small files."""
+def _key(base: Checkpoint, adapters: Sequence[Weighted], layout: Layout, options: Options) -> str:
+    """Stands for all that decides what is written, but for the base's data, which is hashed when a run goes on."""
+    decided = {
+        "surgery": version("model-surgery"),
+        "base": {file.path.name: hashlib.sha256(file.header.raw).hexdigest() for file in base.files},
+        "adapters": [[dict(one.sha256), weight.hex()] for one, weight in adapters],
+        "files": {file.name: hashlib.sha256(file.raw).hexdigest() for file in layout.files},
+        "treatment": options.treatment.to_json(),
+        "reversible": options.reversible,
+    }
+    return hashlib.sha256(json_bytes(decided)).hexdigest()
+
+
+def check_adapters(adapters: Sequence[Weighted], expected: str | Sequence[str] | None) -> None:
+    """InputError unless the adapters are the expected ones, in their order. UsageError for another number of them."""
+    if expected is None:
+        return
+    wanted = [expected] if isinstance(expected, str) else list(expected)
+    if len(wanted) != len(adapters):
+        raise UsageError(f"{len(wanted)} hashes are expected of {len(adapters)} adapters; give one for each")
+    for (adapter, _), digest in zip(adapters, wanted, strict=True):
+        if adapter.digest != digest.lower():
+            raise InputError(
+                f"{printable(adapter.where)}: its sha256 is {adapter.digest}, expected is {printable(digest)}; "
+                "is this the right adapter?"
+            )
+
+
+def _check_base(base: Checkpoint, adapters: Sequence[Weighted], readings: Sequence[Reading], options: Options) -> None:
+    """InputError if the base is not the expected one, or not the one that an adapter was trained on."""
+    wanted = options.expect_base_sha256
+    if wanted is not None and base_fingerprint(base, readings) != wanted.lower():
+        raise InputError(
+            f"{printable(base.path)}: its sha256 is {base_fingerprint(base, readings)}, expected is "
+            f"{printable(wanted)}; is this the right base?"
+        )
+    for adapter, _ in adapters:
+        prefix = prefix_between(list(adapter.trained_on), base.at) if adapter.trained_on else None
+        for name, (info, digest) in adapter.trained_on.items() if prefix else ():
+            there = base.at[prefix.of(name)][1].info if prefix else info
+            found = readings[base.file_of(there.name)].tensors.get(there.name)
+            if (there.dtype, there.shape) == (info.dtype, info.shape) and found not in (None, digest):
+                raise InputError(
+                    f"{printable(adapter.where)}: it was trained on another base: {printable(name)} had sha256 "
+                    f"{printable(digest)} there, and here {found}; name that base, or remove the adapter's {BASE_PRINT}"
+                )
+
+
+def _small_files(
+    base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, layout: Layout, staging: Staging
+) -> SmallFiles:
+    """Write what stands beside the weights."""
     files = small_files(base, [Path(one.adapter.where) for one in adapters])
-    config = true_config(base, options.dtype)
-    for name, path in files.carried.items():
-        if name == "config.json" and config is not None:
-            staging.write(name, config)
-        else:
-            staging.carry(path, name)
+    if plan.config is not None:
+        files.put("config.json", json_bytes(plan.config))
+    if layout.index is not None or base.index is not None:
+        files.put(INDEX, layout.index)
+    for name, source in files.contents.items():
+        files.sha256[name] = staging.write(name, source) if isinstance(source, bytes) else staging.carry(source, name)
     return files
 
 
-def _originals(base: Checkpoint, read: Sequence[Tally], files: SmallFiles) -> dict[str, str]:
+def _originals(base: Checkpoint, readings: Sequence[Reading], files: SmallFiles) -> dict[str, str]:
     """sha256 of each file of the base that an unmerge gives back."""
-    found = {base.written_name(file): tally.whole.hexdigest() for file, tally in zip(base.files, read, strict=True)}
-    kept = [name for name in files.carried if name not in files.added] + ([INDEX] if base.index else [])
-    return found | {name: file_sha256(base.folder / name) for name in kept}
+    found = {base.written_name(file): one.whole() for file, one in zip(base.files, readings, strict=True)}
+    return found | {name: file_sha256(base.folder / name) for name in files.originals}
+
+
+def _reopen(staging: Staging, layout: Layout) -> None:
+    """Read the headers and the index of what was written, as a loader will."""
+    with Checkpoint(staging.folder) as written:
+        found = [(file.path.name, file.header.raw) for file in written.files]
+    if sorted(found) != sorted((file.name, file.raw) for file in layout.files):
+        raise EnvironmentFault(f"{printable(staging.out)}: what was written reads back otherwise; see to the disk")

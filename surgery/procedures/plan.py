@@ -1,30 +1,38 @@
 """plan: what a merge would do to each weight of a checkpoint, and all that stands against it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from surgery.codecs.plain import PLAIN_DTYPES
-from surgery.core.adapter import Adapter
+from surgery.core.adapter import Adapter, Weighted
 from surgery.core.select import unmatched
-from surgery.core.site import Site
+from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS
-from surgery.errors import ConfigError, FormatError, InputError, MatchError, UsageError, printable
+from surgery.errors import InputError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import Change
-from surgery.procedures.join import Joined, refused_copies, replaced
+from surgery.procedures.draft import Draft
+from surgery.procedures.op_choice import LAYOUTS
+from surgery.procedures.true_config import true_config
 
 _RUNTIME_BYTES = 300_000_000  # Python and torch themselves
 _TILE_COPIES = 12  # float64 tensors of a tile's size alive at once
 
 
-class Weighted(NamedTuple):
-    """An adapter and how strongly it applies."""
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to a base besides laying adapters over it; all of it affects the bytes."""
 
-    adapter: Adapter
-    weight: float = 1.0
+    dtype: torch.dtype | None = None  # None keeps each tensor's own
+    tied: Literal["refuse", "untie"] = "refuse"  # where an adapter changes one of two tied tensors
+    ops: Mapping[str, str] = field(default_factory=dict)  # by the end of a site's name: linear or conv1d
+
+    def to_json(self) -> dict[str, Any]:
+        dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "tied": self.tied, "ops": dict(sorted(self.ops.items()))}
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class Plan:
     written_bytes: int
     peak_bytes: int  # an estimate of the resident memory
     undo_bytes: int  # an upper bound of what a reversible merge writes besides
+    config: Mapping[str, Any] | None = None  # what config.json has to say afterwards; None: what it says now
 
     @property
     def ok(self) -> bool:
@@ -51,12 +60,17 @@ class Plan:
             first = self.refusals[0]
             raise type(first)(f"{first}" + (f" (and {more} more; `surgery plan` lists all)" if more else ""))
 
+    def written(self) -> dict[str, TensorInfo]:
+        """The tensors that change, as they stand in the output."""
+        return {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in self.changes}
+
     def summary(self) -> str:
         """One line."""
         merged = sum(bool(change.layers) for change in self.changes)
         replaced = sum(change.saved is not None for change in self.changes)
+        touched = sum(not change.new for change in self.changes)
         return (
-            f"{merged} weights to merge, {replaced} to replace, {self.tensors - len(self.changes)} untouched, "
+            f"{merged} weights to merge, {replaced} to replace, {self.tensors - touched} untouched, "
             f"{len(self.refusals)} refused; {self.written_bytes / 1e6:.1f} MB to write, "
             f"about {self.peak_bytes / 1e6:.0f} MB of memory"
         )
@@ -89,24 +103,29 @@ def describe(change: Change) -> dict[str, Any]:
     }
 
 
-def make_plan(base: Checkpoint, adapters: Sequence[Weighted], dtype: torch.dtype | None = None) -> Plan:
-    """The plan of laying `adapters`, in this order, over `base`, all floats written in `dtype` if given."""
-    changes: dict[str, Change] = {}
-    refusals: list[InputError] = []
-    notes: list[str] = []
-    for adapter, weight in adapters:
-        refusals += _lay(base, adapter, weight, changes)
-        notes += _notes(adapter)
-    for name, change in changes.items():
-        if change.site.weight.dtype not in PLAIN_DTYPES:
-            held = str(change.site.weight.dtype).removeprefix("torch.")
-            refusals.append(
-                FormatError(f"{printable(name)}: held as {held}; plain floats are wanted; dequantize first")
-            )
-    if dtype is not None:
-        _cast_all(base, dtype, changes)
-    ordered = [changes[info.name] for info in base.tensors() if info.name in changes]
-    return _costed(base, adapters, ordered, refusals, notes)
+def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatment | None = None) -> Plan:
+    """The plan of laying `adapters`, in this order, over `base`."""
+    treatment = treatment or Treatment()
+    draft = Draft(base, treatment.ops)
+    for index, given in enumerate(adapters):
+        draft.lay(given, index)
+    draft.settle(treatment.tied)
+    if treatment.dtype is not None:
+        draft.cast(treatment.dtype)
+    config = true_config(base.config, treatment.dtype, draft.outcome())
+    return _costed(base, adapters, draft, config)
+
+
+def treatment(
+    dtype: str | torch.dtype | None = None, tied: str = "refuse", ops: Mapping[str, str] | None = None
+) -> Treatment:
+    """UsageError for a value that is none."""
+    if tied not in ("refuse", "untie"):
+        raise UsageError(f"tied is {printable(tied)!r}; refuse or untie is wanted")
+    for name, op in (ops or {}).items():
+        if op not in LAYOUTS:
+            raise UsageError(f"op of {printable(name)} is {printable(op)!r}; one of {', '.join(LAYOUTS)} is wanted")
+    return Treatment(check_dtype(dtype), "untie" if tied == "untie" else "refuse", dict(ops or {}))
 
 
 def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -117,34 +136,6 @@ def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in known:
         raise UsageError(f"dtype {printable(name)!r} is not known; one of {', '.join(known)} is wanted")
     return known[str(name)]
-
-
-def _lay(base: Checkpoint, adapter: Adapter, weight: float, changes: dict[str, Change]) -> list[InputError]:
-    """Add what one adapter changes; returns its refusals."""
-    joined = Joined(base, adapter, weight)
-    refusals = [*joined.refusals, *refused_copies(base, adapter)]
-    for site, layer in joined.layers.values():
-        name = site.weight.name
-        before = changes.get(name, Change(Site(name, {"weight": site.weight}, site.op), site.weight.dtype))
-        if before.saved is not None or before.site.op != site.op:
-            refusals.append(MatchError(f"{printable(name)}: two adapters treat it in ways that exclude each other"))
-        changes[name] = Change(before.site, before.dtype, (*before.layers, layer))
-    sites, missing = replaced(base, adapter)
-    if adapter.saved and weight != 1:
-        raise ConfigError(f"{printable(adapter.where)}: it replaces modules (modules_to_save); its weight must be 1")
-    for site, values in sites:
-        if site.name in changes:
-            refusals.append(MatchError(f"{printable(site.name)}: it would be replaced twice, or adapted and replaced"))
-        changes[site.name] = Change(site, site.weight.dtype, saved=values)
-    return refusals + missing
-
-
-def _cast_all(base: Checkpoint, dtype: torch.dtype, changes: dict[str, Change]) -> None:
-    for info in base.tensors():
-        if info.dtype in PLAIN_DTYPES:
-            before = changes.get(info.name, Change(Site(info.name, {"weight": info}), dtype))
-            if info.dtype != dtype or info.name in changes:
-                changes[info.name] = Change(before.site, dtype, before.layers, before.saved)
 
 
 def _notes(adapter: Adapter) -> list[str]:
@@ -159,26 +150,21 @@ def _notes(adapter: Adapter) -> list[str]:
     return notes
 
 
-def _costed(
-    base: Checkpoint,
-    adapters: Sequence[Weighted],
-    changes: Sequence[Change],
-    refusals: Sequence[InputError],
-    notes: Sequence[str],
-) -> Plan:
-    infos = list(base.tensors())
-    written = {change.site.weight.name: change for change in changes}
-    sizes = [info._replace(dtype=written[info.name].dtype if info.name in written else info.dtype) for info in infos]
-    tile = max((min(TILE_ELEMENTS, info.nbytes) for info in infos), default=0)
+def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config: Mapping[str, Any] | None) -> Plan:
+    infos, changes = {info.name: info for info in base.tensors()}, draft.ordered()
+    read_bytes = sum(info.nbytes for info in infos.values())
+    infos |= {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in changes}
+    tile = max((min(TILE_ELEMENTS, info.nbytes) for info in infos.values()), default=0)
     held = sum(v.nbytes for one in adapters for params in one.adapter.sites.values() for v in params.values())
     held += sum(v.nbytes for one in adapters for v in (*one.adapter.saved.values(), *one.adapter.copies.values()))
     return Plan(
         tuple(changes),
-        tuple(refusals),
-        tuple(notes),
-        tensors=len(infos),
-        read_bytes=sum(info.nbytes for info in infos),
-        written_bytes=sum(info.nbytes for info in sizes),
+        tuple(draft.refusals),
+        tuple(note for one in adapters for note in _notes(one.adapter)) + tuple(draft.notes),
+        tensors=sum(1 for _ in base.tensors()),
+        read_bytes=read_bytes,
+        written_bytes=sum(info.nbytes for info in infos.values()),
         peak_bytes=_RUNTIME_BYTES + held + 8 * _TILE_COPIES * tile,
         undo_bytes=held + sum(change.site.weight.nbytes for change in changes),
+        config=config,
     )

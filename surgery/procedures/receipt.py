@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
+from surgery.core.adapter import Weighted
 from surgery.core.arithmetic import largest_change
 from surgery.errors import FormatError, InputError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.views import MergedTile
-from surgery.io.octets import Tally
+from surgery.hosts.reading import Reading
+from surgery.hosts.shards import Written
+from surgery.hosts.views import Change, MergedTile
+from surgery.io.fingerprint import fingerprint
 from surgery.io.strict_json import read_json
-from surgery.procedures.plan import Plan, Weighted, describe
+from surgery.procedures.plan import Plan, Treatment, describe
 from surgery.procedures.small_files import RECEIPT, SmallFiles
 
 FORMAT = 1
@@ -29,41 +32,50 @@ class Receipt:
 
     def __call__(self, tile: MergedTile) -> None:
         name = tile.change.site.weight.name
-        self.largest[name] = max(largest_change(tile.merged, tile.original), self.largest.get(name, 0.0))
+        change = largest_change(tile.merged, torch.zeros(1) if tile.original is None else tile.original)
+        self.largest[name] = max(change, self.largest.get(name, 0.0))
 
     def finish(
         self,
-        read: Sequence[Tally],
-        written: Mapping[str, Tally],
+        readings: Sequence[Reading],
+        written: Mapping[str, Written],
         files: SmallFiles,
-        dtype: torch.dtype | None,
+        treatment: Treatment,
         reversible: bool,
     ) -> dict[str, Any]:
         """The receipt, from the hashes of all that was read and written."""
-        before = {name: digest for tally in read for name, digest in tally.tensors.items()}
-        after = {name: digest for tally in written.values() for name, digest in tally.tensors.items()}
-        changed = {}
-        for change in self.plan.changes:
-            name = change.site.weight.name
-            hashes = {"base_sha256": before[name], "sha256": after[name]}
-            changed[name] = {**describe(change), "largest_change": self.largest[name].hex(), **hashes}
-        base_files = {
-            self.base.written_name(f): t.whole.hexdigest() for f, t in zip(self.base.files, read, strict=True)
-        }
+        base_sha256 = base_fingerprint(self.base, readings)
+        before = {name: digest for one in readings for name, digest in one.tensors.items()}
+        after = {name: digest for one in written.values() for name, digest in one.tensors.items()}
+        changed = {one.site.weight.name: self._changed(one, before, after) for one in self.plan.changes}
+        named = zip(map(self.base.written_name, self.base.files), readings, strict=True)
         return {
             "format": FORMAT,
-            "base": {"files": base_files},
+            "base": {"files": {name: one.whole() for name, one in named}, "sha256": base_sha256},
             "adapters": [{"sha256": dict(one.sha256), "weight": weight.hex()} for one, weight in self.adapters],
-            "options": {"arithmetic": "exact", "dtype": None if dtype is None else str(dtype).removeprefix("torch.")},
+            "options": {"arithmetic": "exact", **treatment.to_json()},
             "changed": changed,
             "untouched": {name: digest for name, digest in after.items() if name not in changed},
-            "files": {name: tally.whole.hexdigest() for name, tally in written.items()},
-            "carried": sorted(files.carried),
+            "files": {name: one.sha256 for name, one in written.items()},
+            "carried": files.sha256,
             "left_out": files.left_out,
             "reversible": reversible,
             "notes": list(self.plan.notes),
             "tools": tools(),
         }
+
+    def _changed(self, change: Change, before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
+        name = change.site.weight.name
+        origin = None if change.origin is None else before[change.origin.weight.name]
+        hashes = {"base_sha256": origin, "sha256": after[name]}
+        return {**describe(change), "largest_change": self.largest.get(name, 0.0).hex(), **hashes}
+
+
+def base_fingerprint(base: Checkpoint, readings: Sequence[Reading]) -> str:
+    """The fingerprint of all its tensors: equal for any sharding."""
+    for reading in readings:
+        reading.complete()
+    return fingerprint((info, readings[base.file_of(info.name)].tensors[info.name]) for info in base.tensors())
 
 
 def tools() -> dict[str, str]:

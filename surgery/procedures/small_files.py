@@ -2,21 +2,17 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
 
 from surgery.errors import InputError, printable
 from surgery.hosts.checkpoint import INDEX, Checkpoint
-from surgery.io.strict_json import json_bytes
 
 RECEIPT = "surgery.receipt.json"
 
 # Weights in other formats, which a merge would leave stale.
 _STALE = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx"})
 _STALE_FOLDERS = frozenset({"onnx", "openvino", "coreml", "surgery.undo"})
-_STALE_NAMES = frozenset({RECEIPT, INDEX})
 
 # What an adapter folder brings, and what then wins over the base's.
 _TOKENIZER = (
@@ -29,37 +25,34 @@ _TOKENIZER = (
 )
 
 
-class SmallFiles(NamedTuple):
-    """By name within the output: where each carried file lies; and the names of those left out."""
+@dataclass
+class SmallFiles:
+    """What stands beside the weights of an output, by name: a file to copy, or the bytes themselves."""
 
-    carried: dict[str, Path]
-    left_out: list[str]
-    displaced: list[str]  # the base's, where the adapter's own takes its place
-    added: list[str]  # the adapter's, where the base has none
+    contents: dict[str, Path | bytes] = field(default_factory=dict)
+    originals: list[str] = field(default_factory=list)  # the base's own names
+    displaced: list[str] = field(default_factory=list)  # of these, those whose bytes are others now, or gone
+    left_out: list[str] = field(default_factory=list)
+    sha256: dict[str, str] = field(default_factory=dict)  # of what was written
+
+    def put(self, name: str, content: Path | bytes | None) -> None:
+        """Let `name` be this content, or nothing."""
+        before = self.contents.pop(name, None)
+        if content is not None:
+            self.contents[name] = content
+        same = isinstance(content, bytes) and isinstance(before, Path) and before.read_bytes() == content
+        if name in self.originals and not same:
+            self.displaced.append(name)
 
 
 def small_files(base: Checkpoint, adapters: Sequence[Path]) -> SmallFiles:
     """What stands beside the weights of `base`, overlaid by the tokenizers of `adapters`."""
-    found, left_out = _beside(base)
-    displaced: list[str] = []
-    added: list[str] = []
+    files = _beside(base)
     for folder in adapters:
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             if path.is_file() and path.name.startswith(_TOKENIZER):
-                (displaced if path.name in found else added).append(path.name)
-                found[path.name] = path
-    return SmallFiles(found, left_out, displaced, added)
-
-
-def true_config(base: Checkpoint, dtype: torch.dtype | None) -> bytes | None:
-    """config.json with the dtype that the weights have now; None where nothing changes."""
-    if dtype is None or not base.config:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    data = _with_dtype(base.config, name)
-    if isinstance(data.get("text_config"), dict):
-        data["text_config"] = _with_dtype(data["text_config"], name)
-    return json_bytes(data) if data != base.config else None
+                files.put(path.name, path)
+    return files
 
 
 def file_sha256(path: Path) -> str:
@@ -68,27 +61,29 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _beside(base: Checkpoint) -> tuple[dict[str, Path], list[str]]:
+def _beside(base: Checkpoint) -> SmallFiles:
     if not base.path.is_dir():
         config = base.folder / "config.json"
-        return ({"config.json": config} if config.is_file() else {}), []
+        return SmallFiles({"config.json": config}, ["config.json"]) if config.is_file() else SmallFiles()
     weights = {file.path.name for file in base.files}
-    found, left_out = {}, []
+    files = SmallFiles()
     for path in sorted(base.folder.rglob("*")):
         name = path.relative_to(base.folder)
         if path.is_symlink() and not path.exists():
             raise InputError(f"{printable(path)}: a link to nothing; was the model downloaded whole?")
         if not path.is_file() or any(part.startswith(".") for part in name.parts) or str(name) in weights:
             continue
-        stale = path.suffix in _STALE or name.parts[0] in _STALE_FOLDERS or name.as_posix() in _STALE_NAMES
-        stale = stale or path.name.endswith(".bin.index.json")
-        if not stale:
-            found[name.as_posix()] = path
-        elif name.as_posix() != INDEX:
-            left_out.append(name.as_posix())
-    return found, left_out
+        if _stale(name, base):
+            files.left_out.append(name.as_posix())
+        else:
+            files.contents[name.as_posix()] = path
+    files.originals = list(files.contents)
+    return files
 
 
-def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
-    told = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    return {**config, **dict.fromkeys(told, name)}
+def _stale(name: Path, base: Checkpoint) -> bool:
+    """Would it tell of other weights than those that are written?"""
+    if name.as_posix() == INDEX:
+        return base.index is None
+    stale = name.suffix in _STALE or name.parts[0] in _STALE_FOLDERS or name.as_posix() == RECEIPT
+    return stale or name.name.endswith(".bin.index.json")

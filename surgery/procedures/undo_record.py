@@ -13,28 +13,34 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from surgery.adapters.peft import adapter_bytes, read_adapter
+from surgery.core.adapter import Adapter, Layer, Weighted
+from surgery.core.site import Site, TensorInfo
 from surgery.core.undo import Recorder
 from surgery.errors import CheckError, FormatError, printable
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.layout import Layout, layout_of
 from surgery.hosts.views import Change, MergedTile, Undo
 from surgery.io.header import DTYPES, SPELLINGS
 from surgery.io.octets import tensor_from
 from surgery.io.staging import StagedFile, Staging
 from surgery.io.strict_json import json_bytes, read_json
-from surgery.procedures.plan import Weighted
+from surgery.ops import OPS
 from surgery.procedures.small_files import file_sha256
 
 FOLDER = "surgery.undo"
-FORMAT = 1
+FORMAT = 2
 
 
 class UndoWriter:
     """A watch of a merge, whose files may be merged at once. Use as a context; `finish` writes the record."""
 
-    def __init__(self, base: Checkpoint, staging: Staging) -> None:
+    def __init__(self, base: Checkpoint, staging: Staging, layout: Layout) -> None:
         self.base, self.staging = base, staging
-        self.files = [FileUndo(base, staging, index) for index in range(len(base.files))]
+        self.files = {file.name: FileUndo(base, staging, f"streams-{i}") for i, file in enumerate(layout.files)}
+        self.file_of = {info.name: file.name for file in layout.files for info in file.infos}
 
     def __enter__(self) -> "UndoWriter":
         return self
@@ -42,35 +48,34 @@ class UndoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self.files:
+        for file in self.files.values():
             file.context.__exit__(kind, value, trace)
 
     def __call__(self, tile: MergedTile) -> None:
-        self.files[self.base.file_of(tile.change.site.weight.name)](tile)
+        self.files[self.file_of[tile.change.site.weight.name]](tile)
+
+    def close(self, part: str) -> "FileUndo":
+        """What was recorded of one file, its streams on the disk."""
+        self.files[part].context.close()
+        return self.files[part]
 
     def finish(self, adapters: Sequence[Weighted], files: Mapping[str, str], displaced: Sequence[str]) -> None:
         """`files` are the originals' sha256 by name; `displaced` those whose bytes the merge changes."""
-        for file in self.files:
-            file.context.close()
         for name in displaced:
             self.staging.carry(self.base.folder / name, f"{FOLDER}/files/{name}")
         for index, (adapter, _) in enumerate(adapters):
-            tensors = {}
-            spelled = {(one.role, one.op): ending for ending, one in adapter.config.spellings.items()}
-            for site, params in adapter.sites.items():
-                for role, values in params.items():
-                    tensors[f"{site}.{spelled[role, adapter.ops.get(site)]}"] = values
-            self.staging.write(f"{FOLDER}/adapter-{index}.tensors", adapter_bytes(tensors))
+            self.staging.write(f"{FOLDER}/adapter-{index}.tensors", adapter_bytes(_spelled(adapter)))
             self.staging.write(f"{FOLDER}/adapter-{index}.json", json_bytes(adapter.config.to_json()))
-        headers = {self.base.written_name(f): base64.b64encode(f.header.raw).decode() for f in self.base.files}
+        named = [(self.base.written_name(file), file) for file in self.base.files]
         record = {
             "format": FORMAT,
             "weights": [weight.hex() for _, weight in adapters],
             "files": dict(files),
             "displaced": sorted(displaced),
-            "headers": headers,
-            "streams_sha256": {file.name: file.sha256.hexdigest() for file in self.files if file.tensors},
-            "tensors": {name: field for file in self.files for name, field in file.tensors.items()},
+            "headers": {name: base64.b64encode(file.header.raw).decode() for name, file in named},
+            "sizes": {name: file.state.st_size for name, file in named},
+            "streams_sha256": {one.name: one.sha256 for one in self.files.values() if one.tensors},
+            "tensors": {name: field for one in self.files.values() for name, field in one.tensors.items()},
         }
         self.staging.write(f"{FOLDER}/record.json", json_bytes(record))
 
@@ -78,36 +83,47 @@ class UndoWriter:
 class FileUndo:
     """What the merge of one file needs to be undone: its index streams, in a file of their own."""
 
-    def __init__(self, base: Checkpoint, staging: Staging, index: int) -> None:
-        self.base, self.staging, self.name = base, staging, f"streams-{index}"
+    def __init__(self, base: Checkpoint, staging: Staging, name: str) -> None:
+        self.base, self.staging, self.name = base, staging, name
         self.tensors: dict[str, dict[str, Any]] = {}
         self.recorder: Recorder | None = Recorder()
-        self.at, self.sha256 = 0, hashlib.sha256()
+        self.at, self.hash, self.sha256 = 0, hashlib.sha256(), ""
         self.context = ExitStack()
         self.file: StagedFile | None = None
 
     def __call__(self, tile: MergedTile) -> None:
-        if tile.steps is None:
+        if tile.steps is None or tile.original is None:
             self.recorder = None
         elif self.recorder is not None:
             self.recorder.add(tile.original, tile.merged, tile.steps)
         if tile.last:
-            self._end(tile.change)
+            if tile.change.site.weight.name in self.base.at:
+                self._end(tile.change)
             self.recorder = Recorder()
+
+    def told(self) -> dict[str, Any]:
+        """What a later run has to know of it."""
+        return {"sha256": self.sha256, "tensors": self.tensors}
+
+    def take(self, told: Mapping[str, Any]) -> None:
+        """It was recorded by an earlier run."""
+        self.sha256, self.tensors = told["sha256"], told["tensors"]
 
     def _end(self, change: Change) -> None:
         """Write the streams of a tensor, or the tensor where that is smaller or they do not fit."""
-        info = change.site.weight
+        index, entry = self.base.at[change.site.weight.name]
+        info = entry.info
         streams = self.recorder.streams() if self.recorder is not None and self.recorder.exact else None
         if self.file is None:
             self.file = self.context.enter_context(self.staging.file(f"{FOLDER}/{self.name}"))
         field: dict[str, Any] = {"dtype": SPELLINGS[info.dtype], "file": self.name}
         if streams is None or sum(map(len, streams.values())) >= info.nbytes:
             field["kept"] = [self.at, info.nbytes]
-            index, entry = self.base.at[info.name]
             for chunk in self.base.files[index].chunks(entry):
                 self._write(self.file, chunk)
         else:
+            field["op"] = None if change.site.op is None else change.site.op.name
+            field["layers"] = [[layer.adapter, layer.name] for layer in change.layers]
             field["streams"] = {}
             for bits, data in streams.items():
                 field["streams"][str(bits)] = [self.at, len(data)]
@@ -115,7 +131,8 @@ class FileUndo:
         self.tensors[info.name] = field
 
     def _write(self, file: StagedFile, data: memoryview) -> None:
-        self.sha256.update(data)
+        self.hash.update(data)
+        self.sha256 = self.hash.hexdigest()
         self.at += len(data)
         file.write(data)
 
@@ -144,8 +161,8 @@ class UndoRecord:
         self.files: dict[str, str] = dict(data["files"])
         self.displaced: list[str] = list(data["displaced"])
         self.headers = {name: base64.b64decode(raw) for name, raw in data["headers"].items()}
+        self.layout = layout_of(self.headers, data["sizes"])
         self.tensors: dict[str, dict[str, Any]] = data["tensors"]
-        self.dtypes = {name: DTYPES[field["dtype"]] for name, field in self.tensors.items()}
         self.streams_sha256: dict[str, str] = dict(data["streams_sha256"])
         streams = [*self.streams_sha256, *(field["file"] for field in self.tensors.values())]
         for name in (*self.files, *self.displaced, *self.headers, *streams):
@@ -161,13 +178,28 @@ class UndoRecord:
                     "bring back a copy of it"
                 )
 
-    def adapters(self) -> list[Weighted]:
-        """The adapters that were merged, in their order."""
-        found = []
+    def changes(self, merged: Checkpoint) -> list[Change]:
+        """What was merged into each tensor, in the order in which the originals are written."""
+        adapters = []
         for index, weight in enumerate(self.weights):
-            adapter = read_adapter(self.folder / f"adapter-{index}.tensors", f"adapter-{index}.json")
-            found.append(Weighted(adapter, weight))
-        return found
+            read = read_adapter(self.folder / f"adapter-{index}.tensors", f"adapter-{index}.json")
+            adapters.append(Weighted(read, weight))
+        try:
+            return [self._change(info, merged, adapters) for info in self.layout.infos() if info.name in self.tensors]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise FormatError(f"{printable(self.folder)}: record.json is damaged ({printable(error)})") from error
+
+    def _change(self, info: TensorInfo, merged: Checkpoint, adapters: Sequence[Weighted]) -> Change:
+        field = self.tensors[info.name]
+        there = merged.at[info.name][1].info if info.name in merged.at else None
+        op = OPS[field["op"]] if field.get("op") else None
+        layers = []
+        for index, name in field.get("layers", ()):
+            adapter, weight = adapters[index]
+            layers.append(Layer(adapter.config.method(name).weighted(weight), adapter.sites[name], index, name))
+        held = info if there is None else info._replace(dtype=there.dtype)
+        new = there is None or there.shape != info.shape
+        return Change(Site(info.name, {"weight": held}, op), info.dtype, tuple(layers), new=new)
 
     def undo(self, change: Change) -> Undo:
         """What the weight of `change` needs; read anew at each call."""
@@ -176,6 +208,8 @@ class UndoRecord:
         if "kept" in field:
             data = self._read(field["file"], field["kept"])
             return Undo(dtype, kept=tensor_from(data, dtype, change.site.weight.shape))
+        if "streams" not in field:
+            raise FormatError(f"{printable(self.folder)}: record.json tells nothing of how to bring back a tensor")
         streams = {int(bits): bytes(self._read(field["file"], span)) for bits, span in field["streams"].items()}
         return Undo(dtype, streams=streams)
 
@@ -183,3 +217,13 @@ class UndoRecord:
         with (self.folder / name).open("rb") as file:
             file.seek(span[0])
             return bytearray(file.read(span[1]))
+
+
+def _spelled(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors of its sites, as PEFT ends their names."""
+    found = {}
+    spelled = {(one.role, one.op): ending for ending, one in adapter.config.spellings.items()}
+    for site, params in adapter.sites.items():
+        for role, values in params.items():
+            found[f"{site}.{spelled[role, adapter.ops.get(site)]}"] = values
+    return found

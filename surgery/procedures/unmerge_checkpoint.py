@@ -1,20 +1,20 @@
 """unmerge_checkpoint: the original bytes out of a reversible merge, without the base at hand."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from surgery.core.site import Site
-from surgery.core.source import TILE_ELEMENTS, copy, default_workers
 from surgery.errors import CheckError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.shards import CheckpointSink
-from surgery.hosts.views import Change, Unmerged
-from surgery.io.octets import Tally
+from surgery.hosts.shards import FilePart
+from surgery.hosts.views import Unmerged
 from surgery.io.staging import Staging, refuse_overlap
-from surgery.procedures.plan import make_plan
+from surgery.io.strict_json import json_bytes
+from surgery.procedures.filling import Pace, fill
 from surgery.procedures.receipt import read_receipt
-from surgery.procedures.small_files import file_sha256
 from surgery.procedures.undo_record import FOLDER, UndoRecord
 
 
@@ -34,49 +34,42 @@ class UnmergeReport:
 
 
 def unmerge_checkpoint(
-    merged: Path, out: Path, *, overwrite: bool = False, tile_elements: int = TILE_ELEMENTS
+    merged: Path, out: Path, *, overwrite: bool = False, resume: bool | None = None, pace: Pace | None = None
 ) -> UnmergeReport:
     """Write the base of the merged folder `merged` to `out`.
 
-    CheckError, and nothing is left behind, if the merged files or the record are not what the merge wrote.
+    CheckError, and `out` stays as it is, if the merged files or the record are not what the merge wrote.
     """
     refuse_overlap(out, [merged])
     record, receipt = UndoRecord(merged), read_receipt(merged)
     record.check()
-    with Checkpoint(merged) as source, Staging(out, overwrite=overwrite) as staging:
-        changes = _changes(source, record)
-        read = source.tally()
-        with CheckpointSink(source, staging, record.dtypes, record.headers, tile_elements) as sink:
-            copy(Unmerged(source, changes, record.undo), sink, default_workers())
-        source.check_unchanged()
+    key = hashlib.sha256(json_bytes([version("model-surgery"), record.files, record.streams_sha256])).hexdigest()
+    with Checkpoint(merged) as source, Staging(out, overwrite=overwrite, key=key, resume=resume) as staging:
+        view = Unmerged(source, record.changes(source), record.undo)
+        readings, written = fill(source, view, staging, record.layout, _NoBooks(), pace or Pace())
         names = [file.path.name for file in source.files]
-        _compare("merged file", merged, dict(zip(names, map(_digest, read), strict=True)), receipt["files"])
-        found = {name: _digest(tally) for name, tally in sink.tallies.items()}
+        _compare("merged file", merged, {n: r.whole() for n, r in zip(names, readings, strict=True)}, receipt["files"])
+        found = {name: one.sha256 for name, one in written.items()}
         for name in record.files.keys() - found.keys():
             path = merged / FOLDER / "files" / name if name in record.displaced else merged / name
             if not path.is_file():
                 raise CheckError(f"{printable(path)}: it is missing; the original cannot be restored whole")
-            staging.carry(path, name)
-            found[name] = file_sha256(staging.folder / name)
+            found[name] = staging.carry(path, name)
         _compare("restored file", merged, found, record.files)
     return UnmergeReport(out, found)
 
 
-def _digest(tally: Tally) -> str:
-    return tally.whole.hexdigest()
+class _NoBooks:
+    """An unmerge keeps nothing but the files."""
 
+    def close(self, _: str) -> Mapping[str, str]:
+        return {}
 
-def _changes(source: Checkpoint, record: UndoRecord) -> list[Change]:
-    """The changes that were made, planned anew over the merged weights."""
-    plan = make_plan(source, record.adapters())
-    plan.require()
-    laid = {change.site.weight.name: change for change in plan.changes}
-    found = []
-    for info in source.tensors():
-        if info.name in record.tensors:
-            before = laid.get(info.name, Change(Site(info.name, {"weight": info}), info.dtype))
-            found.append(Change(before.site, record.dtypes[info.name], before.layers))
-    return found
+    def told(self, _: FilePart) -> Any:
+        return None
+
+    def take(self, _: str, __: Any) -> None:
+        pass
 
 
 def _compare(what: str, folder: Path, found: dict[str, str], wanted: dict[str, str]) -> None:

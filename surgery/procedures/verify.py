@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery.codecs.plain import PLAIN_DTYPES
+from surgery.core.adapter import Weighted
 from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
@@ -23,7 +24,7 @@ from surgery.errors import CheckError, InputError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import Change, Merged, elementwise
 from surgery.io.octets import Tally
-from surgery.procedures.plan import Weighted, make_plan
+from surgery.procedures.plan import make_plan
 from surgery.procedures.receipt import read_receipt
 
 GRADES = ("bits", "rounding", "untouched", "recorded", "different")

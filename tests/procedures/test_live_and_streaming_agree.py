@@ -13,9 +13,11 @@ from transformers import GPT2Config, GPT2Model
 
 import surgery
 from surgery.adapters.peft import read_adapter
+from surgery.core.adapter import Weighted
+from surgery.core.source import TILE_ELEMENTS
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.procedures.filling import Pace
 from surgery.procedures.merge_checkpoint import MergeReport, Options, merge_checkpoint
-from surgery.procedures.plan import Weighted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CONFIG = GPT2Config(
@@ -79,7 +81,8 @@ class Case:
     def streamed(self, base: Path, out: Path, **options: object) -> MergeReport:
         adapters = [Weighted(read_adapter(self.folder / f"adapter-{i}"), w) for i, w in enumerate(WEIGHTS)]
         with Checkpoint(base) as source:
-            return merge_checkpoint(source, adapters, out, Options(**options))
+            pace = Pace(tile_elements=options.pop("tile_elements", TILE_ELEMENTS))
+            return merge_checkpoint(source, adapters, out, Options(pace=pace, **options))
 
 
 @pytest.fixture(scope="module", params=[(kind, dtype) for kind in ("plain", "gpt2") for dtype in DTYPES], ids=str)
@@ -130,7 +133,7 @@ def test_float64_weights_show_no_order_of_summation(tmp_path: Path) -> None:
     adapter = read_adapter(write_adapter(tmp_path / "adapter", tensors, r=48, target_modules=["up"]))
     found = set()
     for tile_elements in (64, 64 * 7, 1 << 20):
-        out, options = tmp_path / str(tile_elements), Options(tile_elements=tile_elements)
+        out, options = tmp_path / str(tile_elements), Options(pace=Pace(tile_elements=tile_elements))
         with Checkpoint(base) as source:
             merge_checkpoint(source, [Weighted(adapter)], out, options)
         found.add(tensor_hashes(read_tensors(out))["up.weight"])

@@ -1,0 +1,31 @@
+"""Signals that end a command: the first lets it leave its files in order, a second one ends it at once."""
+
+import os
+import signal
+from types import FrameType
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):  # as KeyboardInterrupt is none of the errors
+    """A signal came; `exit_code` is 128 and its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+def listen() -> None:
+    """Raise Interrupted in the main thread at the first of these signals."""
+    for number in _ENDING:
+        signal.signal(number, _first)
+
+
+def _first(number: int, _: FrameType | None) -> None:
+    for ending in _ENDING:
+        signal.signal(ending, _second)
+    raise Interrupted(number)
+
+
+def _second(number: int, _: FrameType | None) -> None:
+    os._exit(128 + number)

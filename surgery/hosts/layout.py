@@ -1,0 +1,123 @@
+"""Layout: which tensors stand in which file of an output, in what order, and the headers and index that say so."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from surgery.core.site import TensorInfo
+from surgery.errors import UsageError, printable
+from surgery.hosts.checkpoint import INDEX, SINGLE, Checkpoint
+from surgery.io.header import encode_header, parse_header
+from surgery.io.strict_json import json_bytes
+
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*((?:[KMGT]i?)?B?)", re.IGNORECASE)
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{unit}{end}": 1000 ** (i + 1) for i, unit in enumerate("KMGT") for end in ("", "B")}
+_UNITS |= {f"{unit}I{end}": 1024 ** (i + 1) for i, unit in enumerate("KMGT") for end in ("", "B")}
+
+
+@dataclass(frozen=True)
+class OutFile:
+    """A file to write: its header's bytes, and its tensors in the order of theirs."""
+
+    name: str
+    raw: bytes
+    infos: tuple[TensorInfo, ...]
+
+    @cached_property
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.raw) + sum(info.nbytes for info in self.infos)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of an output, and its index if it has one."""
+
+    files: tuple[OutFile, ...]
+    index: bytes | None = None
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(file.size for file in self.files) + len(self.index or b"")
+
+    def infos(self) -> Iterator[TensorInfo]:
+        """All tensors, in the order of the files."""
+        for file in self.files:
+            yield from file.infos
+
+
+def layout_like(base: Checkpoint, written: Mapping[str, TensorInfo], max_shard_bytes: int | None = None) -> Layout:
+    """The base's files, with the tensors of `written` as they stand there; those the base lacks come last.
+
+    With `max_shard_bytes` the tensors go, in the same order, into new files of at most that size; a tensor
+    that is larger has a file for itself.
+    """
+    grouped = [[written.get(entry.info.name, entry.info) for entry in file.header.entries] for file in base.files]
+    grouped[-1] += [info for name, info in written.items() if name not in base.at]
+    if max_shard_bytes is None:
+        names = [base.written_name(file) for file in base.files]
+    else:
+        grouped = list(_packed((info for group in grouped for info in group), max_shard_bytes))
+        count = len(grouped)
+        names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
+    files = tuple(_file(base, name, infos) for name, infos in zip(names, grouped, strict=True))
+    return Layout(files, _index(base, files))
+
+
+def layout_of(headers: Mapping[str, bytes], sizes: Mapping[str, int]) -> Layout:
+    """Files of given headers, whose sizes are told apart. FormatError for a header that is none."""
+    files = []
+    for name, raw in headers.items():
+        infos = tuple(entry.info for entry in parse_header(raw, sizes[name], name).entries)
+        files.append(OutFile(name, raw, infos))
+    return Layout(tuple(files))
+
+
+def shard_bytes(size: int | str | None) -> int | None:
+    """`size` in bytes: a whole number, or one with a unit, such as "5GB" or "512MiB". UsageError for another."""
+    if size is None:
+        return None
+    found = _SIZE.fullmatch(str(size).strip())
+    count = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if count < 1:
+        raise UsageError(f"max_shard_size is {printable(size)!r}; a number of bytes is wanted, such as 5GB")
+    return count
+
+
+def _packed(infos: Iterable[TensorInfo], max_shard_bytes: int) -> Iterator[list[TensorInfo]]:
+    group: list[TensorInfo] = []
+    size = 0
+    for info in infos:
+        if group and size + info.nbytes > max_shard_bytes:
+            yield group
+            group, size = [], 0
+        group.append(info)
+        size += info.nbytes
+    yield group
+
+
+def _file(base: Checkpoint, name: str, infos: Sequence[TensorInfo]) -> OutFile:
+    """With the base's own header where that says the same."""
+    for file in base.files:
+        if base.written_name(file) == name and [entry.info for entry in file.header.entries] == list(infos):
+            return OutFile(name, file.header.raw, tuple(infos))
+    return OutFile(name, encode_header(infos, base.files[0].header.metadata), tuple(infos))
+
+
+def _index(base: Checkpoint, files: Sequence[OutFile]) -> bytes | None:
+    """With the base's own bytes where they say the same; None for a single file that had none."""
+    if base.index is None and len(files) == 1:
+        return None
+    weight_map = {info.name: file.name for file in files for info in file.infos}
+    told = base.index or {}
+    metadata = dict(told.get("metadata") or {})
+    size = sum(info.nbytes for file in files for info in file.infos)
+    same_size = size == sum(info.nbytes for info in base.tensors())
+    if base.index is not None and told["weight_map"] == weight_map and same_size:
+        return (base.folder / INDEX).read_bytes()
+    if len(files) == 1 and files[0].name == SINGLE:
+        return None
+    return json_bytes({**told, "metadata": {**metadata, "total_size": size}, "weight_map": weight_map})
