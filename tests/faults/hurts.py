@@ -36,7 +36,8 @@ class Hurt(NamedTuple):
     at: int = 0
     how: str = ""
     lasting: bool = False
-    limits: dict[str, int] = {}  # of the system, by name; a size of memory is beyond what the child has
+    limits: dict[str, int] = {}  # of the system, by name
+    memory_bytes: int = -1  # that are left, unless negative
     strace: str = ""  # what strace injects
     trace: str = ""  # the file that takes the calls, for a replay
     delay_s: float = 0.0
@@ -57,12 +58,10 @@ class Hurting:
             self._trace_removals()
         if "preadv" in hurt.names:
             os.preadv = self._read(os.preadv)
-        if "RLIMIT_AS" in hurt.limits:
-            memory.require_room_for_torch = lambda: None  # it is loaded here
         for name, value in hurt.limits.items():
             limit = getattr(resource, name)
-            beyond = _memory_bytes() if name == "RLIMIT_AS" else 0
-            resource.setrlimit(limit, (beyond + value, resource.getrlimit(limit)[1]))
+            resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+        self.ballast = _ballast(hurt.memory_bytes) if hurt.memory_bytes >= 0 else []
 
     def _strikes(self, name: str, where: str) -> bool:
         if name not in self.hurt.names:
@@ -150,7 +149,17 @@ def _error(name: str) -> OSError:
     return OSError(number, os.strerror(number))
 
 
-def _memory_bytes() -> int:
-    """Of address space."""
-    pages = Path("/proc/self/statm").read_text().split()[0]
-    return int(pages) * resource.getpagesize()
+def _ballast(left: int) -> list[bytearray]:
+    """All memory that this process may have, but for `left` bytes."""
+    memory.require_room_for_torch = lambda: None  # torch is loaded here, and its room is not free
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), resource.RLIM_INFINITY))
+    taken, size = [], 1 << 24
+    while size >= 1 << 12:
+        try:
+            taken.append(bytearray(size))
+        except MemoryError:
+            size //= 2
+    while left > 0 and taken:
+        left -= len(taken.pop())
+    return taken
