@@ -35,9 +35,16 @@ def main() -> None:
         folder = Path(name)
         make_base(folder / "base")
         make_adapter(folder / "adapter")
-        found = {kind: measured(kind, folder) for kind in ("copy", "surgery", "reversible", "unmerge", "peft")}
+        found = {
+            kind: measured(kind, folder) for kind in ("copy", "surgery", "reversible", "verify", "unmerge", "peft")
+        }
     theirs, peft_mb, _ = found["peft"]
-    names = {"surgery": "merge 1.1B bf16, streaming", "reversible": "the same, reversible", "unmerge": "unmerge it"}
+    names = {
+        "surgery": "merge 1.1B bf16, streaming",
+        "reversible": "the same, reversible",
+        "verify": "verify it",
+        "unmerge": "unmerge it",
+    }
     rows = [
         ["cp and sync of the base", f"{found['copy'][0]:.1f} s", "", "", ""],
         *([what, *figures(*found[kind][:2])] for kind, what in names.items()),
@@ -65,6 +72,7 @@ def alone(kind: str, folder: Path) -> None:
         "copy": copy_base,
         "surgery": merge,
         "reversible": merge_reversible,
+        "verify": verify,
         "unmerge": unmerge,
         "peft": merge_peft,
     }
@@ -97,6 +105,10 @@ def merge(folder: Path, out: str = "surgery", *options: str) -> float:
 
 def merge_reversible(folder: Path) -> float:
     return merge(folder, "reversible", "--reversible")
+
+
+def verify(folder: Path) -> float:
+    return command("verify", folder / "base", folder / "adapter", folder / "reversible")
 
 
 def unmerge(folder: Path) -> float:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.api import (
+        diff,
         disable_adapters,
         eject,
         enable_adapters,
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
         merge,
         merge_checkpoint,
         plan,
+        push_to_hub,
         save,
         set_adapter,
         unmerge,
@@ -36,9 +38,11 @@ if TYPE_CHECKING:
         ValueRangeError,
     )
     from surgery.methods.lora import LoraConfig
+    from surgery.procedures.diff import DiffReport
     from surgery.procedures.inspect import Inspection
     from surgery.procedures.merge_checkpoint import MergeReport
     from surgery.procedures.plan import Plan
+    from surgery.procedures.publish import PushReport
     from surgery.procedures.unmerge_checkpoint import UnmergeReport
     from surgery.procedures.verify import VerifyReport
 
@@ -46,6 +50,7 @@ _HOMES = {
     "AdapterConfig": "core.config",
     "CheckError": "errors",
     "ConfigError": "errors",
+    "DiffReport": "procedures.diff",
     "EnvironmentFault": "errors",
     "FormatError": "errors",
     "InputError": "errors",
@@ -55,6 +60,7 @@ _HOMES = {
     "MergeReport": "procedures.merge_checkpoint",
     "OutputExistsError": "errors",
     "Plan": "procedures.plan",
+    "PushReport": "procedures.publish",
     "ShapeError": "errors",
     "StateError": "errors",
     "SurgeryError": "errors",
@@ -68,6 +74,7 @@ __all__ = [
     "AdapterConfig",
     "CheckError",
     "ConfigError",
+    "DiffReport",
     "EnvironmentFault",
     "FormatError",
     "InputError",
@@ -77,6 +84,7 @@ __all__ = [
     "MergeReport",
     "OutputExistsError",
     "Plan",
+    "PushReport",
     "ShapeError",
     "StateError",
     "SurgeryError",
@@ -84,6 +92,7 @@ __all__ = [
     "UsageError",
     "ValueRangeError",
     "VerifyReport",
+    "diff",
     "disable_adapters",
     "eject",
     "enable_adapters",
@@ -93,6 +102,7 @@ __all__ = [
     "merge",
     "merge_checkpoint",
     "plan",
+    "push_to_hub",
     "save",
     "set_adapter",
     "unmerge",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from os import PathLike
 from pathlib import Path
@@ -17,9 +18,10 @@ from surgery.errors import ConfigError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import shard_bytes
 from surgery.integrations.transformers import output_heads
-from surgery.io.hub import locate
+from surgery.io.hub import locate, located
 from surgery.io.strict_json import read_json
-from surgery.procedures import adapter_files, switch
+from surgery.procedures import adapter_files, publish, switch
+from surgery.procedures import diff as differing
 from surgery.procedures import inject as injection
 from surgery.procedures import inspect as inspection
 from surgery.procedures import merge as live
@@ -102,14 +104,18 @@ def eject(model: Model, *, keep_merged: bool = False) -> Model:
     return model
 
 
-def inspect(model: nn.Module | Where) -> inspection.Inspection:
+def inspect(model: nn.Module | Where, *, sha256: bool = False) -> inspection.Inspection:
     """The sites of a model, in memory or from the headers of its files, or the tensors of an adapter.
+
+    `sha256` asks for the hash that `expect_base_sha256` takes, for which all of the model's files are read.
 
     >>> import surgery, torch
     >>> [(row.name, row.op, row.shape) for row in surgery.inspect(torch.nn.Sequential(torch.nn.Linear(4, 2))).rows]
     [('0', 'linear', (2, 4))]
     """
-    return inspection.inspect_model(model) if isinstance(model, nn.Module) else inspection.inspect(locate(model))
+    if isinstance(model, nn.Module):
+        return inspection.inspect_model(model)
+    return inspection.inspect(locate(model), sha256)
 
 
 def plan(
@@ -121,7 +127,7 @@ def plan(
     ops: Mapping[str, str] | None = None,
 ) -> planning.Plan:
     """What a merge with these options would do, and all that stands against it. Writes nothing."""
-    with Checkpoint(locate(base)) as source:
+    with _checkpoint(base) as source:
         return planning.make_plan(source, _weighted(adapters), planning.treatment(dtype, tied, ops))
 
 
@@ -140,6 +146,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     expect_base_sha256: str | None = None,
     expect_adapter_sha256: str | Sequence[str] | None = None,
     progress: OnProgress | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> merging.MergeReport:
     """Merge adapters over `base` into the new folder `out`, streaming; complete, or `out` stays as it is.
 
@@ -148,7 +156,12 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     is "linear" or "conv1d"; `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
     A run that was cut short is gone on with, unless `resume` is false. `progress` is called with a Progress as
     bytes are written, one call at a time. The expected hashes are those that the receipt and `inspect` tell.
+    `push_to_hub` names a repository that OUT is then uploaded to, as the function of that name does.
     """
+    if push_to_hub is not None:
+        publish.check_hub_id(push_to_hub)
+    elif private:
+        raise UsageError("private: there is nothing to be private; push_to_hub names a repository")
     found = _weighted(adapters)
     merging.check_adapters(found, expect_adapter_sha256)
     options = merging.Options(
@@ -160,8 +173,22 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         expect_base_sha256=expect_base_sha256,
         pace=Pace(progress=progress),
     )
-    with Checkpoint(locate(base)) as source:
-        return merging.merge_checkpoint(source, found, Path(out), options)
+    with _checkpoint(base) as source:
+        report = merging.merge_checkpoint(source, found, Path(out), options)
+    if push_to_hub is None:
+        return report
+    pushed = publish.push_merged(report.out, push_to_hub, private=private)
+    return replace(report, pushed=f"{pushed.hub_id}@{pushed.commit}")
+
+
+def push_to_hub(out: Where, repo: str, *, private: bool = False) -> publish.PushReport:
+    """Upload a merged folder as one commit of `repo` ("owner/name") on the Hub, with a model card.
+
+    The repository is made if there is none. Afterwards the hashes that the Hub states are compared with those of
+    `out`, which stays as it is. Raises InputError for what the Hub refuses, CheckError if `out` is not what its
+    receipt says, EnvironmentFault for the network. On the command line: `surgery push OUT REPO`.
+    """
+    return publish.push_to_hub(Path(out), repo, private=private)
 
 
 def unmerge_checkpoint(
@@ -178,17 +205,38 @@ def unmerge_checkpoint(
 
 
 def verify_checkpoint(
-    base: Where, adapters: Adapters | None = None, out: Where | None = None
+    base: Where, adapters: Adapters | None = None, out: Where | None = None, *, ops: Mapping[str, str] | None = None
 ) -> verifying.VerifyReport:
     """Grade each tensor of `out` against `adapters` merged over `base`, whichever tool made it.
 
     With one argument, a merged folder, check its files against its receipt. `report.ok` is false where
-    anything is different. Raises InputError for what cannot be read, or has no receipt.
+    anything is different. `ops` as in `merge_checkpoint`. Raises InputError for what cannot be read, or has no receipt.
     """
     if out is None or adapters is None:
         return verifying.verify_receipt(locate(base))
-    with Checkpoint(locate(base)) as source, Checkpoint(locate(out)) as found:
-        return verifying.verify_checkpoint(source, _weighted(adapters), found)
+    with _checkpoint(base) as source, Checkpoint(locate(out)) as found:
+        return verifying.verify_checkpoint(source, _weighted(adapters), found, ops)
+
+
+def diff(a: Where, b: Where) -> differing.DiffReport:
+    """What differs between two checkpoints, however each is cut into files; streaming.
+
+    Of each tensor: absent, another shape or dtype, or other values, with their number, the largest absolute
+    difference, the largest in ulps (of the dtype with fewer digits), ||a||, ||a - b|| and their ratio. What is
+    no float64, float32, bfloat16 or float16 is compared by its bytes. Of config.json, the keys that differ.
+
+    >>> import surgery, tempfile, torch
+    >>> from safetensors.torch import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     a, b = f"{folder}/a.safetensors", f"{folder}/b.safetensors"
+    ...     save_file({"weight": torch.ones(4)}, a)
+    ...     save_file({"weight": torch.tensor([1.0, 1.0, 1.0, 1.5])}, b)
+    ...     report = surgery.diff(a, b)
+    >>> report.tensors["weight"].difference.max_abs_error
+    0.5
+    """
+    with Checkpoint(locate(a)) as one, Checkpoint(locate(b)) as other:
+        return differing.diff(one, other)
 
 
 def _config(value: object) -> AdapterConfig:
@@ -216,5 +264,15 @@ def _weighted(adapters: Adapters) -> list[Weighted]:
         where, weight = one if isinstance(one, tuple) else (one, 1.0)
         if not isinstance(weight, int | float) or not math.isfinite(weight):
             raise UsageError(f"{printable(where)}: its weight is {printable(weight)}; a finite number is wanted")
-        found.append(Weighted(read_adapter(locate(where)), float(weight)))
+        place = located(where)
+        adapter = replace(read_adapter(place.path), hub_id=place.hub_id, commit=place.commit)
+        found.append(Weighted(adapter, float(weight)))
+    return found
+
+
+def _checkpoint(where: Where) -> Checkpoint:
+    """Open, with what is known of where it came from."""
+    place = located(where)
+    found = Checkpoint(place.path)
+    found.hub_id, found.commit = place.hub_id, place.commit
     return found

@@ -9,10 +9,12 @@ from typing import Any
 import click
 
 from surgery.cli.demo import demo
+from surgery.cli.diff import diff
 from surgery.cli.inspect import inspect
 from surgery.cli.interrupts import Interrupted, listen
 from surgery.cli.merge import merge
 from surgery.cli.plan import plan
+from surgery.cli.push import push
 from surgery.cli.unmerge import unmerge
 from surgery.cli.verify import verify
 from surgery.errors import EnvironmentFault, SurgeryError, UsageError, printable
@@ -44,7 +46,7 @@ def surgery(debug: bool) -> None:
     keep_freed_memory()
 
 
-for command in (inspect, plan, merge, verify, unmerge, demo):
+for command in (inspect, plan, merge, verify, unmerge, diff, push, demo):
     surgery.add_command(command)
 
 

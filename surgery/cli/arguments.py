@@ -1,23 +1,36 @@
-"""What commands share: how adapters are spelled, and how a report is shown."""
+"""What commands share: how adapters are spelled, and how a report is shown and written."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+if TYPE_CHECKING:
+    from surgery.procedures.report import CaseReport, Report
 
-class Report(Protocol):
-    """What api functions return."""
 
-    def summary(self) -> str: ...
+def _known_endings(context: click.Context, option: click.Parameter, paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    from surgery.procedures.report import ENDINGS
 
-    def to_json(self) -> dict[str, Any]: ...
+    for path in paths:
+        if path.suffix.lower() not in ENDINGS:
+            raise click.BadParameter(f"{path}: the ending must be one of {', '.join(ENDINGS)}", context, option)
+    return paths
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+reports = click.option(
+    "--report",
+    "reports",
+    metavar="FILE.(json|md|xml)",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    callback=_known_endings,
+    help="Write the report to this file too, as JSON, Markdown or JUnit XML; may be repeated.",
+)
 overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 resume = click.option(
     "--resume/--no-resume",
@@ -61,14 +74,28 @@ def ops_of(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def show(report: Report, as_json: bool, rows: Sequence[Sequence[str]] = (), header: Sequence[str] = ()) -> None:
+def show(report: "Report", as_json: bool, rows: Sequence[Sequence[str]] = (), header: Sequence[str] = ()) -> None:
     """The report as JSON, or its rows as a table with the summary below."""
     if as_json:
-        click.echo(json.dumps(report.to_json(), indent=2, sort_keys=True))
+        from surgery.procedures.report import as_json as text
+
+        click.echo(text(report), nl=False)
         return
     if rows:
         _table(rows, header)
     click.echo(report.summary())
+
+
+def conclude(report: "CaseReport", as_json: bool, reports: Sequence[Path]) -> None:
+    """Show the report with its listed cases, and write it to files, each as its ending says."""
+    from surgery.errors import printable
+    from surgery.io.staging import write_file
+    from surgery.procedures.report import ENDINGS
+
+    rows = [(printable(case.name), case.verdict, *case.cells) for case in report.cases() if case.listed]
+    show(report, as_json, rows, report.columns)
+    for path in reports:
+        write_file(path, ENDINGS[path.suffix.lower()](report).encode())
 
 
 def _weighted(argument: str) -> tuple[str, float]:

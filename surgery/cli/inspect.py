@@ -7,16 +7,20 @@ from surgery.cli.arguments import as_json, show
 
 @click.command()
 @click.argument("path")
+@click.option("--sha256", is_flag=True, help="Print the hash alone that `surgery merge --expect-...` takes.")
 @as_json
-def inspect(path: str, as_json: bool) -> None:
+def inspect(path: str, sha256: bool, as_json: bool) -> None:
     """List the sites of a model, or the tensors of an adapter: op, shape, dtype, size, tied.
 
-    Only headers of a model are read.
+    Only headers of a model are read, but for --sha256.
     """
     from surgery import api
     from surgery.errors import printable
 
-    report = api.inspect(path)
+    report = api.inspect(path, sha256=sha256)
+    if sha256 and not as_json:
+        click.echo(report.sha256)
+        return
     rows = [
         (printable(row.name), row.op, "x".join(map(str, row.shape)), row.dtype, f"{row.size_bytes:,}", row.tied)
         for row in report.rows

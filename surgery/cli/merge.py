@@ -4,6 +4,7 @@ import click
 
 from surgery.cli.arguments import adapters_of, as_json, dtype, ops, ops_of, overwrite, resume, show, tied
 from surgery.cli.progress import shown
+from surgery.cli.push import private
 
 
 @click.command()
@@ -24,6 +25,8 @@ from surgery.cli.progress import shown
 )
 @overwrite
 @resume
+@click.option("--push-to-hub", metavar="REPO", help="Then upload OUT to this repository on the Hub, as `surgery push`.")
+@private
 @as_json
 def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     base: str,
@@ -38,6 +41,8 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     expect_adapter_sha256: tuple[str, ...],
     overwrite: bool,
     resume: bool | None,
+    push_to_hub: str | None,
+    private: bool,
     as_json: bool,
 ) -> None:
     """Merge adapters into BASE, streaming, into the new folder OUT.
@@ -61,6 +66,8 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
             expect_adapter_sha256=expect_adapter_sha256 or None,
             overwrite=overwrite,
             resume=resume,
+            push_to_hub=push_to_hub,
+            private=private,
             progress=progress,
         )
     show(report, as_json)

@@ -1,34 +1,40 @@
 """surgery verify OUT, or surgery verify BASE ADAPTER... OUT."""
 
+from pathlib import Path
+
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, show
+from surgery.cli.arguments import adapters_of, as_json, conclude, ops, ops_of, reports
 
 
 @click.command()
 @click.argument("paths", metavar="[BASE ADAPTER[=WEIGHT]...] OUT", nargs=-1, required=True)
 @click.option("--base", help="The base of OUT, where OUT is the only argument.")
 @click.option("--adapter", "adapters", multiple=True, help="An adapter of OUT, ADAPTER[=WEIGHT]; may be repeated.")
+@ops
 @as_json
-def verify(paths: tuple[str, ...], base: str | None, adapters: tuple[str, ...], as_json: bool) -> None:
+@reports
+def verify(  # noqa: PLR0913, PLR0917  # one argument an option
+    paths: tuple[str, ...],
+    base: str | None,
+    adapters: tuple[str, ...],
+    ops: tuple[str, ...],
+    as_json: bool,
+    reports: tuple[Path, ...],
+) -> None:
     """Grade every tensor of OUT: bits, rounding, or different. Exit code 4 if any is different.
 
     With base and adapters the merge is derived anew, whichever tool made OUT. With OUT alone its files are
     checked against its receipt.
     """
     from surgery import api
-    from surgery.errors import printable
 
     if len(paths) == 2 or (len(paths) > 2 and (base or adapters)) or bool(base) != bool(adapters):
         raise click.UsageError("name OUT; or OUT with --base and --adapter; or BASE ADAPTER... OUT")
     if len(paths) > 2:
         base, adapters = paths[0], paths[1:-1]
     out = paths[-1]
-    report = api.verify_checkpoint(base, adapters_of(adapters), out) if base else api.verify_checkpoint(out)
-    rows = [
-        (printable(name), one.grade, f"{one.max_abs_error:.3g}", one.why)
-        for name, one in report.tensors.items()
-        if one.grade in ("rounding", "different")
-    ]
-    show(report, as_json, rows, ("tensor", "grade", "max abs error", "why"))
+    given = (base, adapters_of(adapters), out) if base else (out,)
+    report = api.verify_checkpoint(*given, ops=ops_of(ops))
+    conclude(report, as_json, reports)
     report.require()

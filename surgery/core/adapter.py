@@ -39,6 +39,8 @@ class Adapter:
     ops: Mapping[str, str] = field(default_factory=dict)  # by site, where the spelling of its tensors tells
     where: str = "adapter"
     sha256: Mapping[str, str] = field(default_factory=dict)  # by tensor, as the file spells it, and by file
+    hub_id: str | None = None  # the repository of the Hub that it came from, and the commit
+    commit: str | None = None
     files: tuple[str, ...] = ()  # those of `sha256` that are files
     trained_on: Mapping[str, tuple[TensorInfo, str]] = field(default_factory=dict)  # base tensors, with their sha256
 

@@ -96,6 +96,16 @@ def _nudge(bits: Tensor, acc: Tensor, single: Tensor, where: Tensor) -> None:
     bits[where] += step.to(torch.int32)
 
 
+def tree_sum(values: Tensor) -> float:
+    """The sum of flat float64 values, by halves added elementwise: the same bits on any machine, by any threads."""
+    while values.numel() > 1:
+        half = values.numel() // 2
+        odd = values[2 * half :]
+        values = values[:half] + values[half : 2 * half]
+        values = torch.cat([values, odd]) if odd.numel() else values
+    return float(values.sum())
+
+
 def all_finite(values: Tensor) -> bool:
     """Is every element a number? One pass, without a mask."""
     if values.numel() == 0:

@@ -1,20 +1,15 @@
 """Source and sink, the two ends of every procedure, and the one function that joins them."""
 
-import mmap
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from threading import Event
 from typing import Protocol
 
-import torch
-
 from surgery.core.codec import Packed
 from surgery.core.site import Site
+from surgery.core.workers import single_threads, startable
 
 TILE_ELEMENTS = 1 << 18  # of a weight at a time: 2 MB of float64, which bounds the memory of every procedure
-_THREAD_BYTES = 144 << 20  # of address space: a stack, and what the C library sets aside for a thread
 
 
 class Source(Protocol):
@@ -60,12 +55,12 @@ def copy(source: Source, sink: Sink, workers: int = 1) -> None:
     More than one worker gives each a single thread of torch, for as long as it takes.
     """
     parts, stop = sink.parts(source.sites()), Event()
-    workers = min(workers, len(parts))
-    if workers < 2 or not _room_for_threads(workers):
+    workers = startable(min(workers, len(parts)))
+    if workers < 2:
         for part in parts:
             _fill(source, part, stop)
         return
-    with _single_threads(), ThreadPoolExecutor(workers) as pool:
+    with single_threads(), ThreadPoolExecutor(workers) as pool:
         running = [pool.submit(_fill, source, part, stop) for part in parts]
         try:
             done, _ = wait(running, return_when=FIRST_EXCEPTION)
@@ -73,12 +68,6 @@ def copy(source: Source, sink: Sink, workers: int = 1) -> None:
                 one.result()
         finally:
             stop.set()
-
-
-def default_workers() -> int:
-    """One more than the processors of this process, so that none idles; nine at most, for each takes memory."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 + min(8, here)
 
 
 def row_tiles(shape: tuple[int, ...], tile_elements: int) -> Iterator[slice]:
@@ -102,25 +91,3 @@ def _fill(source: Source, part: Part, stop: Event) -> None:
                 return
             part.store(site, source.load(site, rows), rows)
     part.close()
-
-
-def _room_for_threads(workers: int) -> bool:
-    """Is there address space for them? One that starts without dies unheard, and who started it waits for ever."""
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return True
-    try:  # taken and given back, never touched
-        mmap.mmap(-1, workers * _THREAD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0).close()
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def _single_threads() -> Iterator[None]:
-    """One thread of torch in each thread: more would wait for one another, and each result is the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

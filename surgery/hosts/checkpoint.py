@@ -38,6 +38,8 @@ class Checkpoint:
             self.close()
             raise
         self.readings: list[Reading] | None = None
+        self.hub_id: str | None = None  # the repository of the Hub that it came from, and the commit
+        self.commit: str | None = None
 
     def __enter__(self) -> "Checkpoint":
         return self

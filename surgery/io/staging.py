@@ -48,7 +48,9 @@ class Staging:
         try:
             with faults(self.out):
                 if os.path.lexists(self.folder) or os.path.lexists(self.aside):
-                    _sync_folder(self.out.parent)  # the names that a run cut short has changed: then remove what it left
+                    _sync_folder(
+                        self.out.parent
+                    )  # the names that a run cut short has changed: then remove what it left
                 self._put_back()
                 self._refuse_existing()  # anew: a run that held the lock may have just written it
                 self._begin()

@@ -44,6 +44,7 @@ class Adapted(nn.Module):
     fitted: dict[str, Fitted]
     active: tuple[str, ...] = ()
     enabled = True
+    hashed: Any = None  # sha256 of the base weight, and which state of its memory that is of
     merged: Any = None  # what undoes the merge, while the base weight holds the active adapters
     running: tuple[Fitted, ...] = ()
 

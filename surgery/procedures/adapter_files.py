@@ -13,12 +13,16 @@ from surgery.core.config import AdapterConfig
 from surgery.core.names import nearest, renaming
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.tree import State, adapted_layers, replaced_modules, state_of
+from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
+from surgery.io.octets import sha256_of
 from surgery.io.staging import write_file
 from surgery.io.strict_json import json_bytes
 from surgery.layers import Adapted
 from surgery.procedures.inject import Fitting, Tree, check_name, fit
+from surgery.procedures.merge import base_sha256
 
 DEFAULT = "default"
+_HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
 
 
 def save(root: nn.Module, folder: Path, adapters: Iterable[str] | None = None) -> None:
@@ -34,6 +38,7 @@ def save(root: nn.Module, folder: Path, adapters: Iterable[str] | None = None) -
         target = folder if adapter == DEFAULT else folder / adapter
         config = _resolved(root, state.configs[adapter], adapter)
         write_file(target / TENSORS, adapter_bytes(_tensors(root, adapter)))
+        write_file(target / BASE_PRINT, base_print_bytes(_base_print(root, adapter)))
         write_file(target / CONFIG, json_bytes(config.to_json()))
 
 
@@ -51,6 +56,7 @@ def load(root: nn.Module, path: Path, adapter_name: str = DEFAULT, trainable: bo
             "is this the adapter's base?"
         )
     _check_copies(tree, adapter)
+    _check_base(tree, adapter)
     sites = {}
     for name, params in adapter.sites.items():
         first = tree.first_name(names[name])
@@ -80,6 +86,34 @@ def _tensors(root: nn.Module, adapter: str) -> dict[str, Tensor]:
             for key, values in module.modules_to_save[adapter].state_dict().items():
                 found[f"{name}.{key}"] = values
     return found
+
+
+def _base_print(root: nn.Module, adapter: str) -> Hashed:
+    """The base's weights under the adapter, each with its sha256."""
+    layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
+    infos = {f"{name}.weight": layer.site.weight for name, layer in layers.items()}
+    hashes = map(base_sha256, layers.values())
+    return {
+        name: (info._replace(name=name), digest) for (name, info), digest in zip(infos.items(), hashes, strict=True)
+    }
+
+
+def _check_base(tree: Tree, adapter: Adapter) -> None:
+    """MatchError if the adapter was trained on another base. A few weights tell two bases apart, so few are hashed."""
+    weights = {f"{name}.weight": module for name, module in tree.modules.items()}
+    names = renaming(list(adapter.trained_on), weights.keys())
+    for name in list(names)[:: max(1, len(names) // _HASHED)]:
+        module, (info, digest) = weights[names[name]], adapter.trained_on[name]
+        held = module.base_layer if isinstance(module, Adapted) else module
+        weight = held._parameters.get("weight")
+        if weight is None or weight.is_meta or (weight.dtype, tuple(weight.shape)) != (info.dtype, info.shape):
+            continue
+        found = base_sha256(module) if isinstance(module, Adapted) else sha256_of(weight)
+        if found != digest:
+            raise MatchError(
+                f"{printable(adapter.where)}: it was trained on another base: {printable(name)} had sha256 "
+                f"{printable(digest)} there, and here {found}; load that base, or remove the adapter's {BASE_PRINT}"
+            )
 
 
 def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterConfig:

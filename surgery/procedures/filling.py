@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
-from surgery.core.source import TILE_ELEMENTS, Source, copy, default_workers
+from surgery.core.source import TILE_ELEMENTS, Source, copy
+from surgery.core.workers import default_workers
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout
 from surgery.hosts.reading import Reading

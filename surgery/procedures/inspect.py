@@ -13,6 +13,7 @@ from surgery.core.site import Site
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.model import model_sites
 from surgery.procedures.op_choice import CONV1D_FAMILIES, CONV1D_NAMES
+from surgery.procedures.receipt import base_fingerprint
 from surgery.procedures.tying import ties_head
 
 
@@ -34,6 +35,7 @@ class Inspection:
     kind: str
     rows: tuple[Row, ...]
     config: dict[str, Any]
+    sha256: str | None = None  # of a model only where it was asked for, since all of it is read
 
     def summary(self) -> str:
         """One line."""
@@ -42,7 +44,7 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**row._asdict(), "shape": list(row.shape)} for row in self.rows]
-        return {"kind": self.kind, "config": self.config, "rows": rows}
+        return {"kind": self.kind, "config": self.config, "rows": rows, "sha256": self.sha256}
 
 
 def inspect_model(root: nn.Module) -> Inspection:
@@ -51,13 +53,14 @@ def inspect_model(root: nn.Module) -> Inspection:
     return Inspection("model", tuple(rows), {})
 
 
-def inspect(path: Path) -> Inspection:
-    """InputError if neither a model nor an adapter lies at `path`."""
+def inspect(path: Path, sha256: bool = False) -> Inspection:
+    """InputError if neither a model nor an adapter lies at `path`. With `sha256` the whole model is read."""
     if (path / CONFIG).is_file() or path.name == TENSORS:
         adapter = read_adapter(path)
-        return Inspection("adapter", tuple(_adapter_rows(adapter)), adapter.config.to_json())
+        return Inspection("adapter", tuple(_adapter_rows(adapter)), adapter.config.to_json(), adapter.digest)
     with Checkpoint(path) as base:
-        return Inspection("model", tuple(_stored_row(base, site) for site in base.sites()), base.config)
+        rows = tuple(_stored_row(base, site) for site in base.sites())
+        return Inspection("model", rows, base.config, base_fingerprint(base, base.hash_reads()) if sha256 else None)
 
 
 def _adapter_rows(adapter: Adapter) -> Iterator[Row]:

@@ -104,6 +104,18 @@ def unmerge(root: nn.Module) -> None:
         layer.activate(layer.active, layer.enabled)
 
 
+def base_sha256(layer: Adapted) -> str:
+    """sha256 of the layer's base weight, without what is merged into it; kept until the weight is changed."""
+    if layer.merged is not None:
+        return _here(layer).original_sha256
+    weight = layer.base_weight
+    state = weight.data_ptr(), weight._version
+    if layer.hashed is None or layer.hashed[0] != state:
+        layer.__dict__["hashed"] = state, sha256_of(weight)
+    digest: str = layer.hashed[1]
+    return digest
+
+
 def refuse_merged(root: nn.Module, what: str) -> None:
     """StateError while adapters are merged."""
     if state_of(root) is not None and any(layer.merged is not None for layer in adapted_layers(root).values()):

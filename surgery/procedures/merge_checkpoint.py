@@ -49,14 +49,17 @@ class MergeReport:
     out: Path
     plan: Plan
     receipt: dict[str, Any]
+    pushed: str | None = None  # owner/name@commit on the Hub
 
     def summary(self) -> str:
         """One line."""
         merged, untouched = len(self.receipt["changed"]), len(self.receipt["untouched"])
-        return f"{printable(self.out)}: {merged} tensors changed, {untouched} carried as bytes"
+        return f"{printable(self.out)}: {merged} tensors changed, {untouched} carried as bytes" + (
+            f"; pushed as {self.pushed}" if self.pushed else ""
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return {"out": str(self.out), "receipt": self.receipt}
+        return {"out": str(self.out), "receipt": self.receipt} | ({"pushed": self.pushed} if self.pushed else {})
 
 
 def merge_checkpoint(

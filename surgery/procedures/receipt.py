@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from surgery.core.adapter import Weighted
+from surgery.core.adapter import Adapter, Weighted
 from surgery.core.arithmetic import largest_change
 from surgery.errors import FormatError, InputError, printable
 from surgery.hosts.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ from surgery.io.strict_json import read_json
 from surgery.procedures.plan import Plan, Treatment, describe
 from surgery.procedures.small_files import RECEIPT, SmallFiles
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Receipt:
@@ -51,8 +51,15 @@ class Receipt:
         named = zip(map(self.base.written_name, self.base.files), readings, strict=True)
         return {
             "format": FORMAT,
-            "base": {"files": {name: one.whole() for name, one in named}, "sha256": base_sha256},
-            "adapters": [{"sha256": dict(one.sha256), "weight": weight.hex()} for one, weight in self.adapters],
+            "base": {
+                **_origin(self.base),
+                "files": {name: one.whole() for name, one in named},
+                "fingerprint": base_sha256,
+            },
+            "adapters": [
+                {**_origin(one), "sha256": dict(one.sha256), "digest": one.digest, "weight": weight.hex()}
+                for one, weight in self.adapters
+            ],
             "options": {"arithmetic": "exact", **treatment.to_json()},
             "changed": changed,
             "untouched": {name: digest for name, digest in after.items() if name not in changed},
@@ -69,6 +76,11 @@ class Receipt:
         origin = None if change.origin is None else before[change.origin.weight.name]
         hashes = {"base_sha256": origin, "sha256": after[name]}
         return {**describe(change), "largest_change": self.largest.get(name, 0.0).hex(), **hashes}
+
+
+def _origin(one: Checkpoint | Adapter) -> dict[str, Any]:
+    """Repository and commit, of what came from the Hub."""
+    return {} if one.hub_id is None else {"hub_id": one.hub_id, "commit": one.commit}
 
 
 def base_fingerprint(base: Checkpoint, readings: Sequence[Reading]) -> str:
@@ -91,7 +103,7 @@ def read_receipt(folder: Path) -> dict[str, Any]:
             f"{printable(folder)}: no {RECEIPT} in it; give base and adapter too, and it is checked by deriving it anew"
         )
     receipt = read_json(path)
-    wanted = {"files": dict, "changed": dict, "untouched": dict}
+    wanted = {"files": dict, "changed": dict, "untouched": dict, "carried": dict}
     if receipt.get("format") != FORMAT or not all(isinstance(receipt.get(k), kind) for k, kind in wanted.items()):
         raise FormatError(f"{printable(path)}: not a receipt of format {FORMAT}; was it edited?")
     return receipt

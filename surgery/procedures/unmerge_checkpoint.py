@@ -51,7 +51,8 @@ def unmerge_checkpoint(
         _compare("merged file", merged, {n: r.whole() for n, r in zip(names, readings, strict=True)}, receipt["files"])
         found = {name: one.sha256 for name, one in written.items()}
         for name in record.files.keys() - found.keys():
-            path = merged / FOLDER / "files" / name if name in record.displaced else merged / name
+            kept = merged / FOLDER / "files" / name  # also what a push has put its model card in place of
+            path = kept if name in record.displaced or kept.is_file() else merged / name
             if not path.is_file():
                 raise CheckError(f"{printable(path)}: it is missing; the original cannot be restored whole")
             found[name] = staging.carry(path, name)

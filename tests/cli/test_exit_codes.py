@@ -25,6 +25,7 @@ FUNCTIONS = {
     "merge": ("merge_checkpoint", ["x", "y", "z"]),
     "verify": ("verify_checkpoint", ["x"]),
     "unmerge": ("unmerge_checkpoint", ["x", "y"]),
+    "diff": ("diff", ["x", "y"]),
 }
 HEAVY = {"torch", "numpy", "transformers", "huggingface_hub", "safetensors", "rich"}
 HELP = f"""
@@ -172,7 +173,7 @@ def test_a_hub_that_gives_nothing_is_told_by_its_cause(
     def download(*_: object, **__: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", download)
     assert told(run("inspect", "owner/name@main"), code).startswith("owner/name@main: ")
 
 

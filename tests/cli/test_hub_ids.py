@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoint_folders import factors, file_hashes, write_adapter
 
+RECEIPT = "surgery.receipt.json"
 REVISIONS = {"main": "a" * 40, "v1": "b" * 40}
 
 
@@ -58,7 +59,12 @@ def test_an_id_reads_as_the_folder_that_is_cached(cache: Path, base: Path, adapt
     by_id = surgery(cache, "merge", "owner/base", f"owner/adapter@{REVISIONS['v1']}=0.5", tmp_path / "by_id")
     by_path = surgery(cache, "merge", base, f"{adapter}=0.5", tmp_path / "by_path")
     assert (by_id.returncode, by_path.returncode) == (0, 0), by_id.stderr + by_path.stderr
-    assert file_hashes(tmp_path / "by_id") == file_hashes(tmp_path / "by_path") != {}
+    found = [file_hashes(tmp_path / name) for name in ("by_id", "by_path")]
+    assert found[0].pop(RECEIPT) != found[1].pop(RECEIPT)  # the one names repository and commit
+    assert found[0] == found[1] != {}
+    told = json.loads((tmp_path / "by_id" / RECEIPT).read_text())
+    assert (told["base"]["hub_id"], told["base"]["commit"]) == ("owner/base", REVISIONS["main"])
+    assert (told["adapters"][0]["hub_id"], told["adapters"][0]["commit"]) == ("owner/adapter", REVISIONS["v1"])
 
 
 @pytest.mark.parametrize("hub_id", ["owner/other", "owner/adapter", "owner/base@v2"])

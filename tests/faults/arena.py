@@ -14,7 +14,10 @@ from zygote import Outcome, Zygote
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
 COMMANDS = ("fresh", "overwrite", "reversible", "unmerge")
-FIRST_SOME = (*COMMANDS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS[2:]))
+POINTS = (  # at which a command is hurt: every so many of them
+    *(("fresh", 4), ("overwrite", 3)),
+    *(pytest.param(name, 1, marks=pytest.mark.slow) for name in COMMANDS),
+)
 LOCK, STAGING, OLD = ".out.surgery-lock", ".out.surgery-staging", ".out.surgery-old"
 
 Tree = dict[str, bytes]  # the files below a folder, by path

@@ -1,4 +1,4 @@
-"""A warmed-up process, an arena, and the tally: tests count into it, and a file named in the environment gets the sums."""
+"""A warmed-up process, an arena, and the tally: tests count, and a file named in the environment gets the sums."""
 
 import json
 import os

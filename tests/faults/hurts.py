@@ -36,7 +36,7 @@ class Hurt(NamedTuple):
     at: int = 0
     how: str = ""
     lasting: bool = False
-    limits: dict[str, int] = {}  # of the system, by name
+    limits: tuple[tuple[str, int], ...] = ()  # of the system, by name
     memory_bytes: int = -1  # that are left, unless negative
     strace: str = ""  # what strace injects
     trace: str = ""  # the file that takes the calls, for a replay
@@ -51,14 +51,14 @@ class Hurting:
         self.hurt, self.tell, self.calls, self.lock = hurt, tell, 0, RLock()
         if hurt.no_renameat2:
             disk._renameat2 = lambda *_: False
-        self.trace = Path(hurt.trace).open("ab", buffering=0) if hurt.trace else None
+        self.trace = os.open(hurt.trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if hurt.trace else None
         for name in disk_functions():
             setattr(disk, name, self._wrapped(name, getattr(disk, name)))
         if self.trace is not None:
             self._trace_removals()
         if "preadv" in hurt.names:
             os.preadv = self._read(os.preadv)
-        for name, value in hurt.limits.items():
+        for name, value in hurt.limits:
             limit = getattr(resource, name)
             resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
         self.ballast = _ballast(hurt.memory_bytes) if hurt.memory_bytes >= 0 else []
@@ -117,7 +117,7 @@ class Hurting:
         if self.trace is None or done is False:  # nothing was exchanged
             return
         more = (bytes(given[1][:done]),) if name == "write" else ()
-        self.trace.write(pickle.dumps((name, *where, *more)))
+        os.write(self.trace, pickle.dumps((name, *where, *more)))
 
     def _trace_removals(self) -> None:
         """Folders are removed by shutil, files that may be missing by pathlib."""
@@ -141,7 +141,7 @@ class Hurting:
 
 def _path(given: Path | int) -> str:
     """A path, of a descriptor too."""
-    return os.readlink(f"/proc/self/fd/{given}") if isinstance(given, int) else str(given)
+    return str(Path(f"/proc/self/fd/{given}").readlink() if isinstance(given, int) else given)
 
 
 def _error(name: str) -> OSError:

@@ -29,14 +29,12 @@ class File:
         """The bytes after a failure."""
         data = bytearray()
         for index, (at, change) in enumerate(self.changes):
-            if index >= self.certain and draw.random() >= luck:
-                if change is None or draw.random() < 0.5:
-                    continue
-                change = change[: draw.randrange(len(change))] if change else change  # torn
-            end = at + len(change) if change is not None else at
-            data.extend(bytes(max(0, end - len(data))))
-            if change is not None:
-                data[at:end] = change
+            kept = index < self.certain or draw.random() < luck
+            if not kept and (change is None or draw.random() < 0.5):
+                continue
+            there = (change or b"")[: None if kept else draw.randrange(len(change or b"-"))]  # or torn
+            data.extend(bytes(max(0, at + len(there) - len(data))))
+            data[at : at + len(there)] = there
         return bytes(data)
 
 
@@ -67,7 +65,7 @@ class Disk:
         getattr(self, f"_{name}")(*given)
 
     def survivors(self, draw: Random) -> Found:
-        """One state that the disk may be in after a failure now: of names and bytes alike, all, none or some survive."""
+        """One state that the disk may be in after a failure now: all, none or some of what is uncertain survive."""
         return self.top.survivor(draw, draw.choice((0.0, 0.1, 0.5, 0.9, 1.0)))
 
     def _make_folder(self, path: str) -> None:
@@ -159,7 +157,9 @@ def flat(found: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of folders in folders, by path."""
     files: dict[str, bytes] = {}
     for name, one in found.items():
-        files |= {name: one} if isinstance(one, bytes) else {f"{name}/{inner}": data for inner, data in flat(one).items()}
+        files |= (
+            {name: one} if isinstance(one, bytes) else {f"{name}/{inner}": data for inner, data in flat(one).items()}
+        )
     return files
 
 

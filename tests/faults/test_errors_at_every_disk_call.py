@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from arena import COMMANDS, FIRST_SOME, LOCK, OLD, STAGING, Arena, told
+from arena import COMMANDS, LOCK, OLD, POINTS, STAGING, Arena, told
 from hurts import HALF, NONE_WRITTEN, SHORT, Hurt, disk_functions
 
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EFBIG", "EROFS", "EACCES")
@@ -38,17 +38,17 @@ def may_stay(arena: Arena) -> set[str]:
     return {STAGING} if journal.is_file() and len(journal.read_bytes().splitlines()) > 1 else set()
 
 
-def at_every_call(arena: Arena, name: str, hurt: Hurt, errors: Sequence[str], least: int) -> None:
-    """Each call in turn is refused, for each reason in turn where there is only one run a call."""
-    at = 1
+def at_every_call(arena: Arena, name: str, hurt: Hurt, errors: Sequence[str], least: int, every: int = 1) -> None:
+    """Each call, or every so many, is refused; the reasons come in turn, where there is one run a call."""
+    at = every
     while refused(arena, name, hurt._replace(at=at, how=errors[at % len(errors)])):
-        at += 1
+        at += every
     assert at > least
 
 
-@pytest.mark.parametrize("name", FIRST_SOME)
-def test_a_call_that_is_refused_leaves_the_output_as_it_was(arena: Arena, name: str) -> None:
-    at_every_call(arena, name, Hurt(disk_functions()), ERRORS, 40)
+@pytest.mark.parametrize(("name", "every"), [("fresh", 4), ("overwrite", 3)])
+def test_a_call_that_is_refused_leaves_the_output_as_it_was(arena: Arena, name: str, every: int) -> None:
+    at_every_call(arena, name, Hurt(disk_functions()), ERRORS, 40, every)
 
 
 @pytest.mark.slow
@@ -58,9 +58,11 @@ def test_a_call_that_is_refused_for_any_reason_leaves_the_output_as_it_was(arena
     at_every_call(arena, name, Hurt(disk_functions()), [error], 40)
 
 
-@pytest.mark.parametrize("name", [FIRST_SOME[1], *(pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS)])
-def test_a_disk_that_refuses_everything_from_some_call_on_leaves_the_output_whole(arena: Arena, name: str) -> None:
-    at_every_call(arena, name, Hurt(disk_functions(), lasting=True), ERRORS, 40)
+@pytest.mark.parametrize(("name", "every"), POINTS[1:])
+def test_a_disk_that_refuses_everything_from_some_call_on_leaves_the_output_whole(
+    arena: Arena, name: str, every: int
+) -> None:
+    at_every_call(arena, name, Hurt(disk_functions(), lasting=True), ERRORS, 40, every)
 
 
 @pytest.mark.slow
@@ -90,9 +92,9 @@ def test_writes_that_stop_short_are_gone_on_with(arena: Arena, name: str, how: s
     arena.tally["errors injected"] += 1
 
 
-@pytest.mark.parametrize("name", FIRST_SOME)
-def test_a_write_that_writes_nothing_is_an_error(arena: Arena, name: str) -> None:
-    at_every_call(arena, name, Hurt(("write",)), [NONE_WRITTEN], 10)
+@pytest.mark.parametrize(("name", "every"), POINTS)
+def test_a_write_that_writes_nothing_is_an_error(arena: Arena, name: str, every: int) -> None:
+    at_every_call(arena, name, Hurt(("write",)), [NONE_WRITTEN], 10, every)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -106,9 +108,9 @@ def test_reads_that_stop_short_are_gone_on_with(arena: Arena, name: str, how: st
     arena.tally["errors injected"] += 1
 
 
-@pytest.mark.parametrize("name", FIRST_SOME)
-def test_a_read_that_fails_leaves_the_output_as_it_was(arena: Arena, name: str) -> None:
-    at_every_call(arena, name, Hurt(READS), ["EIO"], 10)
+@pytest.mark.parametrize(("name", "every"), POINTS)
+def test_a_read_that_fails_leaves_the_output_as_it_was(arena: Arena, name: str, every: int) -> None:
+    at_every_call(arena, name, Hurt(READS), ["EIO"], 10, every)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from arena import COMMANDS, FIRST_SOME, Arena
+from arena import COMMANDS, POINTS, Arena
 from hurts import HALF_KILL, KILL, Hurt, disk_functions
 
 SEED = 20
@@ -17,11 +17,13 @@ def killed(arena: Arena, name: str, at: int, how: str = KILL, plain: bool = Fals
     return bool(done.struck)
 
 
-@pytest.mark.parametrize("name", FIRST_SOME)
-def test_a_run_killed_at_any_call_leaves_the_old_or_the_new_and_a_rerun_ends_it(arena: Arena, name: str) -> None:
+@pytest.mark.parametrize(("name", "every"), POINTS)
+def test_a_run_killed_at_any_call_leaves_the_old_or_the_new_and_a_rerun_ends_it(
+    arena: Arena, name: str, every: int
+) -> None:
     job, at = arena.jobs[name], 0
     while True:
-        at += 1
+        at += every
         arena.reset(job)
         if not killed(arena, name, at):
             break
@@ -48,7 +50,7 @@ def test_a_run_killed_within_any_write_is_no_worse(arena: Arena, name: str) -> N
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_run_killed_twice_ends_as_one_that_was_not(arena: Arena, name: str) -> None:
     draw, job = random.Random(f"{SEED} {name}"), arena.jobs[name]
-    for _ in range(12):
+    for _ in range(5):
         killed_twice(arena, name, draw.randint(10, 60), draw.randint(1, 60))
     assert arena.judge(job) == "new"
 
@@ -76,6 +78,7 @@ def killed_twice(arena: Arena, name: str, first: int, second: int) -> bool:
     return hurt
 
 
+@pytest.mark.slow
 def test_without_renameat2_the_old_output_is_put_back_by_a_rerun(arena: Arena) -> None:
     job, at, absent = arena.jobs["overwrite"], 0, 0
     while True:

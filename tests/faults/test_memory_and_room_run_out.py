@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from arena import COMMANDS, STAGING, Arena, Job, told, tree
-from checkpoint_folders import base_tensors, write_adapter, write_base
+from checkpoint_folders import write_adapter, write_base
 from hurts import Hurt
 
 LEFT = (1 << 16, 1 << 18, 1 << 20, 1 << 24)
@@ -97,7 +97,7 @@ def test_a_file_that_may_not_grow_so_large_is_an_error(arena: Arena, size: int) 
     for name in COMMANDS:
         job = arena.jobs[name]
         arena.reset(job)
-        done = arena.zygote.run(job.argv, Hurt(limits={"RLIMIT_FSIZE": size}))
+        done = arena.zygote.run(job.argv, Hurt(limits=(("RLIMIT_FSIZE", size),)))
         if done.code == 0:
             assert size >= max(map(len, job.new.values()))
             continue
@@ -108,22 +108,27 @@ def test_a_file_that_may_not_grow_so_large_is_an_error(arena: Arena, size: int) 
 
 
 @private_mounts
-def test_a_full_disk_is_an_error_and_with_room_a_rerun_ends_the_work(tmp_path: Path, arena: Arena, large: Job) -> None:
+@pytest.mark.parametrize(
+    ("room", "lack"), [("size=1m", "25,166,032 bytes are needed"), ("nr_inodes=7", "No space left on device")]
+)
+def test_a_full_disk_is_an_error_and_with_room_a_rerun_ends_the_work(
+    tmp_path: Path, arena: Arena, large: Job, room: str, lack: str
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     code, listed, hashed = tmp_path / "code", tmp_path / "listed", tmp_path / "hashed"
     merge = " ".join([sys.executable, "-m", "surgery.cli", "merge", *(f"'{one}'" for one in large.argv[1:3])])
     script = f"""
-        mount -t tmpfs -o size=1m none {disk}
+        mount -t tmpfs -o {room} none {disk}
         {merge} {disk}/out; echo $? > {code}; ls -A {disk} > {listed}
-        mount -o remount,size=64m {disk}
+        mount -o remount,size=64m,nr_inodes=1k {disk}
         {merge} {disk}/out && ls -A {disk} >> {listed}; cd {disk}/out && sha256sum * > {hashed}
     """
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], check=False, capture_output=True, text=True, cwd=ROOT)
     assert code.read_text() == "5\n", done
     assert done.stderr.startswith("surgery: ")
     assert done.stderr.count("\n") == 1
-    assert "No space left" in done.stderr
+    assert lack in done.stderr
     assert listed.read_text() == "out\n"
     wanted = {name: hashlib.sha256(data).hexdigest() for name, data in large.new.items()}
     assert {line.split()[1]: line.split()[0] for line in hashed.read_text().splitlines()} == wanted
@@ -131,7 +136,7 @@ def test_a_full_disk_is_an_error_and_with_room_a_rerun_ends_the_work(tmp_path: P
 
 
 @private_mounts
-def test_a_read_only_disk_is_an_error_before_any_work(tmp_path: Path, arena: Arena) -> None:
+def test_a_read_only_disk_is_an_error_before_any_work(arena: Arena) -> None:
     job = arena.jobs["overwrite"]
     arena.reset(job)
     script = f"""

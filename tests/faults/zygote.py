@@ -103,7 +103,7 @@ class _Child:
             _main(argv)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001  # whatever it is, the child says it and ends here
             traceback.print_exc()
         finally:
             sys.stderr.flush()
@@ -111,9 +111,11 @@ class _Child:
 
 
 def _main(argv: list[str]) -> None:
+    """As a program of its own."""
     from surgery.cli import main
 
-    main(argv)
+    sys.argv = ["surgery", *argv]
+    main()
 
 
 def _attached(pid: int, injected: str) -> subprocess.Popen[bytes]:
@@ -167,7 +169,8 @@ def _warm_up(folder: Path) -> None:
         try:
             _main(argv)
         except SystemExit as stop:
-            assert not stop.code, argv
+            if stop.code:
+                raise
     gc.freeze()
 
 

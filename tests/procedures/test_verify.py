@@ -1,15 +1,25 @@
 """verify grades any tool's output: bits, rounding or different, and says of which tensor."""
 
 import json
+import math
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_folders import SITES, base_tensors, factors, flip_byte, read_tensors, rewrite, write_adapter, write_base
+from safetensors.torch import load_file
 from torch import Tensor
 
 import surgery
-from surgery import InputError, VerifyReport
+from surgery import EnvironmentFault, InputError, VerifyReport
+from surgery.adapters.peft import read_adapter
+from surgery.core.adapter import Weighted
+from surgery.core.source import TILE_ELEMENTS
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.io.tensor_file import TensorFile
+from surgery.procedures.grade import Grade
+from surgery.procedures.verify import verify_checkpoint, verify_receipt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALING = 6 / 4
@@ -189,6 +199,99 @@ def test_a_merged_folder_alone_is_held_against_its_receipt(merged: Path) -> None
 def test_a_folder_without_a_receipt_is_refused(base: Path) -> None:
     with pytest.raises(InputError, match=r"no surgery\.receipt\.json"):
         surgery.verify_checkpoint(base)
+
+
+def _large(tmp_path: Path) -> tuple[Path, Path]:
+    """A base and an adapter of several tiles to a tensor."""
+    torch.manual_seed(0)
+    tensors = {f"model.layers.{n}.proj.weight": torch.randn(700, 900).bfloat16() for n in range(3)}
+    tensors |= {"model.embed.weight": torch.randn(300, 1900), "model.none": torch.ones(0, 4), "model.n": torch.ones(3)}
+    given = {f"model.layers.{n}.proj.lora_A.weight": torch.randn(4, 900) / 30 for n in range(3)}
+    given |= {f"model.layers.{n}.proj.lora_B.weight": torch.randn(700, 4) / 30 for n in range(3)}
+    adapter = write_adapter(tmp_path / "adapter", given, target_modules=["proj"])
+    return write_base(tmp_path / "base", tensors, shards=3), adapter
+
+
+def _several_faults(base: Path, adapter: Path, out: Path) -> Path:
+    """A merge with a tensor graded rounding, two that are different in one tile each, and an extra one."""
+    surgery.merge_checkpoint(base, adapter, out)
+    tensors, original = read_tensors(out), read_tensors(base)
+    given = load_file(adapter / "adapter_model.safetensors")
+    A, B = (given[f"base_model.model.model.layers.0.proj.lora_{letter}.weight"] for letter in "AB")
+    tensors["model.layers.0.proj.weight"] = original["model.layers.0.proj.weight"] + (1.5 * (B @ A)).bfloat16()
+    tensors["model.layers.1.proj.weight"][350, 3] += 1
+    tensors["model.embed.weight"][299, 1899] += 1
+    return write_base(out.with_name("faulty"), tensors | {"model.extra": torch.ones(2)}, shards=2)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_any_number_of_workers_gives_the_same_report(workers: int, tmp_path: Path) -> None:
+    base, adapter = _large(tmp_path)
+    faulty = _several_faults(base, adapter, tmp_path / "merged")
+    with Checkpoint(base) as source, Checkpoint(faulty) as found:
+        report = verify_checkpoint(source, [Weighted(read_adapter(adapter))], found, workers=workers)
+        order = [info.name for info in source.tensors()]
+    assert list(report.tensors) == [*order, "model.extra"]
+    different = {"model.layers.1.proj.weight", "model.embed.weight", "model.extra"}
+    graded = {"model.layers.0.proj.weight": "rounding", "model.layers.2.proj.weight": "bits"}
+    graded |= dict.fromkeys(("model.none", "model.n"), "untouched") | dict.fromkeys(different, "different")
+    assert _graded(report) == graded
+    assert report.to_json() == surgery.verify_checkpoint(base, adapter, faulty).to_json()
+    assert all(report.tensors[name].why for name in different)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_any_number_of_workers_reads_the_same_receipt(workers: int, tmp_path: Path) -> None:
+    merged = surgery.merge_checkpoint(*_large(tmp_path), tmp_path / "merged").out
+    assert verify_receipt(merged, workers).counts["recorded"] == 6
+    flip_byte(merged / "model-00002-of-00003.safetensors")
+    report = verify_receipt(merged, workers)
+    assert report.counts["different"] == 2
+    assert list(report.tensors.items()) == list(verify_receipt(merged, 1).tensors.items())
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_a_failure_is_told_and_no_thread_is_left(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = _large(tmp_path)
+    merged = surgery.merge_checkpoint(base, adapter, tmp_path / "merged").out
+    whole, reads = TensorFile.read, []
+
+    def read(file: TensorFile, start: int, size: int) -> bytearray:
+        reads.append(file.path)
+        if file.path.parent == merged and size > 1000:
+            raise EnvironmentFault(f"{file.where}: reading failed; check the disk")
+        return whole(file, start, size)
+
+    monkeypatch.setattr(TensorFile, "read", read)
+    with Checkpoint(base) as source, Checkpoint(merged) as found:
+        given, at_first = [Weighted(read_adapter(adapter))], len(reads)
+        with pytest.raises(EnvironmentFault, match="reading failed"):
+            verify_checkpoint(source, given, found, workers=workers)
+    assert len(reads) - at_first <= 4 * (2 * workers + 1)
+    with pytest.raises(EnvironmentFault, match="reading failed"):
+        verify_receipt(merged, workers)
+    assert not [one for one in threading.enumerate() if "ThreadPool" in one.name]
+
+
+def test_no_piece_that_is_read_is_larger_than_a_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = _large(tmp_path)
+    merged = surgery.merge_checkpoint(base, adapter, tmp_path / "merged").out
+    whole, sizes = TensorFile.read, []
+
+    def read(file: TensorFile, start: int, size: int) -> bytearray:
+        sizes.append(size)
+        return whole(file, start, size)
+
+    monkeypatch.setattr(TensorFile, "read", read)
+    assert surgery.verify_checkpoint(base, adapter, merged).ok
+    assert 1 << 18 < max(sizes) <= 4 * TILE_ELEMENTS
+
+
+def test_the_reason_is_that_of_the_first_tile_that_is_different() -> None:
+    tiles = [Grade("bits"), Grade("rounding", 2.0), Grade("different", 1.0, "first"), Grade("different", 3.0, "later")]
+    assert tiles[0].worse(tiles[1]) == tiles[1].worse(tiles[0]) == tiles[1]
+    assert tiles[1].worse(tiles[2]).worse(tiles[3]).worse(tiles[0]) == Grade("different", 3.0, "first")
+    assert tiles[3].worse(Grade("different", math.nan)).to_json()["max_abs_error"] is None
 
 
 def test_the_report_is_plain_data(base: Path, adapter: Path, merged: Path) -> None:

@@ -1,0 +1,26 @@
+"""surgery diff A B."""
+
+from pathlib import Path
+
+import click
+
+from surgery.cli.arguments import as_json, conclude, reports
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--exit-code", is_flag=True, help="Exit with 4 if anything differs.")
+@as_json
+@reports
+def diff(a: str, b: str, exit_code: bool, as_json: bool, reports: tuple[Path, ...]) -> None:
+    """Show what differs between the models A and B: names, shapes, dtypes, values, and keys of config.json.
+
+    A and B may be cut into files in any way. Ulps are those of the dtype with fewer digits.
+    """
+    from surgery import api
+
+    report = api.diff(a, b)
+    conclude(report, as_json, reports)
+    if exit_code:
+        report.require()

@@ -1,0 +1,109 @@
+"""Grade: what became of one tensor of a merge, told a tile at a time.
+
+bits: derived again to the same bytes. rounding: within what correct merges may differ by. different: neither.
+untouched: the bytes of the base. recorded: of the sha256 that the receipt tells.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from surgery.core.arithmetic import exact_float64, ulp
+from surgery.core.method import Elementwise
+from surgery.errors import ValueRangeError
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.views import Change, Merged, MergedTile, elementwise
+from surgery.procedures.spans import read_span
+
+GRADES = ("bits", "rounding", "untouched", "recorded", "different")
+_BADNESS = {"bits": 0, "untouched": 0, "recorded": 0, "rounding": 1, "different": 2}
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Grade(NamedTuple):
+    """What became of one tensor, and how far off its worst element is."""
+
+    grade: str
+    max_abs_error: float = 0.0
+    why: str = ""
+
+    def worse(self, other: "Grade") -> "Grade":
+        """Of two tiles of a tensor: the worse grade, its reason, the larger error."""
+        worst = other if _BADNESS[other.grade] > _BADNESS[self.grade] else self
+        return worst._replace(max_abs_error=max(self.max_abs_error, other.max_abs_error, key=_size))
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; an error that is no number is null, for JSON has no NaN."""
+        return {**self._asdict(), "max_abs_error": self.max_abs_error if math.isfinite(self.max_abs_error) else None}
+
+
+def carried(base: Checkpoint, out: Checkpoint, name: str, span: slice) -> Grade:
+    """Grade a span that no adapter touches: by its bytes."""
+    same = read_span(base, name, span) == read_span(out, name, span)
+    return Grade("untouched") if same else Grade("different", why="no adapter touches it, yet it is not the base's")
+
+
+def derived(base: Checkpoint, out: Checkpoint, change: Change, rows: slice) -> Grade:
+    """Grade some rows of a change: their bytes first, the tolerance only where these are others."""
+    tiles: list[MergedTile] = []
+    found = out.load(change.site, rows).tensors["weight"]
+    try:
+        Merged(base, [change], tiles.append).load(change.site, rows)
+    except ValueRangeError as error:
+        return Grade("different", why=f"it cannot be derived: {error}")
+    apart = _integers(found) != _integers(tiles[0].merged)
+    return _within(tiles[0], found, apart.nonzero().squeeze(1)) if bool(apart.any()) else Grade("bits")
+
+
+def _integers(values: Tensor) -> Tensor:
+    """The bytes of floats, flat, a whole number for each."""
+    return values.flatten().view(_INTEGER[values.itemsize])
+
+
+def _within(tile: MergedTile, found: Tensor, where: Tensor) -> Grade:
+    """Whether each element of flat `where` lies within half an ulp of result and of each delta, plus the spread."""
+    change, steps = tile.change, _steps(tile)
+    value = exact_float64((tile.merged if steps is None else _start(tile)).flatten()[where])
+    size, allowed = value.abs(), torch.zeros_like(value)
+    for step in steps or ():
+        shift = step.at(where)
+        value = shift.apply(value)
+        size = torch.maximum(size, value.abs())
+        allowed += ulp(shift.shift, change.site.weight.dtype) / 2
+    allowed += ulp(size, change.dtype) / 2 * max(1, len(change.layers))
+    apart = (exact_float64(found.flatten()[where]) - value).abs()
+    if not bool((apart <= allowed).all()):  # costly, and seldom needed
+        allowed += _spread(tile).flatten()[where]
+    close = bool((apart <= allowed).all())  # false for NaN
+    why = "" if close else "further off than rounding explains"
+    return Grade("rounding" if close else "different", float(apart.max()), why)
+
+
+def _steps(tile: MergedTile) -> Sequence[Elementwise] | None:
+    """From what the tile begins as to its outcome; None if a layer is not elementwise."""
+    return elementwise(tile.change, tile.rows) if tile.steps is None else tile.steps
+
+
+def _start(tile: MergedTile) -> Tensor:
+    """What the steps begin from: the base, or what takes its place."""
+    change, shape = tile.change, tile.change.site.weight.shape
+    if change.saved is not None:
+        return change.saved.view(shape)[tile.rows if shape else ...]
+    assert tile.original is not None
+    return tile.original
+
+
+def _spread(tile: MergedTile) -> Tensor:
+    total, op = torch.zeros(tile.merged.shape, dtype=torch.float64), tile.change.site.op
+    for layer in tile.change.layers:
+        assert op is not None
+        total += op.stored(layer.method.spread(layer.params, op.tile(tile.rows)))
+    return total
+
+
+def _size(error: float) -> float:
+    """NaN is larger than any error."""
+    return math.inf if math.isnan(error) else error

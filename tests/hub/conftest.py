@@ -1,0 +1,78 @@
+"""A Hub on loopback that the library takes for the real one, with an empty cache, and no real waiting."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "procedures"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "cli"))
+
+from checkpoint_folders import base_tensors, write_adapter, write_base
+from fake_hub import FakeHub, Files, running
+from outcomes import Outcome, Run
+
+from surgery.cli import main
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    monkeypatch.setenv("NO_PROXY", "*")
+    with running() as hub:
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        _http.close_session()
+        yield hub
+        _http.close_session()
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that were to be waited."""
+    found: list[float] = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line; what the library logs goes to the same stderr."""
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        for handler in logging.getLogger("huggingface_hub").handlers:
+            monkeypatch.setattr(handler, "stream", sys.stderr)
+        with pytest.raises(SystemExit) as stopped:
+            main([str(one) for one in arguments])
+        code = stopped.value.code
+        assert code is None or isinstance(code, int)
+        return Outcome(code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    return write_base(tmp_path / "base", base_tensors(torch.bfloat16), config=config)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def model(base: Path) -> Files:
+    """The files of the base."""
+    return {path.name: path.read_bytes() for path in base.iterdir()}
