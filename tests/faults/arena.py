@@ -121,11 +121,15 @@ def write_inputs(folder: Path) -> None:
 def told(outcome: Outcome, code: int = 5) -> str:
     """The one line of a failure with this exit code."""
     assert outcome.code == code, outcome
-    assert outcome.err.endswith("\n"), outcome
-    line = outcome.err[:-1]
+    (line,) = said(outcome.err)
     assert line.startswith("surgery: "), outcome
     assert line.isprintable(), outcome
     return line
+
+
+def said(err: str) -> list[str]:
+    """The lines on stderr; where the machine is slow, a run tells how far it has come, and those are left out."""
+    return [line for line in err.splitlines() if not line.endswith(" %")]
 
 
 def tree(folder: Path) -> Tree:
