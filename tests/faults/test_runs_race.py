@@ -8,7 +8,7 @@ from hurts import KILL, Hurt, disk_functions
 
 SEED = 24
 PROCESSES = 16
-ROUNDS = [3, pytest.param(500, marks=pytest.mark.slow)]
+ROUNDS = [3, pytest.param(200, marks=pytest.mark.slow)]
 BUSY = ("another run is writing it (process ", "it exists; ", "it has appeared meanwhile; ")
 
 
@@ -27,7 +27,7 @@ def test_of_many_runs_one_writes_the_output_and_the_others_say_busy(arena: Arena
         assert arena.strays() == set()
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_of_many_runs_that_overwrite_each_ends_or_says_busy(arena: Arena, rounds: int) -> None:
     job = arena.jobs["overwrite"]
     other = [*job.argv[:2], str(arena.other), *job.argv[3:]]
@@ -42,7 +42,7 @@ def test_of_many_runs_that_overwrite_each_ends_or_says_busy(arena: Arena, rounds
         assert arena.strays() == set()
 
 
-@pytest.mark.parametrize("rounds", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_lets_go_of_its_lock(arena: Arena, rounds: int) -> None:
     job, draw = arena.jobs["overwrite"], random.Random(SEED)
     for _ in range(rounds):
