@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all faults check bench clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/surgery demo
@@ -15,6 +15,9 @@ test: $(VENV)/test.done
 
 test-all: $(VENV)/test.done
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+faults: $(VENV)/test.done
+	$(BIN)/python tests/faults $(WORKERS)
 
 check: $(VENV)/test.done
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 import re
 import sys
 import traceback
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -23,7 +24,11 @@ _EPILOG = (
     "1 a bug of ours."
 )
 
-_NO_MEMORY = re.compile("can't allocate memory|can't start new thread|bad_alloc|Cannot allocate memory")
+_OUT_OF_MEMORY = "out of memory; close other programs, or use a machine with more"
+_NO_MEMORY = re.compile(  # as torch, C++, the threads and the loader of libraries say it, where none says MemoryError
+    "allocate memory|not enough memory|out of memory|bad_alloc|can't start new thread|failed to map segment",
+    re.IGNORECASE,
+)
 
 
 @click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,8 +40,9 @@ def surgery(debug: bool) -> None:
     BASE and ADAPTER are a folder, a file, or owner/name[@revision] on the Hugging Face Hub.
     """
     del debug  # read in main, which sees the errors
-    from surgery.io.memory import keep_freed_memory
+    from surgery.io.memory import keep_freed_memory, require_room_for_torch
 
+    require_room_for_torch()
     keep_freed_memory()
 
 
@@ -55,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in given:
             traceback.print_exc()
         message, code = _told(error)
-        click.echo("; ".join([f"surgery: {message}", *getattr(error, "__notes__", ())]), err=True)
+        with suppress(OSError):  # the code says it too
+            click.echo("; ".join([f"surgery: {message}", *getattr(error, "__notes__", ())]), err=True)
     sys.exit(code)
 
 
@@ -81,7 +88,9 @@ def _told(error: Exception) -> tuple[str, int]:
             where = "" if error.filename is None else f"{printable(error.filename)}: "
             found = error.strerror or str(error) or type(error).__name__
             return f"{where}{printable(found)}; see to the disk and run again", EnvironmentFault.exit_code
-        case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
-            return "out of memory; close other programs, or use a machine with more", EnvironmentFault.exit_code
+        case MemoryError():
+            return _OUT_OF_MEMORY, EnvironmentFault.exit_code
+        case RuntimeError() | ImportError() if _NO_MEMORY.search(str(error)):
+            return _OUT_OF_MEMORY, EnvironmentFault.exit_code
     found = f"{type(error).__name__}: {printable(error)}"
     return f"{found}; this is a bug of surgery; run again with --debug and report it", 1

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def lines(what: str, clock: Callable[[], float]) -> "OnProgress":
         last = clock()
         share = 100 * progress.done_bytes // max(1, progress.total_bytes)
         done, total = progress.done_bytes / 1e6, progress.total_bytes / 1e6
-        print(f"{what}: {done:,.0f} of {total:,.0f} MB, {share} %", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the work goes on, whoever hears of it
+            print(f"{what}: {done:,.0f} of {total:,.0f} MB, {share} %", file=sys.stderr, flush=True)
 
     return told
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from surgery.core.codec import Packed
 from surgery.core.site import Site
-from surgery.core.workers import single_threads
+from surgery.core.workers import single_threads, startable
 
 TILE_ELEMENTS = 1 << 18  # of a weight at a time: 2 MB of float64, which bounds the memory of every procedure
 
@@ -55,11 +55,12 @@ def copy(source: Source, sink: Sink, workers: int = 1) -> None:
     More than one worker gives each a single thread of torch, for as long as it takes.
     """
     parts, stop = sink.parts(source.sites()), Event()
-    if min(workers, len(parts)) < 2:
+    workers = startable(min(workers, len(parts)))
+    if workers < 2:
         for part in parts:
             _fill(source, part, stop)
         return
-    with single_threads(), ThreadPoolExecutor(min(workers, len(parts))) as pool:
+    with single_threads(), ThreadPoolExecutor(workers) as pool:
         running = [pool.submit(_fill, source, part, stop) for part in parts]
         try:
             done, _ = wait(running, return_when=FIRST_EXCEPTION)

@@ -1,5 +1,6 @@
 """Workers: threads that share a list of jobs and give what comes of it in the list's own order."""
 
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,8 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_THREAD_BYTES = 144 << 20  # of address space: a stack, and what the C library sets aside for a thread
+
 
 def in_order(
     job: Callable[[Item], Result], items: Iterable[Item], workers: int, stop: Event | None = None
@@ -23,6 +26,7 @@ def in_order(
     first failure in that order is raised, the same for any number of workers; no item is begun after that, and
     `stop` is set, which jobs that take long should look at.
     """
+    workers = startable(workers)
     with single_threads():
         yield from map(job, items) if workers < 2 else _ahead(job, items, workers, stop or Event())
 
@@ -31,6 +35,19 @@ def default_workers() -> int:
     """One more than the processors of this process, so that none idles; nine at most, for each takes memory."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 + min(8, here)
+
+
+def startable(workers: int) -> int:
+    """As many, or 1 where a limit leaves no address space for so many threads.
+
+    A thread that begins without memory dies unheard, and Python waits for ever for it to have begun.
+    """
+    if workers > 1 and hasattr(mmap, "MAP_PRIVATE"):
+        try:  # taken and given back, never touched
+            mmap.mmap(-1, workers * _THREAD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0).close()
+        except OSError:
+            return 1
+    return workers
 
 
 @contextmanager

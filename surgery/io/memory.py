@@ -1,8 +1,24 @@
-"""Memory: how the C library hands freed memory back."""
+"""Memory: is there any, and how the C library hands freed memory back."""
 
 import ctypes
+import mmap
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+_ROOM_BYTES = 1 << 30  # of address space; torch's libraries for CPUs take 0.6 of it, tiles and threads some more
+
+
+def require_room_for_torch() -> None:
+    """MemoryError where a limit leaves too little address space to load torch and work with it.
+
+    Its libraries end the process where they get none, and no one hears why.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return
+    try:  # taken and given back, never touched
+        mmap.mmap(-1, _ROOM_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0).close()
+    except OSError as error:
+        raise MemoryError from error
 
 
 def keep_freed_memory() -> None:

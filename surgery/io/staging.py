@@ -44,10 +44,14 @@ class Staging:
     def __enter__(self) -> Self:
         self._refuse_existing()
         with faults(self.out):
-            disk.make_folder(self.out.parent)
+            _make_folder(self.out.parent)
             self.lock = Lock(self.out)
         try:
             with faults(self.out):
+                if os.path.lexists(self.folder) or os.path.lexists(self.aside):
+                    _sync_folder(
+                        self.out.parent
+                    )  # the names that a run cut short has changed: then remove what it left
                 self._put_back()
                 self._refuse_existing()  # anew: a run that held the lock may have just written it
                 self._begin()
@@ -148,6 +152,16 @@ class Staging:
             self.journal.done = {part: one for part, one in self.journal.done.items() if self._whole(one)}
         if self.resume and not resumable:
             raise StateError(f"{printable(self.out)}: nothing to go on with; no run of this call was cut short here")
+        try:
+            self._tidy()
+            self.journal.begin()
+        except BaseException:
+            if not self.finished:
+                _remove(self.folder)
+            raise
+
+    def _tidy(self) -> None:
+        """Leave the files of the finished parts, and the journal."""
         kept = {name for one in self.journal.done.values() for name in one["files"]}
         disk.make_folder(self.folder)
         for path in sorted(self.folder.rglob("*"), reverse=True):  # what lies in a folder comes before it
@@ -156,7 +170,7 @@ class Staging:
                     disk.remove_folder(path)
             elif path.relative_to(self.folder).as_posix() not in kept | {JOURNAL}:
                 disk.remove(path)
-        self.journal.begin()
+        _sync_folder(self.folder)  # what another run has left is gone, before this one writes beside it
 
     def _whole(self, one: Any) -> bool:
         """Are the files of a finished part still those that were written?"""
@@ -232,7 +246,7 @@ def write_file(path: Path, data: bytes) -> None:
     """`data` as the file `path`, which is the old one or the new one, never a part."""
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     with faults(path):
-        disk.make_folder(path.parent)
+        _make_folder(path.parent)
         partial.unlink(missing_ok=True)
         descriptor = disk.create(partial)
         try:
@@ -255,6 +269,14 @@ def faults(where: Path) -> Iterator[None]:
         raise EnvironmentFault(
             f"{printable(where)}: writing failed ({found}); see to the disk and run again"
         ) from error
+
+
+def _make_folder(path: Path) -> None:
+    """The folder and its parents; on the disk when this returns."""
+    lacking = [one for one in (path, *path.parents) if not one.exists()]
+    disk.make_folder(path)
+    for one in lacking:
+        _sync_folder(one.parent)
 
 
 def _sync_folder(path: Path) -> None:

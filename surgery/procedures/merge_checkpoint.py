@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
 from surgery.procedures.filling import Pace, fill
 from surgery.procedures.plan import Plan, Treatment, make_plan
-from surgery.procedures.receipt import Receipt, base_fingerprint
+from surgery.procedures.receipt import VERSION, Receipt, base_fingerprint
 from surgery.procedures.small_files import RECEIPT, SmallFiles, file_sha256, small_files
 from surgery.procedures.undo_record import FOLDER, UndoWriter
 
@@ -118,7 +117,7 @@ class _Books:
 def _key(base: Checkpoint, adapters: Sequence[Weighted], layout: Layout, options: Options) -> str:
     """Stands for all that decides what is written, but for the base's data, which is hashed when a run goes on."""
     decided = {
-        "surgery": version("model-surgery"),
+        "surgery": VERSION,
         "base": {file.path.name: hashlib.sha256(file.header.raw).hexdigest() for file in base.files},
         "adapters": [[dict(one.sha256), weight.hex()] for one, weight in adapters],
         "files": {file.name: hashlib.sha256(file.raw).hexdigest() for file in layout.files},

@@ -21,6 +21,7 @@ from surgery.procedures.plan import Plan, Treatment, describe
 from surgery.procedures.small_files import RECEIPT, SmallFiles
 
 FORMAT = 2
+VERSION = version("model-surgery")  # read early: where memory is lacking, it says that there is no such package
 
 
 class Receipt:
@@ -92,7 +93,7 @@ def base_fingerprint(base: Checkpoint, readings: Sequence[Reading]) -> str:
 
 def tools() -> dict[str, str]:
     """Versions; no comparison reads them."""
-    return {"surgery": version("model-surgery"), "torch": torch.__version__, "python": platform.python_version()}
+    return {"surgery": VERSION, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def read_receipt(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from surgery.hosts.views import Unmerged
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
 from surgery.procedures.filling import Pace, fill
-from surgery.procedures.receipt import read_receipt
+from surgery.procedures.receipt import VERSION, read_receipt
 from surgery.procedures.undo_record import FOLDER, UndoRecord
 
 
@@ -43,7 +42,7 @@ def unmerge_checkpoint(
     refuse_overlap(out, [merged])
     record, receipt = UndoRecord(merged), read_receipt(merged)
     record.check()
-    key = hashlib.sha256(json_bytes([version("model-surgery"), record.files, record.streams_sha256])).hexdigest()
+    key = hashlib.sha256(json_bytes([VERSION, record.files, record.streams_sha256])).hexdigest()
     with Checkpoint(merged) as source, Staging(out, overwrite=overwrite, key=key, resume=resume) as staging:
         view = Unmerged(source, record.changes(source), record.undo)
         readings, written = fill(source, view, staging, record.layout, _NoBooks(), pace or Pace())
