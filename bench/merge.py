@@ -1,4 +1,7 @@
-"""Merge LoRA (r = 16, all linears) into a made 1.1B bf16 checkpoint of three shards, streaming, against peft."""
+"""Merge LoRA (r = 16, all linears) into a made 1.1B bf16 checkpoint of three shards, against peft and mergekit.
+
+Each figure is of a whole process, imports included, with what it wrote on the disk at its end.
+"""
 
 import json
 import os
@@ -9,8 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
+from statistics import median
 
 from bench.words import times
 
@@ -25,6 +27,15 @@ LINEARS = {
     "mlp.up_proj": (INTERMEDIATE, HIDDEN),
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
+ROUNDS = 3
+COMMANDS = {
+    "merge": ("merge", "base", "adapter", "merge"),
+    "twice": ("merge", "base2", "adapter2", "twice"),
+    "reversible": ("merge", "base", "adapter", "reversible", "--reversible"),
+    "verify": ("verify", "base", "adapter", "reversible"),
+    "unmerge": ("unmerge", "reversible", "unmerge"),
+}
+MERGED = LAYERS * sum(rows * columns for rows, columns in LINEARS.values())
 
 
 def main() -> None:
@@ -33,57 +44,87 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_base(folder / "base")
-        make_adapter(folder / "adapter")
-        found = {
-            kind: measured(kind, folder) for kind in ("copy", "surgery", "reversible", "verify", "unmerge", "peft")
-        }
-    theirs, peft_mb, _ = found["peft"]
-    names = {
-        "surgery": "merge 1.1B bf16, streaming",
-        "reversible": "the same, reversible",
-        "verify": "verify it",
-        "unmerge": "unmerge it",
-    }
-    rows = [
-        ["cp and sync of the base", f"{found['copy'][0]:.1f} s", "", "", ""],
-        *([what, *figures(*found[kind][:2])] for kind, what in names.items()),
-        ["undo record of it", f"{found['reversible'][2]:.3f} bits a parameter", "", "", ""],
+        subprocess.run([sys.executable, "-m", "bench.merge", "make", name], check=True)
+        kinds = ("copy", *COMMANDS, "peft", "mergekit")
+        found = {kind: [measured(kind, folder) for _ in range(ROUNDS)] for kind in kinds}
+        added, size = undo_bytes(folder), sum(path.stat().st_size for path in (folder / "base").iterdir())
+    took = {kind: median(one[0] for one in runs) for kind, runs in found.items()}
+    peak = {kind: max(one[1] for one in runs) for kind, runs in found.items()}
+    print(json.dumps(table(took, peak, added, size)))
+
+
+def table(took: dict[str, float], peak: dict[str, float], added: int, size: int) -> list[list[str]]:
+    """The rows, whose ratios are of medians."""
+
+    def both(kind: str) -> str:
+        return f"{took[kind]:.1f} s, peak RSS {peak[kind]:.0f} MB"
+
+    copied, merged = took["copy"], took["merge"]
+    return [
+        ["cp and sync of a 1.1B bf16 base", f"{copied:.1f} s", "", "", ""],
+        ["merge it, streaming", both("merge"), both("peft"), times(took["peft"] / merged), ">= 4 x; <= 600 MB"],
+        ["the same against mergekit", "", both("mergekit"), times(took["mergekit"] / merged), ">= 4 x"],
+        [
+            "merge over (cp + sync)",
+            "",
+            "",
+            f"({merged:.1f} - 3) / {copied:.1f} = {(merged - 3) / copied:.2f}",
+            "<= 2.0",
+        ],
+        [
+            "merge a base twice as large",
+            both("twice"),
+            "",
+            f"{peak['twice'] / peak['merge']:.2f} of the memory",
+            "<= 1.1",
+        ],
+        ["merge, reversible", both("reversible"), "", f"{took['reversible'] / merged - 1:+.0%} of time", "<= +50%"],
+        [
+            "its undo record, adapter aside",
+            f"{8 * added / MERGED:.3f} bits a parameter",
+            "",
+            f"{added / size:.2%}",
+            "<= 0.3%",
+        ],
+        ["verify it", both("verify"), "", f"{took['verify'] / merged:.2f} of merge", "<= 1.5"],
+        ["unmerge it", both("unmerge"), "", f"{took['unmerge'] / merged:.2f} of merge", "<= 2"],
     ]
-    rows[1][2:] = [f"{theirs:.1f} s, peak RSS {peft_mb:.0f} MB", times(theirs / found["surgery"][0]), "<= 600 MB"]
-    print(json.dumps(rows))
 
 
-def figures(taken: float, mb: float) -> list[str]:
-    return [f"{taken:.1f} s, peak RSS {mb:.0f} MB", "", "", "<= 600 MB"]
+def undo_bytes(folder: Path) -> int:
+    """What a reversible merge writes besides, but for its copy of the adapter."""
+    record = (folder / "reversible" / "surgery.undo").rglob("*")
+    return sum(path.stat().st_size for path in record if path.is_file() and not path.name.startswith("adapter-"))
 
 
-def measured(kind: str, folder: Path) -> tuple[float, ...]:
-    """Seconds and peak resident megabytes of one run in a process of its own."""
+def measured(kind: str, folder: Path) -> tuple[float, float]:
+    """Seconds of one run in a process of its own, from its start to its end, and its peak resident megabytes.
+
+    All that was written before is on the disk when it starts; what it writes itself is waited for.
+    """
+    shutil.rmtree(folder / kind, ignore_errors=True)
+    os.sync()
+    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "bench.merge", kind, str(folder)], check=True, capture_output=True, text=True
     )
-    return tuple(json.loads(done.stdout.splitlines()[-1]))
+    spent = time.perf_counter() - start
+    if kind in ("merge", "twice", "unmerge", "peft", "mergekit"):
+        shutil.rmtree(folder / kind)
+    taken, peak = json.loads(done.stdout.splitlines()[-1])
+    return taken if kind == "copy" else spent, peak
 
 
 def alone(kind: str, folder: Path) -> None:
-    """One run; prints seconds, peak RSS in MB, and undo bits a parameter."""
-    taken = {
-        "copy": copy_base,
-        "surgery": merge,
-        "reversible": merge_reversible,
-        "verify": verify,
-        "unmerge": unmerge,
-        "peft": merge_peft,
-    }
-    spent = taken[kind](folder)
-    peak = peak_mb()
-    undo = (folder / "reversible" / "surgery.undo").glob("streams-*")
-    merged = LAYERS * sum(rows * columns for rows, columns in LINEARS.values())
-    bits = 8 * sum(path.stat().st_size for path in undo) / merged if kind == "reversible" else 0.0
-    if kind in ("copy", "surgery", "unmerge", "peft"):
-        shutil.rmtree(folder / kind)
-    print(json.dumps([spent, peak, bits]))
+    """One run; prints its seconds and its peak RSS in MB."""
+    runs = {"copy": copy_base, "peft": merge_peft, "mergekit": merge_mergekit, "make": make_all}
+    start = time.perf_counter()
+    if kind in COMMANDS:
+        command, *rest = COMMANDS[kind]
+        surgery(command, *(folder / one if not one.startswith("-") else one for one in rest))
+    else:
+        runs[kind](folder)
+    print(json.dumps([time.perf_counter() - start, peak_mb()]))
 
 
 def peak_mb() -> float:
@@ -92,52 +133,51 @@ def peak_mb() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
 
 
-def copy_base(folder: Path) -> float:
-    start = time.perf_counter()
-    shutil.copytree(folder / "base", folder / "copy")
+def surgery(*arguments: object) -> None:
+    """A call of the command line."""
+    from surgery.cli import surgery as command
+
+    command.main([str(one) for one in arguments], standalone_mode=False)
+
+
+def copy_base(folder: Path) -> None:
+    subprocess.run(["cp", "-r", folder / "base", folder / "copy"], check=True)
     os.sync()
-    return time.perf_counter() - start
 
 
-def merge(folder: Path, out: str = "surgery", *options: str) -> float:
-    return command("merge", folder / "base", folder / "adapter", folder / out, *options)
-
-
-def merge_reversible(folder: Path) -> float:
-    return merge(folder, "reversible", "--reversible")
-
-
-def verify(folder: Path) -> float:
-    return command("verify", folder / "base", folder / "adapter", folder / "reversible")
-
-
-def unmerge(folder: Path) -> float:
-    return command("unmerge", folder / "reversible", folder / "unmerge")
-
-
-def command(*arguments: object) -> float:
-    """Seconds of a call of the command line, within this process."""
-    from surgery.cli import surgery
-
-    start = time.perf_counter()
-    surgery.main([str(one) for one in arguments], standalone_mode=False)
-    return time.perf_counter() - start
-
-
-def merge_peft(folder: Path) -> float:
+def merge_peft(folder: Path) -> None:
     import peft
+    import torch
     from transformers import AutoModelForCausalLM
 
-    start = time.perf_counter()
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
     merged = peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
     merged.save_pretrained(folder / "peft")
-    return time.perf_counter() - start
+    os.sync()
 
 
-def weights() -> Iterator[tuple[str, tuple[int, ...]]]:
+def merge_mergekit(folder: Path) -> None:
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    model = f"{folder / 'base'}+{folder / 'adapter'}"
+    config = {"merge_method": "passthrough", "dtype": "bfloat16", "models": [{"model": model}]}
+    options = MergeOptions(write_model_card=False, copy_tokenizer=False, lora_merge_cache=str(folder / "cache"))
+    run_merge(MergeConfiguration.model_validate(config), str(folder / "mergekit"), options)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    os.sync()
+
+
+def make_all(folder: Path) -> None:
+    make_base(folder / "base", LAYERS)
+    make_base(folder / "base2", 2 * LAYERS)
+    make_adapter(folder / "adapter", LAYERS)
+    make_adapter(folder / "adapter2", 2 * LAYERS)
+
+
+def weights(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for name, shape in LINEARS.items():
             yield f"model.layers.{layer}.{name}.weight", shape
         yield f"model.layers.{layer}.input_layernorm.weight", (HIDDEN,)
@@ -146,8 +186,9 @@ def weights() -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (VOCAB, HIDDEN)
 
 
-def make_base(folder: Path) -> None:
+def make_base(folder: Path, layers: int) -> None:
     """Seeded normal weights, std 0.02, in three shards with an index and a config."""
+    import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
@@ -155,7 +196,7 @@ def make_base(folder: Path) -> None:
     config = LlamaConfig(
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         vocab_size=VOCAB,
@@ -164,7 +205,7 @@ def make_base(folder: Path) -> None:
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder)
-    every = list(weights())
+    every = list(weights(layers))
     size, index = -(-len(every) // SHARDS), {}
     for shard in range(SHARDS):
         name = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
@@ -176,13 +217,14 @@ def make_base(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
 
 
-def make_adapter(folder: Path) -> None:
+def make_adapter(folder: Path, layers: int) -> None:
     """PEFT's files for LoRA on all linears."""
+    import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(1)
     tensors = {}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for name, (rows, columns) in LINEARS.items():
             prefix = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, columns) / columns**0.5

@@ -19,6 +19,7 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import shard_bytes
 from surgery.integrations.transformers import output_heads
 from surgery.io.hub import locate, located
+from surgery.io.regular import contained
 from surgery.io.strict_json import read_json
 from surgery.procedures import adapter_files, publish, switch
 from surgery.procedures import diff as differing
@@ -244,7 +245,7 @@ def _config(value: object) -> AdapterConfig:
     if isinstance(value, AdapterConfig):
         return value
     if isinstance(value, str | PathLike):
-        return config_from(read_json(locate(value) / CONFIG), printable(value))
+        return config_from(read_json(contained(locate(value), CONFIG)), printable(value))
     spelled: Any = value.to_dict() if hasattr(value, "to_dict") else value  # a peft config
     if not isinstance(spelled, Mapping):
         raise ConfigError(f"config: a {type(value).__name__}; a config, a dict or a folder is wanted")

@@ -1,7 +1,7 @@
 """PEFT's adapter folder: adapter_config.json and adapter_model.safetensors."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +12,12 @@ from surgery.core.adapter import Adapter
 from surgery.core.config import AdapterConfig
 from surgery.core.names import suffix_hits, suffixes
 from surgery.core.site import TensorInfo
-from surgery.errors import FormatError, InputError, ShapeError, printable
+from surgery.errors import ConfigError, FormatError, InputError, ShapeError, printable
 from surgery.io.fingerprint import read_base_print
 from surgery.io.header import SPELLINGS, encode_header
 from surgery.io.octets import octets, tensor_from
-from surgery.io.strict_json import read_json
+from surgery.io.regular import contained
+from surgery.io.strict_json import parse_json, read_bytes
 from surgery.io.tensor_file import TensorFile
 from surgery.methods import METHODS
 
@@ -35,12 +36,14 @@ class Found(NamedTuple):
 
 def read_adapter(path: Path, config_name: str = CONFIG) -> Adapter:
     """The adapter in a folder, or in one file beside its config. Every tensor has its place, or InputError."""
-    folder, file = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
+    folder, file = (path, contained(path, TENSORS)) if path.is_dir() else (path.parent, path)
     if config_name == CONFIG:
         _refuse_pickles(folder, file)
-    config = config_from(read_json(folder / config_name, "an adapter's config"), printable(folder / config_name))
+    told = read_bytes(contained(folder, config_name), "an adapter's config")
+    where = printable(folder / config_name)
+    config = config_from(parse_json(told, where), where)
     tensors, sha256 = _read_tensors(file)
-    sha256[config_name] = hashlib.sha256((folder / config_name).read_bytes()).hexdigest()
+    sha256[config_name] = hashlib.sha256(told).hexdigest()
     found = _sorted_out(config, tensors, str(path), sha256)
     return replace(found, files=(config_name, file.name), trained_on=read_base_print(folder))
 
@@ -82,7 +85,10 @@ def _read_tensors(path: Path) -> tuple[list[Found], dict[str, str]]:
             data = file.read(start, info.nbytes)
             whole.update(data)
             sha256[info.name] = hashlib.sha256(data).hexdigest()
-            found.append(Found(info.name, tensor_from(data, info.dtype, info.shape)))
+            try:
+                found.append(Found(info.name, tensor_from(data, info.torch_dtype, info.shape)))
+            except FormatError as error:
+                raise FormatError(f"{file.where}: {error}") from error
         file.check_unchanged()
         return found, sha256 | {path.name: whole.hexdigest()}
     finally:
@@ -116,6 +122,7 @@ def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256:
                 f"{config.peft_type} tensors end in {', '.join(config.spellings)}; was it renamed?"
             )
     _check_complete(config, sites, where)
+    _resolve(config, sites, where)
     return Adapter(config, sites, saved, copies, ops, where, sha256)
 
 
@@ -136,6 +143,15 @@ def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Tens
                 f"{printable(where)}: {printable(site)} has no tensor {role}, only {', '.join(sorted(held))}; "
                 "the file is incomplete; save or download it again"
             )
+
+
+def _resolve(config: AdapterConfig, sites: Iterable[str], where: str) -> None:
+    """FormatError where a site's settings cannot be told: a pattern takes too long."""
+    try:
+        for site in sites:
+            config.method(site)
+    except ConfigError as error:
+        raise FormatError(f"{printable(where)}: {error}") from error
 
 
 def check_shapes(

@@ -4,6 +4,8 @@ A factor is put on a power-of-two grid of 22 bits (a column of A, a row of B), s
 44 bits and every float64 partial sum of up to 512 of them is exact, in whatever order it is taken.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,31 @@ def exact_product(B: Tensor, A: Tensor) -> Tensor:
     Differs from the ideal product by at most r * 2^-21 * max|A column| * max|B row|.
     Raises ValueRangeError where a factor is not finite or lies beyond 2^±450.
     """
-    A, B = on_grid(A, along=0), on_grid(B, along=1)
+    return _sum(on_grid(B, along=1), on_grid(A, along=0))
+
+
+class ExactProduct:
+    """`exact_product`, which keeps a factor's grid for as long as the next call asks for the same memory."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, B: Tensor, A: Tensor) -> Tensor:
+        return _sum(self._on_grid(B, along=1), self._on_grid(A, along=0))
+
+    def _on_grid(self, factor: Tensor, along: int) -> Tensor:
+        kept = self._kept.get(along)
+        if kept is None or _memory(kept[0]) != _memory(factor):
+            kept = self._kept[along] = factor, on_grid(factor, along)
+        return kept[1]
+
+
+def _memory(values: Tensor) -> tuple[object, ...]:
+    return values.data_ptr(), values.shape, values.stride(), values.dtype
+
+
+def _sum(B: Tensor, A: Tensor) -> Tensor:
+    """B @ A of factors on their grids, in blocks whose sums are exact."""
     r = A.shape[0]
     if r <= BLOCK:
         return B @ A  # [out, in]
@@ -73,19 +99,27 @@ def round_once(acc: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype not in _TIE:
         raise ValueRangeError(f"cannot round to {dtype}; float64, float32, bfloat16 and float16 can be merged")
     single = acc.to(torch.float32)
-    bits = single.view(torch.int32)
-    mask, tie = _TIE[dtype]
-    suspect = (bits & mask) == tie
-    if dtype == torch.float16:  # subnormal results have their ties elsewhere; a nudge is harmless there
-        suspect |= single.abs() < 2.0**-14
-    suspect &= (bits & 1) == 0
-    where = suspect.flatten().nonzero().squeeze(1)
+    bits = single.view(torch.int32).flatten()
+    where = _suspects(bits, dtype)
     if where.numel():
-        _nudge(bits.flatten(), acc.flatten(), single.flatten(), where)
+        _nudge(bits, acc.flatten(), single.flatten(), where)
     return single.to(dtype)
 
 
+def _suspects(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Flat positions of the float32 `bits` that may be a tie of a half type."""
+    mask, tie = _TIE[dtype]
+    values: Any = bits.numpy() if bits.device.type == "cpu" else bits  # numpy compares four times as fast as torch
+    suspect = (values & mask) == tie
+    if dtype == torch.float16:  # subnormal results have their ties elsewhere; a nudge is harmless there
+        suspect |= (values & 0x7FFF_FFFF) < _SMALLEST_NORMAL
+    found = suspect.nonzero()
+    where = torch.from_numpy(found[0]) if isinstance(found, tuple) else found.squeeze(1)
+    return where[(bits[where] & 1) == 0]
+
+
 _TIE = {torch.bfloat16: (0xFFFF, 0x8000), torch.float16: (0x1FFF, 0x1000)}
+_SMALLEST_NORMAL = 0x3880_0000  # of float16, as float32 bits: 2^-14
 
 
 def _nudge(bits: Tensor, acc: Tensor, single: Tensor, where: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from surgery.errors import CheckError
@@ -25,7 +26,7 @@ class BitWriter:
             stream = np.concatenate([self.rest, single.reshape(-1)])
             full = len(stream) // 8 * 8
             self.done += np.packbits(stream[:full], bitorder="little").tobytes()
-            self.rest = stream[full:]
+            self.rest = stream[full:].copy()
 
     def finish(self) -> bytes:
         """All of it; the last byte is filled up with zeros."""
@@ -37,19 +38,27 @@ class BitReader:
 
     def __init__(self, bits: int, data: bytes) -> None:
         self.bits, self.data, self.at = bits, np.frombuffer(data, dtype=np.uint8), 0
+        self.ready = np.empty(0, dtype=np.int64)  # numbers that are unpacked and not read yet
 
     def read(self, count: int) -> Tensor:
         """The next `count` numbers, as int64. CheckError where there are not as many."""
-        parts = [self._part(min(_PART, count - done)) for done in range(0, count, _PART)]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        parts, missing = [self.ready[:count]], count - len(self.ready)
+        self.ready = self.ready[count:]
+        while missing > 0:
+            part = self._part()
+            parts.append(part[:missing])
+            missing, self.ready = missing - len(part), part[missing:]
+        return torch.from_numpy(np.concatenate(parts))
 
-    def _part(self, count: int) -> Tensor:
-        end = self.at + count * self.bits
-        if end > 8 * len(self.data):
+    def _part(self) -> NDArray[np.int64]:
+        count = min(_PART, (8 * len(self.data) - self.at) // self.bits)
+        if count == 0:
             raise CheckError("undo record: it ends too soon; the record or the merged weights have been changed")
+        end = self.at + count * self.bits
         stream = np.unpackbits(self.data[self.at // 8 : -(-end // 8)], bitorder="little")
         single = stream[self.at % 8 :][: count * self.bits].reshape(count, self.bits)
-        little = np.zeros((count, 8), dtype=np.uint8)
-        little[:, : -(-self.bits // 8)] = np.packbits(single, axis=1, bitorder="little")
+        numbers = np.zeros(count, dtype=np.int64)
+        for bit in range(self.bits):
+            numbers |= single[:, bit].astype(np.int64) << bit
         self.at = end
-        return torch.from_numpy(little.view("<i8").reshape(-1).astype(np.int64))
+        return numbers

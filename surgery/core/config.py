@@ -1,12 +1,12 @@
 """AdapterConfig: the fields of PEFT's adapter_config.json that choose modules, and how a config is read."""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
 from surgery.core.method import Method
+from surgery.core.patterns import Patience, PatternTable
 from surgery.errors import ConfigError, FormatError, printable
 
 # Fields that say where a file came from. They change no number, so any value is carried.
@@ -51,6 +51,7 @@ class AdapterConfig(ABC):
             _check_names(name, value, or_pattern=True)
             if isinstance(value, str):
                 check_pattern(name, value)
+        self._take_patterns()
         _check_names("modules_to_save", self.modules_to_save, or_pattern=False)
         _check_layers(self.layers_to_transform)
         for field in fields(self):
@@ -74,6 +75,17 @@ class AdapterConfig(ABC):
         known = {name: _plain(value) for name, value in self.neutral.items()}
         origin = {"auto_mapping": None, "peft_type": self.peft_type, "peft_version": "0.21.2"}
         return dict(sorted((known | origin | own).items()))
+
+    def _take_patterns(self) -> None:
+        """Tables of patterns become such as bound what matching may cost."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_pattern") and isinstance(value, Mapping):
+                if not all(isinstance(key, str) for key in value):
+                    raise ConfigError(f"{field.name} has a key that is not a name or pattern; it must be a string")
+                table = PatternTable(value)
+                table.check(field.name)
+                object.__setattr__(self, field.name, table)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str = "adapter_config.json") -> Self:
@@ -117,11 +129,11 @@ def _check_layers(value: Any) -> None:
 
 
 def check_pattern(field: str, pattern: str) -> None:
-    """ConfigError for what is no regular expression."""
+    """ConfigError for what is no regular expression, or may take too long."""
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"{field}: {printable(pattern)!r} is not a regular expression: {error}") from error
+        Patience().check(pattern)
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {error}") from error
 
 
 def _listed(value: Any) -> bool:

@@ -42,7 +42,7 @@ class Elementwise(NamedTuple):
 
     def at(self, where: Tensor) -> "Elementwise":
         """The same for the elements at flat positions `where`."""
-        return Elementwise(self.shift.flatten()[where])
+        return Elementwise(self.shift.flatten().index_select(0, where))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """Pure name matching: suffixes of module paths, and the nearest names to one that fits nothing."""
 
 import difflib
+import heapq
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
+
+CANDIDATES, COMPARED = 200, 200  # names, and characters of each, that are held against a name
 
 
 def suffixes(name: str) -> Iterable[str]:
@@ -21,11 +24,17 @@ def suffix_hits(entries: Collection[str], name: str) -> list[str]:
 
 def nearest(entry: str, names: Iterable[str], count: int = 3) -> list[str]:
     """The `count` names closest to `entry`; an entry without dots is held against last components too."""
-    full = sorted(set(names))
-    if "." in entry:
-        return difflib.get_close_matches(entry, full, n=count, cutoff=0.0)
-    last = sorted({name.rsplit(".", 1)[-1] for name in full})
-    return difflib.get_close_matches(entry, last, n=count, cutoff=0.0)
+    known = set(names) if "." in entry else {name.rsplit(".", 1)[-1] for name in names}
+    return difflib.get_close_matches(entry[:COMPARED], _likely(entry, known), n=count, cutoff=0.0)
+
+
+def _likely(entry: str, names: Collection[str]) -> list[str]:
+    """Of very many names those that share most components with `entry`: to compare letters takes long."""
+    short = (name for name in names if len(name) <= COMPARED)
+    if len(names) <= CANDIDATES:
+        return sorted(short)
+    parts = set(entry.split("."))
+    return heapq.nsmallest(CANDIDATES, short, key=lambda name: (-len(parts.intersection(name.split("."))), name))
 
 
 class Prefix(NamedTuple):

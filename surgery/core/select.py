@@ -6,24 +6,28 @@ from typing import TypeVar
 
 from surgery.core.config import AdapterConfig
 from surgery.core.names import nearest, suffix_hits, suffixes
+from surgery.core.patterns import LAYER, Patience, PatternTable
 from surgery.errors import ConfigError, MatchError, printable
 
 ALL_LINEAR = "all-linear"
+_ANY_LAYER = re.compile(LAYER.format(r"[^.]+"))  # where layers_pattern is not given
 Number = TypeVar("Number", int, float)
 
 
 def select(config: AdapterConfig, names: Iterable[str], all_linear: Callable[[], Collection[str]]) -> list[str]:
     """Those of `names` that `target_modules` hits and nothing excludes, in their order.
 
-    `all_linear` finds what "all-linear" stands for in this model. ConfigError for a pattern that is no regex.
+    `all_linear` finds what "all-linear" stands for in this model. ConfigError for a pattern that is no regex, or
+    that takes too long.
     """
-    hit = _matcher(config.target_modules, all_linear)
-    excluded = _matcher(config.exclude_modules, tuple)
+    patience = Patience()
+    hit = _matcher(config.target_modules, all_linear, patience)
+    excluded = _matcher(config.exclude_modules, tuple, patience)
     saved = frozenset(config.modules_to_save or ())
     return [
         name
         for name in names
-        if hit(name) and not excluded(name) and not _inside(saved, name) and _in_layers(config, name)
+        if hit(name) and not excluded(name) and not _inside(saved, name) and _in_layers(config, name, patience)
     ]
 
 
@@ -57,10 +61,9 @@ def saved_modules(config: AdapterConfig, names: Collection[str]) -> list[str]:
 
 def pattern_value(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
     """The value of the first key that, as a regex, matches the end of `name` (PEFT's rule), else `default`."""
-    for key, value in patterns.items():
-        if _compile(rf"(.*\.)?({key})$", key).match(name):
-            return value
-    return default
+    table = patterns if isinstance(patterns, PatternTable) else PatternTable(patterns)
+    key = table.key_of(name)
+    return default if key is None else table[key]
 
 
 def _why(entry: str, names: Collection[str]) -> str:
@@ -71,13 +74,14 @@ def _why(entry: str, names: Collection[str]) -> str:
     return f"nearest: {', '.join(printable(name) for name in nearest(entry, names))}"
 
 
-def _matcher(entries: str | Sequence[str] | None, all_linear: Callable[[], Collection[str]]) -> Callable[[str], bool]:
+def _matcher(
+    entries: str | Sequence[str] | None, all_linear: Callable[[], Collection[str]], patience: Patience
+) -> Callable[[str], bool]:
     """The test that `entries` stands for, prepared once for many names."""
     if isinstance(entries, str) and entries.lower() == ALL_LINEAR:
         return frozenset(all_linear()).__contains__
     if isinstance(entries, str):
-        pattern = _compile(entries, entries)
-        return lambda name: pattern.fullmatch(name) is not None
+        return lambda name: patience.fullmatch(entries, name) is not None
     if not entries:
         return frozenset[str]().__contains__
     wanted = frozenset(entries)
@@ -92,22 +96,27 @@ def _inside(modules: frozenset[str], name: str) -> bool:
     return any(suffix_hits(modules, ".".join(parts[: count + 1])) for count in range(len(parts)))
 
 
-def _in_layers(config: AdapterConfig, name: str) -> bool:
+def _in_layers(config: AdapterConfig, name: str, patience: Patience) -> bool:
     """`layers_to_transform`: the number after the first `.<layers_pattern>.` must be among them."""
     wanted = config.layers_to_transform
     if wanted is None or isinstance(config.target_modules, str) or name in (config.target_modules or ()):
         return True
-    patterns = config.layers_pattern or r"[^.]+"
-    choices = [patterns] if isinstance(patterns, str) else list(patterns)
+    patterns = config.layers_pattern
+    choices = [patterns] if isinstance(patterns, str) else list(patterns or ())
     for pattern in choices:
-        found = _compile(rf".*?(?:^|\.)(?:{pattern})\.(\d+)\.", pattern).match(name)
+        found = patience.match(pattern, name, LAYER)
         if found:
-            return int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
-    return False
+            return _layer(pattern, found[1]) in _listed(wanted)
+    found = None if choices else _ANY_LAYER.match(name)
+    return found is not None and int(found[1]) in _listed(wanted)
 
 
-def _compile(pattern: str, shown: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{printable(shown)!r} is not a regular expression: {error}") from error
+def _layer(pattern: str, number: str | None) -> int:
+    """The number is what the first group holds (PEFT's rule), which a group of the pattern may take."""
+    if number is None or not number.isdecimal():
+        raise ConfigError(f"layers_pattern {printable(pattern)!r}: its group hides the number; write (?:...) instead")
+    return int(number)
+
+
+def _listed(wanted: int | Sequence[int]) -> Sequence[int]:
+    return [wanted] if isinstance(wanted, int) else wanted

@@ -7,21 +7,55 @@ from typing import NamedTuple
 import torch
 
 from surgery.core.op import Op
+from surgery.errors import FormatError, printable
+
+
+@dataclass(frozen=True)
+class RawDtype:
+    """A number format that is carried as bytes and never computed with, as safetensors spells it."""
+
+    spelling: str
+    bits: int  # an element
+
+    def __str__(self) -> str:
+        return self.spelling
+
+
+Dtype = torch.dtype | RawDtype
+
+
+def bits_of(dtype: Dtype) -> int:
+    """Of one element."""
+    return dtype.bits if isinstance(dtype, RawDtype) else 8 * dtype.itemsize
 
 
 class TensorInfo(NamedTuple):
     """A tensor's name in its host, dtype and stored shape."""
 
     name: str
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
 
     @property
-    def nbytes(self) -> int:
-        size = self.dtype.itemsize
+    def nbits(self) -> int:
+        size = bits_of(self.dtype)
         for extent in self.shape:
             size *= extent
         return size
+
+    @property
+    def nbytes(self) -> int:
+        return self.nbits // 8
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype to compute with. FormatError if torch has none."""
+        if isinstance(self.dtype, RawDtype):
+            raise FormatError(
+                f"{printable(self.name)}: held as {self.dtype}, which is carried as bytes only; "
+                "plain floats are wanted; dequantize it first"
+            )
+        return self.dtype
 
     def rows(self, rows: slice) -> "TensorInfo":
         """The same for some rows of the first axis."""

@@ -1,6 +1,7 @@
 """Checkpoint: a folder of safetensors, or one file, as a readable place of sites."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from surgery.errors import FormatError, InputError, printable
 from surgery.hosts.reading import Reading
 from surgery.io.header import Entry
 from surgery.io.octets import tensor_from
-from surgery.io.strict_json import read_json
+from surgery.io.regular import contained
+from surgery.io.strict_json import parse_json, read_bytes, read_json
 from surgery.io.tensor_file import TensorFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})\.safetensors")
 
 
 class Checkpoint:
@@ -27,12 +30,14 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.folder = path if path.is_dir() else path.parent
-        self.config = read_json(self.folder / "config.json") if os.path.lexists(self.folder / "config.json") else {}
+        self.config = self._config()
         self.index: dict[str, Any] | None = None
+        self.index_bytes = b""
         self.files: list[TensorFile] = []
         try:
             for name in self._names():
-                self.files.append(TensorFile(self.folder / name))
+                # A file that the user names may be a link to anywhere.
+                self.files.append(TensorFile(contained(self.folder, name) if path.is_dir() else path))
             self.at = self._positions()
         except BaseException:
             self.close()
@@ -79,7 +84,7 @@ class Checkpoint:
         data = self.files[index].read(entry.start + skipped, part.nbytes)
         if self.readings is not None:
             self.readings[index].feed(entry, entry.start + skipped, data)
-        return Packed({"weight": tensor_from(data, info.dtype, part.shape)})
+        return Packed({"weight": tensor_from(data, info.torch_dtype, part.shape)})
 
     def written_name(self, file: TensorFile) -> str:
         """What a copy of one of its files is called: a base given as one file becomes a model folder."""
@@ -103,15 +108,25 @@ class Checkpoint:
         for file in self.files:
             file.check_unchanged()
 
+    def _config(self) -> dict[str, Any]:
+        if not os.path.lexists(self.folder / "config.json"):
+            return {}
+        config = read_json(contained(self.folder, "config.json"))
+        _check_config(config, printable(self.folder / "config.json"))
+        return config
+
     def _names(self) -> list[str]:
         if self.path.is_file():
             return [self.path.name]
         if os.path.lexists(self.folder / INDEX):
-            self.index = read_json(self.folder / INDEX)
+            self.index_bytes = read_bytes(contained(self.folder, INDEX))
+            self.index = parse_json(self.index_bytes, printable(self.folder / INDEX))
             if not isinstance(self.index.get("metadata") or {}, dict):
                 raise FormatError(f"{printable(self.folder / INDEX)}: its metadata is no table; the index is damaged")
-            return sorted(set(_shard_names(self.index, printable(self.folder / INDEX))))
-        if (self.folder / SINGLE).is_file():
+            names = sorted(set(_shard_names(self.index, printable(self.folder / INDEX))))
+            _check_complete(names, printable(self.folder / INDEX))
+            return names
+        if os.path.lexists(self.folder / SINGLE):
             return [SINGLE]
         found = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if len(found) == 1:
@@ -142,6 +157,16 @@ class Checkpoint:
                 )
 
 
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    """FormatError where a field that tells how weights are meant is not of its type."""
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    if not isinstance(model_type, str | None):
+        raise FormatError(f"{where}: model_type is {printable(model_type)}; a string is wanted; was it edited?")
+    listed = architectures if isinstance(architectures, list | None) else [None]
+    if not all(isinstance(one, str) for one in listed or ()):
+        raise FormatError(f"{where}: architectures is {printable(architectures)}; a list of strings is wanted")
+
+
 def _shard_names(index: Mapping[str, Any], where: str) -> Iterator[str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -152,6 +177,16 @@ def _shard_names(index: Mapping[str, Any], where: str) -> Iterator[str]:
         if not name.endswith(".safetensors"):
             raise FormatError(f"{where}: {printable(name)!r} is no shard's name; a .safetensors file is wanted")
         yield name
+
+
+def _check_complete(names: list[str], where: str) -> None:
+    """A shard's name tells how many there are; each holds tensors, and so the index names each."""
+    for prefix, count in {(found[1], found[2]) for name in names if (found := _SHARD.fullmatch(name))}:
+        of_these = [name for name in names if name.startswith(prefix) and name.endswith(f"-of-{count}.safetensors")]
+        if len(of_these) != int(count):
+            raise FormatError(
+                f"{where}: it names {len(of_these)} of {int(count)} shards; all are wanted; copy the checkpoint again"
+            )
 
 
 def _what_lies_there(folder: Path, found: list[str]) -> str:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from surgery.core.site import TensorInfo
 from surgery.errors import UsageError, printable
-from surgery.hosts.checkpoint import INDEX, SINGLE, Checkpoint
+from surgery.hosts.checkpoint import SINGLE, Checkpoint
 from surgery.io.header import encode_header, parse_header
 from surgery.io.strict_json import json_bytes
 
@@ -117,7 +117,7 @@ def _index(base: Checkpoint, files: Sequence[OutFile]) -> bytes | None:
     size = sum(info.nbytes for file in files for info in file.infos)
     same_size = size == sum(info.nbytes for info in base.tensors())
     if base.index is not None and told["weight_map"] == weight_map and same_size:
-        return (base.folder / INDEX).read_bytes()
+        return base.index_bytes
     if len(files) == 1 and files[0].name == SINGLE:
         return None
     return json_bytes({**told, "metadata": {**metadata, "total_size": size}, "weight_map": weight_map})

@@ -105,9 +105,7 @@ class FilePart:
 
     def _write(self, data: memoryview) -> None:
         self.tally.feed(data)
-        self._opened().write(data)
-        if self.sink.progress is not None:
-            self.sink.progress(len(data))
+        self._put(self._opened(), data)
 
     def _end(self, name: str) -> None:
         self.tally.end(name)
@@ -116,5 +114,10 @@ class FilePart:
     def _opened(self) -> StagedFile:
         if self.file is None:
             self.file = self.context.enter_context(self.sink.staging.file(self.name, self.layout.size))
-            self.file.write(self.layout.raw)
+            self._put(self.file, self.layout.raw)
         return self.file
+
+    def _put(self, file: StagedFile, data: bytes | memoryview) -> None:
+        file.write(data)
+        if self.sink.progress is not None:
+            self.sink.progress(len(data))

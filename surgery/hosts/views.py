@@ -9,9 +9,9 @@ from torch import Tensor
 
 from surgery.codecs import codec_of
 from surgery.core.adapter import Layer
-from surgery.core.arithmetic import all_finite, exact_product, round_once
+from surgery.core.arithmetic import ExactProduct, all_finite, round_once
 from surgery.core.codec import Packed
-from surgery.core.method import Dense, Elementwise
+from surgery.core.method import Dense, Elementwise, Product
 from surgery.core.site import Site
 from surgery.core.source import Source
 from surgery.core.undo import Restorer, accumulate
@@ -34,6 +34,10 @@ class Change:
         """The host's weight that the outcome is compared with; None if there is none."""
         return self.begins or (None if self.new else self.site)
 
+    def products(self) -> tuple[ExactProduct, ...]:
+        """One for each layer, to share what the tiles of a weight have in common."""
+        return tuple(ExactProduct() for _ in self.layers)
+
 
 class MergedTile(NamedTuple):
     """Some rows of a weight as they were and as they became."""
@@ -52,8 +56,7 @@ class MergedTile(NamedTuple):
     @property
     def last(self) -> bool:
         """Is it the weight's last tile?"""
-        shape = self.change.site.weight.shape
-        return not shape or self.rows.stop >= shape[0]
+        return _last(self.change.site, self.rows)
 
 
 Watch = Callable[[MergedTile], None]  # sees each tile of a merge, in order
@@ -65,6 +68,7 @@ class Merged:
     def __init__(self, source: Source, changes: Iterable[Change], watch: Watch | None = None) -> None:
         self.source, self.watch = source, watch
         self.changes = {change.site.name: change for change in changes}
+        self.products: dict[str, tuple[ExactProduct, ...]] = {}  # by the weights of which some tiles are read
 
     def sites(self) -> Iterable[Site]:
         return [change.site for change in self.changes.values()]
@@ -72,10 +76,13 @@ class Merged:
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """ValueRangeError where the base or the outcome is not finite."""
         change, rows = self.changes[site.name], site.rows(rows)
+        products = self.products.setdefault(site.name, change.products())
+        if _last(site, rows):
+            del self.products[site.name]
         original = None if change.origin is None else self.source.load(change.origin, rows)
         begin = _begin(change, original, rows)
         weight = codec_of(begin, printable(site.weight.name)).decode(begin, torch.float64)
-        laid, steps = _lay(change, rows, weight)
+        laid, steps = _lay(change, rows, weight, products)
         outcome = _encode(laid, begin, change)
         merged = outcome.tensors["weight"]
         if not all_finite(merged):
@@ -102,7 +109,7 @@ class Unmerged:
     def __init__(self, source: Source, changes: Iterable[Change], undo: Callable[[Change], Undo]) -> None:
         self.source, self.undo = source, undo
         self.changes = {change.site.name: change for change in changes}
-        self.begun: dict[str, tuple[Undo, Restorer]] = {}  # the weights of which some tiles are read
+        self.begun: dict[str, tuple[Undo, Restorer, tuple[ExactProduct, ...]]] = {}  # where some tiles are read
 
     def sites(self) -> Iterable[Site]:
         return [change.site for change in self.changes.values()]
@@ -113,25 +120,25 @@ class Unmerged:
         merged = None if change.new else self.source.load(site, rows).tensors["weight"]
         if site.name not in self.begun:
             undo = self.undo(change)
-            self.begun[site.name] = undo, Restorer(undo.streams or {})
-        undo, restorer = self.begun[site.name]
-        if not site.weight.shape or rows.stop >= site.weight.shape[0]:
+            self.begun[site.name] = undo, Restorer(undo.streams or {}), change.products()
+        undo, restorer, products = self.begun[site.name]
+        if _last(site, rows):
             del self.begun[site.name]
         if undo.kept is not None:
             return Packed({"weight": undo.kept[rows if site.weight.shape else ...]})
-        steps = elementwise(change, rows)
+        steps = elementwise(change, rows, products)
         assert merged is not None
         assert steps is not None  # what has no steps is kept
         return Packed({"weight": restorer.restore(merged, steps, undo.dtype)})
 
 
-def elementwise(change: Change, rows: slice) -> list[Elementwise] | None:
+def elementwise(change: Change, rows: slice, products: Sequence[Product] | None = None) -> list[Elementwise] | None:
     """The layers as steps over `rows` of the stored weight; None if one of them is not elementwise."""
     steps = []
-    for layer in change.layers:
+    for layer, product in zip(change.layers, products or change.products(), strict=True):
         op = change.site.acting
         try:
-            step = layer.method.steps(layer.params, op.tile(rows), exact_product)
+            step = layer.method.steps(layer.params, op.tile(rows), product)
         except ValueRangeError as error:
             raise ValueRangeError(f"{printable(change.site.name)}: {error}") from error
         if step is None:
@@ -149,14 +156,22 @@ def _begin(change: Change, original: Packed | None, rows: slice) -> Packed:
     return Packed({"weight": change.saved.view(shape)[rows if shape else ...]})
 
 
-def _lay(change: Change, rows: slice, weight: Tensor) -> tuple[Tensor, list[Elementwise] | None]:
-    steps = elementwise(change, rows)
+def _last(site: Site, rows: slice) -> bool:
+    """Do `rows` end the weight?"""
+    shape = site.weight.shape
+    return not shape or bool(rows.stop >= shape[0])
+
+
+def _lay(
+    change: Change, rows: slice, weight: Tensor, products: Sequence[Product]
+) -> tuple[Tensor, list[Elementwise] | None]:
+    steps = elementwise(change, rows, products)
     if steps is not None:
         return accumulate(weight, steps), steps
     op = change.site.acting
-    for layer in change.layers:
+    for layer, product in zip(change.layers, products, strict=True):
         base = Dense(op.matrix(weight))
-        weight = op.stored(layer.method.merge(base, layer.params, op.tile(rows), exact_product).weight)
+        weight = op.stored(layer.method.merge(base, layer.params, op.tile(rows), product).weight)
     return weight, None
 
 

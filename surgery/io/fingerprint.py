@@ -4,6 +4,7 @@ An adapter folder may hold that file: the tensors of the base that the adapter w
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from surgery.core.site import TensorInfo
 from surgery.errors import FormatError, printable
 from surgery.io.header import DTYPES, SPELLINGS
+from surgery.io.regular import contained
 from surgery.io.strict_json import json_bytes, read_json
 
 BASE_PRINT = "surgery.base.json"
@@ -37,9 +39,9 @@ def base_print_bytes(tensors: Hashed) -> bytes:
 def read_base_print(folder: Path) -> Hashed:
     """What surgery.base.json in `folder` tells; nothing where there is none. FormatError if it is damaged."""
     path = folder / BASE_PRINT
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    data = read_json(path, "a fingerprint of a base")
+    data = read_json(contained(folder, BASE_PRINT), "a fingerprint of a base")
     try:
         found = {name: _entry(name, told) for name, told in data["tensors"].items()}
         whole = data["format"] == _FORMAT and data["sha256"] == fingerprint(found.values())

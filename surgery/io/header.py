@@ -1,25 +1,36 @@
 """The header of a safetensors file, read strictly: every byte of the file belongs to exactly one tensor."""
 
 import json
+import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from surgery.core.site import TensorInfo
+from surgery.core.site import Dtype, RawDtype, TensorInfo
 from surgery.errors import FormatError, printable
-from surgery.io.strict_json import parse_json
+from surgery.io.strict_json import parse_json, parse_value
 
-HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+HEADER_BYTES = 1 << 24  # a sixth of the library's limit, and room for TENSORS with names of 80 characters
+TENSORS = 100_000
+RANK = 64
+NAME_BYTES = 1024
+METADATA = "__metadata__"
 
-DTYPES: Mapping[str, torch.dtype] = {
+DTYPES: Mapping[str, Dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": RawDtype("F8_E8M0", 8),  # torch has it from 2.7 on
+    "F6_E2M3": RawDtype("F6_E2M3", 6),
+    "F6_E3M2": RawDtype("F6_E3M2", 6),
+    "F4": RawDtype("F4", 4),
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -31,7 +42,17 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-SPELLINGS: Mapping[torch.dtype, str] = {dtype: spelling for spelling, dtype in DTYPES.items()}
+SPELLINGS: Mapping[Dtype, str] = {dtype: spelling for spelling, dtype in DTYPES.items()}
+
+# A header is taken field by field, so that no more of it is held than what has been found sound.
+_SPACE = rb"[ \t\n\r]*+"
+_STRING = rb'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"'
+_END = re.compile(_SPACE + rb"\Z")
+_CLOSED = re.compile(_SPACE + rb"}")
+_KEY = re.compile(_SPACE + b"(" + _STRING + b")" + _SPACE + b":" + _SPACE)
+_ENTRY = re.compile(rb"(\{[^{}]{0,4096}+})" + _SPACE + b"([,}])")
+_PAIR = _STRING + _SPACE + b":" + _SPACE + _STRING + _SPACE + b"(?:," + _SPACE + b")?+"
+_METADATA = re.compile(rb"(\{" + _SPACE + b"(?:" + _PAIR + b"){0,10000}+})" + _SPACE + b"([,}])")
 
 
 class Entry(NamedTuple):
@@ -39,6 +60,17 @@ class Entry(NamedTuple):
 
     info: TensorInfo
     start: int
+
+
+class Span(NamedTuple):
+    """Where a tensor's bytes begin and end, counted from the end of the header."""
+
+    start: int
+    end: int
+    info: TensorInfo
+
+    def place(self) -> tuple[int, int]:
+        return self.start, self.end
 
 
 class Header(NamedTuple):
@@ -50,16 +82,20 @@ class Header(NamedTuple):
 
 
 def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
-    """The header whose bytes are `raw`. FormatError for holes, overlaps, wrong sizes or cut files."""
-    if raw[8:9] != b"{":
-        raise FormatError(f"{where}: its header does not begin with {{; a safetensors file is wanted")
-    fields = parse_json(raw[8:], where)
-    metadata = fields.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError(f"{where}: __metadata__ is no table of strings; the file is damaged")
-    spans = sorted((_span(name, fields[name], where) for name in fields), key=lambda span: (span[0], span[1]))
+    """The header whose bytes are `raw`. FormatError for holes, overlaps, wrong sizes, cut files, or beyond a limit."""
+    spans: dict[str, Span] = {}
+    metadata: Mapping[str, str] | None = None
+    for name, spelled in _fields(raw, where):
+        if name in spans or (name == METADATA and metadata is not None):
+            raise FormatError(f"{where}: {printable(name)} stands twice in the header; each may stand once")
+        if len(spans) == TENSORS:
+            raise FormatError(f"{where}: more than {TENSORS} tensors, the limit of a file; split it into shards")
+        if name == METADATA:
+            metadata = parse_json(spelled, f"{where}: {METADATA}")
+        else:
+            spans[name] = _span(name, parse_value(spelled, where), where)
     entries, at = [], 0
-    for start, end, info in spans:
+    for start, end, info in sorted(spans.values(), key=Span.place):
         if start != at:
             found = "overlaps the tensor before it" if start < at else f"leaves a hole of {start - at} bytes before it"
             raise FormatError(f"{where}: {printable(info.name)} {found}; the file is damaged")
@@ -67,14 +103,16 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
         at = end
     if len(raw) + at != file_bytes:
         raise FormatError(f"{where}: {file_bytes} bytes, but its header describes {len(raw) + at}; copy it again")
-    return Header(tuple(entries), raw, metadata)
+    return Header(tuple(entries), raw, metadata or {})
 
 
 def header_length(first: bytes, file_bytes: int, where: str) -> int:
     """The length of the whole header, from the file's first 8 bytes."""
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
-    if not 2 <= length <= min(HEADER_BYTES, file_bytes - 8):
+    if not 2 <= length <= file_bytes - 8:
         raise FormatError(f"{where}: not a safetensors file, or cut off; its first 8 bytes give no header length")
+    if length > HEADER_BYTES:
+        raise FormatError(f"{where}: a header of {length} bytes; the limit is {HEADER_BYTES}; split it into shards")
     return 8 + int(length)
 
 
@@ -91,22 +129,58 @@ def encode_header(infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> b
     return struct.pack("<Q", len(text)) + text
 
 
-def _span(name: str, field: Any, where: str) -> tuple[int, int, TensorInfo]:
-    where = f"{where}: {printable(name)}"
-    if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{where}: its entry must give dtype, shape and data_offsets; the file is damaged")
+def _fields(raw: bytes, where: str) -> Iterator[tuple[str, bytes]]:
+    """Each name, and the object behind it as it is spelled."""
+    if raw[8:9] != b"{":
+        raise FormatError(f"{where}: its header does not begin with {{; a safetensors file is wanted")
+    empty = _CLOSED.match(raw, 9)
+    at, more = (empty.end(), b"}") if empty else (9, b",")
+    while more == b",":
+        key = _KEY.match(raw, at)
+        if key is None:
+            raise FormatError(f"{where}: its header is not JSON at byte {at}; was it cut off or edited?")
+        name = _name(key[1], where)
+        found = (_METADATA if name == METADATA else _ENTRY).match(raw, key.end())
+        if found is None:
+            wanted = "a table of strings" if name == METADATA else "an object of dtype, shape and data_offsets"
+            raise FormatError(f"{where}: {printable(name)} is not {wanted}, or is too long; the file is damaged")
+        at, more = found.end(), found[2]
+        yield name, found[1]
+    if _END.match(raw, at) is None:
+        raise FormatError(f"{where}: its header goes on after its end at byte {at}; was it edited?")
+
+
+def _name(spelled: bytes, where: str) -> str:
+    if len(spelled) > NAME_BYTES + 2:
+        raise FormatError(f"{where}: a name of {len(spelled) - 2} bytes; the limit is {NAME_BYTES}; rename the tensor")
+    if b"\\" not in spelled and spelled.isascii():  # as nearly all are
+        return spelled[1:-1].decode()
+    return str(parse_value(spelled, where))
+
+
+def _span(name: str, field: Mapping[str, Any], where: str) -> Span:
+    if field.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _refused(where, name, "its entry must give dtype, shape and data_offsets; the file is damaged")
     dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise FormatError(f"{where}: dtype {printable(dtype)!r} is not known; known are {', '.join(DTYPES)}")
+        raise _refused(where, name, f"dtype {printable(dtype)!r} is not known; known are {', '.join(DTYPES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise FormatError(f"{where}: shape and data_offsets must be whole numbers from 0; the file is damaged")
+        raise _refused(where, name, "shape and data_offsets must be whole numbers from 0; the file is damaged")
+    if len(shape) > RANK:
+        raise _refused(where, name, f"{len(shape)} dimensions; the limit is {RANK}; reshape the tensor")
     if not _countable(shape):
-        raise FormatError(f"{where}: shape {printable(shape)} has more elements than a tensor can; the file is damaged")
+        raise _refused(where, name, f"shape {printable(shape)} has more elements than a tensor can; is it damaged?")
     info = TensorInfo(name, DTYPES[dtype], tuple(shape))
+    if info.nbits % 8:
+        raise _refused(where, name, f"{printable(shape)} {dtype} fills no whole bytes; the file is damaged")
     if offsets[1] - offsets[0] != info.nbytes:
         given = printable(offsets[1] - offsets[0])
-        raise FormatError(f"{where}: {given} bytes, but {info.nbytes} are needed for {printable(shape)} {dtype}")
-    return offsets[0], offsets[1], info
+        raise _refused(where, name, f"{given} bytes, but {info.nbytes} are needed for {printable(shape)} {dtype}")
+    return Span(offsets[0], offsets[1], info)
+
+
+def _refused(where: str, name: str, why: str) -> FormatError:
+    return FormatError(f"{where}: {printable(name)}: {why}")
 
 
 def _naturals(values: Any) -> bool:

@@ -19,6 +19,7 @@ from surgery.io import disk
 from surgery.io.journal import NAME as JOURNAL
 from surgery.io.journal import Journal
 from surgery.io.lock import Lock
+from surgery.io.regular import open_regular
 
 _PARTIAL = ".partial"
 _FAULTS = (EnvironmentFault, OSError, MemoryError, RuntimeError)  # after these a run can go on, as when interrupted
@@ -126,7 +127,7 @@ class Staging:
     def carry(self, source: Path, name: str) -> str:
         """A copy of `source` under `name`; returns the sha256 of the bytes written."""
         sha256 = hashlib.sha256()
-        with source.open("rb") as found, self.file(name) as file:
+        with open_regular(source, "a file to carry") as found, self.file(name) as file:
             while data := found.read(1 << 20):
                 sha256.update(data)
                 file.write(data)

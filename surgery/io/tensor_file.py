@@ -1,14 +1,18 @@
 """TensorFile: one safetensors file, open for ranged reads."""
 
 import os
-import stat
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from surgery.errors import EnvironmentFault, FormatError, InputError, printable
+from surgery.errors import EnvironmentFault, InputError, printable
 from surgery.io.header import Entry, Header, header_length, parse_header
+from surgery.io.regular import open_descriptor
 
 CHUNK_BYTES = 1 << 22
+TICKS = 10  # steps of the wait below
+_COARSE_CLOCK = 5  # Linux stamps files by it, every 1 to 10 ms
 
 
 class TensorFile:
@@ -16,14 +20,9 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.where = path, printable(path)
+        self.descriptor = open_descriptor(path, "a safetensors file")
+        self.state = _settled(self.descriptor)
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError as error:
-            raise InputError(f"{self.where}: cannot be opened ({error.strerror}); check the path") from error
-        self.state = os.fstat(self.descriptor)
-        try:
-            if not stat.S_ISREG(self.state.st_mode):
-                raise FormatError(f"{self.where}: not a regular file; a safetensors file is wanted")
             self.header = self._header()
         except BaseException:
             self.close()
@@ -55,9 +54,12 @@ class TensorFile:
                 return
 
     def check_unchanged(self) -> None:
-        """InputError if the file is no longer what it was when it was opened."""
-        now = os.fstat(self.descriptor)
-        if (now.st_size, now.st_mtime_ns) != (self.state.st_size, self.state.st_mtime_ns):
+        """InputError if the file, or what lies at its path, is no longer what was opened."""
+        try:
+            now = (os.fstat(self.descriptor), os.stat(self.path))  # noqa: PTH116  # as the other
+        except OSError as error:
+            raise InputError(f"{self.where}: it went away while it was read ({error.strerror}); run again") from error
+        if any(_mark(one) != _mark(self.state) for one in now):
             raise InputError(f"{self.where}: it changed while it was read; let no one write to it, and run again")
 
     def close(self) -> None:
@@ -67,3 +69,20 @@ class TensorFile:
         size = self.state.st_size
         length = header_length(bytes(self.read(0, min(8, size))), size, self.where)
         return parse_header(bytes(self.read(0, length)), size, self.where)
+
+
+def _mark(state: os.stat_result) -> tuple[int, ...]:
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def _settled(descriptor: int) -> os.stat_result:
+    """The file's state, once its times are older than a tick of the clock that stamps them.
+
+    A change within the same tick would leave them as they are, and go unseen.
+    """
+    wait_ns = 2e9 * (time.clock_getres(_COARSE_CLOCK) if sys.platform == "linux" else 0.01)
+    for _ in range(TICKS):
+        if abs(time.time_ns() - os.fstat(descriptor).st_ctime_ns) > wait_ns:
+            break
+        time.sleep(wait_ns / TICKS / 1e9)
+    return os.fstat(descriptor)

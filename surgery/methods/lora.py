@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64
-from surgery.core.config import AdapterConfig, Spelling, check_pattern
+from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Additive, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.select import pattern_value
@@ -86,10 +86,8 @@ class LoraConfig(AdapterConfig):
                 "'orthogonal' leave the base alone and are supported"
             )
         for key, rank in self.rank_pattern.items():
-            check_pattern("rank_pattern", key)
             _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
-            check_pattern("alpha_pattern", key)
             _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
 
     def method(self, name: str) -> "Lora":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.arithmetic import all_finite, tree_sum, ulp
+from surgery.core.site import Dtype, bits_of
 from surgery.core.undo import order
 from surgery.io.octets import tensor_from
 
@@ -75,16 +76,17 @@ class Difference(NamedTuple):
         return {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in told.items()}
 
 
-def difference(a: bytearray, b: bytearray, a_dtype: torch.dtype, b_dtype: torch.dtype) -> Difference:
-    """Of the same elements of two tensors."""
-    elements = len(a) // a_dtype.itemsize
-    if {a_dtype, b_dtype} <= set(PLAIN_DTYPES):
+def difference(a: bytearray, b: bytearray, a_dtype: Dtype, b_dtype: Dtype) -> Difference:
+    """Of the same elements of two tensors; formats that torch lacks are compared by the byte."""
+    elements = 8 * len(a) // bits_of(a_dtype)
+    if a_dtype in PLAIN_DTYPES and b_dtype in PLAIN_DTYPES:
         x = tensor_from(a, a_dtype, (elements,))
         return _equal(x) if a_dtype == b_dtype and a == b else _of_floats(x, tensor_from(b, b_dtype, (elements,)))
-    if a_dtype.itemsize != b_dtype.itemsize:
+    if bits_of(a_dtype) != bits_of(b_dtype):
         return Difference(elements, None)
-    integer = _INTEGER[a_dtype.itemsize]
-    apart = tensor_from(a, integer, (elements,)) != tensor_from(b, integer, (elements,))
+    integer = _INTEGER[max(1, bits_of(a_dtype) // 8)]
+    shape = (len(a) // integer.itemsize,)
+    apart = tensor_from(a, integer, shape) != tensor_from(b, integer, shape)
     return Difference(elements, int(apart.sum()))
 
 

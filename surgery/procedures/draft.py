@@ -95,14 +95,14 @@ class Draft:
                 )
             return
         site = Site(name, {"weight": whole.info})
-        self.changes[name] = Change(site, whole.info.dtype, saved=whole.values, new=whole.new)
+        self.changes[name] = Change(site, whole.info.torch_dtype, saved=whole.values, new=whole.new)
         if whole.copied:
             self._begun.add(name)
 
     def _add(self, site: Site, layer: Layer) -> None:
         name = site.weight.name
         new = name not in self.base.at  # the head that is tied, written apart
-        before = self.changes.get(name, Change(_alone(site), site.weight.dtype, new=new))
+        before = self.changes.get(name, Change(_alone(site), site.weight.torch_dtype, new=new))
         replaced = before.saved is not None and name not in self._begun
         if replaced or (before.layers and before.site.op != site.op):
             self.refusals.append(
@@ -144,7 +144,7 @@ class Draft:
         grown = e is not None and tying.embedding.name in self._begun
         rows = e.site.weight.shape if e is not None and grown else tying.embedding.shape
         info = tying.head.weight._replace(shape=rows)
-        change = h or Change(Site(tying.head.name, {"weight": info}), info.dtype, new=True)
+        change = h or Change(Site(tying.head.name, {"weight": info}), info.torch_dtype, new=True)
         if e is not None and grown:
             return replace(change, saved=e.saved)
         return replace(change, begins=_site_of(tying.embedding))

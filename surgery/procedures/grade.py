@@ -72,7 +72,7 @@ def _within(tile: MergedTile, found: Tensor, where: Tensor) -> Grade:
         shift = step.at(where)
         value = shift.apply(value)
         size = torch.maximum(size, value.abs())
-        allowed += ulp(shift.shift, change.site.weight.dtype) / 2
+        allowed += ulp(shift.shift, change.site.weight.torch_dtype) / 2
     allowed += ulp(size, change.dtype) / 2 * max(1, len(change.layers))
     apart = (exact_float64(found.flatten()[where]) - value).abs()
     if not bool((apart <= allowed).all()):  # costly, and seldom needed

@@ -8,11 +8,13 @@ from torch import Tensor
 from surgery.adapters.peft import check_shapes
 from surgery.core.adapter import Adapter, Layer, Weighted
 from surgery.core.names import Prefix, nearest, prefix_between, suffix_hits
-from surgery.core.site import Site, TensorInfo
-from surgery.errors import InputError, MatchError, ShapeError, printable
+from surgery.core.site import RawDtype, Site, TensorInfo
+from surgery.errors import FormatError, InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.procedures.op_choice import OpChoice
 from surgery.procedures.tying import ties_head, tying_of, vocabulary
+
+EXPLAINED = 8  # of the sites that a base lacks; to find the nearest names takes time
 
 
 class Whole(NamedTuple):
@@ -64,6 +66,7 @@ class Joined:
                 self.refusals.append(error)
 
     def _layer(self, name: str, site: Site) -> Layer:
+        _ = site.weight.torch_dtype  # a format that torch lacks is refused
         method, params = self.adapter.config.method(name), self.adapter.sites[name]
         wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
         check_shapes(name, params, wanted, self.adapter.where)
@@ -94,6 +97,13 @@ class Joined:
                 self.refusals.append(self._lacking(name))
             elif info is None:
                 self.wholes[there] = Whole(TensorInfo(there, values.dtype, shape), values, True)
+            elif isinstance(info.dtype, RawDtype):
+                self.refusals.append(
+                    FormatError(
+                        f"{printable(there)}: held as {info.dtype}, which modules_to_save cannot replace; "
+                        "plain floats are wanted; dequantize the base first"
+                    )
+                )
             elif info.shape == shape or _grown(info, values, self.base):
                 new = info.shape != shape or there not in self.base.at
                 self.wholes[there] = Whole(info._replace(shape=shape), values, new)
@@ -131,13 +141,20 @@ class Joined:
         return Site(site.name, {**site.tensors, "weight": whole.info._replace(name=site.weight.name)})
 
     def _absent(self, name: str) -> str:
+        told = f"{printable(self.adapter.where)}: {printable(name)} is not in the base"
+        if len(self.refusals) >= EXPLAINED:
+            return told
         close = ", ".join(printable(other) for other in nearest(name, self.known))
         return (
-            f"{printable(self.adapter.where)}: {printable(name)} is not in the base; nearest there: {close}; "
+            f"{told}; nearest there: {close}; "
             "is this the adapter's base? An absent output head is tied to the embedding"
         )
 
     def _lacking(self, name: str) -> MatchError:
+        if len(self.refusals) >= EXPLAINED:
+            return MatchError(
+                f"{printable(self.adapter.where)}: {printable(name)} of modules_to_save is not in the base"
+            )
         close = ", ".join(printable(other) for other in nearest(name, self.base.at))
         return MatchError(
             f"{printable(self.adapter.where)}: {printable(name)} of modules_to_save is not in the base; "

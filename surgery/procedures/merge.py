@@ -130,7 +130,7 @@ def _change(name: str, layer: Adapted) -> Change:
         Layer(one.method, {role: values.to(device, copy=True) for role, values in one.params.items()})
         for one in layer.layers()
     ]
-    return Change(site, site.weight.dtype, tuple(layers))
+    return Change(site, site.weight.torch_dtype, tuple(layers))
 
 
 def _here(layer: Adapted) -> LiveUndo:

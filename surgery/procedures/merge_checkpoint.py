@@ -73,13 +73,14 @@ def merge_checkpoint(
     plan = make_plan(base, adapters, options.treatment)
     plan.require()
     layout = layout_like(base, plan.written(), options.max_shard_bytes)
+    files = small_files(base, [Path(one.adapter.where) for one in adapters])
     key = _key(base, adapters, layout, options)
     with Staging(out, overwrite=options.overwrite, key=key, resume=options.resume) as staging, ExitStack() as stack:
         undo = stack.enter_context(UndoWriter(base, staging, layout)) if options.reversible else None
         books = _Books(Receipt(base, adapters, plan), undo)
         readings, written = fill(base, Merged(base, plan.changes, books), staging, layout, books, options.pace)
         _check_base(base, adapters, readings, options)
-        files = _small_files(base, adapters, plan, layout, staging)
+        _write_small(files, plan, layout, staging)
         if undo is not None:
             undo.finish(adapters, _originals(base, readings, files), files.displaced)
         told = books.receipt.finish(readings, written, files, options.treatment, options.reversible)
@@ -161,18 +162,14 @@ def _check_base(base: Checkpoint, adapters: Sequence[Weighted], readings: Sequen
                 )
 
 
-def _small_files(
-    base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, layout: Layout, staging: Staging
-) -> SmallFiles:
+def _write_small(files: SmallFiles, plan: Plan, layout: Layout, staging: Staging) -> None:
     """Write what stands beside the weights."""
-    files = small_files(base, [Path(one.adapter.where) for one in adapters])
     if plan.config is not None:
         files.put("config.json", json_bytes(plan.config))
-    if layout.index is not None or base.index is not None:
+    if layout.index is not None or INDEX in files.contents:
         files.put(INDEX, layout.index)
     for name, source in files.contents.items():
         files.sha256[name] = staging.write(name, source) if isinstance(source, bytes) else staging.carry(source, name)
-    return files
 
 
 def _originals(base: Checkpoint, readings: Sequence[Reading], files: SmallFiles) -> dict[str, str]:

@@ -22,6 +22,7 @@ class OpChoice:
 
     def __init__(self, base: Checkpoint, adapter: Adapter, sites: Mapping[str, Site], told: Mapping[str, str]) -> None:
         self.base, self.adapter, self.sites, self.told = base, adapter, sites, told
+        self._found: dict[str, str | None] = {}  # by layout, the site that contradicts it
 
     def of(self, name: str) -> Op:
         """ShapeError for a weight that is no matrix; MatchError where what is known contradicts itself."""
@@ -49,7 +50,9 @@ class OpChoice:
             return OPS["conv1d" if last in CONV1D_NAMES else "linear"]
         if family is not None and told.name == "linear":
             return told
-        against = family if family is not None else self._against(told)
+        if told.name not in self._found:
+            self._found[told.name] = self._against(told)
+        against = family if family is not None else self._found[told.name]
         if against is not None:
             raise MatchError(
                 f"{printable(name)}: its weight is square, so that no shape tells its layout; fan_in_fan_out says "

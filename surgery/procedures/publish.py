@@ -15,10 +15,9 @@ from surgery.io.patience import Patience
 from surgery.io.snapshot import listing
 from surgery.procedures.model_card import front_matter, model_card
 from surgery.procedures.receipt import read_receipt
-from surgery.procedures.small_files import RECEIPT, file_sha256
+from surgery.procedures.small_files import CARD, RECEIPT, file_sha256
 from surgery.procedures.undo_record import FOLDER as UNDO
 
-CARD = "README.md"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".h5", ".msgpack", ".pt", ".pth")
 

@@ -1,14 +1,18 @@
 """The small files beside a checkpoint's weights: which a merge carries, and which it leaves out."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from surgery.errors import InputError, printable
 from surgery.hosts.checkpoint import INDEX, Checkpoint
+from surgery.io.regular import contained, open_regular
 
 RECEIPT = "surgery.receipt.json"
+CARD = "README.md"  # for people: a push writes another
+CARRIED_BYTES = 1 << 30  # of one file
 
 # Weights in other formats, which a merge would leave stale.
 _STALE = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx"})
@@ -50,35 +54,48 @@ def small_files(base: Checkpoint, adapters: Sequence[Path]) -> SmallFiles:
     files = _beside(base)
     for folder in adapters:
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path.is_file() and path.name.startswith(_TOKENIZER):
-                files.put(path.name, path)
+            if path.name.startswith(_TOKENIZER) and not path.is_dir():
+                files.put(path.name, _carried(folder, path))
     return files
 
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes."""
-    with path.open("rb") as file:
+    with open_regular(path, "a file") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _beside(base: Checkpoint) -> SmallFiles:
     if not base.path.is_dir():
         config = base.folder / "config.json"
-        return SmallFiles({"config.json": config}, ["config.json"]) if config.is_file() else SmallFiles()
+        if not os.path.lexists(config):
+            return SmallFiles()
+        return SmallFiles({"config.json": _carried(base.folder, config)}, ["config.json"])
     weights = {file.path.name for file in base.files}
     files = SmallFiles()
     for path in sorted(base.folder.rglob("*")):
         name = path.relative_to(base.folder)
         if path.is_symlink() and not path.exists():
             raise InputError(f"{printable(path)}: a link to nothing; was the model downloaded whole?")
-        if not path.is_file() or any(part.startswith(".") for part in name.parts) or str(name) in weights:
+        folder = path.is_dir() and not path.is_symlink()
+        if folder or any(part.startswith(".") for part in name.parts) or str(name) in weights:
             continue
         if _stale(name, base):
             files.left_out.append(name.as_posix())
         else:
-            files.contents[name.as_posix()] = path
+            files.contents[name.as_posix()] = _carried(base.folder, path)
     files.originals = list(files.contents)
     return files
+
+
+def _carried(folder: Path, path: Path) -> Path:
+    """`path`, if it is a regular file of the folder, and no larger than what stands beside weights."""
+    contained(folder, path.relative_to(folder))
+    with open_regular(path, "a file to carry") as file:
+        size = os.fstat(file.fileno()).st_size
+    if size > CARRIED_BYTES:
+        raise InputError(f"{printable(path)}: {size} bytes; files of up to {CARRIED_BYTES} are carried; move it away")
+    return path
 
 
 def _stale(name: Path, base: Checkpoint) -> bool:

@@ -23,7 +23,6 @@ from surgery.errors import CheckError, FormatError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout, layout_of
 from surgery.hosts.views import Change, MergedTile, Undo
-from surgery.io.header import DTYPES, SPELLINGS
 from surgery.io.octets import tensor_from
 from surgery.io.staging import StagedFile, Staging
 from surgery.io.strict_json import json_bytes, read_json
@@ -116,7 +115,7 @@ class FileUndo:
         streams = self.recorder.streams() if self.recorder is not None and self.recorder.exact else None
         if self.file is None:
             self.file = self.context.enter_context(self.staging.file(f"{FOLDER}/{self.name}"))
-        field: dict[str, Any] = {"dtype": SPELLINGS[info.dtype], "file": self.name}
+        field: dict[str, Any] = {"file": self.name}
         if streams is None or sum(map(len, streams.values())) >= info.nbytes:
             field["kept"] = [self.at, info.nbytes]
             for chunk in self.base.files[index].chunks(entry):
@@ -199,12 +198,12 @@ class UndoRecord:
             layers.append(Layer(adapter.config.method(name).weighted(weight), adapter.sites[name], index, name))
         held = info if there is None else info._replace(dtype=there.dtype)
         new = there is None or there.shape != info.shape
-        return Change(Site(info.name, {"weight": held}, op), info.dtype, tuple(layers), new=new)
+        return Change(Site(info.name, {"weight": held}, op), info.torch_dtype, tuple(layers), new=new)
 
     def undo(self, change: Change) -> Undo:
         """What the weight of `change` needs; read anew at each call."""
         field = self.tensors[change.site.weight.name]
-        dtype = DTYPES[field["dtype"]]
+        dtype = change.dtype
         if "kept" in field:
             data = self._read(field["file"], field["kept"])
             return Undo(dtype, kept=tensor_from(data, dtype, change.site.weight.shape))

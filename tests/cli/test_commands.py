@@ -1,5 +1,6 @@
 """Each command does what its Python function does, and tells the same facts as a table and as JSON."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from checkpoint_folders import (
     write_adapter,
     write_base,
 )
-from outcomes import Outcome, Run, parsed, rows
+from outcomes import Outcome, Run, parsed, rows, told
 
 import surgery
 
@@ -218,3 +219,31 @@ def test_unmerge_refuses_a_merge_that_is_not_reversible(run: Run, base: Path, ad
 def _receipt(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / RECEIPT).read_text())
     return found
+
+
+def test_the_hash_of_a_model_or_adapter_is_printed_alone_and_is_what_merge_expects(
+    run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    hashes = [run("inspect", "--sha256", path).out.strip() for path in (base, adapter)]
+    assert all(len(one) == 64 for one in hashes)
+    expected = ("--expect-base-sha256", hashes[0], "--expect-adapter-sha256", hashes[1])
+    assert run("merge", base, adapter, tmp_path / "out", *expected).code == 0
+    listed = parsed(run("inspect", "--json", adapter))
+    assert listed["sha256"] == hashes[1]
+    files = [adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    lines = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
+    assert hashlib.sha256(lines.encode()).hexdigest() == hashes[1]  # as sha256sum gives it
+
+
+@pytest.mark.parametrize("options", [("--op", "q_proj"), ("--op", "=linear"), ("--op", "q_proj=conv2d")])
+def test_an_op_that_is_no_pair_is_a_usage_error(options: tuple[str, ...], run: Run, base: Path, adapter: Path) -> None:
+    told(run("plan", base, adapter, *options), 2)
+
+
+def test_the_options_of_a_merge_reach_it(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    options = ("--max-shard-size", "400", "--tied", "untie", "--op", "q_proj=linear", "--no-resume")
+    assert run("merge", base, adapter, tmp_path / "out", *options).code == 0
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    told(run("merge", base, adapter, tmp_path / "other", "--resume"), 3)
+    assert not (tmp_path / "other").exists()
+    assert run("verify", base, adapter, tmp_path / "out", "--op", "q_proj=linear").code == 0

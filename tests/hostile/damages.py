@@ -17,7 +17,7 @@ Damages = dict[str, Damage]
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX, BASE_CONFIG, SHARD = "base/model.safetensors.index.json", "base/config.json", f"base/{SHARDS[1]}"
 CONFIG, TENSORS = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
-LACKING = object()
+LACKING = type("Lacking", (), {"__repr__": lambda _: "lacking"})()
 
 NO_JSON = {
     "empty": b"",

@@ -1,5 +1,7 @@
 """Numbers packed into bits come back, whatever their width and however they were cut into calls."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,8 +22,10 @@ def test_what_is_written_is_read(data: st.DataObject, bits: int) -> None:
     flat = [value for call in calls for value in call]
     assert len(packed) == -(-len(flat) * bits // 8)
     reader = BitReader(bits, packed)
-    cut = data.draw(st.integers(0, len(flat)))
-    assert [*reader.read(cut).tolist(), *reader.read(len(flat) - cut).tolist()] == flat
+    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, len(flat)), max_size=4))), len(flat)]
+    assert [reader.read(end - start).tolist() for start, end in pairwise(cuts)] == [
+        flat[start:end] for start, end in pairwise(cuts)
+    ]
 
 
 def test_the_first_number_takes_the_lowest_bits() -> None:

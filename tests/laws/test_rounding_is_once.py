@@ -76,6 +76,15 @@ def test_a_hair_off_a_tie_goes_to_the_nearer_neighbour(dtype, sign, hair):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_what_float32_rounds_away_from_a_tie_is_not_brought_back_to_it(dtype, sign):
+    values = magnitudes(dtype)[1:]
+    ties = midpoints(values)
+    above = ties + ulp(ties, torch.float32) * 0.75
+    assert same_bits(round_once(sign * above, dtype), sign * next_pattern(values))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_torch_alone_rounds_twice_so_the_traps_are_traps(dtype):
     values = magnitudes(dtype)
     ties = midpoints(values)

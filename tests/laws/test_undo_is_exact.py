@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rational import same_bits
 from torch import Tensor
 
+from surgery.core import bits, undo
 from surgery.core.arithmetic import exact_product
 from surgery.core.method import Elementwise
 from surgery.core.undo import Recorder, Restorer, from_order, merged_value, order
@@ -30,8 +31,8 @@ def weights(kind: str, dtype: torch.dtype, count: int, generator: torch.Generato
     whole = torch.randint(-14, 8, (count,), generator=generator)
     if kind == "any bits":
         top = int(torch.tensor(2.0**10, dtype=dtype).view(INTEGERS[dtype]))
-        bits = torch.randint(0, top, (count,), generator=generator).to(INTEGERS[dtype])
-        return bits.view(dtype) * sign.to(dtype)
+        patterns = torch.randint(0, top, (count,), generator=generator).to(INTEGERS[dtype])
+        return patterns.view(dtype) * sign.to(dtype)
     values = {
         "normal": normal,
         "small": normal * 0.02,
@@ -135,6 +136,31 @@ def test_tiles_of_other_sizes_give_the_same_streams_and_the_same_weights(pair):
         assert same_bits(restore(streams, merged, steps, dtype, step), w)
 
 
+@pytest.mark.parametrize("part", [1, 50, 1000])
+def test_however_many_indices_are_packed_at_a_time_the_streams_are_the_same(part, monkeypatch):
+    w, shift = mixture(BFLOAT, seed=10)
+    steps = [Elementwise(shift)]
+    merged = merged_value(w.double(), steps, BFLOAT)
+    streams = record(w, merged, steps, len(w)).streams()
+    monkeypatch.setattr(undo, "_PART", part)
+    monkeypatch.setattr(bits, "_PART", part)
+    assert record(w, merged, steps, 100).streams() == streams
+    assert same_bits(restore(streams, merged, steps, BFLOAT, 70), w)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 5), (1,), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_any_shape_comes_back_after_any_number_of_steps(shape, count):
+    generator = torch.Generator().manual_seed(11)
+    w = torch.randn(shape, generator=generator).to(BFLOAT)
+    steps = [Elementwise(torch.randn(shape, dtype=DOUBLE, generator=generator) * 0.01) for _ in range(count)]
+    merged = merged_value(w.double(), steps, BFLOAT)
+    recorder = Recorder()
+    recorder.add(w, merged, steps)
+    assert recorder.exact
+    assert same_bits(Restorer(recorder.streams()).restore(merged, steps, BFLOAT), w)
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_several_steps_come_back_in_their_order(pair):
     dtype, outcome = pair
@@ -167,7 +193,7 @@ def test_no_shift_leaves_nothing_to_record_but_which_zero_it_was(dtype):
     merged = merged_value(w.double(), steps, dtype)
     assert not torch.signbit(merged[-1])  # -0 + 0 is +0
     streams = record(w, merged, steps, 102).streams()
-    assert {bits: len(data) for bits, data in streams.items()} == {1: 1}
+    assert {width: len(data) for width, data in streams.items()} == {1: 1}
     assert same_bits(restore(streams, merged, steps, dtype, 102), w)
 
 
@@ -179,11 +205,11 @@ def test_streams_that_end_too_soon_are_refused(pair):
     merged = merged_value(w.double(), steps, outcome)
     streams = record(w, merged, steps, len(w)).streams()
     assert streams
-    for bits, data in streams.items():
+    for width, data in streams.items():
         for short in (data[:-1], b""):
             with pytest.raises(CheckError, match="ends too soon"):
-                restore({**streams, bits: short}, merged, steps, dtype, len(w))
-        rest = {other: kept for other, kept in streams.items() if other != bits}
+                restore({**streams, width: short}, merged, steps, dtype, len(w))
+        rest = {other: kept for other, kept in streams.items() if other != width}
         with pytest.raises(CheckError, match="ends too soon"):
             restore(rest, merged, steps, dtype, len(w))
 
@@ -207,11 +233,12 @@ def test_more_candidates_than_an_index_can_count_are_said_not_to_be_exact():
     assert not record(w, merged, steps, 2).exact
 
 
-def test_a_merge_that_cannot_be_recomputed_is_said_not_to_be_exact():
+@pytest.mark.parametrize("off", [1, -1])
+def test_a_merge_that_cannot_be_recomputed_is_said_not_to_be_exact(off):
     w, shift = mixture(BFLOAT, seed=7)
     steps = [Elementwise(shift)]
     merged = merged_value(w.double(), steps, BFLOAT)
-    wrong = from_order(order(merged) + 1, BFLOAT)  # as if another arithmetic had merged
+    wrong = from_order(order(merged) + off, BFLOAT)  # as if another arithmetic had merged
     assert record(w, merged, steps, 100).exact
     assert not record(w, wrong, steps, 100).exact
 

@@ -1,0 +1,202 @@
+"""Candidates: the weights of a dtype that a merge makes m of, for each element of a tile.
+
+A merge never decreases in w, so they are neighbours in the order of their bits: a first one, and some beyond it.
+Three ways find them, each left with what the one before could not decide: a pass over the whole tile that tells
+where there is one alone, the edges of m taken back by algebra, and a search that evaluates the merge itself.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from surgery.core.arithmetic import round_once
+from surgery.core.method import Elementwise
+
+_INTEGER = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+
+
+def order(values: Tensor) -> Tensor:
+    """Integers (int64) that rise with the values; -0 comes just before +0."""
+    kind = _INTEGER[values.dtype]
+    bits = values.contiguous().view(kind)
+    return (bits ^ ((bits >> (8 * kind.itemsize - 1)) & torch.iinfo(kind).max)).to(torch.int64)
+
+
+def from_order(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `order`."""
+    kind = _INTEGER[dtype]
+    bits = keys.to(kind)
+    return (bits ^ ((bits >> (8 * kind.itemsize - 1)) & torch.iinfo(kind).max)).view(dtype)
+
+
+def merged_value(w: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> Tensor:
+    """The merge of float64 values: each step in float64, then one rounding to `dtype`."""
+    return round_once(accumulate(w, steps), dtype)
+
+
+def accumulate(w: Tensor, steps: Sequence[Elementwise]) -> Tensor:
+    """The steps applied in order, unrounded."""
+    for step in steps:
+        w = step.apply(w)
+    return w
+
+
+class Survey:
+    """A quick pass over a merged tile, in float32 where both dtypes are of 16 bits, else in float64.
+
+    `doubtful` is its end: the memory of the values is used up.
+    """
+
+    def __init__(self, merged: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> None:
+        self.merged, self.steps, self.dtype = merged.detach().reshape(-1), steps, dtype
+        self.wide = torch.float32 if max(merged.itemsize, dtype.itemsize) == 2 else torch.float64
+        self.value = self.merged.to(self.wide)
+        self.shift = self._sum()
+
+    def guess(self) -> Tensor:
+        """The originals by algebra, flat, in the dtype: right wherever there is a lone candidate near it."""
+        return (self.value - self.shift).to(self.dtype)
+
+    def doubtful(self, w: Tensor) -> Tensor:
+        """Flat positions at which others than `w` may lead to m as well, or others alone.
+
+        Elsewhere the steps lead `w` to less than half an ulp from m, and its neighbours are an ulp away at least,
+        so that they are led beyond the half. The thousandth taken off the half makes up for what float32 rounds:
+        some 2^-24 of |w| and of |m|, where `w` and its neighbours are 2^-11 of |w| apart or more.
+        """
+        if torch.float64 in (self.merged.dtype, self.dtype):
+            return torch.arange(len(w), device=w.device)  # float64 is no wider than that
+        here, own = torch.finfo(self.merged.dtype), torch.finfo(self.dtype)
+        near = w.to(self.wide)
+        off = (near + self.shift).sub_(self.value).abs_()
+        below = _clear_mantissa(self.value).clamp_(min=here.tiny)  # an ulp of m is this times eps
+        apart = _greater(near.abs_(), below if here.eps == own.eps else below * (here.eps / own.eps))
+        room = below.mul_(0.499 * here.eps)
+        for step in self.steps if len(self.steps) > 1 else ():  # those that cancel round away more than their sum does
+            room.sub_(self._flat(step.shift).abs(), alpha=_lost(self.steps))
+        apart &= _greater(room, off)
+        return torch.from_numpy(_places(np.logical_not(apart, out=apart))).to(w.device)
+
+    def _sum(self) -> Tensor:
+        if not self.steps:
+            return torch.zeros_like(self.value)
+        total = self.steps[0].shift
+        for step in self.steps[1:]:
+            total = total + step.shift
+        return self._flat(total)
+
+    def _flat(self, values: Tensor) -> Tensor:
+        return values.detach().to(self.wide).reshape(-1)
+
+
+def _clear_mantissa(values: Tensor) -> Tensor:
+    """In place: the power of two below each |value|."""
+    kind, infinity = _WIDE[values.dtype]
+    values.view(kind).bitwise_and_(infinity)
+    return values
+
+
+_WIDE = {torch.float32: (torch.int32, 0x7F80_0000), torch.float64: (torch.int64, 0x7FF0_0000_0000_0000)}
+
+
+def _greater(left: Tensor, right: Tensor) -> NDArray[np.bool_]:
+    """left > right, by numpy: torch takes four times as long for it."""
+    larger: NDArray[np.bool_] = np.greater(left.cpu().numpy(), right.cpu().numpy())
+    return larger
+
+
+def _places(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """np.flatnonzero, in half the time where one in some twenty is set: bytes of eight are looked at first."""
+    packed = np.packbits(mask)
+    some = np.flatnonzero(packed != 0)
+    within = np.flatnonzero(np.unpackbits(packed[some]).view(np.bool_))
+    places: NDArray[np.int64] = some[within >> 3] * 8 + (within & 7)
+    return places
+
+
+def candidates(m: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For each of `m` (flat) the first candidate (as `order`), and how many there are beyond it."""
+    first, margin = _by_algebra(m, steps, dtype)
+    if m.numel() and not bool(margin.min() > 0):  # NaN is the minimum of all
+        rest = (margin > 0).all(0).logical_not_().nonzero().squeeze(1)
+        here = [step.at(rest) for step in steps]
+        about = first[:, rest].masked_fill_(margin[:, rest].isnan(), 0)
+        first[0, rest] = _by_search(m[rest], here, dtype, about[0], torch.ge)
+        first[1, rest] = _by_search(m[rest], here, dtype, about[1], torch.gt)
+    low, end = first
+    return low, (end - low).sub_(1).clamp_(min=0)
+
+
+def _by_algebra(m: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of the edges between m and its neighbours below and above: the first key beyond, and the margin of that.
+
+    Where the margin is above 0, no value of `dtype` is as near to the edge as what the steps may round away.
+    """
+    edge = _neighbours(m).to(torch.float64).add_(m.to(torch.float64)).mul_(0.5)  # [2, n]
+    size = edge.abs()
+    for step in reversed(steps):
+        edge = step.undo(edge)
+        size += step.shift.abs()
+    largest = torch.finfo(dtype).max
+    found = edge.clamp(-largest, largest).to(dtype)  # rounded twice, maybe, but to one of the two about the edge
+    gap = found.to(torch.float64) - edge
+    first = order(found) - (gap.view(torch.int64) >> 63)  # one more where the gap is negative
+    return first, gap.abs_().sub_(size, alpha=_lost(steps))
+
+
+def _lost(steps: Sequence[Elementwise]) -> float:
+    """Of the sum of all magnitudes, more than twice what float64 rounds away in applying or undoing the steps."""
+    return (len(steps) + 1) * 2.0**-50
+
+
+def _neighbours(m: Tensor) -> Tensor:
+    """The next values below and above, [2, n]; a NaN for one of those of a zero."""
+    kind = _INTEGER[m.dtype]
+    bits = m.contiguous().view(kind)
+    sign = (bits >> (8 * kind.itemsize - 1)) | 1
+    return torch.stack([bits - sign, bits + sign]).view(m.dtype)
+
+
+def _by_search(
+    m: Tensor,
+    steps: Sequence[Elementwise],
+    dtype: torch.dtype,
+    about: Tensor,
+    beyond: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The first key whose outcome is `beyond` m."""
+    target = order(m)
+
+    def reached(keys: Tensor) -> Tensor:
+        return beyond(order(merged_value(from_order(keys, dtype).to(torch.float64), steps, m.dtype)), target)
+
+    return _first(reached, about, dtype)
+
+
+def _first(reached: Callable[[Tensor], Tensor], about: Tensor, dtype: torch.dtype) -> Tensor:
+    """The lowest key from which `reached` holds, of all finite values of `dtype`; the search starts at `about`.
+
+    Strides that double lead outwards until it is enclosed, and after 2^20 of them bisection ends it.
+    """
+    top = int(order(torch.tensor(torch.finfo(dtype).max, dtype=dtype)))
+    low, high = torch.full_like(about, -top - 2), torch.full_like(about, top + 1)
+    probe, stride = about.clamp(-top - 1, top), 1
+    while bool((low + 1 < high).any()):
+        hit = reached(probe)
+        high, low = torch.where(hit, probe, high), torch.where(hit, low, probe)
+        mean = (low & high) + ((low ^ high) >> 1)  # without overflow
+        if stride <= 1 << 20:
+            outward = torch.where(hit, high - stride, low + stride)
+            enclosed = (low > -top - 2) & (high < top + 1)
+            mean = torch.where(enclosed, mean, outward)
+        probe = mean.minimum(high - 1).maximum(low + 1)
+        stride *= 2
+    return high

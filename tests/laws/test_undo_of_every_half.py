@@ -1,0 +1,94 @@
+"""Every finite value of the half types under one shift: who leads to m is counted, and the record must agree."""
+
+import numpy as np
+import pytest
+import torch
+from rational import same_bits
+from torch import Tensor
+
+from surgery.core.method import Elementwise
+from surgery.core.undo import Recorder, Restorer, from_order, merged_value, order
+
+BFLOAT, HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64
+PAIRS = [(BFLOAT, BFLOAT), (HALF, HALF), (BFLOAT, HALF), (HALF, BFLOAT), (BFLOAT, SINGLE), (HALF, SINGLE)]
+SHIFTS = {
+    "zero": [0.0],
+    "negative zero": [-0.0],
+    "random": [0.0123456789],
+    "random, negative": [-1.23456789e-4],
+    "a power of two": [2.0**-6],
+    "half a step of 1": [2.0**-8 + 2.0**-11],
+    "a hair over half a step of 1": [2.0**-8 + 2.0**-50],
+    "a hair under half a step of 1": [-(2.0**-11) * (1 - 2.0**-50)],
+    "one step of the smallest": [2.0**-133],
+    "half a step of the smallest": [-(2.0**-25)],
+    "far below": [1e-300],
+    "large": [100.1],
+    "huge": [-3.3e38],
+    "beyond float32, in two": [1e39, -1e39],
+    "in two, whose rounding swallows": [2.0**60, -(2.0**60)],
+    "in three": [0.3, -0.2, 1e-5],
+    "in two that cancel": [0.7, -0.7],
+}
+
+
+def every(dtype: torch.dtype) -> Tensor:
+    """All finite values, rising."""
+    top = int(order(torch.tensor(torch.finfo(dtype).max, dtype=dtype)))
+    return from_order(torch.arange(-top - 1, top + 1), dtype)
+
+
+def counted(outcome: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rising weights, by their outcomes: which of those with the same it is, and the bits to tell them apart."""
+    _, group, sizes = torch.unique_consecutive(order(outcome), return_inverse=True, return_counts=True)
+    first = sizes.cumsum(0) - sizes
+    bits = torch.tensor([(size - 1).bit_length() for size in sizes.tolist()])
+    return torch.arange(len(outcome)) - first[group], bits[group]
+
+
+def packed(indices: Tensor, bits: int) -> bytes:
+    digits = "".join(format(index, f"0{bits}b")[::-1] for index in indices.tolist())
+    return np.packbits(np.array([*digits], dtype=np.uint8), bitorder="little").tobytes()
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_the_record_says_which_of_all_that_lead_to_m_it_was(pair, shift):
+    dtype, outcome = pair
+    w = every(dtype)
+    steps = [Elementwise(torch.full(w.shape, part, dtype=DOUBLE)) for part in SHIFTS[shift]]
+    merged = merged_value(w.double(), steps, outcome)
+    index, bits = counted(merged)
+    chosen = torch.randperm(len(w), generator=torch.Generator().manual_seed(0))
+    chosen = chosen[torch.isfinite(merged[chosen])]
+    w, merged, index, bits = w[chosen], merged[chosen], index[chosen], bits[chosen]
+    steps = [Elementwise(step.shift[chosen]) for step in steps]
+    recorder = Recorder()
+    recorder.add(w, merged, steps)
+    assert recorder.exact
+    assert recorder.streams() == {
+        width: packed(index[bits == width], width) for width in bits.unique().tolist() if width
+    }
+    assert same_bits(Restorer(recorder.streams()).restore(merged, steps, dtype), w)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT, HALF], ids=str)
+@pytest.mark.parametrize("target", ["zero", "power of two", "subnormal", "largest", "half a step off"])
+def test_every_value_comes_back_under_a_shift_of_its_own(dtype, target):
+    w = every(dtype)
+    info = torch.finfo(dtype)
+    goal = {
+        "zero": torch.zeros_like(w, dtype=DOUBLE),
+        "power of two": torch.exp2(torch.frexp(w.double()).exponent.double() - 1),
+        "subnormal": torch.full_like(w, 3 * info.tiny * info.eps, dtype=DOUBLE),
+        "largest": torch.full_like(w, info.max, dtype=DOUBLE),
+        "half a step off": w.double() * (1 + info.eps / 2),
+    }[target]
+    steps = [Elementwise(goal - w.double())]
+    merged = merged_value(w.double(), steps, dtype)
+    fine = torch.isfinite(merged)
+    w, merged, steps = w[fine], merged[fine], [Elementwise(steps[0].shift[fine])]
+    recorder = Recorder()
+    recorder.add(w, merged, steps)
+    assert recorder.exact
+    assert same_bits(Restorer(recorder.streams()).restore(merged, steps, dtype), w)
