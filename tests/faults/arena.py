@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from checkpoint_folders import INDEX, base_tensors, factors, write_adapter, write_base
+from hurts import Hurt
 from zygote import Outcome, Zygote
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
@@ -19,6 +20,8 @@ POINTS = (  # at which a command is hurt: every so many of them
     *(pytest.param(name, 1, marks=pytest.mark.slow) for name in COMMANDS),
 )
 LOCK, STAGING, OLD = ".out.surgery-lock", ".out.surgery-staging", ".out.surgery-old"
+
+LAST = 11
 
 Tree = dict[str, bytes]  # the files below a folder, by path
 
@@ -54,6 +57,14 @@ class Arena:
             "reversible": [*merge, "--reversible"],
             "unmerge": ["unmerge", str(self.inputs / "merged"), str(self.out)],
         }[name]
+
+    def points(self, name: str, hurt: Hurt, every: int = 1) -> list[int]:
+        """At which calls a command can be hurt: every so many, and all of the last, where the output is switched."""
+        self.reset(self.jobs[name])
+        done = self.zygote.run(self.jobs[name].argv, hurt._replace(at=0, lasting=False))
+        assert done.code == 0, done
+        last = done.calls
+        return sorted({*range(every, last + 1, every), *range(max(1, last - LAST), last + 1)})
 
     def reset(self, job: Job) -> None:
         """The floor as it is before the command."""

@@ -152,14 +152,13 @@ def _error(name: str) -> OSError:
 def _ballast(left: int) -> list[bytearray]:
     """All memory that this process may have, but for `left` bytes."""
     memory.require_room_for_torch = lambda: None  # torch is loaded here, and its room is not free
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), resource.RLIM_INFINITY))
+    size_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size_bytes, resource.RLIM_INFINITY))
     taken, size = [], 1 << 24
     while size >= 1 << 12:
         try:
             taken.append(bytearray(size))
         except MemoryError:
             size //= 2
-    while left > 0 and taken:
-        left -= len(taken.pop())
+    resource.setrlimit(resource.RLIMIT_AS, (size_bytes + left, resource.RLIM_INFINITY))
     return taken

@@ -12,24 +12,21 @@ READS = ("preadv",)
 SEED = 21
 
 
-def refused(arena: Arena, name: str, hurt: Hurt) -> bool:
-    """Run a command that is refused a call; false if it ended before. The lock's removal may fail unseen."""
+def refused(arena: Arena, name: str, hurt: Hurt) -> None:
+    """Run a command that is refused a call. Only the lock's removal may fail unseen."""
     job = arena.jobs[name]
     arena.reset(job)
     done = arena.zygote.run(job.argv, hurt)
-    if not done.struck:
-        assert done.code == 0, done
-        return False
+    assert done.struck, done
     arena.tally["errors injected"] += 1
     if done.struck.startswith("remove") and done.struck.endswith(LOCK) and not done.code:
         assert arena.judge(job) == "new"
         assert arena.strays() == {LOCK}
-        return True
+        return
     told(done)
     assert arena.judge(job) == ("old" if job.old else "absent") or hurt.lasting
     assert arena.strays() <= {STAGING, LOCK, OLD} if hurt.lasting else arena.strays() <= may_stay(arena)
     arena.rerun(job)
-    return True
 
 
 def may_stay(arena: Arena) -> set[str]:
@@ -38,31 +35,29 @@ def may_stay(arena: Arena) -> set[str]:
     return {STAGING} if journal.is_file() and len(journal.read_bytes().splitlines()) > 1 else set()
 
 
-def at_every_call(arena: Arena, name: str, hurt: Hurt, errors: Sequence[str], least: int, every: int = 1) -> None:
+def at_every_call(arena: Arena, name: str, hurt: Hurt, errors: Sequence[str], every: int = 1) -> None:
     """Each call, or every so many, is refused; the reasons come in turn, where there is one run a call."""
-    at = every
-    while refused(arena, name, hurt._replace(at=at, how=errors[at % len(errors)])):
-        at += every
-    assert at > least
+    for at in arena.points(name, hurt, every):
+        refused(arena, name, hurt._replace(at=at, how=errors[at % len(errors)]))
 
 
 @pytest.mark.parametrize(("name", "every"), [("fresh", 4), ("overwrite", 3)])
 def test_a_call_that_is_refused_leaves_the_output_as_it_was(arena: Arena, name: str, every: int) -> None:
-    at_every_call(arena, name, Hurt(disk_functions()), ERRORS, 40, every)
+    at_every_call(arena, name, Hurt(disk_functions()), ERRORS, every)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_call_that_is_refused_for_any_reason_leaves_the_output_as_it_was(arena: Arena, name: str, error: str) -> None:
-    at_every_call(arena, name, Hurt(disk_functions()), [error], 40)
+    at_every_call(arena, name, Hurt(disk_functions()), [error])
 
 
 @pytest.mark.parametrize(("name", "every"), POINTS[1:])
 def test_a_disk_that_refuses_everything_from_some_call_on_leaves_the_output_whole(
     arena: Arena, name: str, every: int
 ) -> None:
-    at_every_call(arena, name, Hurt(disk_functions(), lasting=True), ERRORS, 40, every)
+    at_every_call(arena, name, Hurt(disk_functions(), lasting=True), ERRORS, every)
 
 
 @pytest.mark.slow
@@ -71,13 +66,13 @@ def test_a_disk_that_refuses_everything_from_some_call_on_leaves_the_output_whol
 def test_a_call_that_is_refused_from_some_time_on_leaves_the_output_whole(
     arena: Arena, name: str, function: str
 ) -> None:
-    at_every_call(arena, name, Hurt((function,), lasting=True), ERRORS, 0)
+    at_every_call(arena, name, Hurt((function,), lasting=True), ERRORS)
 
 
 @pytest.mark.slow
 def test_without_renameat2_a_refused_call_leaves_the_output_as_it_was(arena: Arena) -> None:
-    at_every_call(arena, "overwrite", Hurt(disk_functions(), no_renameat2=True), ERRORS, 40)
-    at_every_call(arena, "fresh", Hurt(disk_functions(), no_renameat2=True), ERRORS, 40)
+    at_every_call(arena, "overwrite", Hurt(disk_functions(), no_renameat2=True), ERRORS)
+    at_every_call(arena, "fresh", Hurt(disk_functions(), no_renameat2=True), ERRORS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -94,7 +89,7 @@ def test_writes_that_stop_short_are_gone_on_with(arena: Arena, name: str, how: s
 
 @pytest.mark.parametrize(("name", "every"), POINTS)
 def test_a_write_that_writes_nothing_is_an_error(arena: Arena, name: str, every: int) -> None:
-    at_every_call(arena, name, Hurt(("write",)), [NONE_WRITTEN], 10, every)
+    at_every_call(arena, name, Hurt(("write",)), [NONE_WRITTEN], every)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -110,7 +105,7 @@ def test_reads_that_stop_short_are_gone_on_with(arena: Arena, name: str, how: st
 
 @pytest.mark.parametrize(("name", "every"), POINTS)
 def test_a_read_that_fails_leaves_the_output_as_it_was(arena: Arena, name: str, every: int) -> None:
-    at_every_call(arena, name, Hurt(READS), ["EIO"], 10, every)
+    at_every_call(arena, name, Hurt(READS), ["EIO"], every)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -9,9 +9,12 @@ from hurts import HALF_KILL, KILL, Hurt, disk_functions
 SEED = 20
 
 
-def killed(arena: Arena, name: str, at: int, how: str = KILL, plain: bool = False) -> bool:
+ANY = Hurt(disk_functions(), how=KILL)
+
+
+def killed(arena: Arena, name: str, at: int, hurt: Hurt = ANY) -> bool:
     """Run a command and kill it at its `at`-th call; false if it ended before."""
-    done = arena.zygote.run(arena.jobs[name].argv, Hurt(disk_functions(), at, how, no_renameat2=plain))
+    done = arena.zygote.run(arena.jobs[name].argv, hurt._replace(at=at))
     assert done.code == (-9 if done.struck else 0), done
     arena.tally["points killed at"] += bool(done.struck)
     return bool(done.struck)
@@ -21,30 +24,22 @@ def killed(arena: Arena, name: str, at: int, how: str = KILL, plain: bool = Fals
 def test_a_run_killed_at_any_call_leaves_the_old_or_the_new_and_a_rerun_ends_it(
     arena: Arena, name: str, every: int
 ) -> None:
-    job, at = arena.jobs[name], 0
-    while True:
-        at += every
+    job, points = arena.jobs[name], arena.points(name, ANY, every)
+    for at in points:
         arena.reset(job)
-        if not killed(arena, name, at):
-            break
-        arena.judge(job)
+        assert killed(arena, name, at)
         arena.rerun(job)
-    assert at > 40
+    assert points[-1] > 40
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_run_killed_within_any_write_is_no_worse(arena: Arena, name: str) -> None:
-    job, at = arena.jobs[name], 0
-    while True:
-        at += 1
+    job, hurt = arena.jobs[name], Hurt(("write",), how=HALF_KILL)
+    for at in arena.points(name, hurt):
         arena.reset(job)
-        done = arena.zygote.run(job.argv, Hurt(("write",), at, HALF_KILL))
-        if not done.struck:
-            break
-        arena.tally["points killed at"] += 1
+        assert killed(arena, name, at, hurt)
         arena.rerun(job)
-    assert at > 10
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -78,14 +73,12 @@ def killed_twice(arena: Arena, name: str, first: int, second: int) -> bool:
     return hurt
 
 
-@pytest.mark.slow
-def test_without_renameat2_the_old_output_is_put_back_by_a_rerun(arena: Arena) -> None:
-    job, at, absent = arena.jobs["overwrite"], 0, 0
-    while True:
-        at += 1
+@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+def test_without_renameat2_the_old_output_is_put_back_by_a_rerun(arena: Arena, every: int) -> None:
+    job, hurt, absent = arena.jobs["overwrite"], ANY._replace(no_renameat2=True), 0
+    for at in arena.points("overwrite", hurt, every):
         arena.reset(job)
-        if not killed(arena, "overwrite", at, plain=True):
-            break
+        assert killed(arena, "overwrite", at, hurt)
         absent += not arena.out.exists()
         arena.rerun(job)
     assert absent == 1  # between its two renames

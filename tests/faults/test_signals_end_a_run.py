@@ -21,19 +21,16 @@ MOMENTS = [1, pytest.param(20, marks=pytest.mark.slow)]
 def test_a_signal_at_any_call_that_changes_the_disk_ends_the_run_in_order(
     arena: Arena, name: str, every: int, sent: str
 ) -> None:
-    job, at = arena.jobs[name], 0
-    while True:
-        at += every + (sent == "SIGTERM" and every > 1)
+    job, hurt = arena.jobs[name], Hurt(disk_functions(), how=sent)
+    for at in arena.points(name, hurt, every * 2):
         arena.reset(job)
-        done = arena.zygote.run(job.argv, Hurt(disk_functions(), at, sent))
-        if not done.struck:
-            break
+        done = arena.zygote.run(job.argv, hurt._replace(at=at))
+        assert done.struck, done
         arena.tally["signals sent"] += 1
         assert done.code in {128 + getattr(signal, sent), 0}, done  # 0: it came as the run ended
         assert not done.code or interrupted(done.err), done
         assert arena.strays() <= {STAGING, LOCK}
         arena.rerun(job)
-    assert at > 40
 
 
 def test_a_second_signal_ends_the_run_at_once(arena: Arena) -> None:

@@ -23,12 +23,15 @@ _ANY_TRACER = 0x59616D61, -1  # PR_SET_PTRACER, PR_SET_PTRACER_ANY: strace may a
 
 
 class Outcome(NamedTuple):
-    """Of a run. `code` is its exit code, or minus the signal that ended it; `struck` the call that was hurt."""
+    """Of a run. `code` is its exit code, or minus the signal that ended it; `struck` the call that was hurt.
+
+    `calls` are those that could have been, in a run that came to its end.
+    """
 
     code: int
     err: str
     struck: str
-    seconds: float
+    calls: int
 
 
 class Zygote:
@@ -70,7 +73,7 @@ class _Child:
     """A forked child that waits at the gate; what it says is kept in memory."""
 
     def __init__(self, argv: list[str], hurt: Hurt, gate: tuple[int, int]) -> None:
-        self.said, self.struck = os.memfd_create("said"), os.memfd_create("struck")
+        self.said, self.struck, self.calls = (os.memfd_create(name) for name in ("said", "struck", "calls"))
         self.hurt, self.tracer = hurt, None
         self.pid = os.fork()
         if self.pid == 0:
@@ -79,14 +82,14 @@ class _Child:
         if hurt.strace:
             self.tracer = _attached(self.pid, hurt.strace)
 
-    def outcome(self) -> tuple[int, str, str, float]:
-        _, status, usage = os.wait4(self.pid, 0)
+    def outcome(self) -> tuple[int, str, str, int]:
+        _, status = os.waitpid(self.pid, 0)
         if self.tracer is not None:
             assert self.tracer.stderr is not None
             self.tracer.stderr.close()
             self.tracer.wait()
         code = os.waitstatus_to_exitcode(status)
-        return code, _content(self.said), _content(self.struck), usage.ru_utime + usage.ru_stime
+        return code, _content(self.said), _content(self.struck), int(_content(self.calls) or "0")
 
     def _live(self, argv: list[str], gate: int) -> NoReturn:
         signal.alarm(HANG_S)
@@ -99,8 +102,11 @@ class _Child:
         code = 1
         try:
             os.read(gate, 1)
-            Hurting(self.hurt, lambda name: os.pwrite(self.struck, name.encode(), 0))
-            _main(argv)
+            hurting = Hurting(self.hurt, lambda name: os.pwrite(self.struck, name.encode(), 0))
+            try:
+                _main(argv)
+            finally:
+                os.pwrite(self.calls, str(hurting.calls).encode(), 0)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0
         except BaseException:  # noqa: BLE001  # whatever it is, the child says it and ends here
