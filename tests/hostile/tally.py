@@ -1,5 +1,7 @@
-"""Prints how the inputs of the zoo end: `python tests/hostile/tally.py`."""
+"""Prints how the inputs of the zoo end: `python tests/hostile/tally.py [FILE.json]`, which takes the counts."""
 
+import json
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -15,8 +17,8 @@ def ending(cost: Cost, code: int) -> str:
     return {(3, 3): "refused", (0, 0): "handled"}.get((cost.code, code), "wrong")
 
 
-def tally() -> None:
-    """One line for each input that ends otherwise than it must, and the sums."""
+def tally() -> Counter[str]:
+    """One line for each input that ends otherwise than it must, and the sums, which are returned."""
     found, slowest, largest = Counter[str](), 0.0, 0
     for name, (_, code) in ZOO.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -27,7 +29,11 @@ def tally() -> None:
             print(f"{name!a}: {cost}, {code} is wanted")
     print(f"{len(ZOO)} inputs:", ", ".join(f"{found[one]} {one}" for one in ("refused", "handled", "wrong", "hung")))
     print(f"slowest {slowest:.2f} s of processor time; largest peak {largest / 1e6:.0f} MB beyond the start")
+    return found
 
 
 if __name__ == "__main__":
-    tally()
+    counts = tally()
+    for path in sys.argv[1:]:
+        Path(path).write_text(json.dumps({f"inputs {ending}": count for ending, count in counts.items()}))
+    sys.exit(int(counts["wrong"] + counts["hung"] > 0))
