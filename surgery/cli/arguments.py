@@ -89,7 +89,7 @@ def show(report: "Report", as_json: bool, rows: Sequence[Sequence[str]] = (), he
 def conclude(report: "CaseReport", as_json: bool, reports: Sequence[Path]) -> None:
     """Show the report with its listed cases, and write it to files, each as its ending says."""
     from surgery.errors import printable
-    from surgery.io.staging import write_file
+    from surgery.io.durable import write_file
     from surgery.procedures.report import ENDINGS
 
     rows = [(printable(case.name), case.verdict, *case.cells) for case in report.cases() if case.listed]

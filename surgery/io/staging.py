@@ -9,19 +9,19 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from surgery.errors import EnvironmentFault, OutputExistsError, StateError, printable
+from surgery.errors import EnvironmentFault, InputError, OutputExistsError, StateError, printable
 from surgery.io import disk
+from surgery.io.durable import PARTIAL, faults, make_folder, remove_all, sync_folder
 from surgery.io.journal import NAME as JOURNAL
 from surgery.io.journal import Journal
 from surgery.io.lock import Lock
-from surgery.io.regular import open_regular
+from surgery.io.regular import contained, open_regular
 
-_PARTIAL = ".partial"
 _FAULTS = (EnvironmentFault, OSError, MemoryError, RuntimeError)  # after these a run can go on, as when interrupted
 
 
@@ -44,14 +44,12 @@ class Staging:
     def __enter__(self) -> Self:
         self._refuse_existing()
         with faults(self.out):
-            _make_folder(self.out.parent)
+            make_folder(self.out.parent)
             self.lock = Lock(self.out)
         try:
             with faults(self.out):
                 if os.path.lexists(self.folder) or os.path.lexists(self.aside):
-                    _sync_folder(
-                        self.out.parent
-                    )  # the names that a run cut short has changed: then remove what it left
+                    sync_folder(self.out.parent)  # the names that a run cut short has changed, before it is removed
                 self._put_back()
                 self._refuse_existing()  # anew: a run that held the lock may have just written it
                 self._begin()
@@ -69,7 +67,7 @@ class Staging:
                 with faults(self.out):
                     self._publish()
             elif not self.finished or (issubclass(kind, Exception) and not issubclass(kind, _FAULTS)):
-                _remove(self.folder)
+                remove_all(self.folder)
             elif value is not None:
                 value.add_note(f"what is finished lies in {printable(self.folder)}; the same call goes on from there")
         finally:
@@ -106,7 +104,7 @@ class Staging:
     def file(self, name: str, size: int = 0) -> Iterator["StagedFile"]:
         """A file of the folder, of `size` bytes if known; it bears its name only once it is whole and on the disk."""
         path = self.folder / name
-        partial = path.with_name(path.name + _PARTIAL)
+        partial = path.with_name(path.name + PARTIAL)
         with faults(self.out):
             disk.make_folder(path.parent)
             descriptor = disk.create(partial)
@@ -141,13 +139,13 @@ class Staging:
         """Where names cannot change places at once, a run may have died between its two renames."""
         if os.path.lexists(self.aside) and not os.path.lexists(self.out):
             disk.rename(self.aside, self.out)
-        _remove(self.aside)
+        remove_all(self.aside)
 
     def _begin(self) -> None:
         """An empty folder, or one that holds finished parts and nothing else; with an open journal."""
         resumable = bool(self.key) and self.resume is not False and self.journal.read()
         if self.folder.is_symlink() or not self.folder.is_dir():
-            _remove(self.folder)
+            remove_all(self.folder)
         if resumable:
             self.journal.done = {part: one for part, one in self.journal.done.items() if self._whole(one)}
         if self.resume and not resumable:
@@ -157,7 +155,7 @@ class Staging:
             self.journal.begin()
         except BaseException:
             if not self.finished:
-                _remove(self.folder)
+                remove_all(self.folder)
             raise
 
     def _tidy(self) -> None:
@@ -170,13 +168,13 @@ class Staging:
                     disk.remove_folder(path)
             elif path.relative_to(self.folder).as_posix() not in kept | {JOURNAL}:
                 disk.remove(path)
-        _sync_folder(self.folder)  # what another run has left is gone, before this one writes beside it
+        sync_folder(self.folder)  # what another run has left is gone, before this one writes beside it
 
     def _whole(self, one: Any) -> bool:
         """Are the files of a finished part still those that were written?"""
         try:
-            return all(_sha256(self.folder / name) == wanted for name, wanted in one["files"].items())
-        except (OSError, KeyError, TypeError, AttributeError):
+            return all(_sha256(contained(self.folder, name)) == wanted for name, wanted in one["files"].items())
+        except (InputError, OSError, KeyError, TypeError, AttributeError):
             return False
 
     def _publish(self) -> None:
@@ -185,20 +183,20 @@ class Staging:
             self.journal.close()
             disk.remove(self.journal.path)
             for path in (*(path for path in self.folder.rglob("*") if path.is_dir()), self.folder):
-                _sync_folder(path)
+                sync_folder(path)
             take_back = self._switch()
         except OSError:
             self._put_back()
-            _remove(self.folder)
+            remove_all(self.folder)
             raise
         try:
-            _sync_folder(self.out.parent)
+            sync_folder(self.out.parent)
         except OSError:
             take_back()
-            _remove(self.folder)
+            remove_all(self.folder)
             raise
-        _remove(self.folder)
-        _remove(self.aside)
+        remove_all(self.folder)
+        remove_all(self.aside)
 
     def _switch(self) -> Callable[[], object]:
         """The folder becomes `out`, and what was there goes aside; returns what takes that back."""
@@ -206,7 +204,7 @@ class Staging:
             try:
                 disk.place(self.folder, self.out)
             except FileExistsError as error:
-                _remove(self.folder)
+                remove_all(self.folder)
                 raise OutputExistsError(f"{printable(self.out)}: it has appeared meanwhile; name another") from error
             return lambda: disk.rename(self.out, self.folder)
         if disk.exchange(self.folder, self.out):
@@ -242,60 +240,6 @@ def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
             )
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """`data` as the file `path`, which is the old one or the new one, never a part."""
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
-    with faults(path):
-        _make_folder(path.parent)
-        partial.unlink(missing_ok=True)
-        descriptor = disk.create(partial)
-        try:
-            disk.write_all(descriptor, data)
-            disk.sync(descriptor)
-            disk.rename(partial, path)
-        finally:
-            os.close(descriptor)
-            partial.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-
-
-@contextmanager
-def faults(where: Path) -> Iterator[None]:
-    """EnvironmentFault, naming `where`, for what the system refuses."""
-    try:
-        yield
-    except OSError as error:
-        found = error.strerror or type(error).__name__
-        raise EnvironmentFault(
-            f"{printable(where)}: writing failed ({found}); see to the disk and run again"
-        ) from error
-
-
-def _make_folder(path: Path) -> None:
-    """The folder and its parents; on the disk when this returns."""
-    lacking = [one for one in (path, *path.parents) if not one.exists()]
-    disk.make_folder(path)
-    for one in lacking:
-        _sync_folder(one.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        disk.sync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    """A folder with all in it, or a file or link, if it is there; what cannot be removed is in nobody's way."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path, "a file of an earlier run") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,9 +13,9 @@ from surgery.core.config import AdapterConfig
 from surgery.core.names import nearest, renaming
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.tree import State, adapted_layers, replaced_modules, state_of
+from surgery.io.durable import write_file
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.io.octets import sha256_of
-from surgery.io.staging import write_file
 from surgery.io.strict_json import json_bytes
 from surgery.layers import Adapted
 from surgery.procedures.inject import Fitting, Tree, check_name, fit
