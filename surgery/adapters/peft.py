@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from surgery.core.adapter import Adapter
@@ -97,7 +98,9 @@ def _read_tensors(path: Path) -> tuple[list[Found], dict[str, str]]:
 
 def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: Mapping[str, str]) -> Adapter:
     sites: dict[str, dict[str, Tensor]] = {}
-    saved, copies, ops = {}, {}, {}
+    saved: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    ops = {}
     entries = frozenset(config.modules_to_save or ())
     for key, values in tensors:
         name = key.removeprefix(PREFIX)
@@ -111,11 +114,11 @@ def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256:
             if op is not None:
                 ops[site] = op
         elif name.endswith(".base_layer.weight"):
-            copies[name.replace(".base_layer.", ".")] = values
+            _put(copies, name.replace(".base_layer.", "."), values, where)
         elif any(suffix_hits(entries, module) for module in _parents(name)):
-            saved[name] = values
+            _put(saved, name, values, where)
         elif name.endswith(".weight") and name.split(".")[-2] in _EMBEDDINGS:
-            copies[name] = values  # PEFT saves these where the vocabulary was resized, or they are targeted
+            _put(copies, name, values, where)  # as PEFT saves them where the vocabulary was resized
         else:
             raise FormatError(
                 f"{printable(where)}: no place for {printable(key)} ({SPELLINGS[values.dtype]}); "
@@ -124,6 +127,13 @@ def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256:
     _check_complete(config, sites, where)
     _resolve(config, sites, where)
     return Adapter(config, sites, saved, copies, ops, where, sha256)
+
+
+def _put(held: dict[str, Tensor], name: str, values: Tensor, where: str) -> None:
+    """Each tensor once; a copy may be there twice, if it is the same."""
+    if name in held and not torch.equal(held[name], values):
+        raise FormatError(f"{printable(where)}: two tensors are {printable(name)}; one is wanted; save it again")
+    held[name] = values
 
 
 def _parents(name: str) -> Iterator[str]:

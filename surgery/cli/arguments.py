@@ -31,7 +31,7 @@ reports = click.option(
     callback=_known_endings,
     help="Write the report to this file too, as JSON, Markdown or JUnit XML; may be repeated.",
 )
-overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 resume = click.option(
     "--resume/--no-resume",
     default=None,

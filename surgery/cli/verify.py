@@ -31,6 +31,8 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
 
     if len(paths) == 2 or (len(paths) > 2 and (base or adapters)) or bool(base) != bool(adapters):
         raise click.UsageError("name OUT; or OUT with --base and --adapter; or BASE ADAPTER... OUT")
+    if ops and len(paths) == 1 and not base:
+        raise click.UsageError("--op is for a merge that is derived anew; name base and adapters too")
     if len(paths) > 2:
         base, adapters = paths[0], paths[1:-1]
     out = paths[-1]

@@ -51,15 +51,15 @@ class Prefix(NamedTuple):
 def prefix_between(wanted: Collection[str], known: Collection[str]) -> Prefix | None:
     """The one prefix more, less, or in another's place, that makes each of `wanted` a known name; None if none does.
 
-    A name that does not begin so has to be known as it is. No prefix holds a number, which would turn one layer
-    into another.
+    A name that does not begin so has to be known as it is, and no two may become one. No prefix holds a number,
+    which would turn one layer into another.
 
     >>> prefix_between(["transformer.h.0.mlp"], {"h.0.mlp"})
     Prefix(removed='transformer.', added='')
     >>> prefix_between(["model.language_model.h.0.mlp"], {"language_model.model.h.0.mlp"})
     Prefix(removed='model.language_model.', added='language_model.model.')
     """
-    if all(name in known for name in wanted):
+    if set(wanted) <= set(known):
         return Prefix()
     first = max(wanted, key=len)
     for candidates in (_plain_prefixes(first, known), _replaced_prefixes(first, known)):
@@ -83,7 +83,8 @@ def renaming(wanted: Collection[str], known: Collection[str]) -> dict[str, str]:
 
 
 def _leads(prefix: Prefix, wanted: Collection[str], known: Collection[str]) -> bool:
-    return all(prefix.of(name) in known for name in wanted)
+    found = {prefix.of(name) for name in wanted}
+    return len(found) == len(wanted) and found <= set(known)
 
 
 def _plain_prefixes(name: str, known: Collection[str]) -> Iterator[Prefix]:

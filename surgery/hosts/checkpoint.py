@@ -119,6 +119,11 @@ class Checkpoint:
         if self.path.is_file():
             return [self.path.name]
         if os.path.lexists(self.folder / INDEX):
+            if os.path.lexists(self.folder / SINGLE):
+                raise FormatError(
+                    f"{printable(self.folder)}: both {SINGLE} and {INDEX}, and loaders take the one or the other; "
+                    "one model is wanted; move the other away"
+                )
             self.index_bytes = read_bytes(contained(self.folder, INDEX))
             self.index = parse_json(self.index_bytes, printable(self.folder / INDEX))
             if not isinstance(self.index.get("metadata") or {}, dict):
@@ -172,9 +177,8 @@ def _shard_names(index: Mapping[str, Any], where: str) -> Iterator[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{where}: it has no weight_map; the index is damaged")
     for name in weight_map.values():
-        if not isinstance(name, str) or "/" in name or "\\" in name or not name.isprintable():
-            raise FormatError(f"{where}: {printable(name)!r} is no shard's name; a .safetensors file is wanted")
-        if not name.endswith(".safetensors"):
+        plain = isinstance(name, str) and not {"/", "\\"} & set(name) and name.isprintable()
+        if not plain or not name.endswith(".safetensors"):
             raise FormatError(f"{where}: {printable(name)!r} is no shard's name; a .safetensors file is wanted")
         yield name
 

@@ -83,7 +83,7 @@ def shard_bytes(size: int | str | None) -> int | None:
     found = _SIZE.fullmatch(str(size).strip())
     count = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
     if count < 1:
-        raise UsageError(f"max_shard_size is {printable(size)!r}; a number of bytes is wanted, such as 5GB")
+        raise UsageError(f"max_shard_size is {printable(size)!r}; a number of bytes is wanted; say it such as 5GB")
     return count
 
 
@@ -104,7 +104,8 @@ def _file(base: Checkpoint, name: str, infos: Sequence[TensorInfo]) -> OutFile:
     for file in base.files:
         if base.written_name(file) == name and [entry.info for entry in file.header.entries] == list(infos):
             return OutFile(name, file.header.raw, tuple(infos))
-    return OutFile(name, encode_header(infos, base.files[0].header.metadata), tuple(infos))
+    same = next((file for file in base.files if base.written_name(file) == name), base.files[0])
+    return OutFile(name, encode_header(infos, same.header.metadata), tuple(infos))
 
 
 def _index(base: Checkpoint, files: Sequence[OutFile]) -> bytes | None:

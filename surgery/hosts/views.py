@@ -73,6 +73,10 @@ class Merged:
     def sites(self) -> Iterable[Site]:
         return [change.site for change in self.changes.values()]
 
+    def reads(self, tensor: str) -> Sequence[str]:
+        """The tensors of the source that one of the outcome depends on."""
+        return _reads(self.changes, tensor)
+
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """ValueRangeError where the base or the outcome is not finite."""
         change, rows = self.changes[site.name], site.rows(rows)
@@ -114,6 +118,10 @@ class Unmerged:
     def sites(self) -> Iterable[Site]:
         return [change.site for change in self.changes.values()]
 
+    def reads(self, tensor: str) -> Sequence[str]:
+        """The tensors of the source that one of the outcome depends on."""
+        return _reads(self.changes, tensor)
+
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """CheckError where the record does not fit the merged weight."""
         change, rows = self.changes[site.name], site.rows(rows)
@@ -130,6 +138,12 @@ class Unmerged:
         assert merged is not None
         assert steps is not None  # what has no steps is kept
         return Packed({"weight": restorer.restore(merged, steps, undo.dtype)})
+
+
+def _reads(changes: Mapping[str, Change], tensor: str) -> Sequence[str]:
+    change = changes.get(tensor)
+    origin = None if change is None else change.origin
+    return (tensor,) if change is None else () if origin is None else (origin.weight.name,)
 
 
 def elementwise(change: Change, rows: slice, products: Sequence[Product] | None = None) -> list[Elementwise] | None:

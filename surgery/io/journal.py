@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.io import disk
 
-NAME = "surgery.journal"
+NAME = ".surgery-journal"  # no file of a checkpoint that is carried begins with a point
 _FORMAT = 1
 
 

@@ -1,5 +1,6 @@
 """Regular files: opened without ever waiting, and only where they lie in the folder that they are listed in."""
 
+import hashlib
 import os
 import stat
 from io import BufferedReader
@@ -25,6 +26,12 @@ def open_descriptor(path: Path, what: str) -> int:
 def open_regular(path: Path, what: str) -> BufferedReader:
     """The regular file at `path`, for reading; InputError if it cannot be opened."""
     return os.fdopen(open_descriptor(path, what), "rb")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with open_regular(path, "a file") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def contained(folder: Path, name: str | Path) -> Path:

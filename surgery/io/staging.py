@@ -20,7 +20,7 @@ from surgery.io.durable import PARTIAL, faults, make_folder, remove_all, sync_fo
 from surgery.io.journal import NAME as JOURNAL
 from surgery.io.journal import Journal
 from surgery.io.lock import Lock
-from surgery.io.regular import contained, open_regular
+from surgery.io.regular import contained, file_sha256, open_regular
 
 _FAULTS = (EnvironmentFault, OSError, MemoryError, RuntimeError)  # after these a run can go on, as when interrupted
 
@@ -173,7 +173,7 @@ class Staging:
     def _whole(self, one: Any) -> bool:
         """Are the files of a finished part still those that were written?"""
         try:
-            return all(_sha256(contained(self.folder, name)) == wanted for name, wanted in one["files"].items())
+            return all(file_sha256(contained(self.folder, name)) == wanted for name, wanted in one["files"].items())
         except (InputError, OSError, KeyError, TypeError, AttributeError):
             return False
 
@@ -238,8 +238,3 @@ def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
             raise OutputExistsError(
                 f"{printable(out)}: it overlaps with {printable(path)}, which is read; name another folder"
             )
-
-
-def _sha256(path: Path) -> str:
-    with open_regular(path, "a file of an earlier run") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -56,7 +56,7 @@ def load(root: nn.Module, path: Path, adapter_name: str = DEFAULT, trainable: bo
             "is this the adapter's base?"
         )
     _check_copies(tree, adapter)
-    _check_base(tree, adapter)
+    _check_base(tree, adapter, names)
     sites = {}
     for name, params in adapter.sites.items():
         first = tree.first_name(names[name])
@@ -98,12 +98,14 @@ def _base_print(root: nn.Module, adapter: str) -> Hashed:
     }
 
 
-def _check_base(tree: Tree, adapter: Adapter) -> None:
-    """MatchError if the adapter was trained on another base. A few weights tell two bases apart, so few are hashed."""
-    weights = {f"{name}.weight": module for name, module in tree.modules.items()}
-    names = renaming(list(adapter.trained_on), weights.keys())
-    for name in list(names)[:: max(1, len(names) // _HASHED)]:
-        module, (info, digest) = weights[names[name]], adapter.trained_on[name]
+def _check_base(tree: Tree, adapter: Adapter, names: Mapping[str, str]) -> None:
+    """MatchError if the adapter was trained on another base. A few weights tell two bases apart, so few are hashed.
+
+    `names` are the model's, by the adapter's names of its sites.
+    """
+    told = [name for name in adapter.trained_on if name.removesuffix(".weight") in names]
+    for name in told[:: max(1, len(told) // _HASHED)]:
+        module, (info, digest) = tree.modules[names[name.removesuffix(".weight")]], adapter.trained_on[name]
         held = module.base_layer if isinstance(module, Adapted) else module
         weight = held._parameters.get("weight")
         if weight is None or weight.is_meta or (weight.dtype, tuple(weight.shape)) != (info.dtype, info.shape):

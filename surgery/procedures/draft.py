@@ -8,14 +8,17 @@ from torch import Tensor
 
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Layer, Weighted
-from surgery.core.names import suffix_hits
+from surgery.core.names import Prefix, suffix_hits
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import ConfigError, FormatError, InputError, MatchError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import Change
+from surgery.io.header import DTYPES
 from surgery.procedures.join import Joined, Whole
 from surgery.procedures.true_config import Outcome
-from surgery.procedures.tying import Tying, tying_of, vocabulary
+from surgery.procedures.tying import Tying, ties_head, tying_of, vocabulary
+
+_WHOLE_NUMBERS = frozenset(DTYPES[name] for name in ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"))
 
 
 class Draft:
@@ -30,6 +33,7 @@ class Draft:
         self.heads: dict[str, tuple[int, ...]] = {}  # shapes of what only an adapter brings
         self.task_type: str | None = None  # of the adapter that brings them
         self.untied = False
+        self.prefixes: list[Prefix] = []  # by adapter
         self._begun: set[str] = set()  # tensors that begin as an adapter's copy of the resized base
         self._names: set[str] = set()  # of all sites, as the adapters and as the base have them
 
@@ -40,6 +44,7 @@ class Draft:
             raise ConfigError(f"{where}: it replaces modules (modules_to_save); its weight must be 1")
         joined = Joined(self.base, given, index, self.ops)
         self.refusals += joined.refusals
+        self.prefixes.append(joined.prefix)
         self._names |= {*given.adapter.sites, *(site.name for site, _ in joined.layers.values())}
         for name, whole in joined.wholes.items():
             self._replace(name, whole)
@@ -57,6 +62,8 @@ class Draft:
                 raise UsageError(f"--op {printable(entry)}: no site of the adapters has this name; name another")
         if self.tying is not None:
             self._settle_tie(self.tying, tied)
+        else:
+            self._refuse_hidden_ties()
         self._check_vocabulary()
         for name, change in self.changes.items():
             held = change.site.weight.dtype
@@ -74,6 +81,9 @@ class Draft:
         for name, change in self.changes.items():
             if change.dtype in PLAIN_DTYPES:
                 self.changes[name] = replace(change, dtype=dtype)
+        held = {info.dtype for info in self.base.tensors()} - set(PLAIN_DTYPES) - _WHOLE_NUMBERS
+        for other in sorted(map(str, held)):
+            self.notes.append(f"tensors in {other.removeprefix('torch.')} are carried as they are, not cast")
 
     def ordered(self) -> list[Change]:
         """In the order of the base's bytes; then those that the base lacks."""
@@ -131,6 +141,19 @@ class Draft:
             self.changes[head] = self._apart(tying, e, h)
             self.untied = True
 
+    def _refuse_hidden_ties(self) -> None:
+        """Where it is not clear which tensor is the embedding, what may be tied to an absent head stays as it is."""
+        known = vocabulary(self.base)
+        for name, change in self.changes.items():
+            embeds = name in known or (change.site.op is not None and change.site.op.name == "embedding")
+            if embeds and ties_head(self.base, self.base.at[name][1].info):
+                self.refusals.append(
+                    MatchError(
+                        f"{printable(name)}: the output head, which the base does not hold, may be tied to it; "
+                        "save the base with tie_word_embeddings=false first"
+                    )
+                )
+
     def _embedding(self, tying: Tying, e: Change | None) -> Tensor:
         """What the embedding becomes, layers aside."""
         if e is not None and e.saved is not None:
@@ -144,7 +167,7 @@ class Draft:
         grown = e is not None and tying.embedding.name in self._begun
         rows = e.site.weight.shape if e is not None and grown else tying.embedding.shape
         info = tying.head.weight._replace(shape=rows)
-        change = h or Change(Site(tying.head.name, {"weight": info}), info.torch_dtype, new=True)
+        change = h or Change(_site_of(info), info.torch_dtype, new=True)
         if e is not None and grown:
             return replace(change, saved=e.saved)
         return replace(change, begins=_site_of(tying.embedding))

@@ -33,6 +33,14 @@ class Pace:
     progress: OnProgress | None = None
 
 
+class View(Source, Protocol):
+    """A checkpoint as it reads with something done to it."""
+
+    def reads(self, tensor: str) -> Sequence[str]:
+        """The tensors of the checkpoint that one of the output depends on."""
+        ...
+
+
 class Ledger(Protocol):
     """What else is to be known of each finished file."""
 
@@ -50,7 +58,7 @@ class Ledger(Protocol):
 
 
 def fill(  # noqa: PLR0913, PLR0917  # from where, to where, and who keeps the books
-    base: Checkpoint, view: Source, staging: Staging, layout: Layout, ledger: Ledger, pace: Pace
+    base: Checkpoint, view: View, staging: Staging, layout: Layout, ledger: Ledger, pace: Pace
 ) -> tuple[Sequence[Reading], Mapping[str, Written]]:
     """Write all files of `layout`; returns the hashes of what was read of `base` and of what was written.
 
@@ -63,7 +71,7 @@ def fill(  # noqa: PLR0913, PLR0917  # from where, to where, and who keeps the b
 
     def finished(part: FilePart) -> None:
         files = {**ledger.close(part.name), part.name: part.tally.whole.hexdigest()}
-        read = {name: _read_of(base, readings, name) for name in part.order if name in base.at}
+        read = {name: _read_of(base, readings, name) for one in part.order for name in view.reads(one)}
         told = {"tensors": part.tally.tensors, "read": read, "more": ledger.told(part)}
         staging.finish(part.name, files, told)
 

@@ -12,7 +12,7 @@ from surgery.core.site import RawDtype, Site, TensorInfo
 from surgery.errors import FormatError, InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.procedures.op_choice import OpChoice
-from surgery.procedures.tying import ties_head, tying_of, vocabulary
+from surgery.procedures.tying import tying_of, vocabulary
 
 EXPLAINED = 8  # of the sites that a base lacks; to find the nearest names takes time
 
@@ -30,7 +30,7 @@ class Joined:
     """What one adapter lays over a checkpoint, and what was refused.
 
     `layers` are by tensor, each with its site; `wholes` are tensors that take the place of others: trained
-    modules, and an embedding that has grown; `added` are those that the base lacks.
+    modules, and an embedding that has grown; `heads` are those of them that the base lacks.
     """
 
     def __init__(self, base: Checkpoint, given: Weighted, index: int, ops: Mapping[str, str]) -> None:
@@ -70,11 +70,6 @@ class Joined:
         method, params = self.adapter.config.method(name), self.adapter.sites[name]
         wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
         check_shapes(name, params, wanted, self.adapter.where)
-        if site.acting.name == "embedding" and self.tying is None and ties_head(self.base, site.weight):
-            raise MatchError(
-                f"{printable(name)}: this embedding is tied to the output head, which the checkpoint does not hold; "
-                "a merge would change both; save the base with tie_word_embeddings=false first"
-            )
         return Layer(method.weighted(self.weight), params, self.index, name)
 
     def _copies(self) -> None:
@@ -83,11 +78,11 @@ class Joined:
             there = self._there(name)
             info = self._info(there)
             if info is not None and info.shape != tuple(values.shape) and _grown(info, values, self.base):
-                self.wholes[there] = Whole(info._replace(shape=tuple(values.shape)), values, True, copied=True)
+                self._put(name, Whole(info._replace(shape=tuple(values.shape)), values, True, copied=True))
             elif info is None or (there in self.base.at and not _equal(self.base, info, values)):
                 self.refusals.append(self._unequal(name, info))
             elif there not in self.base.at:
-                self.wholes[there] = Whole(info, values, True, copied=True)
+                self._put(name, Whole(info, values, True, copied=True))
 
     def _saved(self) -> None:
         for name, values in self.adapter.saved.items():
@@ -96,7 +91,7 @@ class Joined:
             if info is None and not self._is_new(name):
                 self.refusals.append(self._lacking(name))
             elif info is None:
-                self.wholes[there] = Whole(TensorInfo(there, values.dtype, shape), values, True)
+                self._put(name, Whole(TensorInfo(there, values.dtype, shape), values, True))
             elif isinstance(info.dtype, RawDtype):
                 self.refusals.append(
                     FormatError(
@@ -106,7 +101,7 @@ class Joined:
                 )
             elif info.shape == shape or _grown(info, values, self.base):
                 new = info.shape != shape or there not in self.base.at
-                self.wholes[there] = Whole(info._replace(shape=shape), values, new)
+                self._put(name, Whole(info._replace(shape=shape), values, new))
             else:
                 self.refusals.append(
                     ShapeError(
@@ -114,6 +109,18 @@ class Joined:
                         f"{list(info.shape)}; they must be equal; resize the base first"
                     )
                 )
+
+    def _put(self, name: str, whole: Whole) -> None:
+        """A tensor of the adapter has its place, which no other may take."""
+        there = whole.info.name
+        if there in self.wholes:
+            where = printable(self.adapter.where)
+            self.refusals.append(
+                MatchError(
+                    f"{where}: {printable(name)} and another of its tensors are both {printable(there)}; one is wanted"
+                )
+            )
+        self.wholes[there] = whole
 
     def _there(self, name: str) -> str:
         """A tensor's name as the base has it, or would have it."""

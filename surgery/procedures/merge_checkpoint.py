@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from surgery.core.adapter import Weighted
-from surgery.core.names import prefix_between
 from surgery.errors import EnvironmentFault, InputError, UsageError, printable
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.layout import Layout, layout_like
@@ -16,12 +15,13 @@ from surgery.hosts.reading import Reading
 from surgery.hosts.shards import FilePart
 from surgery.hosts.views import Merged, MergedTile
 from surgery.io.fingerprint import BASE_PRINT
+from surgery.io.regular import file_sha256
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
 from surgery.procedures.filling import Pace, fill
-from surgery.procedures.plan import Plan, Treatment, make_plan
+from surgery.procedures.plan import Plan, Treatment, describe, make_plan
 from surgery.procedures.receipt import VERSION, Receipt, base_fingerprint
-from surgery.procedures.small_files import RECEIPT, SmallFiles, file_sha256, small_files
+from surgery.procedures.small_files import RECEIPT, SmallFiles, small_files
 from surgery.procedures.undo_record import FOLDER, UndoWriter
 
 
@@ -74,12 +74,12 @@ def merge_checkpoint(
     plan.require()
     layout = layout_like(base, plan.written(), options.max_shard_bytes)
     files = small_files(base, [Path(one.adapter.where) for one in adapters])
-    key = _key(base, adapters, layout, options)
+    key = _key(base, adapters, plan, layout, options)
     with Staging(out, overwrite=options.overwrite, key=key, resume=options.resume) as staging, ExitStack() as stack:
         undo = stack.enter_context(UndoWriter(base, staging, layout)) if options.reversible else None
         books = _Books(Receipt(base, adapters, plan), undo)
         readings, written = fill(base, Merged(base, plan.changes, books), staging, layout, books, options.pace)
-        _check_base(base, adapters, readings, options)
+        _check_base(base, adapters, plan, readings, options)
         _write_small(files, plan, layout, staging)
         if undo is not None:
             undo.finish(adapters, _originals(base, readings, files), files.displaced)
@@ -114,12 +114,13 @@ class _Books:
             self.undo.files[part].take(told["undo"])
 
 
-def _key(base: Checkpoint, adapters: Sequence[Weighted], layout: Layout, options: Options) -> str:
+def _key(base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, layout: Layout, options: Options) -> str:
     """Stands for all that decides what is written, but for the base's data, which is hashed when a run goes on."""
     decided = {
         "surgery": VERSION,
         "base": {file.path.name: hashlib.sha256(file.header.raw).hexdigest() for file in base.files},
         "adapters": [[dict(one.sha256), weight.hex()] for one, weight in adapters],
+        "changes": [describe(change) for change in plan.changes],
         "files": {file.name: hashlib.sha256(file.raw).hexdigest() for file in layout.files},
         "treatment": options.treatment.to_json(),
         "reversible": options.reversible,
@@ -138,24 +139,27 @@ def check_adapters(adapters: Sequence[Weighted], expected: str | Sequence[str] |
         if adapter.digest != digest.lower():
             raise InputError(
                 f"{printable(adapter.where)}: its sha256 is {adapter.digest}, expected is {printable(digest)}; "
-                "is this the right adapter?"
+                "name the right adapter, or expect this hash"
             )
 
 
-def _check_base(base: Checkpoint, adapters: Sequence[Weighted], readings: Sequence[Reading], options: Options) -> None:
+def _check_base(
+    base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, readings: Sequence[Reading], options: Options
+) -> None:
     """InputError if the base is not the expected one, or not the one that an adapter was trained on."""
     wanted = options.expect_base_sha256
     if wanted is not None and base_fingerprint(base, readings) != wanted.lower():
         raise InputError(
             f"{printable(base.path)}: its sha256 is {base_fingerprint(base, readings)}, expected is "
-            f"{printable(wanted)}; is this the right base?"
+            f"{printable(wanted)}; name the right base, or expect this hash"
         )
-    for adapter, _ in adapters:
-        prefix = prefix_between(list(adapter.trained_on), base.at) if adapter.trained_on else None
-        for name, (info, digest) in adapter.trained_on.items() if prefix else ():
-            there = base.at[prefix.of(name)][1].info if prefix else info
-            found = readings[base.file_of(there.name)].tensors.get(there.name)
-            if (there.dtype, there.shape) == (info.dtype, info.shape) and found not in (None, digest):
+    for (adapter, _), prefix in zip(adapters, plan.prefixes, strict=True):
+        for name, (info, digest) in adapter.trained_on.items():
+            there = prefix.of(name)
+            if there not in base.at:  # a head that is tied, and written apart
+                continue
+            held, found = base.at[there][1].info, readings[base.file_of(there)].tensors.get(there)
+            if (held.dtype, held.shape) == (info.dtype, info.shape) and found != digest:
                 raise InputError(
                     f"{printable(adapter.where)}: it was trained on another base: {printable(name)} had sha256 "
                     f"{printable(digest)} there, and here {found}; name that base, or remove the adapter's {BASE_PRINT}"

@@ -1,7 +1,8 @@
 """The op of a stored weight, which a file does not say: told by the caller, or by the adapter's spelling, by shapes,
 by the architecture, and only then by `fan_in_fan_out`, which PEFT is known to write wrongly."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from surgery.core.adapter import Adapter
 from surgery.core.names import suffix_hits
@@ -43,16 +44,17 @@ class OpChoice:
 
     def _square(self, name: str) -> Op:
         """The layout of a square weight, which no shape tells."""
-        family = self.base.config.get("model_type")
+        families = set(_families(self.base.config))
         last = self.sites[name].name.rpartition(".")[2]
+        if families & CONV1D_FAMILIES and last in CONV1D_NAMES:
+            return OPS["conv1d"]
         told = OPS["conv1d" if getattr(self.adapter.config, "fan_in_fan_out", False) else "linear"]
-        if family in CONV1D_FAMILIES:
-            return OPS["conv1d" if last in CONV1D_NAMES else "linear"]
-        if family is not None and told.name == "linear":
-            return told
+        if families & CONV1D_FAMILIES:
+            return OPS["linear"]
         if told.name not in self._found:
             self._found[told.name] = self._against(told)
-        against = family if family is not None else self._found[told.name]
+        family = self.base.config.get("model_type") if told.name == "conv1d" else None  # no such layers are known of it
+        against = self._found[told.name] or family
         if against is not None:
             raise MatchError(
                 f"{printable(name)}: its weight is square, so that no shape tells its layout; fan_in_fan_out says "
@@ -62,10 +64,9 @@ class OpChoice:
 
     def _against(self, told: Op) -> str | None:
         """A site whose shapes contradict what the config tells of all."""
-        for name, params in self.adapter.sites.items():
-            site = self.sites.get(name)
-            shapes = {tuple(values.shape) for values in params.values()}
-            if site is not None and len(shapes) == 2 and not self._fits(name, told):
+        for name in self.adapter.sites:
+            fits = [op for op in LAYOUTS if name in self.sites and self._fits(name, OPS[op])]
+            if len(fits) == 1 and fits != [told.name] and name not in self.adapter.ops:
                 return name
         return None
 
@@ -75,3 +76,12 @@ class OpChoice:
             return name in self.adapter.ops
         specs = self.adapter.config.method(name).tensors(site.with_op(op))
         return all(tuple(self.adapter.sites[name][role].shape) == spec.shape for role, spec in specs.items())
+
+
+def _families(config: Mapping[str, Any]) -> Iterator[str]:
+    """The `model_type` of a model and of those within it."""
+    if isinstance(config.get("model_type"), str):
+        yield config["model_type"]
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _families(value)

@@ -8,6 +8,7 @@ import torch
 
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter, Weighted
+from surgery.core.names import Prefix
 from surgery.core.select import unmatched
 from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS
@@ -47,6 +48,7 @@ class Plan:
     written_bytes: int
     peak_bytes: int  # an estimate of the resident memory
     undo_bytes: int  # an upper bound of what a reversible merge writes besides
+    prefixes: tuple[Prefix, ...] = ()  # by adapter: what leads from its names to the base's
     config: Mapping[str, Any] | None = None  # what config.json has to say afterwards; None: what it says now
 
     @property
@@ -166,5 +168,6 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         written_bytes=sum(info.nbytes for info in infos.values()),
         peak_bytes=_RUNTIME_BYTES + held + 8 * _TILE_COPIES * tile,
         undo_bytes=held + sum(change.site.weight.nbytes for change in changes),
+        prefixes=tuple(draft.prefixes),
         config=config,
     )

@@ -12,10 +12,11 @@ from typing import Any
 from surgery.errors import CheckError, EnvironmentFault, InputError, SurgeryError, UsageError, printable
 from surgery.io.hub_files import HubFile
 from surgery.io.patience import Patience
+from surgery.io.regular import file_sha256
 from surgery.io.snapshot import listing
 from surgery.procedures.model_card import front_matter, model_card
 from surgery.procedures.receipt import read_receipt
-from surgery.procedures.small_files import CARD, RECEIPT, file_sha256
+from surgery.procedures.small_files import CARD, RECEIPT
 from surgery.procedures.undo_record import FOLDER as UNDO
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)

@@ -1,6 +1,5 @@
 """The small files beside a checkpoint's weights: which a merge carries, and which it leaves out."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ class SmallFiles:
         if content is not None:
             self.contents[name] = content
         same = isinstance(content, bytes) and isinstance(before, Path) and before.read_bytes() == content
-        if name in self.originals and not same:
+        if name in self.originals and name not in self.displaced and not same:
             self.displaced.append(name)
 
 
@@ -54,15 +53,9 @@ def small_files(base: Checkpoint, adapters: Sequence[Path]) -> SmallFiles:
     files = _beside(base)
     for folder in adapters:
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path.name.startswith(_TOKENIZER) and not path.is_dir():
+            if path.name.startswith(_TOKENIZER) and path.suffix not in _STALE and not path.is_dir():
                 files.put(path.name, _carried(folder, path))
     return files
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with open_regular(path, "a file") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _beside(base: Checkpoint) -> SmallFiles:

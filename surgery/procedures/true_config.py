@@ -32,18 +32,17 @@ def true_config(config: Mapping[str, Any], dtype: torch.dtype | None, outcome: O
     """`config` as it has to be; None where nothing changes, or where there is none."""
     if not config:
         return None
-    told: dict[str, Any] = dict(config)
-    inner = text_config(config)
-    nested = config.get("text_config")
-    if isinstance(nested, dict):
-        told["text_config"] = nested = dict(nested)
-    for part in (told, nested) if isinstance(nested, dict) else (told,):
+    told: dict[str, Any] = {key: dict(one) if isinstance(one, dict) else one for key, one in config.items()}
+    text = text_config(told)
+    for part in (told, text, told.get("text_config")):
+        if not isinstance(part, dict):
+            continue
         if dtype is not None:
             _set_dtype(part, dtype)
         if outcome.untied and (part is told or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
-    if outcome.vocab_size is not None:
-        (told if inner is config else told["text_config"])["vocab_size"] = outcome.vocab_size
+    if outcome.vocab_size is not None and isinstance(text, dict):
+        text["vocab_size"] = outcome.vocab_size
     if outcome.task_type in _TASKS:
         told |= _of_task(config, outcome.heads, outcome.task_type)
     return None if told == config else told

@@ -12,7 +12,15 @@ from surgery.hosts.checkpoint import Checkpoint
 HEAD = "lm_head.weight"
 # Kinds of models that have a head over the vocabulary.
 _TYING = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
-# Of those, the ones whose head is called HEAD and computes the same whether it is tied or not.
+# The families of transformers whose head is called HEAD, and computes the same whether it is tied or not.
+_SEPARABLE = frozenset(
+    (
+        *("bart", "bloom", "codegen", "cohere", "ctrl", "deepseek_v3", "falcon", "gemma", "gemma2", "gemma3_text"),
+        *("glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "llama"),
+        *("mistral", "mixtral", "mpt", "olmo", "olmo2", "olmoe", "openai-gpt", "opt", "persimmon", "phi", "phi3"),
+        *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2", "xglm"),
+    )
+)
 _FREE = ("ForCausalLM", "LMHeadModel")
 # What transformers' models call the embedding of their tokens.
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared", "tokens_embed")
@@ -35,7 +43,9 @@ def tying_of(base: Checkpoint) -> Tying | None:
     found = [info for info in base.tensors() if is_embedding(info.name) and len(info.shape) == 2]
     if len(found) != 1 or not ties_head(base, found[0]):
         return None
-    return Tying(found[0], architecture(base.config, "ForCausalLM").endswith(_FREE) and HEAD not in base.at)
+    kind = architecture(base.config)
+    free = kind.endswith(_FREE) and base.config.get("model_type") in _SEPARABLE
+    return Tying(found[0], free and HEAD not in base.at)
 
 
 def is_embedding(name: str) -> bool:
@@ -46,9 +56,11 @@ def is_embedding(name: str) -> bool:
 
 def ties_head(base: Checkpoint, embedding: TensorInfo) -> bool:
     """Whether the model has an output head, and no tensor for it is here: it is the embedding's."""
-    others = (info for info in base.tensors() if info.name != embedding.name and not _in_layer(info.name))
-    kind = architecture(base.config, "ForCausalLM")
-    return kind.endswith(_TYING) and all(info.shape != embedding.shape for info in others)
+    alike = [info for info in base.tensors() if info.shape == embedding.shape and not _in_layer(info.name)]
+    if is_embedding(embedding.name):  # a second embedding is no head
+        alike = [info for info in alike if not is_embedding(info.name)]
+    heads = [info for info in alike if info.name != embedding.name]
+    return architecture(base.config, "ForCausalLM").endswith(_TYING) and not heads
 
 
 def vocabulary(base: Checkpoint) -> dict[str, TensorInfo]:
@@ -70,9 +82,9 @@ def architecture(config: Mapping[str, Any], default: str = "") -> str:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config.json that speaks of the text model."""
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) and "vocab_size" in inner else config
+    """The part of a config.json that speaks of the text model: the one that tells the size of the vocabulary."""
+    inner = (value for value in config.values() if isinstance(value, dict) and "vocab_size" in value)
+    return config if "vocab_size" in config else next(inner, config)
 
 
 def _in_layer(name: str) -> bool:

@@ -24,10 +24,10 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout, layout_of
 from surgery.hosts.views import Change, MergedTile, Undo
 from surgery.io.octets import tensor_from
+from surgery.io.regular import file_sha256
 from surgery.io.staging import StagedFile, Staging
 from surgery.io.strict_json import json_bytes, read_json
 from surgery.ops import OPS
-from surgery.procedures.small_files import file_sha256
 
 FOLDER = "surgery.undo"
 FORMAT = 2
@@ -86,7 +86,8 @@ class FileUndo:
         self.base, self.staging, self.name = base, staging, name
         self.tensors: dict[str, dict[str, Any]] = {}
         self.recorder: Recorder | None = Recorder()
-        self.at, self.hash, self.sha256 = 0, hashlib.sha256(), ""
+        self.at, self.hash = 0, hashlib.sha256()
+        self.sha256 = self.hash.hexdigest()  # of no bytes, where every weight can be recomputed
         self.context = ExitStack()
         self.file: StagedFile | None = None
 
@@ -110,15 +111,14 @@ class FileUndo:
 
     def _end(self, change: Change) -> None:
         """Write the streams of a tensor, or the tensor where that is smaller or they do not fit."""
-        index, entry = self.base.at[change.site.weight.name]
-        info = entry.info
+        info = self.base.at[change.site.weight.name][1].info
         streams = self.recorder.streams() if self.recorder is not None and self.recorder.exact else None
         if self.file is None:
             self.file = self.context.enter_context(self.staging.file(f"{FOLDER}/{self.name}"))
         field: dict[str, Any] = {"file": self.name}
         if streams is None or sum(map(len, streams.values())) >= info.nbytes:
             field["kept"] = [self.at, info.nbytes]
-            for chunk in self.base.files[index].chunks(entry):
+            for chunk in self.base.read(info.name):
                 self._write(self.file, chunk)
         else:
             field["op"] = None if change.site.op is None else change.site.op.name

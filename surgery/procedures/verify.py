@@ -17,13 +17,15 @@ from surgery.errors import CheckError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import Change
 from surgery.io.octets import Tally
+from surgery.io.regular import file_sha256
 from surgery.io.tensor_file import TensorFile
 from surgery.procedures.grade import GRADES, Grade, carried, derived
 from surgery.procedures.plan import Treatment, make_plan
 from surgery.procedures.receipt import read_receipt
 from surgery.procedures.report import Case
-from surgery.procedures.small_files import CARD, file_sha256
+from surgery.procedures.small_files import CARD
 from surgery.procedures.spans import spans
+from surgery.procedures.tying import text_config
 
 _LISTED = frozenset({"rounding", "different"})
 
@@ -100,6 +102,9 @@ def verify_checkpoint(
     grades: dict[str, Grade] = {}
     for name, grade in in_order(_graded, _pieces(base, out, plan.changes), workers or default_workers()):
         grades[name] = grades[name].worse(grade) if name in grades else grade
+    why = _config_differs(base.config, plan.config or base.config, out.config)
+    if why:
+        grades["config.json"] = Grade("different", why=why)
     base.check_unchanged()
     out.check_unchanged()
     return VerifyReport(out.path, grades)
@@ -125,7 +130,23 @@ def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
             grades[name] = Grade("different", why="the file's sha256 is not the receipt's")
     for name in wanted:
         grades[name] = Grade("different", why="it is missing")
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in receipt["files"]:
+            grades[path.name] = Grade("different", why="a file of weights that the receipt does not know")
     return VerifyReport(folder, grades)
+
+
+def _config_differs(base: Mapping[str, Any], wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Where a config.json would have other weights loaded, or these in another way; nothing if it would not."""
+    if not found or not wanted:
+        return ""
+    parts = [text_config(one) for one in (base, wanted, found)]
+    for key in ("tie_word_embeddings", "vocab_size"):
+        told = parts[1].get(key, wanted.get(key))
+        here = parts[2].get(key, found.get(key, parts[0].get(key, base.get(key))))
+        if told is not None and here != told:
+            return f"{key} is {printable(here)}, {printable(told)} is wanted"
+    return ""
 
 
 def _graded(piece: Piece) -> tuple[str, Grade]:

@@ -16,6 +16,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
+    CTRLConfig,
+    CTRLLMHeadModel,
+    ElectraConfig,
+    ElectraForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -167,3 +171,30 @@ def test_the_head_of_a_headless_encoder_is_added(tmp_path: Path) -> None:
     assert found["architectures"] == ["BertForSequenceClassification"]
     plan = surgery.plan(base, adapter)
     assert any("classifier.weight is not in the base" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_tie_that_cannot_be_taken_apart_is_refused(trained: bool, tmp_path: Path) -> None:
+    """The heads of these have other names than lm_head, or the embedding has one of its own."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    torch.manual_seed(0)
+    if trained:
+        config = CTRLConfig(vocab_size=VOCAB, n_embd=16, n_head=2, n_layer=1, dff=24)
+        model, targets, save = CTRLLMHeadModel(config), ["Wq"], ["w"]
+    else:
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = ElectraConfig(vocab_size=VOCAB, embedding_size=16, **sizes)
+        model, targets, save = ElectraForCausalLM(config), ["word_embeddings"], None
+    model.save_pretrained(base)
+    adapter_of(model, adapter, targets, modules_to_save=save)
+    with pytest.raises(surgery.MatchError, match="tied"):
+        surgery.merge_checkpoint(base, adapter, tmp_path / "out", tied="untie")
+
+
+def test_a_vocabulary_may_grow_under_an_adapted_embedding(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = llama(tied=False)
+    model.save_pretrained(base)
+    model.resize_token_embeddings(VOCAB + 8)
+    logits = adapter_of(model, adapter, ["embed_tokens", "lm_head"], save=True)
+    assert check(base, adapter, logits, AutoModelForCausalLM)["vocab_size"] == VOCAB + 8

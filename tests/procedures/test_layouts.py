@@ -1,5 +1,7 @@
 """Shards of another size, other prefixes, square weights, expected hashes: what is written, and what is refused."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,14 @@ from checkpoint_folders import (
     write_adapter,
     write_base,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.core.names import prefix_between
+from surgery.core.site import TensorInfo
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.layout import shard_bytes
+from surgery.io.fingerprint import base_print_bytes
 from surgery.procedures.true_config import Outcome, true_config
 
 SQUARE = ("model.layers.0.q_proj", "model.layers.1.q_proj")
@@ -98,6 +102,91 @@ def test_a_prefix_is_found_only_if_it_is_the_one(wanted: list[str], found: tuple
     assert prefix_between(wanted, KNOWN) == found
 
 
+TWICE = {
+    "one site by two names": {"model.layers.0.q_proj", "layers.0.q_proj"},
+    "one site by two prefixes": {"a.layers.0.q_proj", "b.layers.0.q_proj"},
+}
+
+
+@pytest.mark.parametrize("sites", TWICE.values(), ids=TWICE.keys())
+def test_two_names_of_one_site_are_refused(sites: set[str], tmp_path: Path) -> None:
+    """Of the two one would be lost."""
+    base = write_base(tmp_path / "base", {"layers.0.q_proj.weight": torch.randn(6, 6)}, config={"model_type": "llama"})
+    named = {f"{site}.lora_{role}.weight": torch.randn(4, 6) if role == "A" else torch.randn(6, 4) for site in sites
+             for role in "AB"}  # fmt: skip
+    adapter = write_adapter(tmp_path / "adapter", named)
+    with pytest.raises(surgery.InputError):
+        surgery.merge_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("keys", [("lm_head.weight", "base_model.model.lm_head.weight"),
+                                  ("model.embed_tokens.weight", "model.embed_tokens.base_layer.weight")])  # fmt: skip
+def test_two_tensors_of_one_name_are_refused(keys: tuple[str, str], base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", modules_to_save=["lm_head"])
+    file = adapter / "adapter_model.safetensors"
+    both = {key: torch.randn(11, 6) for key in keys}
+    save_file(load_file(file) | both, file)
+    with pytest.raises(surgery.FormatError, match="two tensors are"):
+        surgery.merge_checkpoint(base, adapter, tmp_path / "out")
+
+
+def test_weights_of_both_layouts_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    surgery.merge_checkpoint(base, adapter, out)
+    save_file({"a": torch.zeros(1)}, out / "model.safetensors")
+    with pytest.raises(surgery.FormatError, match=r"both model\.safetensors and"):
+        surgery.merge_checkpoint(out, adapter, tmp_path / "next")
+
+
+def test_a_stray_file_of_weights_is_different(base: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    surgery.merge_checkpoint(base, adapter, out)
+    save_file({"a": torch.zeros(1)}, out / "extra.safetensors")
+    assert not surgery.verify_checkpoint(out).ok
+
+
+def test_weights_that_an_adapter_calls_a_tokenizer_are_not_carried(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    for name in ("tokenizer.safetensors", "tokenizer.bin", "tokenizer.json"):
+        (adapter / name).write_bytes(b"{}")
+    surgery.merge_checkpoint(base, adapter, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("tokenizer*")] == ["tokenizer.json"]
+
+
+def test_a_config_that_ties_what_was_written_apart_is_different(tmp_path: Path) -> None:
+    tensors = {"model.embed_tokens.weight": torch.randn(11, 6)}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    base = write_base(tmp_path / "base", tensors, config=config)
+    named = {"lm_head.lora_A.weight": torch.randn(4, 6), "lm_head.lora_B.weight": torch.randn(11, 4)}
+    adapter = write_adapter(tmp_path / "adapter", named, target_modules=["lm_head"])
+    surgery.merge_checkpoint(base, adapter, tmp_path / "out", tied="untie")
+    assert surgery.verify_checkpoint(base, adapter, tmp_path / "out").ok
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    report = surgery.verify_checkpoint(base, adapter, tmp_path / "out")
+    assert "tie_word_embeddings" in report.tensors["config.json"].why
+
+
+def test_a_square_weight_within_a_model_of_two_families(tmp_path: Path) -> None:
+    config = {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}
+    base = write_base(tmp_path / "base", {"decoder.h.0.c_proj.weight": torch.randn(6, 6)}, config=config)
+    A, B = torch.randn(4, 6), torch.randn(6, 4)
+    named = {"decoder.h.0.c_proj.lora_A.weight": A, "decoder.h.0.c_proj.lora_B.weight": B}
+    adapter = write_adapter(tmp_path / "adapter", named, target_modules=["c_proj"], fan_in_fan_out=False)
+    assert [change.site.acting.name for change in surgery.plan(base, adapter).changes] == ["conv1d"]
+
+
+def test_a_square_weight_is_refused_where_its_neighbours_are_transposed(tmp_path: Path) -> None:
+    """The family is not one that is known to have them, and fan_in_fan_out denies it."""
+    tensors = {"h.0.c_proj.weight": torch.randn(6, 6), "h.0.c_fc.weight": torch.randn(6, 10)}
+    base = write_base(tmp_path / "base", tensors, config={"model_type": "new"})
+    named = {"h.0.c_proj.lora_A.weight": torch.randn(4, 6), "h.0.c_proj.lora_B.weight": torch.randn(6, 4)}
+    named |= {"h.0.c_fc.lora_A.weight": torch.randn(4, 6), "h.0.c_fc.lora_B.weight": torch.randn(10, 4)}
+    adapter = write_adapter(tmp_path / "adapter", named, target_modules=["c_proj", "c_fc"], fan_in_fan_out=False)
+    with pytest.raises(surgery.MatchError, match="--op c_proj=conv1d"):
+        surgery.merge_checkpoint(base, adapter, tmp_path / "out")
+
+
 def test_a_square_weight_of_an_unknown_family_is_refused_where_the_config_says_conv1d(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", base_tensors(torch.float32), config={"model_type": "new"})
     adapter = write_adapter(tmp_path / "adapter", factors(SQUARE), fan_in_fan_out=True, target_modules=["q_proj"])
@@ -164,6 +253,28 @@ def test_an_adapter_refuses_another_base_of_the_same_shapes(tmp_path: Path) -> N
     surgery.load(model(1).double(), tmp_path / "adapter")  # of another dtype nothing can be said
 
 
+def test_another_base_is_refused_where_the_adapter_has_a_tied_head_too(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+    def tensors(seed: int) -> dict[str, torch.Tensor]:
+        return {name: one for name, one in base_tensors(torch.float32, seed).items() if name != "lm_head.weight"}
+
+    bases = [write_base(tmp_path / f"base{seed}", tensors(seed), config=config) for seed in (0, 1)]
+    sites = ("model.layers.0.q_proj", "lm_head")
+    adapter = write_adapter(tmp_path / "adapter", factors(sites), target_modules=["q_proj", "lm_head"])
+    held = {
+        f"{site}.weight": tensors(0).get(f"{site}.weight", tensors(0)["model.embed_tokens.weight"]) for site in sites
+    }
+    told = {
+        name: (TensorInfo(name, one.dtype, tuple(one.shape)), hashlib.sha256(one.numpy().tobytes()).hexdigest())
+        for name, one in held.items()
+    }
+    (adapter / "surgery.base.json").write_bytes(base_print_bytes(told))
+    surgery.merge_checkpoint(bases[0], adapter, tmp_path / "out", tied="untie")
+    with pytest.raises(surgery.InputError, match="trained on another base"):
+        surgery.merge_checkpoint(bases[1], adapter, tmp_path / "wrong", tied="untie")
+
+
 def test_a_merged_base_is_saved_as_it_was_before(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -171,6 +282,11 @@ def test_a_merged_base_is_saved_as_it_was_before(tmp_path: Path) -> None:
     surgery.save(surgery.inject(model, config), tmp_path / "before")
     surgery.save(surgery.merge(model), tmp_path / "merged")
     assert file_hashes(tmp_path / "before") == file_hashes(tmp_path / "merged")
+
+
+def test_the_vocabulary_is_told_where_the_config_told_it() -> None:
+    found = true_config({"llm_config": {"vocab_size": 11}}, None, Outcome(vocab_size=13))
+    assert found == {"llm_config": {"vocab_size": 13}}
 
 
 def test_a_nested_config_tells_the_truth_too() -> None:

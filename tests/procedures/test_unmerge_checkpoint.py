@@ -158,3 +158,15 @@ def test_an_output_that_overlaps_with_the_merged_folder_is_refused(where: str, m
     with pytest.raises(OutputExistsError, match="overlaps"):
         surgery.unmerge_checkpoint(merged, tmp_path / where, overwrite=True)
     assert file_hashes(tmp_path) == before
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "float64"])
+def test_a_record_may_be_empty(dtype: str | None, tmp_path: Path) -> None:
+    """Without zeros and powers of two, and in a wider dtype, every weight is recomputed."""
+    torch.manual_seed(0)
+    weights = {name: torch.rand(values.shape) + 1.1 for name, values in base_tensors(torch.float32).items()}
+    base = write_base(tmp_path / "base", {name: values.bfloat16() for name, values in weights.items()}, shards=3)
+    adapter = write_adapter(tmp_path / "adapter")
+    surgery.merge_checkpoint(base, adapter, tmp_path / "out", reversible=True, dtype=dtype)
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
