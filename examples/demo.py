@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,6 +46,7 @@ class Steps:
         self.table.add_column("seconds")
 
     def do(self, what: str, action: Callable[[], Result], told: Callable[[Result], str]) -> Result:
+        print(f"{what} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         result = action()
         self.table.add_row(what, told(result), f"{time.perf_counter() - start:.1f}")

@@ -165,6 +165,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         raise UsageError("private: there is nothing to be private; push_to_hub names a repository")
     found = _weighted(adapters)
     merging.check_adapters(found, expect_adapter_sha256)
+    merging.check_sha256(expect_base_sha256)
     options = merging.Options(
         planning.treatment(dtype, tied, ops),
         shard_bytes(max_shard_size),

@@ -21,7 +21,7 @@ from surgery.errors import EnvironmentFault, SurgeryError, UsageError, printable
 
 _EPILOG = (
     "Exit codes: 0 done, 2 usage, 3 input refused, 4 a check failed, 5 environment, 6 output exists or is busy, "
-    "1 a bug of ours."
+    "1 a bug of ours, 128 and its number for a signal."
 )
 
 _OUT_OF_MEMORY = "out of memory; close other programs, or use a machine with more"
@@ -76,7 +76,9 @@ def _run(arguments: list[str]) -> Any:
         return error.exit_code if isinstance(error, Interrupted) else 130
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "surgery"
-        raise UsageError(f"{printable(error.format_message())}; `{command} --help` says what is wanted") from error
+        raise UsageError(
+            f"{printable(error.format_message()).rstrip('.')}; `{command} --help` says what is wanted"
+        ) from error
 
 
 def _told(error: Exception) -> tuple[str, int]:

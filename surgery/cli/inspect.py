@@ -7,7 +7,11 @@ from surgery.cli.arguments import as_json, show
 
 @click.command()
 @click.argument("path")
-@click.option("--sha256", is_flag=True, help="Print the hash alone that `surgery merge --expect-...` takes.")
+@click.option(
+    "--sha256",
+    is_flag=True,
+    help="Read all of a model for the hash that `surgery merge --expect-...` takes; without --json, print it alone.",
+)
 @as_json
 def inspect(path: str, sha256: bool, as_json: bool) -> None:
     """List the sites of a model, or the tensors of an adapter: op, shape, dtype, size, tied.

@@ -70,4 +70,6 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
             private=private,
             progress=progress,
         )
+    for note in report.plan.notes:
+        click.echo(f"surgery: note: {note}", err=True)
     show(report, as_json)

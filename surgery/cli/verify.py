@@ -22,10 +22,11 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     as_json: bool,
     reports: tuple[Path, ...],
 ) -> None:
-    """Grade every tensor of OUT: bits, rounding, or different. Exit code 4 if any is different.
+    """Grade every tensor of OUT. Exit code 4 if any is different.
 
-    With base and adapters the merge is derived anew, whichever tool made OUT. With OUT alone its files are
-    checked against its receipt.
+    With base and adapters the merge is derived anew, whichever tool made OUT. bits: it gives the same bytes;
+    rounding: as near as correct merges are; untouched: the base's bytes; different: none of these. With OUT
+    alone its files are checked against its receipt. recorded: of the sha256 told there.
     """
     from surgery import api
 

@@ -35,7 +35,7 @@ class Joined:
 
     def __init__(self, base: Checkpoint, given: Weighted, index: int, ops: Mapping[str, str]) -> None:
         self.base, self.adapter, self.weight, self.index = base, given.adapter, given.weight, index
-        self.tying = tying_of(base)
+        self.ops, self.tying = ops, tying_of(base)
         self.refusals: list[InputError] = []
         self.layers: dict[str, tuple[Site, Layer]] = {}
         self.wholes: dict[str, Whole] = {}
@@ -46,16 +46,18 @@ class Joined:
         self._copies()
         self._saved()
         self.known = {name: self._as_grown(site) for name, site in known.items()}
-        self._sites(ops)
+        self._sites()
 
     @property
     def heads(self) -> list[str]:
         """The tensors that only the adapter brings."""
         return [name for name in self.wholes if self._info(name) is None]
 
-    def _sites(self, ops: Mapping[str, str]) -> None:
+    def _sites(self) -> None:
         found = {name: self.known.get(self.prefix.of(name)) for name in self.adapter.sites}
-        choice = OpChoice(self.base, self.adapter, {name: one for name, one in found.items() if one is not None}, ops)
+        choice = OpChoice(
+            self.base, self.adapter, {name: one for name, one in found.items() if one is not None}, self.ops
+        )
         for name, there in sorted(found.items()):
             try:
                 if there is None:
@@ -69,6 +71,11 @@ class Joined:
         _ = site.weight.torch_dtype  # a format that torch lacks is refused
         method, params = self.adapter.config.method(name), self.adapter.sites[name]
         wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
+        told = suffix_hits(self.ops.keys(), name) or suffix_hits(self.ops.keys(), site.name)
+        if told and any(tuple(params[role].shape) != shape for role, shape in wanted.items()):
+            raise MatchError(
+                f"{printable(name)}: {site.acting.name}, as --op says, it does not fit the adapter; leave --op out"
+            )
         check_shapes(name, params, wanted, self.adapter.where)
         return Layer(method.weighted(self.weight), params, self.index, name)
 
@@ -152,10 +159,7 @@ class Joined:
         if len(self.refusals) >= EXPLAINED:
             return told
         close = ", ".join(printable(other) for other in nearest(name, self.known))
-        return (
-            f"{told}; nearest there: {close}; "
-            "is this the adapter's base? An absent output head is tied to the embedding"
-        )
+        return f"{told}; nearest there: {close}; is this the adapter's base?"
 
     def _lacking(self, name: str) -> MatchError:
         if len(self.refusals) >= EXPLAINED:

@@ -1,6 +1,7 @@
 """merge_checkpoint: adapters merged into a checkpoint, streaming, into a new folder."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -133,6 +134,8 @@ def check_adapters(adapters: Sequence[Weighted], expected: str | Sequence[str] |
     if expected is None:
         return
     wanted = [expected] if isinstance(expected, str) else list(expected)
+    for digest in wanted:
+        check_sha256(digest)
     if len(wanted) != len(adapters):
         raise UsageError(f"{len(wanted)} hashes are expected of {len(adapters)} adapters; give one for each")
     for (adapter, _), digest in zip(adapters, wanted, strict=True):
@@ -141,6 +144,12 @@ def check_adapters(adapters: Sequence[Weighted], expected: str | Sequence[str] |
                 f"{printable(adapter.where)}: its sha256 is {adapter.digest}, expected is {printable(digest)}; "
                 "name the right adapter, or expect this hash"
             )
+
+
+def check_sha256(digest: str | None) -> None:
+    """UsageError for what is no sha256."""
+    if digest is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+        raise UsageError(f"{printable(digest)!r} is no sha256; 64 hexadecimal digits are wanted; see `surgery inspect`")
 
 
 def _check_base(
@@ -159,7 +168,7 @@ def _check_base(
             if there not in base.at:  # a head that is tied, and written apart
                 continue
             held, found = base.at[there][1].info, readings[base.file_of(there)].tensors.get(there)
-            if (held.dtype, held.shape) == (info.dtype, info.shape) and found != digest:
+            if held.dtype == info.dtype and found != digest:
                 raise InputError(
                     f"{printable(adapter.where)}: it was trained on another base: {printable(name)} had sha256 "
                     f"{printable(digest)} there, and here {found}; name that base, or remove the adapter's {BASE_PRINT}"

@@ -112,6 +112,11 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     for index, given in enumerate(adapters):
         draft.lay(given, index)
     draft.settle(treatment.tied)
+    draft.notes += [
+        note
+        for one, prefix in zip(adapters, draft.prefixes, strict=True)
+        for note in _unchecked(base, one.adapter, prefix)
+    ]
     if treatment.dtype is not None:
         draft.cast(treatment.dtype)
     config = true_config(base.config, treatment.dtype, draft.outcome())
@@ -150,6 +155,19 @@ def _notes(adapter: Adapter) -> list[str]:
         if not any(f".{entry}." in f".{name}" for name in adapter.saved):
             notes.append(f"{where}: modules_to_save entry {printable(entry)!r} has no tensors")
     return notes
+
+
+def _unchecked(base: Checkpoint, adapter: Adapter, prefix: Prefix) -> list[str]:
+    """Whether the adapter tells of a base in another dtype, which no hash can tell from this one."""
+    for name, (info, _) in adapter.trained_on.items():
+        there = base.at[prefix.of(name)][1].info if prefix.of(name) in base.at else info
+        if there.dtype != info.dtype:
+            told, here = (str(one).removeprefix("torch.") for one in (info.dtype, there.dtype))
+            where = printable(adapter.where)
+            return [
+                f"{where}: trained on a base in {told}, this one is in {here}; whether it is the same cannot be told"
+            ]
+    return []
 
 
 def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config: Mapping[str, Any] | None) -> Plan:

@@ -17,6 +17,8 @@ from outcomes import Run, told
 
 from surgery import api
 from surgery.cli import surgery as command
+from surgery.core.site import TensorInfo
+from surgery.io.fingerprint import base_print_bytes
 from surgery.io.lock import Lock
 
 FUNCTIONS = {
@@ -281,3 +283,33 @@ def printed(name: object) -> str:
 
 def _b(site: str) -> dict[str, torch.Tensor]:
     return {f"{site}.lora_B.weight": torch.ones(6, 4)}
+
+
+@pytest.mark.parametrize("digest", ["1234", "x" * 64, ""])
+@pytest.mark.parametrize("option", ["--expect-base-sha256", "--expect-adapter-sha256"])
+def test_a_hash_that_is_none_is_a_usage_error(
+    option: str, digest: str, run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    assert "64 hexadecimal digits" in told(run("merge", base, adapter, tmp_path / "out", option, digest), 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_no_number_is_named(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    assert "its weight is no number" in told(run("merge", base, f"{adapter}=abc", tmp_path / "out"), 2)
+
+
+def test_an_op_that_does_not_fit_is_named(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    found = told(run("merge", base, adapter, tmp_path / "out", "--op", "up_proj=conv1d"), 3)
+    assert "leave --op out" in found
+
+
+def test_a_note_stands_on_stderr_and_stops_nothing(run: Run, base: Path, tmp_path: Path) -> None:
+    """The adapter was trained on a base in another dtype, of which no hash can be compared."""
+    adapter = write_adapter(tmp_path / "adapter")
+    name = "model.layers.0.q_proj.weight"
+    told_of = {name: (TensorInfo(name, torch.float32, (6, 6)), "0" * 64)}
+    (adapter / "surgery.base.json").write_bytes(base_print_bytes(told_of))
+    found = run("merge", base, adapter, tmp_path / "out")
+    assert found.code == 0
+    assert found.err.startswith("surgery: note: ")
+    assert "trained on a base in float32, this one is in bfloat16" in found.err

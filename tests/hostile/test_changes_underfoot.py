@@ -19,6 +19,7 @@ from surgery.io.octets import tensor_from
 from surgery.io.strict_json import json_bytes
 from surgery.io.tensor_file import _COARSE_CLOCK, TensorFile
 from surgery.procedures import merge_checkpoint as merging
+from surgery.procedures.filling import Pace
 
 ROWS = 64
 
@@ -102,7 +103,7 @@ def test_a_change_between_two_tiles_is_refused(
         return tensor_from(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr("surgery.hosts.checkpoint.tensor_from", read)
-    monkeypatch.setattr(merging.Options, "__init__", _small_tiles(merging.Options.__init__))
+    monkeypatch.setattr(Pace, "__init__", _small_tiles(Pace.__init__))
     assert merged(folder) == 3
     assert len(calls) >= at
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
@@ -139,7 +140,7 @@ def test_a_thread_that_changes_the_shard_is_always_found_out(folder: Path, chang
         with Checkpoint(folder / "base") as base:
             changer.start()
             try:
-                options = merging.Options(tile_elements=8, workers=1)
+                options = merging.Options(pace=Pace(tile_elements=8, workers=1))
                 merging.merge_checkpoint(base, _weighted(folder / "adapter"), folder / "out", options)
             except InputError:
                 assert not (folder / "out").exists()
