@@ -105,12 +105,12 @@ def _weighted(argument: str) -> tuple[str, float]:
     try:
         value = float(weight)
     except ValueError:
-        if os.path.exists(name):  # noqa: PTH110
-            raise click.UsageError(
-                f"{argument}: its weight is no number; ADAPTER=WEIGHT is wanted, such as {name}=0.5"
-            ) from None
-        return argument, 1.0
-    return (name, value) if math.isfinite(value) else (argument, 1.0)
+        value = math.nan
+    if math.isfinite(value):
+        return name, value
+    if os.path.exists(name):  # noqa: PTH110
+        raise click.UsageError(f"{name}: its weight is {weight!r}; a finite number is wanted, such as ADAPTER=0.5")
+    return argument, 1.0
 
 
 def _table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> None:

@@ -168,7 +168,7 @@ def _check_base(
             if there not in base.at:  # a head that is tied, and written apart
                 continue
             held, found = base.at[there][1].info, readings[base.file_of(there)].tensors.get(there)
-            if held.dtype == info.dtype and found != digest:
+            if (held.dtype, held.shape) == (info.dtype, info.shape) and found != digest:
                 raise InputError(
                     f"{printable(adapter.where)}: it was trained on another base: {printable(name)} had sha256 "
                     f"{printable(digest)} there, and here {found}; name that base, or remove the adapter's {BASE_PRINT}"

@@ -159,8 +159,8 @@ def test_what_is_no_finite_number_is_no_weight(
     spelled: str, run: Run, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     found = run("merge", base, f"{adapter}{spelled}", tmp_path / "out")
-    assert found.code == 3
-    assert f"{adapter}{spelled}: no such file or folder" in found.err
+    assert f"its weight is '{spelled[1:]}'; a finite number is wanted" in told(found, 2)
+    assert "no such file or folder" in told(run("merge", base, f"{adapter}x{spelled}", tmp_path / "out"), 3)
     assert not (tmp_path / "out").exists()
 
 

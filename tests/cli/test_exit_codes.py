@@ -295,7 +295,7 @@ def test_a_hash_that_is_none_is_a_usage_error(
 
 
 def test_a_weight_that_is_no_number_is_named(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
-    assert "its weight is no number" in told(run("merge", base, f"{adapter}=abc", tmp_path / "out"), 2)
+    assert "its weight is 'abc'" in told(run("merge", base, f"{adapter}=abc", tmp_path / "out"), 2)
 
 
 def test_an_op_that_does_not_fit_is_named(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:

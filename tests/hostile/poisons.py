@@ -157,10 +157,6 @@ KEYS: Damages = {
         TENSORS, lambda t: t.update({"base_model.model.1.lora_magnitude_vector": torch.ones(3)})
     ),
     "a bias of LoRA": in_tensors(TENSORS, lambda t: t.update({"base_model.model.1.lora_B.bias": torch.ones(3)})),
-    "a module to save that the base lacks": both(
-        config(modules_to_save=["head"]),
-        in_tensors(TENSORS, lambda t: t.update({"base_model.model.head.weight": torch.ones(3)})),
-    ),
     "a module to save of another shape": both(
         config(modules_to_save=["1"]),
         in_tensors(TENSORS, lambda t: t.update({"base_model.model.1.bias": torch.ones(4)})),
@@ -214,6 +210,10 @@ CONFIGS: Damages = {
     **{f"peft_type {kind}": config(peft_type=kind) for kind in ("PROMPT_TUNING", "XLORA", "../LORA", "LORA\n")},
 }  # fmt: skip
 RIGHTLY_MERGED: Damages = {
+    "a module to save that only the adapter brings": both(
+        config(modules_to_save=["head"]),
+        in_tensors(TENSORS, lambda t: t.update({"base_model.model.head.weight": torch.ones(3)})),
+    ),
     "A of float8": in_tensors(TENSORS, lambda t: t.update({A: t[A].to(torch.float8_e4m3fn)})),
     "a base weight that is [in, out], as its shape tells": in_tensors(
         SHARD, lambda t: t.update({"1.weight": t["1.weight"].T})
