@@ -162,10 +162,11 @@ def _check_base(
             f"{printable(base.path)}: its sha256 is {base_fingerprint(base, readings)}, expected is "
             f"{printable(wanted)}; name the right base, or expect this hash"
         )
+    begun = {one.site.weight.name: one.begins.weight.name for one in plan.changes if one.begins is not None}
     for (adapter, _), prefix in zip(adapters, plan.prefixes, strict=True):
         for name, (info, digest) in adapter.trained_on.items():
-            there = prefix.of(name)
-            if there not in base.at:  # a head that is tied, and written apart
+            there = begun.get(prefix.of(name), prefix.of(name))  # a tied head is the embedding
+            if there not in base.at:
                 continue
             held, found = base.at[there][1].info, readings[base.file_of(there)].tensors.get(there)
             if (held.dtype, held.shape) == (info.dtype, info.shape) and found != digest:
