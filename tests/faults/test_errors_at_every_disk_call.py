@@ -7,6 +7,8 @@ import pytest
 from arena import COMMANDS, LOCK, OLD, POINTS, STAGING, Arena, told
 from hurts import HALF, NONE_WRITTEN, SHORT, Hurt, disk_functions
 
+from surgery.io.journal import NAME
+
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EFBIG", "EROFS", "EACCES")
 READS = ("preadv",)
 SEED = 21
@@ -31,7 +33,7 @@ def refused(arena: Arena, name: str, hurt: Hurt) -> None:
 
 def may_stay(arena: Arena) -> set[str]:
     """A folder with a finished part: its journal has a line after the first."""
-    journal = arena.floor / STAGING / "surgery.journal"
+    journal = arena.floor / STAGING / NAME
     return {STAGING} if journal.is_file() and len(journal.read_bytes().splitlines()) > 1 else set()
 
 

@@ -8,7 +8,7 @@ from arena import POINTS, STAGING, Arena
 from hurts import KILL, Hurt, disk_functions
 from power import read_trace
 
-JOURNAL = "surgery.journal"
+from surgery.io.journal import NAME as JOURNAL
 
 
 def finished(arena: Arena) -> set[str]:
