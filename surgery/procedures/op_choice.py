@@ -62,7 +62,7 @@ class OpChoice:
         for name, params in self.adapter.sites.items():
             site = self.sites.get(name)
             shapes = {tuple(values.shape) for values in params.values()}
-            if site is not None and len(shapes) == 2 and not self._fits(name, told):
+            if site is not None and len(shapes) == len(params) and not self._fits(name, told):
                 return name
         return None
 
