@@ -87,7 +87,8 @@ class FileUndo:
         self.base, self.staging, self.name = base, staging, name
         self.tensors: dict[str, dict[str, Any]] = {}
         self.recorder: Recorder | None = Recorder()
-        self.at, self.hash, self.sha256 = 0, hashlib.sha256(), ""
+        self.at, self.hash = 0, hashlib.sha256()
+        self.sha256 = self.hash.hexdigest()
         self.context = ExitStack()
         self.file: StagedFile | None = None
 
