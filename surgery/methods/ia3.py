@@ -12,6 +12,7 @@ from torch import Tensor
 from surgery.core.arithmetic import all_finite, exact_float64
 from surgery.core.config import AdapterConfig, Spelling, check_names, check_pattern
 from surgery.core.method import Dense, Method, Params, Product, Run, Scale, Spec
+from surgery.core.names import Endings
 from surgery.core.op import Op, Tile
 from surgery.core.patterns import Patience
 from surgery.core.site import Site
@@ -49,8 +50,11 @@ class Ia3Config(AdapterConfig):
 
     def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
         entries = self.feedforward_modules
-        listed = [entries] if isinstance(entries, str) else entries or ()
-        return {"feedforward_modules": [one for one in listed if not any(self._hits(one, name) for name in names)]}
+        if isinstance(entries, str):
+            missed = [] if any(map(self._is_feedforward, names)) else [entries]
+        else:
+            missed = [one for one in entries or () if one not in names and not any(n.endswith(one) for n in names)]
+        return {"feedforward_modules": missed}
 
     def named(self, names: Sequence[str]) -> Self:
         chosen = [name for name in names if self._is_feedforward(name)]
@@ -60,20 +64,21 @@ class Ia3Config(AdapterConfig):
         return replace(told, feedforward_modules="|".join(map(re.escape, chosen)))  # one name ends another
 
     def _is_feedforward(self, name: str) -> bool:
+        """PEFT's rule: a pattern means all of a name; a list means ends of names, and not only after a dot."""
         entries = self.feedforward_modules
         if entries is None:
             raise ConfigError("feedforward_modules is not given; a list of module names is wanted, [] if none is")
-        return self._hits(entries if isinstance(entries, str) else tuple(entries), name)
-
-    def _hits(self, entries: str | tuple[str, ...], name: str) -> bool:
-        """PEFT's rule: all of a name for a pattern; its end for a list, and not only after a dot."""
-        if isinstance(self.feedforward_modules, str):
-            return self._patience.fullmatch(self.feedforward_modules, name) is not None
-        return name.endswith(entries)
+        if isinstance(entries, str):
+            return self._patience.fullmatch(entries, name) is not None
+        return self._endings.end(name)
 
     @cached_property
     def _patience(self) -> Patience:
         return Patience()
+
+    @cached_property
+    def _endings(self) -> Endings:
+        return Endings(self.feedforward_modules or ())
 
 
 @dataclass(frozen=True)
