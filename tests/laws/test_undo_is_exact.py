@@ -269,7 +269,7 @@ def test_order_rises_with_the_values_and_tells_the_zeros_apart(dtype):
     assert order(torch.tensor([-0.0, 0.0], dtype=dtype)).diff().tolist() == [1]
 
 
-@pytest.mark.parametrize("pair", [*PAIRS, (DOUBLE, DOUBLE), (DOUBLE, SINGLE)], ids=str)
+@pytest.mark.parametrize("pair", [*PAIRS, (SINGLE, DOUBLE), (DOUBLE, DOUBLE), (DOUBLE, SINGLE)], ids=str)
 @pytest.mark.parametrize("after", [None, "normal"])
 def test_scales_of_either_sign_come_back_alone_and_among_shifts(pair, after):
     dtype, outcome = pair
@@ -277,6 +277,7 @@ def test_scales_of_either_sign_come_back_alone_and_among_shifts(pair, after):
     w = torch.cat([weights(kind, dtype, 60, generator) for kind in ("normal", "zero", "power of two")])
     factors = torch.randn(w.shape, dtype=DOUBLE, generator=generator)
     factors[::7], factors[1::7], factors[2::7] = 1.0, -1.0, 2.0**-20
+    factors[3::7] *= 2.0**-40
     steps = [Scale(factors)]
     if after is not None:
         steps = [Shift(shifts(after, w, generator)), *steps, Shift(shifts("small", w, generator)), *steps]
@@ -311,3 +312,14 @@ def test_a_realistic_scale_costs_about_half_a_bit_a_parameter():
     streams = recorder.streams()
     assert 0 < needed_bits(streams) / w.numel() < 0.6
     assert same_bits(restore(streams, merged, steps, BFLOAT, 150), w)
+
+
+def test_what_a_scale_leaves_below_the_normal_range_of_float64_comes_back():
+    generator = torch.Generator().manual_seed(15)
+    w = torch.randn(300, generator=generator)
+    steps = [Scale(torch.randn(300, dtype=DOUBLE, generator=generator) * 2.0**-1055)]
+    merged = merged_value(w.double(), steps, DOUBLE)
+    assert 0 < float(merged.abs().max()) < torch.finfo(DOUBLE).tiny
+    recorder = record(w, merged, steps, 300)
+    assert recorder.exact
+    assert same_bits(restore(recorder.streams(), merged, steps, SINGLE, 300), w)
