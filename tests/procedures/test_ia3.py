@@ -271,3 +271,21 @@ def test_an_undo_record_of_factors_costs_less_than_a_bit_a_parameter(tmp_path: P
     assert 0 < (tmp_path / "out" / "surgery.undo" / "streams-0").stat().st_size < 256 * 256 / 8
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
+def test_a_layout_that_one_factor_contradicts_is_not_taken_for_a_square_weight(tmp_path: Path) -> None:
+    weights = {"up.weight": torch.randn(10, 6), "same.weight": torch.randn(6, 6)}
+    base = write_base(tmp_path / "base", weights)
+    told = Ia3Config(target_modules=["up", "same"], feedforward_modules=[], fan_in_fan_out=True).to_json()
+    path = tmp_path / "adapter"
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps(told))
+    factors = {name.removesuffix("weight"): torch.randn(len(values), 1) for name, values in weights.items()}
+    spelled = {f"base_model.model.{name}ia3_l": values for name, values in factors.items()}
+    save_file(spelled, path / "adapter_model.safetensors")
+    with pytest.raises(MatchError, match="same: its weight is square"):
+        surgery.merge_checkpoint(base, path, tmp_path / "out")
+    surgery.merge_checkpoint(base, path, tmp_path / "out", ops={"same": "linear"})
+    found = read_tensors(tmp_path / "out")["same.weight"].double()
+    wanted = weights["same.weight"].double() * factors["same."].double()
+    assert torch.equal(found, wanted.float().double())
