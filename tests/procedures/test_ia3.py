@@ -289,3 +289,24 @@ def test_a_layout_that_one_factor_contradicts_is_not_taken_for_a_square_weight(t
     found = read_tensors(tmp_path / "out")["same.weight"].double()
     wanted = weights["same.weight"].double() * factors["same."].double()
     assert torch.equal(found, wanted.float().double())
+
+
+def test_training_moves_the_factors_and_nothing_else_and_what_is_saved_is_what_was_trained(tmp_path: Path) -> None:
+    model, x = surgery.inject(net(), Ia3Config(**TARGETS)), torch.randn(32, 6)
+    before, goal = {name: values.clone() for name, values in model.state_dict().items()}, torch.randn(32, 6)
+    assert torch.equal(model(x), net()(x))
+    optimizer = torch.optim.AdamW([values for values in model.parameters() if values.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = (model(x) - goal).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    after = model.state_dict()
+    assert {name for name in before if not torch.equal(after[name], before[name])} == {
+        n for n in before if "ia3_l" in n
+    }
+    surgery.save(model, tmp_path)
+    assert torch.equal(surgery.load(net(), tmp_path)(x), model(x))
