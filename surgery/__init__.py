@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         UsageError,
         ValueRangeError,
     )
+    from surgery.methods.ia3 import Ia3Config
     from surgery.methods.lora import LoraConfig
     from surgery.procedures.diff import DiffReport
     from surgery.procedures.inspect import Inspection
@@ -53,6 +54,7 @@ _HOMES = {
     "DiffReport": "procedures.diff",
     "EnvironmentFault": "errors",
     "FormatError": "errors",
+    "Ia3Config": "methods.ia3",
     "InputError": "errors",
     "Inspection": "procedures.inspect",
     "LoraConfig": "methods.lora",
@@ -77,6 +79,7 @@ __all__ = [
     "DiffReport",
     "EnvironmentFault",
     "FormatError",
+    "Ia3Config",
     "InputError",
     "Inspection",
     "LoraConfig",

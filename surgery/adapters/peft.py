@@ -172,5 +172,5 @@ def check_shapes(
         if tuple(given[role].shape) != shape:
             raise ShapeError(
                 f"{printable(where)}: {printable(site_name)}: {role} is {list(given[role].shape)}, but "
-                f"{list(shape)} is wanted by this base and the config's rank; was it trained on another model?"
+                f"{list(shape)} is wanted by this base and the config; was it trained on another model?"
             )

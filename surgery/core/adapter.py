@@ -1,7 +1,7 @@
 """Adapter: one config plus its tensors by site; and layer, one method with its tensors at one site."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +19,12 @@ class Layer(NamedTuple):
     params: Params
     adapter: int = 0
     name: str = ""  # of the site, as the adapter has it
+
+
+def bias_layers(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+    """What layers over a weight lay over the bias beside it."""
+    found = ((layer, layer.method.for_bias()) for layer in layers)
+    return tuple(layer._replace(method=method) for layer, method in found if method is not None)
 
 
 class Weighted(NamedTuple):

@@ -1,6 +1,7 @@
 """Candidates: the weights of a dtype that a merge makes m of, for each element of a tile.
 
-A merge never decreases in w, so they are neighbours in the order of their bits: a first one, and some beyond it.
+A merge never decreases in w, or never increases and is then turned round: so they are neighbours in the order of
+their bits, a first one and some beyond it.
 Three ways find them, each left with what the one before could not decide: a pass over the whole tile that tells
 where there is one alone, the edges of m taken back by algebra, and a search that evaluates the merge itself.
 """
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from surgery.core.arithmetic import round_once
-from surgery.core.method import Elementwise
+from surgery.core.method import Elementwise, Scale
 
 _INTEGER = {
     torch.float64: torch.int64,
@@ -59,7 +60,9 @@ class Survey:
         self.merged, self.steps, self.dtype = merged.detach().reshape(-1), steps, dtype
         self.wide = torch.float32 if max(merged.itemsize, dtype.itemsize) == 2 else torch.float64
         self.value = self.merged.to(self.wide)
-        self.shift = self._sum()
+        # float64 is no wider than itself; and a scale other than 1 leaves most elements to be searched for anyway.
+        self.quick = all(step.adds for step in steps) and torch.float64 not in (merged.dtype, dtype)
+        self.shift = self._sum() if self.quick else torch.zeros(())
 
     def guess(self) -> Tensor:
         """The originals by algebra, flat, in the dtype: right wherever there is a lone candidate near it."""
@@ -72,8 +75,8 @@ class Survey:
         so that they are led beyond the half. The thousandth taken off the half makes up for what float32 rounds:
         some 2^-24 of |w| and of |m|, where `w` and its neighbours are 2^-11 of |w| apart or more.
         """
-        if torch.float64 in (self.merged.dtype, self.dtype):
-            return torch.arange(len(w), device=w.device)  # float64 is no wider than that
+        if not self.quick:
+            return torch.arange(len(w), device=w.device)
         here, own = torch.finfo(self.merged.dtype), torch.finfo(self.dtype)
         near = w.to(self.wide)
         off = (near + self.shift).sub_(self.value).abs_()
@@ -81,16 +84,16 @@ class Survey:
         apart = _greater(near.abs_(), below if here.eps == own.eps else below * (here.eps / own.eps))
         room = below.mul_(0.499 * here.eps)
         for step in self.steps if len(self.steps) > 1 else ():  # those that cancel round away more than their sum does
-            room.sub_(self._flat(step.shift).abs(), alpha=_lost(self.steps))
+            room.sub_(self._flat(step.values).abs(), alpha=_lost(self.steps))
         apart &= _greater(room, off)
         return torch.from_numpy(_places(np.logical_not(apart, out=apart))).to(w.device)
 
     def _sum(self) -> Tensor:
         if not self.steps:
             return torch.zeros_like(self.value)
-        total = self.steps[0].shift
+        total = self.steps[0].values
         for step in self.steps[1:]:
-            total = total + step.shift
+            total = total + step.values
         return self._flat(total)
 
     def _flat(self, values: Tensor) -> Tensor:
@@ -124,6 +127,7 @@ def _places(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 def candidates(m: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """For each of `m` (flat) the first candidate (as `order`), and how many there are beyond it."""
+    m, steps = _rising(m, steps)
     first, margin = _by_algebra(m, steps, dtype)
     if m.numel() and not bool(margin.min() > 0):  # NaN is the minimum of all
         rest = (margin > 0).all(0).logical_not_().nonzero().squeeze(1)
@@ -135,6 +139,15 @@ def candidates(m: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> t
     return low, (end - low).sub_(1).clamp_(min=0)
 
 
+def _rising(m: Tensor, steps: Sequence[Elementwise]) -> tuple[Tensor, Sequence[Elementwise]]:
+    """The same with m and merge of the other sign where the merge falls, so that it rises everywhere."""
+    falls = [where for step in steps if (where := step.falls()) is not None]
+    if not falls:
+        return m, steps
+    sign = torch.stack(falls).sum(0).remainder(2).mul(-2).add(1)  # -1 after an odd number of falls
+    return m * sign.to(m.dtype), [*steps, Scale(sign.to(torch.float64))]
+
+
 def _by_algebra(m: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Of the edges between m and its neighbours below and above: the first key beyond, and the margin of that.
 
@@ -143,8 +156,7 @@ def _by_algebra(m: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> 
     edge = _neighbours(m).to(torch.float64).add_(m.to(torch.float64)).mul_(0.5)  # [2, n]
     size = edge.abs()
     for step in reversed(steps):
-        edge = step.undo(edge)
-        size += step.shift.abs()
+        edge, size = step.undo(edge), step.reach(size)
     largest = torch.finfo(dtype).max
     found = edge.clamp(-largest, largest).to(dtype)  # rounded twice, maybe, but to one of the two about the edge
     gap = found.to(torch.float64) - edge

@@ -1,8 +1,8 @@
 """AdapterConfig: the fields of PEFT's adapter_config.json that choose modules, and how a config is read."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 from surgery.core.method import Method
@@ -34,6 +34,9 @@ class AdapterConfig(ABC):
     peft_type: ClassVar[str]
     spellings: ClassVar[Mapping[str, "Spelling"]]  # how PEFT ends the names of its tensors
     neutral: ClassVar[Mapping[str, Any]]  # fields we know of, and the only value that leaves the maths alone
+    unwritten: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # fields that PEFT's own lacks: not in the JSON unless they are set
 
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
@@ -48,11 +51,11 @@ class AdapterConfig(ABC):
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
-            _check_names(name, value, or_pattern=True)
+            check_names(name, value, or_pattern=True)
             if isinstance(value, str):
                 check_pattern(name, value)
         self._take_patterns()
-        _check_names("modules_to_save", self.modules_to_save, or_pattern=False)
+        check_names("modules_to_save", self.modules_to_save, or_pattern=False)
         _check_layers(self.layers_to_transform)
         for field in fields(self):
             value = getattr(self, field.name)
@@ -65,6 +68,14 @@ class AdapterConfig(ABC):
     def method(self, name: str) -> Method:
         """The method at the site `name`, with patterns resolved."""
 
+    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:  # noqa: ARG002  # for those that have such
+        """By field beside the selection, its entries that mean none of the adapted `names`."""
+        return {}
+
+    def named(self, names: Sequence[str]) -> Self:
+        """The same for just the modules `names`, spelled so that a reader needs no matching."""
+        return replace(self, target_modules=names, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
+
     def task_heads(self) -> frozenset[str]:
         """Entries that PEFT adds to `modules_to_save` for this task; they may match nothing."""
         return TASK_HEADS.get(self.task_type or "", frozenset())
@@ -72,6 +83,7 @@ class AdapterConfig(ABC):
     def to_json(self) -> dict[str, Any]:
         """Every field that PEFT 0.21.2 writes, sorted by name."""
         own = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        own = {name: value for name, value in own.items() if value is not None or name not in self.unwritten}
         known = {name: _plain(value) for name, value in self.neutral.items()}
         origin = {"auto_mapping": None, "peft_type": self.peft_type, "peft_version": "0.21.2"}
         return dict(sorted((known | origin | own).items()))
@@ -112,7 +124,8 @@ class AdapterConfig(ABC):
             raise FormatError(f"{where}: {error}; a field has the wrong type") from error
 
 
-def _check_names(field: str, value: Any, or_pattern: bool) -> None:
+def check_names(field: str, value: Any, or_pattern: bool) -> None:
+    """ConfigError for what is no list of names, nor, if `or_pattern`, one string."""
     if value is None or (or_pattern and isinstance(value, str)):
         return
     wanted = "a list of module names" + (" or one string" if or_pattern else "")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from surgery.core.op import Op, Tile
@@ -29,20 +30,99 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Elementwise(NamedTuple):
-    """What a merge does to each element by itself: w + shift. Never decreasing in w."""
+@dataclass(frozen=True)
+class Elementwise(ABC):
+    """What a merge does to each element by itself; `values` are [out, in] of a tile, or broadcast over it.
 
-    shift: Tensor  # [out, in] of a tile, scaled
+    It never decreases in w, or where `falls` never increases. Zeros count by their sign.
+    """
+
+    values: Tensor
+
+    adds: ClassVar[bool] = False  # is it w + values?
+
+    @abstractmethod
+    def apply(self, w: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def undo(self, w: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def falls(self) -> Tensor | None:
+        """Where it turns the order round; None where nowhere."""
+
+    @abstractmethod
+    def reach(self, size: Tensor) -> Tensor:
+        """Before the step, of what is at most `size` after it: bounds all that float64 rounds, times 2^53."""
+
+    @abstractmethod
+    def carried(self, error: Tensor) -> Tensor:
+        """What an error of its input becomes."""
+
+    @abstractmethod
+    def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """What a plain merge rounds, by magnitude: what it holds in the weight's dtype, and its outcome."""
+
+    def seen(self, view: Callable[[Tensor], Tensor]) -> Self:
+        """The same with another view of its values."""
+        return replace(self, values=view(self.values))
+
+    def at(self, where: Tensor) -> Self:
+        """The same for the elements at flat positions `where`."""
+        return self.seen(lambda values: values.flatten().index_select(0, where))
+
+
+@dataclass(frozen=True)
+class Shift(Elementwise):
+    """w + values."""
+
+    adds = True
 
     def apply(self, w: Tensor) -> Tensor:
-        return w + self.shift
+        return w + self.values
 
     def undo(self, w: Tensor) -> Tensor:
-        return w - self.shift
+        return w - self.values
 
-    def at(self, where: Tensor) -> "Elementwise":
-        """The same for the elements at flat positions `where`."""
-        return Elementwise(self.shift.flatten().index_select(0, where))
+    def falls(self) -> None:
+        return None
+
+    def reach(self, size: Tensor) -> Tensor:
+        return size.add_(self.values.abs())
+
+    def carried(self, error: Tensor) -> Tensor:
+        return error
+
+    def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        return self.values, before.abs().maximum(after.abs())
+
+
+@dataclass(frozen=True)
+class Scale(Elementwise):
+    """w * values. Where a value is zero, nothing but its sign is left of w."""
+
+    def apply(self, w: Tensor) -> Tensor:
+        return w * self.values
+
+    def undo(self, w: Tensor) -> Tensor:
+        return w / self.values
+
+    def falls(self) -> Tensor | None:
+        falls = torch.signbit(self.values)
+        return falls if bool(falls.any()) else None
+
+    def reach(self, size: Tensor) -> Tensor:
+        # The floor stands for what float64 rounds below its normal range.
+        return size.add_(_FLOOR).div_(self.values.abs()).add_(_FLOOR)
+
+    def carried(self, error: Tensor) -> Tensor:
+        return error * self.values.abs()
+
+    def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002  # as Shift's
+        return after, after
+
+
+_FLOOR = 2.0**-1000
 
 
 @dataclass(frozen=True)
@@ -69,9 +149,14 @@ class Method(ABC):
     def steps(self, p: Params, tile: Tile, product: Product) -> Elementwise | None:
         """The merge as an elementwise step of this tile; None where elements depend on each other."""
 
+    def for_bias(self) -> "Method | None":
+        """What it makes of the site's bias, as a matrix [out, 1]; None leaves it alone."""
+        return None
+
     @abstractmethod
     def spread(self, p: Params, tile: Tile) -> Tensor:
-        """[out, in] of the tile: how far two correct merges in the factors' dtype may lie apart."""
+        """[out, in] of the tile, or what broadcasts over it: how far two correct merges in the factors' dtype may
+        lie apart, beyond what rounding their outcomes explains."""
 
     @abstractmethod
     def settings(self) -> Mapping[str, str]:
@@ -100,9 +185,9 @@ class Additive(Method):
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
         """[out, in] of the tile, before scaling."""
 
-    def steps(self, p: Params, tile: Tile, product: Product) -> Elementwise:
+    def steps(self, p: Params, tile: Tile, product: Product) -> Shift:
         # The scaling is an operation of its own: fused with the addition it would round differently.
-        return Elementwise(self.scaling * self.delta(p, tile, product))
+        return Shift(self.scaling * self.delta(p, tile, product))
 
     def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:
         return base._replace(weight=self.steps(p, tile, product).apply(base.weight))

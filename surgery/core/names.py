@@ -2,6 +2,7 @@
 
 import difflib
 import heapq
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
@@ -20,6 +21,27 @@ def suffixes(name: str) -> Iterable[str]:
 def suffix_hits(entries: Collection[str], name: str) -> list[str]:
     """Those of `entries` that are `name` or end it after a dot."""
     return [suffix for suffix in suffixes(name) if suffix in entries]
+
+
+class Endings:
+    """Many texts, of which it is quickly told whether a name ends in one.
+
+    >>> ends = Endings(["proj", "q_proj", "fc"])
+    >>> [ends.end(name) for name in ("0.q_proj", "0.fc2", "xfc")]
+    [True, False, True]
+    """
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self.backwards: list[str] = []  # sorted; none begins with another, which would say nothing more
+        for entry in sorted(entry[::-1] for entry in entries):
+            if not self.backwards or not entry.startswith(self.backwards[-1]):
+                self.backwards.append(entry)
+
+    def end(self, name: str) -> bool:
+        # Whatever sorts between a text and one that begins with it begins with it too: so it is the one before.
+        backwards = name[::-1]
+        at = bisect_right(self.backwards, backwards)
+        return at > 0 and backwards.startswith(self.backwards[at - 1])
 
 
 def nearest(entry: str, names: Iterable[str], count: int = 3) -> list[str]:

@@ -69,10 +69,10 @@ def model_sites(root: nn.Module) -> list[Site]:
 
 
 class LiveWeights:
-    """Some modules' weights as a source, and as a sink that puts each new weight in place at once, whole."""
+    """Some parameters, by site, as a source, and as a sink that puts each new one in place at once, whole."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], sites: Iterable[Site]) -> None:
-        self.modules, self._sites = modules, list(sites)
+    def __init__(self, parameters: Mapping[str, Tensor], sites: Iterable[Site]) -> None:
+        self.parameters, self._sites = parameters, list(sites)
         self.stored: set[str] = set()  # the sites that hold their new weight
 
     def sites(self) -> Iterable[Site]:
@@ -87,9 +87,7 @@ class LiveWeights:
 
     def weight(self, site: Site) -> Tensor:
         """The weight's own memory, outside autograd."""
-        weight = self.modules[site.name].weight
-        assert isinstance(weight, Tensor)
-        return weight.detach()
+        return self.parameters[site.name].detach()
 
 
 class LivePart:

@@ -12,6 +12,7 @@ from surgery.core.adapter import Layer
 from surgery.core.arithmetic import ExactProduct, all_finite, round_once
 from surgery.core.codec import Packed
 from surgery.core.method import Dense, Elementwise, Product
+from surgery.core.op import Op
 from surgery.core.site import Site
 from surgery.core.source import Source
 from surgery.core.undo import Restorer, accumulate
@@ -149,6 +150,7 @@ def _reads(changes: Mapping[str, Change], tensor: str) -> Sequence[str]:
 def elementwise(change: Change, rows: slice, products: Sequence[Product] | None = None) -> list[Elementwise] | None:
     """The layers as steps over `rows` of the stored weight; None if one of them is not elementwise."""
     steps = []
+    shape = change.site.weight.rows(rows).shape
     for layer, product in zip(change.layers, products or change.products(), strict=True):
         op = change.site.acting
         try:
@@ -157,8 +159,13 @@ def elementwise(change: Change, rows: slice, products: Sequence[Product] | None 
             raise ValueRangeError(f"{printable(change.site.name)}: {error}") from error
         if step is None:
             return None
-        steps.append(Elementwise(op.stored(step.shift)))
+        steps.append(_stored(step, op, shape))
     return steps
+
+
+def _stored(step: Elementwise, op: Op, shape: tuple[int, ...]) -> Elementwise:
+    """A step of a tile of the matrix, for the same tile as it is stored."""
+    return step.seen(lambda values: op.stored(values).expand(shape))
 
 
 def _begin(change: Change, original: Packed | None, rows: slice) -> Packed:

@@ -135,7 +135,13 @@ class Adapted(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        return self._effective().bias
+        """The same of the bias, if there is one."""
+        base: Any = self._modules["base_layer"]
+        held: Tensor | None = base._parameters.get("bias")
+        if held is None or not any(one.method.for_bias() for one in self.running):
+            return held
+        bias = self._effective().bias
+        return None if bias is None else bias.to(held.dtype)
 
     def __getattr__(self, name: str) -> Any:
         try:

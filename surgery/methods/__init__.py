@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from surgery.core.config import AdapterConfig
+from surgery.methods.ia3 import Ia3Config
 from surgery.methods.lora import LoraConfig
 
-METHODS: Mapping[str, type[AdapterConfig]] = {"LORA": LoraConfig}
+METHODS: Mapping[str, type[AdapterConfig]] = {"LORA": LoraConfig, "IA3": Ia3Config}

@@ -122,11 +122,7 @@ def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterCo
     """The config with the paths it stands for, so that a reader needs no matching."""
     layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
     resolved = replace(
-        config,
-        target_modules=sorted(layers),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
+        config.named(sorted(layers)),
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path or getattr(root, "name_or_path", None) or None,
     )

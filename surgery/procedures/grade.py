@@ -64,22 +64,26 @@ def _integers(values: Tensor) -> Tensor:
 
 
 def _within(tile: MergedTile, found: Tensor, where: Tensor) -> Grade:
-    """Whether each element of flat `where` lies within half an ulp of result and of each delta, plus the spread."""
-    change, steps = tile.change, _steps(tile)
-    value = exact_float64((tile.merged if steps is None else _start(tile)).flatten()[where])
-    size, allowed = value.abs(), torch.zeros_like(value)
-    for step in steps or ():
-        shift = step.at(where)
-        value = shift.apply(value)
-        size = torch.maximum(size, value.abs())
-        allowed += ulp(shift.shift, change.site.weight.torch_dtype) / 2
-    allowed += ulp(size, change.dtype) / 2 * max(1, len(change.layers))
+    """Whether each element of flat `where` lies within what rounding each step explains, plus the spread."""
+    steps = _steps(tile)
+    start = exact_float64((tile.merged if steps is None else _start(tile)).flatten()[where])
+    value, allowed = _rounded(start, [step.at(where) for step in steps or ()], tile.change)
     apart = (exact_float64(found.flatten()[where]) - value).abs()
     if not bool((apart <= allowed).all()):  # costly, and seldom needed
-        allowed += _spread(tile).flatten()[where]
+        allowed += _spread(tile, steps or ()).flatten()[where]
     close = bool((apart <= allowed).all())  # false for NaN
     why = "" if close else "further off than rounding explains"
     return Grade("rounding" if close else "different", float(apart.max()), why)
+
+
+def _rounded(value: Tensor, steps: Sequence[Elementwise], change: Change) -> tuple[Tensor, Tensor]:
+    """The outcome of the steps, and how far from it their rounding may lead: half an ulp for each that is taken."""
+    allowed = torch.zeros_like(value) if steps else ulp(value, change.dtype) / 2
+    for step in steps:
+        before, value = value, step.apply(value)
+        held, outcome = step.rounded(before, value)
+        allowed = step.carried(allowed) + ulp(held, change.site.weight.torch_dtype) / 2 + ulp(outcome, change.dtype) / 2
+    return value, allowed
 
 
 def _steps(tile: MergedTile) -> Sequence[Elementwise] | None:
@@ -96,11 +100,13 @@ def _start(tile: MergedTile) -> Tensor:
     return tile.original
 
 
-def _spread(tile: MergedTile) -> Tensor:
+def _spread(tile: MergedTile, steps: Sequence[Elementwise]) -> Tensor:
+    """What the methods themselves leave open; each step carries on what those before it do."""
     total, op = torch.zeros(tile.merged.shape, dtype=torch.float64), tile.change.site.op
-    for layer in tile.change.layers:
+    for index, layer in enumerate(tile.change.layers):
         assert op is not None
-        total += op.stored(layer.method.spread(layer.params, op.tile(tile.rows)))
+        total = steps[index].carried(total) if steps else total
+        total = total + op.stored(layer.method.spread(layer.params, op.tile(tile.rows)))
     return total
 
 

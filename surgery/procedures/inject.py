@@ -115,6 +115,8 @@ def inject(
     chosen = select(config, names, lambda: {name for name in names if tree.is_linear(name)} - {*output_heads()})
     refuse_unmatched("target_modules", unmatched(config, chosen), names)
     first = dict.fromkeys(tree.first_name(name) for name in chosen)
+    for field, entries in config.unused(first.keys()).items():
+        refuse_unmatched(field, entries, first.keys())
     sites = {}
     for name in first:
         site, method = tree.site(name), config.method(name)

@@ -6,11 +6,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from surgery.adapters.peft import check_shapes
-from surgery.core.adapter import Adapter, Layer, Weighted
+from surgery.core.adapter import Adapter, Layer, Weighted, bias_layers
 from surgery.core.names import Prefix, nearest, prefix_between, suffix_hits
 from surgery.core.site import RawDtype, Site, TensorInfo
 from surgery.errors import FormatError, InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.ops.bias import bias_site
 from surgery.procedures.op_choice import OpChoice
 from surgery.procedures.tying import tying_of, vocabulary
 
@@ -63,9 +64,15 @@ class Joined:
                 if there is None:
                     raise MatchError(self._absent(name))
                 site = there.with_op(choice.of(name))
-                self.layers[site.weight.name] = site, self._layer(name, site)
+                self._add(site, self._layer(name, site))
             except InputError as error:
                 self.refusals.append(error)
+
+    def _add(self, site: Site, layer: Layer) -> None:
+        self.layers[site.weight.name] = site, layer
+        bias, on_bias = bias_site(site), bias_layers([layer])
+        if bias is not None and on_bias:
+            self.layers[bias.weight.name] = bias, on_bias[0]
 
     def _layer(self, name: str, site: Site) -> Layer:
         _ = site.weight.torch_dtype  # a format that torch lacks is refused

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from surgery.core.adapter import Layer
+from surgery.core.adapter import Layer, bias_layers
 from surgery.core.source import copy
 from surgery.core.undo import Recorder
 from surgery.errors import MatchError, StateError, printable
@@ -15,6 +15,7 @@ from surgery.hosts.tree import adapted_layers, state_of
 from surgery.hosts.views import Change, Merged, MergedTile, Undo, Unmerged
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
+from surgery.ops.bias import Bias, bias_site
 
 UndoKind = Literal["index", "copy"]
 
@@ -46,6 +47,11 @@ class LiveRecorder:
         if tile.last:
             self._end(tile.change)
 
+    def undo(self, change: Change) -> LiveUndo:
+        """Of a change that is in its place."""
+        name = change.site.name
+        return LiveUndo(change, self.undos[name], self.originals[name], sha256_of(self.live.weight(change.site)))
+
     def _end(self, change: Change) -> None:
         name, weight = change.site.name, self.live.weight(change.site)
         self.originals[name] = sha256_of(weight)
@@ -66,21 +72,21 @@ def merge(root: nn.Module, undo: UndoKind = "index") -> None:
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.running}
     if not layers:
         raise StateError("merge: no active adapter; inject one, or set_adapter and enable_adapters")
-    _refuse_tied(root, layers)
-    changes = [_change(name, layer) for name, layer in layers.items()]
-    live = LiveWeights({name: layer.base_layer for name, layer in layers.items()}, [c.site for c in changes])
+    changes = {name: _changes(name, layer) for name, layer in layers.items()}
+    targets = {one.site.name: _parameter(layers[name], one) for name in changes for one in changes[name]}
+    _refuse_tied(root, layers, changes)
+    flat = [one for of_layer in changes.values() for one in of_layer]
+    live = LiveWeights(targets, [change.site for change in flat])
     recorder = LiveRecorder(live, undo)
     try:
-        copy(Merged(live, changes, recorder), live)
+        copy(Merged(live, flat, recorder), live)
     except BaseException:
-        done = [change for change in changes if change.site.name in live.stored]
+        done = [change for change in flat if change.site.name in live.stored]
         copy(Unmerged(live, done, lambda change: recorder.undos[change.site.name]), live)
         raise
-    for change in changes:
-        name = change.site.name
-        merged = sha256_of(live.weight(change.site))
-        layers[name].merged = LiveUndo(change, recorder.undos[name], recorder.originals[name], merged)
-        layers[name].activate(layers[name].active, layers[name].enabled)
+    for name, layer in layers.items():
+        layer.merged = tuple(recorder.undo(change) for change in changes[name])
+        layer.activate(layer.active, layer.enabled)
 
 
 def unmerge(root: nn.Module) -> None:
@@ -91,15 +97,17 @@ def unmerge(root: nn.Module) -> None:
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.merged is not None}
     if not layers:
         raise StateError("unmerge: nothing is merged; merge the model first")
-    live = LiveWeights({name: layer.base_layer for name, layer in layers.items()}, [])
-    undos = {name: _here(layer) for name, layer in layers.items()}
+    undos = {one.change.site.name: one for layer in layers.values() for one in _here(layer)}
+    targets = {one.change.site.name: _parameter(layer, one.change) for layer in layers.values() for one in _here(layer)}
+    live = LiveWeights(targets, [])
     for name, undo in undos.items():
         if sha256_of(live.weight(undo.change.site)) != undo.merged_sha256:
             raise StateError(f"{printable(name)}: its merged weight has changed since the merge; it cannot be unmerged")
     copy(Unmerged(live, [undo.change for undo in undos.values()], lambda change: undos[change.site.name].undo), live)
-    for name, layer in layers.items():
-        if sha256_of(live.weight(undos[name].change.site)) != undos[name].original_sha256:
+    for name, undo in undos.items():
+        if sha256_of(live.weight(undo.change.site)) != undo.original_sha256:
             raise StateError(f"{printable(name)}: the unmerged weight is not the original; its undo record has changed")
+    for layer in layers.values():
         layer.merged = None
         layer.activate(layer.active, layer.enabled)
 
@@ -107,7 +115,7 @@ def unmerge(root: nn.Module) -> None:
 def base_sha256(layer: Adapted) -> str:
     """sha256 of the layer's base weight, without what is merged into it; kept until the weight is changed."""
     if layer.merged is not None:
-        return _here(layer).original_sha256
+        return _here(layer)[0].original_sha256
     weight = layer.base_weight
     state = weight.data_ptr(), weight._version
     if layer.hashed is None or layer.hashed[0] != state:
@@ -122,33 +130,43 @@ def refuse_merged(root: nn.Module, what: str) -> None:
         raise StateError(f"cannot {what} while adapters are merged; unmerge first")
 
 
-def _change(name: str, layer: Adapted) -> Change:
-    """What the active adapters make of a layer; the factors are cloned, for training may go on."""
+def _changes(name: str, layer: Adapted) -> tuple[Change, ...]:
+    """What the active adapters make of a layer's weight and bias; the factors are cloned, for training may go on."""
     site = live_site(name, layer.base_layer, layer.op)
     device = layer.base_weight.device
     layers = [
         Layer(one.method, {role: values.to(device, copy=True) for role, values in one.params.items()})
         for one in layer.layers()
     ]
-    return Change(site, site.weight.torch_dtype, tuple(layers))
+    weight, bias = Change(site, site.weight.torch_dtype, tuple(layers)), bias_site(site)
+    on_bias = bias_layers(layers)
+    return (weight, Change(bias, bias.weight.torch_dtype, on_bias)) if bias and on_bias else (weight,)
 
 
-def _here(layer: Adapted) -> LiveUndo:
-    undo = layer.merged
-    assert isinstance(undo, LiveUndo)
-    return undo
+def _parameter(layer: Adapted, change: Change) -> Tensor:
+    """What the change is of."""
+    held: Tensor = layer.base_layer.bias if change.site.acting.name == Bias.name else layer.base_weight
+    return held
 
 
-def _refuse_tied(root: nn.Module, layers: Mapping[str, Adapted]) -> None:
+def _here(layer: Adapted) -> tuple[LiveUndo, ...]:
+    """Of the weight, and of the bias if that was changed too."""
+    undos: tuple[LiveUndo, ...] = layer.merged
+    return undos
+
+
+def _refuse_tied(root: nn.Module, layers: Mapping[str, Adapted], changes: Mapping[str, tuple[Change, ...]]) -> None:
     """MatchError where another module holds the very parameter."""
     owners: dict[int, list[str]] = {}
     for name, module in root.named_modules():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
-        others = [owner for owner in owners[id(layer.base_weight)] if owner != f"{name}.base_layer"]
-        if others:
-            raise MatchError(
-                f"{printable(name)}: its weight is tied to {printable(others[0])}; a merge would change both; "
-                "untie them, or leave it out of target_modules"
-            )
+        for change in changes[name]:
+            others = [owner for owner in owners[id(_parameter(layer, change))] if owner != f"{name}.base_layer"]
+            if others:
+                what = "bias" if change.site.acting.name == Bias.name else "weight"
+                raise MatchError(
+                    f"{printable(name)}: its {what} is tied to {printable(others[0])}; a merge would change both; "
+                    "untie them, or leave it out of target_modules"
+                )

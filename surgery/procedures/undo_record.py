@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from surgery.adapters.peft import adapter_bytes, read_adapter
-from surgery.core.adapter import Adapter, Layer, Weighted
+from surgery.core.adapter import Adapter, Layer, Weighted, bias_layers
 from surgery.core.site import Site, TensorInfo
 from surgery.core.undo import Recorder
 from surgery.errors import CheckError, FormatError, printable
@@ -27,7 +27,8 @@ from surgery.io.octets import tensor_from
 from surgery.io.regular import file_sha256
 from surgery.io.staging import StagedFile, Staging
 from surgery.io.strict_json import json_bytes, read_json
-from surgery.ops import OPS
+from surgery.ops import ROLES
+from surgery.ops.bias import Bias
 
 FOLDER = "surgery.undo"
 FORMAT = 2
@@ -191,14 +192,15 @@ class UndoRecord:
     def _change(self, info: TensorInfo, merged: Checkpoint, adapters: Sequence[Weighted]) -> Change:
         field = self.tensors[info.name]
         there = merged.at[info.name][1].info if info.name in merged.at else None
-        op = OPS[field["op"]] if field.get("op") else None
+        op = ROLES[field["op"]] if field.get("op") else None
         layers = []
         for index, name in field.get("layers", ()):
             adapter, weight = adapters[index]
             layers.append(Layer(adapter.config.method(name).weighted(weight), adapter.sites[name], index, name))
+        laid = bias_layers(layers) if field.get("op") == Bias.name else tuple(layers)
         held = info if there is None else info._replace(dtype=there.dtype)
         new = there is None or there.shape != info.shape
-        return Change(Site(info.name, {"weight": held}, op), info.torch_dtype, tuple(layers), new=new)
+        return Change(Site(info.name, {"weight": held}, op), info.torch_dtype, laid, new=new)
 
     def undo(self, change: Change) -> Undo:
         """What the weight of `change` needs; read anew at each call."""

@@ -43,6 +43,11 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "rank_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
         "alpha_pattern": st.dictionaries(patterns, numbers, max_size=3),
     },
+    "IA3": {
+        "feedforward_modules": st.none() | patterns | lists,
+        "fan_in_fan_out": st.booleans(),
+        "init_ia3_weights": st.booleans(),
+    },
 }
 
 

@@ -9,13 +9,15 @@ import torch
 from rational import same_bits
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_product, round_once
+from surgery.core.arithmetic import exact_product, round_once, ulp
 from surgery.core.method import Additive, Dense, Elementwise, Method, Params
 from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site, TensorInfo
 from surgery.core.undo import Recorder, Restorer, accumulate
+from surgery.errors import MatchError, ValueRangeError
 from surgery.methods import METHODS
 from surgery.ops import OPS
+from surgery.ops.bias import Bias
 
 OUT, IN = 12, 10
 EPS = torch.finfo(torch.float64).eps
@@ -28,14 +30,26 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 4, "init_lora_weights": "gaussian"},
         {"r": 2, "rank_pattern": {"layer": 5}, "alpha_pattern": {"layer": 0.3}},
     ],
+    "IA3": [{"feedforward_modules": ["layer"]}],
 }
-METHOD_CASES = [
-    pytest.param(config(**settings).method("layer"), id=f"{name}-{index}")
-    for name, config in METHODS.items()
+NEEDED: Mapping[str, dict[str, Any]] = {"IA3": {"feedforward_modules": []}}  # settings that have no default
+UNFIT = {("IA3", "embedding")}  # which refuse each other
+
+
+def made(name: str, **settings: Any) -> Method:
+    return METHODS[name](**NEEDED.get(name, {}) | settings).method("layer")
+
+
+CASES = [
+    pytest.param(made(name, **settings), op, id=f"{name}-{index}-{op.name}")
+    for name in METHODS
     for index, settings in enumerate([{}, *VARIANTS.get(name, [])])
+    for op in OPS.values()
+    if (name, op.name) not in UNFIT
 ]
-each_method = pytest.mark.parametrize("method", METHOD_CASES)
+each_case = pytest.mark.parametrize(("method", "op"), CASES)
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+each_pair = pytest.mark.parametrize(("name", "op"), [(n, op) for n in METHODS for op in OPS.values()], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +82,7 @@ def stored_tiles(op: Op, step: int) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-@each_method
-@each_op
+@each_case
 def test_tensors_are_shaped_as_init_makes_them(method: Method, op: Op):
     specs, fresh = method.tensors(site_of(op)), method.init(site_of(op))
     assert {role: tuple(values.shape) for role, values in fresh.items()} == {r: s.shape for r, s in specs.items()}
@@ -78,11 +91,14 @@ def test_tensors_are_shaped_as_init_makes_them(method: Method, op: Op):
     assert any(bool(values.any()) for values in fresh.values())  # all zero, and no gradient would ever flow
 
 
-@each_op
-@pytest.mark.parametrize("name", METHODS)
+@each_pair
 def test_tensors_are_spelled_as_the_config_reads_them(name: str, op: Op):
     config = METHODS[name]
-    specs = config().method("layer").tensors(site_of(op))
+    if (name, op.name) in UNFIT:
+        with pytest.raises(MatchError, match=f"layer: an {op.name}"):
+            made(name).tensors(site_of(op))
+        return
+    specs = made(name).tensors(site_of(op))
     assert len({spec.spelling for spec in specs.values()}) == len(specs)
     for role, spec in specs.items():
         read = config.spellings[spec.spelling]
@@ -90,8 +106,7 @@ def test_tensors_are_spelled_as_the_config_reads_them(name: str, op: Op):
         assert read.op in (None, op.name)
 
 
-@each_method
-@each_op
+@each_case
 @pytest.mark.parametrize("training", [False, True], ids=["evaluating", "training"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_fresh_adapter_leaves_the_output_equal_to_the_bit(method: Method, op: Op, training: bool, dtype: torch.dtype):
@@ -113,16 +128,14 @@ def test_loras_orthogonal_start_leaves_the_output_equal_within_its_rounding(op: 
     assert bool(p["B"].any())
 
 
-@each_method
-@each_op
+@each_case
 def test_a_fresh_adapter_leaves_the_merged_weight_equal(method: Method, op: Op):
     matrix = torch.randn(OUT, IN, dtype=torch.float64)
     merged = method.merge(Dense(matrix), method.init(site_of(op)), WHOLE, exact_product)
     assert torch.equal(merged.weight, matrix)
 
 
-@each_method
-@each_op
+@each_case
 def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op):
     base = Dense(torch.randn(OUT, IN).double(), torch.randn(OUT).double())
     p, x = trained(method, op), given(op, torch.float64, 5, 3)
@@ -130,19 +143,19 @@ def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op
     branch = method.branch(x, lambda x: op.apply(x, base.weight, base.bias), op, p, False)
     apart = (branch - op.apply(x, merged.weight, merged.bias)).abs()
     # Each weight may be off by the spread; each forward sums at most in + 2 terms, rounded each time.
-    spread = magnitude(op, x, method.spread(p, WHOLE))
-    rounding = (IN + 2) * EPS * (magnitude(op, x, base.weight) + magnitude(op, x, merged.weight) + base.bias.abs())
+    spread = magnitude(op, x, method.spread(p, WHOLE).expand(OUT, IN))
+    biases = base.bias.abs() + merged.bias.abs()
+    rounding = (IN + 2) * EPS * (magnitude(op, x, base.weight) + magnitude(op, x, merged.weight) + biases)
     assert bool((apart <= spread + rounding).all())
     effect = (branch - op.apply(x, base.weight, base.bias)).abs()
     assert float(effect.mean()) > 100 * float((spread + rounding).mean())  # else the law could not fail
 
 
-@each_op
-@pytest.mark.parametrize("name", METHODS)
+@each_pair
 @pytest.mark.parametrize("weight", [1.0, -0.5, 2.0])
 def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str, op: Op, weight: float):
-    method = METHODS[name]().method("layer").weighted(weight)
-    if not isinstance(method, Additive):
+    method = made(name).weighted(weight)
+    if (name, op.name) in UNFIT:
         return
     p = {role: torch.randint(-3, 4, values.shape).float() for role, values in trained(method, op).items()}
     base = Dense(torch.randint(-9, 10, (OUT, IN)).float(), torch.randint(-9, 10, (OUT,)).float())
@@ -155,8 +168,7 @@ def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str
     assert not torch.equal(branch, op.apply(x, base.weight, base.bias))
 
 
-@each_method
-@each_op
+@each_case
 def test_a_branch_is_differentiable_in_every_tensor(method: Method, op: Op):
     p = {role: values.requires_grad_() for role, values in trained(method, op).items()}
     x, matrix = given(op, torch.float64, 4), torch.randn(OUT, IN).double()
@@ -164,8 +176,7 @@ def test_a_branch_is_differentiable_in_every_tensor(method: Method, op: Op):
     assert all(values.grad is not None and bool(values.grad.any()) for values in p.values())
 
 
-@each_method
-@each_op
+@each_case
 @pytest.mark.parametrize("step", [1, 4, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_merge_of_tiles_is_the_merge_of_the_whole_to_the_bit(method: Method, op: Op, step: int, dtype: torch.dtype):
@@ -179,37 +190,68 @@ def test_a_merge_of_tiles_is_the_merge_of_the_whole_to_the_bit(method: Method, o
         assert same_bits(round_once(op.stored(part), dtype), round_once(whole, dtype)[rows])
 
 
-@each_method
-@each_op
+@each_case
 def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, op: Op):
     p = trained(method, op, torch.bfloat16)
-    whole = op.stored(method.spread(p, WHOLE))
-    assert bool((whole > 0).all())
+    whole = op.stored(method.spread(p, WHOLE).expand(OUT, IN))
+    assert bool((whole > 0).all() if isinstance(method, Additive) else (whole >= 0).all())
     for rows in stored_tiles(op, 5):
-        part = op.stored(method.spread(p, op.tile(rows)))
+        part = op.stored(method.spread(p, op.tile(rows))).expand(whole[rows].shape)
         assert torch.allclose(part, whole[rows], rtol=2 * OUT * IN * EPS, atol=0)  # plain sums, in any order
 
 
-@each_method
-@each_op
+@each_case
 def test_steps_are_the_merge_and_undo_takes_them_back(method: Method, op: Op):
     p, w = trained(method, op), torch.randn(OUT, IN).double()
     step = method.steps(p, WHOLE, exact_product)
     if step is None:
         assert method.undo != "index"
         return
+    step = step.seen(lambda values: values.expand(OUT, IN))
     merged = method.merge(Dense(w), p, WHOLE, exact_product).weight
     assert same_bits(step.apply(w), merged)
-    # Two roundings, of w + shift and of the difference, half an eps each.
-    assert bool(((step.undo(merged) - w).abs() <= EPS * (w.abs() + merged.abs())).all())
+    # Two roundings, of the step and of its inverse: half an eps each of what it passes through.
+    assert bool(((step.undo(merged) - w).abs() <= EPS * step.reach(merged.abs().clone())).all())
     where = torch.tensor([5, 0, OUT * IN - 1])
     assert same_bits(step.at(where).apply(w.flatten()[where]), merged.flatten()[where])
-    higher = torch.nextafter(w, torch.tensor(math.inf).double())
-    assert bool((step.apply(higher) >= merged).all())  # never decreasing
+    higher = step.apply(torch.nextafter(w, torch.tensor(math.inf).double()))
+    falls = step.falls()
+    rises = torch.ones(OUT, IN, dtype=torch.bool) if falls is None else ~falls
+    assert bool(torch.where(rises, higher >= merged, higher <= merged).all())
 
 
-@each_method
-@each_op
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_a_step_says_of_rounding_covers_the_merge_in_the_dtype_of_the_weight(
+    method: Method, op: Op, dtype: torch.dtype
+):
+    p, w = trained(method, op, dtype), torch.randn(OUT, IN).to(dtype)
+    step = method.steps(p, WHOLE, exact_product)
+    assert step is not None
+    exact = step.apply(w.double())
+    plain = type(step)(step.values.to(dtype)).apply(w).double()
+    held, outcome = step.rounded(w.double(), exact)
+    assert bool(((plain - exact).abs() <= ulp(held, dtype) / 2 + ulp(outcome, dtype) / 2).all())
+    off = step.apply(w.double() + 2.0**-6) - exact
+    carried = step.carried(torch.full((OUT, IN), 2.0**-6).double())
+    assert bool(((off.abs() - carried).abs() <= 4 * EPS * (w.double().abs() + exact.abs() + 1)).all())
+
+
+@each_case
+def test_a_method_that_changes_a_bias_does_so_as_its_steps_over_a_matrix_of_one_column(method: Method, op: Op):
+    p, base = trained(method, op), Dense(torch.randn(OUT, IN).double(), torch.randn(OUT).double())
+    merged, on_bias = method.merge(base, p, WHOLE, exact_product), method.for_bias()
+    if on_bias is None:
+        assert merged.bias is base.bias
+        return
+    for rows in (slice(0, OUT), slice(3, 7)):
+        step = on_bias.steps(p, Bias().tile(rows), exact_product)
+        assert step is not None
+        assert same_bits(step.seen(Bias().stored).apply(base.bias[rows]), merged.bias[rows])
+    assert not torch.equal(merged.bias, base.bias)
+
+
+@each_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_merge_comes_back_to_the_bit_from_its_index(method: Method, op: Op, dtype: torch.dtype):
     if method.undo != "index":
@@ -219,7 +261,7 @@ def test_a_merge_comes_back_to_the_bit_from_its_index(method: Method, op: Op, dt
     def steps(rows: slice) -> list[Elementwise]:
         step = method.steps(p, op.tile(rows), exact_product)
         assert step is not None
-        return [Elementwise(op.stored(step.shift))]
+        return [step.seen(lambda values: op.stored(values).expand(stored[rows].shape))]
 
     recorder, merged = Recorder(), []
     for rows in stored_tiles(op, 4):
@@ -232,15 +274,25 @@ def test_a_merge_comes_back_to_the_bit_from_its_index(method: Method, op: Op, dt
     assert same_bits(torch.cat(back), stored)
 
 
-@each_method
-@each_op
+@each_case
 @pytest.mark.parametrize("weight", [0.5, -2.0, 0.0])
-def test_a_weight_scales_what_an_additive_method_adds(method: Method, op: Op, weight: float):
-    if not isinstance(method, Additive):
-        return
-    p = trained(method, op)
-    shift = method.steps(p, WHOLE, exact_product).shift
-    assert torch.equal(method.weighted(weight).steps(p, WHOLE, exact_product).shift, weight * shift)  # powers of two
-    assert same_bits(method.weighted(1.0).steps(p, WHOLE, exact_product).shift, shift)
+def test_a_weight_scales_what_a_merge_changes(method: Method, op: Op, weight: float):
+    p, w = trained(method, op), torch.randn(OUT, IN).double()
+    merged, weighted = (
+        one.merge(Dense(w), p, WHOLE, exact_product).weight for one in (method, method.weighted(weight))
+    )
+    bound = 8 * EPS * (1 + abs(weight)) * (w.abs() + merged.abs())  # of some four roundings
+    assert bool((((weighted - w) - weight * (merged - w)).abs() <= bound).all())
+    assert same_bits(method.weighted(1.0).merge(Dense(w), p, WHOLE, exact_product).weight, merged)
     assert method.weighted(weight).settings() != method.settings()
     assert all(isinstance(text, str) for pair in method.settings().items() for text in pair)
+
+
+@each_case
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_tensors_that_are_not_finite_are_refused_where_a_merge_begins(method: Method, op: Op, bad: float):
+    for role in trained(method, op):
+        p = trained(method, op)
+        p[role][0, 0] = bad
+        with pytest.raises(ValueRangeError, match="NaN or infinity"):
+            method.steps(p, WHOLE, exact_product)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.core import bits, undo
 from surgery.core.arithmetic import exact_product
-from surgery.core.method import Elementwise
+from surgery.core.method import Elementwise, Scale, Shift
 from surgery.core.undo import Recorder, Restorer, from_order, merged_value, order
 from surgery.errors import CheckError
 
@@ -65,7 +65,7 @@ def tiles(count: int, step: int) -> list[slice]:
 
 
 def cut(steps: Sequence[Elementwise], rows: slice) -> list[Elementwise]:
-    return [Elementwise(step.shift[rows]) for step in steps]
+    return [step.seen(lambda values: values[rows]) for step in steps]
 
 
 def record(w: Tensor, merged: Tensor, steps: Sequence[Elementwise], step: int) -> Recorder:
@@ -99,7 +99,7 @@ def needed_bits(streams: dict[int, bytes]) -> int:
 def test_every_kind_of_weight_comes_back_to_the_bit(pair, seed):
     dtype, outcome = pair
     w, shift = mixture(dtype, seed)
-    steps = [Elementwise(shift)]
+    steps = [Shift(shift)]
     merged = merged_value(w.double(), steps, outcome)
     recorder = record(w, merged, steps, len(w))
     assert recorder.exact
@@ -117,7 +117,7 @@ def test_weights_of_one_kind_come_back_under_shifts_of_one_kind(pair, kind, move
     dtype, outcome = pair
     generator = torch.Generator().manual_seed(seed)
     w = weights(kind, dtype, 30, generator)
-    steps = [Elementwise(shifts(moved, w, generator))]
+    steps = [Shift(shifts(moved, w, generator))]
     merged = merged_value(w.double(), steps, outcome)
     recorder = record(w, merged, steps, 30)
     assert recorder.exact
@@ -128,7 +128,7 @@ def test_weights_of_one_kind_come_back_under_shifts_of_one_kind(pair, kind, move
 def test_tiles_of_other_sizes_give_the_same_streams_and_the_same_weights(pair):
     dtype, outcome = pair
     w, shift = mixture(dtype, seed=2, each=7)
-    steps = [Elementwise(shift)]
+    steps = [Shift(shift)]
     merged = merged_value(w.double(), steps, outcome)
     streams = record(w, merged, steps, len(w)).streams()
     for step in (5, 64, 377):
@@ -139,7 +139,7 @@ def test_tiles_of_other_sizes_give_the_same_streams_and_the_same_weights(pair):
 @pytest.mark.parametrize("part", [1, 50, 1000])
 def test_however_many_indices_are_packed_at_a_time_the_streams_are_the_same(part, monkeypatch):
     w, shift = mixture(BFLOAT, seed=10)
-    steps = [Elementwise(shift)]
+    steps = [Shift(shift)]
     merged = merged_value(w.double(), steps, BFLOAT)
     streams = record(w, merged, steps, len(w)).streams()
     monkeypatch.setattr(undo, "_PART", part)
@@ -153,7 +153,7 @@ def test_however_many_indices_are_packed_at_a_time_the_streams_are_the_same(part
 def test_any_shape_comes_back_after_any_number_of_steps(shape, count):
     generator = torch.Generator().manual_seed(11)
     w = torch.randn(shape, generator=generator).to(BFLOAT)
-    steps = [Elementwise(torch.randn(shape, dtype=DOUBLE, generator=generator) * 0.01) for _ in range(count)]
+    steps = [Shift(torch.randn(shape, dtype=DOUBLE, generator=generator) * 0.01) for _ in range(count)]
     merged = merged_value(w.double(), steps, BFLOAT)
     recorder = Recorder()
     recorder.add(w, merged, steps)
@@ -167,7 +167,7 @@ def test_several_steps_come_back_in_their_order(pair):
     w, first = mixture(dtype, seed=3)
     generator = torch.Generator().manual_seed(4)
     second = torch.randn(w.shape, dtype=DOUBLE, generator=generator) * 1e-3
-    steps = [Elementwise(first), Elementwise(second), Elementwise(-first)]
+    steps = [Shift(first), Shift(second), Shift(-first)]
     merged = merged_value(w.double(), steps, outcome)
     recorder = record(w, merged, steps, 500)
     assert recorder.exact
@@ -179,8 +179,8 @@ def test_a_matrix_comes_back_in_its_shape_from_any_layout(layout):
     w, shift = (values[: 60 * 36].view(60, 36) for values in mixture(BFLOAT, seed=5))
     if layout == "transposed":
         w, shift = w.T, shift.T
-    steps = [Elementwise(shift)]
-    merged = merged_value(w.contiguous().double(), [Elementwise(shift.contiguous())], BFLOAT)
+    steps = [Shift(shift)]
+    merged = merged_value(w.contiguous().double(), [Shift(shift.contiguous())], BFLOAT)
     recorder = record(w, merged, steps, 13)
     assert recorder.exact
     assert same_bits(restore(recorder.streams(), merged, steps, BFLOAT, 8), w)
@@ -189,7 +189,7 @@ def test_a_matrix_comes_back_in_its_shape_from_any_layout(layout):
 @pytest.mark.parametrize("dtype", [BFLOAT, HALF], ids=str)
 def test_no_shift_leaves_nothing_to_record_but_which_zero_it_was(dtype):
     w = torch.cat([torch.randn(100, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, -0.0])]).to(dtype)
-    steps = [Elementwise(torch.zeros(102, dtype=DOUBLE))]
+    steps = [Shift(torch.zeros(102, dtype=DOUBLE))]
     merged = merged_value(w.double(), steps, dtype)
     assert not torch.signbit(merged[-1])  # -0 + 0 is +0
     streams = record(w, merged, steps, 102).streams()
@@ -201,7 +201,7 @@ def test_no_shift_leaves_nothing_to_record_but_which_zero_it_was(dtype):
 def test_streams_that_end_too_soon_are_refused(pair):
     dtype, outcome = pair
     w, shift = mixture(dtype, seed=6, each=20)
-    steps = [Elementwise(shift)]
+    steps = [Shift(shift)]
     merged = merged_value(w.double(), steps, outcome)
     streams = record(w, merged, steps, len(w)).streams()
     assert streams
@@ -219,7 +219,7 @@ def test_streams_that_end_too_soon_are_refused(pair):
 def test_float64_comes_back_where_the_shift_does_not_swallow_it(outcome, moved):
     generator = torch.Generator().manual_seed(9)
     w = torch.cat([weights(kind, DOUBLE, 40, generator) for kind in ("normal", "power of two")])
-    steps = [Elementwise(shifts(moved, w, generator))]
+    steps = [Shift(shifts(moved, w, generator))]
     merged = merged_value(w.double(), steps, outcome)
     recorder = record(w, merged, steps, 50)
     assert recorder.exact
@@ -228,7 +228,7 @@ def test_float64_comes_back_where_the_shift_does_not_swallow_it(outcome, moved):
 
 def test_more_candidates_than_an_index_can_count_are_said_not_to_be_exact():
     w = torch.tensor([1e-300, -1e-300], dtype=DOUBLE)
-    steps = [Elementwise(torch.tensor([1.0, 1.0], dtype=DOUBLE))]  # all between +-2^-54 lead to 1
+    steps = [Shift(torch.tensor([1.0, 1.0], dtype=DOUBLE))]  # all between +-2^-54 lead to 1
     merged = merged_value(w, steps, DOUBLE)
     assert not record(w, merged, steps, 2).exact
 
@@ -236,7 +236,7 @@ def test_more_candidates_than_an_index_can_count_are_said_not_to_be_exact():
 @pytest.mark.parametrize("off", [1, -1])
 def test_a_merge_that_cannot_be_recomputed_is_said_not_to_be_exact(off):
     w, shift = mixture(BFLOAT, seed=7)
-    steps = [Elementwise(shift)]
+    steps = [Shift(shift)]
     merged = merged_value(w.double(), steps, BFLOAT)
     wrong = from_order(order(merged) + off, BFLOAT)  # as if another arithmetic had merged
     assert record(w, merged, steps, 100).exact
@@ -248,7 +248,7 @@ def test_a_realistic_merge_costs_less_than_three_tenths_of_a_bit_a_parameter():
     w = (torch.randn(512, 512, generator=generator) * 0.02).to(BFLOAT)
     B, A = torch.randn(512, 8, generator=generator), torch.randn(8, 512, generator=generator)
     delta = exact_product(B, A)
-    steps = [Elementwise(delta * (2e-4 / float(delta.std())))]  # N(0, 2e-4)
+    steps = [Shift(delta * (2e-4 / float(delta.std())))]  # N(0, 2e-4)
     merged = merged_value(w.double(), steps, BFLOAT)
     recorder = record(w, merged, steps, 200)
     assert recorder.exact
@@ -267,3 +267,59 @@ def test_order_rises_with_the_values_and_tells_the_zeros_apart(dtype):
     assert torch.equal(ranked.diff() == 0, (ranked[1:] == 0) & (ranked[:-1] == 0))
     assert bool((ranked.diff() >= 0).all())
     assert order(torch.tensor([-0.0, 0.0], dtype=dtype)).diff().tolist() == [1]
+
+
+@pytest.mark.parametrize("pair", [*PAIRS, (SINGLE, DOUBLE), (DOUBLE, DOUBLE), (DOUBLE, SINGLE)], ids=str)
+@pytest.mark.parametrize("after", [None, "normal"])
+def test_scales_of_either_sign_come_back_alone_and_among_shifts(pair, after):
+    dtype, outcome = pair
+    generator = torch.Generator().manual_seed(12)
+    w = torch.cat([weights(kind, dtype, 60, generator) for kind in ("normal", "zero", "power of two")])
+    factors = torch.randn(w.shape, dtype=DOUBLE, generator=generator)
+    factors[::7], factors[1::7], factors[2::7] = 1.0, -1.0, 2.0**-20
+    factors[3::7] *= 2.0**-40
+    steps = [Scale(factors)]
+    if after is not None:
+        steps = [Shift(shifts(after, w, generator)), *steps, Shift(shifts("small", w, generator)), *steps]
+    merged = merged_value(w.double(), steps, outcome)
+    recorder = record(w, merged, steps, 50)
+    if recorder.exact:
+        assert same_bits(restore(recorder.streams(), merged, steps, dtype, 70), w)
+    assert recorder.exact or dtype == DOUBLE  # of which more may lead to m than an index can count
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, BFLOAT, HALF], ids=str)
+def test_a_scale_of_zero_costs_its_elements_alone_all_their_bits_but_the_sign(dtype):
+    w = torch.randn(90, generator=torch.Generator().manual_seed(13)).to(dtype)
+    factors = torch.ones(90, dtype=DOUBLE)
+    factors[:16] = 0.0
+    steps = [Scale(factors)]
+    merged = merged_value(w.double(), steps, dtype)
+    streams = record(w, merged, steps, 90).streams()
+    assert needed_bits(streams) == 16 * (8 * dtype.itemsize - 1)
+    assert same_bits(restore(streams, merged, steps, dtype, 90), w)
+    whole = Scale(torch.zeros(90, dtype=DOUBLE))
+    assert not record(w.double(), w.double() * 0, [whole], 90).exact  # float64 has too many
+
+
+def test_a_realistic_scale_costs_about_half_a_bit_a_parameter():
+    generator = torch.Generator().manual_seed(14)
+    w = (torch.randn(256, 256, generator=generator) * 0.02).to(BFLOAT)
+    steps = [Scale((1 + torch.randn(256, 1, dtype=DOUBLE, generator=generator) * 0.1).expand(256, 256))]
+    merged = merged_value(w.double(), steps, BFLOAT)
+    recorder = record(w, merged, steps, 100)
+    assert recorder.exact
+    streams = recorder.streams()
+    assert 0 < needed_bits(streams) / w.numel() < 0.6
+    assert same_bits(restore(streams, merged, steps, BFLOAT, 150), w)
+
+
+def test_what_a_scale_leaves_below_the_normal_range_of_float64_comes_back():
+    generator = torch.Generator().manual_seed(15)
+    w = torch.randn(300, generator=generator)
+    steps = [Scale(torch.randn(300, dtype=DOUBLE, generator=generator) * 2.0**-1055)]
+    merged = merged_value(w.double(), steps, DOUBLE)
+    assert 0 < float(merged.abs().max()) < torch.finfo(DOUBLE).tiny
+    recorder = record(w, merged, steps, 300)
+    assert recorder.exact
+    assert same_bits(restore(recorder.streams(), merged, steps, SINGLE, 300), w)

@@ -6,11 +6,21 @@ import torch
 from rational import same_bits
 from torch import Tensor
 
-from surgery.core.method import Elementwise
+from surgery.core.method import Scale, Shift
 from surgery.core.undo import Recorder, Restorer, from_order, merged_value, order
 
 BFLOAT, HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64
 PAIRS = [(BFLOAT, BFLOAT), (HALF, HALF), (BFLOAT, HALF), (HALF, BFLOAT), (BFLOAT, SINGLE), (HALF, SINGLE)]
+
+
+def plus(value: float) -> Shift:
+    return Shift(torch.tensor(value, dtype=DOUBLE))
+
+
+def times(value: float) -> Scale:
+    return Scale(torch.tensor(value, dtype=DOUBLE))
+
+
 SHIFTS = {
     "zero": [0.0],
     "negative zero": [-0.0],
@@ -29,6 +39,23 @@ SHIFTS = {
     "in two, whose rounding swallows": [2.0**60, -(2.0**60)],
     "in three": [0.3, -0.2, 1e-5],
     "in two that cancel": [0.7, -0.7],
+}
+STEPS = {name: [*map(plus, parts)] for name, parts in SHIFTS.items()} | {
+    "times zero": [times(0.0)],
+    "times negative zero": [times(-0.0)],
+    "times one": [times(1.0)],
+    "times minus one": [times(-1.0)],
+    "times a power of two": [times(-(2.0**-7))],
+    "times a bit less than one": [times(0.9)],
+    "times a negative number": [times(-1.7)],
+    "times little": [times(3.3e-39)],
+    "times much": [times(1e30)],
+    "times next to nothing": [times(2.0**-1060)],
+    "times two that cancel": [times(3.0), times(1 / 3)],
+    "falling twice": [times(-0.3), times(-7.0)],
+    "shifted, then scaled": [plus(0.0123), times(-1.3)],
+    "scaled, then shifted": [times(-1.3), plus(0.0123)],
+    "scaled to nothing, then shifted": [times(0.0), plus(0.5)],
 }
 
 
@@ -51,18 +78,18 @@ def packed(indices: Tensor, bits: int) -> bytes:
     return np.packbits(np.array([*digits], dtype=np.uint8), bitorder="little").tobytes()
 
 
-@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_the_record_says_which_of_all_that_lead_to_m_it_was(pair, shift):
+def test_the_record_says_which_of_all_that_lead_to_m_it_was(pair, name):
     dtype, outcome = pair
     w = every(dtype)
-    steps = [Elementwise(torch.full(w.shape, part, dtype=DOUBLE)) for part in SHIFTS[shift]]
+    steps = [step.seen(lambda value: value.expand(w.shape)) for step in STEPS[name]]
     merged = merged_value(w.double(), steps, outcome)
     index, bits = counted(merged)
     chosen = torch.randperm(len(w), generator=torch.Generator().manual_seed(0))
     chosen = chosen[torch.isfinite(merged[chosen])]
     w, merged, index, bits = w[chosen], merged[chosen], index[chosen], bits[chosen]
-    steps = [Elementwise(step.shift[chosen]) for step in steps]
+    steps = [step.at(chosen) for step in steps]
     recorder = Recorder()
     recorder.add(w, merged, steps)
     assert recorder.exact
@@ -84,10 +111,10 @@ def test_every_value_comes_back_under_a_shift_of_its_own(dtype, target):
         "largest": torch.full_like(w, info.max, dtype=DOUBLE),
         "half a step off": w.double() * (1 + info.eps / 2),
     }[target]
-    steps = [Elementwise(goal - w.double())]
+    steps = [Shift(goal - w.double())]
     merged = merged_value(w.double(), steps, dtype)
     fine = torch.isfinite(merged)
-    w, merged, steps = w[fine], merged[fine], [Elementwise(steps[0].shift[fine])]
+    w, merged, steps = w[fine], merged[fine], [Shift(steps[0].values[fine])]
     recorder = Recorder()
     recorder.add(w, merged, steps)
     assert recorder.exact

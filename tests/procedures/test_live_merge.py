@@ -41,7 +41,7 @@ def test_merge_and_unmerge_run_as_the_adapter_did_and_give_the_base_back(undo: A
             "0.base_layer.weight",
             "2.base_layer.weight",
         }
-        kept = [layer.merged.undo.kept is not None for layer in net if getattr(layer, "merged", None)]
+        kept = [layer.merged[0].undo.kept is not None for layer in net if getattr(layer, "merged", None)]
         assert kept == [undo == "copy"] * 2
         surgery.unmerge(net)
         assert tensor_hashes(net.state_dict()) == before

@@ -58,27 +58,42 @@ def tangled(draw: st.DrawFn) -> nn.Module:
     return root
 
 
+@st.composite
+def lora(draw: st.DrawFn, chosen: list[str]) -> surgery.AdapterConfig:
+    pattern = "|".join(map(re.escape, chosen))
+    return surgery.LoraConfig(r=draw(st.integers(1, 3)), target_modules=pattern, init_lora_weights=False, lora_alpha=7)
+
+
+@st.composite
+def ia3(draw: st.DrawFn, chosen: list[str], first: set[str]) -> surgery.AdapterConfig:
+    """Modules are fed forward by the first of their paths."""
+    pattern = "|".join(map(re.escape, chosen))
+    fed = pattern if first.issuperset(chosen) and draw(st.booleans()) else []
+    return surgery.Ia3Config(target_modules=pattern, feedforward_modules=fed, init_ia3_weights=False)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(root=tangled(), data=st.data())
 def test_a_model_that_went_through_surgery_is_the_very_same_model(root: nn.Module, data: st.DataObject) -> None:
     before, bits, outputs = _everything(root), tensor_hashes(root.state_dict()), _run(root)
     paths = [name for name, module in _paths(root) if _is_leaf(module)]
     adapters = data.draw(st.lists(st.sampled_from(("default", "b_2", "0")), min_size=1, unique=True))
-    targeted = []
+    scalable = [name for name in paths if not isinstance(root.get_submodule(name), nn.Embedding)]
+    first = {name for name, _ in root.named_modules()}
+    targeted, added_to = [], []
     for adapter in adapters:
-        chosen = data.draw(st.lists(st.sampled_from(paths), min_size=1, unique=True))
+        scales = bool(scalable) and data.draw(st.booleans())
+        chosen = data.draw(st.lists(st.sampled_from(scalable if scales else paths), min_size=1, unique=True))
         targeted += chosen
-        pattern = "|".join(map(re.escape, chosen))
-        config = surgery.LoraConfig(
-            r=data.draw(st.integers(1, 3)), target_modules=pattern, init_lora_weights=False, lora_alpha=7
-        )
-        surgery.inject(root, config, adapter_name=adapter)
+        added_to += [] if scales else chosen
+        surgery.inject(root, data.draw(ia3(chosen, first) if scales else lora(chosen)), adapter_name=adapter)
     surgery.set_adapter(root, adapters)
     weights = {path: root.get_submodule(path).base_layer.weight for path in targeted}
     unmerged = tensor_hashes(weights)
     _run(root)
     surgery.merge(root, undo=data.draw(st.sampled_from(("index", "copy"))))
-    assert all(digest != unmerged[path] for path, digest in tensor_hashes(weights).items())
+    merged = tensor_hashes(weights)
+    assert all(merged[path] != unmerged[path] for path in added_to)  # a scale leaves a zero as it is
     _run(root)
     surgery.unmerge(root)
     assert tensor_hashes(weights) == unmerged

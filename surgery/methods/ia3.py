@@ -1,0 +1,144 @@
+"""(IA)^3: W * l, a factor for each output (of the bias too) or for each input. https://arxiv.org/abs/2205.05638"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from surgery.core.arithmetic import all_finite, exact_float64
+from surgery.core.config import AdapterConfig, Spelling, check_names, check_pattern
+from surgery.core.method import Dense, Method, Params, Product, Run, Scale, Spec
+from surgery.core.names import Endings
+from surgery.core.op import Op, Tile
+from surgery.core.patterns import Patience
+from surgery.core.site import Site
+from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ia3Config(AdapterConfig):
+    """(IA)^3's settings, named as in PEFT: `feedforward_modules` has its inputs scaled, all else its outputs.
+
+    It lists ends of names, or is one pattern; [] where there are none.
+
+    >>> config = Ia3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    >>> [config.method(name).feedforward for name in ("0.k_proj", "0.down_proj")]
+    [False, True]
+    """
+
+    peft_type: ClassVar[str] = "IA3"
+    spellings: ClassVar[Mapping[str, Spelling]] = {"ia3_l": Spelling("l")}
+    neutral: ClassVar[Mapping[str, Any]] = {}
+    unwritten = frozenset({"layers_to_transform", "layers_pattern"})
+
+    feedforward_modules: str | Sequence[str] | None = None
+    fan_in_fan_out: bool = False  # read and written for PEFT; the op decides, see hosts
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("feedforward_modules", self.feedforward_modules, or_pattern=True)
+        if isinstance(self.feedforward_modules, str):
+            check_pattern("feedforward_modules", self.feedforward_modules)
+
+    def method(self, name: str) -> "Ia3":
+        return Ia3(feedforward=self._is_feedforward(name), ones=self.init_ia3_weights)
+
+    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
+        entries = self.feedforward_modules
+        if isinstance(entries, str):
+            missed = [] if any(map(self._is_feedforward, names)) else [entries]
+        else:
+            missed = [one for one in entries or () if one not in names and not any(n.endswith(one) for n in names)]
+        return {"feedforward_modules": missed}
+
+    def named(self, names: Sequence[str]) -> Self:
+        chosen = [name for name in names if self._is_feedforward(name)]
+        told = replace(super().named(names), feedforward_modules=chosen)
+        if [name for name in names if told._is_feedforward(name)] == chosen:
+            return told
+        return replace(told, feedforward_modules="|".join(map(re.escape, chosen)))  # one name ends another
+
+    def _is_feedforward(self, name: str) -> bool:
+        """PEFT's rule: a pattern means all of a name; a list means ends of names, and not only after a dot."""
+        entries = self.feedforward_modules
+        if entries is None:
+            raise ConfigError("feedforward_modules is not given; a list of module names is wanted, [] if none is")
+        if isinstance(entries, str):
+            return self._patience.fullmatch(entries, name) is not None
+        return self._endings.end(name)
+
+    @cached_property
+    def _patience(self) -> Patience:
+        return Patience()
+
+    @cached_property
+    def _endings(self) -> Endings:
+        return Endings(self.feedforward_modules or ())
+
+
+@dataclass(frozen=True)
+class Ia3(Method):
+    """l is [1, in] where it scales the input (`feedforward`), else [out, 1].
+
+    At another strength the factor is 1 + strength * (l - 1): so much of the way from the base to the merge.
+    """
+
+    feedforward: bool
+    ones: bool = True
+    strength: float = 1.0
+
+    reproducible = True
+    undo = "index"
+    couples = frozenset()
+
+    def tensors(self, site: Site) -> Mapping[str, Spec]:
+        if not site.acting.accepts_dropout():  # its input is no numbers, which could be scaled
+            raise MatchError(
+                f"{printable(site.name)}: an {site.acting.name}; (IA)^3 acts on Linear and Conv1D, as in PEFT; "
+                "exclude it"
+            )
+        out_features, in_features = site.shape
+        return {"l": Spec("ia3_l", (1, in_features) if self.feedforward else (out_features, 1))}
+
+    def init(self, site: Site) -> Params:
+        return {
+            role: (torch.ones if self.ones else torch.randn)(spec.shape) for role, spec in self.tensors(site).items()
+        }
+
+    def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:  # noqa: ARG002  # no product in it
+        factor = self._factor(p, tile)
+        if base.bias is None or self.feedforward:
+            return base._replace(weight=base.weight * factor)
+        return Dense(base.weight * factor, base.bias * factor.flatten())
+
+    def steps(self, p: Params, tile: Tile, product: Product) -> Scale:  # noqa: ARG002  # no product in it
+        if not all_finite(p["l"]):
+            raise ValueRangeError("l holds NaN or infinity; finite numbers are wanted; train or save it again")
+        return Scale(self._factor({"l": exact_float64(p["l"])}, tile))
+
+    def for_bias(self) -> "Ia3 | None":
+        return None if self.feedforward else self
+
+    def spread(self, p: Params, tile: Tile) -> Tensor:
+        return torch.zeros_like(self._factor(p, tile), dtype=torch.float64)  # one product, rounded with the outcome
+
+    def settings(self) -> Mapping[str, str]:
+        return {"scales": "input" if self.feedforward else "output", "strength": self.strength.hex()}
+
+    def weighted(self, weight: float) -> Self:
+        return replace(self, strength=self.strength * weight)
+
+    def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
+        factor = self._factor(p, (slice(None), slice(None))).flatten()
+        return run((x * factor).to(x.dtype)) if self.feedforward else run(x) * factor
+
+    def _factor(self, p: Params, tile: Tile) -> Tensor:
+        """Of the tile, [out, 1] or [1, in]."""
+        rows, columns = tile
+        factor = p["l"][:, columns] if self.feedforward else p["l"][rows]
+        return factor if self.strength == 1 else 1 + self.strength * (factor - 1)
