@@ -12,11 +12,13 @@ if TYPE_CHECKING:
         inject,
         inspect,
         load,
+        load_model,
         merge,
         merge_checkpoint,
         plan,
         push_to_hub,
         save,
+        save_merged,
         set_adapter,
         unmerge,
         unmerge_checkpoint,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from surgery.errors import (
         CheckError,
         ConfigError,
+        ConfigTypeError,
         EnvironmentFault,
         FormatError,
         InputError,
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
         UsageError,
         ValueRangeError,
     )
+    from surgery.integrations.transformers import AdapterTrainer
     from surgery.methods.lora import LoraConfig
     from surgery.procedures.diff import DiffReport
     from surgery.procedures.inspect import Inspection
@@ -48,8 +52,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdapterConfig": "core.config",
+    "AdapterTrainer": "integrations.transformers",
     "CheckError": "errors",
     "ConfigError": "errors",
+    "ConfigTypeError": "errors",
     "DiffReport": "procedures.diff",
     "EnvironmentFault": "errors",
     "FormatError": "errors",
@@ -72,8 +78,10 @@ _HOMES = {
 
 __all__ = [
     "AdapterConfig",
+    "AdapterTrainer",
     "CheckError",
     "ConfigError",
+    "ConfigTypeError",
     "DiffReport",
     "EnvironmentFault",
     "FormatError",
@@ -99,11 +107,13 @@ __all__ = [
     "inject",
     "inspect",
     "load",
+    "load_model",
     "merge",
     "merge_checkpoint",
     "plan",
     "push_to_hub",
     "save",
+    "save_merged",
     "set_adapter",
     "unmerge",
     "unmerge_checkpoint",

@@ -129,6 +129,15 @@ class Staging:
                 file.write(data)
         return sha256.hexdigest()
 
+    def adopt(self) -> None:
+        """What another library has written into the folder is brought to the disk, as readable as files of ours."""
+        with faults(self.out):
+            mode = self.journal.path.stat().st_mode
+            for path in self.folder.rglob("*"):
+                if path.is_file():
+                    path.chmod(mode)
+                    _sync(path, os.O_RDONLY)
+
     def _refuse_existing(self) -> None:
         if os.path.lexists(self.out) and not self.overwrite:
             raise OutputExistsError(f"{printable(self.out)}: it exists; a new folder is wanted; or say --overwrite")
@@ -258,7 +267,11 @@ def faults(where: Path) -> Iterator[None]:
 
 
 def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         disk.sync(descriptor)
     finally:
