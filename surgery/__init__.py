@@ -125,6 +125,8 @@ def __getattr__(name: str) -> Any:
     """Public names come from their files when they are first used: torch is not imported before."""
     if name not in __all__:
         raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    if name.endswith("Config"):
+        import_module("surgery.adapters.configs")  # a floor above the configs; lets them read and write files
     value = getattr(import_module(f"surgery.{_HOMES.get(name, 'api')}"), name)
     globals()[name] = value
     return value

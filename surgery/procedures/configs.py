@@ -5,12 +5,10 @@ from enum import Enum
 from os import PathLike
 from typing import Any
 
-from surgery.adapters.peft import CONFIG, config_from
+from surgery.adapters.configs import PeftFiles
+from surgery.adapters.peft import config_from
 from surgery.core.config import AdapterConfig
-from surgery.errors import ConfigTypeError, printable
-from surgery.io.hub import locate
-from surgery.io.regular import contained
-from surgery.io.strict_json import read_json
+from surgery.errors import ConfigTypeError
 
 
 def config_of(value: object) -> AdapterConfig:
@@ -18,7 +16,7 @@ def config_of(value: object) -> AdapterConfig:
     if isinstance(value, AdapterConfig):
         return value
     if isinstance(value, str | PathLike):
-        return config_from(read_json(contained(locate(value), CONFIG)), printable(value))
+        return PeftFiles().read(value)
     spelled: Any = value.to_dict() if hasattr(value, "to_dict") else value  # a peft config
     if not isinstance(spelled, Mapping):
         raise ConfigTypeError(f"config: a {type(value).__name__}; a config, a dict or a folder is wanted")

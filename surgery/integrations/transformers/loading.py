@@ -85,6 +85,7 @@ def _base(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Module:
         device_map=wanted.device_map,
         trust_remote_code=False,
         use_safetensors=True,
+        adapter_kwargs={"subfolder": "config.json"},  # where nothing can lie: else peft would load an adapter too
         output_loading_info=True,
     )
     if adapter is not None:
