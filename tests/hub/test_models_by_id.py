@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from fake_hub import FakeHub, Files
 from huggingface_hub import constants
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import surgery
 from surgery.io.hub import located
@@ -18,6 +19,12 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 
 def files(folder: Path) -> Files:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers keeps the address of the Hub that it asked first."""
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
 
 
 @pytest.fixture
@@ -65,6 +72,38 @@ def test_an_adapter_in_a_folder_of_a_repository_is_fetched_alone_and_served_from
     assert surgery.LoraConfig.from_pretrained("owner/many", subfolder="adapters/one").target_modules
     with pytest.raises(surgery.EnvironmentFault):
         surgery.LoraConfig.from_pretrained("owner/many", subfolder="adapters/two")
+
+
+PUSHES = {
+    "push_to_hub": lambda model, _: model.push_to_hub("me/pushed", private=True),
+    "save_pretrained": lambda model, folder: model.save_pretrained(
+        folder / "out", push_to_hub=True, repo_id="me/pushed", private=True
+    ),
+}
+
+
+@pytest.mark.parametrize("push", PUSHES)
+def test_a_model_pushes_its_adapter_alone(push: str, hub: FakeHub, model: Any, tmp_path: Path) -> None:
+    hub.add("owner/base", files(tmp_path / "base"))
+    PUSHES[push](model, tmp_path)
+    repository = hub.repositories["me/pushed"]
+    assert repository.private
+    there = repository.commits[repository.branches["main"]].keys()
+    assert there - {"README.md"} == {"adapter_config.json", "adapter_model.safetensors", "surgery.base.json"}
+    assert torch.equal(outputs(surgery.load_model("me/pushed")), outputs(model))
+
+
+def test_trainer_pushes_the_adapter_alone(hub: FakeHub, model: Any, tmp_path: Path) -> None:
+    rows = [{"input_ids": row, "labels": row} for row in torch.arange(24).reshape(4, 6)]
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path / "run"), hub_model_id="me/run", push_to_hub=True, max_steps=1, **quiet)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    trainer.push_to_hub()
+    repository = hub.repositories["me/run"]
+    there = repository.commits[repository.branches["main"]].keys()
+    assert {name for name in there if name.endswith(".safetensors")} == {"adapter_model.safetensors"}
+    assert "config.json" not in there
 
 
 @pytest.mark.usefixtures("model")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from guarded import is_guarded, passed_without_peft
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -202,6 +203,30 @@ def test_trainer_alone_cannot_resume_without_peft(tmp_path: Path) -> None:
         trainer(injected(), tmp_path / "second", Trainer).train(
             resume_from_checkpoint=str(tmp_path / "first" / f"checkpoint-{CUT}")
         )
+
+
+def test_accelerate_trains_and_saves_the_adapter(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = injected()
+    optimizer = torch.optim.AdamW([values for values in model.parameters() if values.requires_grad], lr=0.01)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    loss = prepared(input_ids=ROWS[0]["input_ids"][None], labels=ROWS[0]["labels"][None]).loss
+    accelerator.backward(loss)
+    optimizer.step()
+    accelerator.unwrap_model(prepared).save_pretrained(
+        tmp_path / "adapter",
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(prepared),
+    )
+    assert equal(adapter(surgery.load(llama(), tmp_path / "adapter")), adapter(model))
+    accelerator.save_state(tmp_path / "state")
+    before = adapter(model)
+    with torch.no_grad():
+        for values in model.parameters():
+            values.zero_()
+    accelerator.load_state(tmp_path / "state")
+    assert equal(adapter(model), before)
 
 
 def test_a_model_of_peft_is_resumed_as_ever(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -326,6 +327,8 @@ def test_a_merged_checkpoint_is_a_plain_one_and_the_model_stays_as_it_is(merged:
         "generation_config.json",
         "model.safetensors",
     }
+    (tmp_path / "other").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {(tmp_path / "other").stat().st_mode}
     plain = loaded_plainly(LlamaForCausalLM, tmp_path / "out")
     if not merged:
         surgery.merge(model)
@@ -341,6 +344,7 @@ def test_a_trained_head_is_in_the_merged_checkpoint_apart_from_the_embedding(tie
         model.lm_head.running.weight.add_(1)
     surgery.save_merged(model, tmp_path / "out")
     assert model.config.tie_word_embeddings is tied
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     plain = loaded_plainly(LlamaForCausalLM, tmp_path / "out")
     assert torch.equal(outputs(plain), outputs(surgery.merge(model)))
 

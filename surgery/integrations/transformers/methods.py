@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery.adapters.peft import PREFIX
 from surgery.core.config import AdapterConfig
-from surgery.errors import StateError
+from surgery.errors import StateError, UsageError
 from surgery.hosts.tree import injected, state_of
 from surgery.integrations.transformers.model import output_heads
 from surgery.integrations.transformers.saving import save_merged
@@ -135,6 +135,10 @@ class AdapterMethods(nn.Module):
         if not self.tell_transformers():
             return super().save_pretrained(  # type: ignore[misc, no-any-return]
                 save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, token, **kwargs
+            )
+        if push_to_hub and not (state_dict is None and save_peft_format):
+            raise UsageError(
+                "save_pretrained: push_to_hub pushes the model's own tensors by PEFT's names; save, then push"
             )
         folder = Path(save_directory)
         if is_main_process:
