@@ -169,6 +169,17 @@ def test_code_of_a_repository_is_not_run(model_class: Any, pair: tuple[Path, Pre
     assert not canary.exists()
 
 
+def test_code_that_a_known_model_brings_is_not_run_either(pair: tuple[Path, PreTrainedModel]) -> None:
+    folder, model = pair
+    canary, path = folder.parent / "canary", folder.parent / "base" / "config.json"
+    (path.parent / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}))
+    found = surgery.load_model(folder, model_class=AutoModelForCausalLM)
+    assert torch.equal(outputs(found), outputs(model))
+    assert not canary.exists()
+
+
 def test_an_adapter_without_a_base_or_with_one_that_is_not_there_is_refused(pair: tuple[Path, PreTrainedModel]) -> None:
     path = pair[0] / "adapter_config.json"
     config = json.loads(path.read_text())
