@@ -136,7 +136,8 @@ class Staging:
             for path in self.folder.rglob("*"):
                 if path.is_file():
                     path.chmod(mode)
-                    _sync(path, os.O_RDONLY)
+                    with path.open("rb") as file:
+                        disk.sync(file.fileno())
 
     def _refuse_existing(self) -> None:
         if os.path.lexists(self.out) and not self.overwrite:
@@ -267,11 +268,7 @@ def faults(where: Path) -> Iterator[None]:
 
 
 def _sync_folder(path: Path) -> None:
-    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         disk.sync(descriptor)
     finally:
