@@ -12,11 +12,13 @@ if TYPE_CHECKING:
         inject,
         inspect,
         load,
+        load_model,
         merge,
         merge_checkpoint,
         plan,
         push_to_hub,
         save,
+        save_merged,
         set_adapter,
         unmerge,
         unmerge_checkpoint,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from surgery.errors import (
         CheckError,
         ConfigError,
+        ConfigTypeError,
         EnvironmentFault,
         FormatError,
         InputError,
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
         UsageError,
         ValueRangeError,
     )
+    from surgery.integrations.transformers import AdapterTrainer
     from surgery.methods.ia3 import Ia3Config
     from surgery.methods.lora import LoraConfig
     from surgery.procedures.diff import DiffReport
@@ -49,8 +53,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdapterConfig": "core.config",
+    "AdapterTrainer": "integrations.transformers",
     "CheckError": "errors",
     "ConfigError": "errors",
+    "ConfigTypeError": "errors",
     "DiffReport": "procedures.diff",
     "EnvironmentFault": "errors",
     "FormatError": "errors",
@@ -74,8 +80,10 @@ _HOMES = {
 
 __all__ = [
     "AdapterConfig",
+    "AdapterTrainer",
     "CheckError",
     "ConfigError",
+    "ConfigTypeError",
     "DiffReport",
     "EnvironmentFault",
     "FormatError",
@@ -102,11 +110,13 @@ __all__ = [
     "inject",
     "inspect",
     "load",
+    "load_model",
     "merge",
     "merge_checkpoint",
     "plan",
     "push_to_hub",
     "save",
+    "save_merged",
     "set_adapter",
     "unmerge",
     "unmerge_checkpoint",
@@ -118,6 +128,8 @@ def __getattr__(name: str) -> Any:
     """Public names come from their files when they are first used: torch is not imported before."""
     if name not in __all__:
         raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    if name.endswith("Config"):
+        import_module("surgery.adapters.configs")  # a floor above the configs; lets them read and write files
     value = getattr(import_module(f"surgery.{_HOMES.get(name, 'api')}"), name)
     globals()[name] = value
     return value

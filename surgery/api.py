@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from enum import Enum
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,16 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from surgery.adapters.peft import CONFIG, config_from, read_adapter
+from surgery.adapters.peft import read_adapter
 from surgery.core.adapter import Weighted
-from surgery.core.config import AdapterConfig
-from surgery.errors import ConfigError, UsageError, printable
+from surgery.errors import UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import shard_bytes
-from surgery.integrations.transformers import output_heads
+from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate, located
-from surgery.io.regular import contained
-from surgery.io.strict_json import read_json
 from surgery.procedures import adapter_files, publish, switch
 from surgery.procedures import diff as differing
 from surgery.procedures import inject as injection
@@ -30,6 +26,7 @@ from surgery.procedures import merge_checkpoint as merging
 from surgery.procedures import plan as planning
 from surgery.procedures import unmerge_checkpoint as unmerging
 from surgery.procedures import verify as verifying
+from surgery.procedures.configs import config_of
 from surgery.procedures.filling import OnProgress, Pace
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,7 +47,8 @@ def inject(model: Model, config: object, *, adapter_name: str = "default", train
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
-    injection.inject(model, _config(config), adapter_name, lambda: output_heads(model), trainable)
+    injection.inject(model, config_of(config), adapter_name, lambda: hugging.output_heads(model), trainable)
+    hugging.attach(model)
     return model
 
 
@@ -61,12 +59,44 @@ def load(model: Model, path: Where, *, adapter_name: str = "default", trainable:
     are not. Raises InputError unless every tensor of the adapter finds its place.
     """
     adapter_files.load(model, locate(path), adapter_name, trainable)
+    hugging.attach(model)
     return model
+
+
+def load_model(  # noqa: PLR0913  # as transformers' from_pretrained
+    where: Where,
+    *,
+    model_class: Any = None,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    trainable: bool = False,
+) -> Any:
+    """A model of transformers with the adapter at `where`, a folder or owner/name on the Hub, laid over its base.
+
+    The base is the one that the adapter's config names, in the class of its task, or that either config names, or
+    in `model_class`. Where no adapter lies, the model itself. `dtype` and `device_map` as in transformers. No code
+    of a repository is ever run. Raises InputError for what is not there or not known, EnvironmentFault without
+    transformers or a network.
+    """
+    wanted = hugging.Wanted(model_class, dtype, device_map)
+    return hugging.load_model(where, wanted, revision, subfolder, trainable)
 
 
 def save(model: nn.Module, folder: Where, *, adapter_name: str | None = None) -> None:
     """Write the model's adapters as PEFT does: "default" into `folder`, others into sub-folders of their name."""
     adapter_files.save(model, Path(folder), None if adapter_name is None else [adapter_name])
+
+
+def save_merged(model: nn.Module, folder: Where, *, overwrite: bool = False, **options: Any) -> None:
+    """Write a model of transformers with its active adapters merged, as a plain checkpoint; the model stays as it is.
+
+    transformers alone loads it, with no key missing or left over. `options` are those of its `save_pretrained`.
+    Raises OutputExistsError if `folder` is there and `overwrite` is false, UsageError for a model of another kind,
+    and as `merge` does.
+    """
+    hugging.save_merged(model, Path(folder), overwrite, **options)
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> switch.Switched:
@@ -102,6 +132,7 @@ def unmerge(model: Model) -> Model:
 def eject(model: Model, *, keep_merged: bool = False) -> Model:
     """Put the model's own modules back, with their requires_grad flags; unmerges first unless `keep_merged`."""
     injection.eject(model, keep_merged)
+    hugging.detach(model)
     return model
 
 
@@ -239,24 +270,6 @@ def diff(a: Where, b: Where) -> differing.DiffReport:
     """
     with Checkpoint(locate(a)) as one, Checkpoint(locate(b)) as other:
         return differing.diff(one, other)
-
-
-def _config(value: object) -> AdapterConfig:
-    """The config that `value` is, spells, or lies at."""
-    if isinstance(value, AdapterConfig):
-        return value
-    if isinstance(value, str | PathLike):
-        return config_from(read_json(contained(locate(value), CONFIG)), printable(value))
-    spelled: Any = value.to_dict() if hasattr(value, "to_dict") else value  # a peft config
-    if not isinstance(spelled, Mapping):
-        raise ConfigError(f"config: a {type(value).__name__}; a config, a dict or a folder is wanted")
-    return config_from({key: _plain(field) for key, field in spelled.items()}, "config")
-
-
-def _plain(field: Any) -> Any:
-    if isinstance(field, Enum):
-        return field.value
-    return sorted(field) if isinstance(field, set) else field
 
 
 def _weighted(adapters: Adapters) -> list[Weighted]:

@@ -3,6 +3,7 @@
 SurgeryError
 ├── UsageError           2  a call that cannot mean anything
 │   └── ConfigError      2  a config value that cannot be
+│       └── ConfigTypeError  2  what is given as a config is none
 ├── InputError           3  a file, tensor or name that is refused
 │   ├── FormatError      3  a file is not what its name says
 │   ├── MatchError       3  a name fits nothing, or more than one thing
@@ -13,7 +14,8 @@ SurgeryError
 ├── EnvironmentFault     5  disk, permission, network, memory, a missing package
 └── OutputExistsError    6  the output is there already, busy, or an input
 
-A message reads `<where>: <found>; <wanted>; <next step>`.
+A message reads `<where>: <found>; <wanted>; <next step>`. A UsageError and a StateError are ValueErrors too, as
+transformers raises them.
 """
 
 
@@ -23,14 +25,18 @@ class SurgeryError(Exception):
     exit_code = 1
 
 
-class UsageError(SurgeryError):
+class UsageError(SurgeryError, ValueError):
     """The call itself makes no sense."""
 
     exit_code = 2
 
 
-class ConfigError(UsageError, ValueError):
+class ConfigError(UsageError):
     """A config value that cannot be."""
+
+
+class ConfigTypeError(ConfigError, TypeError):
+    """What is given as a config is none."""
 
 
 class InputError(SurgeryError):
@@ -55,7 +61,7 @@ class ValueRangeError(InputError):
     """Numbers that cannot be merged: NaN, infinity, overflow."""
 
 
-class StateError(InputError):
+class StateError(InputError, ValueError):
     """The model or folder is not in the state that the call needs."""
 
 

@@ -58,9 +58,14 @@ def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
     return METHODS[kind].from_json(data, where)
 
 
-def adapter_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def adapter_of(config: AdapterConfig, tensors: Mapping[str, Tensor], where: str) -> Adapter:
+    """The adapter that tensors in memory are, each named as in a file. Every one has its place, or FormatError."""
+    return _sorted_out(config, [Found(*one) for one in tensors.items()], where, {})
+
+
+def adapter_bytes(tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> bytes:
     """The content of adapter_model.safetensors, for tensors by their name in the base as PEFT ends it."""
-    found = [(PREFIX + name, tensors[name].detach().cpu().contiguous()) for name in sorted(tensors)]
+    found = [(prefix + name, tensors[name].detach().cpu().contiguous()) for name in sorted(tensors)]
     infos = [TensorInfo(key, values.dtype, tuple(values.shape)) for key, values in found]
     return b"".join([encode_header(infos, {"format": "pt"}), *(octets(values) for _, values in found)])
 

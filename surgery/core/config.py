@@ -3,11 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from os import PathLike
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from surgery.core.method import Method
 from surgery.core.patterns import Patience, PatternTable
 from surgery.errors import ConfigError, FormatError, printable
+
+Where = str | PathLike[str]
 
 # Fields that say where a file came from. They change no number, so any value is carried.
 PROVENANCE = frozenset({"auto_mapping", "peft_type", "peft_version", "runtime_config"})
@@ -27,12 +30,21 @@ class Spelling(NamedTuple):
     op: str | None = None
 
 
+class ConfigFiles(Protocol):
+    """How configs lie in files, which only higher floors know."""
+
+    def read(self, where: Where, revision: str | None, subfolder: str | None) -> "AdapterConfig": ...
+
+    def write(self, config: "AdapterConfig", folder: Where) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(ABC):
     """Selection fields, named as in PEFT. Raises ConfigError for a value that cannot be."""
 
     peft_type: ClassVar[str]
     spellings: ClassVar[Mapping[str, "Spelling"]]  # how PEFT ends the names of its tensors
+    files: ClassVar[ConfigFiles]  # set where files are known
     neutral: ClassVar[Mapping[str, Any]]  # fields we know of, and the only value that leaves the maths alone
     unwritten: ClassVar[frozenset[str]] = (
         frozenset()
@@ -87,6 +99,18 @@ class AdapterConfig(ABC):
         known = {name: _plain(value) for name, value in self.neutral.items()}
         origin = {"auto_mapping": None, "peft_type": self.peft_type, "peft_version": "0.21.2"}
         return dict(sorted((known | origin | own).items()))
+
+    @classmethod
+    def from_pretrained(cls, where: Where, *, revision: str | None = None, subfolder: str | None = None) -> Self:
+        """The config in a folder, or of owner/name on the Hub; FormatError if it is of another kind than this class."""
+        found = cls.files.read(where, revision, subfolder)
+        if not isinstance(found, cls):
+            raise FormatError(f"{printable(where)}: peft_type is {found.peft_type}; a {cls.__name__} is wanted")
+        return found
+
+    def save_pretrained(self, folder: Where) -> None:
+        """Write `adapter_config.json` into a folder, which is made if there is none."""
+        self.files.write(self, folder)
 
     def _take_patterns(self) -> None:
         """Tables of patterns become such as bound what matching may cost."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from surgery.core.config import AdapterConfig
+from surgery.errors import StateError
 from surgery.layers import Adapted, Replaced
 
 _STATE = "surgery_state"
@@ -36,6 +37,14 @@ def state_of(root: nn.Module) -> State | None:
     """The state of the model that was injected; None if nothing is injected."""
     found = root.__dict__.get(_STATE)
     return found if isinstance(found, State) else None
+
+
+def injected(root: nn.Module) -> State:
+    """The state of a model with adapters. StateError if it has none."""
+    state = state_of(root)
+    if state is None or not state.configs:
+        raise StateError("the model has no adapters; inject or load one first")
+    return state
 
 
 def set_state(root: nn.Module, state: State | None) -> None:

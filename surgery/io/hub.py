@@ -6,7 +6,8 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from surgery.errors import InputError, printable
+from surgery.errors import InputError, UsageError, printable
+from surgery.io.regular import contained
 from surgery.io.snapshot import snapshot
 
 _HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
@@ -25,17 +26,31 @@ def locate(spec: str | PathLike[str]) -> Path:
     return located(spec).path
 
 
-def located(spec: str | PathLike[str]) -> Located:
+def located(spec: str | PathLike[str], revision: str | None = None, subfolder: str | None = None) -> Located:
     """The path that `spec` names, after a download where it is a Hub id, and the commit it came from.
+
+    `revision` may stand apart from the id; in a local path it says nothing. `subfolder` is of the folder.
 
     InputError if it is neither a path nor an id, or if the Hub refuses it or gives other bytes than it lists;
     EnvironmentFault if the Hub cannot be reached and its cache lacks the files.
     """
     path = Path(spec).expanduser()
     if os.path.exists(path):  # noqa: PTH110  # unlike Path.exists, false for a name too long to be one
-        return Located(path)
+        return Located(_inside(path, subfolder))
     found = _HUB_ID.fullmatch(str(spec))
     if found is None:
         raise InputError(f"{printable(spec)}: no such file or folder; a path or owner/name[@revision] is wanted")
-    folder, commit = snapshot(found["id"], found["revision"])
-    return Located(folder, found["id"], commit)
+    if revision and found["revision"] not in (None, revision):
+        raise UsageError(f"{printable(spec)}: revision is {printable(revision)} too; one is wanted")
+    folder, commit = snapshot(found["id"], revision or found["revision"], subfolder or "")
+    return Located(_inside(folder, subfolder), found["id"], commit)
+
+
+def _inside(folder: Path, subfolder: str | None) -> Path:
+    """InputError for a sub-folder that leads out, or is not there."""
+    if not subfolder:
+        return folder
+    path = contained(folder, subfolder)
+    if not path.is_dir():
+        raise InputError(f"{printable(folder)}: no folder {printable(subfolder)} in it; check subfolder")
+    return path

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 from collections.abc import Collection, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +21,12 @@ RECHECKED_BYTES = 1 << 24  # what is cached and not larger is hashed each time; 
 
 
 class CachedRepository:
-    """Reads and completes what lies in the cache of one repository."""
+    """Reads and completes what lies in the cache of one repository, or of one folder in it."""
 
-    def __init__(self, hub_id: str) -> None:
+    def __init__(self, hub_id: str, subfolder: str = "") -> None:
         from huggingface_hub import constants
+
+        self.subfolder = subfolder.strip("/")
 
         self.cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
         self.root = self.cache / f"models--{hub_id.replace('/', '--')}"
@@ -54,7 +57,7 @@ class CachedRepository:
         if not self.folder(commit).is_dir():
             return State(False, False, "not in the Hub's cache")
         if not self._record(commit).exists():  # downloaded by another tool, which kept no list
-            weights = any(path.exists() for path in self.folder(commit).glob("*.safetensors"))
+            weights = any(path.exists() for path in (self.folder(commit) / self.subfolder).glob("*.safetensors"))
             return State(weights, False, "in the Hub's cache without a safetensors file")
         try:
             needed = [hub_file(*one) for one in read_json(self._record(commit))["needed"]]
@@ -91,7 +94,8 @@ class CachedRepository:
         return found if isinstance(found, list) else ()
 
     def _record(self, commit: str) -> Path:
-        return self.root / "surgery" / f"{commit}.json"
+        name = f"{commit}-{sha256(self.subfolder.encode()).hexdigest()[:16]}" if self.subfolder else commit
+        return self.root / "surgery" / f"{name}.json"
 
 
 class State(NamedTuple):

@@ -18,15 +18,17 @@ WORKERS = 4  # small files at once
 TIMEOUT_S = 10.0
 
 
-def snapshot(hub_id: str, revision: str | None) -> tuple[Path, str]:
+def snapshot(hub_id: str, revision: str | None, subfolder: str = "") -> tuple[Path, str]:
     """The folder and its commit. InputError for what the Hub refuses or what is not what it states.
+
+    With `subfolder`, only what is needed of that folder of the repository is fetched.
 
     A whole copy in the cache is used without a network, and after one failed try; EnvironmentFault if there is none.
     """
     from huggingface_hub import constants
 
     name = hub_id if revision is None else f"{hub_id}@{revision}"
-    cache = CachedRepository(hub_id)
+    cache = CachedRepository(hub_id, subfolder)
     commit = cache.commit_of(revision or "main")
     state = cache.state(commit) if commit is not None else None
     whole = commit if state is not None and state.whole else None
@@ -52,16 +54,18 @@ class Fetch:
     def __init__(self, hub_id: str, commit: str, cache: CachedRepository, patience: Patience) -> None:
         self.hub_id, self.commit, self.cache, self.patience = hub_id, commit, cache, patience
         self.folder = cache.folder(commit)
+        self.inner = f"{cache.subfolder}/" if cache.subfolder else ""
 
     def all(self, files: list[HubFile], revision: str) -> Path:
         """All that is needed; the folder. Weights come one after another in this thread, which Ctrl-C ends at once."""
-        first = needed_at_first(files, self.patience.name)
+        inside = [one._replace(name=one.name[len(self.inner) :]) for one in files if one.name.startswith(self.inner)]
+        first = self._whole_names(needed_at_first(inside, self.patience.name))
         if not self.cache.state(self.commit).listed:
             self.cache.keep(self.commit, None)
         with ThreadPoolExecutor(WORKERS) as pool:
             list(pool.map(self._one, first))
-        shards = self._shards() if any(file.name == INDEX for file in first) else []
-        weights = needed_weights(files, shards, self.patience.name)
+        shards = self._shards() if any(file.name == self.inner + INDEX for file in first) else []
+        weights = self._whole_names(needed_weights(inside, shards, self.patience.name))
         unchecked = [file.name for file in weights if not self.cache.holds(self.commit, file)]
         self.cache.keep(self.commit, [*first, *weights], unchecked)
         for file in weights:
@@ -70,9 +74,12 @@ class Fetch:
         self.cache.keep_ref(revision, self.commit)
         return self.folder
 
+    def _whole_names(self, files: list[HubFile]) -> list[HubFile]:
+        return [one._replace(name=self.inner + one.name) for one in files]
+
     def _shards(self) -> list[str]:
         try:
-            return list(shard_names(read_json(self.folder / INDEX).get("weight_map")))
+            return list(shard_names(read_json(self.folder / self.inner / INDEX).get("weight_map")))
         except FormatError:
             return []  # the reader of the checkpoint says what is wrong with it
 

@@ -131,6 +131,16 @@ class Staging:
                 file.write(data)
         return sha256.hexdigest()
 
+    def adopt(self) -> None:
+        """What another library has written into the folder is brought to the disk, as readable as files of ours."""
+        with faults(self.out):
+            mode = self.journal.path.stat().st_mode
+            for path in self.folder.rglob("*"):
+                if path.is_file():
+                    path.chmod(mode)
+                    with path.open("rb") as file:
+                        disk.sync(file.fileno())
+
     def _refuse_existing(self) -> None:
         if os.path.lexists(self.out) and not self.overwrite:
             raise OutputExistsError(f"{printable(self.out)}: it exists; a new folder is wanted; or say --overwrite")

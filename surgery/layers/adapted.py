@@ -74,6 +74,12 @@ class Adapted(nn.Module):
             slot.remove(adapter)
         self.activate(tuple(name for name in self.active if name != adapter), self.enabled)
 
+    def retune(self, adapter: str, method: Method) -> None:
+        """The adapter's method from now on is another one, with tensors of the same shapes."""
+        if self.fitted[adapter].method != method:
+            self.fitted[adapter] = self.fitted[adapter]._replace(method=method)
+            self.activate(self.active, self.enabled)
+
     def activate(self, adapters: tuple[str, ...], enabled: bool) -> None:
         """Those of `adapters` that lie over this layer run from now on, in this order, if `enabled`."""
         active = tuple(name for name in adapters if name in self.fitted)

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes, check_shapes, read_adapter
+from surgery.adapters.peft import CONFIG, PREFIX, TENSORS, adapter_bytes, check_shapes, read_adapter
 from surgery.core.adapter import Adapter
 from surgery.core.config import AdapterConfig
 from surgery.core.names import nearest, renaming
 from surgery.errors import MatchError, StateError, printable
-from surgery.hosts.tree import State, adapted_layers, replaced_modules, state_of
+from surgery.hosts.tree import State, adapted_layers, injected, replaced_modules
 from surgery.io.durable import write_file
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.io.octets import sha256_of
@@ -30,29 +30,49 @@ def save(root: nn.Module, folder: Path, adapters: Iterable[str] | None = None) -
 
     StateError if the model has none, or not that one.
     """
-    state = state_of(root)
-    if state is None:
-        raise StateError("save: the model has no adapters; inject or load one first")
+    state = injected(root)
     for adapter in state.configs if adapters is None else adapters:
         known(state, adapter)
-        target = folder if adapter == DEFAULT else folder / adapter
-        config = _resolved(root, state.configs[adapter], adapter)
-        write_file(target / TENSORS, adapter_bytes(_tensors(root, adapter)))
-        write_file(target / BASE_PRINT, base_print_bytes(_base_print(root, adapter)))
-        write_file(target / CONFIG, json_bytes(config.to_json()))
+        write(root, folder if adapter == DEFAULT else folder / adapter, adapter, tensors_of(root, adapter))
+
+
+def write(root: nn.Module, folder: Path, adapter: str, tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> None:
+    """One adapter's files into `folder`, with these `tensors`, whose names begin with `prefix` there."""
+    config = _resolved(root, injected(root).configs[adapter], adapter)
+    write_file(folder / TENSORS, adapter_bytes(tensors, prefix))
+    write_file(folder / BASE_PRINT, base_print_bytes(_base_print(root, adapter)))
+    write_file(folder / CONFIG, json_bytes(config.to_json()))
+
+
+def active_folders(root: nn.Module, folder: Path) -> dict[str, Path]:
+    """Where each active adapter is written: one into `folder` itself, several into sub-folders of their names."""
+    active = injected(root).active
+    if not active:
+        raise StateError("no adapter is active, so that none is saved or loaded; set_adapter first")
+    return {active[0]: folder} if len(active) == 1 else {name: folder / name for name in active}
 
 
 def load(root: nn.Module, path: Path, adapter_name: str = DEFAULT, trainable: bool = False) -> None:
     """Lay the adapter at `path` over the model; every tensor finds its place, or nothing changes."""
     check_name(root, adapter_name)
-    adapter = read_adapter(path)
+    lay(root, read_adapter(path), adapter_name, trainable)
+
+
+def lay(root: nn.Module, adapter: Adapter, adapter_name: str = DEFAULT, trainable: bool = False) -> None:
+    """Lay an adapter that has been read over the model, as `load` does."""
+    check_name(root, adapter_name)
     tree = Tree(root)
+    fit(tree, adapter_name, fitting_of(tree, adapter), trainable)
+
+
+def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
+    """Where each tensor of an adapter goes in this model. InputError unless all have a place."""
     names = renaming(list(adapter.sites), tree.modules.keys())
     if not names:
         absent = next(name for name in adapter.sites if name not in tree.modules)
         close = ", ".join(printable(other) for other in nearest(absent, tree.modules))
         raise MatchError(
-            f"{printable(path)}: {printable(absent)} is not in the model; nearest there: {close}; "
+            f"{printable(adapter.where)}: {printable(absent)} is not in the model; nearest there: {close}; "
             "is this the adapter's base?"
         )
     _check_copies(tree, adapter)
@@ -64,7 +84,7 @@ def load(root: nn.Module, path: Path, adapter_name: str = DEFAULT, trainable: bo
         wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
         check_shapes(name, params, wanted, adapter.where)
         sites[first] = site, method, params
-    fit(tree, adapter_name, Fitting(adapter.config, sites, _saved(tree, adapter)), trainable)
+    return Fitting(adapter.config, sites, _saved(tree, adapter))
 
 
 def known(state: State, adapter: str) -> None:
@@ -74,18 +94,28 @@ def known(state: State, adapter: str) -> None:
         raise StateError(f"adapter {printable(adapter)!r} is not in the model; there are: {there}")
 
 
-def _tensors(root: nn.Module, adapter: str) -> dict[str, Tensor]:
+def tensors_of(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """An adapter's tensors, named as PEFT ends them; out of `state_dict`, named as in the model, if it is given."""
     found = {}
     for name, layer in adapted_layers(root).items():
         if adapter in layer.fitted:
             one = layer.fitted[adapter]
             for role, spec in one.method.tensors(layer.site).items():
-                found[f"{name}.{spec.spelling}"] = one.params[role]
+                slot, _, leaf = spec.spelling.partition(".")
+                live = f"{name}.{slot}.{adapter}.{leaf}".rstrip(".")
+                found[f"{name}.{spec.spelling}"] = one.params[role] if state_dict is None else _held(state_dict, live)
     for name, module in replaced_modules(root).items():
         if adapter in module.modules_to_save:
             for key, values in module.modules_to_save[adapter].state_dict().items():
-                found[f"{name}.{key}"] = values
+                live = f"{name}.modules_to_save.{adapter}.{key}"
+                found[f"{name}.{key}"] = values if state_dict is None else _held(state_dict, live)
     return found
+
+
+def _held(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in state_dict:
+        raise MatchError(f"state_dict: it has no {printable(name)}; a state_dict of this model is wanted")
+    return state_dict[name]
 
 
 def _base_print(root: nn.Module, adapter: str) -> Hashed:

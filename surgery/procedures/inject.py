@@ -141,7 +141,7 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
         holder = module if isinstance(module, Replaced) else _wrap(tree, module, Replaced(module))
         holder.modules_to_save[adapter] = _copied(holder.original_module, tensors, trainable)
         touched.append(holder)
-    state.configs[adapter] = fitting.config
+    state.configs[adapter] = replace(fitting.config, inference_mode=not trainable)
     if len(state.configs) == 1:
         state.active = (adapter,)
     for wrapper in touched:  # elsewhere nothing has changed

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from surgery.errors import StateError, UsageError
-from surgery.hosts.tree import State, replaced_modules, state_of
+from surgery.errors import UsageError
+from surgery.hosts.tree import adapted_layers, injected, replaced_modules
 from surgery.procedures.adapter_files import known
 from surgery.procedures.inject import activate
 from surgery.procedures.merge import refuse_merged
@@ -27,7 +27,7 @@ class Switched:
 def set_adapter(root: nn.Module, adapters: str | Sequence[str]) -> Switched:
     """Run these adapters, in this order. StateError for one that is not there, or while merged."""
     chosen = (adapters,) if isinstance(adapters, str) else tuple(adapters)
-    state = _state(root)
+    state = injected(root)
     for adapter in chosen:
         known(state, adapter)
     if len(set(chosen)) != len(chosen):
@@ -41,24 +41,30 @@ def set_adapter(root: nn.Module, adapters: str | Sequence[str]) -> Switched:
 
 def enable_adapters(root: nn.Module) -> Switched:
     """Run the active adapters."""
-    return _switch(root, _state(root).active, True)
+    return _switch(root, injected(root).active, True)
 
 
 def disable_adapters(root: nn.Module) -> Switched:
     """Run the base alone."""
-    return _switch(root, _state(root).active, False)
+    return _switch(root, injected(root).active, False)
+
+
+def train_running(root: nn.Module) -> None:
+    """The adapters that are active require gradients, if they are to be trained; no other does."""
+    state = injected(root)
+    trained = {name for name in state.active if not state.configs[name].inference_mode}
+    for layer in adapted_layers(root).values():
+        for adapter, one in layer.fitted.items():
+            for values in one.params.values():
+                values.requires_grad_(adapter in trained)
+    for holder in replaced_modules(root).values():
+        for adapter, module in holder.modules_to_save.items():
+            module.requires_grad_(adapter in trained)
 
 
 def _switch(root: nn.Module, adapters: tuple[str, ...], enabled: bool) -> Switched:
     refuse_merged(root, "switch adapters")
-    state = _state(root)
+    state = injected(root)
     before = state.active, state.enabled
     activate(root, state, adapters, enabled)
     return Switched(root, before)
-
-
-def _state(root: nn.Module) -> State:
-    state = state_of(root)
-    if state is None:
-        raise StateError("the model has no adapters; inject or load one first")
-    return state

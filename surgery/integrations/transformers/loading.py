@@ -1,0 +1,147 @@
+"""load_model: a model of transformers with its adapter, from the adapter alone; or a plain one.
+
+What a config names chooses among the classes that transformers itself offers; nothing is imported by name, and
+no code of a repository is run.
+"""
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from surgery.adapters.peft import CONFIG, read_adapter
+from surgery.core.adapter import Adapter
+from surgery.errors import EnvironmentFault, InputError, MatchError, printable
+from surgery.integrations.transformers.subclass import attach
+from surgery.io.hub import Located, located
+from surgery.io.strict_json import read_json
+from surgery.procedures.adapter_files import lay
+
+_TASKS: Mapping[str, str] = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_LABELLING = ("SEQ_CLS", "TOKEN_CLS")
+_LABELS = ("classifier.weight", "score.weight", "out_proj.weight")  # a row for each label
+
+
+class Wanted(NamedTuple):
+    """How the base is to be loaded."""
+
+    model_class: Any = None
+    dtype: Any = "auto"
+    device_map: Any = None
+
+
+def load_model(
+    where: str | PathLike[str], wanted: Wanted, revision: str | None, subfolder: str | None, trainable: bool
+) -> nn.Module:
+    """The base that the adapter at `where` names, with the adapter; or the model at `where`, if it holds no adapter."""
+    place = located(where, revision, subfolder)
+    if not (place.path / CONFIG).is_file():
+        return _base(place, wanted, None)
+    adapter = read_adapter(place.path)
+    model = _base(_base_of(place, adapter), wanted, adapter)
+    lay(model, adapter, trainable=trainable)
+    attach(model)
+    return model
+
+
+def _base_of(place: Located, adapter: Adapter) -> Located:
+    """Where the base lies: beside the adapter, or where its config says."""
+    if (place.path / "config.json").is_file():
+        return place
+    base = adapter.config.base_model_name_or_path
+    if not base:
+        raise InputError(
+            f"{printable(place.path / CONFIG)}: base_model_name_or_path is empty; the name of a base is wanted; "
+            "load the base with transformers, then surgery.load"
+        )
+    try:
+        return located(base, adapter.config.revision)
+    except InputError as error:
+        raise InputError(f"{printable(place.path / CONFIG)}: its base: {error}") from error
+
+
+def _base(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Module:
+    transformers = _transformers()
+    if not (place.path / "config.json").is_file():
+        raise InputError(f"{printable(place.path)}: no config.json in it; a model or an adapter folder is wanted")
+    kind = wanted.model_class or _class(transformers, place.path, adapter)
+    config = transformers.AutoConfig.from_pretrained(place.path, trust_remote_code=False)
+    labels = None if adapter is None else _labels(adapter)
+    if labels is not None and labels != config.num_labels:
+        config.num_labels = labels
+    model, told = kind.from_pretrained(
+        place.path,
+        config=config,
+        dtype=wanted.dtype,
+        device_map=wanted.device_map,
+        trust_remote_code=False,
+        use_safetensors=True,
+        adapter_kwargs={"subfolder": "config.json"},  # where nothing can lie: else peft would load an adapter too
+        output_loading_info=True,
+    )
+    if adapter is not None:
+        _refuse_missing(told["missing_keys"], adapter, place, kind)
+    if place.hub_id is not None:
+        model.name_or_path = model.config.name_or_path = place.hub_id
+    found: nn.Module = model
+    return found
+
+
+def _class(transformers: Any, base: Path, adapter: Adapter | None) -> Any:
+    """By the adapter's task, the class that it names, or the one that the base names."""
+    if adapter is not None and adapter.config.task_type in _TASKS:
+        return getattr(transformers, _TASKS[str(adapter.config.task_type)])
+    if adapter is not None:
+        mapping = read_json(Path(adapter.where) / CONFIG).get("auto_mapping")
+        named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        if named is not None:
+            return _known_class(transformers, named, f"{printable(adapter.where)}: auto_mapping")
+    told = read_json(base / "config.json").get("architectures")
+    if isinstance(told, list) and told:
+        return _known_class(transformers, told[0], f"{printable(base)}: architectures")
+    return transformers.AutoModel
+
+
+def _known_class(transformers: Any, name: object, where: str) -> Any:
+    """The model class of transformers that is so called."""
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise InputError(
+            f"{where} names {printable(name)}, which is no model of transformers {transformers.__version__}; "
+            "give model_class"
+        )
+    return found
+
+
+def _labels(adapter: Adapter) -> int | None:
+    """How many labels the head has that the adapter brings."""
+    if adapter.config.task_type not in _LABELLING:
+        return None
+    return next((values.shape[0] for name, values in adapter.saved.items() if name.endswith(_LABELS)), None)
+
+
+def _refuse_missing(missing: Any, adapter: Adapter, place: Located, kind: Any) -> None:
+    """MatchError where what the adapter lies over would be random."""
+    random = sorted({name for name in missing if name.rpartition(".")[0] in adapter.sites})
+    if random:
+        raise MatchError(
+            f"{printable(place.path)}: it has no {printable(random[0])} for a {kind.__name__}, which the adapter "
+            "lies over; another base or model_class is wanted"
+        )
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise EnvironmentFault('load_model: transformers is missing; pip install "model-surgery[hf]"') from error
+    return transformers

@@ -1,0 +1,170 @@
+"""AdapterMethods: what transformers' documentation calls on a model with adapters, without peft.
+
+Names, arguments and the kinds of errors are those of the methods that transformers 5 has, and that need peft.
+"""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from surgery.adapters.peft import PREFIX
+from surgery.core.config import AdapterConfig
+from surgery.errors import StateError, UsageError
+from surgery.hosts.tree import injected, state_of
+from surgery.integrations.transformers.model import output_heads
+from surgery.integrations.transformers.saving import save_merged
+from surgery.integrations.transformers.sources import given
+from surgery.procedures import switch
+from surgery.procedures.adapter_files import DEFAULT, active_folders, known, lay, tensors_of, write
+from surgery.procedures.configs import config_of
+from surgery.procedures.inject import inject
+from surgery.procedures.merge import UndoKind, merge, unmerge
+from surgery.procedures.refill import refill
+from surgery.procedures.remove import remove
+
+LOADED = "_hf_peft_config_loaded"  # by it transformers and its Trainer know a model with adapters
+
+
+class Loaded(NamedTuple):
+    """What transformers tells of a load; nothing is ever missing or left over, for that is refused."""
+
+    missing_keys: frozenset[str] = frozenset()
+    unexpected_keys: frozenset[str] = frozenset()
+    mismatched_keys: frozenset[str] = frozenset()
+    error_msgs: tuple[str, ...] = ()
+
+
+class AdapterMethods(nn.Module):
+    """The methods. StateError, which is a ValueError, where the model has no adapter, or not that one."""
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """The config of each adapter."""
+        return injected(self).configs
+
+    def add_adapter(self, adapter_config: object, adapter_name: str | None = None) -> None:
+        """Lay a fresh adapter over the model, to be trained; from now on it runs, and no other.
+
+        `adapter_config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter.
+        """
+        name, config = adapter_name or DEFAULT, config_of(adapter_config)
+        inject(self, config, name, lambda: output_heads(self))
+        self.set_adapter(name)
+
+    def load_adapter(  # noqa: PLR0913, PLR0917  # transformers' arguments
+        self,
+        peft_model_id: str | PathLike[str] | None = None,
+        adapter_name: str | None = None,
+        peft_config: object | None = None,
+        adapter_state_dict: Mapping[str, Tensor] | None = None,
+        low_cpu_mem_usage: bool = False,  # noqa: ARG002  # memory is low always
+        is_trainable: bool = False,
+        hotswap: bool | Literal["auto"] = "auto",
+        local_files_only: bool = False,
+        adapter_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Loaded:
+        """Lay a saved adapter over the model; from now on it runs, and no other.
+
+        `peft_model_id` is a folder or an id on the Hub, of which `revision` and `subfolder` may be given; or else
+        `peft_config` and `adapter_state_dict` are the adapter. `hotswap=True` puts its tensors into the adapter of
+        that name, in place: what is compiled stays so.
+        """
+        options = {**(adapter_kwargs or {}), **kwargs, "local_files_only": local_files_only}
+        name, adapter = adapter_name or DEFAULT, given(peft_model_id, peft_config, adapter_state_dict, options)
+        if hotswap is True:
+            refill(self, adapter, name)
+        else:
+            lay(self, adapter, name, is_trainable)
+            self.set_adapter(name)
+        if not is_trainable:
+            self.eval()
+        return Loaded()
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Run this adapter, or these in their order; of all adapters only they are trained, if they were to be."""
+        switch.set_adapter(self, adapter_name)
+        switch.train_running(self)
+
+    def enable_adapters(self) -> switch.Switched:
+        """Run the active adapters; a context manager that takes it back."""
+        return switch.enable_adapters(self)
+
+    def disable_adapters(self) -> switch.Switched:
+        """Run the base alone; a context manager that takes it back."""
+        return switch.disable_adapters(self)
+
+    def active_adapters(self) -> list[str]:
+        """The adapters that run, in their order."""
+        return list(injected(self).active)
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """An adapter's tensors by PEFT's names; of the first active one, if none is named."""
+        name = adapter_name or next(iter(injected(self).active), None)
+        if name is None:
+            raise StateError("no adapter is active; name one, or set_adapter first")
+        known(injected(self), name)
+        return {key: values.detach() for key, values in tensors_of(self, name, state_dict).items()}
+
+    def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
+        """Take adapters away for good; none is put in the place of an active one."""
+        remove(self, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        self.tell_transformers()
+
+    def save_pretrained(  # noqa: PLR0913, PLR0917  # transformers' arguments
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        save_peft_format: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write the active adapter as PEFT's files; of several, each into a sub-folder of its name.
+
+        An adapter is one file, whatever `max_shard_size` and `variant` say. Without adapters, the model itself.
+        """
+        if not self.tell_transformers():
+            return super().save_pretrained(  # type: ignore[misc, no-any-return]
+                save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, token, **kwargs
+            )
+        if push_to_hub and not (state_dict is None and save_peft_format):
+            raise UsageError(
+                "save_pretrained: push_to_hub pushes the model's own tensors by PEFT's names; save, then push"
+            )
+        folder = Path(save_directory)
+        if is_main_process:
+            prefix = PREFIX if save_peft_format else ""
+            for name, place in active_folders(self, folder).items():
+                write(self, place, name, tensors_of(self, name, state_dict), prefix)
+        if push_to_hub and is_main_process:
+            hub_options = {name: kwargs[name] for name in ("commit_message", "private", "create_pr") if name in kwargs}
+            push: Any = self.push_to_hub
+            push(kwargs.get("repo_id") or folder.name, token=token, **hub_options)
+        return None
+
+    def merge_adapter(self, undo: UndoKind = "index") -> None:
+        """Add the active adapters to the base weights, in place."""
+        merge(self, undo)
+
+    def unmerge_adapter(self) -> None:
+        """The base weights as they were before `merge_adapter`, to the bit."""
+        unmerge(self)
+
+    def save_merged(self, save_directory: str | PathLike[str], overwrite: bool = False, **options: Any) -> None:
+        """Write the model with its active adapters merged, as transformers alone loads it; see surgery.save_merged."""
+        save_merged(self, Path(save_directory), overwrite, **options)
+
+    def tell_transformers(self) -> bool:
+        """Whether the model has adapters, which transformers and its Trainer ask by an attribute."""
+        state = state_of(self)
+        found = self.__dict__[LOADED] = state is not None and bool(state.configs)
+        return found

@@ -1,0 +1,60 @@
+"""How a model of transformers gets the adapter methods and loses them: by a subclass of its class.
+
+A subclass, not attributes of the model, which a shallow copy would share. It bears the class's own name, and
+copies and pickles are built anew from that class, so that none of it lies in a file.
+"""
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from surgery.integrations.transformers.methods import LOADED, AdapterMethods
+from surgery.integrations.transformers.model import is_pretrained
+
+
+def attach(root: nn.Module) -> None:
+    """Put the methods on a model of transformers; others stay as they are."""
+    if not is_pretrained(root):
+        return
+    if not isinstance(root, AdapterMethods):
+        kind: Any = type(root)
+        root.__class__ = with_methods(kind)
+    assert isinstance(root, AdapterMethods)
+    root.tell_transformers()
+
+
+def detach(root: nn.Module) -> None:
+    """The model has the very class again that it had."""
+    if isinstance(root, AdapterMethods):
+        root.__dict__.pop(LOADED, None)
+    if _has_methods(type(root)):
+        root.__class__ = _without(type(root))
+
+
+@cache
+def with_methods(kind: Any) -> Any:
+    """The subclass, one for each class."""
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (AdapterMethods, kind), names | {"__reduce_ex__": _reduce_ex})
+
+
+def _has_methods(kind: type) -> bool:
+    return kind.__bases__[0] is AdapterMethods
+
+
+def _without(kind: type) -> type[Any]:
+    return kind.__bases__[1]
+
+
+def _reduce_ex(self: AdapterMethods, protocol: Any) -> Any:
+    """What copy and pickle ask for: the class itself cannot be found by its name."""
+    kind = type(self)
+    told = super(AdapterMethods, self).__reduce_ex__(protocol)
+    return told if not _has_methods(kind) else (_empty, (_without(kind),), *told[2:])
+
+
+def _empty(kind: Any) -> Any:
+    """A model whose attributes are to come."""
+    subclass = with_methods(kind)
+    return subclass.__new__(subclass)

@@ -1,0 +1,49 @@
+"""AdapterTrainer: what transformers' Trainer lacks to resume a model with adapters, and to load its best one."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.adapters.peft import read_adapter
+from surgery.hosts.tree import state_of
+from surgery.procedures.adapter_files import active_folders
+from surgery.procedures.refill import refill
+
+
+class AdapterTrainer:
+    """A mixin for Trainer or any subclass of it; a model without adapters of surgery is trained as ever.
+
+    Trainer saves a model with adapters by itself, but loads checkpoints back into models of peft only.
+
+    >>> from transformers import Trainer
+    >>> class MyTrainer(AdapterTrainer, Trainer):
+    ...     "Trains, saves, resumes and loads the best model, of each the adapter alone."
+    """
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        mine = _mine(self, self.model if model is None else model)
+        if mine is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        else:
+            load_checkpoint(mine, Path(resume_from_checkpoint))
+
+    def _load_best_model(self: Any) -> None:
+        mine = _mine(self, self.model)
+        if mine is None:
+            super()._load_best_model()  # type: ignore[misc]
+        else:
+            load_checkpoint(mine, Path(self.state.best_model_checkpoint))
+
+
+def load_checkpoint(root: nn.Module, folder: Path) -> None:
+    """Put the adapters that a checkpoint holds into those of the model that are active, in place."""
+    for name, place in active_folders(root, folder).items():
+        refill(root, read_adapter(place), name)
+
+
+def _mine(trainer: Any, model: Any) -> nn.Module | None:
+    """The model with adapters that is trained. None for another, and where the whole run is saved sharded."""
+    root: nn.Module = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return None if sharded or state_of(root) is None else root

@@ -1,0 +1,64 @@
+"""refill: the tensors of a saved adapter into one that lies over a live model, in place."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.adapter import Adapter
+from surgery.errors import MatchError, ShapeError, printable
+from surgery.hosts.tree import adapted_layers, injected, replaced_modules
+from surgery.layers import Adapted, Replaced
+from surgery.procedures.adapter_files import fitting_of, known
+from surgery.procedures.inject import Fitting, Tree
+from surgery.procedures.merge import refuse_merged
+
+
+def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:
+    """Make the adapter that is there the one that is given; its parameters stay the very same objects.
+
+    Nothing changes unless all fits: MatchError if it lies over other modules, ShapeError for another rank.
+    """
+    state = injected(root)
+    known(state, adapter_name)
+    refuse_merged(root, "load into an adapter")
+    fitting = fitting_of(Tree(root), adapter)
+    layers = {name: layer for name, layer in adapted_layers(root).items() if adapter_name in layer.fitted}
+    holders = {name: one for name, one in replaced_modules(root).items() if adapter_name in one.modules_to_save}
+    _check_same(fitting.sites, layers, adapter)
+    _check_same(fitting.saved, holders, adapter)
+    pairs = [*_factors(fitting, layers, adapter_name), *_wholes(fitting, holders, adapter_name)]
+    for name, old, new in pairs:
+        if old.shape != new.shape:
+            raise ShapeError(
+                f"{printable(adapter.where)}: {printable(name)} is {list(new.shape)}, in the model's adapter "
+                f"{adapter_name!r} it is {list(old.shape)}; they must be equal; delete that adapter and load this one"
+            )
+    with torch.no_grad():
+        for _, old, new in pairs:
+            old.copy_(new)
+    for name, layer in layers.items():
+        layer.retune(adapter_name, fitting.sites[name][1])
+    state.configs[adapter_name] = replace(adapter.config, inference_mode=state.configs[adapter_name].inference_mode)
+
+
+def _check_same(given: Collection[str], there: Collection[str], adapter: Adapter) -> None:
+    for name in sorted({*given} ^ {*there}):
+        found = "it does not adapt" if name in there else "it adapts"
+        raise MatchError(
+            f"{printable(adapter.where)}: {found} {printable(name)}, unlike the model's adapter; "
+            "the same modules are wanted; was it saved from a model with another config?"
+        )
+
+
+def _factors(fitting: Fitting, layers: dict[str, Adapted], adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for name, layer in layers.items():
+        held, (_, _, params) = layer.fitted[adapter_name].params, fitting.sites[name]
+        yield from ((f"{name}: {role}", held[role], values) for role, values in params.items())
+
+
+def _wholes(fitting: Fitting, holders: dict[str, Replaced], adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for name, holder in holders.items():
+        held, given = holder.modules_to_save[adapter_name].state_dict(), fitting.saved[name] or {}
+        yield from ((f"{name}.{key}", held[key], values) for key, values in given.items())

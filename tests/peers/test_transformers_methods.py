@@ -1,0 +1,534 @@
+"""The methods that transformers' documentation calls work on the model itself, with peft installed or not."""
+
+import copy
+import inspect
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from guarded import is_guarded, passed_without_peft
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.integrations.peft import PeftAdapterMixin
+
+import surgery
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+TOKENS = torch.arange(24).reshape(2, 12)
+FIRST = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
+SECOND = {"r": 2, "target_modules": ["up_proj", "v_proj"], "init_lora_weights": False}
+METHODS = [
+    "add_adapter",
+    "load_adapter",
+    "set_adapter",
+    "enable_adapters",
+    "disable_adapters",
+    "active_adapters",
+    "get_adapter_state_dict",
+    "delete_adapter",
+    "save_pretrained",
+]
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL, **options)).eval()
+
+
+def adapted(**options: Any) -> LlamaForCausalLM:
+    """Under a first adapter, which is active, and a second one."""
+    model = surgery.inject(llama(**options), surgery.LoraConfig(**FIRST), adapter_name="first")
+    model.add_adapter(surgery.LoraConfig(**SECOND), "second")
+    model.set_adapter("first")
+    return model
+
+
+def outputs(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, values in model.named_parameters() if values.requires_grad}
+
+
+def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(values, before[name]) for name, values in now.items())
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: values.clone() for name, values in model.state_dict().items()}
+
+
+@pytest.mark.skipif(is_guarded(), reason="this is that process")
+def test_all_of_this_file_holds_where_peft_is_not_installed() -> None:
+    assert passed_without_peft(__file__) > 30
+
+
+@pytest.mark.skipif(not is_guarded(), reason="peft is here")
+def test_where_peft_is_not_installed_it_cannot_be_imported_and_transformers_refuses() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        import peft  # noqa: F401
+    with pytest.raises(ValueError, match="PEFT is not installed"):
+        llama().add_adapter(surgery.LoraConfig(**FIRST))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_takes_the_arguments_that_it_takes_in_transformers(name: str) -> None:
+    theirs = inspect.signature(getattr(PeftAdapterMixin, name, getattr(PreTrainedModel, name))).parameters
+    ours = inspect.signature(getattr(type(adapted()), name)).parameters
+    wanted = [one for one in theirs if one not in ("load_config", "save_original_format", "distributed_checkpoint")]
+    assert list(ours) == wanted
+    assert {one: ours[one].default for one in wanted} == {one: theirs[one].default for one in wanted}
+
+
+def test_the_model_keeps_its_kind_and_name() -> None:
+    model = adapted()
+    assert isinstance(model, LlamaForCausalLM)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert str(type(model)) == str(LlamaForCausalLM)
+    assert type(model) is type(adapted())
+
+
+def test_adapters_of_other_ranks_and_targets_are_switched_and_run_together() -> None:
+    model, base = adapted(), outputs(llama())
+    first = outputs(model)
+    model.set_adapter("second")
+    second = outputs(model)
+    model.set_adapter(["first", "second"])
+    assert model.active_adapters() == ["first", "second"]
+    found = [base, first, second, outputs(model)]
+    assert not any(torch.equal(one, other) for at, one in enumerate(found) for other in found[:at])
+    model.disable_adapters()
+    assert torch.equal(outputs(model), base)
+    model.enable_adapters()
+    assert torch.equal(outputs(model), found[3])
+
+
+def test_only_the_adapter_that_runs_is_trained_and_a_loaded_one_is_not(tmp_path: Path) -> None:
+    model = adapted()
+    assert trained(model) == {name for name in model.state_dict() if ".first." in name}
+    model.set_adapter("second")
+    assert trained(model) == {name for name in model.state_dict() if ".second." in name}
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "third")
+    assert model.active_adapters() == ["third"]
+    assert trained(model) == set()
+    model.load_adapter(tmp_path, "fourth", is_trainable=True)
+    assert trained(model) == {name for name in model.state_dict() if ".fourth." in name}
+
+
+def test_the_active_adapter_is_saved_alone_and_loaded_again_with_equal_outputs(tmp_path: Path) -> None:
+    model = adapted()
+    model.set_adapter("second")
+    model.save_pretrained(tmp_path)
+    files = {"adapter_config.json", "adapter_model.safetensors", "surgery.base.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    again = surgery.load(llama(), tmp_path)
+    assert torch.equal(outputs(again), outputs(model))
+    assert again.active_adapters() == ["default"]
+
+
+def test_several_active_adapters_are_saved_each_in_its_folder(tmp_path: Path) -> None:
+    model = adapted()
+    model.set_adapter(["first", "second"])
+    model.save_pretrained(tmp_path)
+    again = surgery.load(llama(), tmp_path / "first", adapter_name="first")
+    again.load_adapter(tmp_path / "second", "second")
+    again.set_adapter(["first", "second"])
+    assert torch.equal(outputs(again), outputs(model))
+
+
+def test_a_process_that_is_not_the_main_one_saves_nothing(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path, is_main_process=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_come_from_a_state_dict_that_is_given(tmp_path: Path) -> None:
+    model = adapted()
+    doubled = {name: 2 * values for name, values in model.state_dict().items()}
+    found, wanted = model.get_adapter_state_dict("second", doubled), model.get_adapter_state_dict("second")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(values, 2 * wanted[name]) for name, values in found.items())
+    model.save_pretrained(tmp_path, state_dict=doubled)
+    assert not torch.equal(outputs(surgery.load(llama(), tmp_path)), outputs(model))
+    with pytest.raises(surgery.MatchError, match="state_dict of this model"):
+        model.get_adapter_state_dict("second", {})
+
+
+def test_an_adapter_is_made_of_a_config_and_a_state_dict() -> None:
+    model, fresh = adapted(), surgery.inject(llama(), surgery.LoraConfig(**SECOND), adapter_name="other")
+    fresh.load_adapter(peft_config=FIRST | {"peft_type": "LORA"}, adapter_state_dict=model.get_adapter_state_dict())
+    assert fresh.active_adapters() == ["default"]
+    assert torch.equal(outputs(fresh), outputs(model))
+
+
+def test_a_swapped_adapter_keeps_its_parameters_and_what_is_compiled(tmp_path: Path) -> None:
+    base = llama()
+    torch.manual_seed(1)
+    other = surgery.inject(base, surgery.LoraConfig(**FIRST))
+    other.save_pretrained(tmp_path)
+    model = adapted()
+    parameters = {name: id(values) for name, values in model.named_parameters()}
+    runs = 0
+
+    def counted(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        nonlocal runs
+        runs += 1
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=counted)
+    with torch.no_grad():
+        assert torch.equal(compiled(TOKENS).logits, outputs(model))
+        assert not torch.equal(outputs(model), outputs(other))
+        model.load_adapter(tmp_path, "first", hotswap=True)
+        assert torch.equal(compiled(TOKENS).logits, outputs(other))
+    assert runs == 1
+    assert {name: id(values) for name, values in model.named_parameters()} == parameters
+
+
+def test_a_swap_takes_the_scaling_of_the_file_and_refuses_another_rank_or_place(tmp_path: Path) -> None:
+    scaled = surgery.inject(llama(), surgery.LoraConfig(**FIRST, lora_alpha=32))
+    scaled.save_pretrained(tmp_path / "scaled")
+    model = adapted()
+    model.load_adapter(tmp_path / "scaled", "first", hotswap=True)
+    assert torch.equal(outputs(model), outputs(scaled))
+    surgery.inject(llama(), surgery.LoraConfig(**(FIRST | {"r": 3}))).save_pretrained(tmp_path / "rank")
+    before = state(model)
+    with pytest.raises(surgery.ShapeError, match="in the model's adapter 'first' it is"):
+        model.load_adapter(tmp_path / "rank", "first", hotswap=True)
+    with pytest.raises(surgery.MatchError, match="it does not adapt"):
+        model.load_adapter(tmp_path / "rank", "second", hotswap=True)
+    assert unchanged(model, before)
+
+
+def test_deleted_adapters_leave_no_module_and_others_run_on() -> None:
+    model = adapted()
+    model.set_adapter(["first", "second"])
+    model.delete_adapter("first")
+    assert model.active_adapters() == ["second"]
+    alone = llama()
+    names = [name for name, _ in alone.named_modules()]
+    model.delete_adapter(["second"])
+    assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(outputs(model), outputs(alone))
+    assert not model._hf_peft_config_loaded
+    model.add_adapter(surgery.LoraConfig(**FIRST))
+    assert model.active_adapters() == ["default"]
+
+
+def test_without_adapters_the_model_itself_is_saved(tmp_path: Path) -> None:
+    model = adapted()
+    model.delete_adapter(["first", "second"])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(LlamaForCausalLM.from_pretrained(tmp_path)), outputs(model))
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["added", "merged"])
+def test_ejecting_gives_the_very_class_and_attributes_back(merged: bool) -> None:
+    model = llama()
+    before, names = set(model.__dict__), state(model)
+    surgery.inject(model, surgery.LoraConfig(**FIRST))
+    model.add_adapter(surgery.LoraConfig(**SECOND), "second")
+    if merged:
+        model.merge_adapter()
+    surgery.eject(model)
+    assert type(model) is LlamaForCausalLM
+    assert set(model.__dict__) == before
+    assert unchanged(model, names)
+    assert all(values.requires_grad for values in model.parameters())
+
+
+def test_a_model_whose_adapters_were_all_deleted_can_still_be_ejected() -> None:
+    model = adapted()
+    model.delete_adapter(["first", "second"])
+    surgery.eject(model)
+    assert type(model) is LlamaForCausalLM
+    assert all(values.requires_grad for values in model.parameters())
+
+
+def test_modules_that_are_no_model_of_transformers_stay_of_their_class() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]))
+    assert type(model) is nn.Sequential
+
+
+def again_by_deepcopy(model: PreTrainedModel, folder: Path) -> PreTrainedModel:  # noqa: ARG001  # as the others
+    return copy.deepcopy(model)
+
+
+def again_by_pickle(model: PreTrainedModel, folder: Path) -> PreTrainedModel:  # noqa: ARG001  # as the others
+    return pickle.loads(pickle.dumps(model))
+
+
+def again_by_torch(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    torch.save(model, folder / "model.pt")
+    return torch.load(folder / "model.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("again", [again_by_deepcopy, again_by_pickle, again_by_torch])
+def test_a_copy_has_the_methods_and_is_switched_alone(
+    again: Callable[[PreTrainedModel, Path], PreTrainedModel], tmp_path: Path
+) -> None:
+    model = adapted()
+    before, twin = outputs(model), again(model, tmp_path)
+    assert type(twin) is type(model)
+    twin.set_adapter("second")
+    assert not torch.equal(outputs(twin), before)
+    assert model.active_adapters() == ["first"]
+    assert torch.equal(outputs(model), before)
+    twin.set_adapter("first")
+    assert torch.equal(outputs(twin), before)
+    surgery.eject(twin)
+    assert type(twin) is LlamaForCausalLM
+    assert type(model) is not LlamaForCausalLM
+
+
+def test_a_state_dict_goes_round() -> None:
+    model, other = adapted(), adapted()
+    other.load_state_dict(state(model))
+    assert torch.equal(outputs(other), outputs(model))
+
+
+def test_a_merge_by_the_method_is_undone_to_the_bit() -> None:
+    model = adapted()
+    before, running = state(model), outputs(model)
+    model.merge_adapter()
+    assert not unchanged(model, before)
+    model.unmerge_adapter()
+    assert unchanged(model, before)
+    assert torch.equal(outputs(model), running)
+
+
+def loaded_plainly(kind: Any, folder: Path) -> PreTrainedModel:
+    model, told = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model) is kind
+    return model
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["live", "merged"])
+def test_a_merged_checkpoint_is_a_plain_one_and_the_model_stays_as_it_is(merged: bool, tmp_path: Path) -> None:
+    model = adapted()
+    config, before = model.config.to_dict(), state(model)
+    if merged:
+        model.merge_adapter()
+    held = state(model)
+    model.save_merged(tmp_path / "out")
+    assert unchanged(model, held)
+    assert model.config.to_dict() == config
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+    (tmp_path / "other").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {(tmp_path / "other").stat().st_mode}
+    plain = loaded_plainly(LlamaForCausalLM, tmp_path / "out")
+    if not merged:
+        surgery.merge(model)
+    assert torch.equal(outputs(plain), outputs(model))
+    assert unchanged(surgery.unmerge(model), before)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_trained_head_is_in_the_merged_checkpoint_apart_from_the_embedding(tied: bool, tmp_path: Path) -> None:
+    config = surgery.LoraConfig(**FIRST, modules_to_save=["lm_head"])
+    model = surgery.inject(llama(tie_word_embeddings=tied), config)
+    with torch.no_grad():
+        model.lm_head.running.weight.add_(1)
+    surgery.save_merged(model, tmp_path / "out")
+    assert model.config.tie_word_embeddings is tied
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    plain = loaded_plainly(LlamaForCausalLM, tmp_path / "out")
+    assert torch.equal(outputs(plain), outputs(surgery.merge(model)))
+
+
+def test_a_tied_model_is_saved_merged_with_its_tie(tmp_path: Path) -> None:
+    model = surgery.inject(llama(tie_word_embeddings=True), surgery.LoraConfig(**FIRST))
+    surgery.save_merged(model, tmp_path / "out")
+    plain = loaded_plainly(LlamaForCausalLM, tmp_path / "out")
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert torch.equal(outputs(plain), outputs(surgery.merge(model)))
+
+
+def test_a_classifier_is_saved_merged_with_its_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = BertForSequenceClassification(BertConfig(**SMALL, num_labels=3)).eval()
+    config = surgery.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+    model = surgery.inject(base, config)
+    surgery.save_merged(model, tmp_path / "out", max_shard_size="20KB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    plain = loaded_plainly(BertForSequenceClassification, tmp_path / "out")
+    assert torch.equal(outputs(plain), outputs(surgery.merge(model)))
+
+
+def test_a_merged_checkpoint_takes_the_place_of_another_only_when_told(tmp_path: Path) -> None:
+    model = adapted()
+    surgery.save_merged(model, tmp_path / "out")
+    with pytest.raises(surgery.OutputExistsError):
+        surgery.save_merged(model, tmp_path / "out")
+    (tmp_path / "out" / "stale").touch()
+    surgery.save_merged(model, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "stale").exists()
+    assert [path.name for path in tmp_path.iterdir() if "surgery" in path.name] == []
+
+
+def test_a_merge_that_cannot_be_saved_leaves_no_folder_and_the_model_as_it_is(tmp_path: Path) -> None:
+    model = adapted()
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.self_attn.q_proj").lora_A.first.weight[0, 0] = torch.nan
+    before = state(model)
+    with pytest.raises(surgery.ValueRangeError):
+        surgery.save_merged(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert all(values.equal(before[name]) or values.isnan().any() for name, values in model.state_dict().items())
+
+
+def test_other_modules_and_models_without_adapters_are_not_saved_merged(tmp_path: Path) -> None:
+    with pytest.raises(surgery.UsageError, match="a model of transformers is wanted"):
+        surgery.save_merged(nn.Linear(2, 2), tmp_path / "out")
+    with pytest.raises(surgery.StateError, match="no adapters"):
+        surgery.save_merged(llama(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+Call = Callable[[Any, Any, Path], object]
+# Each on a model with an adapter "first", that the config given would make; and on one without adapters.
+WRONG: dict[str, tuple[Call, type[Exception]]] = {
+    "set another": (lambda model, *_: model.set_adapter("none"), ValueError),
+    "set others": (lambda model, *_: model.set_adapter(["first", "none"]), ValueError),
+    "add it again": (lambda model, config, _: model.add_adapter(config, "first"), ValueError),
+    "add no config": (lambda model, *_: model.add_adapter(3, "second"), TypeError),
+    "load it again": (lambda model, _, folder: model.load_adapter(folder, "first"), ValueError),
+    "load nothing": (lambda model, *_: model.load_adapter(adapter_name="second"), ValueError),
+    "swap another": (lambda model, _, folder: model.load_adapter(folder, "none", hotswap=True), ValueError),
+    "delete another": (lambda model, *_: model.delete_adapter(["first", "none"]), ValueError),
+}
+BARE: dict[str, Call] = {
+    "set": lambda model, *_: model.set_adapter("first"),
+    "enable": lambda model, *_: model.enable_adapters(),
+    "disable": lambda model, *_: model.disable_adapters(),
+    "active": lambda model, *_: model.active_adapters(),
+    "state": lambda model, *_: model.get_adapter_state_dict(),
+    "delete": lambda model, *_: model.delete_adapter("first"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_call_raises_what_it_raises_in_transformers_and_changes_nothing(case: str, tmp_path: Path) -> None:
+    call, kind = WRONG[case]
+    model = surgery.inject(llama(), surgery.LoraConfig(**FIRST), adapter_name="first")
+    model.save_pretrained(tmp_path)
+    before = state(model)
+    with pytest.raises(kind) as raised:
+        call(model, surgery.LoraConfig(**FIRST), tmp_path)
+    assert isinstance(raised.value, surgery.SurgeryError)
+    assert unchanged(model, before)
+    peft = pytest.importorskip("peft")
+    theirs, config = llama(), peft.LoraConfig(**FIRST)
+    theirs.add_adapter(config, "first")
+    with pytest.raises(kind):
+        call(theirs, config, tmp_path)
+
+
+@pytest.mark.parametrize("case", BARE)
+def test_a_call_without_adapters_raises_what_it_raises_in_transformers(case: str, tmp_path: Path) -> None:
+    model = adapted()
+    model.delete_adapter(["first", "second"])
+    with pytest.raises(ValueError, match="no adapters") as raised:
+        BARE[case](model, None, tmp_path)
+    assert isinstance(raised.value, surgery.StateError)
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="No adapter loaded"):
+        BARE[case](llama(), None, tmp_path)
+
+
+def test_an_argument_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(surgery.UsageError, match="HF_TOKEN"):
+        model.load_adapter(tmp_path, "third", token="secret")
+    with pytest.raises(surgery.UsageError, match="no_such"):
+        model.load_adapter(tmp_path, "third", no_such=1)
+
+
+def test_an_adapter_is_loaded_from_a_sub_folder_that_is_in_its_folder(tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path / "repository" / "inner")
+    model.load_adapter(tmp_path / "repository", "third", adapter_kwargs={"subfolder": "inner"})
+    assert model.active_adapters() == ["third"]
+    for wrong in ("..", "none"):
+        with pytest.raises(surgery.InputError):
+            model.load_adapter(tmp_path / "repository", "fourth", subfolder=wrong)
+
+
+@pytest.fixture
+def pair() -> tuple[Any, Any]:
+    """Of one base, a model of surgery and one of transformers and peft, both under the same first adapter."""
+    peft = pytest.importorskip("peft")
+    theirs = llama()
+    theirs.add_adapter(peft.LoraConfig(**FIRST), "first")
+    theirs.add_adapter(peft.LoraConfig(**SECOND), "second")
+    ours = adapted()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+STEPS: dict[str, Callable[[Any], object]] = {
+    "first": lambda model: model.set_adapter("first"),
+    "second": lambda model: model.set_adapter("second"),
+    "both": lambda model: model.set_adapter(["first", "second"]),
+    "disabled": lambda model: (model.set_adapter("first"), model.disable_adapters()),
+    "enabled": lambda model: (model.set_adapter("second"), model.disable_adapters(), model.enable_adapters()),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_method_does_what_it_does_in_transformers_with_peft(step: str, pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair
+    for model in pair:
+        STEPS[step](model)
+    assert torch.equal(outputs(ours), outputs(theirs))
+    assert ours.active_adapters() == theirs.active_adapters()
+    if step != "disabled":  # peft freezes then, so that a pass without adapters cannot be part of a training step
+        assert trained(ours) == trained(theirs)
+    found, wanted = ours.get_adapter_state_dict(), theirs.get_adapter_state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], values) for name, values in wanted.items())
+
+
+def test_what_is_saved_on_one_side_is_loaded_on_the_other(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    ours, theirs = pair
+    for model, folder in ((ours, "ours"), (theirs, "theirs")):
+        model.set_adapter("second")
+        model.save_pretrained(tmp_path / folder)
+    by_them, by_us = llama(), surgery.load(llama(), tmp_path / "theirs")
+    by_them.load_adapter(tmp_path / "ours")
+    assert torch.equal(outputs(by_them), outputs(ours))
+    assert torch.equal(outputs(by_us), outputs(ours))
+
+
+def test_a_model_of_peft_beside_it_is_not_disturbed(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    ours, theirs = pair
+    STEPS["first"](theirs)
+    before, held = outputs(theirs), state(theirs)
+    ours.set_adapter("second")
+    ours.merge_adapter()
+    ours.save_merged(tmp_path / "out")
+    surgery.eject(ours)
+    assert type(theirs) is LlamaForCausalLM
+    assert unchanged(theirs, held)
+    assert torch.equal(outputs(theirs), before)
+    assert theirs.active_adapters() == ["first"]
+    model = adapted()
+    running = outputs(model)
+    theirs.disable_adapters()
+    theirs.delete_adapter(["first", "second"])
+    assert torch.equal(outputs(model), running)
+    assert model.active_adapters() == ["first"]
