@@ -65,6 +65,15 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: values.clone() for name, values in model.state_dict().items()}
 
 
+@pytest.mark.parametrize("option", ["distributed_checkpoint", "never_heard_of"])
+def test_an_option_of_saving_that_is_not_known_is_refused(option: str, tmp_path: Path) -> None:
+    with pytest.raises(surgery.UsageError, match=option):
+        adapted().save_pretrained(tmp_path / "out", **{option: True})
+    assert not (tmp_path / "out").exists()
+    adapted().save_pretrained(tmp_path / "out", **{option: False})
+    assert (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(is_guarded(), reason="this is that process")
 def test_all_of_this_file_holds_where_peft_is_not_installed() -> None:
     assert passed_without_peft(__file__) > 30

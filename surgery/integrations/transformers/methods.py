@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery.adapters.peft import PREFIX
 from surgery.core.config import AdapterConfig
-from surgery.errors import StateError, UsageError
+from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.tree import injected, state_of
 from surgery.integrations.transformers.model import output_heads
 from surgery.integrations.transformers.saving import save_merged
@@ -26,6 +26,9 @@ from surgery.procedures.refill import refill
 from surgery.procedures.remove import remove
 
 LOADED = "_hf_peft_config_loaded"  # by it transformers and its Trainer know a model with adapters
+
+_PUSHING = ("commit_message", "private", "create_pr")
+_SAVING = frozenset({*_PUSHING, "repo_id", "safe_serialization", "save_function", "save_original_format"})
 
 
 class Loaded(NamedTuple):
@@ -140,13 +143,17 @@ class AdapterMethods(nn.Module):
             raise UsageError(
                 "save_pretrained: push_to_hub pushes the model's own tensors by PEFT's names; save, then push"
             )
+        if unknown := sorted(name for name, value in kwargs.items() if name not in _SAVING and value):
+            raise UsageError(
+                f"save_pretrained: {printable(unknown[0])} is nothing that saving an adapter knows; leave it out"
+            )
         folder = Path(save_directory)
         if is_main_process:
             prefix = PREFIX if save_peft_format else ""
             for name, place in active_folders(self, folder).items():
                 write(self, place, name, tensors_of(self, name, state_dict), prefix)
         if push_to_hub and is_main_process:
-            hub_options = {name: kwargs[name] for name in ("commit_message", "private", "create_pr") if name in kwargs}
+            hub_options = {name: kwargs[name] for name in _PUSHING if name in kwargs}
             push: Any = self.push_to_hub
             push(kwargs.get("repo_id") or folder.name, token=token, **hub_options)
         return None
