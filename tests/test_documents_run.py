@@ -57,7 +57,7 @@ def test_the_readme_names_every_command_and_no_other() -> None:
 def test_an_option_that_the_readme_names_is_there(words: list[str]) -> None:
     line = next(line for block in blocks("") for line in block.splitlines() if line.split()[1:][: len(words)] == words)
     there = {option for parameter in command.commands[words[0]].params for option in parameter.opts}
-    assert set(re.findall(r"--[a-z-]+", line)) <= there
+    assert set(re.findall(r"--[a-z0-9-]+", line)) <= there
 
 
 def test_the_map_of_the_readme_has_every_folder() -> None:
