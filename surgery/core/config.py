@@ -46,9 +46,7 @@ class AdapterConfig(ABC):
     spellings: ClassVar[Mapping[str, "Spelling"]]  # how PEFT ends the names of its tensors
     files: ClassVar[ConfigFiles]  # set where files are known
     neutral: ClassVar[Mapping[str, Any]]  # fields we know of, and the only value that leaves the maths alone
-    unwritten: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # fields that PEFT's own lacks: not in the JSON unless they are set
+    unwritten: ClassVar[frozenset[str]] = frozenset()  # what PEFT's lacks: in the JSON only where it is set
 
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None

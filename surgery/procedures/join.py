@@ -150,8 +150,7 @@ class Joined:
 
     def _is_new(self, name: str) -> bool:
         """Does the tensor belong to a module of which the base has nothing, so that only the adapter brings it?"""
-        entries = suffix_hits(frozenset(self.adapter.config.modules_to_save or ()), name.rpartition(".")[0])
-        last = {part for entry in entries or _owners(self.adapter, name) for part in (entry.rpartition(".")[2],)}
+        last = {entry.rpartition(".")[2] for entry in _owners(self.adapter, name)}
         return bool(last) and not any(last & set(info.name.split(".")) for info in self.base.tensors())
 
     def _as_grown(self, site: Site) -> Site:

@@ -49,9 +49,9 @@ def push_to_hub(out: Path, hub_id: str, *, private: bool = False) -> PushReport:
     """Upload the merge in `out` as one commit; the repository is made if there is none. `out` stays as it is.
 
     README.md in the upload is the model card; the base's own is kept for unmerge, where the merge is reversible.
-    InputError for what the Hub refuses, or if the repository holds
-    other weights, which loaders might take instead; CheckError if `out` is not what its receipt says;
-    EnvironmentFault if the Hub cannot be reached, or states other hashes afterwards.
+    InputError for what the Hub refuses, or if the repository holds other weights, which loaders might take
+    instead; CheckError if `out` is not what its receipt says; EnvironmentFault if the Hub cannot be reached, or
+    states other hashes afterwards.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 

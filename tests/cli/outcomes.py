@@ -5,6 +5,10 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
+
+from surgery.cli import main
+
 
 class Outcome(NamedTuple):
     """An exit code and the two streams."""
@@ -15,6 +19,16 @@ class Outcome(NamedTuple):
 
 
 Run = Callable[..., Outcome]
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
+    """What the command line leaves, called as a user calls it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(one) for one in arguments])
+    code = stopped.value.code
+    assert code is None or isinstance(code, int)
+    return Outcome(code or 0, *capsys.readouterr())
 
 
 def rows(found: Outcome) -> list[list[str]]:

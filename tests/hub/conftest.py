@@ -7,18 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "procedures"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "cli"))
 
-from checkpoint_folders import base_tensors, write_adapter, write_base
+from checkpoint_folders import llama_base, write_adapter
 from fake_hub import FakeHub, Files, running
-from outcomes import Outcome, Run
-
-from surgery.cli import main
+from outcomes import Outcome, Run, called
 
 
 @pytest.fixture
@@ -49,22 +46,16 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """The command line; what the library logs goes to the same stderr."""
 
     def call(*arguments: object) -> Outcome:
-        capsys.readouterr()
         for handler in logging.getLogger("huggingface_hub").handlers:
             monkeypatch.setattr(handler, "stream", sys.stderr)
-        with pytest.raises(SystemExit) as stopped:
-            main([str(one) for one in arguments])
-        code = stopped.value.code
-        assert code is None or isinstance(code, int)
-        return Outcome(code or 0, *capsys.readouterr())
+        return called(capsys, *arguments)
 
     return call
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
-    return write_base(tmp_path / "base", base_tensors(torch.bfloat16), config=config)
+    return llama_base(tmp_path / "base")
 
 
 @pytest.fixture

@@ -58,6 +58,12 @@ def write_base(folder: Path, tensors: Mapping[str, Tensor], shards: int = 1, con
     return folder
 
 
+def llama_base(folder: Path) -> Path:
+    """One file in bfloat16 that a config says is of a Llama."""
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    return write_base(folder, base_tensors(torch.bfloat16), config=config)
+
+
 def factors(sites: tuple[str, ...] = SITES, r: int = 4, seed: int = 1) -> dict[str, Tensor]:
     """Random A and B for linear sites, by their names in the base."""
     torch.manual_seed(seed)
