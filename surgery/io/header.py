@@ -51,6 +51,11 @@ _END = re.compile(_SPACE + rb"\Z")
 _CLOSED = re.compile(_SPACE + rb"}")
 _KEY = re.compile(_SPACE + b"(" + _STRING + b")" + _SPACE + b":" + _SPACE)
 _ENTRY = re.compile(rb"(\{[^{}]{0,4096}+})" + _SPACE + b"([,}])")
+_WHOLE = rb"(?:0|[1-9][0-9]{0,18}+)"
+_PLAIN = re.compile(  # as every writer spells an entry: what it says needs no JSON parser
+    rb'\{"dtype":"(\w{2,16})","shape":\[((?:' + _WHOLE + rb"(?:," + _WHOLE + rb"){0,63}+)?+)\],"
+    rb'"data_offsets":\[(' + _WHOLE + rb"),(" + _WHOLE + rb")\]\}"
+)
 _PAIR = _STRING + _SPACE + b":" + _SPACE + _STRING + _SPACE + b"(?:," + _SPACE + b")?+"
 _METADATA = re.compile(rb"(\{" + _SPACE + b"(?:" + _PAIR + b"){0,10000}+})" + _SPACE + b"([,}])")
 
@@ -93,7 +98,7 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
         if name == METADATA:
             metadata = parse_json(spelled, f"{where}: {METADATA}")
         else:
-            spans[name] = _span(name, parse_value(spelled, where), where)
+            spans[name] = _span(name, *_entry(name, spelled, where), where)
     entries, at = [], 0
     for start, end, info in sorted(spans.values(), key=Span.place):
         if start != at:
@@ -158,24 +163,37 @@ def _name(spelled: bytes, where: str) -> str:
     return str(parse_value(spelled, where))
 
 
-def _span(name: str, field: Mapping[str, Any], where: str) -> Span:
+def _entry(name: str, spelled: bytes, where: str) -> tuple[str, Sequence[int], Sequence[int]]:
+    """The dtype, shape and data_offsets that an entry gives."""
+    plain = _PLAIN.fullmatch(spelled)
+    if plain is not None:
+        shape = [int(extent) for extent in plain[2].split(b",")] if plain[2] else []
+        return plain[1].decode(), shape, (int(plain[3]), int(plain[4]))
+    field = parse_value(spelled, where)
     if field.keys() != {"dtype", "shape", "data_offsets"}:
         raise _refused(where, name, "its entry must give dtype, shape and data_offsets; the file is damaged")
     dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str):
         raise _refused(where, name, f"dtype {printable(dtype)!r} is not known; known are {', '.join(DTYPES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise _refused(where, name, "shape and data_offsets must be whole numbers from 0; the file is damaged")
+    return dtype, shape, offsets
+
+
+def _span(name: str, dtype: str, shape: Sequence[int], offsets: Sequence[int], where: str) -> Span:
+    if dtype not in DTYPES:
+        raise _refused(where, name, f"dtype {printable(dtype)!r} is not known; known are {', '.join(DTYPES)}")
     if len(shape) > RANK:
         raise _refused(where, name, f"{len(shape)} dimensions; the limit is {RANK}; reshape the tensor")
     if not _countable(shape):
         raise _refused(where, name, f"shape {printable(shape)} has more elements than a tensor can; is it damaged?")
     info = TensorInfo(name, DTYPES[dtype], tuple(shape))
-    if info.nbits % 8:
+    nbits, nbytes = info.nbits, offsets[1] - offsets[0]
+    if nbits % 8:
         raise _refused(where, name, f"{printable(shape)} {dtype} fills no whole bytes; the file is damaged")
-    if offsets[1] - offsets[0] != info.nbytes:
-        given = printable(offsets[1] - offsets[0])
-        raise _refused(where, name, f"{given} bytes, but {info.nbytes} are needed for {printable(shape)} {dtype}")
+    if 8 * nbytes != nbits:
+        given, needed = printable(nbytes), nbits // 8
+        raise _refused(where, name, f"{given} bytes, but {needed} are needed for {printable(shape)} {dtype}")
     return Span(offsets[0], offsets[1], info)
 
 
@@ -187,7 +205,7 @@ def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _countable(shape: list[int]) -> bool:
+def _countable(shape: Sequence[int]) -> bool:
     """Does the product of the extents other than 0 stay below 2^63? It is not taken any further."""
     size = 1
     for extent in shape:
