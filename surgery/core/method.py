@@ -12,7 +12,7 @@ from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 
 Params = Mapping[str, Tensor]  # the method's tensors by role, in the paper's letters
-Product = Callable[[Tensor, Tensor], Tensor]  # [out, r], [r, in] -> [out, in]
+Product = Callable[[Tensor, Tensor, Tile], Tensor]  # [out, r], [r, in] -> the tile of [out, in]
 Run = Callable[[Tensor], Tensor]
 
 

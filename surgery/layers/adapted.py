@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.adapter import Layer
+from surgery.core.arithmetic import float_product
 from surgery.core.method import Dense, Method, Params
 from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site
@@ -123,7 +124,7 @@ class Adapted(nn.Module):
         base: Any = self._modules["base_layer"]
         dense = Dense(self.op.matrix(base.weight), base.bias if "bias" in base._parameters else None)
         for one in self.running:
-            dense = one.method.merge(dense, one.params, WHOLE, torch.matmul)
+            dense = one.method.merge(dense, one.params, WHOLE, float_product)
         return dense
 
     @property

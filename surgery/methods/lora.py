@@ -131,8 +131,7 @@ class Lora(Additive):
         return {"A": A, "B": B}
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
-        rows, columns = tile
-        return product(p["B"][rows], p["A"][:, columns])
+        return product(p["B"], p["A"], tile)
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # The grid's bound (see arithmetic), and that of a sum of r products with each operation rounded.
