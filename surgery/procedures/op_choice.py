@@ -4,7 +4,7 @@ by the architecture, and only then by `fan_in_fan_out`, which PEFT is known to w
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from surgery.core.adapter import Adapter
+from surgery.core.adapter import Adapter, shape_of
 from surgery.core.names import suffix_hits
 from surgery.core.op import Op
 from surgery.core.site import Site
@@ -75,7 +75,7 @@ class OpChoice:
         if "weight" not in site.tensors or len(site.weight.shape) != 2 or name in self.adapter.ops:
             return name in self.adapter.ops
         specs = self.adapter.config.method(name).tensors(site.with_op(op))
-        return all(tuple(self.adapter.sites[name][role].shape) == spec.shape for role, spec in specs.items())
+        return all(shape_of(self.adapter.sites[name], role) == spec.shape for role, spec in specs.items())
 
 
 def _families(config: Mapping[str, Any]) -> Iterator[str]:

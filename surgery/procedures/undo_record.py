@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from surgery.adapters.peft import adapter_bytes, read_adapter
+from surgery.adapters.peft import adapter_bytes, open_adapter
 from surgery.core.adapter import Adapter, Layer, Weighted, bias_layers
 from surgery.core.site import Site, TensorInfo
 from surgery.core.undo import Recorder
@@ -182,7 +182,7 @@ class UndoRecord:
         """What was merged into each tensor, in the order in which the originals are written."""
         adapters = []
         for index, weight in enumerate(self.weights):
-            read = read_adapter(self.folder / f"adapter-{index}.tensors", f"adapter-{index}.json")
+            read = open_adapter(self.folder / f"adapter-{index}.tensors", f"adapter-{index}.json")
             adapters.append(Weighted(read, weight))
         try:
             return [self._change(info, merged, adapters) for info in self.layout.infos() if info.name in self.tensors]
