@@ -67,12 +67,21 @@ Watch = Callable[[MergedTile], None]  # sees each tile of a merge, in order
 
 
 class Merged:
-    """The changed weights of `source`, computed a tile at a time in float64 and rounded once."""
+    """The changed weights of `source`, computed a tile at a time in float64 and rounded once.
 
-    def __init__(self, source: Source, changes: Iterable[Change], watch: Watch | None = None) -> None:
+    `started` is of those whose layers another view has started, too.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        changes: Iterable[Change],
+        watch: Watch | None = None,
+        started: Mapping[str, Started] | None = None,
+    ) -> None:
         self.source, self.watch = source, watch
         self.changes = {change.site.name: change for change in changes}
-        self.started: dict[str, Started] = {}  # by the weights of which some tiles are read
+        self.started = dict(started or {})  # by the weights of which some tiles are read
 
     def sites(self) -> Iterable[Site]:
         return [change.site for change in self.changes.values()]

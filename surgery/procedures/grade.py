@@ -15,7 +15,7 @@ from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.method import Elementwise
 from surgery.errors import ValueRangeError
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.views import Change, Merged, MergedTile, elementwise
+from surgery.hosts.views import Change, Merged, MergedTile, Started, elementwise
 from surgery.procedures.spans import read_span
 
 GRADES = ("bits", "rounding", "untouched", "recorded", "different")
@@ -46,12 +46,12 @@ def carried(base: Checkpoint, out: Checkpoint, name: str, span: slice) -> Grade:
     return Grade("untouched") if same else Grade("different", why="no adapter touches it, yet it is not the base's")
 
 
-def derived(base: Checkpoint, out: Checkpoint, change: Change, rows: slice) -> Grade:
+def derived(base: Checkpoint, out: Checkpoint, change: Change, started: Started, rows: slice) -> Grade:
     """Grade some rows of a change: their bytes first, the tolerance only where these are others."""
     tiles: list[MergedTile] = []
     found = out.load(change.site, rows).tensors["weight"]
     try:
-        Merged(base, [change], tiles.append).load(change.site, rows)
+        Merged(base, [change], tiles.append, {change.site.name: started}).load(change.site, rows)
     except ValueRangeError as error:
         return Grade("different", why=f"it cannot be derived: {error}")
     apart = _integers(found) != _integers(tiles[0].merged)

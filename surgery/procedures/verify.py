@@ -168,8 +168,9 @@ def _pieces(base: Checkpoint, out: Checkpoint, changes: Iterable[Change]) -> Ite
             yield from (Piece(name, partial(carried, base, out, name, span)) for span in spans(info))
         else:
             change = replace(change or Change(Site(name, {"weight": info}), info.torch_dtype), dtype=there.torch_dtype)
+            started = change.started()
             for rows in row_tiles(info.shape, TILE_ELEMENTS):
-                yield Piece(name, partial(derived, base, out, change, rows))
+                yield Piece(name, partial(derived, base, out, change, started, rows))
     for name in found:
         yield Piece(name, partial(Grade, "different", why="it is not in the base"))
 
