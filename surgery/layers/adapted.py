@@ -88,9 +88,13 @@ class Adapted(nn.Module):
         self.__dict__.update(active=active, enabled=enabled, running=chosen)
 
     def layers(self) -> tuple[Layer, ...]:
-        """The active adapters' methods with their tensors."""
+        """The active adapters' methods with their tensors as matrices."""
         chosen = [self.fitted[name] for name in self.active]
-        return tuple(Layer(one.method, {r: p.detach() for r, p in one.params.items()}) for one in chosen)
+        held = (one.method.matrices(one.params, self.site) for one in chosen)
+        return tuple(
+            Layer(one.method, {r: p.detach() for r, p in params.items()})
+            for one, params in zip(chosen, held, strict=True)
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base_layer: Any = self._modules["base_layer"]
@@ -123,7 +127,7 @@ class Adapted(nn.Module):
         base: Any = self._modules["base_layer"]
         dense = Dense(self.op.matrix(base.weight), base.bias if "bias" in base._parameters else None)
         for one in self.running:
-            dense = one.method.merge(dense, one.params, WHOLE, torch.matmul)
+            dense = one.method.merge(dense, one.method.matrices(one.params, self.site), WHOLE, torch.matmul)
         return dense
 
     @property

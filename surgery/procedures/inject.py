@@ -20,6 +20,7 @@ from surgery.errors import MatchError, StateError, UsageError, printable
 from surgery.hosts.model import live_site, op_of, unfit
 from surgery.hosts.tree import Place, State, places, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
+from surgery.ops.linear import LAYOUTS
 from surgery.procedures.merge import refuse_merged, unmerge
 
 Wrapper = TypeVar("Wrapper", Adapted, Replaced)
@@ -65,7 +66,7 @@ class Tree:
         """Is it of what "all-linear" stands for, output heads aside?"""
         module = self.modules[name]
         op = op_of(module.base_layer if isinstance(module, Adapted) else module)
-        return op is not None and op.name != "embedding"
+        return op is not None and op.name in LAYOUTS
 
     def site(self, name: str) -> Site:
         """The site at a path. MatchError if no op of ours acts there."""
@@ -75,7 +76,7 @@ class Tree:
         if op is None:
             kind = f"{type(base).__module__}.{type(base).__name__}"
             raise MatchError(
-                f"{printable(name)}: a {kind}; Linear, Conv1D and Embedding can be adapted; "
+                f"{printable(name)}: a {kind}; Linear, Conv1D, Embedding, Conv1d, Conv2d and Conv3d can be adapted; "
                 "name their paths, or exclude this one"
             )
         why = unfit(base)

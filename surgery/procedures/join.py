@@ -84,7 +84,7 @@ class Joined:
                 f"{printable(name)}: {site.acting.name}, as --op says, it does not fit the adapter; leave --op out"
             )
         check_shapes(name, params, wanted, self.adapter.where)
-        return Layer(method.weighted(self.weight), params, self.index, name)
+        return Layer(method.weighted(self.weight), method.matrices(params, site), self.index, name)
 
     def _copies(self) -> None:
         """Copies of the base's own tensors: equal ones say nothing, grown ones take their place."""

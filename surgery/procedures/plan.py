@@ -15,8 +15,8 @@ from surgery.core.source import TILE_ELEMENTS
 from surgery.errors import InputError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import Change
+from surgery.ops.linear import LAYOUTS
 from surgery.procedures.draft import Draft
-from surgery.procedures.op_choice import LAYOUTS
 from surgery.procedures.true_config import true_config
 
 _RUNTIME_BYTES = 300_000_000  # Python and torch themselves

@@ -192,15 +192,18 @@ class UndoRecord:
     def _change(self, info: TensorInfo, merged: Checkpoint, adapters: Sequence[Weighted]) -> Change:
         field = self.tensors[info.name]
         there = merged.at[info.name][1].info if info.name in merged.at else None
-        op = ROLES[field["op"]] if field.get("op") else None
+        op = ROLES[field["op"]].over(info.shape) if field.get("op") else None
+        held = info if there is None else info._replace(dtype=there.dtype)
+        site = Site(info.name, {"weight": held}, op)
         layers = []
         for index, name in field.get("layers", ()):
             adapter, weight = adapters[index]
-            layers.append(Layer(adapter.config.method(name).weighted(weight), adapter.sites[name], index, name))
+            method = adapter.config.method(name)
+            params = method.matrices(adapter.sites[name], site)
+            layers.append(Layer(method.weighted(weight), params, index, name))
         laid = bias_layers(layers) if field.get("op") == Bias.name else tuple(layers)
-        held = info if there is None else info._replace(dtype=there.dtype)
         new = there is None or there.shape != info.shape
-        return Change(Site(info.name, {"weight": held}, op), info.torch_dtype, laid, new=new)
+        return Change(site, info.torch_dtype, laid, new=new)
 
     def undo(self, change: Change) -> Undo:
         """What the weight of `change` needs; read anew at each call."""
