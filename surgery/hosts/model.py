@@ -1,8 +1,6 @@
-"""Model: a live nn.Module as a place of sites, and what recognises the op of a module."""
+"""Model: a live nn.Module as a place of sites."""
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,58 +9,7 @@ from surgery.core.codec import Packed
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, row_tiles
-from surgery.ops import OPS
-from surgery.ops.convolution import Convolution
-
-
-def op_of(module: nn.Module) -> Op | None:
-    """The op of a module's weight. None if it is none of ours, or a subclass that computes otherwise."""
-    for kind, name in _kinds():
-        if isinstance(module, kind):
-            if not _computes_as(module, kind):
-                return None
-            return _convolution(module) if name == Convolution.name else OPS[name]
-    return None
-
-
-def _kinds() -> Iterator[tuple[type[nn.Module], str]]:
-    yield nn.Linear, "linear"
-    yield nn.Embedding, "embedding"
-    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        yield kind, "convolution"
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    if transformers is not None:
-        yield transformers.Conv1D, "conv1d"
-
-
-def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Are the methods that say what it computes those of `kind`?"""
-    told = {name: kind.__dict__.get(name) for name in ("forward", "_conv_forward")}
-    return all(own is None or getattr(type(module), name) is own for name, own in told.items())
-
-
-def _convolution(module: Any) -> Convolution:
-    """With the module's geometry."""
-    return Convolution(
-        kernel=module.kernel_size,
-        stride=module.stride,
-        padding=module.padding,
-        dilation=module.dilation,
-        groups=module.groups,
-        padding_mode=module.padding_mode,
-    )
-
-
-def unfit(module: nn.Module) -> str | None:
-    """Why a module of a known kind can bear no adapter all the same, and the next step; None if it can."""
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed from other tensors; remove the parametrization first"
-    if isinstance(weight, nn.UninitializedParameter):
-        return "its weight has no shape yet; call the model once first"
-    if getattr(module, "max_norm", None) is not None:
-        return "its max_norm changes the weight in each forward, so that no merge holds; set it to None first"
-    return None
+from surgery.hosts.recognition import op_of
 
 
 def live_site(name: str, module: nn.Module, op: Op) -> Site:

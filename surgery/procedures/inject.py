@@ -17,7 +17,8 @@ from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
 from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, UsageError, printable
-from surgery.hosts.model import live_site, op_of, unfit
+from surgery.hosts.model import live_site
+from surgery.hosts.recognition import op_of, unfit
 from surgery.hosts.tree import Place, State, places, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
 from surgery.ops.linear import LAYOUTS

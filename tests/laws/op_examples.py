@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
-from surgery.hosts.model import op_of
+from surgery.hosts.recognition import op_of
 
 OUT, IN = 12, 10
 GROUPED = "convolution in groups"
@@ -17,6 +18,7 @@ MODULES: Mapping[str, Callable[[bool], nn.Module]] = {
     "linear": lambda bias: nn.Linear(IN, OUT, bias=bias),
     "conv1d": lambda _bias: Conv1D(OUT, IN),
     "embedding": lambda _bias: nn.Embedding(IN, OUT),
+    "scaled embedding": lambda _bias: BartScaledWordEmbedding(IN, OUT, 0, embed_scale=4.0),
     "convolution of one place": lambda bias: nn.Conv2d(10, OUT, 1, stride=(2, 1), bias=bias),
     "convolution over one axis": lambda bias: nn.Conv1d(
         2, OUT, 5, stride=2, padding=3, dilation=2, padding_mode="circular", bias=bias

@@ -33,6 +33,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
 NEEDED: Mapping[str, dict[str, Any]] = {"IA3": {"feedforward_modules": []}}  # settings that have no default
 UNFIT = {  # which refuse each other, and what is said of it; the last where it would be merged
     ("IA3", "embedding"): "an embedding",
+    ("IA3", "scaled embedding"): "an embedding",
     ("IA3", "convolution over one axis"): "a Conv1d",
     ("LORA", GROUPED): "in groups",
 }

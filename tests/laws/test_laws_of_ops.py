@@ -9,7 +9,7 @@ from rational import same_bits
 from torch import Tensor, nn
 
 from surgery.core.op import WHOLE, Op
-from surgery.hosts.model import op_of
+from surgery.hosts.recognition import op_of
 from surgery.ops import OPS
 
 RANK = 4
