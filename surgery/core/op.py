@@ -21,6 +21,9 @@ class Op(ABC):
     name: ClassVar[str]
     kernel: tuple[int, ...] = ()  # the extents of what slides over the input, if something does
     groups: int = 1  # of outputs; each sees its own share of the channels
+    roles: ClassVar[
+        Mapping[str, str]
+    ] = {}  # what the module calls its weight and bias, of one that reads them by itself
 
     @abstractmethod
     def matrix(self, stored: Tensor) -> Tensor:

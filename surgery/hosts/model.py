@@ -14,8 +14,9 @@ from surgery.hosts.recognition import op_of
 
 def live_site(name: str, module: nn.Module, op: Op) -> Site:
     """The site that a module is."""
-    held = {role: values for role, values in module._parameters.items() if values is not None}
-    return Site(name, {role: _info(f"{name}.{role}", values) for role, values in held.items()}, op)
+    roles = {own: role for role, own in op.roles.items()}
+    held = {own: values for own, values in module._parameters.items() if values is not None}
+    return Site(name, {roles.get(own, own): _info(f"{name}.{own}", values) for own, values in held.items()}, op)
 
 
 def model_sites(root: nn.Module) -> list[Site]:

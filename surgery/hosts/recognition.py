@@ -27,6 +27,7 @@ def _kinds() -> Iterator[tuple[type[nn.Module], str]]:
     yield nn.Embedding, "embedding"
     for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         yield kind, "convolution"
+    yield nn.MultiheadAttention, "attention"
     transformers = sys.modules.get("transformers.pytorch_utils")
     if transformers is not None:
         yield transformers.Conv1D, "conv1d"
@@ -90,7 +91,9 @@ _SCALED = (_code(_Scaled.forward), _code(_ScaledInDtype.forward))
 
 def unfit(module: nn.Module) -> str | None:
     """Why a module of a known kind can bear no adapter all the same, and the next step; None if it can."""
-    weight = module._parameters.get("weight")
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None:
+        return "its query, key and value have weights of their own, for which PEFT has no spelling; adapt its out_proj"
+    weight = module._parameters.get(OPS["attention"].roles["weight"], module._parameters.get("weight"))
     if weight is None:
         return "its weight is computed from other tensors; remove the parametrization first"
     if isinstance(weight, nn.UninitializedParameter):

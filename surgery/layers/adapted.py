@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from surgery.core.adapter import Layer
 from surgery.core.method import Dense, Method, Params
@@ -96,11 +97,15 @@ class Adapted(nn.Module):
             for one, params in zip(chosen, held, strict=True)
         )
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *given: Any, **kwargs: Any) -> Any:
         base_layer: Any = self._modules["base_layer"]
         if not self.running:
-            out: Tensor = base_layer(x, *args, **kwargs)
-            return out
+            return base_layer(*given, **kwargs)
+        if self.op.roles:  # its weights are read, and nothing else could be put in the way
+            weights = {own: getattr(self, role) for role, own in self.op.roles.items()}
+            present = {own: values for own, values in weights.items() if values is not None}
+            return functional_call(base_layer, present, given, kwargs)
+        x, *args = given
         dtype: torch.dtype | None = None
 
         def run(x: Tensor) -> Tensor:
@@ -125,7 +130,7 @@ class Adapted(nn.Module):
 
     def _effective(self) -> Dense:
         base: Any = self._modules["base_layer"]
-        dense = Dense(self.op.matrix(base.weight), base.bias if "bias" in base._parameters else None)
+        dense = Dense(self.op.matrix(self.base_weight), base._parameters.get(self.op.roles.get("bias", "bias")))
         for one in self.running:
             dense = one.method.merge(dense, one.method.matrices(one.params, self.site), WHOLE, torch.matmul)
         return dense
@@ -134,7 +139,7 @@ class Adapted(nn.Module):
     def base_weight(self) -> Tensor:
         """The base layer's own stored weight."""
         held: Any = self._modules["base_layer"]
-        weight: Tensor = held.weight
+        weight: Tensor = getattr(held, self.op.roles.get("weight", "weight"))
         return weight
 
     @property
@@ -147,7 +152,7 @@ class Adapted(nn.Module):
     def bias(self) -> Tensor | None:
         """The same of the bias, if there is one."""
         base: Any = self._modules["base_layer"]
-        held: Tensor | None = base._parameters.get("bias")
+        held: Tensor | None = base._parameters.get(self.op.roles.get("bias", "bias"))
         if held is None or not any(one.method.for_bias() for one in self.running):
             return held
         bias = self._effective().bias
@@ -159,4 +164,7 @@ class Adapted(nn.Module):
         except AttributeError:
             if name == "base_layer":  # while being unpickled
                 raise
+            for role, own in self.op.roles.items():
+                if name == own:  # a caller that reads weights gets the effective ones
+                    return getattr(self, role)
             return getattr(super().__getattr__("base_layer"), name)

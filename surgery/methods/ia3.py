@@ -97,7 +97,7 @@ class Ia3(Method):
     couples = frozenset()
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        if not site.acting.accepts_dropout():  # its input is no numbers, which could be scaled
+        if site.acting.roles or not site.acting.accepts_dropout():  # it has no input, or none that could be scaled
             raise MatchError(
                 f"{printable(site.name)}: an {site.acting.name}; (IA)^3 acts on Linear, Conv1D and convolutions, "
                 "as in PEFT; exclude it"

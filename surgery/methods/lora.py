@@ -20,6 +20,10 @@ from surgery.errors import ConfigError, MatchError, printable
 
 _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
+TWICE = ".base_layer.out_proj"
+"""How the file spells the out_proj of an adapted nn.MultiheadAttention, whose delta PEFT counts twice, in forward and
+merge, up to 0.21.2: so its adapters were trained, and are meant."""
+
 Init = bool | Literal["gaussian", "orthogonal"]
 
 _NEUTRAL: Mapping[str, Any] = {
@@ -94,6 +98,8 @@ class LoraConfig(AdapterConfig):
         r = pattern_value(self.rank_pattern, name, self.r)
         alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        if name.endswith(TWICE):
+            scaling *= 2
         return Lora(r=r, scaling=scaling, dropout=self.lora_dropout, start=self.init_lora_weights)
 
 
@@ -134,6 +140,11 @@ class Lora(Additive):
         return matrices
 
     def init(self, site: Site) -> Params:
+        if self.dropout and site.acting.roles:
+            raise ConfigError(
+                f"{printable(site.name)}: lora_dropout is {self.dropout}, and an attention layer has no input of its "
+                "weights that it could act on; set it to 0"
+            )
         A, B = (torch.zeros(spec.shape) for spec in self.tensors(site).values())
         if self.start == "orthogonal":
             return _orthogonal(A, B)

@@ -145,7 +145,8 @@ def _changes(name: str, layer: Adapted) -> tuple[Change, ...]:
 
 def _parameter(layer: Adapted, change: Change) -> Tensor:
     """What the change is of."""
-    held: Tensor = layer.base_layer.bias if change.site.acting.name == Bias.name else layer.base_weight
+    role = "bias" if change.site.acting.name == Bias.name else "weight"
+    held: Tensor = getattr(layer.base_layer, layer.op.roles.get(role, role))
     return held
 
 
@@ -157,13 +158,14 @@ def _here(layer: Adapted) -> tuple[LiveUndo, ...]:
 
 def _refuse_tied(root: nn.Module, layers: Mapping[str, Adapted], changes: Mapping[str, tuple[Change, ...]]) -> None:
     """MatchError where another module holds the very parameter."""
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, dict[str, nn.Module]] = {}
     for name, module in root.named_modules():
         for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), []).append(name)
+            owners.setdefault(id(parameter), {})[name] = module
     for name, layer in layers.items():
         for change in changes[name]:
-            others = [owner for owner in owners[id(_parameter(layer, change))] if owner != f"{name}.base_layer"]
+            holding = owners[id(_parameter(layer, change))].items()
+            others = [owner for owner, module in holding if module is not layer.base_layer]
             if others:
                 what = "bias" if change.site.acting.name == Bias.name else "weight"
                 raise MatchError(

@@ -12,6 +12,7 @@ from surgery.core.site import Site
 from surgery.errors import MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.ops import OPS
+from surgery.ops.attention import Attention
 from surgery.ops.convolution import Convolution
 from surgery.ops.linear import LAYOUTS
 
@@ -39,6 +40,8 @@ class OpChoice:
             return OPS[self.told[entry]]
         if name in self.adapter.ops:
             return OPS[self.adapter.ops[name]]
+        if site.weight.name.endswith(f".{Attention.roles['weight']}"):
+            return OPS[Attention.name]
         if len(site.weight.shape) > 2:
             return self._convolution(name)
         fits = [OPS[key] for key in LAYOUTS if self._fits(name, OPS[key])]

@@ -19,6 +19,7 @@ MODULES: Mapping[str, Callable[[bool], nn.Module]] = {
     "conv1d": lambda _bias: Conv1D(OUT, IN),
     "embedding": lambda _bias: nn.Embedding(IN, OUT),
     "scaled embedding": lambda _bias: BartScaledWordEmbedding(IN, OUT, 0, embed_scale=4.0),
+    "attention": lambda bias: nn.MultiheadAttention(4, 2, bias=bias),  # its [12, 4] stands for any
     "convolution of one place": lambda bias: nn.Conv2d(10, OUT, 1, stride=(2, 1), bias=bias),
     "convolution over one axis": lambda bias: nn.Conv1d(
         2, OUT, 5, stride=2, padding=3, dilation=2, padding_mode="circular", bias=bias
@@ -40,6 +41,10 @@ def op_like(name: str) -> Op:
 
 
 EXAMPLES: Mapping[str, Op] = {name: op_like(name) for name in MODULES}
+
+
+def stored_weight(module: nn.Module) -> Tensor:
+    return module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
 
 
 def site_of(op: Op) -> Site:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from op_examples import EXAMPLES, IN, MODULES, OUT, beside, shape_given
+from op_examples import EXAMPLES, IN, MODULES, OUT, beside, shape_given, stored_weight
 from rational import same_bits
 from torch import Tensor, nn
 
@@ -64,7 +64,7 @@ def test_the_shape_is_that_of_the_matrix(op: Op):
 
 @each_module
 def test_an_op_for_a_stored_shape_is_laid_out_as_that_of_a_module_with_such_a_weight(name: str):
-    stored = whole(*MODULES[name](False).weight.shape)
+    stored = whole(*stored_weight(MODULES[name](False)).shape)
     on_files, live = OPS[EXAMPLES[name].name].over(tuple(stored.shape)), EXAMPLES[name]
     assert same_bits(on_files.matrix(stored), live.matrix(stored))
     assert same_bits(on_files.stored(live.matrix(stored)), stored)
@@ -102,6 +102,8 @@ def test_a_tile_is_the_matrix_of_some_stored_rows(op: Op):
 @pytest.mark.parametrize("batch", [(4,), (2, 3), (2, 1, 3)], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_apply_is_what_the_module_computes(name: str, batch: tuple[int, ...], bias: bool):
+    if name == "attention":  # the map is one step of what it computes: see tests/peers
+        return
     op, module = EXAMPLES[name], MODULES[name](bias)
     with torch.no_grad():
         for values in module.parameters():

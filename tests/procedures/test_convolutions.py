@@ -161,7 +161,7 @@ def test_whisper_reads_what_it_asks_of_its_convolutions_through_their_adapters()
 )
 def test_a_transposed_convolution_is_refused_by_name(module: nn.Module) -> None:
     kind = type(module).__name__
-    with pytest.raises(MatchError, match=f"0: a torch.*{kind}; .*Conv1d, Conv2d and Conv3d can be adapted"):
+    with pytest.raises(MatchError, match=f"0: a torch.*{kind}; .*Conv1d, Conv2d, Conv3d and MultiheadAttention can"):
         surgery.inject(nn.Sequential(module), surgery.LoraConfig(target_modules=["0"]))
 
 
