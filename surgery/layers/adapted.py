@@ -105,7 +105,7 @@ class Adapted(nn.Module):
             weights = {own: getattr(self, role) for role, own in self.op.roles.items()}
             present = {own: values for own, values in weights.items() if values is not None}
             return functional_call(base_layer, present, given, kwargs)
-        x, *args = given
+        x, args = given[0], given[1:]
         dtype: torch.dtype | None = None
 
         def run(x: Tensor) -> Tensor:

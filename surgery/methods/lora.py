@@ -173,7 +173,9 @@ class Lora(Additive):
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         below = run(x)
-        A, B = _as_matrix(p["A"]), _as_matrix(p["B"])
+        A, B = p["A"], p["B"]
+        if op.kernel:
+            A, B = A.flatten(1), B.flatten(1)  # [r, channels * kernel], [out, r / groups]
         if op.accepts_dropout():
             if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
                 x = x.to(A.dtype)
