@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from surgery.adapters.peft import read_adapter
+from surgery.adapters.peft import open_adapter
 from surgery.core.adapter import Weighted
 from surgery.errors import UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
@@ -280,7 +280,7 @@ def _weighted(adapters: Adapters) -> list[Weighted]:
         if not isinstance(weight, int | float) or not math.isfinite(weight):
             raise UsageError(f"{printable(where)}: its weight is {printable(weight)}; a finite number is wanted")
         place = located(where)
-        adapter = replace(read_adapter(place.path), hub_id=place.hub_id, commit=place.commit)
+        adapter = replace(open_adapter(place.path), hub_id=place.hub_id, commit=place.commit)
         found.append(Weighted(adapter, float(weight)))
     return found
 

@@ -1,8 +1,9 @@
 """PEFT's adapter folder: adapter_config.json and adapter_model.safetensors."""
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,17 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surgery.core.adapter import Adapter
+from surgery.core.adapter import Adapter, Stored, shape_of
 from surgery.core.config import AdapterConfig
+from surgery.core.method import Params
 from surgery.core.names import suffix_hits, suffixes
 from surgery.core.site import TensorInfo
 from surgery.errors import ConfigError, FormatError, InputError, ShapeError, printable
 from surgery.io.fingerprint import read_base_print
-from surgery.io.header import SPELLINGS, encode_header
+from surgery.io.header import SPELLINGS, Entry, encode_header
 from surgery.io.octets import octets, tensor_from
-from surgery.io.regular import contained
+from surgery.io.regular import contained, open_descriptor
 from surgery.io.strict_json import parse_json, read_bytes
-from surgery.io.tensor_file import TensorFile
+from surgery.io.tensor_file import TensorFile, read_at
 from surgery.methods import METHODS
 
 CONFIG = "adapter_config.json"
@@ -30,14 +32,27 @@ _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "e
 
 
 class Found(NamedTuple):
-    """A tensor of an adapter file."""
+    """A tensor of an adapter: its name there is `info.name`."""
 
-    key: str
-    values: Tensor
+    info: TensorInfo
+    load: Callable[[str], Tensor]  # by that name
+
+    @property
+    def values(self) -> Tensor:
+        return self.load(self.info.name)
 
 
 def read_adapter(path: Path, config_name: str = CONFIG) -> Adapter:
     """The adapter in a folder, or in one file beside its config. Every tensor has its place, or InputError."""
+    adapter = open_adapter(path, config_name)
+    return replace(adapter, sites={name: dict(params) for name, params in adapter.sites.items()})
+
+
+def open_adapter(path: Path, config_name: str = CONFIG) -> Adapter:
+    """The same, but the tensors of its sites stay in the file, to be read when they are asked for.
+
+    Each has the bytes that it had at first, or is refused.
+    """
     folder, file = (path, contained(path, TENSORS)) if path.is_dir() else (path.parent, path)
     if config_name == CONFIG:
         _refuse_pickles(folder, file)
@@ -63,7 +78,12 @@ def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
 
 def adapter_of(config: AdapterConfig, tensors: Mapping[str, Tensor], where: str) -> Adapter:
     """The adapter that tensors in memory are, each named as in a file. Every one has its place, or FormatError."""
-    return _sorted_out(config, [Found(*one) for one in tensors.items()], where, {})
+    found = [
+        Found(TensorInfo(key, values.dtype, tuple(values.shape)), tensors.__getitem__)
+        for key, values in tensors.items()
+    ]
+    adapter = _sorted_out(config, found, where, {})
+    return replace(adapter, sites={name: dict(params) for name, params in adapter.sites.items()})
 
 
 def adapter_bytes(tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> bytes:
@@ -89,52 +109,84 @@ def _refuse_pickles(folder: Path, file: Path) -> None:
 def _read_tensors(path: Path) -> tuple[list[Found], dict[str, str]]:
     file = TensorFile(path)
     try:
-        found, sha256, whole = [], {}, hashlib.sha256(file.header.raw)
+        tensors = _Tensors(path, file.entries)
+        found, whole = [], hashlib.sha256(file.header.raw)
         for info, start in file.header.entries:
-            data = file.read(start, info.nbytes)
-            whole.update(data)
-            sha256[info.name] = hashlib.sha256(data).hexdigest()
+            one = hashlib.sha256()
+            for chunk in file.chunks(Entry(info, start)):
+                whole.update(chunk)
+                one.update(chunk)
+            tensors.sha256[info.name] = one.hexdigest()
             try:
-                found.append(Found(info.name, tensor_from(data, info.torch_dtype, info.shape)))
+                _ = info.torch_dtype
             except FormatError as error:
                 raise FormatError(f"{file.where}: {error}") from error
+            found.append(Found(info, tensors.load))
         file.check_unchanged()
-        return found, sha256 | {path.name: whole.hexdigest()}
+        return found, tensors.sha256 | {path.name: whole.hexdigest()}
     finally:
         file.close()
 
 
+class _Tensors:
+    """The tensors of a file, read anew at each call; `sha256` is what they are known to be."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+        self.path, self.entries = path, entries
+        self.sha256: dict[str, str] = {}
+
+    def load(self, name: str) -> Tensor:
+        info, start = self.entries[name]
+        descriptor = open_descriptor(self.path, "an adapter's tensors")
+        try:
+            data = read_at(descriptor, start, info.nbytes, printable(self.path))
+        finally:
+            os.close(descriptor)
+        if hashlib.sha256(data).hexdigest() != self.sha256[name]:
+            raise InputError(
+                f"{printable(self.path)}: {printable(name)} changed while it was read; let no one write to it, "
+                "and run again"
+            )
+        return tensor_from(data, info.torch_dtype, info.shape)
+
+
 def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: Mapping[str, str]) -> Adapter:
-    sites: dict[str, dict[str, Tensor]] = {}
+    sites: dict[str, dict[str, Found]] = {}
     saved: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     ops = {}
     entries = frozenset(config.modules_to_save or ())
-    for key, values in tensors:
+    for found in tensors:
+        key, dtype = found.info.name, found.info.torch_dtype
         name = key.removeprefix(PREFIX)
         spelled = next((end for end in suffixes(name) if end in config.spellings), None)
-        if spelled is not None and values.is_floating_point():
+        if spelled is not None and dtype.is_floating_point:
             site = name.removesuffix(spelled).rstrip(".")
             role, op = config.spellings[spelled]
             if role in sites.setdefault(site, {}):
                 raise FormatError(f"{printable(where)}: {printable(site)} has two tensors {role}; one is wanted")
-            sites[site][role] = values
+            sites[site][role] = found
             if op is not None:
                 ops[site] = op
         elif name.endswith(".base_layer.weight"):
-            _put(copies, name.replace(".base_layer.", "."), values, where)
+            _put(copies, name.replace(".base_layer.", "."), found.values, where)
         elif any(suffix_hits(entries, module) for module in _parents(name)):
-            _put(saved, name, values, where)
+            _put(saved, name, found.values, where)
         elif name.endswith(".weight") and name.split(".")[-2] in _EMBEDDINGS:
-            _put(copies, name, values, where)  # as PEFT saves them where the vocabulary was resized
+            _put(copies, name, found.values, where)  # as PEFT saves them where the vocabulary was resized
         else:
             raise FormatError(
-                f"{printable(where)}: no place for {printable(key)} ({SPELLINGS[values.dtype]}); "
+                f"{printable(where)}: no place for {printable(key)} ({SPELLINGS[dtype]}); "
                 f"{config.peft_type} tensors end in {', '.join(config.spellings)}; was it renamed?"
             )
     _check_complete(config, sites, where)
     _resolve(config, sites, where)
-    return Adapter(config, sites, saved, copies, ops, where, sha256)
+    return Adapter(config, {name: _stored(held) for name, held in sites.items()}, saved, copies, ops, where, sha256)
+
+
+def _stored(held: Mapping[str, Found]) -> Params:
+    load = next(iter(held.values())).load
+    return Stored({role: found.info for role, found in held.items()}, load)
 
 
 def _put(held: dict[str, Tensor], name: str, values: Tensor, where: str) -> None:
@@ -150,7 +202,7 @@ def _parents(name: str) -> Iterator[str]:
         yield name
 
 
-def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
+def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]], where: str) -> None:
     """Each site has every role; an adapter has at least one site."""
     roles = {spelling.role for spelling in config.spellings.values()}
     if not sites:
@@ -200,8 +252,9 @@ def check_shapes(
 ) -> None:
     """ShapeError where a tensor is not shaped as the method and the base's weight ask."""
     for role, shape in wanted.items():
-        if tuple(given[role].shape) != shape:
+        found = shape_of(given, role)
+        if found != shape:
             raise ShapeError(
-                f"{printable(where)}: {printable(site_name)}: {role} is {list(given[role].shape)}, but "
+                f"{printable(where)}: {printable(site_name)}: {role} is {list(found)}, but "
                 f"{list(shape)} is wanted by this base and the config; was it trained on another model?"
             )

@@ -1,7 +1,7 @@
 """Adapter: one config plus its tensors by site; and layer, one method with its tensors at one site."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,6 +10,33 @@ from torch import Tensor
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Method, Params
 from surgery.core.site import TensorInfo
+
+
+class Stored(Mapping[str, Tensor]):
+    """Params that lie in a file: each is read whenever it is asked for, by its name there, and not kept."""
+
+    def __init__(self, infos: Mapping[str, TensorInfo], load: Callable[[str], Tensor]) -> None:
+        self.infos, self._load = infos, load  # infos by role
+
+    def __getitem__(self, role: str) -> Tensor:
+        return self._load(self.infos[role].name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+
+def shape_of(params: Params, role: str) -> tuple[int, ...]:
+    """Without reading it."""
+    return params.infos[role].shape if isinstance(params, Stored) else tuple(params[role].shape)
+
+
+def nbytes_of(params: Params) -> int:
+    """Of all its tensors, without reading them."""
+    held = params.infos if isinstance(params, Stored) else params
+    return sum(one.nbytes for one in held.values())
 
 
 class Layer(NamedTuple):

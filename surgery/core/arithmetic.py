@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.core.op import WHOLE, Tile
 from surgery.errors import ValueRangeError
 
 GRID_BITS = 22
@@ -16,29 +17,36 @@ BLOCK = 512  # terms whose sum is exact: 2 * 22 bits + 9 bits = 53
 EXPONENT_LIMIT = 450  # beyond it a product of two grid steps could leave float64's normal range
 
 
-def exact_product(B: Tensor, A: Tensor) -> Tensor:
-    """B @ A in float64, free of summation order; B is [out, r], A is [r, in].
+def exact_product(B: Tensor, A: Tensor, tile: Tile = WHOLE) -> Tensor:
+    """A tile of B @ A in float64, free of summation order; B is [out, r], A is [r, in].
 
     Differs from the ideal product by at most r * 2^-21 * max|A column| * max|B row|.
     Raises ValueRangeError where a factor is not finite or lies beyond 2^±450.
     """
-    return _sum(on_grid(B, along=1), on_grid(A, along=0))
+    return ExactProduct()(B, A, tile)
 
 
 class ExactProduct:
-    """`exact_product`, which keeps a factor's grid for as long as the next call asks for the same memory."""
+    """`exact_product`, which keeps the factors' grids for as long as the next call brings the same memory."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, B: Tensor, A: Tensor) -> Tensor:
-        return _sum(self._on_grid(B, along=1), self._on_grid(A, along=0))
+    def __call__(self, B: Tensor, A: Tensor, tile: Tile = WHOLE) -> Tensor:
+        rows, columns = tile
+        return _sum(self._on_grid(B, along=1)[rows], self._on_grid(A, along=0)[:, columns])
 
     def _on_grid(self, factor: Tensor, along: int) -> Tensor:
         kept = self._kept.get(along)
         if kept is None or _memory(kept[0]) != _memory(factor):
             kept = self._kept[along] = factor, on_grid(factor, along)
         return kept[1]
+
+
+def float_product(B: Tensor, A: Tensor, tile: Tile = WHOLE) -> Tensor:
+    """The same in the factors' own dtype, differentiable."""
+    rows, columns = tile
+    return B[rows] @ A[:, columns]
 
 
 def _memory(values: Tensor) -> tuple[object, ...]:
@@ -144,8 +152,14 @@ def all_finite(values: Tensor) -> bool:
     """Is every element a number? One pass, without a mask."""
     if values.numel() == 0:
         return True
+    if values.dtype in _INFINITY and values.device.type == "cpu":
+        magnitude = values.view(torch.int16).numpy() & 0x7FFF  # numpy takes a quarter of torch's time
+        return bool(magnitude.max() < _INFINITY[values.dtype])
     lowest, largest = torch.aminmax(values)  # a NaN anywhere makes both NaN
     return bool(torch.isfinite(lowest) & torch.isfinite(largest))
+
+
+_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 def largest_change(a: Tensor, b: Tensor) -> float:
@@ -153,7 +167,7 @@ def largest_change(a: Tensor, b: Tensor) -> float:
     if a.numel() == 0:
         return 0.0
     wide = torch.float32 if max(a.itemsize, b.itemsize) == 2 else torch.float64
-    lowest, largest = torch.aminmax(a.to(wide) - b.to(wide))
+    lowest, largest = torch.aminmax(a.to(wide, copy=True).sub_(b.to(wide)))
     return max(-float(lowest), float(largest))
 
 

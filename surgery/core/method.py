@@ -12,7 +12,7 @@ from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 
 Params = Mapping[str, Tensor]  # the method's tensors by role, in the paper's letters
-Product = Callable[[Tensor, Tensor], Tensor]  # [out, r], [r, in] -> [out, in]
+Product = Callable[[Tensor, Tensor, Tile], Tensor]  # [out, r], [r, in] -> the tile of [out, in]
 Run = Callable[[Tensor], Tensor]
 
 
@@ -138,11 +138,11 @@ class Method(ABC):
         """Its tensors at this site, by role."""
 
     def matrices(self, p: Params, site: Site) -> Params:  # noqa: ARG002  # for those that depend on it
-        """Its tensors as `merge`, `steps` and `spread` take them: [out, r] and [r, in], in place of PEFT's shapes.
-
-        MatchError where no weight of this site's shape holds what the adapter computes.
-        """
+        """Its tensors as `merge`, `steps` and `spread` take them: [out, r] and [r, in], in place of PEFT's shapes."""
         return p
+
+    def refuse_merge(self, site: Site) -> None:  # noqa: B027  # most can be merged anywhere
+        """MatchError where no weight of this site's shape holds what the adapter computes."""
 
     @abstractmethod
     def init(self, site: Site) -> Params:

@@ -35,9 +35,13 @@ class Change:
         """The host's weight that the outcome is compared with; None if there is none."""
         return self.begins or (None if self.new else self.site)
 
-    def products(self) -> tuple[ExactProduct, ...]:
-        """One for each layer, to share what the tiles of a weight have in common."""
-        return tuple(ExactProduct() for _ in self.layers)
+    def started(self) -> "Started":
+        """Its layers with their tensors in memory, as matrices, and what the tiles of the weight share."""
+        held = (one._replace(params=one.method.matrices(dict(one.params), self.site)) for one in self.layers)
+        return tuple((one, ExactProduct()) for one in held)
+
+
+Started = Sequence[tuple[Layer, Product]]
 
 
 class MergedTile(NamedTuple):
@@ -69,7 +73,7 @@ class Merged:
     def __init__(self, source: Source, changes: Iterable[Change], watch: Watch | None = None) -> None:
         self.source, self.watch = source, watch
         self.changes = {change.site.name: change for change in changes}
-        self.products: dict[str, tuple[ExactProduct, ...]] = {}  # by the weights of which some tiles are read
+        self.started: dict[str, Started] = {}  # by the weights of which some tiles are read
 
     def sites(self) -> Iterable[Site]:
         return [change.site for change in self.changes.values()]
@@ -81,13 +85,15 @@ class Merged:
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """ValueRangeError where the base or the outcome is not finite."""
         change, rows = self.changes[site.name], site.rows(rows)
-        products = self.products.setdefault(site.name, change.products())
+        if site.name not in self.started:
+            self.started[site.name] = change.started()
+        started = self.started[site.name]
         if _last(site, rows):
-            del self.products[site.name]
+            del self.started[site.name]
         original = None if change.origin is None else self.source.load(change.origin, rows)
         begin = _begin(change, original, rows)
         weight = codec_of(begin, printable(site.weight.name)).decode(begin, torch.float64)
-        laid, steps = _lay(change, rows, weight, products)
+        laid, steps = _lay(change, rows, weight, started)
         outcome = _encode(laid, begin, change)
         merged = outcome.tensors["weight"]
         if not all_finite(merged):
@@ -114,7 +120,7 @@ class Unmerged:
     def __init__(self, source: Source, changes: Iterable[Change], undo: Callable[[Change], Undo]) -> None:
         self.source, self.undo = source, undo
         self.changes = {change.site.name: change for change in changes}
-        self.begun: dict[str, tuple[Undo, Restorer, tuple[ExactProduct, ...]]] = {}  # where some tiles are read
+        self.begun: dict[str, tuple[Undo, Restorer, Started]] = {}  # where some tiles are read
 
     def sites(self) -> Iterable[Site]:
         return [change.site for change in self.changes.values()]
@@ -129,13 +135,13 @@ class Unmerged:
         merged = None if change.new else self.source.load(site, rows).tensors["weight"]
         if site.name not in self.begun:
             undo = self.undo(change)
-            self.begun[site.name] = undo, Restorer(undo.streams or {}), change.products()
-        undo, restorer, products = self.begun[site.name]
+            self.begun[site.name] = undo, Restorer(undo.streams or {}), change.started()
+        undo, restorer, started = self.begun[site.name]
         if _last(site, rows):
             del self.begun[site.name]
         if undo.kept is not None:
             return Packed({"weight": undo.kept[rows if site.weight.shape else ...]})
-        steps = elementwise(change, rows, products)
+        steps = elementwise(change, rows, started)
         assert merged is not None
         assert steps is not None  # what has no steps is kept
         return Packed({"weight": restorer.restore(merged, steps, undo.dtype)})
@@ -147,11 +153,11 @@ def _reads(changes: Mapping[str, Change], tensor: str) -> Sequence[str]:
     return (tensor,) if change is None else () if origin is None else (origin.weight.name,)
 
 
-def elementwise(change: Change, rows: slice, products: Sequence[Product] | None = None) -> list[Elementwise] | None:
+def elementwise(change: Change, rows: slice, started: Started | None = None) -> list[Elementwise] | None:
     """The layers as steps over `rows` of the stored weight; None if one of them is not elementwise."""
     steps = []
     shape = change.site.weight.rows(rows).shape
-    for layer, product in zip(change.layers, products or change.products(), strict=True):
+    for layer, product in started or change.started():
         op = change.site.acting
         try:
             step = layer.method.steps(layer.params, op.tile(rows), product)
@@ -183,14 +189,12 @@ def _last(site: Site, rows: slice) -> bool:
     return not shape or bool(rows.stop >= shape[0])
 
 
-def _lay(
-    change: Change, rows: slice, weight: Tensor, products: Sequence[Product]
-) -> tuple[Tensor, list[Elementwise] | None]:
-    steps = elementwise(change, rows, products)
+def _lay(change: Change, rows: slice, weight: Tensor, started: Started) -> tuple[Tensor, list[Elementwise] | None]:
+    steps = elementwise(change, rows, started)
     if steps is not None:
         return accumulate(weight, steps), steps
     op = change.site.acting
-    for layer, product in zip(change.layers, products, strict=True):
+    for layer, product in started:
         base = Dense(op.matrix(weight))
         weight = op.stored(layer.method.merge(base, layer.params, op.tile(rows), product).weight)
     return weight, None

@@ -31,17 +31,7 @@ class TensorFile:
 
     def read(self, start: int, size: int) -> bytearray:
         """`size` bytes from `start` of the file."""
-        buffer = bytearray(size)
-        view, done = memoryview(buffer), 0
-        while done < size:
-            try:
-                got = os.preadv(self.descriptor, [view[done:]], start + done)
-            except OSError as error:
-                raise EnvironmentFault(f"{self.where}: reading failed ({error.strerror}); check the disk") from error
-            if got == 0:
-                raise InputError(f"{self.where}: it became shorter while it was read; let no one write to it")
-            done += got
-        return buffer
+        return read_at(self.descriptor, start, size, self.where)
 
     def chunks(self, entry: Entry) -> Iterator[memoryview]:
         """The bytes of one tensor, at most CHUNK_BYTES at a time; an empty chunk for no bytes."""
@@ -69,6 +59,21 @@ class TensorFile:
         size = self.state.st_size
         length = header_length(bytes(self.read(0, min(8, size))), size, self.where)
         return parse_header(bytes(self.read(0, length)), size, self.where)
+
+
+def read_at(descriptor: int, start: int, size: int, where: str) -> bytearray:
+    """`size` bytes from `start` of an open file. InputError if it ends before, EnvironmentFault for the disk."""
+    buffer = bytearray(size)
+    view, done = memoryview(buffer), 0
+    while done < size:
+        try:
+            got = os.preadv(descriptor, [view[done:]], start + done)
+        except OSError as error:
+            raise EnvironmentFault(f"{where}: reading failed ({error.strerror}); check the disk") from error
+        if got == 0:
+            raise InputError(f"{where}: it became shorter while it was read; let no one write to it")
+        done += got
+    return buffer
 
 
 def _mark(state: os.stat_result) -> tuple[int, ...]:

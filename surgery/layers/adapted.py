@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from surgery.core.adapter import Layer
+from surgery.core.arithmetic import float_product
 from surgery.core.method import Dense, Method, Params
 from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site
@@ -89,13 +90,9 @@ class Adapted(nn.Module):
         self.__dict__.update(active=active, enabled=enabled, running=chosen)
 
     def layers(self) -> tuple[Layer, ...]:
-        """The active adapters' methods with their tensors as matrices."""
+        """The active adapters' methods with their tensors."""
         chosen = [self.fitted[name] for name in self.active]
-        held = (one.method.matrices(one.params, self.site) for one in chosen)
-        return tuple(
-            Layer(one.method, {r: p.detach() for r, p in params.items()})
-            for one, params in zip(chosen, held, strict=True)
-        )
+        return tuple(Layer(one.method, {r: p.detach() for r, p in one.params.items()}) for one in chosen)
 
     def forward(self, *given: Any, **kwargs: Any) -> Any:
         base_layer: Any = self._modules["base_layer"]
@@ -132,7 +129,8 @@ class Adapted(nn.Module):
         base: Any = self._modules["base_layer"]
         dense = Dense(self.op.matrix(self.base_weight), base._parameters.get(self.op.roles.get("bias", "bias")))
         for one in self.running:
-            dense = one.method.merge(dense, one.method.matrices(one.params, self.site), WHOLE, torch.matmul)
+            one.method.refuse_merge(self.site)
+            dense = one.method.merge(dense, one.method.matrices(one.params, self.site), WHOLE, float_product)
         return dense
 
     @property

@@ -129,15 +129,16 @@ class Lora(Additive):
             "B": Spec(f"{prefix}B{suffix}", (out_features, self.r // op.groups, *ones)),
         }
 
-    def matrices(self, p: Params, site: Site) -> Params:
-        matrices = {role: _as_matrix(values) for role, values in p.items()}
-        if matrices["B"].shape[1] != self.r:
+    def matrices(self, p: Params, site: Site) -> Params:  # noqa: ARG002  # the shapes tell all
+        return {role: _as_matrix(values) for role, values in p.items()}
+
+    def refuse_merge(self, site: Site) -> None:
+        if site.acting.groups > 1:
             raise MatchError(
                 f"{printable(site.name)}: a convolution in groups, each of which sees a part of the channels, while "
                 "this LoRA makes each output depend on all of them; no weight of this shape holds that; "
                 "leave it unmerged, or exclude it"
             )
-        return matrices
 
     def init(self, site: Site) -> Params:
         if self.dropout and site.acting.roles:
@@ -161,8 +162,7 @@ class Lora(Additive):
         return {"A": A, "B": B}
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
-        rows, columns = tile
-        return product(p["B"][rows], p["A"][:, columns])
+        return product(p["B"], p["A"], tile)
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # The grid's bound (see arithmetic), and that of a sum of r products with each operation rounded.

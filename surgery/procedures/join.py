@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from surgery.adapters.peft import check_shapes
-from surgery.core.adapter import Adapter, Layer, Weighted, bias_layers
+from surgery.core.adapter import Adapter, Layer, Weighted, bias_layers, shape_of
 from surgery.core.names import Prefix, in_base, nearest, prefix_between, suffix_hits
 from surgery.core.site import RawDtype, Site, TensorInfo
 from surgery.errors import FormatError, InputError, MatchError, ShapeError, printable
@@ -80,12 +80,13 @@ class Joined:
         method, params = self.adapter.config.method(name), self.adapter.sites[name]
         wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
         told = suffix_hits(self.ops.keys(), name) or suffix_hits(self.ops.keys(), site.name)
-        if told and any(tuple(params[role].shape) != shape for role, shape in wanted.items()):
+        if told and any(shape_of(params, role) != shape for role, shape in wanted.items()):
             raise MatchError(
                 f"{printable(name)}: {site.acting.name}, as --op says, it does not fit the adapter; leave --op out"
             )
         check_shapes(name, params, wanted, self.adapter.where)
-        return Layer(method.weighted(self.weight), method.matrices(params, site), self.index, name)
+        method.refuse_merge(site)
+        return Layer(method.weighted(self.weight), params, self.index, name)
 
     def _copies(self) -> None:
         """Copies of the base's own tensors: equal ones say nothing, grown ones take their place."""

@@ -133,6 +133,8 @@ def refuse_merged(root: nn.Module, what: str) -> None:
 def _changes(name: str, layer: Adapted) -> tuple[Change, ...]:
     """What the active adapters make of a layer's weight and bias; the factors are cloned, for training may go on."""
     site = live_site(name, layer.base_layer, layer.op)
+    for one in layer.layers():
+        one.method.refuse_merge(site)
     device = layer.base_weight.device
     layers = [
         Layer(one.method, {role: values.to(device, copy=True) for role, values in one.params.items()})

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from surgery.core.adapter import Adapter
+from surgery.core.adapter import Adapter, shape_of
 from surgery.core.names import suffix_hits
 from surgery.core.op import Op
 from surgery.core.site import Site
@@ -57,7 +57,9 @@ class OpChoice:
         shape = self.sites[name].weight.shape
         if 0 in shape:
             raise ShapeError(f"{printable(name)}: its weight is {list(shape)}, without an element; nothing acts so")
-        found = {values.shape[1] // shape[1] for values in self.adapter.sites[name].values() if values.dim() > 2}
+        params = self.adapter.sites[name]
+        shapes = [shape_of(params, role) for role in params]
+        found = {one[1] // shape[1] for one in shapes if len(one) > 2}
         kernel = Convolution(kernel=shape[2:])
         chosen = (replace(kernel, groups=groups) for groups in sorted({1, *found}) if groups)
         return next((op for op in chosen if self._fits(name, op)), kernel)
@@ -98,7 +100,7 @@ class OpChoice:
         if "weight" not in site.tensors or name in self.adapter.ops:
             return name in self.adapter.ops
         specs = self.adapter.config.method(name).tensors(site.with_op(op))
-        return all(tuple(self.adapter.sites[name][role].shape) == spec.shape for role, spec in specs.items())
+        return all(shape_of(self.adapter.sites[name], role) == spec.shape for role, spec in specs.items())
 
 
 def _families(config: Mapping[str, Any]) -> Iterator[str]:

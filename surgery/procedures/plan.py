@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from surgery.codecs.plain import PLAIN_DTYPES
-from surgery.core.adapter import Adapter, Weighted
+from surgery.core.adapter import Adapter, Weighted, nbytes_of
 from surgery.core.names import Prefix
 from surgery.core.select import unmatched
 from surgery.core.site import TensorInfo
@@ -181,8 +181,8 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
     read_bytes = sum(info.nbytes for info in infos.values())
     infos |= {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in changes}
     tile = max((min(TILE_ELEMENTS, info.nbytes) for info in infos.values()), default=0)
-    held = sum(v.nbytes for one in adapters for params in one.adapter.sites.values() for v in params.values())
-    held += sum(v.nbytes for one in adapters for v in (*one.adapter.saved.values(), *one.adapter.copies.values()))
+    sites = [nbytes_of(params) for one in adapters for params in one.adapter.sites.values()]
+    whole = [v.nbytes for one in adapters for v in (*one.adapter.saved.values(), *one.adapter.copies.values())]
     return Plan(
         tuple(changes),
         tuple(draft.refusals),
@@ -190,8 +190,8 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         tensors=sum(1 for _ in base.tensors()),
         read_bytes=read_bytes,
         written_bytes=sum(info.nbytes for info in infos.values()),
-        peak_bytes=_RUNTIME_BYTES + held + 8 * _TILE_COPIES * tile,
-        undo_bytes=held + sum(change.site.weight.nbytes for change in changes),
+        peak_bytes=_RUNTIME_BYTES + sum(whole) + max(sites, default=0) + 8 * _TILE_COPIES * tile,
+        undo_bytes=sum(sites) + sum(whole) + sum(change.site.weight.nbytes for change in changes),
         prefixes=tuple(draft.prefixes),
         config=config,
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from surgery.adapters.peft import adapter_bytes, read_adapter
+from surgery.adapters.peft import adapter_bytes, open_adapter
 from surgery.core.adapter import Adapter, Layer, Weighted, bias_layers
 from surgery.core.site import Site, TensorInfo
 from surgery.core.undo import Recorder
@@ -182,7 +182,7 @@ class UndoRecord:
         """What was merged into each tensor, in the order in which the originals are written."""
         adapters = []
         for index, weight in enumerate(self.weights):
-            read = read_adapter(self.folder / f"adapter-{index}.tensors", f"adapter-{index}.json")
+            read = open_adapter(self.folder / f"adapter-{index}.tensors", f"adapter-{index}.json")
             adapters.append(Weighted(read, weight))
         try:
             return [self._change(info, merged, adapters) for info in self.layout.infos() if info.name in self.tensors]
@@ -193,17 +193,14 @@ class UndoRecord:
         field = self.tensors[info.name]
         there = merged.at[info.name][1].info if info.name in merged.at else None
         op = ROLES[field["op"]].over(info.shape) if field.get("op") else None
-        held = info if there is None else info._replace(dtype=there.dtype)
-        site = Site(info.name, {"weight": held}, op)
         layers = []
         for index, name in field.get("layers", ()):
             adapter, weight = adapters[index]
-            method = adapter.config.method(name)
-            params = method.matrices(adapter.sites[name], site)
-            layers.append(Layer(method.weighted(weight), params, index, name))
+            layers.append(Layer(adapter.config.method(name).weighted(weight), adapter.sites[name], index, name))
         laid = bias_layers(layers) if field.get("op") == Bias.name else tuple(layers)
+        held = info if there is None else info._replace(dtype=there.dtype)
         new = there is None or there.shape != info.shape
-        return Change(site, info.torch_dtype, laid, new=new)
+        return Change(Site(info.name, {"weight": held}, op), info.torch_dtype, laid, new=new)
 
     def undo(self, change: Change) -> Undo:
         """What the weight of `change` needs; read anew at each call."""

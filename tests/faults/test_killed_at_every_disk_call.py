@@ -7,7 +7,7 @@ from arena import COMMANDS, POINTS, Arena
 from hurts import HALF_KILL, KILL, Hurt, disk_functions
 
 SEED = 20
-
+STEP = 5  # of the calls of either run of a pair
 
 ANY = Hurt(disk_functions(), how=KILL)
 
@@ -52,13 +52,11 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(arena: Arena, name: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_run_killed_twice_at_any_pair_of_calls_ends_as_one_that_was_not(arena: Arena, name: str) -> None:
-    first = 0
-    while first % 3 or killed_twice(arena, name, first + 1, 1):
-        first += 1
-        second = 1 + first % 3
+def test_a_run_killed_twice_at_pairs_of_calls_ends_as_one_that_was_not(arena: Arena, name: str) -> None:
+    for first in arena.points(name, ANY, STEP):
+        second = 1 + first % STEP  # others each time
         while killed_twice(arena, name, first, second):
-            second += 3
+            second += STEP
 
 
 def killed_twice(arena: Arena, name: str, first: int, second: int) -> bool:

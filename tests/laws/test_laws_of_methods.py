@@ -10,8 +10,8 @@ from op_examples import EXAMPLES, GROUPED, IN, OUT, beside, shape_given, site_of
 from rational import same_bits
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_product, round_once, ulp
-from surgery.core.method import Additive, Dense, Elementwise, Method, Params
+from surgery.core.arithmetic import exact_product, float_product, round_once, ulp
+from surgery.core.method import Additive, Dense, Elementwise, Method, Params, Spec
 from surgery.core.op import WHOLE, Op
 from surgery.core.undo import Recorder, Restorer, accumulate
 from surgery.errors import MatchError, ValueRangeError
@@ -77,6 +77,12 @@ def matrices(method: Method, op: Op, p: Params) -> Params:
     return method.matrices(p, site_of(op))
 
 
+def joined(method: Method, op: Op) -> Mapping[str, Spec]:
+    """Its tensors over the op, of an adapter that is to be merged."""
+    method.refuse_merge(site_of(op))
+    return method.tensors(site_of(op))
+
+
 def magnitude(op: Op, x: Tensor, matrix: Tensor) -> Tensor:
     """[*batch, out]: the sum of the magnitudes of all terms of `apply`."""
     return op.apply(x.abs(), matrix.abs())
@@ -101,9 +107,9 @@ def test_tensors_are_spelled_as_the_config_reads_them(name: str, example: str):
     config, op = METHODS[name], EXAMPLES[example]
     if (name, example) in UNFIT:
         with pytest.raises(MatchError, match=f"layer: .*{UNFIT[name, example]}"):
-            matrices(made(name), op, trained(made(name), op))
+            joined(made(name), op)
         return
-    specs = made(name).tensors(site_of(op))
+    specs = joined(made(name), op)
     assert len({spec.spelling for spec in specs.values()}) == len(specs)
     for role, spec in specs.items():
         read = config.spellings[spec.spelling]
@@ -168,7 +174,7 @@ def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str
     x = given(op, torch.float32, 5, 3)
     x = x.round() if x.is_floating_point() else x
     branch = method.branch(x, lambda x: op.apply(x, base.weight, base.bias), op, p, False)
-    for product in (exact_product, torch.matmul):
+    for product in (exact_product, float_product):
         merged = method.merge(base, matrices(method, op, p), WHOLE, product)
         assert torch.equal(branch, op.apply(x, merged.weight.float(), merged.bias))
     assert not torch.equal(branch, op.apply(x, base.weight, base.bias))
