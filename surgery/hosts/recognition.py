@@ -74,8 +74,8 @@ def _scaled_embedding(module: Any) -> Embedding | None:
     forwards = [kind.__dict__["forward"] for kind in type(module).__mro__ if "forward" in kind.__dict__]
     if forwards[1] is not nn.Embedding.forward or _code(forwards[0]) not in _SCALED:
         return None
-    scale = vars(module).get("embed_scale", module._buffers.get("embed_scale"))
-    if isinstance(scale, Tensor) and scale.numel() == 1 and not scale.is_meta:
+    scale = getattr(module, "embed_scale", None)
+    if isinstance(scale, Tensor) and scale.numel() == 1 and not isinstance(scale, nn.Parameter) and not scale.is_meta:
         scale = scale.to(module.weight.dtype).item()
     return Embedding(float(scale)) if isinstance(scale, int | float) else None
 
