@@ -35,7 +35,7 @@ class Convolution(Op):
     def stored(self, matrix: Tensor) -> Tensor:
         rows, in_features = matrix.shape
         kernel = self._point if in_features == 1 else self.kernel  # a column may be one that broadcasts
-        return matrix.view(rows, in_features // math.prod(kernel), *kernel)
+        return matrix.view(rows, in_features // max(1, math.prod(kernel)), *kernel)
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         return stored[0], math.prod(stored[1:])

@@ -82,9 +82,8 @@ def merge_checkpoint(
         readings, written = fill(base, Merged(base, plan.changes, books), staging, layout, books, options.pace)
         _check_base(base, adapters, plan, readings, options)
         _write_small(files, plan, layout, staging)
-        if undo is not None:
-            undo.finish(adapters, _originals(base, readings, files), files.displaced)
-        told = books.receipt.finish(readings, written, files, options.treatment, options.reversible)
+        record = undo.finish(adapters, _originals(base, readings, files), files.displaced) if undo else None
+        told = books.receipt.finish(readings, written, files, options.treatment, record)
         staging.write(RECEIPT, json_bytes(told))
         _reopen(staging, layout)
     return MergeReport(out, plan, told)

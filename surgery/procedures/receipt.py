@@ -42,9 +42,9 @@ class Receipt:
         written: Mapping[str, Written],
         files: SmallFiles,
         treatment: Treatment,
-        reversible: bool,
+        undo_record: str | None,
     ) -> dict[str, Any]:
-        """The receipt, from the hashes of all that was read and written."""
+        """The receipt, from the hashes of all that was read and written, and of the undo record if there is one."""
         base_sha256 = base_fingerprint(self.base, readings)
         before = {name: digest for one in readings for name, digest in one.tensors.items()}
         after = {name: digest for one in written.values() for name, digest in one.tensors.items()}
@@ -67,7 +67,8 @@ class Receipt:
             "files": {name: one.sha256 for name, one in written.items()},
             "carried": files.sha256,
             "left_out": files.left_out,
-            "reversible": reversible,
+            "reversible": undo_record is not None,
+            "undo_record": undo_record,
             "notes": list(self.plan.notes),
             "tools": tools(),
         }
@@ -104,7 +105,16 @@ def read_receipt(folder: Path) -> dict[str, Any]:
             f"{printable(folder)}: no {RECEIPT} in it; give base and adapter too, and it is checked by deriving it anew"
         )
     receipt = read_json(path)
-    wanted = {"files": dict, "changed": dict, "untouched": dict, "carried": dict}
-    if receipt.get("format") != FORMAT or not all(isinstance(receipt.get(k), kind) for k, kind in wanted.items()):
+    if receipt.get("format") != FORMAT or not _sound(receipt):
         raise FormatError(f"{printable(path)}: not a receipt of format {FORMAT}; was it edited?")
     return receipt
+
+
+def _sound(receipt: Mapping[str, Any]) -> bool:
+    """Are the hashes in it there, each by its name?"""
+    tables = [receipt.get(name) for name in ("base", "changed", "files", "untouched", "carried")]
+    if not all(isinstance(one, dict) for one in tables) or not isinstance(receipt.get("adapters"), list):
+        return False
+    changed = [one.get("sha256") if isinstance(one, dict) else None for one in receipt["changed"].values()]
+    hashes = [held for name in ("files", "untouched", "carried") for held in receipt[name].values()]
+    return all(isinstance(one, str) for one in (*changed, *hashes))

@@ -26,11 +26,11 @@ from surgery.hosts.views import Change, MergedTile, Undo
 from surgery.io.octets import tensor_from
 from surgery.io.regular import file_sha256
 from surgery.io.staging import StagedFile, Staging
-from surgery.io.strict_json import json_bytes, read_json
+from surgery.io.strict_json import json_bytes, parse_json, read_bytes
 from surgery.ops import ROLES
 from surgery.ops.bias import Bias
 
-FOLDER = "surgery.undo"
+FOLDER, RECORD = "surgery.undo", "record.json"
 FORMAT = 2
 
 
@@ -59,8 +59,8 @@ class UndoWriter:
         self.files[part].context.close()
         return self.files[part]
 
-    def finish(self, adapters: Sequence[Weighted], files: Mapping[str, str], displaced: Sequence[str]) -> None:
-        """`files` are the originals' sha256 by name; `displaced` those whose bytes the merge changes."""
+    def finish(self, adapters: Sequence[Weighted], files: Mapping[str, str], displaced: Sequence[str]) -> str:
+        """sha256 of the record. `files` are the originals' by name; `displaced` those whose bytes the merge changes."""
         for name in displaced:
             self.staging.carry(self.base.folder / name, f"{FOLDER}/files/{name}")
         for index, (adapter, _) in enumerate(adapters):
@@ -77,7 +77,7 @@ class UndoWriter:
             "streams_sha256": {one.name: one.sha256 for one in self.files.values() if one.tensors},
             "tensors": {name: field for one in self.files.values() for name, field in one.tensors.items()},
         }
-        self.staging.write(f"{FOLDER}/record.json", json_bytes(record))
+        return self.staging.write(f"{FOLDER}/{RECORD}", json_bytes(record))
 
 
 class FileUndo:
@@ -146,7 +146,9 @@ class UndoRecord:
             raise FormatError(
                 f"{printable(merged)}: no {FOLDER} in it; only a merge made with --reversible can be unmerged"
             )
-        data = read_json(self.folder / "record.json", "an undo record")
+        told, where = read_bytes(self.folder / RECORD, "an undo record"), printable(self.folder / RECORD)
+        self.sha256 = hashlib.sha256(told).hexdigest()
+        data = parse_json(told, where)
         try:
             self._take(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -164,10 +166,12 @@ class UndoRecord:
         self.layout = layout_of(self.headers, data["sizes"])
         self.tensors: dict[str, dict[str, Any]] = data["tensors"]
         self.streams_sha256: dict[str, str] = dict(data["streams_sha256"])
-        streams = [*self.streams_sha256, *(field["file"] for field in self.tensors.values())]
-        for name in (*self.files, *self.displaced, *self.headers, *streams):
+        for name in (*self.files, *self.displaced, *self.headers, *self.streams_sha256):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise FormatError(f"{printable(self.folder)}: {printable(name)} leads out of the folder")
+        for name, field in self.tensors.items():
+            if field["file"] not in self.streams_sha256 or (field.get("layers") and field["op"] not in ROLES):
+                raise FormatError(f"{printable(self.folder)}: {RECORD} is damaged at {printable(name)}")
 
     def check(self) -> None:
         """CheckError if the streams are not those that the merge wrote."""

@@ -14,7 +14,7 @@ from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
 from surgery.procedures.filling import Pace, fill
 from surgery.procedures.receipt import VERSION, read_receipt
-from surgery.procedures.undo_record import FOLDER, UndoRecord
+from surgery.procedures.undo_record import FOLDER, RECORD, UndoRecord
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ def unmerge_checkpoint(
     """
     refuse_overlap(out, [merged])
     record, receipt = UndoRecord(merged), read_receipt(merged)
+    if record.sha256 != receipt.get("undo_record"):
+        raise CheckError(
+            f"{printable(record.folder)}: {RECORD} is not the one of the receipt; it was changed after the merge, "
+            "which cannot be undone; bring back a copy of it"
+        )
     record.check()
     key = hashlib.sha256(json_bytes([VERSION, record.files, record.streams_sha256])).hexdigest()
     with Checkpoint(merged) as source, Staging(out, overwrite=overwrite, key=key, resume=resume) as staging:

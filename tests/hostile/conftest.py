@@ -16,13 +16,14 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_hang(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A read that blocks ends the test after 10 seconds."""
+    """A read that blocks ends the test after 10 seconds, or 60 where it has many inputs."""
 
     def stop(*_: object) -> None:
         raise SystemExit("10 seconds, and no answer")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60 if request.node.get_closest_marker("hypothesis") else 10)
+    long = any(request.node.get_closest_marker(name) for name in ("hypothesis", "slow"))
+    signal.alarm(60 if long else 10)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
