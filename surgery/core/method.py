@@ -137,6 +137,13 @@ class Method(ABC):
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         """Its tensors at this site, by role."""
 
+    def matrices(self, p: Params, site: Site) -> Params:  # noqa: ARG002  # for those that depend on it
+        """Its tensors as `merge`, `steps` and `spread` take them: [out, r] and [r, in], in place of PEFT's shapes."""
+        return p
+
+    def refuse_merge(self, site: Site) -> None:  # noqa: B027  # most can be merged anywhere
+        """MatchError where no weight of this site's shape holds what the adapter computes."""
+
     @abstractmethod
     def init(self, site: Site) -> Params:
         """Fresh float32 tensors that leave the site's output equal."""

@@ -23,6 +23,15 @@ def suffix_hits(entries: Collection[str], name: str) -> list[str]:
     return [suffix for suffix in suffixes(name) if suffix in entries]
 
 
+def in_base(name: str) -> str:
+    """The path in the base of a site, which PEFT spells with `base_layer` where it lies in another adapted layer.
+
+    >>> in_base("0.attn.base_layer.out_proj")
+    '0.attn.out_proj'
+    """
+    return name.replace(".base_layer.", ".")
+
+
 class Endings:
     """Many texts, of which it is quickly told whether a name ends in one.
 

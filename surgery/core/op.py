@@ -1,8 +1,9 @@
 """Op: how a weight acts on an input. A tile is a pair of slices of its matrix, (out, in)."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -11,9 +12,18 @@ WHOLE: Tile = (slice(None), slice(None))
 
 
 class Op(ABC):
-    """Frozen and without tensors. A stored weight and its matrix [out, in] are views of one memory."""
+    """Frozen and without tensors. A stored weight and its matrix [out, in] are views of one memory.
+
+    `in` counts every number of the input that one output is made of: of a convolution, its channels in each
+    place of the kernel.
+    """
 
     name: ClassVar[str]
+    kernel: tuple[int, ...] = ()  # the extents of what slides over the input, if something does
+    groups: int = 1  # of outputs; each sees its own share of the channels
+    roles: ClassVar[
+        Mapping[str, str]
+    ] = {}  # what the module calls its weight and bias, of one that reads them by itself
 
     @abstractmethod
     def matrix(self, stored: Tensor) -> Tensor:
@@ -21,7 +31,7 @@ class Op(ABC):
 
     @abstractmethod
     def stored(self, matrix: Tensor) -> Tensor:
-        """The inverse of `matrix`, a view."""
+        """The inverse of `matrix`, a view; also of one row or column, as what broadcasts over the stored weight."""
 
     @abstractmethod
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
@@ -37,7 +47,22 @@ class Op(ABC):
 
     @abstractmethod
     def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
-        """A second matrix applied to the outcome of `apply`: [*batch, r] -> [*batch, out]."""
+        """A second matrix applied to the outcome of `apply`: [*batch, r] -> [*batch, out].
+
+        It is [out, r], or [out, r / groups]: each group has its own share of r.
+        """
+
+    def over(self, stored: tuple[int, ...]) -> Self:  # noqa: ARG002  # for those that differ by it
+        """The same op for a weight stored in this shape."""
+        return self
+
+    def channels(self, in_features: int) -> int:
+        """How many numbers the whole input has in one place, where one output is made of `in_features`."""
+        return in_features // math.prod(self.kernel) * self.groups
+
+    def for_inputs(self, values: Tensor, shape: tuple[int, int]) -> Tensor:  # noqa: ARG002  # as above
+        """A number for each channel, [channels], laid over the matrix of this shape: [1, in] or [out, in]."""
+        return values.unsqueeze(0)
 
     def accepts_dropout(self) -> bool:
         """Whether the input is made of numbers that dropout may zero."""

@@ -60,7 +60,11 @@ def saved_modules(config: AdapterConfig, names: Collection[str]) -> list[str]:
 
 
 def pattern_value(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
-    """The value of the first key that, as a regex, matches the end of `name` (PEFT's rule), else `default`."""
+    """The value of the first key that, as a regex, matches the end of `name` (PEFT's rule), else `default`.
+
+    What lies in an adapted layer, `name.base_layer...`, has that layer's value.
+    """
+    name = name.partition(".base_layer.")[0]
     table = patterns if isinstance(patterns, PatternTable) else PatternTable(patterns)
     key = table.key_of(name)
     return default if key is None else table[key]

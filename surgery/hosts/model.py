@@ -1,6 +1,5 @@
-"""Model: a live nn.Module as a place of sites, and what recognises the op of a module."""
+"""Model: a live nn.Module as a place of sites."""
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -10,41 +9,14 @@ from surgery.core.codec import Packed
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, row_tiles
-from surgery.ops import OPS
-
-
-def op_of(module: nn.Module) -> Op | None:
-    """The op of a module's weight. None if it is none of ours, or a subclass that computes otherwise."""
-    for kind, name in _kinds():
-        if isinstance(module, kind):
-            return OPS[name] if type(module).forward is kind.forward else None
-    return None
-
-
-def _kinds() -> Iterator[tuple[type[nn.Module], str]]:
-    yield nn.Linear, "linear"
-    yield nn.Embedding, "embedding"
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    if transformers is not None:
-        yield transformers.Conv1D, "conv1d"
-
-
-def unfit(module: nn.Module) -> str | None:
-    """Why a module of a known kind can bear no adapter all the same, and the next step; None if it can."""
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed from other tensors; remove the parametrization first"
-    if isinstance(weight, nn.UninitializedParameter):
-        return "its weight has no shape yet; call the model once first"
-    if getattr(module, "max_norm", None) is not None:
-        return "its max_norm changes the weight in each forward, so that no merge holds; set it to None first"
-    return None
+from surgery.hosts.recognition import op_of
 
 
 def live_site(name: str, module: nn.Module, op: Op) -> Site:
     """The site that a module is."""
-    held = {role: values for role, values in module._parameters.items() if values is not None}
-    return Site(name, {role: _info(f"{name}.{role}", values) for role, values in held.items()}, op)
+    roles = {own: role for role, own in op.roles.items()}
+    held = {own: values for own, values in module._parameters.items() if values is not None}
+    return Site(name, {roles.get(own, own): _info(f"{name}.{own}", values) for own, values in held.items()}, op)
 
 
 def model_sites(root: nn.Module) -> list[Site]:

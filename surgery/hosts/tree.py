@@ -1,6 +1,6 @@
 """The tree of a live model: its modules by path, and how one takes another's place at every path."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,7 +11,6 @@ from surgery.errors import StateError
 from surgery.layers import Adapted, Replaced
 
 _STATE = "surgery_state"
-_WRAPPERS = (Adapted, Replaced)
 
 
 class Place(NamedTuple):
@@ -55,14 +54,26 @@ def set_state(root: nn.Module, state: State | None) -> None:
 
 
 def places(root: nn.Module, prefix: str = "") -> Iterator[Place]:
-    """Every path below `root`, shared modules at each; nothing inside a wrapper."""
+    """Every path below `root` as it is without wrappers, shared modules at each; of a wrapper, what its base holds."""
     for key, module in root._modules.items():
         if module is None:
             continue
         name = prefix + key
         yield Place(name, module, root, key)
-        if not isinstance(module, _WRAPPERS):
-            yield from places(module, name + ".")
+        if not isinstance(module, Replaced):
+            yield from places(module.base_layer if isinstance(module, Adapted) else module, name + ".")
+
+
+def spelled(layers: Mapping[str, Adapted], name: str, adapter: str) -> str:
+    """How PEFT spells the path of an adapted layer: what lies in another that this adapter lies over says so."""
+    outer = layers.get(name.rpartition(".")[0])
+    return live_path(layers, name) if outer is not None and adapter in outer.fitted else name
+
+
+def live_path(layers: Mapping[str, Adapted], name: str) -> str:
+    """The path of an adapted layer in the model as it is, with what it lies in."""
+    parent, _, last = name.rpartition(".")
+    return f"{parent}.base_layer.{last}" if parent in layers else name
 
 
 def adapted_layers(root: nn.Module) -> dict[str, Adapted]:

@@ -36,8 +36,9 @@ class Change:
         return self.begins or (None if self.new else self.site)
 
     def started(self) -> "Started":
-        """Its layers with their tensors in memory, and what the tiles of the weight share."""
-        return tuple((one._replace(params=dict(one.params)), ExactProduct()) for one in self.layers)
+        """Its layers with their tensors in memory, as matrices, and what the tiles of the weight share."""
+        held = (one._replace(params=one.method.matrices(dict(one.params), self.site)) for one in self.layers)
+        return tuple((one, ExactProduct()) for one in held)
 
 
 Started = Sequence[tuple[Layer, Product]]

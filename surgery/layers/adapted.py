@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from surgery.core.adapter import Layer
 from surgery.core.arithmetic import float_product
@@ -93,11 +94,15 @@ class Adapted(nn.Module):
         chosen = [self.fitted[name] for name in self.active]
         return tuple(Layer(one.method, {r: p.detach() for r, p in one.params.items()}) for one in chosen)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *given: Any, **kwargs: Any) -> Any:
         base_layer: Any = self._modules["base_layer"]
         if not self.running:
-            out: Tensor = base_layer(x, *args, **kwargs)
-            return out
+            return base_layer(*given, **kwargs)
+        if self.op.roles:  # its weights are read, and nothing else could be put in the way
+            weights = {own: getattr(self, role) for role, own in self.op.roles.items()}
+            present = {own: values for own, values in weights.items() if values is not None}
+            return functional_call(base_layer, present, given, kwargs)
+        x, args = given[0], given[1:]
         dtype: torch.dtype | None = None
 
         def run(x: Tensor) -> Tensor:
@@ -122,16 +127,17 @@ class Adapted(nn.Module):
 
     def _effective(self) -> Dense:
         base: Any = self._modules["base_layer"]
-        dense = Dense(self.op.matrix(base.weight), base.bias if "bias" in base._parameters else None)
+        dense = Dense(self.op.matrix(self.base_weight), base._parameters.get(self.op.roles.get("bias", "bias")))
         for one in self.running:
-            dense = one.method.merge(dense, one.params, WHOLE, float_product)
+            one.method.refuse_merge(self.site)
+            dense = one.method.merge(dense, one.method.matrices(one.params, self.site), WHOLE, float_product)
         return dense
 
     @property
     def base_weight(self) -> Tensor:
         """The base layer's own stored weight."""
         held: Any = self._modules["base_layer"]
-        weight: Tensor = held.weight
+        weight: Tensor = getattr(held, self.op.roles.get("weight", "weight"))
         return weight
 
     @property
@@ -144,7 +150,7 @@ class Adapted(nn.Module):
     def bias(self) -> Tensor | None:
         """The same of the bias, if there is one."""
         base: Any = self._modules["base_layer"]
-        held: Tensor | None = base._parameters.get("bias")
+        held: Tensor | None = base._parameters.get(self.op.roles.get("bias", "bias"))
         if held is None or not any(one.method.for_bias() for one in self.running):
             return held
         bias = self._effective().bias
@@ -156,4 +162,7 @@ class Adapted(nn.Module):
         except AttributeError:
             if name == "base_layer":  # while being unpickled
                 raise
+            for role, own in self.op.roles.items():
+                if name == own:  # a caller that reads weights gets the effective ones
+                    return getattr(self, role)
             return getattr(super().__getattr__("base_layer"), name)

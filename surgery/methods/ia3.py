@@ -83,7 +83,7 @@ class Ia3Config(AdapterConfig):
 
 @dataclass(frozen=True)
 class Ia3(Method):
-    """l is [1, in] where it scales the input (`feedforward`), else [out, 1].
+    """l is [1, in] where it scales the input (`feedforward`), else [out, 1]; [1, channels, 1, ...] of a convolution.
 
     At another strength the factor is 1 + strength * (l - 1): so much of the way from the base to the merge.
     """
@@ -97,13 +97,27 @@ class Ia3(Method):
     couples = frozenset()
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        if not site.acting.accepts_dropout():  # its input is no numbers, which could be scaled
+        if site.acting.roles or not site.acting.accepts_dropout():  # it has no input, or none that could be scaled
             raise MatchError(
-                f"{printable(site.name)}: an {site.acting.name}; (IA)^3 acts on Linear and Conv1D, as in PEFT; "
+                f"{printable(site.name)}: an {site.acting.name}; (IA)^3 acts on Linear, Conv1D and convolutions, "
+                "as in PEFT; exclude it"
+            )
+        op, (out_features, in_features) = site.acting, site.shape
+        if len(op.kernel) == 1:
+            raise MatchError(
+                f"{printable(site.name)}: a Conv1d; of convolutions (IA)^3 acts on Conv2d and Conv3d, as in PEFT; "
                 "exclude it"
             )
-        out_features, in_features = site.shape
-        return {"l": Spec("ia3_l", (1, in_features) if self.feedforward else (out_features, 1))}
+        scaled = op.channels(in_features) if self.feedforward else out_features
+        if op.kernel:
+            return {"l": Spec("ia3_l", (1, scaled, *(1,) * len(op.kernel)))}
+        return {"l": Spec("ia3_l", (1, scaled) if self.feedforward else (scaled, 1))}
+
+    def matrices(self, p: Params, site: Site) -> Params:
+        """l as [out, 1], or laid over the inputs."""
+        if not self.feedforward:
+            return {"l": p["l"].reshape(-1, 1)}
+        return {"l": site.acting.for_inputs(p["l"].flatten(), site.shape)}
 
     def init(self, site: Site) -> Params:
         return {
@@ -134,11 +148,16 @@ class Ia3(Method):
         return replace(self, strength=self.strength * weight)
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
-        factor = self._factor(p, (slice(None), slice(None))).flatten()
+        factor = self._strong(p["l"])
+        # [1, channels, 1, ...] of a convolution, whose input may have no batch; else one number for each feature
+        factor = factor.squeeze(0) if factor.dim() > 2 else factor.flatten()
         return run((x * factor).to(x.dtype)) if self.feedforward else run(x) * factor
 
     def _factor(self, p: Params, tile: Tile) -> Tensor:
-        """Of the tile, [out, 1] or [1, in]."""
+        """Of the tile, [out, 1], [1, in] or [out, in]."""
         rows, columns = tile
-        factor = p["l"][:, columns] if self.feedforward else p["l"][rows]
+        factor = p["l"] if p["l"].shape[0] == 1 else p["l"][rows]
+        return self._strong(factor[:, columns] if self.feedforward else factor)
+
+    def _strong(self, factor: Tensor) -> Tensor:
         return factor if self.strength == 1 else 1 + self.strength * (factor - 1)

@@ -16,9 +16,13 @@ from surgery.core.method import Additive, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
-from surgery.errors import ConfigError, printable
+from surgery.errors import ConfigError, MatchError, printable
 
 _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
+
+TWICE = ".base_layer.out_proj"
+"""How the file spells the out_proj of an adapted nn.MultiheadAttention, whose delta PEFT counts twice, in forward and
+merge, up to 0.21.2: so its adapters were trained, and are meant."""
 
 Init = bool | Literal["gaussian", "orthogonal"]
 
@@ -94,30 +98,57 @@ class LoraConfig(AdapterConfig):
         r = pattern_value(self.rank_pattern, name, self.r)
         alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        if name.endswith(TWICE):
+            scaling *= 2
         return Lora(r=r, scaling=scaling, dropout=self.lora_dropout, start=self.init_lora_weights)
 
 
 @dataclass(frozen=True)
 class Lora(Additive):
-    """A is [r, in], B is [out, r]."""
+    """A is [r, in], B is [out, r].
+
+    Over a convolution, as PEFT has it, A is a convolution of the whole input, [r, channels, *kernel], and B mixes
+    in each place, [out, r / groups, 1, ...].
+    """
 
     r: int
     dropout: float = 0.0
     start: Init = True
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        out_features, in_features = site.shape
-        prefix, suffix = ("lora_embedding_", "") if site.acting.name == "embedding" else ("lora_", ".weight")
+        op, (out_features, in_features) = site.acting, site.shape
+        if self.r % op.groups:
+            raise MatchError(
+                f"{printable(site.name)}: a convolution in {op.groups} groups, which r = {self.r} is no multiple of, "
+                "as PEFT asks; choose another r (rank_pattern), or exclude it"
+            )
+        prefix, suffix = ("lora_embedding_", "") if op.name == "embedding" else ("lora_", ".weight")
+        ones = (1,) * len(op.kernel)
         return {
-            "A": Spec(f"{prefix}A{suffix}", (self.r, in_features)),
-            "B": Spec(f"{prefix}B{suffix}", (out_features, self.r)),
+            "A": Spec(f"{prefix}A{suffix}", (self.r, op.channels(in_features), *op.kernel)),
+            "B": Spec(f"{prefix}B{suffix}", (out_features, self.r // op.groups, *ones)),
         }
 
+    def matrices(self, p: Params, site: Site) -> Params:  # noqa: ARG002  # the shapes tell all
+        return {role: _as_matrix(values) for role, values in p.items()}
+
+    def refuse_merge(self, site: Site) -> None:
+        if site.acting.groups > 1:
+            raise MatchError(
+                f"{printable(site.name)}: a convolution in groups, each of which sees a part of the channels, while "
+                "this LoRA makes each output depend on all of them; no weight of this shape holds that; "
+                "leave it unmerged, or exclude it"
+            )
+
     def init(self, site: Site) -> Params:
-        out_features, in_features = site.shape
-        A, B = torch.zeros(self.r, in_features), torch.zeros(out_features, self.r)
+        if self.dropout and site.acting.roles:
+            raise ConfigError(
+                f"{printable(site.name)}: lora_dropout is {self.dropout}, and an attention layer has no input of its "
+                "weights that it could act on; set it to 0"
+            )
+        A, B = (torch.zeros(spec.shape) for spec in self.tensors(site).values())
         if self.start == "orthogonal":
-            return _orthogonal(self.r, in_features, out_features)
+            return _orthogonal(A, B)
         if site.acting.name == "embedding":  # as PEFT: an embedding's A is zero and its B is not
             B.normal_()
             if self.start is False:
@@ -125,9 +156,9 @@ class Lora(Additive):
         elif self.start == "gaussian":
             A.normal_(std=1 / self.r)
         else:
-            A.uniform_(-(in_features**-0.5), in_features**-0.5)  # Kaiming's, with a = sqrt(5)
+            _kaiming(A)
             if self.start is False:
-                B.uniform_(-(self.r**-0.5), self.r**-0.5)
+                _kaiming(B)
         return {"A": A, "B": B}
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
@@ -143,6 +174,8 @@ class Lora(Additive):
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         below = run(x)
         A, B = p["A"], p["B"]
+        if op.kernel:
+            A, B = A.flatten(1), B.flatten(1)  # [r, channels * kernel], [out, r / groups]
         if op.accepts_dropout():
             if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
                 x = x.to(A.dtype)
@@ -151,14 +184,27 @@ class Lora(Additive):
         return torch.add(below, op.mix(op.apply(x, A), B), alpha=self.scaling)
 
 
-def _orthogonal(r: int, in_features: int, out_features: int) -> Params:
-    """A and B random, with B A = 0: their inner rows come from disjoint halves of one rotation."""
-    if r % 2:
-        raise ConfigError(f"r is {r}; the orthogonal init needs an even r")
+def _as_matrix(values: Tensor) -> Tensor:
+    """A factor of a convolution, [rows, channels, *kernel], as [rows, in]."""
+    return values.flatten(1) if values.dim() > 2 else values
+
+
+def _kaiming(values: Tensor) -> None:
+    """Kaiming's uniform start, with a = sqrt(5): by how many numbers each output is made of."""
+    bound = _as_matrix(values).shape[1] ** -0.5
+    values.uniform_(-bound, bound)
+
+
+def _orthogonal(A: Tensor, B: Tensor) -> Params:
+    """Of the shapes of A and B, random, with B A = 0: their inner rows come from disjoint halves of one rotation."""
+    r, mixed = A.shape[0], B.shape[1]
+    if r % 2 or mixed != r:
+        wanted = "an even r" if mixed == r else "a convolution in one group"
+        raise ConfigError(f"r is {r}; the orthogonal init needs {wanted}")
     rotation = torch.linalg.qr(torch.randn(r, r)).Q
-    A = rotation[0::2].T @ torch.randn(r // 2, in_features) / 10  # [r, in]
-    B = torch.randn(out_features, r // 2) @ rotation[1::2] / 10  # [out, r]
-    return {"A": A, "B": B}
+    first = rotation[0::2].T @ torch.randn(r // 2, _as_matrix(A).shape[1]) / 10  # [r, in]
+    second = torch.randn(B.shape[0], r // 2) @ rotation[1::2] / 10  # [out, r]
+    return {"A": first.view(A.shape), "B": second.view(B.shape)}
 
 
 def _check_rank(name: str, value: object) -> None:

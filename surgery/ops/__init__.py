@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 
 from surgery.core.op import Op
+from surgery.ops.attention import Attention
 from surgery.ops.bias import Bias
+from surgery.ops.convolution import Convolution
 from surgery.ops.embedding import Embedding
 from surgery.ops.linear import Conv1D, Linear
 
-OPS: Mapping[str, Op] = {op.name: op for op in (Linear(), Conv1D(), Embedding())}
+OPS: Mapping[str, Op] = {op.name: op for op in (Linear(), Conv1D(), Embedding(), Convolution(), Attention())}
 ROLES: Mapping[str, Op] = {**OPS, Bias.name: Bias()}  # and what stands beside a weight of any op

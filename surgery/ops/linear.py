@@ -45,3 +45,6 @@ class Conv1D(Transposed):
 
     def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(h, matrix)
+
+
+LAYOUTS = (Linear.name, Conv1D.name)  # of one map: what a matrix on files may be meant in

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from surgery.adapters.peft import CONFIG, PREFIX, TENSORS, adapter_bytes, check_shapes, read_adapter
 from surgery.core.adapter import Adapter
 from surgery.core.config import AdapterConfig
-from surgery.core.names import nearest, renaming
+from surgery.core.names import in_base, nearest, renaming
 from surgery.errors import MatchError, StateError, printable
-from surgery.hosts.tree import State, adapted_layers, injected, replaced_modules
+from surgery.hosts.tree import State, adapted_layers, injected, live_path, replaced_modules, spelled
 from surgery.io.durable import write_file
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.io.octets import sha256_of
@@ -67,14 +67,16 @@ def lay(root: nn.Module, adapter: Adapter, adapter_name: str = DEFAULT, trainabl
 
 def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
     """Where each tensor of an adapter goes in this model. InputError unless all have a place."""
-    names = renaming(list(adapter.sites), tree.modules.keys())
-    if not names:
-        absent = next(name for name in adapter.sites if name not in tree.modules)
+    given = {name: in_base(name) for name in adapter.sites}
+    renamed = renaming(list(given.values()), tree.modules.keys())
+    if not renamed:
+        absent = next(name for name in given.values() if name not in tree.modules)
         close = ", ".join(printable(other) for other in nearest(absent, tree.modules))
         raise MatchError(
             f"{printable(adapter.where)}: {printable(absent)} is not in the model; nearest there: {close}; "
             "is this the adapter's base?"
         )
+    names = {name: renamed[path] for name, path in given.items()}
     _check_copies(tree, adapter)
     _check_base(tree, adapter, names)
     sites = {}
@@ -96,14 +98,15 @@ def known(state: State, adapter: str) -> None:
 
 def tensors_of(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """An adapter's tensors, named as PEFT ends them; out of `state_dict`, named as in the model, if it is given."""
-    found = {}
-    for name, layer in adapted_layers(root).items():
+    found, layers = {}, adapted_layers(root)
+    for name, layer in layers.items():
         if adapter in layer.fitted:
             one = layer.fitted[adapter]
             for role, spec in one.method.tensors(layer.site).items():
                 slot, _, leaf = spec.spelling.partition(".")
-                live = f"{name}.{slot}.{adapter}.{leaf}".rstrip(".")
-                found[f"{name}.{spec.spelling}"] = one.params[role] if state_dict is None else _held(state_dict, live)
+                live = f"{live_path(layers, name)}.{slot}.{adapter}.{leaf}".rstrip(".")
+                written = f"{spelled(layers, name, adapter)}.{spec.spelling}"
+                found[written] = one.params[role] if state_dict is None else _held(state_dict, live)
     for name, module in replaced_modules(root).items():
         if adapter in module.modules_to_save:
             for key, values in module.modules_to_save[adapter].state_dict().items():
@@ -121,7 +124,7 @@ def _held(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
 def _base_print(root: nn.Module, adapter: str) -> Hashed:
     """The base's weights under the adapter, each with its sha256."""
     layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
-    infos = {f"{name}.weight": layer.site.weight for name, layer in layers.items()}
+    infos = {layer.site.weight.name: layer.site.weight for layer in layers.values()}
     hashes = map(base_sha256, layers.values())
     return {
         name: (info._replace(name=name), digest) for (name, info), digest in zip(infos.items(), hashes, strict=True)
@@ -133,11 +136,13 @@ def _check_base(tree: Tree, adapter: Adapter, names: Mapping[str, str]) -> None:
 
     `names` are the model's, by the adapter's names of its sites.
     """
-    told = [name for name in adapter.trained_on if name.removesuffix(".weight") in names]
+    paths = {in_base(name): path for name, path in names.items()}
+    told = [name for name in adapter.trained_on if name.rpartition(".")[0] in paths]
     for name in told[:: max(1, len(told) // _HASHED)]:
-        module, (info, digest) = tree.modules[names[name.removesuffix(".weight")]], adapter.trained_on[name]
+        path, _, own = name.rpartition(".")
+        module, (info, digest) = tree.modules[paths[path]], adapter.trained_on[name]
         held = module.base_layer if isinstance(module, Adapted) else module
-        weight = held._parameters.get("weight")
+        weight = held._parameters.get(own)
         if weight is None or weight.is_meta or (weight.dtype, tuple(weight.shape)) != (info.dtype, info.shape):
             continue
         found = base_sha256(module) if isinstance(module, Adapted) else sha256_of(weight)
@@ -152,7 +157,7 @@ def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterCo
     """The config with the paths it stands for, so that a reader needs no matching."""
     layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
     resolved = replace(
-        config.named(sorted(layers)),
+        config.named(sorted(name for name in layers if spelled(layers, name, adapter) == name)),
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path or getattr(root, "name_or_path", None) or None,
     )

@@ -103,7 +103,7 @@ def _start(tile: MergedTile) -> Tensor:
 def _spread(tile: MergedTile, steps: Sequence[Elementwise]) -> Tensor:
     """What the methods themselves leave open; each step carries on what those before it do."""
     total, op = torch.zeros(tile.merged.shape, dtype=torch.float64), tile.change.site.op
-    for index, layer in enumerate(tile.change.layers):
+    for index, (layer, _) in enumerate(tile.change.started()):
         assert op is not None
         total = steps[index].carried(total) if steps else total
         total = total + op.stored(layer.method.spread(layer.params, op.tile(tile.rows)))

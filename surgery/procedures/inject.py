@@ -3,7 +3,7 @@
 import copy
 import gc
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -17,9 +17,11 @@ from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
 from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, UsageError, printable
-from surgery.hosts.model import live_site, op_of, unfit
+from surgery.hosts.model import live_site
+from surgery.hosts.recognition import op_of, unfit
 from surgery.hosts.tree import Place, State, places, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
+from surgery.ops.linear import LAYOUTS
 from surgery.procedures.merge import refuse_merged, unmerge
 
 Wrapper = TypeVar("Wrapper", Adapted, Replaced)
@@ -65,7 +67,16 @@ class Tree:
         """Is it of what "all-linear" stands for, output heads aside?"""
         module = self.modules[name]
         op = op_of(module.base_layer if isinstance(module, Adapted) else module)
-        return op is not None and op.name != "embedding"
+        return op is not None and op.name in LAYOUTS
+
+    def spelled(self, names: Iterable[str]) -> dict[str, str]:
+        """What is adapted with `names`, as PEFT spells each: an attention layer has its out_proj with it."""
+        found = {name: name for name in names}
+        for name in list(found):
+            module = self.modules[name]
+            if isinstance(module.base_layer if isinstance(module, Adapted) else module, nn.MultiheadAttention):
+                found[f"{name}.out_proj"] = f"{name}.base_layer.out_proj"
+        return found
 
     def site(self, name: str) -> Site:
         """The site at a path. MatchError if no op of ours acts there."""
@@ -75,8 +86,8 @@ class Tree:
         if op is None:
             kind = f"{type(base).__module__}.{type(base).__name__}"
             raise MatchError(
-                f"{printable(name)}: a {kind}; Linear, Conv1D and Embedding can be adapted; "
-                "name their paths, or exclude this one"
+                f"{printable(name)}: a {kind}; Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d and "
+                "MultiheadAttention can be adapted; name their paths, or exclude this one"
             )
         why = unfit(base)
         if why is not None:
@@ -118,8 +129,8 @@ def inject(
     for field, entries in config.unused(first.keys()).items():
         refuse_unmatched(field, entries, first.keys())
     sites = {}
-    for name in first:
-        site, method = tree.site(name), config.method(name)
+    for name, spelling in tree.spelled(first).items():
+        site, method = tree.site(name), config.method(spelling)
         sites[name] = site, method, method.init(site)
     saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
     fit(tree, adapter, Fitting(config, sites, saved), trainable)

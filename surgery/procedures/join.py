@@ -7,10 +7,11 @@ from torch import Tensor
 
 from surgery.adapters.peft import check_shapes
 from surgery.core.adapter import Adapter, Layer, Weighted, bias_layers, shape_of
-from surgery.core.names import Prefix, nearest, prefix_between, suffix_hits
+from surgery.core.names import Prefix, in_base, nearest, prefix_between, suffix_hits
 from surgery.core.site import RawDtype, Site, TensorInfo
 from surgery.errors import FormatError, InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.ops.attention import attention_site
 from surgery.ops.bias import bias_site
 from surgery.procedures.op_choice import OpChoice
 from surgery.procedures.tying import tying_of, vocabulary
@@ -40,10 +41,10 @@ class Joined:
         self.refusals: list[InputError] = []
         self.layers: dict[str, tuple[Site, Layer]] = {}
         self.wholes: dict[str, Whole] = {}
-        known = {site.name: site for site in base.sites() if "weight" in site.tensors}
+        known = {site.name: site for site in map(attention_site, base.sites()) if "weight" in site.tensors}
         if self.tying is not None and self.tying.separable:
             known[self.tying.head.name] = self.tying.head
-        self.prefix = prefix_between(list(given.adapter.sites), known) or Prefix()
+        self.prefix = prefix_between([in_base(name) for name in given.adapter.sites], known) or Prefix()
         self._copies()
         self._saved()
         self.known = {name: self._as_grown(site) for name, site in known.items()}
@@ -55,7 +56,7 @@ class Joined:
         return [name for name in self.wholes if self._info(name) is None]
 
     def _sites(self) -> None:
-        found = {name: self.known.get(self.prefix.of(name)) for name in self.adapter.sites}
+        found = {name: self.known.get(self.prefix.of(in_base(name))) for name in self.adapter.sites}
         choice = OpChoice(
             self.base, self.adapter, {name: one for name, one in found.items() if one is not None}, self.ops
         )
@@ -84,6 +85,7 @@ class Joined:
                 f"{printable(name)}: {site.acting.name}, as --op says, it does not fit the adapter; leave --op out"
             )
         check_shapes(name, params, wanted, self.adapter.where)
+        method.refuse_merge(site)
         return Layer(method.weighted(self.weight), params, self.index, name)
 
     def _copies(self) -> None:

@@ -133,6 +133,8 @@ def refuse_merged(root: nn.Module, what: str) -> None:
 def _changes(name: str, layer: Adapted) -> tuple[Change, ...]:
     """What the active adapters make of a layer's weight and bias; the factors are cloned, for training may go on."""
     site = live_site(name, layer.base_layer, layer.op)
+    for one in layer.layers():
+        one.method.refuse_merge(site)
     device = layer.base_weight.device
     layers = [
         Layer(one.method, {role: values.to(device, copy=True) for role, values in one.params.items()})
@@ -145,7 +147,8 @@ def _changes(name: str, layer: Adapted) -> tuple[Change, ...]:
 
 def _parameter(layer: Adapted, change: Change) -> Tensor:
     """What the change is of."""
-    held: Tensor = layer.base_layer.bias if change.site.acting.name == Bias.name else layer.base_weight
+    role = "bias" if change.site.acting.name == Bias.name else "weight"
+    held: Tensor = getattr(layer.base_layer, layer.op.roles.get(role, role))
     return held
 
 
@@ -157,13 +160,14 @@ def _here(layer: Adapted) -> tuple[LiveUndo, ...]:
 
 def _refuse_tied(root: nn.Module, layers: Mapping[str, Adapted], changes: Mapping[str, tuple[Change, ...]]) -> None:
     """MatchError where another module holds the very parameter."""
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, dict[str, nn.Module]] = {}
     for name, module in root.named_modules():
         for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), []).append(name)
+            owners.setdefault(id(parameter), {})[name] = module
     for name, layer in layers.items():
         for change in changes[name]:
-            others = [owner for owner in owners[id(_parameter(layer, change))] if owner != f"{name}.base_layer"]
+            holding = owners[id(_parameter(layer, change))].items()
+            others = [owner for owner, module in holding if module is not layer.base_layer]
             if others:
                 what = "bias" if change.site.acting.name == Bias.name else "weight"
                 raise MatchError(

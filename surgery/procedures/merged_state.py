@@ -1,6 +1,6 @@
 """The state_dict that a live model would have, were its adapters merged and taken out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -36,17 +36,19 @@ def plain_state(root: nn.Module) -> dict[str, Tensor]:
         elif isinstance(place.module, Replaced):
             running = place.module.running is not place.module.original_module
             inner[place.name] = f"modules_to_save.{place.module.active[-1]}." if running else "original_module."
-    found = {}
-    for name, values in root.state_dict().items():
-        wrapper = next((path for path in _parents(name) if path in inner), None)
-        if wrapper is None:
-            found[name] = values
-        elif name.startswith(f"{wrapper}.{inner[wrapper]}"):
-            found[f"{wrapper}." + name.removeprefix(f"{wrapper}.{inner[wrapper]}")] = values
-    return found
+    named = ((_plain(name, inner), values) for name, values in root.state_dict().items())
+    return {name: values for name, values in named if name is not None}
 
 
-def _parents(name: str) -> Iterator[str]:
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
+def _plain(name: str, inner: Mapping[str, str]) -> str | None:
+    """A name without what wrappers, by the paths they stand at, put into it; None for what is an adapter's own."""
+    path, rest = "", name
+    while "." in rest:
+        head, _, rest = rest.partition(".")
+        path += head
+        if path in inner:
+            if not rest.startswith(inner[path]):
+                return None
+            rest = rest.removeprefix(inner[path])
+        path += "."
+    return path + rest

@@ -2,6 +2,7 @@
 by the architecture, and only then by `fan_in_fan_out`, which PEFT is known to write wrongly."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from surgery.core.adapter import Adapter, shape_of
@@ -11,11 +12,13 @@ from surgery.core.site import Site
 from surgery.errors import MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.ops import OPS
+from surgery.ops.attention import Attention
+from surgery.ops.convolution import Convolution
+from surgery.ops.linear import LAYOUTS
 
 # The families of transformers whose projections are stored transposed, and the names of those.
 CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
 CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
-LAYOUTS = ("linear", "conv1d")
 
 
 class OpChoice:
@@ -26,21 +29,40 @@ class OpChoice:
         self._found: dict[str, str | None] = {}  # by layout, the site that contradicts it
 
     def of(self, name: str) -> Op:
-        """ShapeError for a weight that is no matrix; MatchError where what is known contradicts itself."""
+        """ShapeError for a weight of no op's shape; MatchError where what is known contradicts itself."""
         site = self.sites[name]
-        if len(site.weight.shape) != 2:
+        if not 2 <= len(site.weight.shape) <= 5:
             raise ShapeError(
-                f"{printable(name)}: its weight is {list(site.weight.shape)}; a matrix is wanted; "
-                "this kind of layer is not supported yet"
+                f"{printable(name)}: its weight is {list(site.weight.shape)}; a matrix or a convolution's kernel is "
+                "wanted; this kind of layer is not supported yet"
             )
         for entry in suffix_hits(self.told.keys(), name) or suffix_hits(self.told.keys(), site.name):
             return OPS[self.told[entry]]
         if name in self.adapter.ops:
             return OPS[self.adapter.ops[name]]
+        if site.weight.name.endswith(f".{Attention.roles['weight']}"):
+            return OPS[Attention.name]
+        if len(site.weight.shape) > 2:
+            return self._convolution(name)
         fits = [OPS[key] for key in LAYOUTS if self._fits(name, OPS[key])]
         if len(fits) < 2:
             return fits[0] if fits else OPS["linear"]
         return self._square(name)
+
+    def _convolution(self, name: str) -> Op:
+        """In as many groups as the adapter has channels for, if not in one; the base's files tell no more than a share.
+
+        ShapeError for a kernel of nothing.
+        """
+        shape = self.sites[name].weight.shape
+        if 0 in shape:
+            raise ShapeError(f"{printable(name)}: its weight is {list(shape)}, without an element; nothing acts so")
+        params = self.adapter.sites[name]
+        shapes = [shape_of(params, role) for role in params]
+        found = {one[1] // shape[1] for one in shapes if len(one) > 2}
+        kernel = Convolution(kernel=shape[2:])
+        chosen = (replace(kernel, groups=groups) for groups in sorted({1, *found}) if groups)
+        return next((op for op in chosen if self._fits(name, op)), kernel)
 
     def _square(self, name: str) -> Op:
         """The layout of a square weight, which no shape tells."""
@@ -65,14 +87,17 @@ class OpChoice:
     def _against(self, told: Op) -> str | None:
         """A site whose shapes contradict what the config tells of all."""
         for name in self.adapter.sites:
-            fits = [op for op in LAYOUTS if name in self.sites and self._fits(name, OPS[op])]
+            here = self.sites.get(name)
+            if here is None or len(here.weight.shape) != 2:
+                continue
+            fits = [op for op in LAYOUTS if self._fits(name, OPS[op])]
             if len(fits) == 1 and fits != [told.name] and name not in self.adapter.ops:
                 return name
         return None
 
     def _fits(self, name: str, op: Op) -> bool:
         site = self.sites[name]
-        if "weight" not in site.tensors or len(site.weight.shape) != 2 or name in self.adapter.ops:
+        if "weight" not in site.tensors or name in self.adapter.ops:
             return name in self.adapter.ops
         specs = self.adapter.config.method(name).tensors(site.with_op(op))
         return all(shape_of(self.adapter.sites[name], role) == spec.shape for role, spec in specs.items())

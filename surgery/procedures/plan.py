@@ -15,8 +15,9 @@ from surgery.core.source import TILE_ELEMENTS
 from surgery.errors import InputError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import Change
+from surgery.methods.lora import TWICE
+from surgery.ops.linear import LAYOUTS
 from surgery.procedures.draft import Draft
-from surgery.procedures.op_choice import LAYOUTS
 from surgery.procedures.true_config import true_config
 
 _RUNTIME_BYTES = 300_000_000  # Python and torch themselves
@@ -150,6 +151,11 @@ def _notes(adapter: Adapter) -> list[str]:
     notes = [
         f"{where}: target_modules entry {printable(entry)!r} has no tensors"
         for entry in unmatched(config, adapter.sites.keys())
+    ]
+    notes += [
+        f"{where}: {printable(site)}: its delta counts twice, as in PEFT up to 0.21.2, with which it was trained"
+        for site in adapter.sites
+        if site.endswith(TWICE)
     ]
     for entry in sorted(config.modules_to_save or ()):
         if not any(f".{entry}." in f".{name}" for name in adapter.saved):

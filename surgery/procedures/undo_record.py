@@ -196,7 +196,7 @@ class UndoRecord:
     def _change(self, info: TensorInfo, merged: Checkpoint, adapters: Sequence[Weighted]) -> Change:
         field = self.tensors[info.name]
         there = merged.at[info.name][1].info if info.name in merged.at else None
-        op = ROLES[field["op"]] if field.get("op") else None
+        op = ROLES[field["op"]].over(info.shape) if field.get("op") else None
         layers = []
         for index, name in field.get("layers", ()):
             adapter, weight = adapters[index]

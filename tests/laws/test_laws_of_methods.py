@@ -6,20 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from op_examples import EXAMPLES, GROUPED, IN, OUT, beside, shape_given, site_of
 from rational import same_bits
 from torch import Tensor
 
 from surgery.core.arithmetic import exact_product, float_product, round_once, ulp
-from surgery.core.method import Additive, Dense, Elementwise, Method, Params
+from surgery.core.method import Additive, Dense, Elementwise, Method, Params, Spec
 from surgery.core.op import WHOLE, Op
-from surgery.core.site import Site, TensorInfo
 from surgery.core.undo import Recorder, Restorer, accumulate
 from surgery.errors import MatchError, ValueRangeError
 from surgery.methods import METHODS
-from surgery.ops import OPS
 from surgery.ops.bias import Bias
 
-OUT, IN = 12, 10
 EPS = torch.finfo(torch.float64).eps
 
 # By method, the settings to hold the laws for besides its defaults; each leaves a fresh adapter without effect.
@@ -33,7 +31,13 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     "IA3": [{"feedforward_modules": ["layer"]}],
 }
 NEEDED: Mapping[str, dict[str, Any]] = {"IA3": {"feedforward_modules": []}}  # settings that have no default
-UNFIT = {("IA3", "embedding")}  # which refuse each other
+UNFIT = {  # which refuse each other, and what is said of it; the last where it would be merged
+    ("IA3", "embedding"): "an embedding",
+    ("IA3", "scaled embedding"): "an embedding",
+    ("IA3", "convolution over one axis"): "a Conv1d",
+    ("IA3", "attention"): "an attention",
+    ("LORA", GROUPED): "in groups",
+}
 
 
 def made(name: str, **settings: Any) -> Method:
@@ -41,25 +45,20 @@ def made(name: str, **settings: Any) -> Method:
 
 
 CASES = [
-    pytest.param(made(name, **settings), op, id=f"{name}-{index}-{op.name}")
+    pytest.param(made(name, **settings), op, id=f"{name}-{index}-{example}")
     for name in METHODS
     for index, settings in enumerate([{}, *VARIANTS.get(name, [])])
-    for op in OPS.values()
-    if (name, op.name) not in UNFIT
+    for example, op in EXAMPLES.items()
+    if (name, example) not in UNFIT and not (op.roles and "lora_dropout" in settings)
 ]
 each_case = pytest.mark.parametrize(("method", "op"), CASES)
-each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
-each_pair = pytest.mark.parametrize(("name", "op"), [(n, op) for n in METHODS for op in OPS.values()], ids=str)
+each_op = pytest.mark.parametrize("op", [op for op in EXAMPLES.values() if op.groups == 1], ids=lambda op: op.name)
+each_pair = pytest.mark.parametrize(("name", "example"), [(n, e) for n in METHODS for e in EXAMPLES], ids=str)
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def site_of(op: Op) -> Site:
-    stored = tuple(op.stored(torch.empty(OUT, IN)).shape)
-    return Site("layer", {"weight": TensorInfo("layer.weight", torch.float32, stored)}, op)
 
 
 def trained(method: Method, op: Op, dtype: torch.dtype = torch.float64) -> Params:
@@ -69,7 +68,19 @@ def trained(method: Method, op: Op, dtype: torch.dtype = torch.float64) -> Param
 
 def given(op: Op, dtype: torch.dtype, *batch: int) -> Tensor:
     """An input [*batch, in]; an embedding's is one index in place of `in` numbers."""
-    return torch.randint(0, IN, batch) if op.name == "embedding" else torch.randn(*batch, IN, dtype=dtype)
+    shape = shape_given(op, *batch)
+    return torch.randint(0, IN, shape) if op.name == "embedding" else torch.randn(*shape, dtype=dtype)
+
+
+def matrices(method: Method, op: Op, p: Params) -> Params:
+    """As its merge takes them."""
+    return method.matrices(p, site_of(op))
+
+
+def joined(method: Method, op: Op) -> Mapping[str, Spec]:
+    """Its tensors over the op, of an adapter that is to be merged."""
+    method.refuse_merge(site_of(op))
+    return method.tensors(site_of(op))
 
 
 def magnitude(op: Op, x: Tensor, matrix: Tensor) -> Tensor:
@@ -92,13 +103,13 @@ def test_tensors_are_shaped_as_init_makes_them(method: Method, op: Op):
 
 
 @each_pair
-def test_tensors_are_spelled_as_the_config_reads_them(name: str, op: Op):
-    config = METHODS[name]
-    if (name, op.name) in UNFIT:
-        with pytest.raises(MatchError, match=f"layer: an {op.name}"):
-            made(name).tensors(site_of(op))
+def test_tensors_are_spelled_as_the_config_reads_them(name: str, example: str):
+    config, op = METHODS[name], EXAMPLES[example]
+    if (name, example) in UNFIT:
+        with pytest.raises(MatchError, match=f"layer: .*{UNFIT[name, example]}"):
+            joined(made(name), op)
         return
-    specs = made(name).tensors(site_of(op))
+    specs = joined(made(name), op)
     assert len({spec.spelling for spec in specs.values()}) == len(specs)
     for role, spec in specs.items():
         read = config.spellings[spec.spelling]
@@ -122,7 +133,8 @@ def test_loras_orthogonal_start_leaves_the_output_equal_within_its_rounding(op: 
     p, x = {role: values.double() for role, values in method.init(site_of(op)).items()}, given(op, torch.float64, 4)
     moved = method.branch(x, lambda x: op.apply(x, torch.zeros(OUT, IN).double()), op, p, False).abs()
     # float32 rounds the entries of a rotation and of A and B, each a sum of up to r terms.
-    size = abs(method.scaling) * magnitude(op, x, p["B"].abs() @ p["A"].abs())
+    held = matrices(method, op, p)
+    size = abs(method.scaling) * magnitude(op, x, held["B"].abs() @ held["A"].abs())
     assert bool((moved <= 4 * r * torch.finfo(torch.float32).eps * size).all())
     assert bool(p["A"].any())
     assert bool(p["B"].any())
@@ -131,7 +143,7 @@ def test_loras_orthogonal_start_leaves_the_output_equal_within_its_rounding(op: 
 @each_case
 def test_a_fresh_adapter_leaves_the_merged_weight_equal(method: Method, op: Op):
     matrix = torch.randn(OUT, IN, dtype=torch.float64)
-    merged = method.merge(Dense(matrix), method.init(site_of(op)), WHOLE, exact_product)
+    merged = method.merge(Dense(matrix), matrices(method, op, method.init(site_of(op))), WHOLE, exact_product)
     assert torch.equal(merged.weight, matrix)
 
 
@@ -139,12 +151,12 @@ def test_a_fresh_adapter_leaves_the_merged_weight_equal(method: Method, op: Op):
 def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op):
     base = Dense(torch.randn(OUT, IN).double(), torch.randn(OUT).double())
     p, x = trained(method, op), given(op, torch.float64, 5, 3)
-    merged = method.merge(base, p, WHOLE, exact_product)
+    merged = method.merge(base, matrices(method, op, p), WHOLE, exact_product)
     branch = method.branch(x, lambda x: op.apply(x, base.weight, base.bias), op, p, False)
     apart = (branch - op.apply(x, merged.weight, merged.bias)).abs()
     # Each weight may be off by the spread; each forward sums at most in + 2 terms, rounded each time.
-    spread = magnitude(op, x, method.spread(p, WHOLE).expand(OUT, IN))
-    biases = base.bias.abs() + merged.bias.abs()
+    spread = magnitude(op, x, method.spread(matrices(method, op, p), WHOLE).expand(OUT, IN))
+    biases = beside(op, base.bias.abs() + merged.bias.abs())
     rounding = (IN + 2) * EPS * (magnitude(op, x, base.weight) + magnitude(op, x, merged.weight) + biases)
     assert bool((apart <= spread + rounding).all())
     effect = (branch - op.apply(x, base.weight, base.bias)).abs()
@@ -153,9 +165,9 @@ def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op
 
 @each_pair
 @pytest.mark.parametrize("weight", [1.0, -0.5, 2.0])
-def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str, op: Op, weight: float):
-    method = made(name).weighted(weight)
-    if (name, op.name) in UNFIT:
+def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str, example: str, weight: float):
+    method, op = made(name).weighted(weight), EXAMPLES[example]
+    if (name, example) in UNFIT:
         return
     p = {role: torch.randint(-3, 4, values.shape).float() for role, values in trained(method, op).items()}
     base = Dense(torch.randint(-9, 10, (OUT, IN)).float(), torch.randint(-9, 10, (OUT,)).float())
@@ -163,7 +175,7 @@ def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str
     x = x.round() if x.is_floating_point() else x
     branch = method.branch(x, lambda x: op.apply(x, base.weight, base.bias), op, p, False)
     for product in (exact_product, float_product):
-        merged = method.merge(base, p, WHOLE, product)
+        merged = method.merge(base, matrices(method, op, p), WHOLE, product)
         assert torch.equal(branch, op.apply(x, merged.weight.float(), merged.bias))
     assert not torch.equal(branch, op.apply(x, base.weight, base.bias))
 
@@ -182,7 +194,8 @@ def test_a_branch_is_differentiable_in_every_tensor(method: Method, op: Op):
 def test_a_merge_of_tiles_is_the_merge_of_the_whole_to_the_bit(method: Method, op: Op, step: int, dtype: torch.dtype):
     if method.couples:  # its tiles are chosen by what it couples
         return
-    p, stored = trained(method, op, torch.float32), op.stored(torch.randn(OUT, IN)).contiguous().to(dtype).double()
+    p = matrices(method, op, trained(method, op, torch.float32))
+    stored = op.stored(torch.randn(OUT, IN)).contiguous().to(dtype).double()
     whole = op.stored(method.merge(Dense(op.matrix(stored)), p, WHOLE, exact_product).weight)
     for rows in stored_tiles(op, step):
         part = method.merge(Dense(op.matrix(stored[rows])), p, op.tile(rows), exact_product).weight
@@ -192,7 +205,7 @@ def test_a_merge_of_tiles_is_the_merge_of_the_whole_to_the_bit(method: Method, o
 
 @each_case
 def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, op: Op):
-    p = trained(method, op, torch.bfloat16)
+    p = matrices(method, op, trained(method, op, torch.bfloat16))
     whole = op.stored(method.spread(p, WHOLE).expand(OUT, IN))
     assert bool((whole > 0).all() if isinstance(method, Additive) else (whole >= 0).all())
     for rows in stored_tiles(op, 5):
@@ -202,7 +215,7 @@ def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, o
 
 @each_case
 def test_steps_are_the_merge_and_undo_takes_them_back(method: Method, op: Op):
-    p, w = trained(method, op), torch.randn(OUT, IN).double()
+    p, w = matrices(method, op, trained(method, op)), torch.randn(OUT, IN).double()
     step = method.steps(p, WHOLE, exact_product)
     if step is None:
         assert method.undo != "index"
@@ -225,7 +238,7 @@ def test_steps_are_the_merge_and_undo_takes_them_back(method: Method, op: Op):
 def test_what_a_step_says_of_rounding_covers_the_merge_in_the_dtype_of_the_weight(
     method: Method, op: Op, dtype: torch.dtype
 ):
-    p, w = trained(method, op, dtype), torch.randn(OUT, IN).to(dtype)
+    p, w = matrices(method, op, trained(method, op, dtype)), torch.randn(OUT, IN).to(dtype)
     step = method.steps(p, WHOLE, exact_product)
     assert step is not None
     exact = step.apply(w.double())
@@ -239,7 +252,7 @@ def test_what_a_step_says_of_rounding_covers_the_merge_in_the_dtype_of_the_weigh
 
 @each_case
 def test_a_method_that_changes_a_bias_does_so_as_its_steps_over_a_matrix_of_one_column(method: Method, op: Op):
-    p, base = trained(method, op), Dense(torch.randn(OUT, IN).double(), torch.randn(OUT).double())
+    p, base = matrices(method, op, trained(method, op)), Dense(torch.randn(OUT, IN).double(), torch.randn(OUT).double())
     merged, on_bias = method.merge(base, p, WHOLE, exact_product), method.for_bias()
     if on_bias is None:
         assert merged.bias is base.bias
@@ -256,7 +269,7 @@ def test_a_method_that_changes_a_bias_does_so_as_its_steps_over_a_matrix_of_one_
 def test_a_merge_comes_back_to_the_bit_from_its_index(method: Method, op: Op, dtype: torch.dtype):
     if method.undo != "index":
         return
-    p, stored = trained(method, op), op.stored(torch.randn(OUT, IN)).to(dtype)
+    p, stored = matrices(method, op, trained(method, op)), op.stored(torch.randn(OUT, IN)).to(dtype)
 
     def steps(rows: slice) -> list[Elementwise]:
         step = method.steps(p, op.tile(rows), exact_product)
@@ -277,7 +290,7 @@ def test_a_merge_comes_back_to_the_bit_from_its_index(method: Method, op: Op, dt
 @each_case
 @pytest.mark.parametrize("weight", [0.5, -2.0, 0.0])
 def test_a_weight_scales_what_a_merge_changes(method: Method, op: Op, weight: float):
-    p, w = trained(method, op), torch.randn(OUT, IN).double()
+    p, w = matrices(method, op, trained(method, op)), torch.randn(OUT, IN).double()
     merged, weighted = (
         one.merge(Dense(w), p, WHOLE, exact_product).weight for one in (method, method.weighted(weight))
     )
@@ -293,6 +306,6 @@ def test_a_weight_scales_what_a_merge_changes(method: Method, op: Op, weight: fl
 def test_tensors_that_are_not_finite_are_refused_where_a_merge_begins(method: Method, op: Op, bad: float):
     for role in trained(method, op):
         p = trained(method, op)
-        p[role][0, 0] = bad
+        p[role].view(-1)[0] = bad
         with pytest.raises(ValueRangeError, match="NaN or infinity"):
-            method.steps(p, WHOLE, exact_product)
+            method.steps(matrices(method, op, p), WHOLE, exact_product)

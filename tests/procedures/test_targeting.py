@@ -182,7 +182,7 @@ class Renamed(nn.Linear):
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Conv2d(2, 2, 1), Doubled(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.LayerNorm(2)],
+    [nn.ConvTranspose2d(2, 2, 1), Doubled(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.LayerNorm(2)],
     ids=lambda m: type(m).__name__,
 )
 def test_a_module_that_is_none_of_ours_is_refused_and_nothing_changes(module: nn.Module) -> None:
