@@ -106,13 +106,13 @@ def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256:
     saved: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     ops = {}
-    entries = frozenset(config.modules_to_save or ())
+    entries, endings = frozenset(config.modules_to_save or ()), config.endings()
     for key, values in tensors:
         name = key.removeprefix(PREFIX)
-        spelled = next((end for end in suffixes(name) if end in config.spellings), None)
+        spelled = next((end for end in suffixes(name) if end in endings), None)
         if spelled is not None and values.is_floating_point():
             site = name.removesuffix(spelled).rstrip(".")
-            role, op = config.spellings[spelled]
+            role, op = endings[spelled]
             if role in sites.setdefault(site, {}):
                 raise FormatError(f"{printable(where)}: {printable(site)} has two tensors {role}; one is wanted")
             sites[site][role] = values
@@ -127,7 +127,7 @@ def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256:
         else:
             raise FormatError(
                 f"{printable(where)}: no place for {printable(key)} ({SPELLINGS[values.dtype]}); "
-                f"{config.peft_type} tensors end in {', '.join(config.spellings)}; was it renamed?"
+                f"{config.peft_type} tensors end in {', '.join(endings)}; was it renamed?"
             )
     _check_complete(config, sites, where)
     _resolve(config, sites, where)
@@ -149,7 +149,7 @@ def _parents(name: str) -> Iterator[str]:
 
 def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
     """Each site has every role; an adapter has at least one site."""
-    roles = {spelling.role for spelling in config.spellings.values()}
+    roles = {spelling.role for spelling in config.endings().values()}
     if not sites:
         raise FormatError(f"{printable(where)}: no {config.peft_type} tensor in it; was it saved without its weights?")
     for site, held in sites.items():

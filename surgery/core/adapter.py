@@ -19,6 +19,12 @@ class Layer(NamedTuple):
     params: Params
     adapter: int = 0
     name: str = ""  # of the site, as the adapter has it
+    sums: Tensor | None = None  # along what the method couples, of the whole weight
+
+    @property
+    def told(self) -> Params:
+        """The tensors, and what the sums tell where these are known."""
+        return self.params if self.sums is None else self.method.told(self.params, self.sums)
 
 
 def bias_layers(layers: Iterable[Layer]) -> tuple[Layer, ...]:

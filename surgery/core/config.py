@@ -78,6 +78,10 @@ class AdapterConfig(ABC):
     def method(self, name: str) -> Method:
         """The method at the site `name`, with patterns resolved."""
 
+    def endings(self) -> Mapping[str, Spelling]:
+        """Of `spellings` those that tensors of this very config have, each role's own last."""
+        return self.spellings
+
     def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:  # noqa: ARG002  # for those that have such
         """By field beside the selection, its entries that mean none of the adapted `names`."""
         return {}

@@ -1,7 +1,7 @@
 """Merged and Unmerged: a host as it reads with adapters laid over it, or taken off again."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from surgery.core.site import Site
 from surgery.core.source import Source
 from surgery.core.undo import Restorer, accumulate
 from surgery.errors import ValueRangeError, printable
+from surgery.hosts.couplings import Couplings, coupled
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Merged:
         self.source, self.watch = source, watch
         self.changes = {change.site.name: change for change in changes}
         self.products: dict[str, tuple[ExactProduct, ...]] = {}  # by the weights of which some tiles are read
+        self.couplings: dict[str, Couplings] = {}  # the same
 
     def sites(self) -> Iterable[Site]:
         return [change.site for change in self.changes.values()]
@@ -82,11 +84,13 @@ class Merged:
         """ValueRangeError where the base or the outcome is not finite."""
         change, rows = self.changes[site.name], site.rows(rows)
         products = self.products.setdefault(site.name, change.products())
+        if coupled(change.layers):
+            change = self._told(change, rows, products)
         if _last(site, rows):
             del self.products[site.name]
-        original = None if change.origin is None else self.source.load(change.origin, rows)
-        begin = _begin(change, original, rows)
-        weight = codec_of(begin, printable(site.weight.name)).decode(begin, torch.float64)
+            self.couplings.pop(site.name, None)
+        original, begin = _opened(self.source, change, rows)
+        weight = _decoded(change, begin)
         laid, steps = _lay(change, rows, weight, products)
         outcome = _encode(laid, begin, change)
         merged = outcome.tensors["weight"]
@@ -97,6 +101,19 @@ class Merged:
             chained = None if change.saved is not None or change.new else steps
             self.watch(MergedTile(change, rows, before, merged, chained))
         return outcome
+
+    def _told(self, change: Change, rows: slice, products: Sequence[ExactProduct]) -> Change:
+        """The change whose layers know the sums that these rows need."""
+        if change.site.name not in self.couplings:
+            self.couplings[change.site.name] = Couplings(change.site, change.layers)
+        couplings = self.couplings[change.site.name]
+        try:
+            layers = couplings.told(
+                rows, lambda part: _decoded(change, _opened(self.source, change, part)[1]), products
+            )
+        except ValueRangeError as error:
+            raise ValueRangeError(f"{printable(change.site.name)}: {error}") from error
+        return replace(change, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -154,7 +171,7 @@ def elementwise(change: Change, rows: slice, products: Sequence[Product] | None 
     for layer, product in zip(change.layers, products or change.products(), strict=True):
         op = change.site.acting
         try:
-            step = layer.method.steps(layer.params, op.tile(rows), product)
+            step = layer.method.steps(layer.told, op.tile(rows), product)
         except ValueRangeError as error:
             raise ValueRangeError(f"{printable(change.site.name)}: {error}") from error
         if step is None:
@@ -166,6 +183,24 @@ def elementwise(change: Change, rows: slice, products: Sequence[Product] | None 
 def _stored(step: Elementwise, op: Op, shape: tuple[int, ...]) -> Elementwise:
     """A step of a tile of the matrix, for the same tile as it is stored."""
     return step.seen(lambda values: op.stored(values).expand(shape))
+
+
+def told(source: Source, change: Change) -> Change:
+    """The change whose layers know all sums that they ask for, where a single tile would not tell them."""
+    site = change.site
+    if not coupled(change.layers) or site.acting.tile(site.rows(None))[1] == slice(None):
+        return change
+    return Merged(source, [change])._told(change, site.rows(None), change.products())
+
+
+def _opened(source: Source, change: Change, rows: slice) -> tuple[Packed | None, Packed]:
+    """The host's own rows, if it has them, and what the layers are laid over."""
+    original = None if change.origin is None else source.load(change.origin, rows)
+    return original, _begin(change, original, rows)
+
+
+def _decoded(change: Change, packed: Packed) -> Tensor:
+    return codec_of(packed, printable(change.site.weight.name)).decode(packed, torch.float64)
 
 
 def _begin(change: Change, original: Packed | None, rows: slice) -> Packed:
@@ -192,7 +227,7 @@ def _lay(
     op = change.site.acting
     for layer, product in zip(change.layers, products, strict=True):
         base = Dense(op.matrix(weight))
-        weight = op.stored(layer.method.merge(base, layer.params, op.tile(rows), product).weight)
+        weight = op.stored(layer.method.merge(base, layer.told, op.tile(rows), product).weight)
     return weight, None
 
 

@@ -10,6 +10,7 @@ from surgery.core.adapter import Layer
 from surgery.core.method import Dense, Method, Params
 from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site
+from surgery.core.sums import sum_rows
 from surgery.layers.slot import Slot
 
 Holder = tuple[dict[str, nn.Parameter | None], str]
@@ -30,6 +31,30 @@ class Fitted(NamedTuple):
             assert values is not None
             found[role] = values
         return found
+
+
+class Below:
+    """What lies under an adapter, as its branch sees it: see core.method.Run."""
+
+    __slots__ = ("adapters", "layer", "run")
+
+    def __init__(self, run: Callable[[Tensor], Tensor], layer: "Adapted", adapters: tuple["Fitted", ...]) -> None:
+        self.run, self.layer, self.adapters = run, layer, adapters
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return self.run(x)
+
+    def base(self) -> Dense:
+        return self.layer.dense()
+
+    def bias(self) -> Tensor | None:
+        bias = self.layer.dense().bias
+        for one in self.adapters:
+            on_bias = one.method.for_bias()
+            if on_bias is not None and bias is not None:
+                column = Dense(bias.unsqueeze(1))  # [out, 1]
+                bias = on_bias.merge(column, one.params, WHOLE, torch.matmul).weight.squeeze(1)  # [out]
+        return bias
 
 
 class Adapted(nn.Module):
@@ -58,7 +83,7 @@ class Adapted(nn.Module):
         """Lay an adapter over the layer; it is not active yet."""
         slots = {}
         for role, spec in method.tensors(self.site).items():
-            name, _, leaf = spec.spelling.partition(".")
+            name, leaf = spec.held
             slot = self._modules.get(name)
             if not isinstance(slot, Slot):
                 slot = Slot(leaf)
@@ -105,25 +130,32 @@ class Adapted(nn.Module):
             dtype = below.dtype
             return below
 
-        above: Callable[[Tensor], Tensor] = run
-        for one in self.running[:-1]:
-            above = self._over(one, above)
+        above = Below(run, self, ())
+        for count, one in enumerate(self.running[:-1], 1):
+            above = Below(self._over(one, above), self, self.running[:count])
         out = self._branch(self.running[-1], x, above)
         return out if out.dtype == dtype or dtype is None else out.to(dtype)
 
-    def _over(self, one: Fitted, below: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def dense(self) -> Dense:
+        """The base layer's weight as a matrix, and its bias."""
+        base: Any = self._modules["base_layer"]
+        return Dense(self.op.matrix(base.weight), base._parameters.get("bias"))
+
+    def _over(self, one: Fitted, below: Below) -> Callable[[Tensor], Tensor]:
         return lambda x: self._branch(one, x, below)
 
-    def _branch(self, one: Fitted, x: Tensor, below: Callable[[Tensor], Tensor]) -> Tensor:
+    def _branch(self, one: Fitted, x: Tensor, below: Below) -> Tensor:
         params: Any = {role: held[key] for role, (held, key) in one.holders.items()}
         out: Tensor = one.method.branch(x, below, self.op, params, self.training)
         return out
 
     def _effective(self) -> Dense:
-        base: Any = self._modules["base_layer"]
-        dense = Dense(self.op.matrix(base.weight), base.bias if "bias" in base._parameters else None)
+        dense = base = self.dense()
         for one in self.running:
-            dense = one.method.merge(dense, one.params, WHOLE, torch.matmul)
+            p = one.params
+            if one.method.couples:
+                p = one.method.told(p, sum_rows(one.method.terms(base.weight, p, WHOLE, torch.matmul)))
+            dense = one.method.merge(dense, p, WHOLE, torch.matmul)
         return dense
 
     @property

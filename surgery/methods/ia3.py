@@ -1,7 +1,7 @@
 """(IA)^3: W * l, a factor for each output (of the bias too) or for each input. https://arxiv.org/abs/2205.05638"""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -105,7 +105,7 @@ class Ia3(Method):
         out_features, in_features = site.shape
         return {"l": Spec("ia3_l", (1, in_features) if self.feedforward else (out_features, 1))}
 
-    def init(self, site: Site) -> Params:
+    def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
         return {
             role: (torch.ones if self.ones else torch.randn)(spec.shape) for role, spec in self.tensors(site).items()
         }

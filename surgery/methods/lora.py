@@ -2,8 +2,8 @@
 
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64
 from surgery.core.config import AdapterConfig, Spelling
-from surgery.core.method import Additive, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, printable
+from surgery.methods.dora import Dora
 
 _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
@@ -41,7 +42,6 @@ _NEUTRAL: Mapping[str, Any] = {
     "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
 }
@@ -61,6 +61,8 @@ class LoraConfig(AdapterConfig):
         "lora_B.weight": Spelling("B"),
         "lora_embedding_A": Spelling("A", "embedding"),
         "lora_embedding_B": Spelling("B", "embedding"),
+        "lora_magnitude_vector.weight": Spelling("m"),  # as it is called in PEFT's models, and so in some files
+        "lora_magnitude_vector": Spelling("m"),
     }
     neutral: ClassVar[Mapping[str, Any]] = _NEUTRAL
 
@@ -68,6 +70,7 @@ class LoraConfig(AdapterConfig):
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     fan_in_fan_out: bool = False  # read and written for PEFT; the op decides, see hosts
     init_lora_weights: Init = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -90,11 +93,18 @@ class LoraConfig(AdapterConfig):
         for key, alpha in self.alpha_pattern.items():
             _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
 
-    def method(self, name: str) -> "Lora":
+    def endings(self) -> Mapping[str, Spelling]:
+        absent = set() if self.use_dora else {"m"}
+        return {ending: one for ending, one in self.spellings.items() if one.role not in absent}
+
+    def method(self, name: str) -> "Lora | Dora":
         r = pattern_value(self.rank_pattern, name, self.r)
         alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        return Lora(r=r, scaling=scaling, dropout=self.lora_dropout, start=self.init_lora_weights)
+        plain = Lora(r=r, scaling=scaling, start=self.init_lora_weights)
+        if self.use_dora:
+            return Dora(plain, self.lora_dropout)
+        return replace(plain, dropout=self.lora_dropout)
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ class Lora(Additive):
             "B": Spec(f"{prefix}B{suffix}", (out_features, self.r)),
         }
 
-    def init(self, site: Site) -> Params:
+    def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
         out_features, in_features = site.shape
         A, B = torch.zeros(self.r, in_features), torch.zeros(out_features, self.r)
         if self.start == "orthogonal":
@@ -137,7 +147,7 @@ class Lora(Additive):
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # The grid's bound (see arithmetic), and that of a sum of r products with each operation rounded.
         A, B = exact_float64(p["A"][:, tile[1]]).abs(), exact_float64(p["B"][tile[0]]).abs()
-        unit = max(torch.finfo(factor.dtype).eps / 2 for factor in p.values())
+        unit = max(torch.finfo(p[role].dtype).eps / 2 for role in "AB")
         grid = self.r * 2.0**-21 * B.amax(1, keepdim=True) * A.amax(0, keepdim=True)  # [out, in]
         return abs(self.scaling) * (grid + (self.r + 1) * unit * (B @ A))
 

@@ -101,7 +101,7 @@ def tensors_of(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] |
         if adapter in layer.fitted:
             one = layer.fitted[adapter]
             for role, spec in one.method.tensors(layer.site).items():
-                slot, _, leaf = spec.spelling.partition(".")
+                slot, leaf = spec.held
                 live = f"{name}.{slot}.{adapter}.{leaf}".rstrip(".")
                 found[f"{name}.{spec.spelling}"] = one.params[role] if state_dict is None else _held(state_dict, live)
     for name, module in replaced_modules(root).items():

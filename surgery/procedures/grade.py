@@ -103,10 +103,14 @@ def _start(tile: MergedTile) -> Tensor:
 def _spread(tile: MergedTile, steps: Sequence[Elementwise]) -> Tensor:
     """What the methods themselves leave open; each step carries on what those before it do."""
     total, op = torch.zeros(tile.merged.shape, dtype=torch.float64), tile.change.site.op
+    value = exact_float64(_start(tile)) if steps else total
     for index, layer in enumerate(tile.change.layers):
         assert op is not None
-        total = steps[index].carried(total) if steps else total
-        total = total + op.stored(layer.method.spread(layer.params, op.tile(tile.rows)))
+        if steps:
+            total, value = steps[index].carried(total), steps[index].apply(value)
+        part, p = op.tile(tile.rows), layer.told
+        total = total + op.stored(layer.method.spread(p, part))
+        total = total + op.stored(layer.method.relative_spread(p, part) * op.matrix(value).abs())
     return total
 
 

@@ -38,6 +38,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "lora_alpha": numbers,
         "lora_dropout": st.floats(0, 1, exclude_max=True),
         "use_rslora": st.booleans(),
+        "use_dora": st.booleans(),
         "fan_in_fan_out": st.booleans(),
         "init_lora_weights": st.sampled_from([True, False, "gaussian", "orthogonal"]),
         "rank_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
