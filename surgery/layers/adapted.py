@@ -81,16 +81,15 @@ class Adapted(nn.Module):
 
     def fit(self, adapter: str, method: Method, params: Params, trainable: bool) -> None:
         """Lay an adapter over the layer; it is not active yet."""
-        slots = {}
+        slots, holders = {}, {}
         for role, spec in method.tensors(self.site).items():
             name, leaf = spec.held
             slot = self._modules.get(name)
             if not isinstance(slot, Slot):
-                slot = Slot(leaf)
+                slot = Slot()
                 self._modules[name] = slot
-            slot.put(adapter, params[role], trainable)
-            slots[role] = slot
-        holders = {role: slot.holder(adapter) for role, slot in slots.items()}
+            slot.put(adapter, leaf, params[role], trainable)
+            slots[role], holders[role] = slot, slot.holder(adapter, leaf)
         self.fitted[adapter] = Fitted(method, holders, slots)
 
     def unfit(self, adapter: str) -> None:

@@ -51,9 +51,9 @@ class Dora(Method):
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:
         fresh, weight = self.lora.init(site, base), base().weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
         norms = [self._norm(weight[rows].cpu(), fresh, rows) for rows in row_tiles(site.shape, TILE_ELEMENTS)]
-        return {**fresh, "m": torch.cat(norms).to(dtype)}
+        m = torch.cat(norms).to(torch.promote_types(weight.dtype, torch.float32))
+        return {**fresh, "m": m.view(self.tensors(site)["m"].shape)}
 
     def terms(self, base: Tensor, p: Params, tile: Tile, product: Product) -> Tensor:
         V = exact_float64(base.detach()) + self.lora.steps(p, tile, product).values.detach()

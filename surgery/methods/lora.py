@@ -18,6 +18,7 @@ from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, printable
 from surgery.methods.dora import Dora
+from surgery.methods.lora_bias import LoraBias
 
 _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
@@ -33,7 +34,6 @@ _NEUTRAL: Mapping[str, Any] = {
     "kasa_config": None,
     "layer_replication": None,
     "loftq_config": {},
-    "lora_bias": False,
     "lora_ga_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
@@ -61,6 +61,7 @@ class LoraConfig(AdapterConfig):
         "lora_B.weight": Spelling("B"),
         "lora_embedding_A": Spelling("A", "embedding"),
         "lora_embedding_B": Spelling("B", "embedding"),
+        "lora_B.bias": Spelling("b"),
         "lora_magnitude_vector.weight": Spelling("m"),  # as it is called in PEFT's models, and so in some files
         "lora_magnitude_vector": Spelling("m"),
     }
@@ -71,6 +72,7 @@ class LoraConfig(AdapterConfig):
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False  # B has a bias, which is added to the layer's
     fan_in_fan_out: bool = False  # read and written for PEFT; the op decides, see hosts
     init_lora_weights: Init = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -88,23 +90,28 @@ class LoraConfig(AdapterConfig):
                 f"init_lora_weights is {printable(self.init_lora_weights)!r}; True, False, 'gaussian' and "
                 "'orthogonal' leave the base alone and are supported"
             )
+        if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False)):
+            raise ConfigError(
+                "lora_bias is true; as in PEFT it goes with init_lora_weights True or False, without DoRA"
+            )
         for key, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
             _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
 
     def endings(self) -> Mapping[str, Spelling]:
-        absent = set() if self.use_dora else {"m"}
+        absent = {role for role, asked in (("m", self.use_dora), ("b", self.lora_bias)) if not asked}
         return {ending: one for ending, one in self.spellings.items() if one.role not in absent}
 
-    def method(self, name: str) -> "Lora | Dora":
+    def method(self, name: str) -> "Lora | LoraBias | Dora":
         r = pattern_value(self.rank_pattern, name, self.r)
         alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         plain = Lora(r=r, scaling=scaling, start=self.init_lora_weights)
         if self.use_dora:
             return Dora(plain, self.lora_dropout)
-        return replace(plain, dropout=self.lora_dropout)
+        dropping = replace(plain, dropout=self.lora_dropout)
+        return LoraBias(dropping) if self.lora_bias else dropping
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 2, "rank_pattern": {"layer": 5}, "alpha_pattern": {"layer": 0.3}},
         {"r": 3, "lora_alpha": 5, "use_dora": True},
         {"r": 2, "lora_alpha": -3, "use_dora": True, "init_lora_weights": "gaussian", "use_rslora": True},
+        {"r": 3, "lora_alpha": 5, "lora_bias": True},
     ],
     "IA3": [{"feedforward_modules": ["layer"]}],
 }
@@ -48,7 +49,7 @@ CASES = [
     for name in METHODS
     for index, settings in enumerate([{}, *VARIANTS.get(name, [])])
     for op in OPS.values()
-    if (name, op.name) not in UNFIT
+    if (name, op.name) not in UNFIT and not (op.name == "embedding" and "lora_bias" in settings)
 ]
 each_case = pytest.mark.parametrize(("method", "op"), CASES)
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
@@ -62,7 +63,8 @@ def _seeded() -> None:
 
 def site_of(op: Op) -> Site:
     stored = tuple(op.stored(torch.empty(OUT, IN)).shape)
-    return Site("layer", {"weight": TensorInfo("layer.weight", torch.float32, stored)}, op)
+    bias = TensorInfo("layer.bias", torch.float32, (OUT,))
+    return Site("layer", {"weight": TensorInfo("layer.weight", torch.float32, stored), "bias": bias}, op)
 
 
 def trained(method: Method, op: Op, dtype: torch.dtype = torch.float64) -> Params:
@@ -325,5 +327,6 @@ def test_tensors_that_are_not_finite_are_refused_where_a_merge_begins(method: Me
     for role in trained(method, op):
         p = trained(method, op)
         p[role].view(-1)[0] = bad
+        merges = [one for one in (method, method.for_bias()) if one is not None]
         with pytest.raises(ValueRangeError, match="NaN or infinity"):
-            method.steps(p, WHOLE, exact_product)
+            _ = [one.steps(p, WHOLE, exact_product) for one in merges]

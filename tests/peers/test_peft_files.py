@@ -203,7 +203,6 @@ def test_inject_takes_a_config_however_it_is_spelled(spelled: str, tmp_path: Pat
 @pytest.mark.parametrize(
     "field",
     [
-        {"lora_bias": True},
         {"bias": "lora_only"},
         {"target_parameters": ["mlp.weight"]},
         {"trainable_token_indices": [1]},
