@@ -27,6 +27,22 @@ TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"})
 
+# PEFT's methods that are more than another weight, and why.
+_PROMPT = "it puts tokens of its own before the input"
+_NO_WEIGHT = {
+    "ADAPTION_PROMPT": _PROMPT,
+    "CARTRIDGE": _PROMPT,
+    "CPT": _PROMPT,
+    "LILY": "it chooses among experts by the input",
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "POLY": "it mixes adapters by the task",
+    "PREFIX_TUNING": _PROMPT,
+    "PROMPT_TUNING": _PROMPT,
+    "P_TUNING": _PROMPT,
+    "SHADOW": "it keeps a state beside the layers",
+    "XLORA": "it mixes adapters by the input",
+}
+
 
 class Found(NamedTuple):
     """A tensor of an adapter file."""
@@ -53,8 +69,9 @@ def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
     """The config that `data` spells; FormatError for a `peft_type` that is none of ours."""
     kind = data.get("peft_type")
     if not isinstance(kind, str) or kind not in METHODS:
-        known = ", ".join(METHODS)
-        raise FormatError(f"{where}: peft_type is {printable(kind)!r}; supported are {known}; use PEFT for this one")
+        known = f"supported are {', '.join(METHODS)}; use PEFT for this one"
+        why = f"{_NO_WEIGHT[str(kind)]}, which no merged weight can do; run it in PEFT" if kind in _NO_WEIGHT else known
+        raise FormatError(f"{where}: peft_type is {printable(kind)!r}; {why}")
     return METHODS[kind].from_json(data, where)
 
 

@@ -19,32 +19,11 @@ from surgery.core.site import Site
 from surgery.errors import ConfigError, printable
 from surgery.methods.dora import Dora
 from surgery.methods.lora_bias import LoraBias
+from surgery.methods.lora_fields import NEUTRAL, REASONS
 
 _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
 Init = bool | Literal["gaussian", "orthogonal"]
-
-_NEUTRAL: Mapping[str, Any] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "bias": "none",
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-    "loftq_config": {},
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "qalora_group_size": 16,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "velora_config": None,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +44,8 @@ class LoraConfig(AdapterConfig):
         "lora_magnitude_vector.weight": Spelling("m"),  # as it is called in PEFT's models, and so in some files
         "lora_magnitude_vector": Spelling("m"),
     }
-    neutral: ClassVar[Mapping[str, Any]] = _NEUTRAL
+    neutral: ClassVar[Mapping[str, Any]] = NEUTRAL
+    reasons: ClassVar[Mapping[str, str]] = REASONS
 
     r: int = 8
     lora_alpha: float = 8
@@ -88,7 +68,8 @@ class LoraConfig(AdapterConfig):
         if self.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
             raise ConfigError(
                 f"init_lora_weights is {printable(self.init_lora_weights)!r}; True, False, 'gaussian' and "
-                "'orthogonal' leave the base alone and are supported"
+                "'orthogonal', which leave the base alone, are supported; start with one of them, or convert the "
+                "adapter in PEFT first, by path_initial_model_for_weight_conversion"
             )
         if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False)):
             raise ConfigError(

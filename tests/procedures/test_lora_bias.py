@@ -122,7 +122,7 @@ def test_dora_over_it_leaves_the_bias_as_it_is_then(adapter: Path, x: Tensor, tm
 @pytest.mark.parametrize("layer", [nn.Linear(6, 6, bias=False), nn.Embedding(6, 6)], ids=["no bias", "embedding"])
 def test_a_layer_without_a_bias_is_refused_and_nothing_changes(layer: nn.Module, adapter: Path, tmp_path: Path) -> None:
     model = nn.Sequential(layer)
-    with pytest.raises(MatchError, match="0: .*lora_bias"):
+    with pytest.raises(MatchError, match=r"0: .*lora_bias"):
         surgery.inject(model, LoraConfig(lora_bias=True, target_modules=["0"]))
     assert model[0] is layer
     tensors = {name: values for name, values in net().state_dict().items() if name != "0.bias"}
