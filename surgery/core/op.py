@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 Tile = tuple[slice, slice]
@@ -38,6 +39,10 @@ class Op(ABC):
     @abstractmethod
     def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
         """A second matrix applied to the outcome of `apply`: [*batch, r] -> [*batch, out]."""
+
+    def mix_onto(self, below: Tensor, h: Tensor, matrix: Tensor, scaling: float) -> Tensor:
+        """below + scaling * mix(h, matrix)"""
+        return torch.add(below, self.mix(h, matrix), alpha=scaling)
 
     def accepts_dropout(self) -> bool:
         """Whether the input is made of numbers that dropout may zero."""

@@ -117,7 +117,7 @@ class Dora(Method):
         A, B = p["A"], p["B"]
         if op.accepts_dropout() and x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(A.dtype)
-        return torch.add(below, op.mix(op.apply(x, A), B), alpha=self.lora.scaling)
+        return op.mix_onto(below, op.apply(x, A), B, self.lora.scaling)
 
     def _live_factor(self, weight: Tensor, p: Params) -> Tensor:
         """m / |V|, [out], where m alone has a gradient."""

@@ -147,7 +147,7 @@ class Lora(Additive):
                 x = x.to(A.dtype)
             if training and self.dropout:
                 x = F.dropout(x, self.dropout)
-        return torch.add(below, op.mix(op.apply(x, A), B), alpha=self.scaling)
+        return op.mix_onto(below, op.apply(x, A), B, self.scaling)
 
 
 def _orthogonal(r: int, in_features: int, out_features: int) -> Params:

@@ -105,6 +105,15 @@ def test_mixing_after_applying_is_applying_the_product(op: Op, batch: tuple[int,
 
 
 @each_op
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mixing_onto_is_adding_what_is_mixed(op: Op, batch: tuple[int, ...], dtype: torch.dtype):
+    below, h, B = whole(*batch, OUT).to(dtype), whole(*batch, RANK), whole(OUT, RANK)
+    assert torch.equal(op.mix_onto(below, h, B, -0.5), below - op.mix(h, B) / 2)
+    assert torch.equal(op.mix_onto(below, h.to(dtype), B.to(dtype), 2.0), below + 2 * op.mix(h, B).to(dtype))
+
+
+@each_op
 def test_the_module_is_recognised(op: Op):
     assert op_of(MODULES[op.name](True)) is op
 
