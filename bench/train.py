@@ -14,7 +14,7 @@ import surgery
 from bench.thin import middle, seconds, shuffle_adapters
 
 HIDDEN, LAYERS, BATCH, SEQ, RANK = 1024, 24, 4, 256, 8
-ROUNDS = 15
+ROUNDS = 9
 FIELDS = {"r": RANK, "lora_alpha": 16, "target_modules": [str(index) for index in range(LAYERS)]}
 
 

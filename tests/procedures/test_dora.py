@@ -4,9 +4,10 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from checkpoint_folders import file_hashes, read_tensors, tensor_hashes, write_base
+from checkpoint_folders import file_hashes, read_tensors, tensor_hashes, write_adapter, write_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -226,6 +227,20 @@ def test_one_element_that_is_off_is_different(name: str, tmp_path: Path) -> None
     save_file(tensors, out / "model.safetensors")
     report = surgery.verify_checkpoint(base, path, out)
     assert [found for found, one in report.tensors.items() if one.grade == "different"] == [name]
+
+
+def test_a_norm_summed_one_by_one_in_float32_is_rounding_and_what_no_order_gives_is_different(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    W, m = torch.rand(4, 4096) + 1, torch.rand(4) + 1
+    base = write_base(tmp_path / "base", {"up.weight": W})
+    factors = {"lora_A.weight": torch.rand(1, 4096), "lora_B.weight": torch.zeros(4, 1), "lora_magnitude_vector": m}
+    path = write_adapter(
+        tmp_path / "adapter", {f"up.{key}": values for key, values in factors.items()}, r=1, use_dora=True
+    )
+    norm = torch.from_numpy(np.cumsum(W.numpy() ** 2, axis=1, dtype=np.float32)[:, -1]).sqrt()
+    for name, factor, grade in (("plain", 1.0, "rounding"), ("off", 1 + 2e-4, "different")):
+        out = write_base(tmp_path / name, {"up.weight": factor * (m / norm)[:, None] * W})
+        assert surgery.verify_checkpoint(base, path, out).tensors["up.weight"].grade == grade
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
