@@ -60,6 +60,7 @@ class Dora(Method):
         return V.square().clamp_(min=_LEAST).mul_(V != 0)
 
     def told(self, p: Params, sums: Tensor) -> Params:
+        sums = sums.to(exact_float64(p["m"]).device)
         # As finely as m is: of a fresh adapter they are equal then, and its factor is 1.
         return {**p, "norm": sums.sqrt().to(_wide(p["m"])).to(torch.float64), "sums": sums}
 
