@@ -30,6 +30,22 @@ TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"})
 
+# PEFT's methods that are more than another weight, and why.
+_PROMPT = "it puts tokens of its own before the input"
+_NO_WEIGHT = {
+    "ADAPTION_PROMPT": _PROMPT,
+    "CARTRIDGE": _PROMPT,
+    "CPT": _PROMPT,
+    "LILY": "it chooses among experts by the input",
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "POLY": "it mixes adapters by the task",
+    "PREFIX_TUNING": _PROMPT,
+    "PROMPT_TUNING": _PROMPT,
+    "P_TUNING": _PROMPT,
+    "SHADOW": "it keeps a state beside the layers",
+    "XLORA": "it mixes adapters by the input",
+}
+
 
 class Found(NamedTuple):
     """A tensor of an adapter: its name there is `info.name`."""
@@ -71,8 +87,9 @@ def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
     """The config that `data` spells; FormatError for a `peft_type` that is none of ours."""
     kind = data.get("peft_type")
     if not isinstance(kind, str) or kind not in METHODS:
-        known = ", ".join(METHODS)
-        raise FormatError(f"{where}: peft_type is {printable(kind)!r}; supported are {known}; use PEFT for this one")
+        known = f"supported are {', '.join(METHODS)}; use PEFT for this one"
+        why = f"{_NO_WEIGHT[str(kind)]}, which no merged weight can do; run it in PEFT" if kind in _NO_WEIGHT else known
+        raise FormatError(f"{where}: peft_type is {printable(kind)!r}; {why}")
     return METHODS[kind].from_json(data, where)
 
 
@@ -155,14 +172,14 @@ def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256:
     saved: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     ops = {}
-    entries = frozenset(config.modules_to_save or ())
+    entries, endings = frozenset(config.modules_to_save or ()), config.endings()
     for found in tensors:
         key, dtype = found.info.name, found.info.torch_dtype
         name = key.removeprefix(PREFIX)
-        spelled = next((end for end in suffixes(name) if end in config.spellings), None)
+        spelled = next((end for end in suffixes(name) if end in endings), None)
         if spelled is not None and dtype.is_floating_point:
             site = name.removesuffix(spelled).rstrip(".")
-            role, op = config.spellings[spelled]
+            role, op = endings[spelled]
             if role in sites.setdefault(site, {}):
                 raise FormatError(f"{printable(where)}: {printable(site)} has two tensors {role}; one is wanted")
             sites[site][role] = found
@@ -177,7 +194,7 @@ def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256:
         else:
             raise FormatError(
                 f"{printable(where)}: no place for {printable(key)} ({SPELLINGS[dtype]}); "
-                f"{config.peft_type} tensors end in {', '.join(config.spellings)}; was it renamed?"
+                f"{config.peft_type} tensors end in {', '.join(endings)}; was it renamed?"
             )
     _check_complete(config, sites, where)
     _resolve(config, sites, where)
@@ -204,7 +221,7 @@ def _parents(name: str) -> Iterator[str]:
 
 def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]], where: str) -> None:
     """Each site has every role; an adapter has at least one site."""
-    roles = {spelling.role for spelling in config.spellings.values()}
+    roles = {spelling.role for spelling in config.endings().values()}
     if not sites:
         raise FormatError(f"{printable(where)}: no {config.peft_type} tensor in it; was it saved without its weights?")
     for site, held in sites.items():

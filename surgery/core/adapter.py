@@ -1,14 +1,14 @@
 """Adapter: one config plus its tensors by site; and layer, one method with its tensors at one site."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Method, Params
+from surgery.core.method import Method, Params, Product
 from surgery.core.site import TensorInfo
 
 
@@ -46,6 +46,15 @@ class Layer(NamedTuple):
     params: Params
     adapter: int = 0
     name: str = ""  # of the site, as the adapter has it
+    sums: Tensor | None = None  # along what the method couples, of the whole weight
+
+    @property
+    def told(self) -> Params:
+        """The tensors, and what the sums tell where these are known."""
+        return self.params if self.sums is None else self.method.told(self.params, self.sums)
+
+
+Started = Sequence[tuple[Layer, Product]]  # layers with their tensors in memory, and what their tiles share
 
 
 def bias_layers(layers: Iterable[Layer]) -> tuple[Layer, ...]:

@@ -46,6 +46,7 @@ class AdapterConfig(ABC):
     spellings: ClassVar[Mapping[str, "Spelling"]]  # how PEFT ends the names of its tensors
     files: ClassVar[ConfigFiles]  # set where files are known
     neutral: ClassVar[Mapping[str, Any]]  # fields we know of, and the only value that leaves the maths alone
+    reasons: ClassVar[Mapping[str, str]] = {}  # why another value of those is refused, and the next step
     unwritten: ClassVar[frozenset[str]] = frozenset()  # what PEFT's lacks: in the JSON only where it is set
 
     target_modules: str | Sequence[str] | None = None
@@ -77,6 +78,10 @@ class AdapterConfig(ABC):
     @abstractmethod
     def method(self, name: str) -> Method:
         """The method at the site `name`, with patterns resolved."""
+
+    def endings(self) -> Mapping[str, Spelling]:
+        """Of `spellings` those that tensors of this very config have, each role's own last."""
+        return self.spellings
 
     def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:  # noqa: ARG002  # for those that have such
         """By field beside the selection, its entries that mean none of the adapted `names`."""
@@ -134,10 +139,8 @@ class AdapterConfig(ABC):
                     "remove it if it does not"
                 )
             if value != cls.neutral[name] and value not in (None, False, {}, []):
-                raise FormatError(
-                    f"{where}: {name} is {printable(value)!r}; only {cls.neutral[name]!r} is supported; "
-                    "merge this adapter with the tool that made it"
-                )
+                default = f"only {cls.neutral[name]!r} is supported; merge this adapter with the tool that made it"
+                raise FormatError(f"{where}: {name} is {printable(value)!r}; {cls.reasons.get(name, default)}")
         try:
             return cls(**{name: value for name, value in data.items() if name in own})
         except ConfigError as error:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from surgery.core.site import Site
 
 Params = Mapping[str, Tensor]  # the method's tensors by role, in the paper's letters
 Product = Callable[[Tensor, Tensor, Tile], Tensor]  # [out, r], [r, in] -> the tile of [out, in]
-Run = Callable[[Tensor], Tensor]
 
 
 class Dense(NamedTuple):
@@ -23,11 +22,32 @@ class Dense(NamedTuple):
     bias: Tensor | None = None
 
 
+class Run(Protocol):
+    """The layer below, base or adapters: called with an input it gives its output."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+    def base(self) -> Dense:
+        """The base layer's own weight and bias, without what is laid over them."""
+        ...
+
+    def bias(self) -> Tensor | None:
+        """What the output holds whatever the input: the base layer's bias, as the adapters below leave it."""
+        ...
+
+
 class Spec(NamedTuple):
-    """A method's tensor as PEFT spells it: `lora_A.weight`, and its shape."""
+    """A method's tensor as PEFT spells it, such as `lora_A.weight`, and its shape."""
 
     spelling: str
     shape: tuple[int, ...]
+    live: str = ""  # how a model spells it, where that is otherwise
+
+    @property
+    def held(self) -> tuple[str, str]:
+        """In a model: the name above the adapter's, and the one below it, if there is one."""
+        name, _, leaf = (self.live or self.spelling).partition(".")
+        return name, leaf
 
 
 @dataclass(frozen=True)
@@ -122,6 +142,35 @@ class Scale(Elementwise):
         return after, after
 
 
+@dataclass(frozen=True)
+class Affine(Elementwise):
+    """w * values + added. Where a value is zero, nothing is left of w."""
+
+    added: Tensor
+
+    def apply(self, w: Tensor) -> Tensor:
+        return w * self.values + self.added
+
+    def undo(self, w: Tensor) -> Tensor:
+        return (w - self.added) / self.values
+
+    def falls(self) -> Tensor | None:
+        return Scale(self.values).falls()
+
+    def reach(self, size: Tensor) -> Tensor:
+        return Scale(self.values).reach(size.add_(self.added.abs())).mul_(2)  # of two operations
+
+    def carried(self, error: Tensor) -> Tensor:
+        return error * self.values.abs()
+
+    def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        # Half an ulp of four times as much is what rounding both, and their product, may come to.
+        return 4 * ((before * self.values).abs() + self.added.abs()), after
+
+    def seen(self, view: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, values=view(self.values), added=view(self.added))
+
+
 _FLOOR = 2.0**-1000
 
 
@@ -131,7 +180,7 @@ class Method(ABC):
 
     reproducible: ClassVar[bool]
     undo: ClassVar[Literal["index", "residual", "copy"]]
-    couples: ClassVar[frozenset[str]]
+    couples: ClassVar[frozenset[str]]  # along which axes elements depend on each other, by sums: see `terms`
 
     @abstractmethod
     def tensors(self, site: Site) -> Mapping[str, Spec]:
@@ -145,8 +194,19 @@ class Method(ABC):
         """MatchError where no weight of this site's shape holds what the adapter computes."""
 
     @abstractmethod
-    def init(self, site: Site) -> Params:
-        """Fresh float32 tensors that leave the site's output equal."""
+    def init(self, site: Site, base: Callable[[], Dense]) -> Params:
+        """Fresh float32 tensors that leave the site's output equal; the base is asked for only if they need it."""
+
+    def terms(self, base: Tensor, p: Params, tile: Tile, product: Product) -> Tensor:  # noqa: ARG002  # for those that couple
+        """[out, in] of the tile, where elements depend on each other: what of each is summed along what it couples.
+
+        `base` is the weight before any adapter, as it is of the sums that `told` takes.
+        """
+        return torch.zeros_like(base)
+
+    def told(self, p: Params, sums: Tensor) -> Params:  # noqa: ARG002  # for those that couple
+        """`p` with what the sums [out] of all terms tell: with it, the merge is one of elements."""
+        return p
 
     @abstractmethod
     def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:
@@ -154,7 +214,7 @@ class Method(ABC):
 
     @abstractmethod
     def steps(self, p: Params, tile: Tile, product: Product) -> Elementwise | None:
-        """The merge as an elementwise step of this tile; None where elements depend on each other."""
+        """The merge as an elementwise step of this tile; None where elements depend on what `p` does not tell."""
 
     def for_bias(self) -> "Method | None":
         """What it makes of the site's bias, as a matrix [out, 1]; None leaves it alone."""
@@ -164,6 +224,10 @@ class Method(ABC):
     def spread(self, p: Params, tile: Tile) -> Tensor:
         """[out, in] of the tile, or what broadcasts over it: how far two correct merges in the factors' dtype may
         lie apart, beyond what rounding their outcomes explains."""
+
+    def relative_spread(self, p: Params, tile: Tile) -> Tensor | float:  # noqa: ARG002  # most have none
+        """The same in proportion to the outcome, besides."""
+        return 0.0
 
     @abstractmethod
     def settings(self) -> Mapping[str, str]:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 Tile = tuple[slice, slice]
@@ -63,6 +64,10 @@ class Op(ABC):
     def for_inputs(self, values: Tensor, shape: tuple[int, int]) -> Tensor:  # noqa: ARG002  # as above
         """A number for each channel, [channels], laid over the matrix of this shape: [1, in] or [out, in]."""
         return values.unsqueeze(0)
+
+    def mix_onto(self, below: Tensor, h: Tensor, matrix: Tensor, scaling: float) -> Tensor:
+        """below + scaling * mix(h, matrix)"""
+        return torch.add(below, self.mix(h, matrix), alpha=scaling)
 
     def accepts_dropout(self) -> bool:
         """Whether the input is made of numbers that dropout may zero."""

@@ -20,6 +20,7 @@ def select(config: AdapterConfig, names: Iterable[str], all_linear: Callable[[],
     `all_linear` finds what "all-linear" stands for in this model. ConfigError for a pattern that is no regex, or
     that takes too long.
     """
+    _check_layers(config)
     patience = Patience()
     hit = _matcher(config.target_modules, all_linear, patience)
     excluded = _matcher(config.exclude_modules, tuple, patience)
@@ -100,10 +101,23 @@ def _inside(modules: frozenset[str], name: str) -> bool:
     return any(suffix_hits(modules, ".".join(parts[: count + 1])) for count in range(len(parts)))
 
 
+def _check_layers(config: AdapterConfig) -> None:
+    """ConfigError where a choice of layers would go unheard, as in PEFT."""
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ConfigError(
+            "layers_pattern is given, and layers_to_transform is not; give the numbers, or leave both out"
+        )
+    if config.layers_to_transform is not None and isinstance(config.target_modules, str):
+        raise ConfigError(
+            "layers_to_transform is given, and target_modules is one pattern; that may choose the layers itself, "
+            "or be a list of names"
+        )
+
+
 def _in_layers(config: AdapterConfig, name: str, patience: Patience) -> bool:
     """`layers_to_transform`: the number after the first `.<layers_pattern>.` must be among them."""
     wanted = config.layers_to_transform
-    if wanted is None or isinstance(config.target_modules, str) or name in (config.target_modules or ()):
+    if wanted is None or name in (config.target_modules or ()):
         return True
     patterns = config.layers_pattern
     choices = [patterns] if isinstance(patterns, str) else list(patterns or ())

@@ -1,22 +1,23 @@
 """Merged and Unmerged: a host as it reads with adapters laid over it, or taken off again."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from surgery.codecs import codec_of
-from surgery.core.adapter import Layer
+from surgery.core.adapter import Layer, Started
 from surgery.core.arithmetic import ExactProduct, all_finite, round_once
 from surgery.core.codec import Packed
-from surgery.core.method import Dense, Elementwise, Product
+from surgery.core.method import Dense, Elementwise
 from surgery.core.op import Op
 from surgery.core.site import Site
 from surgery.core.source import Source
 from surgery.core.undo import Restorer, accumulate
 from surgery.errors import ValueRangeError, printable
+from surgery.hosts.couplings import Couplings, coupled
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,10 @@ class Change:
         """The host's weight that the outcome is compared with; None if there is none."""
         return self.begins or (None if self.new else self.site)
 
-    def started(self) -> "Started":
+    def started(self) -> Started:
         """Its layers with their tensors in memory, as matrices, and what the tiles of the weight share."""
         held = (one._replace(params=one.method.matrices(dict(one.params), self.site)) for one in self.layers)
         return tuple((one, ExactProduct()) for one in held)
-
-
-Started = Sequence[tuple[Layer, Product]]
 
 
 class MergedTile(NamedTuple):
@@ -83,6 +81,7 @@ class Merged:
         self.source, self.watch = source, watch
         self.changes = {change.site.name: change for change in changes}
         self.started = dict(started or {})  # by the weights of which some tiles are read
+        self.couplings: dict[str, Couplings] = {}  # the same
 
     def sites(self) -> Iterable[Site]:
         return [change.site for change in self.changes.values()]
@@ -97,11 +96,13 @@ class Merged:
         if site.name not in self.started:
             self.started[site.name] = change.started()
         started = self.started[site.name]
+        if coupled(change.layers):
+            change, started = self._told(change, rows, started)
         if _last(site, rows):
             del self.started[site.name]
-        original = None if change.origin is None else self.source.load(change.origin, rows)
-        begin = _begin(change, original, rows)
-        weight = codec_of(begin, printable(site.weight.name)).decode(begin, torch.float64)
+            self.couplings.pop(site.name, None)
+        original, begin = _opened(self.source, change, rows)
+        weight = _decoded(change, begin)
         laid, steps = _lay(change, rows, weight, started)
         outcome = _encode(laid, begin, change)
         merged = outcome.tensors["weight"]
@@ -112,6 +113,18 @@ class Merged:
             chained = None if change.saved is not None or change.new else steps
             self.watch(MergedTile(change, rows, before, merged, chained))
         return outcome
+
+    def _told(self, change: Change, rows: slice, started: Started) -> tuple[Change, Started]:
+        """Both with layers that know the sums that these rows need."""
+        if change.site.name not in self.couplings:
+            self.couplings[change.site.name] = Couplings(change.site, started)
+        couplings = self.couplings[change.site.name]
+        try:
+            started = couplings.told(rows, lambda part: _decoded(change, _opened(self.source, change, part)[1]))
+        except ValueRangeError as error:
+            raise ValueRangeError(f"{printable(change.site.name)}: {error}") from error
+        layers = [one._replace(sums=found.sums) for one, (found, _) in zip(change.layers, started, strict=True)]
+        return replace(change, layers=tuple(layers)), started
 
 
 @dataclass(frozen=True)
@@ -169,7 +182,7 @@ def elementwise(change: Change, rows: slice, started: Started | None = None) -> 
     for layer, product in started or change.started():
         op = change.site.acting
         try:
-            step = layer.method.steps(layer.params, op.tile(rows), product)
+            step = layer.method.steps(layer.told, op.tile(rows), product)
         except ValueRangeError as error:
             raise ValueRangeError(f"{printable(change.site.name)}: {error}") from error
         if step is None:
@@ -181,6 +194,24 @@ def elementwise(change: Change, rows: slice, started: Started | None = None) -> 
 def _stored(step: Elementwise, op: Op, shape: tuple[int, ...]) -> Elementwise:
     """A step of a tile of the matrix, for the same tile as it is stored."""
     return step.seen(lambda values: op.stored(values).expand(shape))
+
+
+def told(source: Source, change: Change) -> Change:
+    """The change whose layers know all sums that they ask for, where a single tile would not tell them."""
+    site = change.site
+    if not coupled(change.layers) or site.acting.tile(site.rows(None))[1] == slice(None):
+        return change
+    return Merged(source, [change])._told(change, site.rows(None), change.started())[0]
+
+
+def _opened(source: Source, change: Change, rows: slice) -> tuple[Packed | None, Packed]:
+    """The host's own rows, if it has them, and what the layers are laid over."""
+    original = None if change.origin is None else source.load(change.origin, rows)
+    return original, _begin(change, original, rows)
+
+
+def _decoded(change: Change, packed: Packed) -> Tensor:
+    return codec_of(packed, printable(change.site.weight.name)).decode(packed, torch.float64)
 
 
 def _begin(change: Change, original: Packed | None, rows: slice) -> Packed:
@@ -205,7 +236,7 @@ def _lay(change: Change, rows: slice, weight: Tensor, started: Started) -> tuple
     op = change.site.acting
     for layer, product in started:
         base = Dense(op.matrix(weight))
-        weight = op.stored(layer.method.merge(base, layer.params, op.tile(rows), product).weight)
+        weight = op.stored(layer.method.merge(base, layer.told, op.tile(rows), product).weight)
     return weight, None
 
 

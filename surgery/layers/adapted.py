@@ -12,6 +12,7 @@ from surgery.core.arithmetic import float_product
 from surgery.core.method import Dense, Method, Params
 from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site
+from surgery.core.sums import sum_rows
 from surgery.layers.slot import Slot
 
 Holder = tuple[dict[str, nn.Parameter | None], str]
@@ -32,6 +33,30 @@ class Fitted(NamedTuple):
             assert values is not None
             found[role] = values
         return found
+
+
+class Below:
+    """What lies under an adapter, as its branch sees it: see core.method.Run."""
+
+    __slots__ = ("adapters", "layer", "run")
+
+    def __init__(self, run: Callable[[Tensor], Tensor], layer: "Adapted", adapters: tuple["Fitted", ...]) -> None:
+        self.run, self.layer, self.adapters = run, layer, adapters
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return self.run(x)
+
+    def base(self) -> Dense:
+        return self.layer.dense()
+
+    def bias(self) -> Tensor | None:
+        bias = self.layer.dense().bias
+        for one in self.adapters:
+            on_bias = one.method.for_bias()
+            if on_bias is not None and bias is not None:
+                column = Dense(bias.unsqueeze(1))  # [out, 1]
+                bias = on_bias.merge(column, one.params, WHOLE, float_product).weight.squeeze(1)  # [out]
+        return bias
 
 
 class Adapted(nn.Module):
@@ -58,16 +83,15 @@ class Adapted(nn.Module):
 
     def fit(self, adapter: str, method: Method, params: Params, trainable: bool) -> None:
         """Lay an adapter over the layer; it is not active yet."""
-        slots = {}
+        slots, holders = {}, {}
         for role, spec in method.tensors(self.site).items():
-            name, _, leaf = spec.spelling.partition(".")
+            name, leaf = spec.held
             slot = self._modules.get(name)
             if not isinstance(slot, Slot):
-                slot = Slot(leaf)
+                slot = Slot()
                 self._modules[name] = slot
-            slot.put(adapter, params[role], trainable)
-            slots[role] = slot
-        holders = {role: slot.holder(adapter) for role, slot in slots.items()}
+            slot.put(adapter, leaf, params[role], trainable)
+            slots[role], holders[role] = slot, slot.holder(adapter, leaf)
         self.fitted[adapter] = Fitted(method, holders, slots)
 
     def unfit(self, adapter: str) -> None:
@@ -111,26 +135,33 @@ class Adapted(nn.Module):
             dtype = below.dtype
             return below
 
-        above: Callable[[Tensor], Tensor] = run
-        for one in self.running[:-1]:
-            above = self._over(one, above)
+        above = Below(run, self, ())
+        for count, one in enumerate(self.running[:-1], 1):
+            above = Below(self._over(one, above), self, self.running[:count])
         out = self._branch(self.running[-1], x, above)
         return out if out.dtype == dtype or dtype is None else out.to(dtype)
 
-    def _over(self, one: Fitted, below: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def dense(self) -> Dense:
+        """The base layer's weight as a matrix, and its bias."""
+        base: Any = self._modules["base_layer"]
+        return Dense(self.op.matrix(base.weight), base._parameters.get("bias"))
+
+    def _over(self, one: Fitted, below: Below) -> Callable[[Tensor], Tensor]:
         return lambda x: self._branch(one, x, below)
 
-    def _branch(self, one: Fitted, x: Tensor, below: Callable[[Tensor], Tensor]) -> Tensor:
+    def _branch(self, one: Fitted, x: Tensor, below: Below) -> Tensor:
         params: Any = {role: held[key] for role, (held, key) in one.holders.items()}
         out: Tensor = one.method.branch(x, below, self.op, params, self.training)
         return out
 
     def _effective(self) -> Dense:
-        base: Any = self._modules["base_layer"]
-        dense = Dense(self.op.matrix(self.base_weight), base._parameters.get(self.op.roles.get("bias", "bias")))
+        dense = base = self.dense()
         for one in self.running:
             one.method.refuse_merge(self.site)
-            dense = one.method.merge(dense, one.method.matrices(one.params, self.site), WHOLE, float_product)
+            p = one.method.matrices(one.params, self.site)
+            if one.method.couples:
+                p = one.method.told(p, sum_rows(one.method.terms(base.weight, p, WHOLE, float_product)))
+            dense = one.method.merge(dense, p, WHOLE, float_product)
         return dense
 
     @property

@@ -1,7 +1,7 @@
 """(IA)^3: W * l, a factor for each output (of the bias too) or for each input. https://arxiv.org/abs/2205.05638"""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -119,7 +119,7 @@ class Ia3(Method):
             return {"l": p["l"].reshape(-1, 1)}
         return {"l": site.acting.for_inputs(p["l"].flatten(), site.shape)}
 
-    def init(self, site: Site) -> Params:
+    def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
         return {
             role: (torch.ones if self.ones else torch.randn)(spec.shape) for role, spec in self.tensors(site).items()
         }

@@ -2,8 +2,8 @@
 
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,11 +12,14 @@ from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64
 from surgery.core.config import AdapterConfig, Spelling
-from surgery.core.method import Additive, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
+from surgery.methods.dora import Dora
+from surgery.methods.lora_bias import LoraBias
+from surgery.methods.lora_fields import NEUTRAL, REASONS
 
 _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
@@ -25,30 +28,6 @@ TWICE = ".base_layer.out_proj"
 merge, up to 0.21.2: so its adapters were trained, and are meant."""
 
 Init = bool | Literal["gaussian", "orthogonal"]
-
-_NEUTRAL: Mapping[str, Any] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "bias": "none",
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-    "loftq_config": {},
-    "lora_bias": False,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "qalora_group_size": 16,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "velora_config": None,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +44,19 @@ class LoraConfig(AdapterConfig):
         "lora_B.weight": Spelling("B"),
         "lora_embedding_A": Spelling("A", "embedding"),
         "lora_embedding_B": Spelling("B", "embedding"),
+        "lora_B.bias": Spelling("b"),
+        "lora_magnitude_vector.weight": Spelling("m"),  # as it is called in PEFT's models, and so in some files
+        "lora_magnitude_vector": Spelling("m"),
     }
-    neutral: ClassVar[Mapping[str, Any]] = _NEUTRAL
+    neutral: ClassVar[Mapping[str, Any]] = NEUTRAL
+    reasons: ClassVar[Mapping[str, str]] = REASONS
 
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False  # B has a bias, which is added to the layer's
     fan_in_fan_out: bool = False  # read and written for PEFT; the op decides, see hosts
     init_lora_weights: Init = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -87,20 +72,33 @@ class LoraConfig(AdapterConfig):
         if self.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
             raise ConfigError(
                 f"init_lora_weights is {printable(self.init_lora_weights)!r}; True, False, 'gaussian' and "
-                "'orthogonal' leave the base alone and are supported"
+                "'orthogonal', which leave the base alone, are supported; start with one of them, or convert the "
+                "adapter in PEFT first, by path_initial_model_for_weight_conversion"
+            )
+        if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False)):
+            raise ConfigError(
+                "lora_bias is true; as in PEFT it goes with init_lora_weights True or False, without DoRA"
             )
         for key, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
             _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
 
-    def method(self, name: str) -> "Lora":
+    def endings(self) -> Mapping[str, Spelling]:
+        absent = {role for role, asked in (("m", self.use_dora), ("b", self.lora_bias)) if not asked}
+        return {ending: one for ending, one in self.spellings.items() if one.role not in absent}
+
+    def method(self, name: str) -> "Lora | LoraBias | Dora":
         r = pattern_value(self.rank_pattern, name, self.r)
         alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         if name.endswith(TWICE):
             scaling *= 2
-        return Lora(r=r, scaling=scaling, dropout=self.lora_dropout, start=self.init_lora_weights)
+        plain = Lora(r=r, scaling=scaling, start=self.init_lora_weights)
+        if self.use_dora:
+            return Dora(plain, self.lora_dropout)
+        dropping = replace(plain, dropout=self.lora_dropout)
+        return LoraBias(dropping) if self.lora_bias else dropping
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class Lora(Additive):
                 "leave it unmerged, or exclude it"
             )
 
-    def init(self, site: Site) -> Params:
+    def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
         if self.dropout and site.acting.roles:
             raise ConfigError(
                 f"{printable(site.name)}: lora_dropout is {self.dropout}, and an attention layer has no input of its "
@@ -167,7 +165,7 @@ class Lora(Additive):
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # The grid's bound (see arithmetic), and that of a sum of r products with each operation rounded.
         A, B = exact_float64(p["A"][:, tile[1]]).abs(), exact_float64(p["B"][tile[0]]).abs()
-        unit = max(torch.finfo(factor.dtype).eps / 2 for factor in p.values())
+        unit = max(torch.finfo(p[role].dtype).eps / 2 for role in "AB")
         grid = self.r * 2.0**-21 * B.amax(1, keepdim=True) * A.amax(0, keepdim=True)  # [out, in]
         return abs(self.scaling) * (grid + (self.r + 1) * unit * (B @ A))
 
@@ -181,7 +179,7 @@ class Lora(Additive):
                 x = x.to(A.dtype)
             if training and self.dropout:
                 x = F.dropout(x, self.dropout)
-        return torch.add(below, op.mix(op.apply(x, A), B), alpha=self.scaling)
+        return op.mix_onto(below, op.apply(x, A), B, self.scaling)
 
 
 def _as_matrix(values: Tensor) -> Tensor:

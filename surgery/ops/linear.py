@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +34,9 @@ class Linear(Op):
     def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(h, matrix)
 
+    def mix_onto(self, below: Tensor, h: Tensor, matrix: Tensor, scaling: float) -> Tensor:
+        return _onto(below, h, matrix, scaling)
+
 
 @dataclass(frozen=True)
 class Conv1D(Transposed):
@@ -46,5 +50,19 @@ class Conv1D(Transposed):
     def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(h, matrix)
 
+    def mix_onto(self, below: Tensor, h: Tensor, matrix: Tensor, scaling: float) -> Tensor:
+        return _onto(below, h, matrix, scaling)
+
 
 LAYOUTS = (Linear.name, Conv1D.name)  # of one map: what a matrix on files may be meant in
+
+
+def _onto(below: Tensor, h: Tensor, matrix: Tensor, scaling: float) -> Tensor:
+    """below + scaling * matrix h, in one pass over the outputs: to read and write them is most of what it costs.
+
+    Half types are left to two passes, which round as PEFT's do.
+    """
+    if not below.dtype == h.dtype == matrix.dtype or below.dtype.itemsize < 4:
+        return torch.add(below, F.linear(h, matrix), alpha=scaling)
+    flat = below.reshape(-1, below.shape[-1]), h.reshape(-1, h.shape[-1])  # [batch, out], [batch, r]
+    return torch.addmm(*flat, matrix.T, alpha=scaling).view(below.shape)

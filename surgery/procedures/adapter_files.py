@@ -103,7 +103,7 @@ def tensors_of(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] |
         if adapter in layer.fitted:
             one = layer.fitted[adapter]
             for role, spec in one.method.tensors(layer.site).items():
-                slot, _, leaf = spec.spelling.partition(".")
+                slot, leaf = spec.held
                 live = f"{live_path(layers, name)}.{slot}.{adapter}.{leaf}".rstrip(".")
                 written = f"{spelled(layers, name, adapter)}.{spec.spelling}"
                 found[written] = one.params[role] if state_dict is None else _held(state_dict, live)

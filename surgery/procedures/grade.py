@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from surgery.core.adapter import Started
 from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.method import Elementwise
 from surgery.errors import ValueRangeError
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.views import Change, Merged, MergedTile, Started, elementwise
+from surgery.hosts.views import Change, Merged, MergedTile, elementwise
 from surgery.procedures.spans import read_span
 
 GRADES = ("bits", "rounding", "untouched", "recorded", "different")
@@ -103,10 +104,14 @@ def _start(tile: MergedTile) -> Tensor:
 def _spread(tile: MergedTile, steps: Sequence[Elementwise]) -> Tensor:
     """What the methods themselves leave open; each step carries on what those before it do."""
     total, op = torch.zeros(tile.merged.shape, dtype=torch.float64), tile.change.site.op
+    value = exact_float64(_start(tile)) if steps else total
     for index, (layer, _) in enumerate(tile.change.started()):
         assert op is not None
-        total = steps[index].carried(total) if steps else total
-        total = total + op.stored(layer.method.spread(layer.params, op.tile(tile.rows)))
+        if steps:
+            total, value = steps[index].carried(total), steps[index].apply(value)
+        part, p = op.tile(tile.rows), layer.told
+        total = total + op.stored(layer.method.spread(p, part))
+        total = total + op.stored(layer.method.relative_spread(p, part) * op.matrix(value).abs())
     return total
 
 

@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Method, Params
+from surgery.core.method import Dense, Method, Params
 from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
 from surgery.core.site import Site
@@ -94,6 +95,12 @@ class Tree:
             raise MatchError(f"{printable(name)}: {why}, or exclude it")
         return live_site(name, base, op)
 
+    def dense(self, name: str) -> Dense:
+        """The base's weight at a path where a site is, outside autograd."""
+        module = self.modules[name]
+        base: Any = module.base_layer if isinstance(module, Adapted) else module
+        return Dense(self.site(name).acting.matrix(base.weight.detach()))
+
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
@@ -131,7 +138,7 @@ def inject(
     sites = {}
     for name, spelling in tree.spelled(first).items():
         site, method = tree.site(name), config.method(spelling)
-        sites[name] = site, method, method.init(site)
+        sites[name] = site, method, method.init(site, partial(tree.dense, name))
     saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
     fit(tree, adapter, Fitting(config, sites, saved), trainable)
 

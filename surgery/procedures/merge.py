@@ -38,6 +38,7 @@ class LiveRecorder:
         self.recorder: Recorder | None = None
         self.undos: dict[str, Undo] = {}
         self.originals: dict[str, str] = {}
+        self.told: dict[str, Change] = {}  # as the tiles were merged, with all that the layers had to know
 
     def __call__(self, tile: MergedTile) -> None:
         if tile.first:
@@ -50,10 +51,13 @@ class LiveRecorder:
     def undo(self, change: Change) -> LiveUndo:
         """Of a change that is in its place."""
         name = change.site.name
-        return LiveUndo(change, self.undos[name], self.originals[name], sha256_of(self.live.weight(change.site)))
+        return LiveUndo(
+            self.told[name], self.undos[name], self.originals[name], sha256_of(self.live.weight(change.site))
+        )
 
     def _end(self, change: Change) -> None:
         name, weight = change.site.name, self.live.weight(change.site)
+        self.told[name] = change
         self.originals[name] = sha256_of(weight)
         streams = self.recorder.streams() if self.recorder is not None and self.recorder.exact else None
         if streams is None or sum(map(len, streams.values())) >= weight.nbytes:
@@ -81,7 +85,7 @@ def merge(root: nn.Module, undo: UndoKind = "index") -> None:
     try:
         copy(Merged(live, flat, recorder), live)
     except BaseException:
-        done = [change for change in flat if change.site.name in live.stored]
+        done = [recorder.told[name] for name in live.stored]
         copy(Unmerged(live, done, lambda change: recorder.undos[change.site.name]), live)
         raise
     for name, layer in layers.items():

@@ -176,6 +176,11 @@ def _unchecked(base: Checkpoint, adapter: Adapter, prefix: Prefix) -> list[str]:
     return []
 
 
+def _sums_bytes(change: Change) -> int:
+    """Of the sums that its layers have to know, a float64 for each output."""
+    return sum(8 * change.site.shape[0] for layer in change.layers if layer.method.couples)
+
+
 def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config: Mapping[str, Any] | None) -> Plan:
     infos, changes = {info.name: info for info in base.tensors()}, draft.ordered()
     read_bytes = sum(info.nbytes for info in infos.values())
@@ -191,7 +196,7 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         read_bytes=read_bytes,
         written_bytes=sum(info.nbytes for info in infos.values()),
         peak_bytes=_RUNTIME_BYTES + sum(whole) + max(sites, default=0) + 8 * _TILE_COPIES * tile,
-        undo_bytes=sum(sites) + sum(whole) + sum(change.site.weight.nbytes for change in changes),
+        undo_bytes=sum(sites) + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
         prefixes=tuple(draft.prefixes),
         config=config,
     )

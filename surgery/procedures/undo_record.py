@@ -13,17 +13,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from surgery.adapters.peft import adapter_bytes, open_adapter
 from surgery.core.adapter import Adapter, Layer, Weighted, bias_layers
+from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
 from surgery.core.undo import Recorder
 from surgery.errors import CheckError, FormatError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout, layout_of
 from surgery.hosts.views import Change, MergedTile, Undo
-from surgery.io.octets import tensor_from
+from surgery.io.octets import octets, tensor_from
 from surgery.io.regular import file_sha256
 from surgery.io.staging import StagedFile, Staging
 from surgery.io.strict_json import json_bytes, parse_json, read_bytes
@@ -128,6 +130,9 @@ class FileUndo:
             for bits, data in streams.items():
                 field["streams"][str(bits)] = [self.at, len(data)]
                 self._write(self.file, memoryview(data))
+            for index, sums in _sums(change.layers):
+                field.setdefault("sums", {})[str(index)] = [self.at, sums.nbytes]
+                self._write(self.file, octets(sums))
         self.tensors[info.name] = field
 
     def _write(self, file: StagedFile, data: memoryview) -> None:
@@ -198,9 +203,10 @@ class UndoRecord:
         there = merged.at[info.name][1].info if info.name in merged.at else None
         op = ROLES[field["op"]].over(info.shape) if field.get("op") else None
         layers = []
-        for index, name in field.get("layers", ()):
+        for position, (index, name) in enumerate(field.get("layers", ())):
             adapter, weight = adapters[index]
-            layers.append(Layer(adapter.config.method(name).weighted(weight), adapter.sites[name], index, name))
+            sums = self._sums(field, str(position), info, op)
+            layers.append(Layer(adapter.config.method(name).weighted(weight), adapter.sites[name], index, name, sums))
         laid = bias_layers(layers) if field.get("op") == Bias.name else tuple(layers)
         held = info if there is None else info._replace(dtype=there.dtype)
         new = there is None or there.shape != info.shape
@@ -218,17 +224,30 @@ class UndoRecord:
         streams = {int(bits): bytes(self._read(field["file"], span)) for bits, span in field["streams"].items()}
         return Undo(dtype, streams=streams)
 
+    def _sums(self, field: Mapping[str, Any], layer: str, info: TensorInfo, op: Op | None) -> Tensor | None:
+        """What a layer has to know of the weight as it was, if it asks for that."""
+        span = field.get("sums", {}).get(layer)
+        if span is None or op is None:
+            return None
+        return tensor_from(self._read(field["file"], span), torch.float64, op.shape(info.shape)[:1])
+
     def _read(self, name: str, span: list[int]) -> bytearray:
         with (self.folder / name).open("rb") as file:
             file.seek(span[0])
             return bytearray(file.read(span[1]))
 
 
+def _sums(layers: Sequence[Layer]) -> list[tuple[int, Tensor]]:
+    """By the position of the layer, of those that ask for them."""
+    return [(index, layer.sums.cpu()) for index, layer in enumerate(layers) if layer.sums is not None]
+
+
 def _spelled(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors of its sites, as PEFT ends their names."""
     found = {}
-    spelled = {(one.role, one.op): ending for ending, one in adapter.config.spellings.items()}
+    spelled = {(one.role, one.op): ending for ending, one in adapter.config.endings().items()}
     for site, params in adapter.sites.items():
         for role, values in params.items():
-            found[f"{site}.{spelled[role, adapter.ops.get(site)]}"] = values
+            ending = spelled.get((role, adapter.ops.get(site))) or spelled[role, None]
+            found[f"{site}.{ending}"] = values
     return found

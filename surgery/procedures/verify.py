@@ -15,7 +15,7 @@ from surgery.core.source import TILE_ELEMENTS, row_tiles
 from surgery.core.workers import default_workers, in_order
 from surgery.errors import CheckError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.views import Change
+from surgery.hosts.views import Change, told
 from surgery.io.octets import Tally
 from surgery.io.regular import file_sha256
 from surgery.io.tensor_file import TensorFile
@@ -168,6 +168,7 @@ def _pieces(base: Checkpoint, out: Checkpoint, changes: Iterable[Change]) -> Ite
             yield from (Piece(name, partial(carried, base, out, name, span)) for span in spans(info))
         else:
             change = replace(change or Change(Site(name, {"weight": info}), info.torch_dtype), dtype=there.torch_dtype)
+            change = told(base, change)
             started = change.started()
             for rows in row_tiles(info.shape, TILE_ELEMENTS):
                 yield Piece(name, partial(derived, base, out, change, started, rows))

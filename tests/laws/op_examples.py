@@ -49,7 +49,8 @@ def stored_weight(module: nn.Module) -> Tensor:
 
 def site_of(op: Op) -> Site:
     stored = tuple(op.stored(torch.empty(OUT, IN)).shape)
-    return Site("layer", {"weight": TensorInfo("layer.weight", torch.float32, stored)}, op)
+    bias = TensorInfo("layer.bias", torch.float32, (OUT,))
+    return Site("layer", {"weight": TensorInfo("layer.weight", torch.float32, stored), "bias": bias}, op)
 
 
 def shape_given(op: Op, *batch: int) -> tuple[int, ...]:

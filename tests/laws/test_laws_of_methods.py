@@ -13,6 +13,7 @@ from torch import Tensor
 from surgery.core.arithmetic import exact_product, float_product, round_once, ulp
 from surgery.core.method import Additive, Dense, Elementwise, Method, Params, Spec
 from surgery.core.op import WHOLE, Op
+from surgery.core.sums import sum_rows
 from surgery.core.undo import Recorder, Restorer, accumulate
 from surgery.errors import MatchError, ValueRangeError
 from surgery.methods import METHODS
@@ -27,6 +28,9 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 1, "lora_alpha": -7.5, "lora_dropout": 0.5},
         {"r": 4, "init_lora_weights": "gaussian"},
         {"r": 2, "rank_pattern": {"layer": 5}, "alpha_pattern": {"layer": 0.3}},
+        {"r": 3, "lora_alpha": 5, "use_dora": True},
+        {"r": 2, "lora_alpha": -3, "use_dora": True, "init_lora_weights": "gaussian", "use_rslora": True},
+        {"r": 3, "lora_alpha": 5, "lora_bias": True},
     ],
     "IA3": [{"feedforward_modules": ["layer"]}],
 }
@@ -39,6 +43,12 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("LORA", GROUPED): "in groups",
 }
 
+ONLY = {  # settings that are refused over other ops
+    "lora_dropout": {"linear", "conv1d", "embedding", "convolution"},
+    "use_dora": {"linear", "conv1d", "embedding"},
+    "lora_bias": {"linear", "conv1d"},
+}
+
 
 def made(name: str, **settings: Any) -> Method:
     return METHODS[name](**NEEDED.get(name, {}) | settings).method("layer")
@@ -49,7 +59,7 @@ CASES = [
     for name in METHODS
     for index, settings in enumerate([{}, *VARIANTS.get(name, [])])
     for example, op in EXAMPLES.items()
-    if (name, example) not in UNFIT and not (op.roles and "lora_dropout" in settings)
+    if (name, example) not in UNFIT and not any(op.name not in ops and key in settings for key, ops in ONLY.items())
 ]
 each_case = pytest.mark.parametrize(("method", "op"), CASES)
 each_op = pytest.mark.parametrize("op", [op for op in EXAMPLES.values() if op.groups == 1], ids=lambda op: op.name)
@@ -83,6 +93,30 @@ def joined(method: Method, op: Op) -> Mapping[str, Spec]:
     return method.tensors(site_of(op))
 
 
+class Below:
+    """A base layer, as a branch sees it."""
+
+    def __init__(self, op: Op, base: Dense) -> None:
+        self.op, self.dense = op, base
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return self.op.apply(x, self.dense.weight, self.dense.bias)
+
+    def base(self) -> Dense:
+        return self.dense
+
+    def bias(self) -> Tensor | None:
+        return self.dense.bias
+
+
+def told(method: Method, op: Op, matrix: Tensor, p: Params) -> Params:
+    """`p` as its merge takes it, with what it has to know of the base `matrix` where elements depend on each other."""
+    p = matrices(method, op, p)
+    if not method.couples:
+        return p
+    return method.told(p, sum_rows(method.terms(matrix, p, WHOLE, exact_product)))
+
+
 def magnitude(op: Op, x: Tensor, matrix: Tensor) -> Tensor:
     """[*batch, out]: the sum of the magnitudes of all terms of `apply`."""
     return op.apply(x.abs(), matrix.abs())
@@ -95,7 +129,7 @@ def stored_tiles(op: Op, step: int) -> list[slice]:
 
 @each_case
 def test_tensors_are_shaped_as_init_makes_them(method: Method, op: Op):
-    specs, fresh = method.tensors(site_of(op)), method.init(site_of(op))
+    specs, fresh = method.tensors(site_of(op)), method.init(site_of(op), lambda: Dense(torch.randn(OUT, IN)))
     assert {role: tuple(values.shape) for role, values in fresh.items()} == {r: s.shape for r, s in specs.items()}
     assert {values.dtype for values in fresh.values()} == {torch.float32}
     assert all(bool(torch.isfinite(values).all()) for values in fresh.values())
@@ -121,17 +155,19 @@ def test_tensors_are_spelled_as_the_config_reads_them(name: str, example: str):
 @pytest.mark.parametrize("training", [False, True], ids=["evaluating", "training"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_fresh_adapter_leaves_the_output_equal_to_the_bit(method: Method, op: Op, training: bool, dtype: torch.dtype):
-    matrix, bias, x = torch.randn(OUT, IN, dtype=dtype), torch.randn(OUT, dtype=dtype), given(op, dtype, 4, 3)
-    out = method.branch(x, lambda x: op.apply(x, matrix, bias), op, method.init(site_of(op)), training)
-    assert same_bits(out.to(dtype), op.apply(x, matrix, bias))
+    base, x = Dense(torch.randn(OUT, IN, dtype=dtype), torch.randn(OUT, dtype=dtype)), given(op, dtype, 4, 3)
+    out = method.branch(x, Below(op, base), op, method.init(site_of(op), lambda: base), training)
+    assert same_bits(out.to(dtype), op.apply(x, *base))
 
 
 @each_op
 @pytest.mark.parametrize("r", [2, 8])
 def test_loras_orthogonal_start_leaves_the_output_equal_within_its_rounding(op: Op, r: int):
     method = METHODS["LORA"](r=r, init_lora_weights="orthogonal").method("layer")
-    p, x = {role: values.double() for role, values in method.init(site_of(op)).items()}, given(op, torch.float64, 4)
-    moved = method.branch(x, lambda x: op.apply(x, torch.zeros(OUT, IN).double()), op, p, False).abs()
+    base = Dense(torch.zeros(OUT, IN).double())
+    p = {role: values.double() for role, values in method.init(site_of(op), lambda: base).items()}
+    x = given(op, torch.float64, 4)
+    moved = method.branch(x, Below(op, base), op, p, False).abs()
     # float32 rounds the entries of a rotation and of A and B, each a sum of up to r terms.
     held = matrices(method, op, p)
     size = abs(method.scaling) * magnitude(op, x, held["B"].abs() @ held["A"].abs())
@@ -143,7 +179,8 @@ def test_loras_orthogonal_start_leaves_the_output_equal_within_its_rounding(op: 
 @each_case
 def test_a_fresh_adapter_leaves_the_merged_weight_equal(method: Method, op: Op):
     matrix = torch.randn(OUT, IN, dtype=torch.float64)
-    merged = method.merge(Dense(matrix), matrices(method, op, method.init(site_of(op))), WHOLE, exact_product)
+    fresh = method.init(site_of(op), lambda: Dense(matrix))
+    merged = method.merge(Dense(matrix), matrices(method, op, fresh), WHOLE, exact_product)
     assert torch.equal(merged.weight, matrix)
 
 
@@ -152,10 +189,12 @@ def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op
     base = Dense(torch.randn(OUT, IN).double(), torch.randn(OUT).double())
     p, x = trained(method, op), given(op, torch.float64, 5, 3)
     merged = method.merge(base, matrices(method, op, p), WHOLE, exact_product)
-    branch = method.branch(x, lambda x: op.apply(x, base.weight, base.bias), op, p, False)
+    branch = method.branch(x, Below(op, base), op, p, False)
     apart = (branch - op.apply(x, merged.weight, merged.bias)).abs()
     # Each weight may be off by the spread; each forward sums at most in + 2 terms, rounded each time.
-    spread = magnitude(op, x, method.spread(matrices(method, op, p), WHOLE).expand(OUT, IN))
+    p = told(method, op, base.weight, p)
+    off = method.spread(p, WHOLE) + method.relative_spread(p, WHOLE) * merged.weight.abs()
+    spread = magnitude(op, x, off.expand(OUT, IN))
     biases = beside(op, base.bias.abs() + merged.bias.abs())
     rounding = (IN + 2) * EPS * (magnitude(op, x, base.weight) + magnitude(op, x, merged.weight) + biases)
     assert bool((apart <= spread + rounding).all())
@@ -173,7 +212,7 @@ def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str
     base = Dense(torch.randint(-9, 10, (OUT, IN)).float(), torch.randint(-9, 10, (OUT,)).float())
     x = given(op, torch.float32, 5, 3)
     x = x.round() if x.is_floating_point() else x
-    branch = method.branch(x, lambda x: op.apply(x, base.weight, base.bias), op, p, False)
+    branch = method.branch(x, Below(op, base), op, p, False)
     for product in (exact_product, float_product):
         merged = method.merge(base, matrices(method, op, p), WHOLE, product)
         assert torch.equal(branch, op.apply(x, merged.weight.float(), merged.bias))
@@ -184,7 +223,7 @@ def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str
 def test_a_branch_is_differentiable_in_every_tensor(method: Method, op: Op):
     p = {role: values.requires_grad_() for role, values in trained(method, op).items()}
     x, matrix = given(op, torch.float64, 4), torch.randn(OUT, IN).double()
-    method.branch(x, lambda x: op.apply(x, matrix), op, p, True).square().sum().backward()
+    method.branch(x, Below(op, Dense(matrix)), op, p, True).square().sum().backward()
     assert all(values.grad is not None and bool(values.grad.any()) for values in p.values())
 
 
@@ -192,10 +231,8 @@ def test_a_branch_is_differentiable_in_every_tensor(method: Method, op: Op):
 @pytest.mark.parametrize("step", [1, 4, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_merge_of_tiles_is_the_merge_of_the_whole_to_the_bit(method: Method, op: Op, step: int, dtype: torch.dtype):
-    if method.couples:  # its tiles are chosen by what it couples
-        return
-    p = matrices(method, op, trained(method, op, torch.float32))
     stored = op.stored(torch.randn(OUT, IN)).contiguous().to(dtype).double()
+    p = told(method, op, op.matrix(stored), trained(method, op, torch.float32))
     whole = op.stored(method.merge(Dense(op.matrix(stored)), p, WHOLE, exact_product).weight)
     for rows in stored_tiles(op, step):
         part = method.merge(Dense(op.matrix(stored[rows])), p, op.tile(rows), exact_product).weight
@@ -205,7 +242,7 @@ def test_a_merge_of_tiles_is_the_merge_of_the_whole_to_the_bit(method: Method, o
 
 @each_case
 def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, op: Op):
-    p = matrices(method, op, trained(method, op, torch.bfloat16))
+    p = told(method, op, torch.randn(OUT, IN), trained(method, op, torch.bfloat16))
     whole = op.stored(method.spread(p, WHOLE).expand(OUT, IN))
     assert bool((whole > 0).all() if isinstance(method, Additive) else (whole >= 0).all())
     for rows in stored_tiles(op, 5):
@@ -215,11 +252,11 @@ def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, o
 
 @each_case
 def test_steps_are_the_merge_and_undo_takes_them_back(method: Method, op: Op):
-    p, w = matrices(method, op, trained(method, op)), torch.randn(OUT, IN).double()
+    w, fitted = torch.randn(OUT, IN).double(), matrices(method, op, trained(method, op))
+    assert (method.steps(fitted, WHOLE, exact_product) is None) == bool(method.couples)
+    p = told(method, op, w, trained(method, op))
     step = method.steps(p, WHOLE, exact_product)
-    if step is None:
-        assert method.undo != "index"
-        return
+    assert step is not None
     step = step.seen(lambda values: values.expand(OUT, IN))
     merged = method.merge(Dense(w), p, WHOLE, exact_product).weight
     assert same_bits(step.apply(w), merged)
@@ -238,11 +275,11 @@ def test_steps_are_the_merge_and_undo_takes_them_back(method: Method, op: Op):
 def test_what_a_step_says_of_rounding_covers_the_merge_in_the_dtype_of_the_weight(
     method: Method, op: Op, dtype: torch.dtype
 ):
-    p, w = matrices(method, op, trained(method, op, dtype)), torch.randn(OUT, IN).to(dtype)
-    step = method.steps(p, WHOLE, exact_product)
+    w = torch.randn(OUT, IN).to(dtype)
+    step = method.steps(told(method, op, w, trained(method, op, dtype)), WHOLE, exact_product)
     assert step is not None
     exact = step.apply(w.double())
-    plain = type(step)(step.values.to(dtype)).apply(w).double()
+    plain = step.seen(lambda values: values.to(dtype)).apply(w).double()
     held, outcome = step.rounded(w.double(), exact)
     assert bool(((plain - exact).abs() <= ulp(held, dtype) / 2 + ulp(outcome, dtype) / 2).all())
     off = step.apply(w.double() + 2.0**-6) - exact
@@ -269,7 +306,8 @@ def test_a_method_that_changes_a_bias_does_so_as_its_steps_over_a_matrix_of_one_
 def test_a_merge_comes_back_to_the_bit_from_its_index(method: Method, op: Op, dtype: torch.dtype):
     if method.undo != "index":
         return
-    p, stored = matrices(method, op, trained(method, op)), op.stored(torch.randn(OUT, IN)).to(dtype)
+    stored = op.stored(torch.randn(OUT, IN)).to(dtype)
+    p = told(method, op, op.matrix(stored), trained(method, op))
 
     def steps(rows: slice) -> list[Elementwise]:
         step = method.steps(p, op.tile(rows), exact_product)
@@ -307,5 +345,6 @@ def test_tensors_that_are_not_finite_are_refused_where_a_merge_begins(method: Me
     for role in trained(method, op):
         p = trained(method, op)
         p[role].view(-1)[0] = bad
+        merges = [one for one in (method, method.for_bias()) if one is not None]
         with pytest.raises(ValueRangeError, match="NaN or infinity"):
-            method.steps(matrices(method, op, p), WHOLE, exact_product)
+            _ = [one.steps(matrices(method, op, p), WHOLE, exact_product) for one in merges]

@@ -132,6 +132,18 @@ def test_mixing_after_applying_is_applying_the_product(op: Op, batch: tuple[int,
     assert torch.equal(op.mix(op.apply(x, A), B), op.apply(x, product))
 
 
+@each_op
+@pytest.mark.parametrize("batch", [(4,), (2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mixing_onto_is_adding_what_is_mixed(op: Op, batch: tuple[int, ...], dtype: torch.dtype):
+    A, B = whole(RANK, op.channels(IN) * math.prod(op.kernel)), whole(OUT, RANK // op.groups)
+    h = op.apply(given(op, *batch), A)
+    mixed = op.mix(h, B)
+    below = whole(*mixed.shape).to(dtype)
+    assert torch.equal(op.mix_onto(below, h, B, -0.5), below - mixed / 2)
+    assert torch.equal(op.mix_onto(below, h.to(dtype), B.to(dtype), 2.0), below + 2 * op.mix(h.to(dtype), B.to(dtype)))
+
+
 @each_module
 def test_the_module_is_recognised_and_one_that_computes_otherwise_is_not(name: str):
     module = MODULES[name](True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 import surgery
+from surgery.methods import METHODS
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -43,6 +45,17 @@ CASES = {
     "exclude_regex": ("llama", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*v_proj"}),
     "regex": ("llama", {"target_modules": r".*\.layers\.1\.(self_attn\.q_proj|mlp\..*_proj)"}),
     "layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    "one_layer": ("llama", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 0}),
+    "layers_of_patterns": (
+        "gpt2",
+        {
+            "fan_in_fan_out": True,
+            "target_modules": ["c_fc"],
+            "layers_to_transform": [1],
+            "layers_pattern": ["layers", "h"],
+        },
+    ),
+    "a_full_name_beside_layers": ("llama", {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]}),
     "all_linear": ("llama", {"target_modules": "all-linear"}),
     "all_linear_of_a_classifier": ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
     "task_head": ("bert", {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
@@ -200,22 +213,59 @@ def test_inject_takes_a_config_however_it_is_spelled(spelled: str, tmp_path: Pat
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"use_dora": True},
-        {"lora_bias": True},
-        {"bias": "lora_only"},
-        {"target_parameters": ["mlp.weight"]},
-        {"trainable_token_indices": [1]},
-        {"layer_replication": [[0, 1]]},
-        {"init_lora_weights": "pissa"},
-    ],
-    ids=lambda field: next(iter(field)),
-)
-def test_a_setting_of_peft_that_is_not_served_is_refused_by_name(field: dict[str, object]) -> None:
-    model = made("llama")
+REFUSED = {
+    "alora_invocation_tokens": ([1], "aLoRA"),
+    "arrow_config": (peft.ArrowConfig(), "Arrow"),
+    "bias": ("lora_only", "biases of the base"),
+    "corda_config": (CordaConfig(), "changes the base"),
+    "ensure_weight_tying": (True, "two tied weights"),
+    "eva_config": (peft.EvaConfig(), "activations"),
+    "init_lora_weights": ("pissa", "leave the base alone"),
+    "kasa_config": (KasaConfig(), "KaSA"),
+    "layer_replication": ([[0, 1]], "share one weight"),
+    "loftq_config": ({"loftq_bits": 4}, "changes the base"),
+    "lora_ga_config": (LoraGAConfig(), "changes the base"),
+    "megatron_config": ({"x": 1}, "Megatron"),
+    "megatron_core": ("other", "Megatron"),
+    "monteclora_config": (MontecloraConfig(), "MonteCLoRA"),
+    "qalora_group_size": (8, "QALoRA"),
+    "target_parameters": (["mlp.weight"], "only weights of"),
+    "trainable_token_indices": ([1], "rows of an embedding"),
+    "use_bdlora": (BdLoraConfig(), "BD-LoRA"),
+    "use_qalora": (True, "QALoRA"),
+    "velora_config": (VeloraConfig(), "VeLoRA"),
+}
+
+
+def test_every_field_that_is_not_served_stands_in_the_table() -> None:
+    assert REFUSED.keys() == {*surgery.LoraConfig.neutral, "init_lora_weights"}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_a_setting_of_peft_that_is_not_served_is_refused_with_the_reason_and_the_next_step(field: str) -> None:
+    model, (value, why) = made("llama"), REFUSED[field]
     before = dict(model.named_modules())
-    with pytest.raises(surgery.SurgeryError, match=next(iter(field))):
-        surgery.inject(model, peft.LoraConfig(target_modules=["q_proj"], **field))
+    with pytest.raises(surgery.SurgeryError, match=f"{field} is .*{why}.*; .*(PEFT|train)"):
+        surgery.inject(model, peft.LoraConfig(target_modules=["q_proj"]).to_dict() | {field: value})
     assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in peft.PeftType if kind.value not in METHODS])
+def test_a_method_of_peft_that_is_not_served_is_refused_by_name(kind: str) -> None:
+    with pytest.raises(surgery.FormatError, match=f"peft_type is '{kind}'; .*; (use PEFT|run it in PEFT)"):
+        surgery.inject(made("llama"), {"peft_type": kind, "target_modules": ["q_proj"]})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"], "layers_pattern": "layers"},
+        {"target_modules": ".*q_proj", "layers_to_transform": [0]},
+    ],
+    ids=["pattern alone", "one pattern as target"],
+)
+def test_layers_that_would_go_unheard_are_refused_as_in_peft(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="layers_"):
+        peft.LoraConfig(**fields)
+    with pytest.raises(surgery.ConfigError, match="layers_"):
+        surgery.inject(made("llama"), surgery.LoraConfig(**fields))

@@ -1,0 +1,50 @@
+"""TreeSum: sums by a fixed tree of elementwise additions, the same bits however the terms come in."""
+
+import torch
+from torch import Tensor
+
+FAN = 64  # terms that are added by halves, and then count as one
+
+
+class TreeSum:
+    """Sums along the first axis of what it is fed, in order and in portions of any size."""
+
+    def __init__(self) -> None:
+        self._waiting: Tensor | None = None  # fewer than FAN
+        self._above: TreeSum | None = None  # which adds the sums of FAN terms each
+
+    def feed(self, terms: Tensor) -> None:
+        """[n, ...]"""
+        terms = terms if self._waiting is None else torch.cat([self._waiting, terms])
+        whole = len(terms) // FAN * FAN
+        self._waiting = terms[whole:].clone()  # not a view, which would keep all terms
+        if whole:
+            self._above = self._above or TreeSum()
+            self._above.feed(_halved(terms[:whole].reshape(-1, FAN, *terms.shape[1:])))
+
+    def total(self) -> Tensor:
+        """[...], once all are fed; what is missing of the last FAN terms counts as zeros."""
+        assert self._waiting is not None
+        rest = self._waiting
+        if self._above is None or len(rest):
+            zeros = rest.new_zeros(FAN - len(rest), *rest.shape[1:])
+            last = _halved(torch.cat([rest, zeros])[None])  # [1, ...]
+            if self._above is None:
+                return last[0]
+            self._above.feed(last)
+        return self._above.total()
+
+
+def sum_rows(terms: Tensor) -> Tensor:
+    """[out, n] -> [out], by the same tree."""
+    tree = TreeSum()
+    tree.feed(terms.T)
+    return tree.total()
+
+
+def _halved(terms: Tensor) -> Tensor:
+    """[n, FAN, ...] -> [n, ...]"""
+    while terms.shape[1] > 1:
+        half = terms.shape[1] // 2
+        terms = terms[:, :half] + terms[:, half:]
+    return terms[:, 0]

@@ -1,0 +1,151 @@
+"""DoRA: m * V / |V| for V = W + scaling * B A, a norm for each output. https://arxiv.org/abs/2402.09353"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from surgery.core.arithmetic import all_finite, exact_float64, exact_product
+from surgery.core.method import Affine, Dense, Method, Params, Product, Run, Spec
+from surgery.core.op import Op, Tile
+from surgery.core.site import Site
+from surgery.core.source import TILE_ELEMENTS, row_tiles
+from surgery.core.sums import sum_rows
+from surgery.errors import MatchError, ValueRangeError, printable
+
+if TYPE_CHECKING:
+    from surgery.methods.lora import Lora
+
+_OPS = frozenset({"linear", "conv1d", "embedding"})
+_LEAST, _SMALLEST = 2.0**-1022, 2.0**-800  # of a square that counts, of a sum that has lost nothing
+
+
+@dataclass(frozen=True)
+class Dora(Method):
+    """A and B are LoRA's, m is [out]. The norm counts as a constant: no gradient passes through it.
+
+    Over other adapters it scales what they have made of W, by the norm of W + scaling * B A alone, as in PEFT.
+    At another strength it goes so much of the way from there to its merge.
+    """
+
+    lora: "Lora"  # without dropout
+    dropout: float = 0.0
+    strength: float = 1.0
+
+    reproducible = True
+    undo = "index"
+    couples = frozenset({"in"})
+
+    def tensors(self, site: Site) -> Mapping[str, Spec]:
+        if site.acting.name not in _OPS:
+            raise MatchError(
+                f"{printable(site.name)}: a {site.acting.name}; DoRA is supported over Linear, Conv1D and Embedding; "
+                "exclude it, or leave use_dora out"
+            )
+        # PEFT's files have kept the name that it had before it became a module's weight.
+        m = Spec("lora_magnitude_vector", (site.shape[0],), live="lora_magnitude_vector.weight")
+        return {**self.lora.tensors(site), "m": m}
+
+    def init(self, site: Site, base: Callable[[], Dense]) -> Params:
+        fresh, weight = self.lora.init(site, base), base().weight
+        norms = [self._norm(weight[rows].cpu(), fresh, rows) for rows in row_tiles(site.shape, TILE_ELEMENTS)]
+        m = torch.cat(norms).to(torch.promote_types(weight.dtype, torch.float32))
+        return {**fresh, "m": m.view(self.tensors(site)["m"].shape)}
+
+    def terms(self, base: Tensor, p: Params, tile: Tile, product: Product) -> Tensor:
+        V = exact_float64(base.detach()) + self.lora.steps(p, tile, product).values.detach()
+        return V.square().clamp_(min=_LEAST).mul_(V != 0)
+
+    def told(self, p: Params, sums: Tensor) -> Params:
+        sums = sums.to(exact_float64(p["m"]).device)
+        # As finely as m is: of a fresh adapter they are equal then, and its factor is 1.
+        return {**p, "norm": sums.sqrt().to(_wide(p["m"])).to(torch.float64), "sums": sums}
+
+    def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:
+        told = p if "norm" in p else self.told(p, sum_rows(self.terms(base.weight, p, tile, product)))
+        step = self.steps(told, tile, product)
+        assert step is not None
+        return base._replace(weight=step.apply(base.weight))
+
+    def steps(self, p: Params, tile: Tile, product: Product) -> Affine | None:
+        if not all_finite(p["m"]):
+            raise ValueRangeError("m holds NaN or infinity; finite numbers are wanted; train or save it again")
+        delta = self.lora.steps(p, tile, product).values
+        if "norm" not in p:
+            return None
+        factor = self._factor(p, tile)
+        return Affine(1 + self.strength * (factor - 1), self.strength * factor * delta)
+
+    def spread(self, p: Params, tile: Tile) -> Tensor:
+        return abs(self.strength) * self._factor(p, tile).abs() * self.lora.spread(p, tile)
+
+    def relative_spread(self, p: Params, tile: Tile) -> Tensor:
+        # Of the norm: a sum of squares in any order, halved by the root; what the elements of V are off by; and four
+        # roundings, of V, of the norm, of the quotient and of the product.
+        A, B = exact_float64(p["A"]), exact_float64(p["B"][tile[0]]).abs()
+        unit = max(torch.finfo(p[role].dtype).eps / 2 for role in ("A", "B", "m"))
+        exact = torch.finfo(_wide(p["m"])).eps / 2
+        grid = 2.0**-21 * self.lora.r * B.amax(1) * A.abs().amax(0).square().sum().sqrt()  # [out]
+        off = abs(self.lora.scaling) * (grid + (self.lora.r + 1) * unit * (B @ A.square().sum(1).sqrt()))
+        norm = p["norm"][tile[0]]
+        relative = (A.shape[1] / 2 + 2) * exact + 4 * unit + off / norm.clamp(min=_LEAST)
+        return abs(self.strength) * relative.unsqueeze(1)  # [out, 1]
+
+    def settings(self) -> Mapping[str, str]:
+        return {**self.lora.settings(), "strength": self.strength.hex()}
+
+    def weighted(self, weight: float) -> Self:
+        return replace(self, strength=self.strength * weight)
+
+    def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
+        weight, bias, below = run.base().weight, run.bias(), run(x)
+        factor = self._live_factor(weight, p)
+        if training and self.dropout and op.accepts_dropout():  # of what the base alone makes, so much is dropped too
+            x = F.dropout(x.to(p["A"].dtype), self.dropout)
+            plain = op.apply(x, weight.to(x.dtype))
+            out = below + (self._low_rank(x, plain, op, p) * factor - plain)
+        elif bias is None:
+            out = self._low_rank(x, below, op, p) * factor
+        else:
+            out = torch.addcmul((1 - factor) * bias, self._low_rank(x, below, op, p), factor)
+        return out if self.strength == 1 else below + self.strength * (out - below)
+
+    def _low_rank(self, x: Tensor, below: Tensor, op: Op, p: Params) -> Tensor:
+        """below + scaling * B A x"""
+        A, B = p["A"], p["B"]
+        if op.accepts_dropout() and x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(A.dtype)
+        return op.mix_onto(below, op.apply(x, A), B, self.lora.scaling)
+
+    def _live_factor(self, weight: Tensor, p: Params) -> Tensor:
+        """m / |V|, [out], where m alone has a gradient."""
+        m, dtype = p["m"], torch.promote_types(weight.dtype, p["A"].dtype)
+        W, A, B = (values.detach().to(dtype) for values in (weight, p["A"], p["B"]))
+        with torch.autocast(weight.device.type, enabled=False):
+            V = torch.addmm(W, B, A, alpha=self.lora.scaling)
+        if V.dtype == torch.float64:  # whose last bits show the order of a sum
+            norm = sum_rows(V.square()).sqrt()
+        else:
+            norm = torch.linalg.vector_norm(V, dim=1, dtype=torch.float64).to(_wide(m))
+        return m / norm.masked_fill(norm == 0, 1)
+
+    def _factor(self, p: Params, tile: Tile) -> Tensor:
+        """m / |V| of the tile, [out, 1]; 1 where V is zero."""
+        m, norm, sums = exact_float64(p["m"][tile[0]]), p["norm"][tile[0]], p["sums"][tile[0]]
+        if not bool((torch.isfinite(sums) & ((sums == 0) | (sums > _SMALLEST))).all()):
+            raise ValueRangeError(
+                "the norm of an output's weights is beyond 2^±400, or holds NaN or infinity; DoRA divides by it; "
+                "check the base"
+            )
+        return torch.where(norm == 0, 1, m / norm).unsqueeze(1)
+
+    def _norm(self, weight: Tensor, p: Params, rows: slice) -> Tensor:
+        return sum_rows(self.terms(weight, p, (rows, slice(None)), exact_product)).sqrt()
+
+
+def _wide(m: Tensor) -> torch.dtype:
+    """At least float32."""
+    return torch.promote_types(m.dtype, torch.float32)

@@ -1,0 +1,94 @@
+"""LoRA whose B has a bias: W + scaling * B A, and bias + scaling * b. As `lora_bias` in PEFT."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from surgery.core.arithmetic import all_finite, exact_float64
+from surgery.core.method import Additive, Dense, Method, Params, Product, Run, Shift, Spec
+from surgery.core.op import Op, Tile
+from surgery.core.site import Site
+from surgery.errors import MatchError, ValueRangeError, printable
+
+if TYPE_CHECKING:
+    from surgery.methods.lora import Lora
+
+_OPS = frozenset({"linear", "conv1d"})
+
+
+@dataclass(frozen=True)
+class LoraBias(Method):
+    """LoRA's tensors, and b [out]."""
+
+    lora: "Lora"
+
+    reproducible = True
+    undo = "index"
+    couples = frozenset()
+
+    def tensors(self, site: Site) -> Mapping[str, Spec]:
+        if site.acting.name not in _OPS:
+            found, wanted = f"a {site.acting.name}", "lora_bias is supported over Linear and Conv1D"
+        elif "bias" not in site.tensors:
+            found, wanted = "it has no bias", "lora_bias adds to the one of the layer"
+        else:
+            return {**self.lora.tensors(site), **self.for_bias().tensors(site)}
+        raise MatchError(f"{printable(site.name)}: {found}; {wanted}; exclude it, or leave lora_bias out")
+
+    def init(self, site: Site, base: Callable[[], Dense]) -> Params:
+        b = torch.zeros(self.tensors(site)["b"].shape)
+        if self.lora.start is False:
+            b.uniform_(-(self.lora.r**-0.5), self.lora.r**-0.5)
+        return {**self.lora.init(site, base), "b": b}
+
+    def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:
+        merged = self.lora.merge(base, p, tile, product)
+        if base.bias is None:
+            return merged
+        column = Dense(base.bias.unsqueeze(1))  # [out, 1]
+        return merged._replace(bias=self.for_bias().merge(column, p, tile, product).weight.squeeze(1))
+
+    def steps(self, p: Params, tile: Tile, product: Product) -> Shift:
+        return self.lora.steps(p, tile, product)
+
+    def for_bias(self) -> "Offset":
+        return Offset(self.lora.scaling)
+
+    def spread(self, p: Params, tile: Tile) -> Tensor:
+        return self.lora.spread(p, tile)
+
+    def settings(self) -> Mapping[str, str]:
+        return self.lora.settings()
+
+    def weighted(self, weight: float) -> Self:
+        return replace(self, lora=self.lora.weighted(weight))
+
+    def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
+        return self.lora.branch(x, run, op, p, training) + self.lora.scaling * p["b"]
+
+
+@dataclass(frozen=True)
+class Offset(Additive):
+    """What becomes of the bias, as a matrix [out, 1]."""
+
+    def tensors(self, site: Site) -> Mapping[str, Spec]:
+        return {"b": Spec("lora_B.bias", (site.shape[0],))}
+
+    def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # as others'
+        return {"b": torch.zeros(site.shape[0])}
+
+    def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:  # noqa: ARG002  # no product in it
+        if not all_finite(p["b"]):
+            raise ValueRangeError("b holds NaN or infinity; finite numbers are wanted; train or save it again")
+        return exact_float64(p["b"][tile[0]]).unsqueeze(1)
+
+    def spread(self, p: Params, tile: Tile) -> Tensor:
+        # One product, rounded.
+        unit = torch.finfo(p["b"].dtype).eps / 2
+        return unit * abs(self.scaling) * exact_float64(p["b"][tile[0]]).abs().unsqueeze(1)
+
+    def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
+        return run(x) + self.scaling * p["b"]

@@ -1,0 +1,52 @@
+"""LoRA's fields that PEFT writes and we do not serve: the value that leaves the maths alone, and what another means."""
+
+from collections.abc import Mapping
+from typing import Any
+
+NEUTRAL: Mapping[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "loftq_config": {},
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "qalora_group_size": 16,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "velora_config": None,
+}
+
+_BASE = "its start changes the base too; convert it in PEFT first, by path_initial_model_for_weight_conversion"
+_MEGATRON = "Megatron's layers hold a part of a weight each; train it there"
+_QALORA = "QALoRA acts on sums over groups of inputs; run it in PEFT"
+
+REASONS: Mapping[str, str] = {
+    "alora_invocation_tokens": "aLoRA acts after certain tokens only, which no merged weight can do; run it in PEFT",
+    "arrow_config": "Arrow chooses among adapters for each token, which no merged weight can do; run it in PEFT",
+    "bias": "it trains biases of the base itself, whatever adapter runs; leave it 'none', or merge it in PEFT",
+    "corda_config": _BASE,
+    "ensure_weight_tying": "one adapter would play on two tied weights; leave it false, or merge it in PEFT",
+    "eva_config": "EVA starts from activations; start with init_lora_weights=True; what is trained does not need it",
+    "kasa_config": "KaSA first cuts the base down to a lower rank; merge it in PEFT",
+    "layer_replication": "it stacks layers that share one weight, which a merge would change for all; run it in PEFT",
+    "loftq_config": _BASE,
+    "lora_ga_config": _BASE,
+    "megatron_config": _MEGATRON,
+    "megatron_core": _MEGATRON,
+    "monteclora_config": "MonteCLoRA draws its factors anew in each step of training; train and merge it in PEFT",
+    "qalora_group_size": _QALORA,
+    "target_parameters": "only weights of Linear, Conv1D and Embedding can be adapted; merge it in PEFT",
+    "trainable_token_indices": "it replaces rows of an embedding; adapt that by LoRA instead, or merge it in PEFT",
+    "use_bdlora": "BD-LoRA holds only blocks of a factor, those on its diagonal; merge it in PEFT",
+    "use_qalora": _QALORA,
+    "velora_config": "VeLoRA compresses what training keeps; train it in PEFT; what is trained does not need it",
+}
