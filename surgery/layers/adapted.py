@@ -144,7 +144,7 @@ class Adapted(nn.Module):
     def dense(self) -> Dense:
         """The base layer's weight as a matrix, and its bias."""
         base: Any = self._modules["base_layer"]
-        return Dense(self.op.matrix(base.weight), base._parameters.get("bias"))
+        return Dense(self.op.matrix(self.base_weight), base._parameters.get(self.op.roles.get("bias", "bias")))
 
     def _over(self, one: Fitted, below: Below) -> Callable[[Tensor], Tensor]:
         return lambda x: self._branch(one, x, below)
