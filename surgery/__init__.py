@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.api import (
+        combine,
         diff,
         disable_adapters,
         eject,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers import AdapterTrainer
     from surgery.methods.ia3 import Ia3Config
     from surgery.methods.lora import LoraConfig
+    from surgery.procedures.combine import CombineReport
     from surgery.procedures.diff import DiffReport
     from surgery.procedures.inspect import Inspection
     from surgery.procedures.merge_checkpoint import MergeReport
@@ -55,6 +57,7 @@ _HOMES = {
     "AdapterConfig": "core.config",
     "AdapterTrainer": "integrations.transformers",
     "CheckError": "errors",
+    "CombineReport": "procedures.combine",
     "ConfigError": "errors",
     "ConfigTypeError": "errors",
     "DiffReport": "procedures.diff",
@@ -82,6 +85,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterTrainer",
     "CheckError",
+    "CombineReport",
     "ConfigError",
     "ConfigTypeError",
     "DiffReport",
@@ -103,6 +107,7 @@ __all__ = [
     "UsageError",
     "ValueRangeError",
     "VerifyReport",
+    "combine",
     "diff",
     "disable_adapters",
     "eject",

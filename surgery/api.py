@@ -18,6 +18,7 @@ from surgery.hosts.layout import shard_bytes
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate, located
 from surgery.procedures import adapter_files, publish, switch
+from surgery.procedures import combine as combining
 from surgery.procedures import diff as differing
 from surgery.procedures import inject as injection
 from surgery.procedures import inspect as inspection
@@ -26,6 +27,7 @@ from surgery.procedures import merge_checkpoint as merging
 from surgery.procedures import plan as planning
 from surgery.procedures import unmerge_checkpoint as unmerging
 from surgery.procedures import verify as verifying
+from surgery.procedures.combinations import Recipe
 from surgery.procedures.configs import config_of
 from surgery.procedures.filling import OnProgress, Pace
 
@@ -249,6 +251,28 @@ def verify_checkpoint(
         return verifying.verify_receipt(locate(base))
     with _checkpoint(base) as source, Checkpoint(locate(out)) as found:
         return verifying.verify_checkpoint(source, _weighted(adapters), found, ops)
+
+
+def combine(  # noqa: PLR0913  # the settings of all methods
+    adapters: Adapters,
+    out: Where,
+    *,
+    method: str = "cat",
+    density: float | None = None,
+    majority_sign_method: str | None = None,
+    rank: int | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+) -> combining.CombineReport:
+    """Write several LoRA adapters as one to the new folder `out`, in PEFT's format; tells its error, site by site.
+
+    `method` is one of PEFT's add_weighted_adapter: "cat" (the exact sum), "svd" (of `rank`), "linear", "ties",
+    "dare_linear", "dare_ties", "magnitude_prune" (with `density`; the two ties with `majority_sign_method`,
+    dare with `seed`). Raises UsageError for a setting that the method has not, InputError for adapters that
+    contradict each other or are no LoRA.
+    """
+    recipe = Recipe(method, density, majority_sign_method, rank, seed)
+    return combining.combine(_weighted(adapters), Path(out), recipe, overwrite=overwrite)
 
 
 def diff(a: Where, b: Where) -> differing.DiffReport:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from surgery.cli.combine import combine
 from surgery.cli.demo import demo
 from surgery.cli.diff import diff
 from surgery.cli.inspect import inspect
@@ -47,7 +48,7 @@ def surgery(debug: bool) -> None:
     keep_freed_memory()
 
 
-for command in (inspect, plan, merge, verify, unmerge, diff, push, demo):
+for command in (inspect, plan, merge, verify, unmerge, combine, diff, push, demo):
     surgery.add_command(command)
 
 

@@ -1,0 +1,233 @@
+"""combine: several LoRA adapters as one adapter folder in PEFT's format, and how far it is from their exact sum."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes
+from surgery.core.adapter import Weighted
+from surgery.errors import InputError, ShapeError, UsageError, ValueRangeError, printable
+from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
+from surgery.io.octets import octets
+from surgery.io.staging import Staging, refuse_overlap
+from surgery.io.strict_json import json_bytes
+from surgery.methods.lora import Lora, LoraConfig
+from surgery.procedures.combinations import COMBINATIONS, Factors, Recipe, norm
+from surgery.procedures.report import Case
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One site: its new rank, ||exact sum||, and ||what was written - exact sum||, both Frobenius."""
+
+    r: int
+    exact_norm: float
+    error_norm: float
+
+    @property
+    def relative_error(self) -> float | None:
+        """None where the exact sum is zero and the outcome is not."""
+        return _ratio(self.error_norm, self.exact_norm)
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """What was written, and how far it is from the exact sum."""
+
+    out: Path
+    method: str
+    sites: Mapping[str, Combined]
+
+    title = "surgery combine"
+    columns = ("site", "verdict", "r", "relative error")
+
+    @property
+    def relative_error(self) -> float | None:
+        """Of all sites as one vector; None where the exact sum is zero and the outcome is not."""
+        errors, norms = zip(*((one.error_norm, one.exact_norm) for one in self.sites.values()), strict=True)
+        return _ratio(math.hypot(*errors), math.hypot(*norms))
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {self.method: len(self.sites)}
+
+    def cases(self) -> Iterator[Case]:
+        """Every site."""
+        for name, one in self.sites.items():
+            yield Case(name, self.method, (str(one.r), _shown(one.relative_error)), listed=True)
+
+    def summary(self) -> str:
+        """One line."""
+        error = _shown(self.relative_error)
+        return f"{printable(self.out)}: {len(self.sites)} sites by {self.method}; relative error {error} in all"
+
+    def to_json(self) -> dict[str, Any]:
+        sites = {
+            name: {"r": one.r, "exact_norm": one.exact_norm, "relative_error": one.relative_error}
+            for name, one in self.sites.items()
+        }
+        return {
+            "out": str(self.out),
+            "method": self.method,
+            "relative_error": self.relative_error,
+            "reproducible": self.method != "svd",  # LAPACK's bits differ from machine to machine
+            "sites": sites,
+        }
+
+
+def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: bool = False) -> CombineReport:
+    """Write the combination of `given` to the new folder `out`; whole, or `out` stays as it is.
+
+    InputError for an adapter that is no LoRA, for sites, saved modules or settings that contradict each other.
+    """
+    if not given:
+        raise UsageError("combine: no adapter is given; one or more are wanted")
+    refuse_overlap(out, [Path(one.adapter.where) for one in given])
+    configs = [_lora(one) for one in given]
+    ops = _united(given, "the op of", lambda one: one.adapter.ops, lambda op: op)
+    tensors: dict[str, Tensor] = dict(_united(given, "the saved", lambda one: one.adapter.saved, _content))
+    tensors |= _united(given, "the copy of", lambda one: one.adapter.copies, _content)
+    trained_on = _united(given, "the base's", lambda one: one.adapter.trained_on, lambda told: told)
+    sites, draws = {}, recipe.draws()
+    for name in sorted({name for one in given for name in one.adapter.sites}):
+        made, sites[name] = _at(name, given, recipe, draws)
+        prefix, suffix = ("lora_embedding_", "") if ops.get(name) == "embedding" else ("lora_", ".weight")
+        tensors |= {f"{name}.{prefix}A{suffix}": made.A, f"{name}.{prefix}B{suffix}": made.B}
+    config = _config(configs, {name: one.r for name, one in sites.items()})
+    with Staging(out, overwrite=overwrite) as staging:
+        staging.write(TENSORS, adapter_bytes(tensors))
+        if trained_on:
+            staging.write(BASE_PRINT, base_print_bytes(trained_on))
+        staging.write(CONFIG, json_bytes(config.to_json()))
+    return CombineReport(out, recipe.method, sites)
+
+
+def _lora(one: Weighted) -> LoraConfig:
+    config = one.adapter.config
+    if not isinstance(config, LoraConfig):
+        raise InputError(
+            f"{printable(one.adapter.where)}: peft_type is {config.peft_type}; combine takes LORA; "
+            "merge adapters of other types one over the other"
+        )
+    return config
+
+
+def _at(name: str, given: Sequence[Weighted], recipe: Recipe, draws: torch.Generator) -> tuple[Factors, Combined]:
+    """One site combined, as it is written; and its error, against what the files say in float64."""
+    found = [_factors(name, one) for one in given if name in one.adapter.sites]
+    _check_shapes(name, found, recipe)
+    kinds = [factor.dtype for one in given for factor in one.adapter.sites.get(name, {}).values()]
+    dtype = reduce(torch.promote_types, kinds, torch.float32)
+    whole = norm(found)
+    if not math.isfinite(whole):
+        raise ValueRangeError(f"{printable(name)}: the sum overflows float64; take smaller weights")
+    made = COMBINATIONS[recipe.method](found, recipe, draws)
+    written = Factors(made.A.to(dtype).contiguous(), made.B.to(dtype).contiguous())
+    if not (written.A.isfinite().all() and written.B.isfinite().all()):
+        raise ValueRangeError(
+            f"{printable(name)}: the outcome overflows {dtype}; finite numbers are wanted; take smaller weights"
+        )
+    error = norm([*found, Factors(written.A.double(), written.B.double(), -1.0)])
+    return written, Combined(len(written.A), whole, error)
+
+
+def _factors(name: str, one: Weighted) -> Factors:
+    method, p = one.adapter.config.method(name), one.adapter.sites[name]
+    assert isinstance(method, Lora)
+    if p["A"].dim() != 2 or p["B"].dim() != 2 or len(p["A"]) != method.r or p["B"].shape[1] != method.r:
+        raise ShapeError(
+            f"{printable(one.adapter.where)}: {printable(name)}: A is {list(p['A'].shape)}, B {list(p['B'].shape)}; "
+            f"[{method.r}, in] and [out, {method.r}] are wanted by its config; save it again"
+        )
+    for role, values in p.items():
+        if not values.isfinite().all():
+            raise ValueRangeError(
+                f"{printable(one.adapter.where)}: {printable(name)}: {role} has NaN or infinity; "
+                "finite numbers are wanted; train or download it again"
+            )
+    return Factors(p["A"].double(), p["B"].double(), one.weight * method.scaling)
+
+
+def _check_shapes(name: str, found: Sequence[Factors], recipe: Recipe) -> None:
+    shapes = sorted({(one.B.shape[0], one.A.shape[1]) for one in found})
+    if len(shapes) > 1:
+        raise ShapeError(f"{printable(name)}: the adapters are made for weights of {shapes}; one base is wanted")
+    ranks = sorted({len(one.A) for one in found})
+    if len(ranks) > 1 and recipe.method not in ("cat", "svd"):
+        raise ShapeError(f"{printable(name)}: the ranks are {ranks}; {recipe.method} wants equal ones; take cat or svd")
+
+
+def _united(
+    given: Sequence[Weighted],
+    what: str,
+    held: Callable[[Weighted], Mapping[str, Value]],
+    content: Callable[[Value], object],
+) -> dict[str, Value]:
+    """What the adapters hold by name, of which each may be in several if it is the same there."""
+    found: dict[str, Value] = {}
+    for one in given:
+        for name, value in held(one).items():
+            if name in found and content(found[name]) != content(value):
+                raise InputError(
+                    f"{printable(one.adapter.where)}: {what} {printable(name)} is not as in an adapter before it; "
+                    "one for all is wanted; combine adapters of the same base that agree in it"
+                )
+            found[name] = value
+    return found
+
+
+def _content(values: Tensor) -> object:
+    return values.dtype, tuple(values.shape), bytes(octets(values.contiguous()))
+
+
+def _config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> LoraConfig:
+    """alpha is r at every site, so that the scaling is 1."""
+    for field in ("fan_in_fan_out", "task_type"):
+        if len({getattr(one, field) for one in configs}) > 1:
+            raise InputError(f"combine: {field} is not the same in all configs; one for all is wanted")
+    bases = {(one.base_model_name_or_path, one.revision) for one in configs}
+    base, revision = bases.pop() if len(bases) == 1 else (None, None)
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    plain = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=sorted(ranks),
+        modules_to_save=sorted({name for one in configs for name in one.modules_to_save or ()}) or None,
+        fan_in_fan_out=configs[0].fan_in_fan_out,
+        task_type=configs[0].task_type,
+        base_model_name_or_path=base,
+        revision=revision,
+        inference_mode=True,
+    )
+    return plain if set(ranks.values()) == {r} else _patterned(plain, ranks)
+
+
+def _patterned(plain: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
+    """Full names as patterns; with an anchor where one of them would mean another site too."""
+    for anchor in ("", "^"):
+        pattern = {anchor + name: rank for name, rank in ranks.items()}
+        config = replace(plain, rank_pattern=pattern, alpha_pattern=pattern)
+        if all(config.method(name).r == rank for name, rank in ranks.items()):
+            return config
+    raise InputError(
+        "combine: names of sites differ by a dot alone, and ranks differ; equal ranks are wanted; take svd"
+    )
+
+
+def _ratio(error: float, whole: float) -> float | None:
+    if whole:
+        return error / whole
+    return None if error else 0.0
+
+
+def _shown(error: float | None) -> str:
+    return "of a sum that is zero" if error is None else f"{error:.3g}"
