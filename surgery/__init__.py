@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from surgery.core.config import AdapterConfig
     from surgery.errors import (
+        AbsentError,
         CheckError,
         ConfigError,
         ConfigTypeError,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from surgery.procedures.verify import VerifyReport
 
 _HOMES = {
+    "AbsentError": "errors",
     "AdapterConfig": "core.config",
     "AdapterTrainer": "integrations.transformers",
     "CheckError": "errors",
@@ -79,6 +81,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AbsentError",
     "AdapterConfig",
     "AdapterTrainer",
     "CheckError",
