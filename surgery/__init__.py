@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from surgery.core.config import AdapterConfig
     from surgery.errors import (
+        AbsentError,
         CheckError,
         ConfigError,
         ConfigTypeError,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from surgery.procedures.verify import VerifyReport
 
 _HOMES = {
+    "AbsentError": "errors",
     "AdapterConfig": "core.config",
     "AdapterTrainer": "integrations.transformers",
     "CheckError": "errors",
@@ -82,6 +84,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AbsentError",
     "AdapterConfig",
     "AdapterTrainer",
     "CheckError",

@@ -5,6 +5,7 @@ SurgeryError
 │   └── ConfigError      2  a config value that cannot be
 │       └── ConfigTypeError  2  what is given as a config is none
 ├── InputError           3  a file, tensor or name that is refused
+│   ├── AbsentError      3  what is named is not there
 │   ├── FormatError      3  a file is not what its name says
 │   ├── MatchError       3  a name fits nothing, or more than one thing
 │   ├── ShapeError       3  tensors that do not fit together
@@ -15,7 +16,7 @@ SurgeryError
 └── OutputExistsError    6  the output is there already, busy, or an input
 
 A message reads `<where>: <found>; <wanted>; <next step>`. A UsageError and a StateError are ValueErrors too, as
-transformers raises them.
+transformers raises them; an AbsentError is an OSError and a ValueError, for it raises either.
 """
 
 
@@ -43,6 +44,10 @@ class InputError(SurgeryError):
     """A file, tensor or name that is refused."""
 
     exit_code = 3
+
+
+class AbsentError(InputError, OSError, ValueError):
+    """What is named is not there."""
 
 
 class FormatError(InputError):

@@ -16,7 +16,7 @@ from surgery.core.config import AdapterConfig
 from surgery.core.method import Params
 from surgery.core.names import suffix_hits, suffixes
 from surgery.core.site import TensorInfo
-from surgery.errors import ConfigError, FormatError, InputError, ShapeError, printable
+from surgery.errors import AbsentError, ConfigError, FormatError, ShapeError, printable
 from surgery.io.fingerprint import read_base_print
 from surgery.io.header import SPELLINGS, Entry, encode_header
 from surgery.io.octets import octets, tensor_from
@@ -120,7 +120,7 @@ def _refuse_pickles(folder: Path, file: Path) -> None:
     if not file.exists():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{TENSORS}"))
         hint = f"name one of its sub-folders: {printable(', '.join(inside))}" if inside else "check the path"
-        raise InputError(f"{printable(folder)}: it holds no {TENSORS}; an adapter folder is wanted; {hint}")
+        raise AbsentError(f"{printable(folder)}: it holds no {TENSORS}; an adapter folder is wanted; {hint}")
 
 
 def _read_tensors(path: Path) -> tuple[list[Found], dict[str, str]]:

@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from surgery.errors import InputError, UsageError, printable
+from surgery.errors import AbsentError, UsageError, printable
 from surgery.io.regular import contained
 from surgery.io.snapshot import snapshot
 
@@ -31,7 +31,7 @@ def located(spec: str | PathLike[str], revision: str | None = None, subfolder: s
 
     `revision` may stand apart from the id; in a local path it says nothing. `subfolder` is of the folder.
 
-    InputError if it is neither a path nor an id, or if the Hub refuses it or gives other bytes than it lists;
+    AbsentError if it is neither a path nor an id; InputError if the Hub refuses it or gives other bytes than it lists;
     EnvironmentFault if the Hub cannot be reached and its cache lacks the files.
     """
     path = Path(spec).expanduser()
@@ -39,7 +39,7 @@ def located(spec: str | PathLike[str], revision: str | None = None, subfolder: s
         return Located(_inside(path, subfolder))
     found = _HUB_ID.fullmatch(str(spec))
     if found is None:
-        raise InputError(f"{printable(spec)}: no such file or folder; a path or owner/name[@revision] is wanted")
+        raise AbsentError(f"{printable(spec)}: no such file or folder; a path or owner/name[@revision] is wanted")
     if revision and found["revision"] not in (None, revision):
         raise UsageError(f"{printable(spec)}: revision is {printable(revision)} too; one is wanted")
     folder, commit = snapshot(found["id"], revision or found["revision"], subfolder or "")
@@ -47,10 +47,10 @@ def located(spec: str | PathLike[str], revision: str | None = None, subfolder: s
 
 
 def _inside(folder: Path, subfolder: str | None) -> Path:
-    """InputError for a sub-folder that leads out, or is not there."""
+    """InputError for a sub-folder that leads out, AbsentError for one that is not there."""
     if not subfolder:
         return folder
     path = contained(folder, subfolder)
     if not path.is_dir():
-        raise InputError(f"{printable(folder)}: no folder {printable(subfolder)} in it; check subfolder")
+        raise AbsentError(f"{printable(folder)}: no folder {printable(subfolder)} in it; check subfolder")
     return path

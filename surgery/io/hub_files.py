@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from surgery.errors import FormatError, InputError, printable
+from surgery.errors import AbsentError, FormatError, InputError, printable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -124,7 +124,7 @@ def _refuse_names(names: Sequence[str], where: str) -> None:
 def _refuse(names: Collection[str], found: str, where: str) -> list[HubFile]:
     others = sorted(name for name in names if "/" not in name and name.endswith(_PICKLES[:-1]))
     if not others:
-        raise InputError(f"{where}: {found} in it; check the name")
+        raise AbsentError(f"{where}: {found} in it; check the name")
     raise InputError(
         f"{where}: {found}, only {printable(others[0])}; pickles can run code when they are read, and other formats "
         "are not read; save it as safetensors first"

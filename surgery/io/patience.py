@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
-from surgery.errors import EnvironmentFault, InputError, SurgeryError, printable
+from surgery.errors import AbsentError, EnvironmentFault, InputError, SurgeryError, printable
 
 TRIES = 4
 WAIT_S = 60.0  # in all, over every file of a repository
@@ -84,9 +84,9 @@ def _meant(error: Exception) -> Exception:
 # What no further try mends, by the library's error; the first that fits.
 _FINAL = (
     ("GatedRepoError", InputError, "gated; accept its terms on the Hub and log in with `hf auth login`"),
-    ("RepositoryNotFoundError", InputError, "the Hub has no such repository, or it is private; check name and login"),
-    ("RevisionNotFoundError", InputError, "the repository has no such revision; check branch, tag or commit"),
-    ("RemoteEntryNotFoundError", InputError, "listed, but the Hub does not have it (404); was its upload cut off?"),
+    ("RepositoryNotFoundError", AbsentError, "the Hub has no such repository, or it is private; check name and login"),
+    ("RevisionNotFoundError", AbsentError, "the repository has no such revision; check branch, tag or commit"),
+    ("RemoteEntryNotFoundError", AbsentError, "listed, but the Hub does not have it (404); was its upload cut off?"),
     ("HfHubHTTPError", InputError, "the Hub refuses it ({}); check the name and your login"),
     ("HFValidationError", InputError, "not a name that the Hub can hold; owner/name is wanted; check the name"),
     ("OfflineModeIsEnabled", EnvironmentFault, "HF_HUB_OFFLINE forbids to ask the Hub; unset it"),

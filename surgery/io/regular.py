@@ -6,7 +6,7 @@ import stat
 from io import BufferedReader
 from pathlib import Path
 
-from surgery.errors import FormatError, InputError, printable
+from surgery.errors import AbsentError, FormatError, InputError, printable
 
 
 def open_descriptor(path: Path, what: str) -> int:
@@ -14,7 +14,8 @@ def open_descriptor(path: Path, what: str) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise InputError(
+        kind = AbsentError if isinstance(error, FileNotFoundError) else InputError
+        raise kind(
             f"{printable(path)}: cannot be opened ({error.strerror}); {what} is wanted; check the path"
         ) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -13,7 +13,7 @@ from torch import nn
 
 from surgery.adapters.peft import CONFIG, read_adapter
 from surgery.core.adapter import Adapter
-from surgery.errors import EnvironmentFault, InputError, MatchError, printable
+from surgery.errors import AbsentError, EnvironmentFault, InputError, MatchError, printable
 from surgery.integrations.transformers.subclass import attach
 from surgery.io.hub import Located, located
 from surgery.io.strict_json import read_json
@@ -66,13 +66,13 @@ def _base_of(place: Located, adapter: Adapter) -> Located:
     try:
         return located(base, adapter.config.revision)
     except InputError as error:
-        raise InputError(f"{printable(place.path / CONFIG)}: its base: {error}") from error
+        raise type(error)(f"{printable(place.path / CONFIG)}: its base: {error}") from error
 
 
 def _base(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Module:
     transformers = _transformers()
     if not (place.path / "config.json").is_file():
-        raise InputError(f"{printable(place.path)}: no config.json in it; a model or an adapter folder is wanted")
+        raise AbsentError(f"{printable(place.path)}: no config.json in it; a model or an adapter folder is wanted")
     kind = wanted.model_class or _class(transformers, place.path, adapter)
     config = transformers.AutoConfig.from_pretrained(place.path, trust_remote_code=False)
     labels = None if adapter is None else _labels(adapter)

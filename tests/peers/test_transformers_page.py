@@ -1,0 +1,201 @@
+"""Each example of transformers' page on adapters, with surgery in peft's place; peft need not be installed."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from guarded import is_guarded, passed_without_peft
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import surgery
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "hub"))
+
+from fake_hub import FakeHub, running
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+TOKENS = torch.arange(24).reshape(2, 12)
+ROWS = [{"input_ids": row, "labels": row} for row in torch.arange(48).reshape(8, 6)]
+CONFIGS: dict[str, dict[str, Any]] = {  # a method is one line here
+    "LORA": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "IA3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+}
+PAIRS = [("LORA", "IA3"), ("IA3", "LORA"), ("LORA", "LORA"), ("IA3", "IA3")]
+
+
+def config(kind: str) -> dict[str, Any]:
+    """As adapter_config.json holds it; a fresh adapter of it changes the outcome already."""
+    return {"peft_type": kind, "task_type": "CAUSAL_LM", **CONFIGS[kind], _INIT[kind]: False}
+
+
+_INIT = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights"}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def under(kind: str, base: Path, name: str = "default") -> Any:
+    """The base, read by transformers, under a fresh adapter."""
+    told = {**config(kind), "base_model_name_or_path": str(base)}
+    return surgery.inject(AutoModelForCausalLM.from_pretrained(base), told, adapter_name=name)
+
+
+def outputs(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+@pytest.mark.skipif(is_guarded(), reason="this is that process")
+def test_all_of_this_file_holds_where_peft_is_not_installed() -> None:
+    assert passed_without_peft(__file__) > 20
+
+
+@pytest.mark.skipif(not is_guarded(), reason="peft is here")
+def test_peft_is_not_there_and_transformers_alone_refuses_the_page(base: Path) -> None:
+    with pytest.raises(ModuleNotFoundError):
+        import peft  # noqa: F401
+    with pytest.raises(ValueError, match="PEFT is not installed"):
+        AutoModelForCausalLM.from_pretrained(base).add_adapter(config("LORA"))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_adapter_model_is_loaded_by_one_call(kind: str, base: Path, tmp_path: Path) -> None:
+    model = under(kind, base)
+    model.save_pretrained(tmp_path / "adapter")
+    found = surgery.load_model(tmp_path / "adapter", model_class=AutoModelForCausalLM)
+    assert torch.equal(outputs(found), outputs(model))
+    assert not torch.equal(outputs(found), outputs(AutoModelForCausalLM.from_pretrained(base)))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_adapter_is_loaded_onto_a_model_that_is_there(kind: str, base: Path, tmp_path: Path) -> None:
+    model = under(kind, base)
+    model.save_pretrained(tmp_path / "adapter")
+    found = surgery.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    assert torch.equal(outputs(found), outputs(model))
+    found.load_adapter(str(tmp_path / "adapter"), adapter_name="again")
+    assert found.active_adapters() == ["again"]
+    assert torch.equal(outputs(found), outputs(model))
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_a_second_adapter_is_added_and_they_are_switched_disabled_and_enabled(
+    first: str, second: str, base: Path
+) -> None:
+    alone = outputs(AutoModelForCausalLM.from_pretrained(base))
+    model = under(first, base, "adapter_1")
+    one = outputs(model)
+    model.add_adapter(config(second), adapter_name="adapter_2")
+    two = outputs(model)
+    assert model.active_adapters() == ["adapter_2"]
+    model.set_adapter("adapter_1")
+    assert torch.equal(outputs(model), one)
+    model.disable_adapters()
+    assert torch.equal(outputs(model), alone)
+    model.enable_adapters()
+    assert torch.equal(outputs(model), one)
+    model.set_adapter("adapter_2")
+    assert torch.equal(outputs(model), two)
+    assert not torch.equal(one, two)
+    assert not torch.equal(two, alone)
+    model.delete_adapter("adapter_1")
+    assert torch.equal(outputs(model), two)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_text_is_generated_with_the_adapter_and_without(kind: str, base: Path) -> None:
+    # Frozen, as under an adapter: torch takes another kernel, with other last bits, where a weight has gradients.
+    model = AutoModelForCausalLM.from_pretrained(base).eval().requires_grad_(False)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "output_scores": True}
+    alone = model.generate(TOKENS, return_dict_in_generate=True, **options).scores
+    surgery.inject(model, config(kind)).disable_adapters()
+    off = model.generate(TOKENS, return_dict_in_generate=True, **options).scores
+    model.enable_adapters()
+    on = model.generate(TOKENS, return_dict_in_generate=True, **options).scores
+    assert torch.equal(torch.stack(off), torch.stack(alone))
+    assert not torch.equal(on[0], off[0])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_adapter_is_trained_by_trainer_saved_and_loaded_again(kind: str, base: Path, tmp_path: Path) -> None:
+    model = under(kind, base)
+    before, start = outputs(model), {name: values.clone() for name, values in model.state_dict().items()}
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path / "run"), max_steps=3, learning_rate=0.1, **quiet)
+    Trainer(model=model, args=arguments, train_dataset=ROWS).train()
+    assert not torch.equal(outputs(model), before)
+    changed = {name for name, values in model.state_dict().items() if not torch.equal(values, start[name])}
+    assert changed == {name for name, values in model.named_parameters() if values.requires_grad}
+    model.save_pretrained(tmp_path / "adapter")
+    files = {"adapter_config.json", "adapter_model.safetensors", "surgery.base.json"}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == files
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == kind
+    again = surgery.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    assert torch.equal(outputs(again), outputs(model))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    monkeypatch.setenv("NO_PROXY", "*")
+    with running() as found:
+        template = found.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        _http.close_session()
+        yield found
+        _http.close_session()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_adapter_is_pushed_to_the_hub_and_loaded_by_its_id(kind: str, hub: FakeHub, base: Path) -> None:
+    model = under(kind, base)
+    model.push_to_hub("me/adapter")
+    repository = hub.repositories["me/adapter"]
+    there = repository.commits[repository.branches["main"]].keys()
+    assert there - {"README.md"} == {"adapter_config.json", "adapter_model.safetensors", "surgery.base.json"}
+    assert torch.equal(outputs(surgery.load_model("me/adapter")), outputs(model))
+    with pytest.raises(OSError, match="no such repository") as raised:
+        model.load_adapter("me/none", "second")
+    assert isinstance(raised.value, surgery.AbsentError)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_a_base_in_8_or_4_bit_is_refused_by_its_layer(bits: str, kind: str, base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    under(kind, base).save_pretrained(tmp_path / "adapter")
+    settings = transformers.BitsAndBytesConfig(**{bits: True})
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings)
+    layer = "Linear8bitLt" if bits == "load_in_8bit" else "Linear4bit"
+    for call in (lambda: surgery.inject(model, config(kind)), lambda: surgery.load(model, tmp_path / "adapter")):
+        with pytest.raises(surgery.MatchError, match=rf"_proj: a bitsandbytes\S*\.{layer}; Linear, Conv1D"):
+            call()
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, surgery.AbsentError])
+@pytest.mark.parametrize("missing", ["/no/such", "no-such", "./x", "empty"])
+def test_an_adapter_that_is_not_there_raises_what_transformers_raises(
+    missing: str, error: type[Exception], base: Path, tmp_path: Path
+) -> None:
+    model = under("LORA", base)
+    (tmp_path / "empty").mkdir()
+    place = str(tmp_path / "empty") if missing == "empty" else missing
+    with pytest.raises(error, match="wanted"):
+        model.load_adapter(place, "second")
+    assert model.active_adapters() == ["default"]
