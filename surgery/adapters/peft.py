@@ -16,7 +16,7 @@ from surgery.core.config import AdapterConfig
 from surgery.core.method import Params
 from surgery.core.names import suffix_hits, suffixes
 from surgery.core.site import TensorInfo
-from surgery.errors import AbsentError, ConfigError, FormatError, ShapeError, printable
+from surgery.errors import AbsentError, ConfigError, FormatError, InputError, ShapeError, printable
 from surgery.io.fingerprint import read_base_print
 from surgery.io.header import SPELLINGS, Entry, encode_header
 from surgery.io.octets import octets, tensor_from

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes
 from surgery.core.adapter import Weighted
+from surgery.core.select import pattern_value
 from surgery.errors import InputError, ShapeError, UsageError, ValueRangeError, printable
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.octets import octets
@@ -118,6 +119,12 @@ def _lora(one: Weighted) -> LoraConfig:
             f"{printable(one.adapter.where)}: peft_type is {config.peft_type}; combine takes LORA; "
             "merge adapters of other types one over the other"
         )
+    if config.use_dora or config.lora_bias:
+        found = "use_dora" if config.use_dora else "lora_bias"
+        raise InputError(
+            f"{printable(one.adapter.where)}: it has {found}, which a sum of A and B leaves out; "
+            "merge such adapters one over the other"
+        )
     return config
 
 
@@ -216,7 +223,7 @@ def _patterned(plain: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
     for anchor in ("", "^"):
         pattern = {anchor + name: rank for name, rank in ranks.items()}
         config = replace(plain, rank_pattern=pattern, alpha_pattern=pattern)
-        if all(config.method(name).r == rank for name, rank in ranks.items()):
+        if all(pattern_value(pattern, name, plain.r) == rank for name, rank in ranks.items()):
             return config
     raise InputError(
         "combine: names of sites differ by a dot alone, and ranks differ; equal ranks are wanted; take svd"
