@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         ValueRangeError,
     )
     from surgery.integrations.transformers import AdapterTrainer
+    from surgery.methods.adalora import AdaLoraConfig
     from surgery.methods.ia3 import Ia3Config
     from surgery.methods.lora import LoraConfig
     from surgery.procedures.diff import DiffReport
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from surgery.procedures.verify import VerifyReport
 
 _HOMES = {
+    "AdaLoraConfig": "methods.adalora",
     "AdapterConfig": "core.config",
     "AdapterTrainer": "integrations.transformers",
     "CheckError": "errors",
@@ -79,6 +81,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaLoraConfig",
     "AdapterConfig",
     "AdapterTrainer",
     "CheckError",

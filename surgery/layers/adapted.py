@@ -62,9 +62,8 @@ class Adapted(nn.Module):
             name, _, leaf = spec.spelling.partition(".")
             slot = self._modules.get(name)
             if not isinstance(slot, Slot):
-                slot = Slot(leaf)
-                self._modules[name] = slot
-            slot.put(adapter, params[role], trainable)
+                slot = self._modules[name] = Slot()
+            slot.put(adapter, leaf, params[role], trainable)
             slots[role] = slot
         holders = {role: slot.holder(adapter) for role, slot in slots.items()}
         self.fitted[adapter] = Fitted(method, holders, slots)

@@ -6,32 +6,25 @@ from torch import Tensor, nn
 class Slot(nn.Module):
     """Spelled as PEFT does: `lora_A.default.weight`, or `lora_embedding_A.default` where there is no leaf."""
 
-    leaf = ""  # the name below the adapter's, if there is one
-
-    def __init__(self, leaf: str = "") -> None:
-        super().__init__()
-        if leaf:
-            self.__dict__["leaf"] = leaf  # past nn.Module's __setattr__, see Adapted
-
-    def put(self, adapter: str, values: Tensor, trainable: bool) -> None:
+    def put(self, adapter: str, leaf: str, values: Tensor, trainable: bool) -> None:
+        """Hold an adapter's tensor, under a name of its own if there is a `leaf`."""
         parameter = nn.Parameter(values, requires_grad=trainable)
-        if not self.leaf:
+        if not leaf:
             self._parameters[adapter] = parameter
             return
         holder = Slot()
-        holder._parameters[self.leaf] = parameter
+        holder._parameters[leaf] = parameter
         self._modules[adapter] = holder
 
     def holder(self, adapter: str) -> tuple[dict[str, nn.Parameter | None], str]:
         """The dict that holds the adapter's parameter, and its key there; both stay as the model moves."""
-        if not self.leaf:
+        inner = self._modules.get(adapter)
+        if inner is None:
             return self._parameters, adapter
-        inner = self._modules[adapter]
-        assert inner is not None
-        return inner._parameters, self.leaf
+        return inner._parameters, next(iter(inner._parameters))
 
     def remove(self, adapter: str) -> None:
-        del (self._modules if self.leaf else self._parameters)[adapter]
+        del (self._modules if adapter in self._modules else self._parameters)[adapter]
 
     def __len__(self) -> int:
-        return len(self._modules if self.leaf else self._parameters)
+        return len(self._modules) + len(self._parameters)

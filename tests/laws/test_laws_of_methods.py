@@ -31,9 +31,17 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 2, "rank_pattern": {"layer": 5}, "alpha_pattern": {"layer": 0.3}},
     ],
     "IA3": [{"feedforward_modules": ["layer"]}],
+    "ADALORA": [
+        {"lora_alpha": 3, "lora_dropout": 0.5},
+        {"init_r": 3, "rank_pattern": {"layer.lora_E": [True, False, True]}},
+    ],
 }
-NEEDED: Mapping[str, dict[str, Any]] = {"IA3": {"feedforward_modules": []}}  # settings that have no default
-UNFIT = {("IA3", "embedding")}  # which refuse each other
+# Settings that have no default, or whose default is no whole scaling.
+NEEDED: Mapping[str, dict[str, Any]] = {
+    "IA3": {"feedforward_modules": []},
+    "ADALORA": {"init_r": 4, "lora_alpha": 4 + 1e-5},
+}
+UNFIT = {("IA3", "embedding"), ("ADALORA", "embedding")}  # which refuse each other
 
 
 def made(name: str, **settings: Any) -> Method:

@@ -151,7 +151,7 @@ class AdapterMethods(nn.Module):
         if is_main_process:
             prefix = PREFIX if save_peft_format else ""
             for name, place in active_folders(self, folder).items():
-                write(self, place, name, tensors_of(self, name, state_dict), prefix)
+                write(self, place, name, state_dict, prefix)
         if push_to_hub and is_main_process:
             hub_options = {name: kwargs[name] for name in _PUSHING if name in kwargs}
             push: Any = self.push_to_hub
