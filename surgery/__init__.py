@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.api import (
+        adalora_step,
         diff,
         disable_adapters,
         eject,
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
         load_model,
         merge,
         merge_checkpoint,
+        orthogonal_loss,
         plan,
         push_to_hub,
         save,
@@ -106,6 +108,7 @@ __all__ = [
     "UsageError",
     "ValueRangeError",
     "VerifyReport",
+    "adalora_step",
     "diff",
     "disable_adapters",
     "eject",
@@ -116,6 +119,7 @@ __all__ = [
     "load_model",
     "merge",
     "merge_checkpoint",
+    "orthogonal_loss",
     "plan",
     "push_to_hub",
     "save",

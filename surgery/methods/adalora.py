@@ -122,6 +122,12 @@ class AdaLoraConfig(AdapterConfig):
         if self.target_r > self.init_r:
             raise ConfigError(f"target_r is {self.target_r}, above init_r, {self.init_r}; ranks only ever fall")
 
+    @property
+    def end(self) -> int:
+        """The step at which ranks are allotted for the last time."""
+        assert self.total_step is not None
+        return self.total_step - self.tfinal
+
     def mask(self, name: str) -> list[bool] | None:
         """Which of the triplets of a site are left; None where nothing is known of it."""
         return None if self.rank_pattern is None else self.rank_pattern.get(f"{name}.lora_E")

@@ -31,8 +31,13 @@ def made(case: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedM
 
 
 def theirs(case: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    config = peft.AdaLoraConfig(target_modules=TARGETS[case], **(FIELDS | options))
-    return peft.get_peft_model(made(case, dtype), config)
+    task = {"task_type": "CAUSAL_LM"}  # without one peft leaves the regularizer out of the loss
+    config = peft.AdaLoraConfig(target_modules=TARGETS[case], **(task | FIELDS | options))
+    model = peft.get_peft_model(made(case, dtype), config)
+    for name, values in model.named_parameters():
+        if ".ranknum." in name:  # over a base of half precision peft trains it, and does not save it
+            values.requires_grad_(False)
+    return model
 
 
 def loss_of(model: nn.Module) -> Tensor:
@@ -152,3 +157,50 @@ def test_lora_and_adalora_lie_over_the_same_layers_in_either_order(tmp_path: Pat
         alone = surgery.load(made(), second, adapter_name="two")
         surgery.set_adapter(model, "two")
         assert torch.equal(outputs(model), outputs(alone))
+
+
+def started_alike(**options: Any) -> tuple[Any, Any]:
+    """A model of peft and ours with the same fresh adapter."""
+    model = theirs(**options)
+    ours = surgery.inject(made(), model.peft_config["default"])
+    tensors = {name.removeprefix("base_model.model."): values for name, values in model.state_dict().items()}
+    missing, left_over = ours.load_state_dict(tensors, strict=False)
+    assert not missing
+    assert all(".ranknum." in name for name in left_over)
+    return model, ours
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"deltaT": 3}, {"tfinal": 0}, {"tinit": 0, "beta1": 0.5, "beta2": 0.9}, {"orth_reg_weight": 0.0}],
+    ids=str,
+)
+def test_losses_masks_and_merges_of_a_training_are_those_of_peft(options: dict[str, Any], tmp_path: Path) -> None:
+    model, ours = started_alike(**options)
+    both = [model, ours]
+    optimizers = [
+        torch.optim.AdamW([values for values in one.parameters() if values.requires_grad], lr=0.02) for one in both
+    ]
+    seen = set()
+    for step in range(16):
+        losses = [loss_of(one) for one in both]
+        assert close(losses[1].detach(), losses[0].detach())
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            loss.backward()
+            optimizer.step()
+        model.base_model.update_and_allocate(step)
+        surgery.adalora_step(ours, step)
+        masks = [one.peft_config["default"].rank_pattern for one in both]
+        wanted = masks[0] and {name.removesuffix(".default"): mask for name, mask in masks[0].items()}
+        assert masks[1] == wanted
+        seen.add(str(wanted))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert len(seen) > 2
+    assert close(outputs(ours), outputs(model))
+    model.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    written = [json.loads((tmp_path / one / "adapter_config.json").read_text()) for one in ("theirs", "ours")]
+    assert written[0]["rank_pattern"] == written[1]["rank_pattern"]
+    merged = surgery.load(made(), tmp_path / "ours")
+    assert close(outputs(surgery.merge(merged)), outputs(model.merge_and_unload()))
