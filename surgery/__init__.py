@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         ValueRangeError,
     )
     from surgery.integrations.transformers import AdapterTrainer
+    from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora import AdaLoraConfig
     from surgery.methods.ia3 import Ia3Config
     from surgery.methods.lora import LoraConfig
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from surgery.procedures.verify import VerifyReport
 
 _HOMES = {
+    "AdaLoraCallback": "integrations.transformers.callback",
     "AdaLoraConfig": "methods.adalora",
     "AdapterConfig": "core.config",
     "AdapterTrainer": "integrations.transformers",
@@ -83,6 +85,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaLoraCallback",
     "AdaLoraConfig",
     "AdapterConfig",
     "AdapterTrainer",
