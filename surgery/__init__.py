@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.api import (
+        adalora_step,
         combine,
         diff,
         disable_adapters,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         load_model,
         merge,
         merge_checkpoint,
+        orthogonal_loss,
         plan,
         push_to_hub,
         save,
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
         ValueRangeError,
     )
     from surgery.integrations.transformers import AdapterTrainer
+    from surgery.integrations.transformers.callback import AdaLoraCallback
+    from surgery.methods.adalora import AdaLoraConfig
     from surgery.methods.ia3 import Ia3Config
     from surgery.methods.lora import LoraConfig
     from surgery.procedures.combine import CombineReport
@@ -56,6 +60,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AbsentError": "errors",
+    "AdaLoraCallback": "integrations.transformers.callback",
+    "AdaLoraConfig": "methods.adalora",
     "AdapterConfig": "core.config",
     "AdapterTrainer": "integrations.transformers",
     "CheckError": "errors",
@@ -85,6 +91,8 @@ _HOMES = {
 
 __all__ = [
     "AbsentError",
+    "AdaLoraCallback",
+    "AdaLoraConfig",
     "AdapterConfig",
     "AdapterTrainer",
     "CheckError",
@@ -110,6 +118,7 @@ __all__ = [
     "UsageError",
     "ValueRangeError",
     "VerifyReport",
+    "adalora_step",
     "combine",
     "diff",
     "disable_adapters",
@@ -121,6 +130,7 @@ __all__ = [
     "load_model",
     "merge",
     "merge_checkpoint",
+    "orthogonal_loss",
     "plan",
     "push_to_hub",
     "save",

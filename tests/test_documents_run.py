@@ -80,6 +80,8 @@ def test_the_examples_of_docstrings_give_what_they_say(path: Path) -> None:
     [
         ("library", "the model is what it was, bit for bit"),
         ("train_lora", "8 of 8 sentences are told apart by the merged model"),
+        ("train_ia3", "8 of 8 sentences are told apart by the merged model"),
+        ("train_adalora", "8 of 8 sentences are told apart by the merged model"),
     ],
 )
 def test_an_example_runs(name: str, told: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
-from surgery.core.method import Method
+from surgery.core.method import Method, Params
 from surgery.core.patterns import Patience, PatternTable
 from surgery.errors import ConfigError, FormatError, printable
 
@@ -86,6 +86,13 @@ class AdapterConfig(ABC):
     def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:  # noqa: ARG002  # for those that have such
         """By field beside the selection, its entries that mean none of the adapted `names`."""
         return {}
+
+    def check_fresh(self) -> None:  # noqa: B027  # most have nothing to refuse
+        """ConfigError for what a fresh adapter cannot be trained with."""
+
+    def written(self, sites: Mapping[str, Params]) -> tuple[Self, Mapping[str, Params]]:
+        """Config and tensors as files hold them, where training has let go of some."""
+        return self, sites
 
     def named(self, names: Sequence[str]) -> Self:
         """The same for just the modules `names`, spelled so that a reader needs no matching."""

@@ -9,6 +9,7 @@ from torch import nn
 from surgery.core.config import AdapterConfig
 from surgery.errors import StateError
 from surgery.layers import Adapted, Replaced
+from surgery.methods.adalora_ranks import Importance
 
 _STATE = "surgery_state"
 
@@ -30,6 +31,8 @@ class State:
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     enabled: bool = True
+    importance: dict[str, Mapping[str, Importance]] = field(default_factory=dict)  # by adapter whose ranks are allotted
+    regularized: bool = False  # did the model itself put AdaLoRA's regularizer into its last loss?
 
 
 def state_of(root: nn.Module) -> State | None:

@@ -7,6 +7,7 @@ class Slot(nn.Module):
     """Spelled as PEFT does: `lora_B.default.weight` and `.bias`, or `lora_embedding_A.default`, without a leaf."""
 
     def put(self, adapter: str, leaf: str, values: Tensor, trainable: bool) -> None:
+        """Hold an adapter's tensor, under a name of its own if there is a `leaf`."""
         parameter = nn.Parameter(values, requires_grad=trainable)
         if leaf and adapter not in self._modules:
             self._modules[adapter] = Slot()

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from surgery.core.config import AdapterConfig
+from surgery.methods.adalora import AdaLoraConfig
 from surgery.methods.ia3 import Ia3Config
 from surgery.methods.lora import LoraConfig
 
-METHODS: Mapping[str, type[AdapterConfig]] = {"LORA": LoraConfig, "IA3": Ia3Config}
+METHODS: Mapping[str, type[AdapterConfig]] = {"LORA": LoraConfig, "IA3": Ia3Config, "ADALORA": AdaLoraConfig}

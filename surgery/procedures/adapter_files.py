@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from surgery.adapters.peft import CONFIG, PREFIX, TENSORS, adapter_bytes, check_shapes, read_adapter
 from surgery.core.adapter import Adapter
 from surgery.core.config import AdapterConfig
+from surgery.core.method import Params, Spec
 from surgery.core.names import in_base, nearest, renaming
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.tree import State, adapted_layers, injected, live_path, replaced_modules, spelled
@@ -33,12 +34,19 @@ def save(root: nn.Module, folder: Path, adapters: Iterable[str] | None = None) -
     state = injected(root)
     for adapter in state.configs if adapters is None else adapters:
         known(state, adapter)
-        write(root, folder if adapter == DEFAULT else folder / adapter, adapter, tensors_of(root, adapter))
+        write(root, folder if adapter == DEFAULT else folder / adapter, adapter)
 
 
-def write(root: nn.Module, folder: Path, adapter: str, tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> None:
-    """One adapter's files into `folder`, with these `tensors`, whose names begin with `prefix` there."""
-    config = _resolved(root, injected(root).configs[adapter], adapter)
+def write(
+    root: nn.Module,
+    folder: Path,
+    adapter: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    prefix: str = PREFIX,
+) -> None:
+    """One adapter's files into `folder`, as `tensors_of` gives its tensors, whose names begin with `prefix` there."""
+    config, tensors = _written(root, adapter, state_dict)
+    config = _resolved(root, config, adapter)
     write_file(folder / TENSORS, adapter_bytes(tensors, prefix))
     write_file(folder / BASE_PRINT, base_print_bytes(_base_print(root, adapter)))
     write_file(folder / CONFIG, json_bytes(config.to_json()))
@@ -98,15 +106,41 @@ def known(state: State, adapter: str) -> None:
 
 def tensors_of(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """An adapter's tensors, named as PEFT ends them; out of `state_dict`, named as in the model, if it is given."""
-    found, layers = {}, adapted_layers(root)
+    return _written(root, adapter, state_dict)[1]
+
+
+def _written(
+    root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Config and tensors, as files hold them."""
+    specs: dict[str, Mapping[str, Spec]] = {}
+    sites: dict[str, Params] = {}
+    layers = adapted_layers(root)
     for name, layer in layers.items():
         if adapter in layer.fitted:
             one = layer.fitted[adapter]
-            for role, spec in one.method.tensors(layer.site).items():
-                slot, leaf = spec.held
-                live = f"{live_path(layers, name)}.{slot}.{adapter}.{leaf}".rstrip(".")
-                written = f"{spelled(layers, name, adapter)}.{spec.spelling}"
-                found[written] = one.params[role] if state_dict is None else _held(state_dict, live)
+            there, held = spelled(layers, name, adapter), one.method.tensors(layer.site)
+            specs[there] = held
+            sites[there] = (
+                one.params if state_dict is None else _picked(state_dict, live_path(layers, name), adapter, held)
+            )
+    config, kept = injected(root).configs[adapter].written(sites)
+    found = {f"{name}.{spec.spelling}": kept[name][role] for name in kept for role, spec in specs[name].items()}
+    return config, found | _replacements(root, adapter, state_dict)
+
+
+def _picked(state_dict: Mapping[str, Tensor], path: str, adapter: str, specs: Mapping[str, Spec]) -> Params:
+    """The tensors of a layer, by role, out of a model's state_dict."""
+    picked = {}
+    for role, spec in specs.items():
+        slot, leaf = spec.held
+        picked[role] = _held(state_dict, f"{path}.{slot}.{adapter}.{leaf}".rstrip("."))
+    return picked
+
+
+def _replacements(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors of `modules_to_save`."""
+    found = {}
     for name, module in replaced_modules(root).items():
         if adapter in module.modules_to_save:
             for key, values in module.modules_to_save[adapter].state_dict().items():

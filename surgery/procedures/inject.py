@@ -127,6 +127,7 @@ def inject(
     Raises MatchError for an entry that hits nothing, StateError if `adapter` is there or a merge is.
     """
     check_name(root, adapter)
+    config.check_fresh()
     tree = Tree(root)
     config = with_task_heads(config, tree)
     names = list(tree.modules)

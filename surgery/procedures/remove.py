@@ -27,6 +27,7 @@ def remove(root: nn.Module, adapters: Sequence[str]) -> None:
             _drop(place, place.module, adapters)
     for adapter in dict.fromkeys(adapters):
         del state.configs[adapter]
+        state.importance.pop(adapter, None)
     activate(root, state, tuple(name for name in state.active if name in state.configs), state.enabled)
 
 

@@ -33,13 +33,22 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 3, "lora_alpha": 5, "lora_bias": True},
     ],
     "IA3": [{"feedforward_modules": ["layer"]}],
+    "ADALORA": [
+        {"lora_alpha": 3, "lora_dropout": 0.5},
+        {"init_r": 3, "rank_pattern": {"layer.lora_E": [True, False, True]}},
+    ],
 }
-NEEDED: Mapping[str, dict[str, Any]] = {"IA3": {"feedforward_modules": []}}  # settings that have no default
+# Settings that have no default, or whose default is no whole scaling.
+NEEDED: Mapping[str, dict[str, Any]] = {
+    "IA3": {"feedforward_modules": []},
+    "ADALORA": {"init_r": 4, "lora_alpha": 4 + 1e-5},
+}
 UNFIT = {  # which refuse each other, and what is said of it; the last where it would be merged
     ("IA3", "embedding"): "an embedding",
     ("IA3", "scaled embedding"): "an embedding",
     ("IA3", "convolution over one axis"): "a Conv1d",
     ("IA3", "attention"): "an attention",
+    **{("ADALORA", name): "AdaLoRA acts on" for name, op in EXAMPLES.items() if op.name not in {"linear", "conv1d"}},
     ("LORA", GROUPED): "in groups",
 }
 

@@ -14,6 +14,7 @@ from surgery.adapters.peft import PREFIX
 from surgery.core.config import AdapterConfig
 from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.tree import injected, state_of
+from surgery.integrations.transformers.adalora import regularized
 from surgery.integrations.transformers.model import output_heads
 from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.sources import given
@@ -42,6 +43,10 @@ class Loaded(NamedTuple):
 
 class AdapterMethods(nn.Module):
     """The methods. StateError, which is a ValueError, where the model has no adapter, or not that one."""
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        """As ever; an AdaLoRA adapter in training adds its regularizer to the loss."""
+        return regularized(self, super().__call__(*given, **named), named)
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
@@ -151,7 +156,7 @@ class AdapterMethods(nn.Module):
         if is_main_process:
             prefix = PREFIX if save_peft_format else ""
             for name, place in active_folders(self, folder).items():
-                write(self, place, name, tensors_of(self, name, state_dict), prefix)
+                write(self, place, name, state_dict, prefix)
         if push_to_hub and is_main_process:
             hub_options = {name: kwargs[name] for name in _PUSHING if name in kwargs}
             push: Any = self.push_to_hub

@@ -1,5 +1,6 @@
 """AdapterTrainer: what transformers' Trainer lacks to resume a model with adapters, and to load its best one."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch import nn
 
 from surgery.adapters.peft import read_adapter
 from surgery.hosts.tree import state_of
+from surgery.procedures.adalora_progress import read_progress, read_reduced, with_open_ranks, write_progress
 from surgery.procedures.adapter_files import active_folders
 from surgery.procedures.refill import refill
 
@@ -21,25 +23,48 @@ class AdapterTrainer:
     ...     "Trains, saves, resumes and loads the best model, of each the adapter alone."
     """
 
+    def __init__(self, *given: Any, **named: Any) -> None:
+        from surgery.integrations.transformers.callback import AdaLoraCallback
+
+        super().__init__(*given, **named)
+        handler: Any = self.callback_handler  # type: ignore[attr-defined]  # Trainer's
+        if not any(isinstance(one, AdaLoraCallback) for one in handler.callbacks):
+            handler.add_callback(AdaLoraCallback())
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        mine = _mine(self, self.model)
+        if mine is not None and self.args.should_save:
+            places = active_folders(mine, Path(output_dir))
+            for name in with_open_ranks(mine):
+                write_progress(mine, name, places[name])
+
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         mine = _mine(self, self.model if model is None else model)
         if mine is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         else:
-            load_checkpoint(mine, Path(resume_from_checkpoint))
+            load_checkpoint(mine, Path(resume_from_checkpoint), read_progress)
 
     def _load_best_model(self: Any) -> None:
         mine = _mine(self, self.model)
         if mine is None:
             super()._load_best_model()  # type: ignore[misc]
         else:
-            load_checkpoint(mine, Path(self.state.best_model_checkpoint))
+            load_checkpoint(mine, Path(self.state.best_model_checkpoint), read_reduced)
 
 
-def load_checkpoint(root: nn.Module, folder: Path) -> None:
-    """Put the adapters that a checkpoint holds into those of the model that are active, in place."""
+def load_checkpoint(root: nn.Module, folder: Path, read_open: Callable[[nn.Module, str, Path], None]) -> None:
+    """Put the adapters that a checkpoint holds into those of the model that are active, in place.
+
+    `read_open` does so for an AdaLoRA whose ranks are being allotted.
+    """
+    open_ranks = with_open_ranks(root)
     for name, place in active_folders(root, folder).items():
-        refill(root, read_adapter(place), name)
+        if name in open_ranks:
+            read_open(root, name, place)
+        else:
+            refill(root, read_adapter(place), name)
 
 
 def _mine(trainer: Any, model: Any) -> nn.Module | None:

@@ -1,0 +1,35 @@
+"""AdaLoRA in models of transformers: its regularizer joins the loss that the model itself computes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.hosts.tree import state_of
+from surgery.procedures.adalora import in_training, regularizer
+
+
+def regularized(root: nn.Module, output: Any, given: Mapping[str, Any]) -> Any:
+    """What a model called with `given` has put out, with the regularizer in a loss that can be differentiated."""
+    if not in_training(root) or not torch.is_grad_enabled():
+        return output
+    return _regularized(root, output, given)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a walk over the model, which changes no graph
+def _regularized(root: nn.Module, output: Any, given: Mapping[str, Any]) -> Any:
+    state = state_of(root)
+    assert state is not None
+    plain = isinstance(output, tuple)  # return_dict=False: the loss is the first, if labels were given
+    loss = (output[0] if given.get("labels") is not None else None) if plain else output.get("loss")
+    state.regularized = False
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        return output
+    state.regularized = True
+    with torch.autocast(loss.device.type, enabled=False):
+        whole = loss + regularizer(root).to(loss.device)
+    if plain:
+        return (whole, *output[1:])
+    output["loss"] = whole
+    return output

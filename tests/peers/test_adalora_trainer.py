@@ -1,0 +1,108 @@
+"""transformers' Trainer trains, saves and resumes AdaLoRA."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import Resuming, adapter, equal, llama, losses, trainer
+from torch import Tensor
+from transformers import LlamaForCausalLM, Trainer
+
+import surgery
+
+FIELDS: dict[str, Any] = {
+    "init_r": 4,
+    "target_r": 2,
+    "tinit": 0,
+    "tfinal": 2,
+    "target_modules": ["q_proj", "down_proj"],
+}
+STEPS = 8
+
+
+def injected(**options: Any) -> LlamaForCausalLM:
+    return surgery.inject(llama(), surgery.AdaLoraConfig(**(FIELDS | {"total_step": STEPS} | options)))
+
+
+def run(model: LlamaForCausalLM, folder: Path, kind: type[Trainer] = Resuming, **options: Any) -> Trainer:
+    return trainer(model, folder, kind, **({"max_steps": STEPS, "learning_rate": 0.02} | options))
+
+
+def left(model: LlamaForCausalLM) -> int:
+    return sum(int((values != 0).sum()) for name, values in model.named_parameters() if "lora_E" in name)
+
+
+def state(model: LlamaForCausalLM) -> dict[str, Tensor]:
+    return {name: values.clone() for name, values in model.state_dict().items() if "lora_" in name}
+
+
+@pytest.mark.parametrize("options", [{}, {"torch_compile": True, "torch_compile_backend": "eager"}], ids=str)
+def test_ranks_fall_in_a_run_as_in_a_loop_of_ones_own(options: dict[str, Any], tmp_path: Path) -> None:
+    model = injected()
+    assert left(model) == 0
+    run(model, tmp_path, **options).train()
+    assert left(model) == 8
+    assert model.peft_config["default"].rank_pattern is not None
+    again = surgery.load(llama(), tmp_path / f"checkpoint-{STEPS}")
+    assert equal(adapter(again), adapter(model))
+
+
+@pytest.mark.parametrize("cut", [1, 4, 7])
+@pytest.mark.parametrize("options", [{}, {"deltaT": 3, "lora_dropout": 0.1}], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
+    cut: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    whole, model = injected(**options), injected(**options)
+    uninterrupted, resumed = run(whole, tmp_path / "whole"), run(model, tmp_path / "resumed")
+    uninterrupted.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{cut}"))
+    assert len(set(losses(uninterrupted).values())) == STEPS
+    assert losses(resumed) == losses(uninterrupted)
+    assert equal(state(model), state(whole))
+    assert model.peft_config["default"].rank_pattern == whole.peft_config["default"].rank_pattern
+
+
+def test_the_callback_serves_the_stock_trainer_and_a_checkpoint_of_it_cannot_be_resumed(tmp_path: Path) -> None:
+    model, ours = injected(), injected()
+    stock = run(model, tmp_path / "stock", Trainer)
+    stock.add_callback(surgery.AdaLoraCallback())
+    stock.train()
+    run(ours, tmp_path / "ours").train()
+    assert equal(state(model), state(ours))
+    with pytest.raises(surgery.InputError, match="it holds no surgery"):
+        run(injected(), tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "stock" / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_the_best_model_is_loaded_at_the_end(only_model: bool, tmp_path: Path) -> None:
+    model = injected()
+    best = run(
+        model,
+        tmp_path,
+        learning_rate=0.5,
+        greater_is_better=True,  # so that the last is not the best
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        save_only_model=only_model,
+    )
+    best.train()
+    scores = [line["eval_loss"] for line in best.state.log_history if "eval_loss" in line]
+    assert max(scores) > scores[-1]
+    assert best.evaluate()["eval_loss"] == pytest.approx(max(scores), rel=64 * torch.finfo(torch.float32).eps)
+
+
+def test_lora_beside_adalora_is_trained_and_resumed_too(tmp_path: Path) -> None:
+    def both() -> LlamaForCausalLM:
+        model = injected()
+        model.add_adapter(surgery.LoraConfig(r=2, target_modules=["q_proj"]), "second")
+        model.set_adapter(["default", "second"])
+        return model
+
+    whole, model = both(), both()
+    uninterrupted, resumed = run(whole, tmp_path / "whole"), run(model, tmp_path / "resumed")
+    uninterrupted.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses(resumed) == losses(uninterrupted)
+    assert equal(state(model), state(whole))
