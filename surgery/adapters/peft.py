@@ -88,7 +88,8 @@ def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
     kind = data.get("peft_type")
     if not isinstance(kind, str) or kind not in METHODS:
         known = f"supported are {', '.join(METHODS)}; use PEFT for this one"
-        why = f"{_NO_WEIGHT[str(kind)]}, which no merged weight can do; run it in PEFT" if kind in _NO_WEIGHT else known
+        alone = _NO_WEIGHT.get(kind) if isinstance(kind, str) else None
+        why = f"{alone}, which no merged weight can do; run it in PEFT" if alone else known
         raise FormatError(f"{where}: peft_type is {printable(kind)!r}; {why}")
     return METHODS[kind].from_json(data, where)
 

@@ -211,7 +211,8 @@ CONFIGS = [name for name in surgery.__all__ if name.endswith("Config") and name 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_goes_to_a_folder_and_back(name: str, tmp_path: Path) -> None:
     kind = getattr(surgery, name)
-    config = kind(target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path="owner/base")
+    settings = {"total_step": 10, "tinit": 1, "tfinal": 1} if name == "AdaLoraConfig" else {}
+    config = kind(target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path="owner/base", **settings)
     config.save_pretrained(tmp_path / "new" / "folder")
     found = kind.from_pretrained(tmp_path / "new", subfolder="folder")
     assert found == config
