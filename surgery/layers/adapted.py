@@ -1,6 +1,6 @@
 """Adapted: a layer with adapters over it; any method, any op."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,27 +36,51 @@ class Fitted(NamedTuple):
 
 
 class Below:
-    """What lies under an adapter, as its branch sees it: see core.method.Run."""
+    """What lies under an adapter, as its branch sees it (core.method.Run): here the base layer alone."""
 
-    __slots__ = ("adapters", "layer", "run")
+    __slots__ = ("args", "dtype", "kwargs", "layer")
 
-    def __init__(self, run: Callable[[Tensor], Tensor], layer: "Adapted", adapters: tuple["Fitted", ...]) -> None:
-        self.run, self.layer, self.adapters = run, layer, adapters
+    def __init__(self, layer: "Adapted", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layer, self.args, self.kwargs = layer, args, kwargs
+        self.dtype: torch.dtype | None = None  # of what the base layer gave
 
     def __call__(self, x: Tensor, /) -> Tensor:
-        return self.run(x)
+        base_layer: Any = self.layer._modules["base_layer"]
+        below: Tensor = base_layer(x, *self.args, **self.kwargs)
+        self.dtype = below.dtype
+        return below
 
     def base(self) -> Dense:
         return self.layer.dense()
 
     def bias(self) -> Tensor | None:
-        bias = self.layer.dense().bias
-        for one in self.adapters:
-            on_bias = one.method.for_bias()
-            if on_bias is not None and bias is not None:
-                column = Dense(bias.unsqueeze(1))  # [out, 1]
-                bias = on_bias.merge(column, one.params, WHOLE, float_product).weight.squeeze(1)  # [out]
-        return bias
+        return self.layer.dense().bias
+
+
+class Over:
+    """The same where other adapters lie between: the last of them, over what is below it."""
+
+    __slots__ = ("below", "one")
+
+    def __init__(self, one: Fitted, below: "Below | Over") -> None:
+        self.one, self.below = one, below
+
+    @property
+    def layer(self) -> "Adapted":
+        return self.below.layer
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return self.layer._branch(self.one, x, self.below)
+
+    def base(self) -> Dense:
+        return self.layer.dense()
+
+    def bias(self) -> Tensor | None:
+        bias, on_bias = self.below.bias(), self.one.method.for_bias()
+        if bias is None or on_bias is None:
+            return bias
+        column = Dense(bias.unsqueeze(1))  # [out, 1]
+        return on_bias.merge(column, self.one.params, WHOLE, float_product).weight.squeeze(1)  # [out]
 
 
 class Adapted(nn.Module):
@@ -126,30 +150,19 @@ class Adapted(nn.Module):
             weights = {own: getattr(self, role) for role, own in self.op.roles.items()}
             present = {own: values for own, values in weights.items() if values is not None}
             return functional_call(base_layer, present, given, kwargs)
-        x, args = given[0], given[1:]
-        dtype: torch.dtype | None = None
-
-        def run(x: Tensor) -> Tensor:
-            nonlocal dtype
-            below: Tensor = base_layer(x, *args, **kwargs)
-            dtype = below.dtype
-            return below
-
-        above = Below(run, self, ())
-        for count, one in enumerate(self.running[:-1], 1):
-            above = Below(self._over(one, above), self, self.running[:count])
-        out = self._branch(self.running[-1], x, above)
-        return out if out.dtype == dtype or dtype is None else out.to(dtype)
+        bottom = Below(self, given[1:], kwargs)
+        above: Below | Over = bottom
+        for one in self.running[:-1]:
+            above = Over(one, above)
+        out = self._branch(self.running[-1], given[0], above)
+        return out if out.dtype == bottom.dtype or bottom.dtype is None else out.to(bottom.dtype)
 
     def dense(self) -> Dense:
         """The base layer's weight as a matrix, and its bias."""
         base: Any = self._modules["base_layer"]
         return Dense(self.op.matrix(self.base_weight), base._parameters.get(self.op.roles.get("bias", "bias")))
 
-    def _over(self, one: Fitted, below: Below) -> Callable[[Tensor], Tensor]:
-        return lambda x: self._branch(one, x, below)
-
-    def _branch(self, one: Fitted, x: Tensor, below: Below) -> Tensor:
+    def _branch(self, one: Fitted, x: Tensor, below: Below | Over) -> Tensor:
         params: Any = {role: held[key] for role, (held, key) in one.holders.items()}
         out: Tensor = one.method.branch(x, below, self.op, params, self.training)
         return out

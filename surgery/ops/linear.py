@@ -57,12 +57,15 @@ class Conv1D(Transposed):
 LAYOUTS = (Linear.name, Conv1D.name)  # of one map: what a matrix on files may be meant in
 
 
+_FEW = 1 << 16  # for which one more call takes longer than one more pass
+
+
 def _onto(below: Tensor, h: Tensor, matrix: Tensor, scaling: float) -> Tensor:
-    """below + scaling * matrix h, in one pass over the outputs: to read and write them is most of what it costs.
+    """below + scaling * matrix h, in one pass over many outputs: to read and write them is most of what it costs.
 
     Half types are left to two passes, which round as PEFT's do.
     """
-    if not below.dtype == h.dtype == matrix.dtype or below.dtype.itemsize < 4:
+    if below.numel() < _FEW or not below.dtype == h.dtype == matrix.dtype or below.dtype.itemsize < 4:
         return torch.add(below, F.linear(h, matrix), alpha=scaling)
     flat = below.reshape(-1, below.shape[-1]), h.reshape(-1, h.shape[-1])  # [batch, out], [batch, r]
     return torch.addmm(*flat, matrix.T, alpha=scaling).view(below.shape)
