@@ -18,6 +18,7 @@ from surgery.core.method import Additive, Dense, Params, Product, Run, Shift, Sp
 from surgery.core.op import WHOLE, Op, Tile
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
+from surgery.methods.lora_fields import NEUTRAL, REASONS
 
 _BESIDE_RANK = 1e-5  # what PEFT adds to the rank that it divides by
 _COUNTS: Mapping[str, int] = {"r": 0, "init_r": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
@@ -30,32 +31,8 @@ _NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "beta2": (lambda value: 0 < value < 1, "above 0 and below 1"),
 }
 
-# Of LoRA's fields, which PEFT writes for AdaLoRA too, those that it heeds here, and those that mean nothing.
-_NEUTRAL: Mapping[str, Any] = {
-    "alora_invocation_tokens": None,
-    "alpha_pattern": {},
-    "arrow_config": None,
-    "bias": "none",
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-    "loftq_config": {},
-    "lora_bias": False,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "qalora_group_size": 16,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "use_rslora": False,
-    "velora_config": None,
-}
+# Of LoRA's fields, which PEFT writes for AdaLoRA too, those that mean nothing here, besides those that LoRA refuses.
+_NEUTRAL = {**NEUTRAL, "alpha_pattern": {}, "lora_bias": False, "use_dora": False, "use_rslora": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +51,7 @@ class AdaLoraConfig(AdapterConfig):
     peft_type: ClassVar[str] = "ADALORA"
     spellings: ClassVar[Mapping[str, Spelling]] = {f"lora_{role}": Spelling(role) for role in "AEB"}
     neutral: ClassVar[Mapping[str, Any]] = _NEUTRAL
+    reasons: ClassVar[Mapping[str, str]] = REASONS
 
     r: int = 8  # PEFT's, which nothing reads: the rank is init_r
     init_r: int = 12
