@@ -150,6 +150,8 @@ class Adapted(nn.Module):
             weights = {own: getattr(self, role) for role, own in self.op.roles.items()}
             present = {own: values for own, values in weights.items() if values is not None}
             return functional_call(base_layer, present, given, kwargs)
+        if not given:  # a layer's input may be named
+            given = (kwargs.pop(next(iter(kwargs))),)
         bottom = Below(self, given[1:], kwargs)
         above: Below | Over = bottom
         for one in self.running[:-1]:

@@ -14,7 +14,7 @@ from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.core.source import TILE_ELEMENTS, row_tiles
 from surgery.core.sums import sum_rows
-from surgery.errors import MatchError, ValueRangeError, printable
+from surgery.errors import MatchError, StateError, ValueRangeError, printable
 
 if TYPE_CHECKING:
     from surgery.methods.lora import Lora
@@ -42,18 +42,24 @@ class Dora(Method):
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         if site.acting.name not in _OPS:
             raise MatchError(
-                f"{printable(site.name)}: a {site.acting.name}; DoRA is supported over Linear, Conv1D and Embedding; "
-                "exclude it, or leave use_dora out"
+                f"{printable(site.name)}: its op is {site.acting.name}; DoRA is supported over Linear, Conv1D and "
+                "Embedding; exclude it, or leave use_dora out"
             )
         # PEFT's files have kept the name that it had before it became a module's weight.
         m = Spec("lora_magnitude_vector", (site.shape[0],), live="lora_magnitude_vector.weight")
         return {**self.lora.tensors(site), "m": m}
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:
+        shape = self.tensors(site)["m"].shape
         fresh, weight = self.lora.init(site, base), base().weight
+        if weight.is_meta:
+            raise StateError(
+                f"{printable(site.name)}: it is on the meta device, and DoRA starts from the norms of its weight; "
+                "give the model its weights first"
+            )
         norms = [self._norm(weight[rows].cpu(), fresh, rows) for rows in row_tiles(site.shape, TILE_ELEMENTS)]
         m = torch.cat(norms).to(torch.promote_types(weight.dtype, torch.float32))
-        return {**fresh, "m": m.view(self.tensors(site)["m"].shape)}
+        return {**fresh, "m": m.view(shape)}
 
     def terms(self, base: Tensor, p: Params, tile: Tile, product: Product) -> Tensor:
         V = exact_float64(base.detach()) + self.lora.steps(p, tile, product).values.detach()
@@ -130,12 +136,13 @@ class Dora(Method):
             norm = sum_rows(V.square()).sqrt()
         else:
             norm = torch.linalg.vector_norm(V, dim=1, dtype=torch.float64).to(_wide(m))
-        return m / norm.masked_fill(norm == 0, 1)
+        return torch.where(norm == 0, 1, m / norm.masked_fill(norm == 0, 1))
 
     def _factor(self, p: Params, tile: Tile) -> Tensor:
         """m / |V| of the tile, [out, 1]; 1 where V is zero."""
         m, norm, sums = exact_float64(p["m"][tile[0]]), p["norm"][tile[0]], p["sums"][tile[0]]
-        if not bool((torch.isfinite(sums) & ((sums == 0) | (sums > _SMALLEST))).all()):
+        sound = torch.isfinite(norm) & (((sums == 0) & (norm == 0)) | ((sums > _SMALLEST) & (norm > 0)))
+        if not bool(sound.all()):
             raise ValueRangeError(
                 "the norm of an output's weights is beyond 2^±400, or holds NaN or infinity; DoRA divides by it; "
                 "check the base"

@@ -31,7 +31,7 @@ class LoraBias(Method):
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         if site.acting.name not in _OPS:
-            found, wanted = f"a {site.acting.name}", "lora_bias is supported over Linear and Conv1D"
+            found, wanted = f"its op is {site.acting.name}", "lora_bias is supported over Linear and Conv1D"
         elif "bias" not in site.tensors:
             found, wanted = "it has no bias", "lora_bias adds to the one of the layer"
         else:

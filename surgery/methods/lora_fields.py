@@ -44,7 +44,7 @@ REASONS: Mapping[str, str] = {
     "megatron_core": _MEGATRON,
     "monteclora_config": "MonteCLoRA draws its factors anew in each step of training; train and merge it in PEFT",
     "qalora_group_size": _QALORA,
-    "target_parameters": "only weights of Linear, Conv1D and Embedding can be adapted; merge it in PEFT",
+    "target_parameters": "parameters that are no layer's weight cannot be adapted; merge it in PEFT",
     "trainable_token_indices": "it replaces rows of an embedding; adapt that by LoRA instead, or merge it in PEFT",
     "use_bdlora": "BD-LoRA holds only blocks of a factor, those on its diagonal; merge it in PEFT",
     "use_qalora": _QALORA,

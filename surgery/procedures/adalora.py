@@ -55,6 +55,8 @@ def adalora_step(root: nn.Module, step: int) -> None:
     StateError if no AdaLoRA is trained, has gradients, or has all its ranks still; ConfigError for a schedule that
     cannot be followed; ValueRangeError for scores that are no numbers.
     """
+    if type(step) is not int or step < 0:
+        raise UsageError(f"adalora_step: step is {printable(step)}; a whole number from 0 is wanted")
     refuse_merged(root, "allot ranks")
     for name, config in _required(root).items():
         config.check_schedule()

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from surgery.adapters.peft import CONFIG, PREFIX, TENSORS, adapter_bytes, check_shapes, read_adapter
 from surgery.core.adapter import Adapter
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Params, Spec
+from surgery.core.method import Method, Params, Spec
 from surgery.core.names import in_base, nearest, renaming
+from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.tree import State, adapted_layers, injected, live_path, replaced_modules, spelled
 from surgery.io.durable import write_file
@@ -87,12 +88,17 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
     names = {name: renamed[path] for name, path in given.items()}
     _check_copies(tree, adapter)
     _check_base(tree, adapter, names)
-    sites = {}
+    sites: dict[str, tuple[Site, Method, Params]] = {}
     for name, params in adapter.sites.items():
         first = tree.first_name(names[name])
         site, method = tree.site(first), adapter.config.method(name)
         wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
         check_shapes(name, params, wanted, adapter.where)
+        if first in sites and not all(torch.equal(values, sites[first][2][role]) for role, values in params.items()):
+            raise MatchError(
+                f"{printable(adapter.where)}: {printable(name)} and another site are one module of this model, and "
+                "their tensors differ; one adapter of each is wanted; was it renamed?"
+            )
         sites[first] = site, method, params
     return Fitting(adapter.config, sites, _saved(tree, adapter))
 

@@ -23,6 +23,15 @@ class Factors(NamedTuple):
     scale: float = 1.0
 
 
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "method": (str,),
+    "density": (int, float),
+    "majority_sign_method": (str,),
+    "rank": (int,),
+    "seed": (int,),
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How factors are combined. UsageError for a setting that the method does not have, or that cannot be."""
@@ -34,6 +43,10 @@ class Recipe:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+                raise UsageError(f"{name}: it is {printable(value)!r}; {kinds[-1].__name__} is wanted")
         if self.method not in COMBINATIONS:
             known = ", ".join(COMBINATIONS)
             raise UsageError(f"method: {printable(self.method)!r} is not known; one of {known} is wanted")

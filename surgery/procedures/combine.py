@@ -19,7 +19,7 @@ from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.octets import octets
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
-from surgery.methods.lora import Lora, LoraConfig
+from surgery.methods.lora import TWICE, Lora, LoraConfig
 from surgery.procedures.combinations import COMBINATIONS, Factors, Recipe, norm
 from surgery.procedures.report import Case
 
@@ -96,13 +96,16 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
     configs = [_lora(one) for one in given]
     ops = _united(given, "the op of", lambda one: one.adapter.ops, lambda op: op)
     tensors: dict[str, Tensor] = dict(_united(given, "the saved", lambda one: one.adapter.saved, _content))
-    tensors |= _united(given, "the copy of", lambda one: one.adapter.copies, _content)
+    copies = _united(given, "the copy of", lambda one: one.adapter.copies, _content)
     trained_on = _united(given, "the base's", lambda one: one.adapter.trained_on, lambda told: told)
     sites, draws = {}, recipe.draws()
     for name in sorted({name for one in given for name in one.adapter.sites}):
         made, sites[name] = _at(name, given, recipe, draws)
         prefix, suffix = ("lora_embedding_", "") if ops.get(name) == "embedding" else ("lora_", ".weight")
         tensors |= {f"{name}.{prefix}A{suffix}": made.A, f"{name}.{prefix}B{suffix}": made.B}
+    for name, values in copies.items():
+        site = name.removesuffix(".weight")
+        tensors[f"{site}.base_layer.weight" if site in sites else name] = values
     config = _config(configs, {name: one.r for name, one in sites.items()})
     with Staging(out, overwrite=overwrite) as staging:
         staging.write(TENSORS, adapter_bytes(tensors))
@@ -138,18 +141,24 @@ def _at(name: str, given: Sequence[Weighted], recipe: Recipe, draws: torch.Gener
     if not math.isfinite(whole):
         raise ValueRangeError(f"{printable(name)}: the sum overflows float64; take smaller weights")
     made = COMBINATIONS[recipe.method](found, recipe, draws)
-    written = Factors(made.A.to(dtype).contiguous(), made.B.to(dtype).contiguous())
+    scaling = 2.0 if name.endswith(TWICE) else 1.0  # with which the outcome will be read, see LoraConfig.method
+    written = Factors((made.A / scaling).to(dtype).contiguous(), made.B.to(dtype).contiguous())
     if not (written.A.isfinite().all() and written.B.isfinite().all()):
         raise ValueRangeError(
             f"{printable(name)}: the outcome overflows {dtype}; finite numbers are wanted; take smaller weights"
         )
-    error = norm([*found, Factors(written.A.double(), written.B.double(), -1.0)])
+    error = norm([*found, Factors(written.A.double(), written.B.double(), -scaling)])
     return written, Combined(len(written.A), whole, error)
 
 
 def _factors(name: str, one: Weighted) -> Factors:
-    method, p = one.adapter.config.method(name), one.adapter.sites[name]
+    method, p = one.adapter.config.method(name), dict(one.adapter.sites[name])
     assert isinstance(method, Lora)
+    if p["A"].dim() > 2:
+        raise ShapeError(
+            f"{printable(one.adapter.where)}: {printable(name)}: it adapts a convolution; combine takes linear layers "
+            "and embeddings; merge such adapters one over the other"
+        )
     if p["A"].dim() != 2 or p["B"].dim() != 2 or len(p["A"]) != method.r or p["B"].shape[1] != method.r:
         raise ShapeError(
             f"{printable(one.adapter.where)}: {printable(name)}: A is {list(p['A'].shape)}, B {list(p['B'].shape)}; "

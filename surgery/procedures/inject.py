@@ -99,7 +99,9 @@ class Tree:
         """The base's weight at a path where a site is, outside autograd."""
         module = self.modules[name]
         base: Any = module.base_layer if isinstance(module, Adapted) else module
-        return Dense(self.site(name).acting.matrix(base.weight.detach()))
+        op = self.site(name).acting
+        held: Tensor = getattr(base, op.roles.get("weight", "weight"))
+        return Dense(op.matrix(held.detach()))
 
 
 @contextmanager

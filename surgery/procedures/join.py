@@ -70,8 +70,19 @@ class Joined:
                 self.refusals.append(error)
 
     def _add(self, site: Site, layer: Layer) -> None:
-        self.layers[site.weight.name] = site, layer
+        if site.weight.name in self.layers:
+            other = self.layers[site.weight.name][1].name
+            raise MatchError(
+                f"{printable(layer.name)}: {printable(other)} is the base's {printable(site.weight.name)} too; "
+                "one adapter of each weight is wanted; was it renamed?"
+            )
         bias, on_bias = bias_site(site), bias_layers([layer])
+        if bias is not None and on_bias and bias.weight.shape != site.shape[:1]:
+            raise ShapeError(
+                f"{printable(bias.weight.name)}: {list(bias.weight.shape)}; one for each of the {site.shape[0]} "
+                "outputs is wanted; the base is damaged"
+            )
+        self.layers[site.weight.name] = site, layer
         if bias is not None and on_bias:
             self.layers[bias.weight.name] = bias, on_bias[0]
 

@@ -30,6 +30,14 @@ class OpChoice:
 
     def of(self, name: str) -> Op:
         """ShapeError for a weight of no op's shape; MatchError where what is known contradicts itself."""
+        op, site = self._of(name), self.sites[name]
+        if not op.kernel and len(site.weight.shape) != 2:
+            raise ShapeError(
+                f"{printable(name)}: its weight is {list(site.weight.shape)}; a matrix is wanted for {op.name}"
+            )
+        return op
+
+    def _of(self, name: str) -> Op:
         site = self.sites[name]
         if not 2 <= len(site.weight.shape) <= 5:
             raise ShapeError(
@@ -61,7 +69,7 @@ class OpChoice:
         shapes = [shape_of(params, role) for role in params]
         found = {one[1] // shape[1] for one in shapes if len(one) > 2}
         kernel = Convolution(kernel=shape[2:])
-        chosen = (replace(kernel, groups=groups) for groups in sorted({1, *found}) if groups)
+        chosen = (replace(kernel, groups=groups) for groups in sorted({1, *found}) if groups and shape[0] % groups == 0)
         return next((op for op in chosen if self._fits(name, op)), kernel)
 
     def _square(self, name: str) -> Op:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.adapters.peft import adapter_bytes, open_adapter
+from surgery.adapters.peft import adapter_bytes, check_shapes, open_adapter
 from surgery.core.adapter import Adapter, Layer, Weighted, bias_layers
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
@@ -177,6 +177,9 @@ class UndoRecord:
         for name, field in self.tensors.items():
             if field["file"] not in self.streams_sha256 or (field.get("layers") and field["op"] not in ROLES):
                 raise FormatError(f"{printable(self.folder)}: {RECORD} is damaged at {printable(name)}")
+            kept, streams, sums = field.get("kept", [0, 0]), field.get("streams", {}), field.get("sums", {})
+            for at, size in (kept, *streams.values(), *sums.values()):
+                _check_span(self.folder / field["file"], at, size)
 
     def check(self) -> None:
         """CheckError if the streams are not those that the merge wrote."""
@@ -206,7 +209,14 @@ class UndoRecord:
         for position, (index, name) in enumerate(field.get("layers", ())):
             adapter, weight = adapters[index]
             sums = self._sums(field, str(position), info, op)
-            layers.append(Layer(adapter.config.method(name).weighted(weight), adapter.sites[name], index, name, sums))
+            params = adapter.sites[name]  # first: any other name is no site
+            method = adapter.config.method(name).weighted(weight)
+            if op is not None and op.name in {"linear", "conv1d", "embedding"}:  # others know more than their name
+                site = Site(info.name, {"weight": info, "bias": info}, op)
+                check_shapes(name, params, {role: spec.shape for role, spec in method.tensors(site).items()}, RECORD)
+            if method.couples and sums is None:
+                raise FormatError(f"{printable(self.folder)}: {RECORD} lacks the sums of {printable(name)}")
+            layers.append(Layer(method, params, index, name, sums))
         laid = bias_layers(layers) if field.get("op") == Bias.name else tuple(layers)
         held = info if there is None else info._replace(dtype=there.dtype)
         new = there is None or there.shape != info.shape
@@ -229,12 +239,22 @@ class UndoRecord:
         span = field.get("sums", {}).get(layer)
         if span is None or op is None:
             return None
-        return tensor_from(self._read(field["file"], span), torch.float64, op.shape(info.shape)[:1])
+        count = op.shape(info.shape)[0]
+        if span[1] != 8 * count:
+            raise FormatError(f"{printable(self.folder)}: {RECORD} is damaged at {printable(info.name)}")
+        return tensor_from(self._read(field["file"], span), torch.float64, (count,))
 
     def _read(self, name: str, span: list[int]) -> bytearray:
         with (self.folder / name).open("rb") as file:
             file.seek(span[0])
             return bytearray(file.read(span[1]))
+
+
+def _check_span(file: Path, at: object, size: object) -> None:
+    """ValueError unless these bytes lie in the file."""
+    there = file.stat().st_size if file.is_file() else 0
+    if not (type(at) is int and type(size) is int and 0 <= at <= at + size <= there):
+        raise ValueError(f"no bytes {at}, {size} in {file.name}")
 
 
 def _sums(layers: Sequence[Layer]) -> list[tuple[int, Tensor]]:

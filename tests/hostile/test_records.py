@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from merging import sound
+from torch import nn
 
 import surgery
 from surgery.errors import CheckError, InputError
@@ -23,7 +24,12 @@ GONE = object()
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A merged folder with its undo record; its base lies beside."""
     folder = sound(tmp_path_factory.mktemp("sound"))
-    surgery.merge_checkpoint(folder / "base", folder / "adapter", folder / "merged", reversible=True)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    config = surgery.LoraConfig(r=2, target_modules=["0", "1"], use_dora=True, init_lora_weights=False)
+    surgery.save(surgery.inject(model, config), folder / "dora")
+    (folder / "dora" / "surgery.base.json").unlink()  # it was made on another base
+    adapters = [folder / "adapter", folder / "dora"]
+    surgery.merge_checkpoint(folder / "base", adapters, folder / "merged", reversible=True)
     return folder / "merged"
 
 

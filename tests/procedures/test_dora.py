@@ -314,5 +314,5 @@ def test_a_layer_that_it_does_not_serve_is_refused_by_name() -> None:
     from surgery.ops.bias import Bias
 
     site = Site("x", {"weight": TensorInfo("x.weight", torch.float32, (4,))}, Bias())
-    with pytest.raises(MatchError, match="x: a bias; DoRA is supported over Linear, Conv1D and Embedding"):
+    with pytest.raises(MatchError, match="x: its op is bias; DoRA is supported over Linear, Conv1D and Embedding"):
         DORA.method("x").tensors(site)

@@ -12,9 +12,14 @@ from surgery.procedures.adalora import in_training, regularizer
 
 def regularized(root: nn.Module, output: Any, given: Mapping[str, Any]) -> Any:
     """What a model called with `given` has put out, with the regularizer in a loss that can be differentiated."""
-    if not in_training(root) or not torch.is_grad_enabled():
+    if not in_training(root):
         return output
-    return _regularized(root, output, given)
+    if torch.is_grad_enabled():
+        return _regularized(root, output, given)
+    state = state_of(root)
+    assert state is not None
+    state.regularized = False
+    return output
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a walk over the model, which changes no graph
