@@ -7,7 +7,7 @@ from functools import cache
 from torch import nn
 
 from surgery.errors import StateError, UsageError, printable
-from surgery.hosts.tree import State, adapted_layers, injected, replaced_modules
+from surgery.hosts.tree import State, adapted_layers, injected, replaced_modules, state_of
 from surgery.layers import BASE, Rows
 from surgery.procedures.adalora import trained_of
 from surgery.procedures.adapter_files import known
@@ -33,19 +33,19 @@ def mixed_batch(root: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]
 @contextmanager
 def rows_kept(root: nn.Module) -> Iterator[None]:
     """What `repeat_rows` does within it is taken back."""
-    state = injected(root)
-    before = state.mixed
+    state = state_of(root)
+    before = () if state is None else state.mixed
     try:
         yield
     finally:
-        if state.mixed != before:
+        if state is not None and state.mixed != before:
             _mix(root, state, before)
 
 
 def repeat_rows(root: nn.Module, times: int) -> None:
     """Each row of a mixed batch stands `times` times from now on, one after another."""
-    state = injected(root)
-    if state.mixed and times > 1:
+    state = state_of(root)
+    if state is not None and state.mixed and times > 1:
         _mix(root, state, tuple(name for name in state.mixed for _ in range(times)))
 
 
