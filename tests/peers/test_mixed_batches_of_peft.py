@@ -109,8 +109,10 @@ def test_beams_may_be_told_by_the_models_own_config_or_run_in_a_context() -> Non
     ours.generation_config.num_beams = 2
     wanted = generated_alone(ours)
     assert torch.equal(generated(ours, TOKENS, adapter_names=NAMES), wanted)
+    rows = torch.cat([alone(ours, row) for row in range(5)])
     with surgery.mixed_batch(ours, NAMES):
         assert torch.equal(generated(ours, TOKENS), wanted)
+        assert within(ours(TOKENS).logits, rows)  # no longer one for each beam
     assert torch.equal(generated_alone(ours), wanted)
 
 

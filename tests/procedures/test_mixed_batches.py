@@ -160,6 +160,13 @@ def test_dropout_acts_in_training_alone() -> None:
     assert not torch.equal(trained, evaluated)
 
 
+def test_the_base_layer_runs_once_for_the_whole_batch() -> None:
+    net, seen = linear(), []
+    net[0].base_layer.register_forward_hook(lambda _layer, given, _out: seen.append(len(given[0])))
+    mixed(net, inputs(), NAMES)
+    assert seen == [ROWS]
+
+
 def test_after_it_the_active_adapters_run_again_also_after_an_error() -> None:
     net, x = linear(), inputs()
     surgery.set_adapter(net, ["b", "a"])
