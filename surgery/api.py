@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -24,6 +25,7 @@ from surgery.procedures import inject as injection
 from surgery.procedures import inspect as inspection
 from surgery.procedures import merge as live
 from surgery.procedures import merge_checkpoint as merging
+from surgery.procedures import mixed_batch as mixing
 from surgery.procedures import plan as planning
 from surgery.procedures import unmerge_checkpoint as unmerging
 from surgery.procedures import verify as verifying
@@ -114,6 +116,23 @@ def enable_adapters(model: nn.Module) -> switch.Switched:
 def disable_adapters(model: nn.Module) -> switch.Switched:
     """Run the base alone; a context manager that takes it back."""
     return switch.disable_adapters(model)
+
+
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractContextManager[None]:
+    """A context in which each row of a batch runs under the adapter named for it, "__base__" for none.
+
+    Rows are told by the first axis of each adapted layer's input. It takes part in training too, where backward
+    belongs within it if activations are recomputed. Raises UsageError unless there is a name for each row,
+    StateError for a name that is not there, while merged, and where rows cannot be told.
+
+    >>> import surgery, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> for name in ("en", "fr"):
+    ...     model = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]), adapter_name=name)
+    >>> with surgery.mixed_batch(model, ["en", "__base__", "fr"]):
+    ...     y = model(torch.randn(3, 4))
+    """
+    return mixing.mixed_batch(model, adapter_names)
 
 
 def merge(model: Model, *, undo: live.UndoKind = "index") -> Model:

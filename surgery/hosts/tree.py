@@ -31,6 +31,7 @@ class State:
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     enabled: bool = True
+    mixed: tuple[str, ...] = ()  # the adapter of each row, while a batch is mixed
     importance: dict[str, Mapping[str, Importance]] = field(default_factory=dict)  # by adapter whose ranks are allotted
     regularized: bool = False  # did the model itself put AdaLoRA's regularizer into its last loss?
 

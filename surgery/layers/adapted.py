@@ -9,10 +9,11 @@ from torch.func import functional_call
 
 from surgery.core.adapter import Layer
 from surgery.core.arithmetic import float_product
-from surgery.core.method import Dense, Method, Params
+from surgery.core.method import Dense, Method, Params, Run
 from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site
 from surgery.core.sums import sum_rows
+from surgery.layers.mixed import Mixed, Rows
 from surgery.layers.slot import Slot
 
 Holder = tuple[dict[str, nn.Parameter | None], str]
@@ -33,6 +34,11 @@ class Fitted(NamedTuple):
             assert values is not None
             found[role] = values
         return found
+
+    def branch(self, x: Tensor, below: Run, op: Op, training: bool) -> Tensor:
+        """The adapted output, over the layer below."""
+        params: Any = {role: held[key] for role, (held, key) in self.holders.items()}
+        return self.method.branch(x, below, op, params, training)
 
 
 class Below:
@@ -62,7 +68,7 @@ class Over:
 
     __slots__ = ("below", "one")
 
-    def __init__(self, one: Fitted, below: "Below | Over") -> None:
+    def __init__(self, one: Fitted | Mixed, below: "Below | Over") -> None:
         self.one, self.below = one, below
 
     @property
@@ -70,7 +76,7 @@ class Over:
         return self.below.layer
 
     def __call__(self, x: Tensor, /) -> Tensor:
-        return self.layer._branch(self.one, x, self.below)
+        return self.one.branch(x, self.below, self.layer.op, self.layer.training)
 
     def base(self) -> Dense:
         return self.layer.dense()
@@ -97,7 +103,7 @@ class Adapted(nn.Module):
     enabled = True
     hashed: Any = None  # sha256 of the base weight, and which state of its memory that is of
     merged: Any = None  # what undoes the merge, while the base weight holds the active adapters
-    running: tuple[Fitted, ...] = ()
+    running: tuple[Fitted | Mixed, ...] = ()
 
     def __init__(self, base_layer: nn.Module, site: Site) -> None:
         super().__init__()
@@ -137,6 +143,10 @@ class Adapted(nn.Module):
         chosen = tuple(self.fitted[name] for name in running)
         self.__dict__.update(active=active, enabled=enabled, running=chosen)
 
+    def mix(self, rows: Rows) -> None:
+        """Each row of a batch runs under its own adapter from now on, until `activate`."""
+        self.__dict__["running"] = (Mixed(self.site.name, rows, self.fitted),)
+
     def layers(self) -> tuple[Layer, ...]:
         """The active adapters' methods with their tensors."""
         chosen = [self.fitted[name] for name in self.active]
@@ -156,18 +166,13 @@ class Adapted(nn.Module):
         above: Below | Over = bottom
         for one in self.running[:-1]:
             above = Over(one, above)
-        out = self._branch(self.running[-1], given[0], above)
+        out = self.running[-1].branch(given[0], above, self.op, self.training)
         return out if out.dtype == bottom.dtype or bottom.dtype is None else out.to(bottom.dtype)
 
     def dense(self) -> Dense:
         """The base layer's weight as a matrix, and its bias."""
         base: Any = self._modules["base_layer"]
         return Dense(self.op.matrix(self.base_weight), base._parameters.get(self.op.roles.get("bias", "bias")))
-
-    def _branch(self, one: Fitted, x: Tensor, below: Below | Over) -> Tensor:
-        params: Any = {role: held[key] for role, (held, key) in one.holders.items()}
-        out: Tensor = one.method.branch(x, below, self.op, params, self.training)
-        return out
 
     def _effective(self) -> Dense:
         dense = base = self.dense()

@@ -1,6 +1,6 @@
 """AdaLoRA in training: the regularizer of the loss, and the ranks that are allotted after each step."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,8 +26,13 @@ class Trained(NamedTuple):
 def in_training(root: nn.Module) -> dict[str, AdaLoraConfig]:
     """The AdaLoRA adapters that run and are trained."""
     state = state_of(root)
-    active = {} if state is None or not state.enabled else {name: state.configs[name] for name in state.active}
-    return {name: one for name, one in active.items() if isinstance(one, AdaLoraConfig) and not one.inference_mode}
+    return {} if state is None or not state.enabled else trained_of(state, state.active)
+
+
+def trained_of(state: State, adapters: Iterable[str]) -> dict[str, AdaLoraConfig]:
+    """Those of the adapters that are AdaLoRA's and are trained."""
+    found = {name: state.configs[name] for name in adapters}
+    return {name: one for name, one in found.items() if isinstance(one, AdaLoraConfig) and not one.inference_mode}
 
 
 def orthogonal_loss(root: nn.Module) -> Tensor:

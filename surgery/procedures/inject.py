@@ -23,7 +23,7 @@ from surgery.hosts.recognition import op_of, unfit
 from surgery.hosts.tree import Place, State, places, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
 from surgery.ops.linear import LAYOUTS
-from surgery.procedures.merge import refuse_merged, unmerge
+from surgery.procedures.merge import refuse_merged, refuse_mixed, unmerge
 
 Wrapper = TypeVar("Wrapper", Adapted, Replaced)
 
@@ -195,6 +195,7 @@ def eject(root: nn.Module, keep_merged: bool = False) -> None:
     state = state_of(root)
     if state is None:
         raise StateError("eject: the model has no adapters; inject or load one first")
+    refuse_mixed(root, "eject")
     merged = any(isinstance(p.module, Adapted) and p.module.merged is not None for p in places(root))
     if keep_merged and not merged:
         raise StateError("eject: keep_merged, but nothing is merged; merge the model first")

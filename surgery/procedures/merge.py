@@ -129,9 +129,17 @@ def base_sha256(layer: Adapted) -> str:
 
 
 def refuse_merged(root: nn.Module, what: str) -> None:
-    """StateError while adapters are merged."""
+    """StateError while adapters are merged, or a batch is mixed."""
+    refuse_mixed(root, what)
     if state_of(root) is not None and any(layer.merged is not None for layer in adapted_layers(root).values()):
         raise StateError(f"cannot {what} while adapters are merged; unmerge first")
+
+
+def refuse_mixed(root: nn.Module, what: str) -> None:
+    """StateError while a batch is mixed."""
+    state = state_of(root)
+    if state is not None and state.mixed:
+        raise StateError(f"cannot {what} while a batch is mixed; leave mixed_batch first")
 
 
 def _changes(name: str, layer: Adapted) -> tuple[Change, ...]:

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from surgery.adapters.peft import PREFIX
@@ -23,6 +24,7 @@ from surgery.procedures.adapter_files import DEFAULT, active_folders, known, lay
 from surgery.procedures.configs import config_of
 from surgery.procedures.inject import inject
 from surgery.procedures.merge import UndoKind, merge, unmerge
+from surgery.procedures.mixed_batch import mixed_batch
 from surgery.procedures.refill import refill
 from surgery.procedures.remove import remove
 
@@ -44,8 +46,15 @@ class Loaded(NamedTuple):
 class AdapterMethods(nn.Module):
     """The methods. StateError, which is a ValueError, where the model has no adapter, or not that one."""
 
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        """As ever; an AdaLoRA adapter in training adds its regularizer to the loss."""
+    def __call__(self, *given: Any, adapter_names: Sequence[str] | None = None, **named: Any) -> Any:
+        """As ever; each row under the adapter named for it, if so told.
+
+        An AdaLoRA adapter in training adds its regularizer to the loss.
+        """
+        if adapter_names is not None:
+            refuse_recomputing(self)
+            with mixed_batch(self, adapter_names):
+                return super().__call__(*given, **named)
         return regularized(self, super().__call__(*given, **named), named)
 
     @property
@@ -180,3 +189,13 @@ class AdapterMethods(nn.Module):
         state = state_of(self)
         found = self.__dict__[LOADED] = state is not None and bool(state.configs)
         return found
+
+
+def refuse_recomputing(root: nn.Module) -> None:
+    """UsageError where backward would compute activations again, when the rows' adapters are no longer known."""
+    recomputes = any(getattr(module, "gradient_checkpointing", False) for module in root.modules())
+    if root.training and torch.is_grad_enabled() and recomputes:
+        raise UsageError(
+            "adapter_names: with gradient checkpointing, backward runs the layers again after the call; "
+            "use `with surgery.mixed_batch(model, adapter_names):` around both"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.integrations.transformers.generating import Generating
 from surgery.integrations.transformers.methods import LOADED, AdapterMethods
 from surgery.integrations.transformers.model import is_pretrained
 
@@ -36,11 +37,12 @@ def detach(root: nn.Module) -> None:
 def with_methods(kind: Any) -> Any:
     """The subclass, one for each class."""
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(kind.__name__, (AdapterMethods, kind), names | {"__reduce_ex__": _reduce_ex})
+    methods = Generating if kind.can_generate() else AdapterMethods
+    return type(kind.__name__, (methods, kind), names | {"__reduce_ex__": _reduce_ex})
 
 
 def _has_methods(kind: type) -> bool:
-    return kind.__bases__[0] is AdapterMethods
+    return kind.__bases__[0] in (AdapterMethods, Generating)
 
 
 def _without(kind: type) -> type[Any]:
