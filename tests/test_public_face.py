@@ -48,3 +48,10 @@ def test_inspect_lists_a_live_model_with_what_is_tied() -> None:
         "inner": ("linear", (4, 4), 80, "again"),
         "head": ("linear", (10, 4), 160, "embed"),
     }
+
+
+def test_the_functions_take_no_compiler_of_torch_with_them() -> None:
+    """It takes a second and 75 MB, and no command needs it."""
+    told = "import sys, surgery.api; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", told], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"

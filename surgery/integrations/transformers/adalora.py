@@ -22,7 +22,6 @@ def regularized(root: nn.Module, output: Any, given: Mapping[str, Any]) -> Any:
     return output
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a walk over the model, which changes no graph
 def _regularized(root: nn.Module, output: Any, given: Mapping[str, Any]) -> Any:
     state = state_of(root)
     assert state is not None
