@@ -4,29 +4,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgery.api import (
-        adalora_step,
+    from surgery.api.files import (
         combine,
         diff,
+        inspect,
+        merge_checkpoint,
+        plan,
+        push_to_hub,
+        unmerge_checkpoint,
+        verify_checkpoint,
+    )
+    from surgery.api.live import (
+        adalora_step,
         disable_adapters,
         eject,
         enable_adapters,
         inject,
-        inspect,
         load,
         load_model,
         merge,
-        merge_checkpoint,
         mixed_batch,
         orthogonal_loss,
-        plan,
-        push_to_hub,
         save,
         save_merged,
         set_adapter,
         unmerge,
-        unmerge_checkpoint,
-        verify_checkpoint,
     )
     from surgery.core.config import AdapterConfig
     from surgery.errors import (
@@ -88,6 +90,14 @@ _HOMES = {
     "UsageError": "errors",
     "ValueRangeError": "errors",
     "VerifyReport": "procedures.verify",
+    "combine": "api.files",
+    "diff": "api.files",
+    "inspect": "api.files",
+    "merge_checkpoint": "api.files",
+    "plan": "api.files",
+    "push_to_hub": "api.files",
+    "unmerge_checkpoint": "api.files",
+    "verify_checkpoint": "api.files",
 }
 
 __all__ = [
@@ -150,7 +160,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'surgery' has no attribute {name!r}")
     if name.endswith("Config"):
         import_module("surgery.adapters.configs")  # a floor above the configs; lets them read and write files
-    value = getattr(import_module(f"surgery.{_HOMES.get(name, 'api')}"), name)
+    value = getattr(import_module(f"surgery.{_HOMES.get(name, 'api.live')}"), name)
     globals()[name] = value
     return value
 

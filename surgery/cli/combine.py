@@ -33,9 +33,9 @@ def combine(  # noqa: PLR0913, PLR0917  # one argument an option
     reports: tuple[Path, ...],
 ) -> None:
     """Combine LoRA adapters into one, the new folder OUT in PEFT's format; shows its error against the exact sum."""
-    from surgery import api
+    from surgery.api import files
 
-    report = api.combine(
+    report = files.combine(
         adapters_of(adapters),
         out,
         method=method,

@@ -18,9 +18,9 @@ def diff(a: str, b: str, exit_code: bool, as_json: bool, reports: tuple[Path, ..
 
     A and B may be cut into files in any way. Ulps are those of the dtype with fewer digits.
     """
-    from surgery import api
+    from surgery.api import files
 
-    report = api.diff(a, b)
+    report = files.diff(a, b)
     conclude(report, as_json, reports)
     if exit_code:
         report.require()

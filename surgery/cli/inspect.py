@@ -18,10 +18,10 @@ def inspect(path: str, sha256: bool, as_json: bool) -> None:
 
     Only headers of a model are read, but for --sha256.
     """
-    from surgery import api
+    from surgery.api import files
     from surgery.errors import printable
 
-    report = api.inspect(path, sha256=sha256)
+    report = files.inspect(path, sha256=sha256)
     if sha256 and not as_json:
         click.echo(report.sha256)
         return

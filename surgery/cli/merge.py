@@ -50,10 +50,10 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     Every adapter tensor is applied once, or nothing is written. OUT/surgery.receipt.json says what was done.
     OUT appears whole, at the end; a call that was cut short goes on from the files that were finished.
     """
-    from surgery import api
+    from surgery.api import files
 
     with shown("merging") as progress:
-        report = api.merge_checkpoint(
+        report = files.merge_checkpoint(
             base,
             adapters_of(adapters),
             out,

@@ -19,10 +19,10 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
 
     Exit code 3 if anything is refused.
     """
-    from surgery import api
+    from surgery.api import files
     from surgery.errors import printable
 
-    report = api.plan(base, adapters_of(adapters), dtype=dtype, tied=tied, ops=ops_of(ops))
+    report = files.plan(base, adapters_of(adapters), dtype=dtype, tied=tied, ops=ops_of(ops))
     rows = [
         (
             printable(one["tensor"]),

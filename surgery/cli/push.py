@@ -17,6 +17,6 @@ def push(out: str, repo: str, private: bool, as_json: bool) -> None:
 
     Afterwards the hashes that the Hub states are compared with those of OUT, which stays as it is.
     """
-    from surgery import api
+    from surgery.api import files
 
-    show(api.push_to_hub(out, repo, private=private), as_json)
+    show(files.push_to_hub(out, repo, private=private), as_json)

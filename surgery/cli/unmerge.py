@@ -14,8 +14,8 @@ from surgery.cli.progress import shown
 @as_json
 def unmerge(merged: str, out: str, overwrite: bool, resume: bool | None, as_json: bool) -> None:
     """Write the original files of OUT, a merge made with --reversible, to BASE_OUT. The base is not needed."""
-    from surgery import api
+    from surgery.api import files
 
     with shown("unmerging") as progress:
-        report = api.unmerge_checkpoint(merged, out, overwrite=overwrite, resume=resume, progress=progress)
+        report = files.unmerge_checkpoint(merged, out, overwrite=overwrite, resume=resume, progress=progress)
     show(report, as_json)

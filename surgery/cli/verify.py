@@ -28,7 +28,7 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     rounding: as near as correct merges are; untouched: the base's bytes; different: none of these. With OUT
     alone its files are checked against its receipt. recorded: of the sha256 told there.
     """
-    from surgery import api
+    from surgery.api import files
 
     if len(paths) == 2 or (len(paths) > 2 and (base or adapters)) or bool(base) != bool(adapters):
         raise click.UsageError("name OUT; or OUT with --base and --adapter; or BASE ADAPTER... OUT")
@@ -38,6 +38,6 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
         base, adapters = paths[0], paths[1:-1]
     out = paths[-1]
     given = (base, adapters_of(adapters), out) if base else (out,)
-    report = api.verify_checkpoint(*given, ops=ops_of(ops))
+    report = files.verify_checkpoint(*given, ops=ops_of(ops))
     conclude(report, as_json, reports)
     report.require()

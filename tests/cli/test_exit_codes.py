@@ -15,7 +15,7 @@ from checkpoint_folders import factors, file_hashes, flip_byte, rewrite, write_a
 from huggingface_hub import errors
 from outcomes import Run, told
 
-from surgery import api
+from surgery.api import files
 from surgery.cli import surgery as command
 from surgery.core.site import TensorInfo
 from surgery.io.fingerprint import base_print_bytes
@@ -48,7 +48,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) ->
     def fail(*_: object, **__: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(api, name, fail)
+    monkeypatch.setattr(files, name, fail)
 
 
 @pytest.mark.parametrize("name", ["", *sorted(command.commands)])

@@ -1,0 +1,1 @@
+"""The public functions: on a model in memory, and on files."""

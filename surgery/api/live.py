@@ -1,0 +1,170 @@
+"""On a model in memory: each function calls one procedure, and attaches what transformers adds to its models."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from surgery.integrations import transformers as hugging
+from surgery.io.hub import locate
+from surgery.procedures import adalora, adapter_files, switch
+from surgery.procedures import inject as injection
+from surgery.procedures import merge as merging
+from surgery.procedures import mixed_batch as mixing
+from surgery.procedures.configs import config_of
+
+Model = TypeVar("Model", bound=nn.Module)
+Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
+
+
+def inject(model: Model, config: object, *, adapter_name: str = "default", trainable: bool = True) -> Model:
+    """Lay a fresh adapter over the modules that `config` names, in place; returns the model.
+
+    `config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter. The rest
+    of the model is frozen. The first adapter is active. Raises MatchError for an entry of target_modules
+    that matches nothing, ConfigError, StateError.
+
+    >>> import surgery, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> model = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]))
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.lora_A.default.weight', '0.lora_B.default.weight']
+    """
+    injection.inject(model, config_of(config), adapter_name, lambda: hugging.output_heads(model), trainable)
+    hugging.attach(model)
+    return model
+
+
+def load(model: Model, path: Where, *, adapter_name: str = "default", trainable: bool = False) -> Model:
+    """Lay a saved adapter over the model, in place; returns the model.
+
+    `path` is a folder, a file, or owner/name[@revision] on the Hub. The first adapter is active, later ones
+    are not. Raises InputError unless every tensor of the adapter finds its place.
+    """
+    adapter_files.load(model, locate(path), adapter_name, trainable)
+    hugging.attach(model)
+    return model
+
+
+def load_model(  # noqa: PLR0913  # as transformers' from_pretrained
+    where: Where,
+    *,
+    model_class: Any = None,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    trainable: bool = False,
+) -> Any:
+    """A model of transformers with the adapter at `where`, a folder or owner/name on the Hub, laid over its base.
+
+    The base is the one that the adapter's config names, in the class of its task, or that either config names, or
+    in `model_class`. Where no adapter lies, the model itself. `dtype` and `device_map` as in transformers. No code
+    of a repository is ever run. Raises InputError for what is not there or not known, EnvironmentFault without
+    transformers or a network.
+    """
+    wanted = hugging.Wanted(model_class, dtype, device_map)
+    return hugging.load_model(where, wanted, revision, subfolder, trainable)
+
+
+def save(model: nn.Module, folder: Where, *, adapter_name: str | None = None) -> None:
+    """Write the model's adapters as PEFT does: "default" into `folder`, others into sub-folders of their name."""
+    adapter_files.save(model, Path(folder), None if adapter_name is None else [adapter_name])
+
+
+def save_merged(model: nn.Module, folder: Where, *, overwrite: bool = False, **options: Any) -> None:
+    """Write a model of transformers with its active adapters merged, as a plain checkpoint; the model stays as it is.
+
+    transformers alone loads it, with no key missing or left over. `options` are those of its `save_pretrained`.
+    Raises OutputExistsError if `folder` is there and `overwrite` is false, UsageError for a model of another kind,
+    and as `merge` does.
+    """
+    hugging.save_merged(model, Path(folder), overwrite, **options)
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> switch.Switched:
+    """Run this adapter, or these in their order; a context manager that takes it back."""
+    return switch.set_adapter(model, adapter_name)
+
+
+def enable_adapters(model: nn.Module) -> switch.Switched:
+    """Run the active adapters; a context manager that takes it back."""
+    return switch.enable_adapters(model)
+
+
+def disable_adapters(model: nn.Module) -> switch.Switched:
+    """Run the base alone; a context manager that takes it back."""
+    return switch.disable_adapters(model)
+
+
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractContextManager[None]:
+    """A context in which each row of a batch runs under the adapter named for it, "__base__" for none.
+
+    Rows are told by the first axis of each adapted layer's input. It takes part in training too, where backward
+    belongs within it if activations are recomputed. Raises UsageError unless there is a name for each row,
+    StateError for a name that is not there, while merged, and where rows cannot be told.
+
+    >>> import surgery, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> for name in ("en", "fr"):
+    ...     model = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]), adapter_name=name)
+    >>> with surgery.mixed_batch(model, ["en", "__base__", "fr"]):
+    ...     y = model(torch.randn(3, 4))
+    """
+    return mixing.mixed_batch(model, adapter_names)
+
+
+def merge(model: Model, *, undo: merging.UndoKind = "index") -> Model:
+    """Add the active adapters to the base weights, in place; `unmerge` brings them back to the bit.
+
+    `undo` "index" stores a fraction of a bit a parameter; "copy" keeps the original weights.
+    """
+    merging.merge(model, undo)
+    return model
+
+
+def unmerge(model: Model) -> Model:
+    """The base weights as they were before `merge`, to the bit. StateError if they have changed since."""
+    merging.unmerge(model)
+    return model
+
+
+def eject(model: Model, *, keep_merged: bool = False) -> Model:
+    """Put the model's own modules back, with their requires_grad flags; unmerges first unless `keep_merged`."""
+    injection.eject(model, keep_merged)
+    hugging.detach(model)
+    return model
+
+
+def adalora_step(model: nn.Module, step: int) -> None:
+    """Allot the ranks of the AdaLoRA adapters in training; PEFT's `update_and_allocate`.
+
+    To be called after the optimizer's step number `step`, counted from 0, and before `zero_grad`. Raises
+    StateError without such an adapter or without gradients, ConfigError for a schedule that cannot be followed.
+    """
+    adalora.adalora_step(model, step)
+
+
+def orthogonal_loss(model: nn.Module) -> Tensor:
+    """AdaLoRA's regularizer, to be added to the loss before `backward`; a scalar.
+
+    A model of transformers that is called with labels adds it to its own loss; there it must not be added again,
+    and this raises UsageError.
+
+    >>> import surgery, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> config = surgery.AdaLoraConfig(init_r=4, target_r=2, total_step=3, target_modules=["0"])
+    >>> model, x = surgery.inject(model, config), torch.randn(8, 4)
+    >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    >>> for step in range(3):
+    ...     loss = model(x).square().mean() + surgery.orthogonal_loss(model)
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     surgery.adalora_step(model, step)
+    ...     optimizer.zero_grad()
+    """
+    return adalora.orthogonal_loss(model)
