@@ -1,6 +1,6 @@
 """Adapted: a layer with adapters over it; any method, any op."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -104,12 +104,13 @@ class Adapted(nn.Module):
     hashed: Any = None  # sha256 of the base weight, and which state of its memory that is of
     merged: Any = None  # what undoes the merge, while the base weight holds the active adapters
     running: tuple[Fitted | Mixed, ...] = ()
+    decode: Callable[[nn.Module], Tensor] | None = None  # of a base layer that holds its weight otherwise than plainly
 
-    def __init__(self, base_layer: nn.Module, site: Site) -> None:
+    def __init__(self, base_layer: nn.Module, site: Site, decode: Callable[[nn.Module], Tensor] | None = None) -> None:
         super().__init__()
         # Past nn.Module's __setattr__, which looks for parameters everywhere and takes microseconds.
         self._modules["base_layer"] = base_layer
-        self.__dict__.update(site=site, op=site.acting, fitted={})
+        self.__dict__.update(site=site, op=site.acting, fitted={}, decode=decode)
 
     def fit(self, adapter: str, method: Method, params: Params, trainable: bool) -> None:
         """Lay an adapter over the layer; it is not active yet."""
@@ -172,9 +173,10 @@ class Adapted(nn.Module):
     def dense(self) -> Dense:
         """The base layer's weight as a matrix, and its bias."""
         base: Any = self._modules["base_layer"]
-        return Dense(self.op.matrix(self.base_weight), base._parameters.get(self.op.roles.get("bias", "bias")))
+        return Dense(self.op.matrix(self._stored()), base._parameters.get(self.op.roles.get("bias", "bias")))
 
-    def _effective(self) -> Dense:
+    def _effective(self) -> tuple[Dense, Dense]:
+        """The base layer's weight and bias, and what the running adapters make of them."""
         dense = base = self.dense()
         for one in self.running:
             one.method.refuse_merge(self.site)
@@ -182,20 +184,26 @@ class Adapted(nn.Module):
             if one.method.couples:
                 p = one.method.told(p, sum_rows(one.method.terms(base.weight, p, WHOLE, float_product)))
             dense = one.method.merge(dense, p, WHOLE, float_product)
-        return dense
+        return base, dense
+
+    def _stored(self) -> Tensor:
+        """The base layer's weight as floats."""
+        return self.base_weight if self.decode is None else self.decode(self.base_layer)
 
     @property
     def base_weight(self) -> Tensor:
-        """The base layer's own stored weight."""
+        """The base layer's own parameter."""
         held: Any = self._modules["base_layer"]
         weight: Tensor = getattr(held, self.op.roles.get("weight", "weight"))
         return weight
 
     @property
     def weight(self) -> Tensor:
-        """The stored weight with the running adapters in it, differentiable."""
-        held = self.base_weight
-        return self.op.stored(self._effective().weight).to(held.dtype) if self.running else held
+        """The stored weight with the running adapters in it, differentiable; without any, the base layer's own."""
+        if not self.running:
+            return self.base_weight
+        base, effective = self._effective()
+        return self.op.stored(effective.weight).to(base.weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -204,7 +212,7 @@ class Adapted(nn.Module):
         held: Tensor | None = base._parameters.get(self.op.roles.get("bias", "bias"))
         if held is None or not any(one.method.for_bias() for one in self.running):
             return held
-        bias = self._effective().bias
+        bias = self._effective()[1].bias
         return None if bias is None else bias.to(held.dtype)
 
     def __getattr__(self, name: str) -> Any:

@@ -18,7 +18,8 @@ from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
 from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, UsageError, printable
-from surgery.hosts.model import live_site
+from surgery.hosts.model import live_site, stored_weight
+from surgery.hosts.quantized import decoder, is_quantized, keep_scales, release_scales
 from surgery.hosts.recognition import op_of, unfit
 from surgery.hosts.tree import Place, State, places, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
@@ -100,8 +101,7 @@ class Tree:
         module = self.modules[name]
         base: Any = module.base_layer if isinstance(module, Adapted) else module
         op = self.site(name).acting
-        held: Tensor = getattr(base, op.roles.get("weight", "weight"))
-        return Dense(op.matrix(held.detach()))
+        return Dense(op.matrix(stored_weight(base, op)))
 
 
 @contextmanager
@@ -150,11 +150,14 @@ def inject(
 def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     """Lay a checked adapter over the model. The first one of a model is active, later ones are not."""
     root = tree.root
+    _refuse_quantized_copies(tree, fitting)
     state = state_of(root) or _frozen(tree)
+    for place in tree.places:
+        keep_scales(place.module)
     touched: list[Adapted | Replaced] = []
     for name, (site, method, params) in fitting.sites.items():
         module = tree.modules[name]
-        layer = module if isinstance(module, Adapted) else _wrap(tree, module, Adapted(module, site))
+        layer = module if isinstance(module, Adapted) else _wrap(tree, module, Adapted(module, site, decoder(module)))
         layer.fit(adapter, method, _placed(params, layer.base_weight), trainable)
         touched.append(layer)
     for name, tensors in fitting.saved.items():
@@ -167,6 +170,16 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
         state.active = (adapter,)
     for wrapper in touched:  # elsewhere nothing has changed
         wrapper.activate(state.active, state.enabled)
+
+
+def _refuse_quantized_copies(tree: Tree, fitting: Fitting) -> None:
+    """MatchError where modules_to_save names what cannot be trained."""
+    for name in fitting.saved:
+        if any(is_quantized(one) for one in tree.modules[name].modules()):
+            raise MatchError(
+                f"{printable(name)}: modules_to_save names it, and its weight is quantized, which no gradient can "
+                "train; leave it out there, or load the model with it skipped"
+            )
 
 
 def _frozen(tree: Tree) -> State:
@@ -207,6 +220,8 @@ def eject(root: nn.Module, keep_merged: bool = False) -> None:
         elif isinstance(place.module, Replaced):
             kept = place.module.running if keep_merged else place.module.original_module
             place.parent._modules[place.key] = kept
+    for module in root.modules():
+        release_scales(module)
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in state.trainable)
     set_state(root, None)
