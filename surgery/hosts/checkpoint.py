@@ -56,9 +56,9 @@ class Checkpoint:
         for file in self.files:
             file.close()
 
-    def hash_reads(self) -> list[Reading]:
-        """From now on all that is read is hashed, by file."""
-        self.readings = [Reading(file) for file in self.files]
+    def hash_reads(self, ahead: int = 0) -> list[Reading]:
+        """From now on all that is read is hashed, by file, if `ahead` is given up to so many pieces later."""
+        self.readings = [Reading(file, ahead) for file in self.files]
         return self.readings
 
     def tensors(self) -> Iterator[TensorInfo]:
