@@ -66,9 +66,11 @@ def packings(infos: Iterable[TensorInfo], config: Mapping[str, Any], load: Load)
     return found
 
 
-def is_beside(name: str) -> bool:
-    """Does it say how another tensor is meant, if a codec claims that?"""
-    return name.endswith(_BESIDE)
+def model_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """What config.json says that the weights are in."""
+    inner = [value for value in config.values() if isinstance(value, dict)]
+    told = (one.get(key) for one in (config, *inner) for key in ("dtype", "torch_dtype"))
+    return next((dtype for one in told if (dtype := _named(one)) is not None), None)
 
 
 def _held(codec: Codec, tensors: Mapping[str, TensorInfo], plain: str, config: Mapping[str, Any], load: Load) -> Held:
@@ -78,7 +80,7 @@ def _held(codec: Codec, tensors: Mapping[str, TensorInfo], plain: str, config: M
     except FormatError as error:
         raise FormatError(f"{printable(plain)}: {error}") from error
     dtype = _named(quantization_of(config).get("bnb_4bit_compute_dtype")) if codec.name == "bnb4" else None
-    dtype = dtype or codec.dtype(settings) or _told(config) or torch.bfloat16
+    dtype = dtype or codec.dtype(settings) or model_dtype(config) or torch.bfloat16
     return Held(codec, tensors, settings, TensorInfo(plain, dtype, codec.shape(headers, settings)))
 
 
@@ -87,13 +89,6 @@ def _headers(tensors: Mapping[str, TensorInfo]) -> Headers:
         role: one for role, one in tensors.items() if not isinstance(one.dtype, RawDtype) or one.dtype.bits == 8
     }
     return {role: (torch_dtype_of(one), one.shape) for role, one in readable.items()}
-
-
-def _told(config: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype of the model."""
-    inner = [value for value in config.values() if isinstance(value, dict)]
-    told = (one.get(key) for one in (config, *inner) for key in ("dtype", "torch_dtype"))
-    return next((dtype for one in told if (dtype := _named(one)) is not None), None)
 
 
 def _named(name: object) -> torch.dtype | None:
