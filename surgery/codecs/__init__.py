@@ -6,11 +6,13 @@ from torch import Tensor
 
 from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
+from surgery.codecs.fp8_block import Fp8Block
+from surgery.codecs.mxfp4 import Mxfp4
 from surgery.codecs.plain import Plain
 from surgery.core.codec import Codec, Packed, Settings
 from surgery.errors import FormatError
 
-CODECS: tuple[Codec, ...] = (Bnb4(), Bnb8(), Plain())
+CODECS: tuple[Codec, ...] = (Bnb4(), Bnb8(), Fp8Block(), Mxfp4(), Plain())
 
 
 def codec_of(packed: Packed, where: str) -> Codec:

@@ -91,10 +91,9 @@ class Bnb4(Codec):
         absmax = _absmax(packed, part)
         values = torch.tensor(sorted(set(map16.tolist())), device=map16.device)  # the two zeros of fp4 are one
         held = _looked_up(packed, torch.searchsorted(values, map16).to(torch.float32))[part.within(packed)].long()
-        step = torch.where(part.spread(absmax) < 0, -1, 1)  # rounding may leave an absmax just below zero
-        ranks = ((held + sign * step).clamp(0, len(values) - 1) for sign in (-1, 1))
-        below, above = (part.scaled(values[rank], absmax).to(torch.float64) for rank in ranks)
-        return below, above
+        ranks = ((held + step).clamp(0, len(values) - 1) for step in (-1, 1))
+        pair = [part.scaled(values[rank], absmax).to(torch.float64) for rank in ranks]
+        return torch.minimum(*pair), torch.maximum(*pair)  # rounding may leave an absmax just below zero
 
 
 class _Part(NamedTuple):

@@ -74,12 +74,12 @@ class OpChoice:
 
     def _square(self, name: str) -> Op:
         """The layout of a square weight, which no shape tells."""
-        families = set(_families(self.base.config))
+        here = set(families(self.base.config))
         last = self.sites[name].name.rpartition(".")[2]
-        if families & CONV1D_FAMILIES and last in CONV1D_NAMES:
+        if here & CONV1D_FAMILIES and last in CONV1D_NAMES:
             return OPS["conv1d"]
         told = OPS["conv1d" if getattr(self.adapter.config, "fan_in_fan_out", False) else "linear"]
-        if families & CONV1D_FAMILIES:
+        if here & CONV1D_FAMILIES:
             return OPS["linear"]
         if told.name not in self._found:
             self._found[told.name] = self._against(told)
@@ -111,10 +111,10 @@ class OpChoice:
         return all(shape_of(self.adapter.sites[name], role) == spec.shape for role, spec in specs.items())
 
 
-def _families(config: Mapping[str, Any]) -> Iterator[str]:
+def families(config: Mapping[str, Any]) -> Iterator[str]:
     """The `model_type` of a model and of those within it."""
     if isinstance(config.get("model_type"), str):
         yield config["model_type"]
     for value in config.values():
         if isinstance(value, dict):
-            yield from _families(value)
+            yield from families(value)

@@ -11,7 +11,9 @@ from torch import Tensor
 from surgery.codecs import CODECS, codec_of, packed_of
 from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
-from surgery.core.codec import Codec, Packed
+from surgery.codecs.fp8_block import Fp8Block
+from surgery.codecs.mxfp4 import Mxfp4
+from surgery.core.codec import Codec, Packed, differs
 from surgery.errors import ConfigError, FormatError, ValueRangeError
 
 HALVES = {torch.bfloat16: 8, torch.float16: 11}  # bits of the mantissa
@@ -76,7 +78,31 @@ def bnb8() -> Mapping[str, Packed]:
     return {"rows": Bnb8().fresh(weights(12, 10), {}), "bias": Bnb8().fresh(weights(3, 5), {})}
 
 
-EXAMPLES = {"plain": plain(), "bnb4": bnb4(), "bnb8": bnb8()}  # by codec: what it claims
+def fp8_block() -> Mapping[str, Packed]:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).repeat(6, 1)
+    e5m2 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e5m2).repeat(6, 1)
+    rows = torch.logspace(-3, 3, 6)
+    bytes_ = torch.tensor([[100, 150], [0, 254]], dtype=torch.uint8)
+    return {
+        "blocks": Fp8Block().fresh(weights(12, 20), {"weight_block_size": (4, 5)}),
+        "cut-blocks": Fp8Block().fresh(weights(150, 200), {}),
+        "rows": packed_of({"weight": every, "weight_scale": rows.unsqueeze(1)}, "rows"),
+        "rows-flat": packed_of({"weight": e5m2, "weight_scale": rows, "input_scale": torch.ones(1)}, "rows"),
+        "whole": packed_of({"weight": every, "weight_scale_inv": torch.tensor(0.3).bfloat16()}, "whole"),
+        "powers": packed_of({"weight": every[:, :128].contiguous(), "weight_scale_inv": bytes_}, "powers"),
+        "turned": packed_of({"weight": every, "weight_scale_inv": -rows}, "a scale below zero"),
+    }
+
+
+def mxfp4() -> Mapping[str, Packed]:
+    drawn = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (5, 4, 2, 16), dtype=torch.uint8, generator=drawn)
+    scales = torch.randint(0, 256, (5, 4, 2), dtype=torch.uint8, generator=drawn)
+    fresh = Mxfp4().fresh(weights(320, 8).view(5, 64, 8), {})
+    return {"experts": Packed({"blocks": blocks, "scales": scales}), "fresh": fresh}
+
+
+EXAMPLES = {"plain": plain(), "bnb4": bnb4(), "bnb8": bnb8(), "fp8_block": fp8_block(), "mxfp4": mxfp4()}  # by codec
 CASES = [pytest.param(codec, name, id=f"{codec.name}-{name}") for codec in CODECS for name in EXAMPLES[codec.name]]
 
 
@@ -161,9 +187,9 @@ def test_the_grid_is_the_next_values_that_can_be_held(codec: Codec, name: str):
     for neighbour, sign in zip(codec.grid(packed), (-1, 1), strict=True):
         assert bool((sign * (neighbour - weight)[finite] >= 0).all())
         held = torch.where(finite & neighbour.isfinite(), neighbour, weight)
-        assert torch.equal(codec.decode(codec.encode(held, like=packed), torch.float64), held)
+        assert not bool(differs(codec.decode(codec.encode(held, like=packed), torch.float64), held).any())
         near = torch.where(finite, weight + 0.4 * (held - weight), weight)  # rounds to where it was
-        assert torch.equal(codec.decode(codec.encode(near, like=packed), torch.float64), weight)
+        assert not bool(differs(codec.decode(codec.encode(near, like=packed), torch.float64), weight).any())
 
 
 def cut(codec: Codec, packed: Packed, rows: slice) -> Packed:
@@ -256,3 +282,28 @@ def test_settings_that_no_4_bit_weight_can_have_are_refused(wrong: Mapping[str, 
 def test_an_8_bit_weight_beyond_float16_is_refused():
     with pytest.raises(ValueRangeError, match="float16"):
         Bnb8().fresh(weights(12, 64) * 1e4, {})
+
+
+F8 = torch.ones(150, 200).to(torch.float8_e4m3fn)
+LAYOUTS = {
+    "other blocks": {"weight": F8, "weight_scale_inv": torch.ones(7, 7)},
+    "no blocks": {"weight": F8, "weight_scale_inv": torch.ones(0, 2)},
+    "a stack": {"weight": F8.view(3, 50, 200), "weight_scale_inv": torch.ones(3, 1, 2)},
+    "scales of whole numbers": {"weight": F8, "weight_scale": torch.ones(150, dtype=torch.int32)},
+    "blocks of 8": {"blocks": torch.zeros(2, 3, 4, 8).byte(), "scales": torch.zeros(2, 3, 4).byte()},
+    "no experts": {"blocks": torch.zeros(3, 4, 16).byte(), "scales": torch.zeros(3, 4).byte()},
+    "more scales": {"blocks": torch.zeros(2, 3, 4, 16).byte(), "scales": torch.zeros(2, 3, 5).byte()},
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_an_fp8_or_mxfp4_weight_of_another_layout_is_refused(case: str):
+    with pytest.raises(FormatError, match=r"^layers\.0: (fp8|mxfp4) "):
+        packed_of(LAYOUTS[case], "layers.0", {"weight_block_size": [128, "x"]})
+
+
+def test_fresh_fp8_and_mxfp4_weights_of_other_shapes_are_refused():
+    with pytest.raises(ConfigError, match="fp8"):
+        Fp8Block().fresh(torch.ones(2, 2, 2), {})
+    with pytest.raises(ConfigError, match="mxfp4"):
+        Mxfp4().fresh(torch.ones(2, 33, 2), {})
