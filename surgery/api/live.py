@@ -15,6 +15,7 @@ from surgery.procedures import adalora, adapter_files, switch
 from surgery.procedures import inject as injection
 from surgery.procedures import merge as merging
 from surgery.procedures import mixed_batch as mixing
+from surgery.procedures import quantize as quantizing
 from surgery.procedures.configs import config_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,6 +57,7 @@ def load_model(  # noqa: PLR0913  # as transformers' from_pretrained
     model_class: Any = None,
     dtype: str | torch.dtype = "auto",
     device_map: Any = None,
+    quantization: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     trainable: bool = False,
@@ -63,11 +65,12 @@ def load_model(  # noqa: PLR0913  # as transformers' from_pretrained
     """A model of transformers with the adapter at `where`, a folder or owner/name on the Hub, laid over its base.
 
     The base is the one that the adapter's config names, in the class of its task, or that either config names, or
-    in `model_class`. Where no adapter lies, the model itself. `dtype` and `device_map` as in transformers. No code
-    of a repository is ever run. Raises InputError for what is not there or not known, EnvironmentFault without
+    in `model_class`. Where no adapter lies, the model itself. `dtype` and `device_map` as in transformers;
+    `quantization` "nf4", "fp4" or "int8" holds the weights so from the start. No code of a repository is ever run.
+    Raises InputError for what is not there or not known, EnvironmentFault without
     transformers or a network.
     """
-    wanted = hugging.Wanted(model_class, dtype, device_map)
+    wanted = hugging.Wanted(model_class, dtype, device_map, quantization)
     return hugging.load_model(where, wanted, revision, subfolder, trainable)
 
 
@@ -84,6 +87,31 @@ def save_merged(model: nn.Module, folder: Where, *, overwrite: bool = False, **o
     and as `merge` does.
     """
     hugging.save_merged(model, Path(folder), overwrite, **options)
+
+
+def quantize(
+    model: Model,
+    kind: str,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    double_quant: bool = False,
+    skip: Sequence[str] | None = None,
+) -> Model:
+    """Hold the weights of all nn.Linear as "nf4", "fp4" or "int8", in place, in bitsandbytes' own layers.
+
+    `skip` names modules, with all in them, that are left as they are; by default the output heads.
+    `compute_dtype` and `double_quant` are of 4 bits; by default each layer computes in the dtype that it has had.
+    A model of transformers then saves itself as a quantized checkpoint. Raises MatchError for an entry that hits
+    nothing and for tied weights, StateError where adapters are, EnvironmentFault without bitsandbytes.
+
+    >>> import surgery, torch
+    >>> model = surgery.quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)), "nf4")
+    >>> model = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]))
+    """
+    wanted = quantizing.Quantization(kind, compute_dtype, double_quant)
+    skipped = quantizing.quantize(model, wanted, skip, hugging.output_heads(model))
+    hugging.tell_quantized(model, wanted, skipped)
+    return model
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> switch.Switched:

@@ -97,6 +97,12 @@ def release_scales(module: nn.Module) -> None:
         module.__dict__[_PACKS] = before
 
 
+def never_round_scales(module: nn.Module) -> None:
+    """The same for good."""
+    if module.__dict__.get(_PACKS):
+        module.__dict__[_PACKS] = False
+
+
 def _is_8bit(module: Any) -> bool:
     return isinstance(module, sys.modules["bitsandbytes.nn"].Linear8bitLt)
 

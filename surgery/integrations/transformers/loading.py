@@ -14,6 +14,8 @@ from torch import nn
 from surgery.adapters.peft import CONFIG, read_adapter
 from surgery.core.adapter import Adapter
 from surgery.errors import AbsentError, EnvironmentFault, InputError, MatchError, printable
+from surgery.hosts.quantized import never_round_scales
+from surgery.integrations.transformers.quantizing import load_settings
 from surgery.integrations.transformers.subclass import attach
 from surgery.io.hub import Located, located
 from surgery.io.strict_json import read_json
@@ -37,6 +39,7 @@ class Wanted(NamedTuple):
     model_class: Any = None
     dtype: Any = "auto"
     device_map: Any = None
+    quantization: str | None = None
 
 
 def load_model(
@@ -87,7 +90,10 @@ def _base(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Module:
         use_safetensors=True,
         adapter_kwargs={"subfolder": "config.json"},  # where nothing can lie: else peft would load an adapter too
         output_loading_info=True,
+        **load_settings(wanted.quantization, config, wanted.dtype),
     )
+    for module in model.modules():
+        never_round_scales(module)
     if adapter is not None:
         _refuse_missing(told["missing_keys"], adapter, place, kind)
     if place.hub_id is not None:
