@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from surgery.codecs.formats import format_of
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
 from surgery.procedures import adalora, adapter_files, switch
@@ -22,12 +23,21 @@ Model = TypeVar("Model", bound=nn.Module)
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
 
 
-def inject(model: Model, config: object, *, adapter_name: str = "default", trainable: bool = True) -> Model:
+def inject(
+    model: Model,
+    config: object,
+    *,
+    adapter_name: str = "default",
+    trainable: bool = True,
+    quantization_aware: str | None = None,
+) -> Model:
     """Lay a fresh adapter over the modules that `config` names, in place; returns the model.
 
     `config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter. The rest
-    of the model is frozen. The first adapter is active. Raises MatchError for an entry of target_modules
-    that matches nothing, ConfigError, StateError.
+    of the model is frozen. The first adapter is active. With `quantization_aware` "nf4", "fp4", "int8" or "fp8_block"
+    its layers run, and it is trained, as they will once it is merged and their weights are held so: the base's own
+    scales are kept where it is held in that format already. Raises MatchError for an entry of target_modules that
+    matches nothing, ConfigError, StateError.
 
     >>> import surgery, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -35,7 +45,8 @@ def inject(model: Model, config: object, *, adapter_name: str = "default", train
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
-    injection.inject(model, config_of(config), adapter_name, lambda: hugging.output_heads(model), trainable)
+    form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
+    injection.inject(model, config_of(config), adapter_name, lambda: hugging.output_heads(model), trainable, form)
     hugging.attach(model)
     return model
 

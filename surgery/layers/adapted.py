@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from surgery.core.adapter import Layer
-from surgery.core.arithmetic import float_product
-from surgery.core.method import Dense, Method, Params, Run
+from surgery.core.arithmetic import exact_product, float_product, round_once
+from surgery.core.method import Dense, Method, Params, Product, Run
 from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site
 from surgery.core.sums import sum_rows
+from surgery.layers.aware import Holding, straight_through
 from surgery.layers.mixed import Mixed, Rows
 from surgery.layers.slot import Slot
 
@@ -25,6 +26,7 @@ class Fitted(NamedTuple):
     method: Method
     holders: Mapping[str, Holder]
     slots: Mapping[str, Slot]
+    aware: Holding | None = None  # of what it is trained to become
 
     @property
     def params(self) -> Params:
@@ -104,6 +106,7 @@ class Adapted(nn.Module):
     hashed: Any = None  # sha256 of the base weight, and which state of its memory that is of
     merged: Any = None  # what undoes the merge, while the base weight holds the active adapters
     running: tuple[Fitted | Mixed, ...] = ()
+    aware: Holding | None = None  # in what format the effective weight is held, if a running adapter asks for one
     decode: Callable[[nn.Module], Tensor] | None = None  # of a base layer that holds its weight otherwise than plainly
 
     def __init__(self, base_layer: nn.Module, site: Site, decode: Callable[[nn.Module], Tensor] | None = None) -> None:
@@ -112,7 +115,7 @@ class Adapted(nn.Module):
         self._modules["base_layer"] = base_layer
         self.__dict__.update(site=site, op=site.acting, fitted={}, decode=decode)
 
-    def fit(self, adapter: str, method: Method, params: Params, trainable: bool) -> None:
+    def fit(self, adapter: str, method: Method, params: Params, trainable: bool, aware: Holding | None = None) -> None:
         """Lay an adapter over the layer; it is not active yet."""
         slots, holders = {}, {}
         for role, spec in method.tensors(self.site).items():
@@ -123,7 +126,7 @@ class Adapted(nn.Module):
                 self._modules[name] = slot
             slot.put(adapter, leaf, params[role], trainable)
             slots[role], holders[role] = slot, slot.holder(adapter, leaf)
-        self.fitted[adapter] = Fitted(method, holders, slots)
+        self.fitted[adapter] = Fitted(method, holders, slots, aware)
 
     def unfit(self, adapter: str) -> None:
         """Take an adapter away."""
@@ -142,7 +145,8 @@ class Adapted(nn.Module):
         active = tuple(name for name in adapters if name in self.fitted)
         running = active if enabled and self.merged is None else ()
         chosen = tuple(self.fitted[name] for name in running)
-        self.__dict__.update(active=active, enabled=enabled, running=chosen)
+        aware = next((one.aware for one in chosen if one.aware is not None), None)
+        self.__dict__.update(active=active, enabled=enabled, running=chosen, aware=aware)
 
     def mix(self, rows: Rows) -> None:
         """Each row of a batch runs under its own adapter from now on, until `activate`."""
@@ -163,6 +167,8 @@ class Adapted(nn.Module):
             return functional_call(base_layer, present, given, kwargs)
         if not given:  # a layer's input may be named
             given = (kwargs.pop(next(iter(kwargs))),)
+        if self.aware is not None:
+            return self._run_held(given[0])
         bottom = Below(self, given[1:], kwargs)
         above: Below | Over = bottom
         for one in self.running[:-1]:
@@ -175,16 +181,40 @@ class Adapted(nn.Module):
         base: Any = self._modules["base_layer"]
         return Dense(self.op.matrix(self._stored()), base._parameters.get(self.op.roles.get("bias", "bias")))
 
-    def _effective(self) -> tuple[Dense, Dense]:
-        """The base layer's weight and bias, and what the running adapters make of them."""
-        dense = base = self.dense()
+    def _effective(self, base: Dense, product: Product) -> Dense:
+        """What the running adapters make of a weight and a bias."""
+        dense = base
         for one in self.running:
             one.method.refuse_merge(self.site)
             p = one.method.matrices(one.params, self.site)
             if one.method.couples:
-                p = one.method.told(p, sum_rows(one.method.terms(base.weight, p, WHOLE, float_product)))
-            dense = one.method.merge(dense, p, WHOLE, float_product)
-        return base, dense
+                p = one.method.told(p, sum_rows(one.method.terms(base.weight, p, WHOLE, product)))
+            dense = one.method.merge(dense, p, WHOLE, product)
+        return dense
+
+    def _run_held(self, x: Tensor) -> Tensor:
+        """As the merged layer will run once its weight is held in the format."""
+        weight, bias = self._held()
+        return self.op.apply(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+
+    def _held(self) -> Dense:
+        """The effective weight and bias to the bits of the merge, with the gradients of the plain ones."""
+        assert self.aware is not None
+        plain = self.dense()
+        begin, bias = self.aware.begin(self.base_layer), None if plain.bias is None else plain.bias.to(torch.float64)
+        with torch.no_grad():
+            exact = self._effective(Dense(begin, bias), exact_product)
+            held = Dense(
+                self.aware.end(self.base_layer, exact.weight.to(torch.float64)),
+                None if exact.bias is None or plain.bias is None else round_once(exact.bias, plain.bias.dtype),
+            )
+        if not torch.is_grad_enabled():
+            return held
+        unheld = self._effective(plain, float_product)
+        return Dense(
+            straight_through(held.weight, unheld.weight),
+            None if held.bias is None or unheld.bias is None else straight_through(held.bias, unheld.bias),
+        )
 
     def _stored(self) -> Tensor:
         """The base layer's weight as floats."""
@@ -202,8 +232,10 @@ class Adapted(nn.Module):
         """The stored weight with the running adapters in it, differentiable; without any, the base layer's own."""
         if not self.running:
             return self.base_weight
-        base, effective = self._effective()
-        return self.op.stored(effective.weight).to(base.weight.dtype)
+        if self.aware is not None:
+            return self._held().weight
+        base = self.dense()
+        return self.op.stored(self._effective(base, float_product).weight).to(base.weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -212,7 +244,7 @@ class Adapted(nn.Module):
         held: Tensor | None = base._parameters.get(self.op.roles.get("bias", "bias"))
         if held is None or not any(one.method.for_bias() for one in self.running):
             return held
-        bias = self._effective()[1].bias
+        bias = (self._effective(self.dense(), float_product) if self.aware is None else self._held()).bias
         return None if bias is None else bias.to(held.dtype)
 
     def __getattr__(self, name: str) -> Any:

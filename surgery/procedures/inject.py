@@ -1,6 +1,7 @@
 """inject and eject: adapters into any model in place, and the very modules back out."""
 
 import copy
+import dataclasses
 import gc
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from surgery.codecs.formats import Format
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Dense, Method, Params
 from surgery.core.names import suffix_hits
@@ -23,7 +25,9 @@ from surgery.hosts.quantized import decoder, is_quantized, keep_scales, release_
 from surgery.hosts.recognition import op_of, unfit
 from surgery.hosts.tree import Place, State, places, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
+from surgery.layers.aware import Holding
 from surgery.ops.linear import LAYOUTS
+from surgery.procedures.awareness import holdings
 from surgery.procedures.merge import refuse_merged, refuse_mixed, unmerge
 
 Wrapper = TypeVar("Wrapper", Adapted, Replaced)
@@ -39,6 +43,7 @@ class Fitting:
     config: AdapterConfig
     sites: Mapping[str, tuple[Site, Method, Params]]
     saved: Mapping[str, Mapping[str, Tensor] | None]  # by module: tensors to start from; None: the module's own
+    aware: Mapping[str, Holding] = dataclasses.field(default_factory=dict)  # by site, where it is quantization-aware
 
 
 class Tree:
@@ -117,15 +122,17 @@ def _collector_paused() -> Iterator[None]:
 
 
 @_collector_paused()
-def inject(
+def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it runs
     root: nn.Module,
     config: AdapterConfig,
     adapter: str,
     output_heads: Callable[[], Collection[str]] = tuple,
     trainable: bool = True,
+    form: Format | None = None,
 ) -> None:
     """Lay a fresh adapter over the modules that `config` selects; `output_heads` finds what "all-linear" leaves out.
 
+    With a format it runs as it will once it is merged and held so.
     Raises MatchError for an entry that hits nothing, StateError if `adapter` is there or a merge is.
     """
     check_name(root, adapter)
@@ -143,7 +150,8 @@ def inject(
         site, method = tree.site(name), config.method(spelling)
         sites[name] = site, method, method.init(site, partial(tree.dense, name))
     saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
-    fit(tree, adapter, Fitting(config, sites, saved), trainable)
+    aware = {} if form is None else holdings(tree.modules, config, sites, form)
+    fit(tree, adapter, Fitting(config, sites, saved, aware), trainable)
 
 
 @_collector_paused()
@@ -158,7 +166,7 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     for name, (site, method, params) in fitting.sites.items():
         module = tree.modules[name]
         layer = module if isinstance(module, Adapted) else _wrap(tree, module, Adapted(module, site, decoder(module)))
-        layer.fit(adapter, method, _placed(params, layer.base_weight), trainable)
+        layer.fit(adapter, method, _placed(params, layer.base_weight), trainable, fitting.aware.get(name))
         touched.append(layer)
     for name, tensors in fitting.saved.items():
         module = tree.modules[name]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import surgery
+from surgery.codecs import codec_of
+from surgery.hosts.quantized import decoded, packed_of_layer
 
 KINDS = ("nf4", "fp4", "int8")
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -183,3 +185,74 @@ def test_a_checkpoint_that_is_quantized_already_is_not_quantized_again(base: Pat
         surgery.load_model(tmp_path / "quantized", quantization="int8")
     with pytest.raises(surgery.UsageError, match="one of nf4, fp4, int8"):
         surgery.load_model(base, quantization="gptq")
+
+
+METHODS: dict[str, Any] = {
+    "lora": surgery.LoraConfig(r=4, lora_alpha=6, target_modules=["0"]),
+    "dora": surgery.LoraConfig(r=4, target_modules=["0"], use_dora=True),
+    "ia3": surgery.Ia3Config(target_modules=["0"], feedforward_modules=[]),
+}
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+def fitted(model: Any, method: str, aware: str | None = None) -> Any:
+    """Under an adapter as training would leave it."""
+    surgery.inject(model, METHODS[method], quantization_aware=aware)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for values in model.parameters():
+            if values.requires_grad:
+                values.add_(torch.randn_like(values) * 0.05)
+    return model
+
+
+def layer(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(128, 64)).to(dtype)
+
+
+@each_kind
+@each_method
+@each_dtype
+def test_an_aware_adapter_gives_the_outputs_of_its_merge_quantized_by_bitsandbytes(
+    kind: str, method: str, dtype: torch.dtype
+) -> None:
+    aware = fitted(layer(dtype), method, kind)
+    merged = surgery.eject(surgery.merge(fitted(layer(dtype), method)), keep_merged=True)
+    quantized = surgery.quantize(merged, kind)
+    assert torch.equal(aware[0].weight, decoded(quantized[0]).to(dtype))
+    if kind != "int8":  # whose kernels round a scale before it multiplies, or the inputs too
+        x = torch.randn(5, 128, dtype=dtype)
+        assert torch.equal(aware(x), quantized(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("double_quant", [False, True])
+@each_method
+def test_over_a_base_that_is_held_so_its_own_scales_are_kept(kind: str, double_quant: bool, method: str) -> None:
+    if kind == "int8" and double_quant:
+        return
+    base = surgery.quantize(layer(), kind, double_quant=double_quant)
+    packed = packed_of_layer(base[0])
+    codec = codec_of(packed, "")
+    exact = nn.Sequential(nn.Linear(128, 64).double())
+    exact[0].weight.data, exact[0].bias.data = codec.decode(packed, torch.float64), base[0].bias.data.double()
+    method_of_base = fitted(base, method, kind)
+    exact = fitted(exact, method)
+    exact.load_state_dict(
+        {
+            **exact.state_dict(),
+            **{name: values for name, values in method_of_base.state_dict().items() if ".base_layer." not in name},
+        }
+    )
+    merged = surgery.merge(exact)[0].base_layer.weight.detach()
+    kept = codec.encode(merged, like=packed)
+    assert not torch.equal(kept.tensors["weight"], packed.tensors["weight"])
+    assert torch.equal(base[0].weight, codec.decode(kept, torch.float32))
+
+
+def test_over_a_base_in_another_format_the_scales_are_fresh() -> None:
+    base = fitted(surgery.quantize(layer(), "nf4"), "lora", "int8")
+    plain = layer()
+    plain[0].weight.data = decoded(base[0].base_layer)
+    assert torch.equal(base[0].weight, fitted(plain, "lora", "int8")[0].weight)
