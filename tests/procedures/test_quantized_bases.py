@@ -257,7 +257,7 @@ def test_a_changed_code_in_the_record_is_found(adapter: Path, tmp_path: Path) ->
         surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
 
 
-def strong(form: str, share: float) -> dict[str, Tensor]:
+def strong(share: float) -> dict[str, Tensor]:
     """Factors whose delta is about this share of each weight."""
     return {name: one * 12 * share if "lora_B" in name else one for name, one in factors().items()}
 
@@ -272,7 +272,7 @@ def survived(form: str, before: Packed, after: Packed, delta: Tensor) -> tuple[f
 
 @each_form
 def test_a_weight_that_keeps_its_format_has_the_nearest_codes_by_its_own_scales(form: str, tmp_path: Path) -> None:
-    base, out, given = quantized_base(tmp_path / "base", form), tmp_path / "out", strong(form, 1.0)
+    base, out, given = quantized_base(tmp_path / "base", form), tmp_path / "out", strong(1.0)
     adapter = write_adapter(tmp_path / "a", given)
     report = surgery.merge_checkpoint(base, adapter, out, into="keep", reversible=True)
     before, after, codec = read_tensors(base), read_tensors(out), FORMATS[form][0]
@@ -294,13 +294,13 @@ def test_a_weight_that_keeps_its_format_has_the_nearest_codes_by_its_own_scales(
         assert told["noise"] == pytest.approx(noise, rel=1e-5)
     assert report.receipt["survived"]["retained"] > 0.5
     surgery.unmerge_checkpoint(out, tmp_path / "back")
-    assert {name: one for name, one in file_hashes(tmp_path / "back").items()} == file_hashes(base)
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
 
 
 @each_form
 def test_verify_tells_from_the_files_alone_what_survived(form: str, tmp_path: Path) -> None:
     base, out = quantized_base(tmp_path / "base", form), tmp_path / "out"
-    adapter = write_adapter(tmp_path / "a", strong(form, 1.0))
+    adapter = write_adapter(tmp_path / "a", strong(1.0))
     receipt = surgery.merge_checkpoint(base, adapter, out, into="keep").receipt
     report = surgery.verify_checkpoint(base, adapter, out)
     assert report.counts["bits"] == 3
@@ -322,7 +322,7 @@ def test_verify_tells_from_the_files_alone_what_survived(form: str, tmp_path: Pa
 @pytest.mark.parametrize("form", ["nf4", "nf4-double", "fp4", "fp8"])
 def test_an_erased_adapter_fails_with_the_option_that_would_keep_it(form: str, tmp_path: Path) -> None:
     base = quantized_base(tmp_path / "base", form)
-    adapter = write_adapter(tmp_path / "a", strong(form, 0.004))
+    adapter = write_adapter(tmp_path / "a", strong(0.004))
     with pytest.raises(surgery.CheckError, match=r"retained .*--into 16bit keeps all"):
         surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="keep")
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
@@ -364,7 +364,7 @@ def test_into_without_a_quantized_base_is_refused(into: str, adapter: Path, tmp_
 
 @pytest.mark.parametrize("left", ["left behind", "lost"])
 def test_verify_finds_a_quantization_config_that_contradicts_the_weights(left: str, tmp_path: Path) -> None:
-    base, adapter = quantized_base(tmp_path / "base", "fp8"), write_adapter(tmp_path / "a", strong("fp8", 1.0))
+    base, adapter = quantized_base(tmp_path / "base", "fp8"), write_adapter(tmp_path / "a", strong(1.0))
     surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="keep" if left == "lost" else None)
     config = json.loads((base / "config.json").read_text())
     if left == "lost":
