@@ -61,6 +61,11 @@ compute_dtype = click.option(
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="What the weights of a quantized base are decoded to. By default what it computes in.",
 )
+into = click.option(
+    "--into",
+    type=click.Choice(["16bit", "keep"]),
+    help="What the weights of a quantized base become: plain, as by default, or codes of the base's own scales.",
+)
 
 
 def adapters_of(arguments: Sequence[str]) -> list[tuple[str, float]]:

@@ -19,8 +19,10 @@ from surgery.methods.lora import TWICE
 from surgery.ops.linear import LAYOUTS
 from surgery.procedures.draft import Draft
 from surgery.procedures.true_config import true_config
-from surgery.procedures.unpacking import unpack
+from surgery.procedures.unpacking import keep, unpack
 
+Into = Literal["16bit", "keep"]
+INTO: tuple[Into, ...] = ("16bit", "keep")
 _RUNTIME_BYTES = 300_000_000  # Python and torch themselves
 _TILE_COPIES = 12  # float64 tensors of a tile's size alive at once
 
@@ -33,10 +35,12 @@ class Treatment:
     tied: Literal["refuse", "untie"] = "refuse"  # where an adapter changes one of two tied tensors
     ops: Mapping[str, str] = field(default_factory=dict)  # by the end of a site's name: linear or conv1d
     compute_dtype: torch.dtype | None = None  # what quantized weights are decoded to; None: as they are computed with
+    into: Into | None = None  # what quantized weights are written as; None: 16bit
 
     def to_json(self) -> dict[str, Any]:
         told = {"dtype": _word(self.dtype), "tied": self.tied, "ops": dict(sorted(self.ops.items()))}
-        return told if self.compute_dtype is None else {**told, "compute_dtype": _word(self.compute_dtype)}
+        more = {"compute_dtype": _word(self.compute_dtype), "into": self.into}
+        return told | {key: value for key, value in more.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,9 @@ class Plan:
             raise type(first)(f"{first}" + (f" (and {more} more; `surgery plan` lists all)" if more else ""))
 
     def written(self) -> dict[str, TensorInfo]:
-        """The tensors that change, as they stand in the output."""
-        return {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in self.changes}
+        """The tensors that change, as they stand in the output; those that keep their format aside."""
+        plain = (one for one in self.changes if not one.keep)
+        return {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in plain}
 
     def summary(self) -> str:
         """One line."""
@@ -106,6 +111,7 @@ def describe(change: Change) -> dict[str, Any]:
         "methods": methods,
         "replaced": change.saved is not None,
         **({"held": change.held} if change.held else {}),
+        **({"kept": True} if change.keep else {}),
     }
 
 
@@ -115,7 +121,10 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     draft = Draft(base, treatment.ops)
     for index, given in enumerate(adapters):
         draft.lay(given, index)
-    unpack(draft, treatment.compute_dtype)
+    if treatment.into == "keep":
+        keep(draft, treatment.dtype or treatment.compute_dtype)
+    else:
+        unpack(draft, treatment.compute_dtype, treatment.into is not None)
     draft.settle(treatment.tied)
     draft.notes += [
         note
@@ -133,6 +142,7 @@ def treatment(
     tied: str = "refuse",
     ops: Mapping[str, str] | None = None,
     compute_dtype: str | torch.dtype | None = None,
+    into: str | None = None,
 ) -> Treatment:
     """UsageError for a value that is none."""
     if tied not in ("refuse", "untie"):
@@ -141,7 +151,10 @@ def treatment(
         if op not in LAYOUTS:
             raise UsageError(f"op of {printable(name)} is {printable(op)!r}; one of {', '.join(LAYOUTS)} is wanted")
     untie: Literal["refuse", "untie"] = "untie" if tied == "untie" else "refuse"
-    return Treatment(check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype))
+    if into not in (None, *INTO):
+        raise UsageError(f"into is {printable(into)!r}; one of {', '.join(INTO)} is wanted")
+    form = next((one for one in INTO if one == into), None)
+    return Treatment(check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype), form)
 
 
 def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -194,9 +207,10 @@ def _sums_bytes(change: Change) -> int:
 
 
 def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config: Mapping[str, Any] | None) -> Plan:
-    infos, changes = {info.name: info for info in base.weights()}, draft.ordered()
-    read_bytes = sum(info.nbytes for info in base.tensors())
-    infos |= {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in changes}
+    changes = draft.ordered()
+    plain = {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in changes if not one.keep}
+    gone = {held for name in plain if name in base.packed for held in base.holding(name)}
+    infos = {info.name: info for info in base.tensors() if info.name not in gone} | plain
     tile = max((min(TILE_ELEMENTS, info.nbytes) for info in infos.values()), default=0)
     sites = [nbytes_of(params) for one in adapters for params in one.adapter.sites.values()]
     whole = [v.nbytes for one in adapters for v in (*one.adapter.saved.values(), *one.adapter.copies.values())]
@@ -205,7 +219,7 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         tuple(draft.refusals),
         tuple(note for one in adapters for note in _notes(one.adapter)) + tuple(draft.notes),
         tensors=sum(1 for _ in base.weights()),
-        read_bytes=read_bytes,
+        read_bytes=sum(info.nbytes for info in base.tensors()),
         written_bytes=sum(info.nbytes for info in infos.values()),
         peak_bytes=_RUNTIME_BYTES + sum(whole) + max(sites, default=0) + 8 * _TILE_COPIES * tile,
         undo_bytes=sum(sites) + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
