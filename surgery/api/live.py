@@ -157,12 +157,13 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractConte
     return mixing.mixed_batch(model, adapter_names)
 
 
-def merge(model: Model, *, undo: merging.UndoKind = "index") -> Model:
+def merge(model: Model, *, undo: merging.UndoKind = "index", into: str | None = None) -> Model:
     """Add the active adapters to the base weights, in place; `unmerge` brings them back to the bit.
 
-    `undo` "index" stores a fraction of a bit a parameter; "copy" keeps the original weights.
+    `undo` "index" stores a fraction of a bit a parameter; "copy" keeps the original weights. Over quantized weights
+    `into` "16bit" is wanted: plain layers stand in for them until they are unmerged.
     """
-    merging.merge(model, undo)
+    merging.merge(model, undo, into)
     return model
 
 
@@ -176,6 +177,8 @@ def eject(model: Model, *, keep_merged: bool = False) -> Model:
     """Put the model's own modules back, with their requires_grad flags; unmerges first unless `keep_merged`."""
     injection.eject(model, keep_merged)
     hugging.detach(model)
+    if keep_merged:
+        hugging.tell_ejected(model)
     return model
 
 

@@ -73,10 +73,25 @@ def compute_dtype(module: Any) -> torch.dtype:
     return dtype
 
 
-def decoded(module: nn.Module) -> Tensor:
-    """Its weight [out, in], in the dtype that it computes with."""
+def own_dtype(module: Any) -> torch.dtype | None:
+    """What its weight was in before it was quantized; None where nothing tells."""
     packed = packed_of_layer(module)
-    return codec_of(packed, "").decode(packed, compute_dtype(module))
+    return codec_of(packed, "").dtype(packed.settings)
+
+
+def codec_name(module: nn.Module) -> str:
+    return codec_of(packed_of_layer(module), "").name
+
+
+def decoded_to(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Its weight [out, in]."""
+    packed = packed_of_layer(module)
+    return codec_of(packed, "").decode(packed, dtype)
+
+
+def decoded(module: nn.Module) -> Tensor:
+    """The same in the dtype that it computes with."""
+    return decoded_to(module, compute_dtype(module))
 
 
 def decoder(module: nn.Module) -> Callable[[nn.Module], Tensor] | None:

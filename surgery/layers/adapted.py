@@ -105,6 +105,7 @@ class Adapted(nn.Module):
     enabled = True
     hashed: Any = None  # sha256 of the base weight, and which state of its memory that is of
     merged: Any = None  # what undoes the merge, while the base weight holds the active adapters
+    beneath: nn.Module | None = None  # the quantized layer that `base_layer` stands in for, while it is merged
     running: tuple[Fitted | Mixed, ...] = ()
     aware: Holding | None = None  # in what format the effective weight is held, if a running adapter asks for one
     decode: Callable[[nn.Module], Tensor] | None = None  # of a base layer that holds its weight otherwise than plainly

@@ -21,7 +21,7 @@ from surgery.io.octets import sha256_of
 from surgery.io.strict_json import json_bytes
 from surgery.layers import Adapted
 from surgery.procedures.inject import Fitting, Tree, check_name, fit
-from surgery.procedures.merge import base_sha256
+from surgery.procedures.merge import base_sha256, own_weight
 
 DEFAULT = "default"
 _HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
@@ -173,7 +173,7 @@ def _base_print(root: nn.Module, adapter: str) -> Hashed:
 
 def _held_as(layer: Adapted) -> TensorInfo:
     """The base's parameter as a file would list it: of a quantized weight, its codes."""
-    held = layer.base_weight
+    held = own_weight(layer)
     return layer.site.weight._replace(dtype=held.dtype, shape=tuple(held.shape))
 
 

@@ -2,7 +2,7 @@
 
 from surgery.integrations.transformers.loading import Wanted, load_model
 from surgery.integrations.transformers.model import output_heads
-from surgery.integrations.transformers.quantizing import tell_quantized
+from surgery.integrations.transformers.quantizing import tell_ejected, tell_quantized
 from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.subclass import attach, detach
 from surgery.integrations.transformers.trainer import AdapterTrainer
@@ -15,5 +15,6 @@ __all__ = [
     "load_model",
     "output_heads",
     "save_merged",
+    "tell_ejected",
     "tell_quantized",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from surgery.errors import UsageError, printable
+from surgery.hosts.quantized import is_quantized
 from surgery.integrations.transformers.model import is_pretrained
 from surgery.procedures.quantize import BITS, OUTLIERS, Quantization, import_bitsandbytes
 
@@ -40,6 +41,42 @@ def tell_quantized(root: nn.Module, wanted: Quantization, skipped: Sequence[str]
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = quantizer.quantization_config.quant_method
     quantizer.postprocess_model(model)
+
+
+def tell_ejected(root: nn.Module) -> None:
+    """Let a model that was quantized know which of its layers are plain now."""
+    model: Any = root
+    if not is_pretrained(root) or not is_bitsandbytes(model):
+        return
+    if not any(is_quantized(module) for module in root.modules()):
+        forget_quantization(model)
+        return
+    plain = [name for name, module in root.named_modules() if type(module) is nn.Linear]
+    model.config.quantization_config.llm_int8_skip_modules = plain
+    model.hf_quantizer.modules_to_not_convert = plain
+
+
+def is_bitsandbytes(model: Any) -> bool:
+    """Has transformers, or surgery, told it of a quantization by bitsandbytes?"""
+    quantizer = model.__dict__.get("hf_quantizer")
+    return quantizer is not None and bool(quantizer.quantization_config.quant_method == "bitsandbytes")
+
+
+def forget_quantization(model: Any) -> None:
+    """Let a model that is written plainly say nothing of its quantization; it may share all else with another."""
+    if not is_bitsandbytes(model):
+        return
+    conversions = model.__dict__.get("_weight_conversions") or ()
+    model.hf_quantizer, model.is_quantized = None, False
+    model.__dict__.pop("quantization_method", None)
+    for config in (model.config, model.config.get_text_config()):
+        config.__dict__.pop("quantization_config", None)
+    model._weight_conversions = [one for one in conversions if not _quantizes(one)]
+
+
+def _quantizes(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", ())
+    return any(type(one).__module__.endswith(".bitsandbytes") for one in operations)
 
 
 def load_settings(kind: str | None, config: Any, dtype: Any) -> dict[str, Any]:
