@@ -161,7 +161,7 @@ class Adapted(nn.Module):
     def forward(self, *given: Any, **kwargs: Any) -> Any:
         base_layer: Any = self._modules["base_layer"]
         if not self.running:
-            return base_layer(*given, **kwargs)
+            return base_layer(*given, **kwargs) if self.beneath is None else self._run_stand_in(*given, **kwargs)
         if self.op.roles:  # its weights are read, and nothing else could be put in the way
             weights = {own: getattr(self, role) for role, own in self.op.roles.items()}
             present = {own: values for own, values in weights.items() if values is not None}
@@ -192,6 +192,11 @@ class Adapted(nn.Module):
                 p = one.method.told(p, sum_rows(one.method.terms(base.weight, p, WHOLE, product)))
             dense = one.method.merge(dense, p, WHOLE, product)
         return dense
+
+    def _run_stand_in(self, input: Tensor) -> Tensor:
+        """The plain layer, in whatever dtype the quantized one takes."""
+        out: Tensor = self.base_layer(input.to(self.base_weight.dtype))
+        return out.to(input.dtype)
 
     def _run_held(self, x: Tensor) -> Tensor:
         """As the merged layer will run once its weight is held in the format."""
