@@ -101,14 +101,13 @@ def verify_checkpoint(
     workers: int | None = None,
 ) -> VerifyReport:
     """Grade every tensor of `out` against `adapters` merged over `base`, by any tool; `workers` tiles at once."""
-    into: Into | None = "keep" if out.packed else None
+    into: Into | None = "keep" if out.packed and base.packed else None
     # What is right where two were tied.
     plan = make_plan(base, adapters, replace(treatment or Treatment(), tied="untie", into=into))
     plan.require()
     grades: dict[str, Grade] = {}
-    for name, grade in in_order(
-        _graded, _pieces(base, plan.source(base), out, plan.changes), workers or default_workers()
-    ):
+    pieces = _pieces(base, plan.source(base), out, plan.changes)
+    for name, grade in in_order(_graded, pieces, workers or default_workers()):
         grades[name] = grades[name].worse(grade) if name in grades else grade
     why = _config_differs(base.config, plan.config or base.config, out.config)
     if why:

@@ -159,9 +159,12 @@ def test_experts_are_decoded_as_transformers_holds_them(tmp_path: Path) -> None:
 
 @each_form
 def test_inspect_lists_the_weights_and_not_what_holds_them(form: str, tmp_path: Path) -> None:
-    rows = {row.name: row.shape for row in surgery.inspect(quantized_base(tmp_path / "base", form)).rows}
-    assert {name: rows[name] for name in SITES} == {site: SHAPES[site.rpartition(".")[2]] for site in SITES}
+    base = quantized_base(tmp_path / "base", form)
+    rows = {row.name: row for row in surgery.inspect(base).rows}
+    assert {name: rows[name].shape for name in SITES} == {site: SHAPES[site.rpartition(".")[2]] for site in SITES}
+    assert {rows[name].dtype for name in SITES} == {FORMATS[form][0].name}
     assert len(rows) == len(SITES) + 3
+    assert sum(row.size_bytes for row in rows.values()) == sum(one.nbytes for one in read_tensors(base).values())
 
 
 def test_the_receipt_and_the_plan_tell_of_every_packed_tensor(adapter: Path, tmp_path: Path) -> None:
