@@ -5,6 +5,7 @@ import click
 from surgery.cli.arguments import (
     adapters_of,
     as_json,
+    base_as,
     compute_dtype,
     dtype,
     into,
@@ -29,6 +30,7 @@ from surgery.cli.push import private
 @ops
 @compute_dtype
 @into
+@base_as
 @click.option(
     "--min-retained", default=0.5, show_default=True, help="Fail if --into keep leaves less of the adapters' change."
 )
@@ -58,6 +60,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     ops: tuple[str, ...],
     compute_dtype: str | None,
     into: str | None,
+    base_as: str | None,
     min_retained: float,
     max_noise: float,
     max_shard_size: str | None,
@@ -87,6 +90,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
             ops=ops_of(ops),
             compute_dtype=compute_dtype,
             into=into,
+            base_as=base_as,
             min_retained=min_retained,
             max_noise=max_noise,
             max_shard_size=max_shard_size,

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, compute_dtype, dtype, into, ops, ops_of, show, tied
+from surgery.cli.arguments import adapters_of, as_json, base_as, compute_dtype, dtype, into, ops, ops_of, show, tied
 
 
 @click.command()
@@ -16,6 +16,7 @@ from surgery.cli.arguments import adapters_of, as_json, compute_dtype, dtype, in
 @ops
 @compute_dtype
 @into
+@base_as
 @as_json
 def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     base: str,
@@ -25,6 +26,7 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     ops: tuple[str, ...],
     compute_dtype: str | None,
     into: str | None,
+    base_as: str | None,
     as_json: bool,
 ) -> None:
     """Show what a merge would do, and all that stands against it. Writes nothing.
@@ -42,6 +44,7 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
         ops=ops_of(ops),
         compute_dtype=compute_dtype,
         into=into,
+        base_as=base_as,
     )
     rows = [
         (

@@ -35,6 +35,7 @@ class Change:
     begins: Site | None = None  # the weight of the host that it begins as instead
     new: bool = False  # the host has no weight of this name and shape
     held: str = ""  # the codec by which the host holds the weight, where that is not plain
+    through: str = ""  # the form that the host's plain weight was held in while its layers were trained
     keep: bool = False  # by that codec and its scales the outcome is held too; `dtype` is then not its own
 
     @property

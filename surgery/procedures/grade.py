@@ -16,6 +16,7 @@ from surgery.codecs import codec_of
 from surgery.core.adapter import Started
 from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.method import Elementwise
+from surgery.core.source import Source
 from surgery.core.survival import Survival
 from surgery.errors import ValueRangeError
 from surgery.hosts.checkpoint import Checkpoint
@@ -57,7 +58,7 @@ def carried(base: Checkpoint, out: Checkpoint, name: str, span: slice) -> Grade:
     return Grade("untouched") if same else Grade("different", why="no adapter touches it, yet it is not the base's")
 
 
-def derived(base: Checkpoint, out: Checkpoint, change: Change, started: Started, rows: slice) -> Grade:
+def derived(base: Source, out: Checkpoint, change: Change, started: Started, rows: slice) -> Grade:
     """Grade some rows of a change: their bytes first, the tolerance only where these are others."""
     tiles: list[MergedTile] = []
     found = out.load(change.site, rows).tensors["weight"]

@@ -85,7 +85,9 @@ def merge_checkpoint(
     with Staging(out, overwrite=options.overwrite, key=key, resume=options.resume) as staging, ExitStack() as stack:
         undo = stack.enter_context(UndoWriter(base, staging, layout)) if options.reversible else None
         books = _Books(Receipt(base, adapters, plan), undo)
-        readings, written = fill(base, Merged(base, plan.changes, books), staging, layout, books, options.pace)
+        readings, written = fill(
+            base, Merged(plan.source(base), plan.changes, books), staging, layout, books, options.pace
+        )
         _check_base(base, adapters, plan, readings, options)
         _check_survival(books.receipt, options)
         _write_small(files, plan, layout, staging)

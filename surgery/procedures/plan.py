@@ -6,20 +6,22 @@ from typing import Any, Literal
 
 import torch
 
+from surgery.codecs import FORMS
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter, Weighted, nbytes_of
 from surgery.core.names import Prefix
 from surgery.core.select import unmatched
 from surgery.core.site import TensorInfo
-from surgery.core.source import TILE_ELEMENTS
+from surgery.core.source import TILE_ELEMENTS, Source
 from surgery.errors import InputError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.through import Through
 from surgery.hosts.views import Change
 from surgery.methods.lora import TWICE
 from surgery.ops.linear import LAYOUTS
 from surgery.procedures.draft import Draft
 from surgery.procedures.true_config import true_config
-from surgery.procedures.unpacking import keep, unpack
+from surgery.procedures.unpacking import keep, pass_through, unpack
 
 Into = Literal["16bit", "keep"]
 INTO: tuple[Into, ...] = ("16bit", "keep")
@@ -36,10 +38,11 @@ class Treatment:
     ops: Mapping[str, str] = field(default_factory=dict)  # by the end of a site's name: linear or conv1d
     compute_dtype: torch.dtype | None = None  # what quantized weights are decoded to; None: as they are computed with
     into: Into | None = None  # what quantized weights are written as; None: 16bit
+    base_as: str | None = None  # the form in which the adapters were trained over this plain base
 
     def to_json(self) -> dict[str, Any]:
         told = {"dtype": _word(self.dtype), "tied": self.tied, "ops": dict(sorted(self.ops.items()))}
-        more = {"compute_dtype": _word(self.compute_dtype), "into": self.into}
+        more = {"compute_dtype": _word(self.compute_dtype), "into": self.into, "base_as": self.base_as}
         return told | {key: value for key, value in more.items() if value is not None}
 
 
@@ -68,6 +71,11 @@ class Plan:
             more = len(self.refusals) - 1
             first = self.refusals[0]
             raise type(first)(f"{first}" + (f" (and {more} more; `surgery plan` lists all)" if more else ""))
+
+    def source(self, base: Checkpoint) -> Source:
+        """The base as the changes are laid over it."""
+        forms = {one.site.weight.name: one.through for one in self.changes if one.through}
+        return Through(base, forms) if forms else base
 
     def written(self) -> dict[str, TensorInfo]:
         """The tensors that change, as they stand in the output; those that keep their format aside."""
@@ -112,6 +120,7 @@ def describe(change: Change) -> dict[str, Any]:
         "replaced": change.saved is not None,
         **({"held": change.held} if change.held else {}),
         **({"kept": True} if change.keep else {}),
+        **({"base_as": change.through} if change.through else {}),
     }
 
 
@@ -121,7 +130,9 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     draft = Draft(base, treatment.ops)
     for index, given in enumerate(adapters):
         draft.lay(given, index)
-    if treatment.into == "keep":
+    if treatment.base_as is not None:
+        pass_through(draft, treatment.base_as, treatment.compute_dtype)
+    elif treatment.into == "keep":
         keep(draft, treatment.dtype or treatment.compute_dtype)
     else:
         unpack(draft, treatment.compute_dtype, treatment.into is not None)
@@ -137,12 +148,13 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     return _costed(base, adapters, draft, config)
 
 
-def treatment(
+def treatment(  # noqa: PLR0913, PLR0917  # one argument an option
     dtype: str | torch.dtype | None = None,
     tied: str = "refuse",
     ops: Mapping[str, str] | None = None,
     compute_dtype: str | torch.dtype | None = None,
     into: str | None = None,
+    base_as: str | None = None,
 ) -> Treatment:
     """UsageError for a value that is none."""
     if tied not in ("refuse", "untie"):
@@ -153,8 +165,10 @@ def treatment(
     untie: Literal["refuse", "untie"] = "untie" if tied == "untie" else "refuse"
     if into not in (None, *INTO):
         raise UsageError(f"into is {printable(into)!r}; one of {', '.join(INTO)} is wanted")
+    if base_as not in (None, *FORMS):
+        raise UsageError(f"base_as is {printable(base_as)!r}; one of {', '.join(FORMS)} is wanted")
     form = next((one for one in INTO if one == into), None)
-    return Treatment(check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype), form)
+    return Treatment(check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype), form, base_as)
 
 
 def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:

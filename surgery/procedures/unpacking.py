@@ -13,8 +13,10 @@ from surgery.errors import FormatError, InputError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.packing import Held, model_dtype, quantization_of
 from surgery.hosts.views import Change
+from surgery.ops.linear import Conv1D, Linear
 from surgery.procedures.draft import Draft
 from surgery.procedures.op_choice import CONV1D_FAMILIES, CONV1D_NAMES, families
+from surgery.procedures.tying import vocabulary
 
 # What config.json calls the formats that are read, and what to do about others.
 METHODS = frozenset({"bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4"})
@@ -71,6 +73,33 @@ def keep(draft: Draft, dtype: torch.dtype | None) -> None:
         weight = change.site.weight._replace(dtype=torch.float32)  # what its codes and scales are multiplied in
         site = replace(change.site, tensors={**change.site.tensors, "weight": weight}, together=together)
         draft.changes[name] = replace(change, site=site, dtype=torch.float32, held=held.codec.name, keep=True)
+
+
+def pass_through(draft: Draft, form: str, dtype: torch.dtype | None) -> None:
+    """Layers of linear maps are laid over the weights as they read from `form`, encoded from and decoded to `dtype`.
+
+    By default that is the weight's own. UsageError for a base that is quantized already. What is no linear map, and
+    an output head, is not held so in training.
+    """
+    base = draft.base
+    if base.packed or quantization_of(base.config):
+        raise UsageError(f"{printable(base.path)}: it is quantized itself; leave base_as out")
+    heads, passed = vocabulary(base), 0
+    for name, change in draft.changes.items():
+        op = None if change.site.op is None else change.site.op.name
+        if op == Conv1D.name and change.layers:
+            draft.refusals.append(
+                FormatError(f"{printable(name)}: a Conv1D, which base_as does not support; merge it into its own base")
+            )
+        elif op == Linear.name and change.layers and name not in heads and change.origin == change.site:
+            weight = change.site.weight._replace(dtype=dtype or change.site.weight.torch_dtype)
+            site = replace(change.site, tensors={**change.site.tensors, "weight": weight})
+            draft.changes[name], passed = replace(change, site=site, through=form), passed + 1
+    others = sum(len(info.shape) == 2 for info in base.weights()) - passed
+    draft.notes.append(
+        f"{passed} weights are merged as they read from {form}; {others} other matrices stay as they are, though some "
+        "may have been held so in training too"
+    )
 
 
 def _known(draft: Draft) -> bool:

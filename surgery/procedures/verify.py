@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Weighted
 from surgery.core.site import Site, TensorInfo
-from surgery.core.source import TILE_ELEMENTS, row_tiles
+from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
 from surgery.core.survival import Survival
 from surgery.core.workers import default_workers, in_order
 from surgery.errors import CheckError, printable
@@ -101,12 +101,13 @@ def verify_checkpoint(
     workers: int | None = None,
 ) -> VerifyReport:
     """Grade every tensor of `out` against `adapters` merged over `base`, by any tool; `workers` tiles at once."""
-    into: Into | None = "keep" if out.packed else None
+    into: Into | None = "keep" if out.packed and base.packed else None
     # What is right where two were tied.
     plan = make_plan(base, adapters, replace(treatment or Treatment(), tied="untie", into=into))
     plan.require()
     grades: dict[str, Grade] = {}
-    for name, grade in in_order(_graded, _pieces(base, out, plan.changes), workers or default_workers()):
+    pieces = _pieces(base, plan.source(base), out, plan.changes)
+    for name, grade in in_order(_graded, pieces, workers or default_workers()):
         grades[name] = grades[name].worse(grade) if name in grades else grade
     why = _config_differs(base.config, plan.config or base.config, out.config)
     if why:
@@ -161,8 +162,11 @@ def _graded(piece: Piece) -> tuple[str, Grade]:
     return piece.name, piece.grade()
 
 
-def _pieces(base: Checkpoint, out: Checkpoint, changes: Iterable[Change]) -> Iterator[Piece]:
-    """All tensors in the base's order, then those that a change adds, then those that nothing explains."""
+def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable[Change]) -> Iterator[Piece]:
+    """All tensors in the base's order, then those that a change adds, then those that nothing explains.
+
+    `source` is the base as the changes are laid over it.
+    """
     changed = {change.site.weight.name: change for change in changes}
     wanted = {info.name: info for info in base.weights()}
     wanted |= {name: change.site.weight for name, change in changed.items()}
@@ -179,10 +183,10 @@ def _pieces(base: Checkpoint, out: Checkpoint, changes: Iterable[Change]) -> Ite
         else:
             change = change or Change(Site(name, {"weight": info}), info.torch_dtype)
             change = replace(change, dtype=there.torch_dtype, keep=False)
-            change = told(base, change)
+            change = told(source, change)
             started = change.started()
             for rows in row_tiles(info.shape, TILE_ELEMENTS):
-                yield Piece(name, partial(derived, base, out, change, started, rows))
+                yield Piece(name, partial(derived, source, out, change, started, rows))
     for name in found:
         yield Piece(name, partial(Grade, "different", why="it is not in the base"))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_folders import file_hashes, flip_byte, read_tensors, rewrite, tensor_hashes, write_adapter, write_base
-from quantized_folders import FORMATS, SHAPES, SITES, decoded, experts_base, quantized_base
+from quantized_folders import FORMATS, SHAPES, SITES, decoded, experts_base, plain_weights, quantized_base
 from torch import Tensor
 
 import surgery
@@ -159,9 +159,12 @@ def test_experts_are_decoded_as_transformers_holds_them(tmp_path: Path) -> None:
 
 @each_form
 def test_inspect_lists_the_weights_and_not_what_holds_them(form: str, tmp_path: Path) -> None:
-    rows = {row.name: row.shape for row in surgery.inspect(quantized_base(tmp_path / "base", form)).rows}
-    assert {name: rows[name] for name in SITES} == {site: SHAPES[site.rpartition(".")[2]] for site in SITES}
+    base = quantized_base(tmp_path / "base", form)
+    rows = {row.name: row for row in surgery.inspect(base).rows}
+    assert {name: rows[name].shape for name in SITES} == {site: SHAPES[site.rpartition(".")[2]] for site in SITES}
+    assert {rows[name].dtype for name in SITES} == {FORMATS[form][0].name}
     assert len(rows) == len(SITES) + 3
+    assert sum(row.size_bytes for row in rows.values()) == sum(one.nbytes for one in read_tensors(base).values())
 
 
 def test_the_receipt_and_the_plan_tell_of_every_packed_tensor(adapter: Path, tmp_path: Path) -> None:
@@ -377,3 +380,41 @@ def test_verify_finds_a_quantization_config_that_contradicts_the_weights(left: s
 
 def same_bytes(left: Tensor, right: Tensor) -> bool:
     return tensor_hashes({"": left}) == tensor_hashes({"": right})
+
+
+AS = {"nf4": "nf4", "nf4-double": "nf4-double", "int8": "int8"}
+
+
+@pytest.mark.parametrize("form", AS)
+def test_a_plain_base_is_merged_as_the_form_that_the_adapter_was_trained_over(form: str, tmp_path: Path) -> None:
+    """As if it were merged into the quantized base itself, at the sites of the adapter."""
+    plain = {f"{site}.weight": one for site, one in plain_weights().items()}
+    write_base(tmp_path / "plain", plain, config={"model_type": "llama", "dtype": "bfloat16"})
+    adapter, out = write_adapter(tmp_path / "a", factors()), tmp_path / "out"
+    report = surgery.merge_checkpoint(tmp_path / "plain", adapter, out, base_as=AS[form], reversible=True)
+    surgery.merge_checkpoint(quantized_base(tmp_path / "base", form), adapter, tmp_path / "wanted")
+    found, wanted = read_tensors(out), read_tensors(tmp_path / "wanted")
+    for site in SITES[:3]:
+        assert same_bytes(found[f"{site}.weight"], wanted[f"{site}.weight"])
+    assert same_bytes(found[f"{SITES[3]}.weight"], plain[f"{SITES[3]}.weight"])
+    assert any(f"3 weights are merged as they read from {form}; 1 other" in note for note in report.receipt["notes"])
+    assert report.receipt["options"]["base_as"] == form
+    assert surgery.verify_checkpoint(tmp_path / "plain", adapter, out, base_as=form).counts["bits"] == 3
+    assert not surgery.verify_checkpoint(tmp_path / "plain", adapter, out).ok
+    surgery.unmerge_checkpoint(out, tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(tmp_path / "plain")
+
+
+def test_a_base_that_is_quantized_itself_is_not_taken_as_another(adapter: Path, tmp_path: Path) -> None:
+    base = quantized_base(tmp_path / "base", "nf4")
+    with pytest.raises(UsageError, match="quantized itself"):
+        surgery.merge_checkpoint(base, adapter, tmp_path / "out", base_as="nf4")
+    with pytest.raises(UsageError, match="base_as is 'nf5'"):
+        surgery.plan(base, adapter, base_as="nf5")
+
+
+def test_a_weight_beyond_the_form_is_refused_by_name(adapter: Path, tmp_path: Path) -> None:
+    plain = {f"{site}.weight": one * 1e6 for site, one in plain_weights().items()}
+    write_base(tmp_path / "plain", plain)
+    with pytest.raises(surgery.ValueRangeError, match=rf"^{SITES[0]}\.weight: 8-bit"):
+        surgery.merge_checkpoint(tmp_path / "plain", adapter, tmp_path / "out", base_as="int8")
