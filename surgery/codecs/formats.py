@@ -1,14 +1,11 @@
-"""Formats: what a plain weight can be held as, by the names that people give them."""
+"""Format: one of FORMS, in which a merged weight is to be held."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from surgery.codecs.bnb4 import Bnb4
-from surgery.codecs.bnb8 import Bnb8
-from surgery.codecs.fp8_block import Fp8Block
+from surgery.codecs import FORMS
 from surgery.core.arithmetic import round_once
 from surgery.core.codec import Codec, Packed, Settings
 from surgery.errors import UsageError, printable
@@ -21,25 +18,17 @@ class Format(NamedTuple):
     settings: Settings
 
     def holds(self, packed: Packed) -> bool:
-        """Is it what `packed` is held as?"""
-        told = {key: packed.settings.get(key) for key in self.settings}
-        return self.codec.claims(packed.headers) and told == self.settings
+        """Is `packed` of this codec and kind? However its scales are held."""
+        kind = "quant_type"
+        return self.codec.claims(packed.headers) and packed.settings.get(kind) == self.settings.get(kind)
 
     def fresh(self, exact: Tensor, dtype: torch.dtype) -> Packed:
         """An exact weight (float64), rounded once to `dtype` and held so."""
         return self.codec.fresh(round_once(exact, dtype), self.settings)
 
 
-FORMATS: Mapping[str, Format] = {
-    "nf4": Format(Bnb4(), {"quant_type": "nf4"}),
-    "fp4": Format(Bnb4(), {"quant_type": "fp4"}),
-    "int8": Format(Bnb8(), {}),
-    "fp8_block": Format(Fp8Block(), {}),
-}
-
-
 def format_of(name: str, where: str) -> Format:
     """UsageError for a name that is none."""
-    if name not in FORMATS:
-        raise UsageError(f"{where}: {printable(name)!r}; one of {', '.join(FORMATS)} is wanted")
-    return FORMATS[name]
+    if name not in FORMS:
+        raise UsageError(f"{where}: {printable(name)!r}; one of {', '.join(FORMS)} is wanted")
+    return Format(*FORMS[name])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import surgery
-from surgery.codecs.formats import FORMATS
+from surgery.codecs import FORMS
 from surgery.methods import METHODS
 
 IN, OUT = 128, 192
@@ -22,7 +22,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 CASES = [METHODS[name](target_modules=["0"], **one) for name in METHODS for one in SETTINGS[name]]
 each_case = pytest.mark.parametrize("config", CASES, ids=range(len(CASES)))
-each_format = pytest.mark.parametrize("form", FORMATS)
+each_format = pytest.mark.parametrize("form", FORMS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -47,7 +47,7 @@ def given(dtype: torch.dtype = torch.float32) -> Tensor:
 
 def held(weight: Tensor, form: str) -> Tensor:
     """A plain weight through the format and back."""
-    codec, settings = FORMATS[form]
+    codec, settings = FORMS[form]
     return codec.decode(codec.fresh(weight.detach(), settings), weight.dtype)
 
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_aware_is_refused_by_name_and_nothing_changes() -> None:
             surgery.inject(model, config, adapter_name="new", quantization_aware=form)
         assert list(model.modules()) == before
 
-    refused(net(), surgery.UsageError, "'gptq'; one of nf4, fp4, int8, fp8_block", form="gptq")
+    refused(net(), surgery.UsageError, "'gptq'; one of nf4, nf4-double, fp4, fp4-double, int8, fp8_block", form="gptq")
     refused(net(), surgery.ConfigError, r"lora_dropout is 0\.1", lora_dropout=0.1)
     refused(net(layer=Conv1D), surgery.MatchError, "0: its op is conv1d; quantization_aware is for Linear")
     refused(net(torch.float64), surgery.MatchError, "0: 4-bit: nf4 .* from float64")
