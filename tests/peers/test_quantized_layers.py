@@ -187,6 +187,14 @@ def test_a_base_whose_scales_bitsandbytes_has_rounded_is_refused() -> None:
 
 
 @each_kind
+def test_inspect_tells_how_a_live_weight_is_held_and_its_size_there(kind: str) -> None:
+    (row,) = surgery.inspect(net(kind)).rows
+    codes = OUT * IN if kind == "int8" else OUT * IN // 2
+    assert (row.op, row.shape, row.dtype) == ("linear", (OUT, IN), "bnb8" if kind == "int8" else "bnb4")
+    assert codes < row.size_bytes < codes + 3000
+
+
+@each_kind
 def test_a_quantized_module_to_save_is_refused_by_name(kind: str) -> None:
     model = nn.Sequential(nn.Linear(IN, IN), layer(kind))
     with pytest.raises(surgery.MatchError, match="1: modules_to_save names it, and its weight is quantized"):
