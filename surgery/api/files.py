@@ -46,17 +46,18 @@ def inspect(model: nn.Module | Where, *, sha256: bool = False) -> inspection.Ins
     return inspection.inspect(locate(model), sha256)
 
 
-def plan(
+def plan(  # noqa: PLR0913  # the options of a merge
     base: Where,
     adapters: Adapters,
     *,
     dtype: str | torch.dtype | None = None,
     tied: str = "refuse",
     ops: Mapping[str, str] | None = None,
+    compute_dtype: str | torch.dtype | None = None,
 ) -> planning.Plan:
     """What a merge with these options would do, and all that stands against it. Writes nothing."""
     with _checkpoint(base) as source:
-        return planning.make_plan(source, _weighted(adapters), planning.treatment(dtype, tied, ops))
+        return planning.make_plan(source, _weighted(adapters), planning.treatment(dtype, tied, ops, compute_dtype))
 
 
 def merge_checkpoint(  # noqa: PLR0913  # three things and their options
@@ -68,6 +69,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     dtype: str | torch.dtype | None = None,
     tied: str = "refuse",
     ops: Mapping[str, str] | None = None,
+    compute_dtype: str | torch.dtype | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     resume: bool | None = None,
@@ -82,6 +84,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     `reversible` writes what `unmerge_checkpoint` needs; `dtype` casts all floats; `tied` "untie" writes a tied
     head apart where an adapter changes it or the embedding; `ops` says by the end of a name whether a square weight
     is "linear" or "conv1d"; `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
+    Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
+    bits unless the base has no dtype of 16 bits.
     A run that was cut short is gone on with, unless `resume` is false. `progress` is called with a Progress as
     bytes are written, one call at a time. The expected hashes are those that the receipt and `inspect` tell.
     `push_to_hub` names a repository that OUT is then uploaded to, as the function of that name does.
@@ -94,7 +98,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     merging.check_adapters(found, expect_adapter_sha256)
     merging.check_sha256(expect_base_sha256)
     options = merging.Options(
-        planning.treatment(dtype, tied, ops),
+        planning.treatment(dtype, tied, ops, compute_dtype),
         shard_bytes(max_shard_size),
         reversible=reversible,
         overwrite=overwrite,
@@ -134,17 +138,24 @@ def unmerge_checkpoint(
 
 
 def verify_checkpoint(
-    base: Where, adapters: Adapters | None = None, out: Where | None = None, *, ops: Mapping[str, str] | None = None
+    base: Where,
+    adapters: Adapters | None = None,
+    out: Where | None = None,
+    *,
+    ops: Mapping[str, str] | None = None,
+    compute_dtype: str | torch.dtype | None = None,
 ) -> verifying.VerifyReport:
     """Grade each tensor of `out` against `adapters` merged over `base`, whichever tool made it.
 
     With one argument, a merged folder, check its files against its receipt. `report.ok` is false where
-    anything is different. `ops` as in `merge_checkpoint`. Raises InputError for what cannot be read, or has no receipt.
+    anything is different. `ops` and `compute_dtype` as in `merge_checkpoint`. Raises InputError for what cannot be
+    read, or has no receipt.
     """
     if out is None or adapters is None:
         return verifying.verify_receipt(locate(base))
     with _checkpoint(base) as source, Checkpoint(locate(out)) as found:
-        return verifying.verify_checkpoint(source, _weighted(adapters), found, ops)
+        treatment = planning.treatment(ops=ops, compute_dtype=compute_dtype)
+        return verifying.verify_checkpoint(source, _weighted(adapters), found, treatment)
 
 
 def combine(  # noqa: PLR0913  # the settings of all methods

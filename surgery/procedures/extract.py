@@ -15,7 +15,7 @@ from surgery.core.names import nearest, suffix_hits
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, row_tiles
-from surgery.errors import InputError, MatchError, ShapeError, UsageError, ValueRangeError, printable
+from surgery.errors import FormatError, InputError, MatchError, ShapeError, UsageError, ValueRangeError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.staging import Staging, refuse_overlap
@@ -132,7 +132,13 @@ def _factors(
 
 
 def _check_alike(base: Checkpoint, tuned: Checkpoint) -> None:
-    """MatchError for names that only one has, ShapeError for another shape."""
+    """MatchError for names that only one has, ShapeError for another shape, FormatError for quantized weights."""
+    for one in (base, tuned):
+        for name in one.packed:
+            raise FormatError(
+                f"{printable(one.path)}: {printable(name)} is quantized; plain weights are wanted; "
+                "extract from checkpoints in 16 or 32 bits"
+            )
     for name in sorted(base.at.keys() ^ tuned.at.keys()):
         here, other = (base, tuned) if name in base.at else (tuned, base)
         near = ", ".join(map(printable, nearest(name, other.at)))

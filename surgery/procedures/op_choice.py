@@ -114,13 +114,13 @@ def layout_by_name(config: Mapping[str, Any], name: str) -> str:
 
 
 def _has_conv1d(config: Mapping[str, Any]) -> bool:
-    return not CONV1D_FAMILIES.isdisjoint(_families(config))
+    return not CONV1D_FAMILIES.isdisjoint(families(config))
 
 
-def _families(config: Mapping[str, Any]) -> Iterator[str]:
+def families(config: Mapping[str, Any]) -> Iterator[str]:
     """The `model_type` of a model and of those within it."""
     if isinstance(config.get("model_type"), str):
         yield config["model_type"]
     for value in config.values():
         if isinstance(value, dict):
-            yield from _families(value)
+            yield from families(value)
