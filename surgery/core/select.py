@@ -36,7 +36,7 @@ def unmatched(config: AdapterConfig, chosen: Collection[str]) -> list[str]:
     """Entries of `target_modules` that hit none of `chosen`; a pattern counts as one entry."""
     targets = config.target_modules
     if isinstance(targets, str) or targets is None:
-        return [] if chosen else [str(targets)]
+        return [] if chosen or (not targets and config.parameters()) else [str(targets)]
     found = {entry for name in chosen for entry in suffix_hits(frozenset(targets), name)}
     return sorted(set(targets) - found)
 

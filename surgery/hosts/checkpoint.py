@@ -2,11 +2,12 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery.core.codec import Packed
+from surgery.core.name_map import USUAL, NameMap
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import FormatError, InputError, printable
 from surgery.hosts.reading import Reading
@@ -45,6 +46,7 @@ class Checkpoint:
         self.readings: list[Reading] | None = None
         self.hub_id: str | None = None  # the repository of the Hub that it came from, and the commit
         self.commit: str | None = None
+        self.names: Callable[[], NameMap] = lambda: USUAL  # of the model in memory, asked for where they matter
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -78,7 +80,7 @@ class Checkpoint:
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """The weight, or `rows` of its first axis."""
         index, entry = self.at[site.weight.name]
-        info = entry.info
+        info = site.laid(entry.info)
         part = info if rows is None or not info.shape else info.rows(rows)
         skipped = 0 if rows is None or not info.shape else info.rows(slice(0, rows.start)).nbytes
         data = self.files[index].read(entry.start + skipped, part.nbytes)
