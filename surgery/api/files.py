@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from surgery.core.adapter import Weighted
 from surgery.errors import UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import shard_bytes
+from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate, located
 from surgery.procedures import combine as combining
 from surgery.procedures import diff as differing
@@ -244,4 +246,5 @@ def _checkpoint(where: Where) -> Checkpoint:
     place = located(where)
     found = Checkpoint(place.path)
     found.hub_id, found.commit = place.hub_id, place.commit
+    found.names = partial(hugging.name_map, found.config)
     return found

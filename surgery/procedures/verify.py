@@ -170,7 +170,7 @@ def _pieces(base: Checkpoint, out: Checkpoint, changes: Iterable[Change]) -> Ite
             change = replace(change or Change(Site(name, {"weight": info}), info.torch_dtype), dtype=there.torch_dtype)
             change = told(base, change)
             started = change.started()
-            for rows in row_tiles(info.shape, TILE_ELEMENTS):
+            for rows in row_tiles(change.site.laid(info).shape, TILE_ELEMENTS):
                 yield Piece(name, partial(derived, base, out, change, started, rows))
     for name in found:
         yield Piece(name, partial(Grade, "different", why="it is not in the base"))
