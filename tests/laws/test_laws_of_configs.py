@@ -44,6 +44,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_lora_weights": st.sampled_from([True, False, "gaussian", "orthogonal"]),
         "rank_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
         "alpha_pattern": st.dictionaries(patterns, numbers, max_size=3),
+        "bias": st.just("none"),
     },
     "ADALORA": {
         "r": st.integers(0, 512),
