@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgery import testing
     from surgery.api.files import (
         combine,
         diff,
@@ -154,6 +155,7 @@ __all__ = [
     "save",
     "save_merged",
     "set_adapter",
+    "testing",
     "unmerge",
     "unmerge_checkpoint",
     "verify_checkpoint",
@@ -164,6 +166,8 @@ def __getattr__(name: str) -> Any:
     """Public names come from their files when they are first used: torch is not imported before."""
     if name not in __all__:
         raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    if name == "testing":
+        return import_module("surgery.testing")
     if name.endswith("Config"):
         import_module("surgery.adapters.configs")  # a floor above the configs; lets them read and write files
     value = getattr(import_module(f"surgery.{_HOMES.get(name, 'api.live')}"), name)

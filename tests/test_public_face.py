@@ -18,7 +18,7 @@ def test_all_is_sorted_and_every_name_is_there_and_documented() -> None:
 
 def test_import_takes_no_torch_until_a_name_is_used() -> None:
     before = "import sys, surgery, surgery.cli; assert 'torch' not in sys.modules"
-    code = f"{before}; surgery.inject; assert 'torch' in sys.modules"
+    code = f"{before}; surgery.testing.assert_equivalent; assert 'torch' in sys.modules; surgery.inject"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
