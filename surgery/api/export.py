@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from surgery.errors import UsageError
 from surgery.formats.onnx.example import example_of
 from surgery.formats.onnx.trace import require_packages
-from surgery.procedures.export import ExportReport, export_model
+from surgery.integrations import transformers as hugging
+from surgery.procedures.export import AnyModule, ExportReport, export_model
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
 
@@ -37,7 +37,9 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
     require_packages()
     if adapters is not None:
         raise UsageError("export_onnx: adapters of a model in memory are those that are active; load them, give None")
-    given: Any = inputs
-    if given is None:
+    pretrained = hugging.is_pretrained(model)
+    if inputs is None and not pretrained:
         raise UsageError("export_onnx: inputs are wanted, an example of what forward takes")
-    return export_model(model, example_of(model, given, dynamic_axes), Path(out), overwrite=overwrite)
+    example = hugging.example_for(model) if inputs is None else example_of(model, inputs, dynamic_axes)
+    kind = hugging.Pretrained() if pretrained else AnyModule()
+    return export_model(model, example, Path(out), kind, overwrite=overwrite)

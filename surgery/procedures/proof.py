@@ -84,7 +84,7 @@ class Reference(NamedTuple):
 
 
 def reference_of(root: nn.Module, example: Example) -> Reference | None:
-    """None of a model without active adapters, or of one that they are merged into."""
+    """None of a model without active adapters, or of one that they are merged into. CheckError if they do nothing."""
     if not any(layer.running for layer in adapted_layers(root).values()) and not replaced_modules(root):
         return None
     inputs = example.trials()
@@ -92,7 +92,13 @@ def reference_of(root: nn.Module, example: Example) -> Reference | None:
     double = adapted_twin(root, doubled)
     exact = runs(double, inputs, example)
     with disable_adapters(double):
-        return Reference(exact, own, runs(double, inputs, example))
+        base = runs(double, inputs, example)
+    if all(torch.equal(one[name], other[name]) for one, other in zip(exact, base, strict=True) for name in one):
+        raise CheckError(
+            "export: the adapters change no output, so that no run could tell a right export from one without them; "
+            "train them, or eject them"
+        )
+    return Reference(exact, own, base)
 
 
 def prove(model: nn.Module, example: Example, graph: Path, prepare: Prepare, adapted: Reference | None) -> Proof:

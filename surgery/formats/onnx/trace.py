@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from surgery.errors import EnvironmentFault, InputError, printable
 from surgery.formats.onnx.example import Example
 
+CACHE = "past_key_values"
 PREFIX = "traced."  # what the names of weights begin with in the graph
 _LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")
 
@@ -95,6 +96,8 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         yield name or "output", value
     elif isinstance(value, Mapping):
         for key, one in value.items():
+            if key == CACHE:  # of a decoder; it has no tensors of its own to return
+                continue
             yield from _flat(one, f"{name}.{key}" if name else str(key))
     elif isinstance(value, tuple | list):
         for i, one in enumerate(value):
