@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from surgery.core.adapter import Weighted
 from surgery.errors import UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import shard_bytes
+from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate, located
 from surgery.procedures import combine as combining
 from surgery.procedures import diff as differing
+from surgery.procedures import extract as extraction
 from surgery.procedures import inspect as inspection
 from surgery.procedures import merge_checkpoint as merging
 from surgery.procedures import plan as planning
@@ -25,6 +28,7 @@ from surgery.procedures import unmerge_checkpoint as unmerging
 from surgery.procedures import verify as verifying
 from surgery.procedures.combinations import Recipe
 from surgery.procedures.filling import OnProgress, Pace
+from surgery.procedures.low_rank import Truncation
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
 Adapters = Where | Sequence[Where | tuple[Where, float]]  # one, or several in their order, each with a weight
@@ -192,6 +196,31 @@ def combine(  # noqa: PLR0913  # the settings of all methods
     return combining.combine(_weighted(adapters), Path(out), recipe, overwrite=overwrite)
 
 
+def extract(  # noqa: PLR0913  # three things and their options
+    base: Where,
+    tuned: Where,
+    out: Where,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    targets: Sequence[str] | None = None,
+    rest: extraction.Rest = "refuse",
+    ops: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> extraction.ExtractReport:
+    """Write what the checkpoint `tuned` has over `base` as a LoRA adapter to the new folder `out`, in PEFT's format.
+
+    Each matrix that changed, or those whose module's name ends in one of `targets`, becomes about the best B A of at
+    most `rank`, and of no more than holds `energy` of the change's squared norm; the report tells its error, of the
+    float32 factors as written. Other changes are refused, or with `rest` "save" whole modules of the adapter, or
+    with "drop" left out. `ops` tells "embedding", "linear" or "conv1d" by the end of a module's name where the names
+    mislead. Raises UsageError, InputError for checkpoints of other names or shapes.
+    """
+    wanted = extraction.Extraction(Truncation(rank, energy), targets, rest, ops or {})
+    with _checkpoint(base) as before, _checkpoint(tuned) as after:
+        return extraction.extract(before, after, Path(out), wanted, overwrite=overwrite)
+
+
 def diff(a: Where, b: Where) -> differing.DiffReport:
     """What differs between two checkpoints, however each is cut into files; streaming.
 
@@ -231,4 +260,5 @@ def _checkpoint(where: Where) -> Checkpoint:
     place = located(where)
     found = Checkpoint(place.path)
     found.hub_id, found.commit = place.hub_id, place.commit
+    found.names = partial(hugging.name_map, found.config)
     return found

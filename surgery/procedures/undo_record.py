@@ -234,7 +234,7 @@ class UndoRecord:
         dtype = change.dtype
         if "kept" in field:
             data = self._read(field["file"], field["kept"])
-            return Undo(dtype, kept=tensor_from(data, dtype, change.site.weight.shape))
+            return Undo(dtype, kept=tensor_from(data, dtype, change.site.laid(change.site.weight).shape))
         if "streams" not in field:
             raise FormatError(f"{printable(self.folder)}: record.json tells nothing of how to bring back a tensor")
         streams = {int(bits): bytes(self._read(field["file"], span)) for bits, span in field["streams"].items()}
