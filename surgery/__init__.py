@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from surgery.api.files import (
         combine,
         diff,
+        extract,
         inspect,
         merge_checkpoint,
         plan,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from surgery.methods.lora import LoraConfig
     from surgery.procedures.combine import CombineReport
     from surgery.procedures.diff import DiffReport
+    from surgery.procedures.extract import ExtractReport
     from surgery.procedures.inspect import Inspection
     from surgery.procedures.merge_checkpoint import MergeReport
     from surgery.procedures.plan import Plan
@@ -73,6 +75,7 @@ _HOMES = {
     "ConfigTypeError": "errors",
     "DiffReport": "procedures.diff",
     "EnvironmentFault": "errors",
+    "ExtractReport": "procedures.extract",
     "FormatError": "errors",
     "Ia3Config": "methods.ia3",
     "InputError": "errors",
@@ -92,6 +95,7 @@ _HOMES = {
     "VerifyReport": "procedures.verify",
     "combine": "api.files",
     "diff": "api.files",
+    "extract": "api.files",
     "inspect": "api.files",
     "merge_checkpoint": "api.files",
     "plan": "api.files",
@@ -112,6 +116,7 @@ __all__ = [
     "ConfigTypeError",
     "DiffReport",
     "EnvironmentFault",
+    "ExtractReport",
     "FormatError",
     "Ia3Config",
     "InputError",
@@ -135,6 +140,7 @@ __all__ = [
     "disable_adapters",
     "eject",
     "enable_adapters",
+    "extract",
     "inject",
     "inspect",
     "load",

@@ -56,6 +56,11 @@ dtype = click.option(
     type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
     help="Write all floats in this dtype. By default each tensor keeps its own.",
 )
+compute_dtype = click.option(
+    "--compute-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="What the weights of a quantized base are decoded to. By default what it computes in.",
+)
 
 
 def adapters_of(arguments: Sequence[str]) -> list[tuple[str, float]]:

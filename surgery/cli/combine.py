@@ -32,7 +32,10 @@ def combine(  # noqa: PLR0913, PLR0917  # one argument an option
     as_json: bool,
     reports: tuple[Path, ...],
 ) -> None:
-    """Combine LoRA adapters into one, the new folder OUT in PEFT's format; shows its error against the exact sum."""
+    """Combine LoRA adapters into one.
+
+    OUT is a new folder in PEFT's format; its error against the exact sum is shown.
+    """
     from surgery.api import files
 
     report = files.combine(

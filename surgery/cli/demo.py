@@ -13,7 +13,10 @@ _PACKAGE = Path(surgery.__file__).parent
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the files in this new folder.")
 def demo(out: Path | None) -> None:
-    """Train, merge, verify and unmerge an adapter on a real model, in about a minute."""
+    """Do the main job on a real model.
+
+    Trains, merges, verifies and unmerges an adapter, in about a minute.
+    """
     folders = (_PACKAGE / "examples", _PACKAGE.parent / "examples")
     script = next(folder / "demo.py" for folder in folders if (folder / "demo.py").is_file())
     runpy.run_path(str(script))["run"](out)

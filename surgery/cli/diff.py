@@ -14,8 +14,9 @@ from surgery.cli.arguments import as_json, conclude, reports
 @as_json
 @reports
 def diff(a: str, b: str, exit_code: bool, as_json: bool, reports: tuple[Path, ...]) -> None:
-    """Show what differs between the models A and B: names, shapes, dtypes, values, and keys of config.json.
+    """Show what differs between two models.
 
+    That is names, shapes, dtypes and values of tensors, and keys of config.json.
     A and B may be cut into files in any way. Ulps are those of the dtype with fewer digits.
     """
     from surgery.api import files

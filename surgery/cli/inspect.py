@@ -14,8 +14,9 @@ from surgery.cli.arguments import as_json, show
 )
 @as_json
 def inspect(path: str, sha256: bool, as_json: bool) -> None:
-    """List the sites of a model, or the tensors of an adapter: op, shape, dtype, size, tied.
+    """List the sites of a model, or an adapter's tensors.
 
+    Of each it tells op, shape, dtype and size, and what is tied.
     Only headers of a model are read, but for --sha256.
     """
     from surgery.api import files

@@ -2,7 +2,7 @@
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, dtype, ops, ops_of, overwrite, resume, show, tied
+from surgery.cli.arguments import adapters_of, as_json, compute_dtype, dtype, ops, ops_of, overwrite, resume, show, tied
 from surgery.cli.progress import shown
 from surgery.cli.push import private
 
@@ -15,6 +15,7 @@ from surgery.cli.push import private
 @dtype
 @tied
 @ops
+@compute_dtype
 @click.option("--max-shard-size", metavar="SIZE", help="Such as 5GB. By default the files are cut as the base's are.")
 @click.option("--expect-base-sha256", metavar="HASH", help="Refuse another base; `surgery inspect --sha256` tells it.")
 @click.option(
@@ -36,6 +37,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     dtype: str | None,
     tied: str,
     ops: tuple[str, ...],
+    compute_dtype: str | None,
     max_shard_size: str | None,
     expect_base_sha256: str | None,
     expect_adapter_sha256: tuple[str, ...],
@@ -61,6 +63,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
             dtype=dtype,
             tied=tied,
             ops=ops_of(ops),
+            compute_dtype=compute_dtype,
             max_shard_size=max_shard_size,
             expect_base_sha256=expect_base_sha256,
             expect_adapter_sha256=expect_adapter_sha256 or None,

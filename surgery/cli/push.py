@@ -13,8 +13,9 @@ private = click.option("--private", is_flag=True, help="Make the repository priv
 @private
 @as_json
 def push(out: str, repo: str, private: bool, as_json: bool) -> None:
-    """Upload OUT, a merge, as one commit of REPO on the Hub, with a model card made from its receipt.
+    """Upload a merge to the Hub, with a model card.
 
+    OUT becomes one commit of REPO; the card is made from its receipt.
     Afterwards the hashes that the Hub states are compared with those of OUT, which stays as it is.
     """
     from surgery.api import files

@@ -13,7 +13,10 @@ from surgery.cli.progress import shown
 @resume
 @as_json
 def unmerge(merged: str, out: str, overwrite: bool, resume: bool | None, as_json: bool) -> None:
-    """Write the original files of OUT, a merge made with --reversible, to BASE_OUT. The base is not needed."""
+    """Write the original files of a merge.
+
+    OUT was made with --reversible. The base is not needed.
+    """
     from surgery.api import files
 
     with shown("unmerging") as progress:

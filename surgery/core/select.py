@@ -20,6 +20,11 @@ def select(config: AdapterConfig, names: Iterable[str], all_linear: Callable[[],
     `all_linear` finds what "all-linear" stands for in this model. ConfigError for a pattern that is no regex, or
     that takes too long.
     """
+    if config.target_modules is None and not config.parameters():
+        raise MatchError(
+            f"target_modules is not given; a list of module names, a pattern or {ALL_LINEAR!r} is wanted; "
+            "`surgery.inspect(model)` lists the names"
+        )
     _check_layers(config)
     patience = Patience()
     hit = _matcher(config.target_modules, all_linear, patience)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Event
+from threading import Event, Lock
 from typing import TypeVar
 
 import torch
@@ -29,6 +29,48 @@ def in_order(
     workers = startable(workers)
     with single_threads():
         yield from map(job, items) if workers < 2 else _ahead(job, items, workers, stop or Event())
+
+
+class Backlog:
+    """Calls that a thread of its own makes one after another, up to `ahead` of them behind its callers.
+
+    What a call raises is raised by a later one. With `ahead` 0, or where a limit leaves no room for a thread,
+    each is made at once. The thread ends when all calls are made.
+    """
+
+    def __init__(self, ahead: int = 0) -> None:
+        self._ahead = ahead if ahead and startable(2) > 1 else 0
+        self._lock = Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._waiting: deque[Future[None]] = deque()
+
+    def __call__(self, job: Callable[..., None], *args: object) -> None:
+        if not self._ahead:
+            job(*args)
+            return
+        with self._lock:
+            self._pool = self._pool or ThreadPoolExecutor(1)
+            self._waiting.append(self._pool.submit(job, *args))
+            while len(self._waiting) > self._ahead:
+                self._waiting.popleft().result()
+
+    def catch_up(self) -> None:
+        """Wait until all calls are made."""
+        with self._lock:
+            while self._waiting:
+                self._waiting.popleft().result()
+            self._end()
+
+    def drop(self) -> None:
+        """Make no more of them, and wait for the one that is being made."""
+        with self._lock:
+            self._waiting.clear()
+            self._end()
+
+    def _end(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
 def default_workers() -> int:

@@ -1,9 +1,11 @@
 """Reading: sha256 of what is read of one file, by tensor, and of the whole file."""
 
 import hashlib
+from collections.abc import Mapping
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from surgery.core.workers import Backlog
 from surgery.errors import InputError, printable
 from surgery.io.header import Entry
 from surgery.io.tensor_file import TensorFile
@@ -13,33 +15,48 @@ if TYPE_CHECKING:
 
 
 class Reading:
-    """Fed with what is read, by several readers at once; each tensor counts once, and in the order of its bytes."""
+    """Fed with what is read, by several readers at once; each tensor counts once, and in the order of its bytes.
 
-    def __init__(self, file: TensorFile) -> None:
+    The hashing may lag behind the reading by `ahead` of the pieces.
+    """
+
+    def __init__(self, file: TensorFile, ahead: int = 0) -> None:
         self.file = file
-        self.tensors: dict[str, str] = {}  # those read whole
+        self._tensors: dict[str, str] = {}
+        self._backlog = Backlog(ahead)
         self._lock = Lock()
         self._begun: dict[str, tuple[_Hash, int]] = {}  # and how far each has come
         self._whole, self._at = hashlib.sha256(file.header.raw), len(file.header.raw)
 
+    @property
+    def tensors(self) -> Mapping[str, str]:
+        """sha256 of those that have been read whole."""
+        self._backlog.catch_up()
+        return self._tensors
+
     def feed(self, entry: Entry, start: int, data: memoryview | bytearray) -> None:
         """Bytes of a tensor from `start` of the file; passed over where another reader has told of them."""
+        self._backlog(self._hash, entry, start, data)
+
+    def _hash(self, entry: Entry, start: int, data: memoryview | bytearray) -> None:
         name, end = entry.info.name, start + len(data)
         with self._lock:
             sha256, at = self._begun.get(name) or (hashlib.sha256(), entry.start)
-            if name in self.tensors or start != at:
+            if name in self._tensors or not start <= at <= end:
                 return
-            sha256.update(data)
+            fresh = memoryview(data)[at - start :]  # what two tiles share is read twice
+            sha256.update(fresh)
             self._begun[name] = sha256, end
             if end == entry.start + entry.info.nbytes:
-                self.tensors[name] = sha256.hexdigest()
+                self._tensors[name] = sha256.hexdigest()
                 del self._begun[name]
-            if start == self._at:
-                self._whole.update(data)
+            if at == self._at:
+                self._whole.update(fresh)
                 self._at = end
 
     def whole(self) -> str:
         """sha256 of the file. It is read again where it was not read from front to back."""
+        self._backlog.catch_up()
         if self._at != self.file.state.st_size:
             self.read_again()
         return self._whole.hexdigest()
@@ -51,7 +68,7 @@ class Reading:
 
     def read_again(self) -> None:
         """InputError if a tensor is not what it was when it was read before."""
-        before, self.tensors = self.tensors, {}
+        before, self._tensors = self.tensors, {}
         self._begun = {}
         self._whole, self._at = hashlib.sha256(self.file.header.raw), len(self.file.header.raw)
         for entry in self.file.header.entries:
@@ -59,6 +76,7 @@ class Reading:
             for chunk in self.file.chunks(entry):
                 self.feed(entry, start, chunk)
                 start += len(chunk)
+        self._backlog.catch_up()
         for name, digest in before.items():
-            if self.tensors[name] != digest:
+            if self._tensors[name] != digest:
                 raise InputError(f"{self.file.where}: {printable(name)} changed while it was read; run again")

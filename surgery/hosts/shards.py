@@ -8,6 +8,7 @@ from types import TracebackType
 from surgery.core.codec import Packed
 from surgery.core.site import Site
 from surgery.core.source import TILE_ELEMENTS, row_tiles
+from surgery.core.workers import Backlog
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout, OutFile
 from surgery.io.octets import Tally, octets
@@ -26,7 +27,8 @@ class CheckpointSink:
     """What is stored goes where the layout has it; all that lies between is carried from `base` as bytes.
 
     A file is a part. `written` are those that an earlier run has finished, which are passed over; `finished` is
-    called with each file that this one has, and `progress` with the number of bytes, as they are written.
+    called with each file that this one has, and `progress` with the number of bytes, as they are written, which
+    may be up to `ahead` pieces after they are stored.
     """
 
     def __init__(  # noqa: PLR0913  # what is written, where to, and who is told
@@ -39,8 +41,10 @@ class CheckpointSink:
         finished: Callable[["FilePart"], None] | None = None,
         progress: Callable[[int], None] | None = None,
         tile_elements: int = TILE_ELEMENTS,
+        ahead: int = 0,
     ) -> None:
-        self.base, self.staging, self.layout, self.tile_elements = base, staging, layout, tile_elements
+        self.base, self.staging, self.layout = base, staging, layout
+        self.tile_elements, self.ahead = tile_elements, ahead
         self.written: dict[str, Written] = dict(written or {})
         self.finished, self.progress = finished, progress
         self.files: list[FilePart] = []
@@ -52,6 +56,7 @@ class CheckpointSink:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         for file in self.files:
+            file.backlog.drop()
             file.context.__exit__(kind, value, trace)
 
     def parts(self, sites: Iterable[Site]) -> Sequence["FilePart"]:
@@ -73,7 +78,7 @@ class FilePart:
         self.sink, self.name, self.layout = sink, file.name, file
         self.order = [info.name for info in file.infos]
         self.sites = [stored[name] for name in self.order if name in stored]
-        self.tally = Tally(file.raw)
+        self.tally, self.backlog = Tally(file.raw), Backlog(sink.ahead)
         self.done = 0  # tensors of `order` that are written
         self.context = ExitStack()
         self.file: StagedFile | None = None
@@ -95,6 +100,7 @@ class FilePart:
         """Carry what is left, and give the file its name."""
         for name in self.order[self.done :]:
             self._carry(name)
+        self.backlog.catch_up()
         self._opened()
         self.context.close()
         self.sink.end(self)
@@ -105,11 +111,14 @@ class FilePart:
         self._end(name)
 
     def _write(self, data: memoryview) -> None:
+        self.backlog(self._hash_and_put, data)
+
+    def _hash_and_put(self, data: memoryview) -> None:
         self.tally.feed(data)
         self._put(self._opened(), data)
 
     def _end(self, name: str) -> None:
-        self.tally.end(name)
+        self.backlog(self.tally.end, name)
         self.done += 1
 
     def _opened(self) -> StagedFile:

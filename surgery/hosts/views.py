@@ -22,7 +22,10 @@ from surgery.hosts.couplings import Couplings, coupled
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one weight: it begins as it is, or as another, and layers are laid over it in their order."""
+    """What becomes of one weight: it begins as it is, or as another, and layers are laid over it in their order.
+
+    What is not held plainly is decoded to the dtype of its site first.
+    """
 
     site: Site
     dtype: torch.dtype  # of the outcome
@@ -30,6 +33,7 @@ class Change:
     saved: Tensor | None = None  # what it begins as instead
     begins: Site | None = None  # the weight of the host that it begins as instead
     new: bool = False  # the host has no weight of this name and shape
+    held: str = ""  # the codec by which the host holds the weight, where that is not plain
 
     @property
     def origin(self) -> Site | None:
@@ -102,9 +106,7 @@ class Merged:
             del self.started[site.name]
             self.couplings.pop(site.name, None)
         original, begin = _opened(self.source, change, rows)
-        weight = _decoded(change, begin)
-        laid, steps = _lay(change, rows, weight, started)
-        outcome = _encode(laid, begin, change)
+        outcome, steps = _outcome(change, rows, begin, started)
         merged = outcome.tensors["weight"]
         if not all_finite(merged):
             raise _non_finite(site, begin.tensors["weight"], merged)
@@ -204,9 +206,16 @@ def told(source: Source, change: Change) -> Change:
     return Merged(source, [change])._told(change, site.rows(None), change.started())[0]
 
 
+def plainly(source: Source, site: Site, rows: slice | None = None) -> Packed:
+    """A weight of a source, or some rows of it, as one plain tensor: in its own dtype, or decoded to the site's."""
+    packed = source.load(site, rows)
+    codec = codec_of(packed, printable(site.weight.name))
+    return packed if codec.name == "plain" else Packed({"weight": codec.decode(packed, site.weight.torch_dtype)})
+
+
 def _opened(source: Source, change: Change, rows: slice) -> tuple[Packed | None, Packed]:
     """The host's own rows, if it has them, and what the layers are laid over."""
-    original = None if change.origin is None else source.load(change.origin, rows)
+    original = None if change.origin is None else plainly(source, change.origin, rows)
     return original, _begin(change, original, rows)
 
 
@@ -238,6 +247,16 @@ def _lay(change: Change, rows: slice, weight: Tensor, started: Started) -> tuple
         base = Dense(op.matrix(weight))
         weight = op.stored(layer.method.merge(base, layer.told, op.tile(rows), product).weight)
     return weight, None
+
+
+def _outcome(
+    change: Change, rows: slice, begin: Packed, started: Started
+) -> tuple[Packed, Sequence[Elementwise] | None]:
+    """What the layers make of it, and the steps that lead there."""
+    if not change.layers and begin.tensors["weight"].dtype == change.dtype:
+        return begin, ()
+    laid, steps = _lay(change, rows, _decoded(change, begin), started)
+    return _encode(laid, begin, change), steps
 
 
 def _encode(laid: Tensor, packed: Packed, change: Change) -> Packed:

@@ -2,17 +2,20 @@
 
 import ctypes
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def octets(values: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor; the caller keeps the tensor alive."""
+    """The memory of a contiguous CPU tensor, which it keeps alive."""
     size = values.numel() * values.element_size()
     if size == 0:
         return memoryview(b"")
-    return memoryview((ctypes.c_ubyte * size).from_address(values.data_ptr())).cast("B")
+    memory: Any = (ctypes.c_ubyte * size).from_address(values.data_ptr())
+    memory.owner = values
+    return memoryview(memory).cast("B")
 
 
 def tensor_from(data: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

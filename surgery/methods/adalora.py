@@ -35,6 +35,7 @@ _NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
 _NEUTRAL = {
     **NEUTRAL,
     "alpha_pattern": {},
+    "bias": "none",
     "target_parameters": None,
     "lora_bias": False,
     "use_dora": False,

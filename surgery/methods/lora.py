@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,6 +14,7 @@ from surgery.core.arithmetic import exact_float64
 from surgery.core.config import AdapterConfig, Spelling, check_names
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
+from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
@@ -63,10 +64,13 @@ class LoraConfig(AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     target_parameters: Sequence[str] | None = None  # parameters of any module, such as experts.gate_up_proj
+    bias: Literal["none"] = "none"  # which biases of the base are trained
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rank("r", self.r)
+        if self.bias != "none":
+            raise ConfigError(f"bias is {printable(self.bias)!r}; {REASONS['bias']}")
         _check_number("lora_alpha", self.lora_alpha)
         _check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
@@ -90,6 +94,10 @@ class LoraConfig(AdapterConfig):
             _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
             _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
+
+    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
+        tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return {field: table.unused(names) for field, table in tables.items() if isinstance(table, PatternTable)}
 
     def endings(self) -> Mapping[str, Spelling]:
         absent = {role for role, asked in (("m", self.use_dora), ("b", self.lora_bias)) if not asked}

@@ -6,7 +6,6 @@ from typing import Any
 NEUTRAL: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
-    "bias": "none",
     "corda_config": None,
     "ensure_weight_tying": False,
     "eva_config": None,

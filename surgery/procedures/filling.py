@@ -1,12 +1,13 @@
 """Filling: a view of a checkpoint written into a staging folder, file by file, so that a run cut short can go on."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 from surgery.core.source import TILE_ELEMENTS, Source, copy
-from surgery.core.workers import default_workers
+from surgery.core.workers import default_workers, single_threads
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout
 from surgery.hosts.reading import Reading
@@ -22,6 +23,7 @@ class Progress(NamedTuple):
 
 
 OnProgress = Callable[[Progress], None]
+_AHEAD = 8  # pieces that hashing and writing may lag behind, where there are threads to spare
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,20 @@ def fill(  # noqa: PLR0913, PLR0917  # from where, to where, and who keeps the b
 
     InputError if a file of `base` changes meanwhile.
     """
-    readings = base.hash_reads()
+    ahead = _AHEAD if pace.workers >= 2 * len(layout.files) else 0
+    readings = base.hash_reads(ahead)
     written = _taken(base, readings, staging, ledger)
     staging.require_room(sum(file.size for file in layout.files if file.name not in written))
     meter = _Meter(layout, written, pace.progress)
 
     def finished(part: FilePart) -> None:
         files = {**ledger.close(part.name), part.name: part.tally.whole.hexdigest()}
-        read = {name: _read_of(base, readings, name) for one in part.order for name in view.reads(one)}
+        weights = (weight for one in part.order for weight in view.reads(one))
+        read = {name: _read_of(base, readings, name) for one in weights for name in base.holding(one)}
         told = {"tensors": part.tally.tensors, "read": read, "more": ledger.told(part)}
         staging.finish(part.name, files, told)
 
-    with CheckpointSink(
+    filled = CheckpointSink(
         base,
         staging,
         layout,
@@ -83,7 +87,10 @@ def fill(  # noqa: PLR0913, PLR0917  # from where, to where, and who keeps the b
         finished=finished,
         progress=meter.add,
         tile_elements=pace.tile_elements,
-    ) as sink:
+        ahead=ahead,
+    )
+    # Beside threads that hash, those of torch would only wait for one another.
+    with filled as sink, single_threads() if ahead else nullcontext():
         copy(view, sink, pace.workers)
     base.check_unchanged()
     return readings, sink.written

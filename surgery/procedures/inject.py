@@ -69,8 +69,9 @@ def inject(
     chosen = select(config, names, lambda: {name for name in names if tree.is_linear(name)} - {*output_heads()})
     refuse_unmatched("target_modules", unmatched(config, chosen), names)
     first = dict.fromkeys(tree.first_name(name) for name in chosen)
-    for field, entries in config.unused(first.keys()).items():
-        refuse_unmatched(field, entries, first.keys())
+    adapted = [*first, *parameters]
+    for field, entries in config.unused(adapted).items():
+        refuse_unmatched(field, entries, adapted)
     sites = {}
     for name, spelling in tree.spelled(first).items():
         site, method = tree.site(name), config.method(spelling)

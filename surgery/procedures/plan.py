@@ -19,6 +19,7 @@ from surgery.methods.lora import TWICE
 from surgery.ops.linear import LAYOUTS
 from surgery.procedures.draft import Draft
 from surgery.procedures.true_config import true_config
+from surgery.procedures.unpacking import unpack
 
 _RUNTIME_BYTES = 300_000_000  # Python and torch themselves
 _TILE_COPIES = 12  # float64 tensors of a tile's size alive at once
@@ -31,10 +32,11 @@ class Treatment:
     dtype: torch.dtype | None = None  # None keeps each tensor's own
     tied: Literal["refuse", "untie"] = "refuse"  # where an adapter changes one of two tied tensors
     ops: Mapping[str, str] = field(default_factory=dict)  # by the end of a site's name: linear or conv1d
+    compute_dtype: torch.dtype | None = None  # what quantized weights are decoded to; None: as they are computed with
 
     def to_json(self) -> dict[str, Any]:
-        dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "tied": self.tied, "ops": dict(sorted(self.ops.items()))}
+        told = {"dtype": _word(self.dtype), "tied": self.tied, "ops": dict(sorted(self.ops.items()))}
+        return told if self.compute_dtype is None else {**told, "compute_dtype": _word(self.compute_dtype)}
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def describe(change: Change) -> dict[str, Any]:
         "dtype": str(change.dtype).removeprefix("torch."),
         "methods": methods,
         "replaced": change.saved is not None,
+        **({"held": change.held} if change.held else {}),
     }
 
 
@@ -112,6 +115,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     draft = Draft(base, treatment.ops)
     for index, given in enumerate(adapters):
         draft.lay(given, index)
+    unpack(draft, treatment.compute_dtype)
     draft.settle(treatment.tied)
     draft.notes += [
         note
@@ -125,7 +129,10 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
 
 
 def treatment(
-    dtype: str | torch.dtype | None = None, tied: str = "refuse", ops: Mapping[str, str] | None = None
+    dtype: str | torch.dtype | None = None,
+    tied: str = "refuse",
+    ops: Mapping[str, str] | None = None,
+    compute_dtype: str | torch.dtype | None = None,
 ) -> Treatment:
     """UsageError for a value that is none."""
     if tied not in ("refuse", "untie"):
@@ -133,7 +140,8 @@ def treatment(
     for name, op in (ops or {}).items():
         if op not in LAYOUTS:
             raise UsageError(f"op of {printable(name)} is {printable(op)!r}; one of {', '.join(LAYOUTS)} is wanted")
-    return Treatment(check_dtype(dtype), "untie" if tied == "untie" else "refuse", dict(ops or {}))
+    untie: Literal["refuse", "untie"] = "untie" if tied == "untie" else "refuse"
+    return Treatment(check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype))
 
 
 def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -144,6 +152,10 @@ def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in known:
         raise UsageError(f"dtype {printable(name)!r} is not known; one of {', '.join(known)} is wanted")
     return known[str(name)]
+
+
+def _word(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _notes(adapter: Adapter) -> list[str]:
@@ -182,8 +194,8 @@ def _sums_bytes(change: Change) -> int:
 
 
 def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config: Mapping[str, Any] | None) -> Plan:
-    infos, changes = {info.name: info for info in base.tensors()}, draft.ordered()
-    read_bytes = sum(info.nbytes for info in infos.values())
+    infos, changes = {info.name: info for info in base.weights()}, draft.ordered()
+    read_bytes = sum(info.nbytes for info in base.tensors())
     infos |= {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in changes}
     tile = max((min(TILE_ELEMENTS, info.nbytes) for info in infos.values()), default=0)
     sites = [nbytes_of(params) for one in adapters for params in one.adapter.sites.values()]
@@ -192,7 +204,7 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         tuple(changes),
         tuple(draft.refusals),
         tuple(note for one in adapters for note in _notes(one.adapter)) + tuple(draft.notes),
-        tensors=sum(1 for _ in base.tensors()),
+        tensors=sum(1 for _ in base.weights()),
         read_bytes=read_bytes,
         written_bytes=sum(info.nbytes for info in infos.values()),
         peak_bytes=_RUNTIME_BYTES + sum(whole) + max(sites, default=0) + 8 * _TILE_COPIES * tile,

@@ -75,9 +75,15 @@ class Receipt:
 
     def _changed(self, change: Change, before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
         name = change.site.weight.name
-        origin = None if change.origin is None else before[change.origin.weight.name]
-        hashes = {"base_sha256": origin, "sha256": after[name]}
+        hashes = {"base_sha256": self._origin_sha256(change, before), "sha256": after[name]}
         return {**describe(change), "largest_change": self.largest.get(name, 0.0).hex(), **hashes}
+
+    def _origin_sha256(self, change: Change, before: Mapping[str, str]) -> str | dict[str, str] | None:
+        """Of the base's weight; of each tensor that holds it, where there are several."""
+        if change.origin is None:
+            return None
+        name = change.origin.weight.name
+        return {one: before[one] for one in self.base.holding(name)} if name in self.base.packed else before[name]
 
 
 def _origin(one: Checkpoint | Adapter) -> dict[str, Any]:

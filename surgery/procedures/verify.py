@@ -93,11 +93,11 @@ def verify_checkpoint(
     base: Checkpoint,
     adapters: Sequence[Weighted],
     out: Checkpoint,
-    ops: Mapping[str, str] | None = None,
+    treatment: Treatment | None = None,
     workers: int | None = None,
 ) -> VerifyReport:
     """Grade every tensor of `out` against `adapters` merged over `base`, by any tool; `workers` tiles at once."""
-    plan = make_plan(base, adapters, Treatment(tied="untie", ops=ops or {}))  # what is right where two were tied
+    plan = make_plan(base, adapters, replace(treatment or Treatment(), tied="untie"))  # right where two were tied
     plan.require()
     grades: dict[str, Grade] = {}
     for name, grade in in_order(_graded, _pieces(base, out, plan.changes), workers or default_workers()):
@@ -156,7 +156,7 @@ def _graded(piece: Piece) -> tuple[str, Grade]:
 def _pieces(base: Checkpoint, out: Checkpoint, changes: Iterable[Change]) -> Iterator[Piece]:
     """All tensors in the base's order, then those that a change adds, then those that nothing explains."""
     changed = {change.site.weight.name: change for change in changes}
-    wanted = {info.name: info for info in base.tensors()}
+    wanted = {info.name: info for info in base.weights()}
     wanted |= {name: change.site.weight for name, change in changed.items()}
     found = {info.name: info for info in out.tensors()}
     for name, info in wanted.items():

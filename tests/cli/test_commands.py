@@ -247,3 +247,9 @@ def test_the_options_of_a_merge_reach_it(run: Run, base: Path, adapter: Path, tm
     told(run("merge", base, adapter, tmp_path / "other", "--resume"), 3)
     assert not (tmp_path / "other").exists()
     assert run("verify", base, adapter, tmp_path / "out", "--op", "q_proj=linear").code == 0
+
+
+def test_help_tells_each_command_in_a_whole_sentence(run: Run) -> None:
+    listed = run("--help").out.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+    assert len(listed) > 5
+    assert [line for line in listed if not line.endswith(".") or line.endswith("...")] == []

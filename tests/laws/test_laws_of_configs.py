@@ -45,6 +45,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "rank_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
         "alpha_pattern": st.dictionaries(patterns, numbers, max_size=3),
         "target_parameters": st.none() | lists,
+        "bias": st.just("none"),
     },
     "ADALORA": {
         "r": st.integers(0, 512),

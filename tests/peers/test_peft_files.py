@@ -237,7 +237,7 @@ REFUSED = {
 
 
 def test_every_field_that_is_not_served_stands_in_the_table() -> None:
-    assert REFUSED.keys() == {*surgery.LoraConfig.neutral, "init_lora_weights"}
+    assert REFUSED.keys() == {*surgery.LoraConfig.neutral, "init_lora_weights", "bias"}
 
 
 @pytest.mark.parametrize("field", REFUSED)
