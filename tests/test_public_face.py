@@ -34,7 +34,18 @@ def test_help_answers_at_once() -> None:
 
 def test_the_command_knows_its_version() -> None:
     assert version("model-surgery") == "0.1.0"
-    assert set(command.commands) == {"inspect", "plan", "merge", "verify", "unmerge", "combine", "diff", "push", "demo"}
+    assert set(command.commands) == {
+        "inspect",
+        "plan",
+        "merge",
+        "verify",
+        "unmerge",
+        "combine",
+        "diff",
+        "export",
+        "push",
+        "demo",
+    }
 
 
 def test_inspect_lists_a_live_model_with_what_is_tied() -> None:

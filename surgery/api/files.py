@@ -53,8 +53,8 @@ def plan(
     ops: Mapping[str, str] | None = None,
 ) -> planning.Plan:
     """What a merge with these options would do, and all that stands against it. Writes nothing."""
-    with _checkpoint(base) as source:
-        return planning.make_plan(source, _weighted(adapters), planning.treatment(dtype, tied, ops))
+    with checkpoint(base) as source:
+        return planning.make_plan(source, weighted(adapters), planning.treatment(dtype, tied, ops))
 
 
 def merge_checkpoint(  # noqa: PLR0913  # three things and their options
@@ -88,7 +88,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         publish.check_hub_id(push_to_hub)
     elif private:
         raise UsageError("private: there is nothing to be private; push_to_hub names a repository")
-    found = _weighted(adapters)
+    found = weighted(adapters)
     merging.check_adapters(found, expect_adapter_sha256)
     merging.check_sha256(expect_base_sha256)
     options = merging.Options(
@@ -100,7 +100,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         expect_base_sha256=expect_base_sha256,
         pace=Pace(progress=progress),
     )
-    with _checkpoint(base) as source:
+    with checkpoint(base) as source:
         report = merging.merge_checkpoint(source, found, Path(out), options)
     if push_to_hub is None:
         return report
@@ -141,8 +141,8 @@ def verify_checkpoint(
     """
     if out is None or adapters is None:
         return verifying.verify_receipt(locate(base))
-    with _checkpoint(base) as source, Checkpoint(locate(out)) as found:
-        return verifying.verify_checkpoint(source, _weighted(adapters), found, ops)
+    with checkpoint(base) as source, Checkpoint(locate(out)) as found:
+        return verifying.verify_checkpoint(source, weighted(adapters), found, ops)
 
 
 def combine(  # noqa: PLR0913  # the settings of all methods
@@ -164,7 +164,7 @@ def combine(  # noqa: PLR0913  # the settings of all methods
     contradict each other or are no LoRA.
     """
     recipe = Recipe(method, density, majority_sign_method, rank, seed)
-    return combining.combine(_weighted(adapters), Path(out), recipe, overwrite=overwrite)
+    return combining.combine(weighted(adapters), Path(out), recipe, overwrite=overwrite)
 
 
 def diff(a: Where, b: Where) -> differing.DiffReport:
@@ -188,7 +188,7 @@ def diff(a: Where, b: Where) -> differing.DiffReport:
         return differing.diff(one, other)
 
 
-def _weighted(adapters: Adapters) -> list[Weighted]:
+def weighted(adapters: Adapters) -> list[Weighted]:
     """UsageError for a weight that is no finite number."""
     found = []
     for one in [adapters] if isinstance(adapters, str | PathLike) else adapters:
@@ -201,7 +201,7 @@ def _weighted(adapters: Adapters) -> list[Weighted]:
     return found
 
 
-def _checkpoint(where: Where) -> Checkpoint:
+def checkpoint(where: Where) -> Checkpoint:
     """Open, with what is known of where it came from."""
     place = located(where)
     found = Checkpoint(place.path)

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from surgery.procedures.undo_record import FOLDER, UndoWriter
 class Options:
     """How a merge is made. `treatment` and `max_shard_bytes` affect the bytes, `reversible` adds files.
 
+    `beside` writes other files into the folder, once the weights lie there, and returns their sha256 by name.
     `resume` false starts anew where a run was cut short, true asks that there be one to go on with.
     """
 
@@ -40,6 +41,7 @@ class Options:
     resume: bool | None = None
     expect_base_sha256: str | None = None
     pace: Pace = field(default_factory=Pace)
+    beside: Callable[[Staging], Mapping[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def merge_checkpoint(
         readings, written = fill(base, Merged(base, plan.changes, books), staging, layout, books, options.pace)
         _check_base(base, adapters, plan, readings, options)
         _write_small(files, plan, layout, staging)
+        if options.beside is not None:
+            files.sha256 |= options.beside(staging)
         record = undo.finish(adapters, _originals(base, readings, files), files.displaced) if undo else None
         told = books.receipt.finish(readings, written, files, options.treatment, record)
         staging.write(RECEIPT, json_bytes(told))
