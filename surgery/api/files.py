@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from surgery.core.adapter import Weighted
 from surgery.errors import UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import shard_bytes
+from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate, located
 from surgery.procedures import combine as combining
 from surgery.procedures import diff as differing
+from surgery.procedures import extract as extraction
 from surgery.procedures import inspect as inspection
 from surgery.procedures import merge_checkpoint as merging
 from surgery.procedures import plan as planning
@@ -25,6 +28,7 @@ from surgery.procedures import unmerge_checkpoint as unmerging
 from surgery.procedures import verify as verifying
 from surgery.procedures.combinations import Recipe
 from surgery.procedures.filling import OnProgress, Pace
+from surgery.procedures.low_rank import Truncation
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
 Adapters = Where | Sequence[Where | tuple[Where, float]]  # one, or several in their order, each with a weight
@@ -56,9 +60,9 @@ def plan(  # noqa: PLR0913  # the options of a merge
     base_as: str | None = None,
 ) -> planning.Plan:
     """What a merge with these options would do, and all that stands against it. Writes nothing."""
-    with _checkpoint(base) as source:
+    with checkpoint(base) as source:
         treatment = planning.treatment(dtype, tied, ops, compute_dtype, into, base_as)
-        return planning.make_plan(source, _weighted(adapters), treatment)
+        return planning.make_plan(source, weighted(adapters), treatment)
 
 
 def merge_checkpoint(  # noqa: PLR0913  # three things and their options
@@ -103,7 +107,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         publish.check_hub_id(push_to_hub)
     elif private:
         raise UsageError("private: there is nothing to be private; push_to_hub names a repository")
-    found = _weighted(adapters)
+    found = weighted(adapters)
     merging.check_adapters(found, expect_adapter_sha256)
     merging.check_sha256(expect_base_sha256)
     options = merging.Options(
@@ -117,7 +121,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         max_noise=max_noise,
         pace=Pace(progress=progress),
     )
-    with _checkpoint(base) as source:
+    with checkpoint(base) as source:
         report = merging.merge_checkpoint(source, found, Path(out), options)
     if push_to_hub is None:
         return report
@@ -165,9 +169,9 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     """
     if out is None or adapters is None:
         return verifying.verify_receipt(locate(base))
-    with _checkpoint(base) as source, Checkpoint(locate(out)) as found:
+    with checkpoint(base) as source, Checkpoint(locate(out)) as found:
         treatment = planning.treatment(ops=ops, compute_dtype=compute_dtype, base_as=base_as)
-        return verifying.verify_checkpoint(source, _weighted(adapters), found, treatment)
+        return verifying.verify_checkpoint(source, weighted(adapters), found, treatment)
 
 
 def combine(  # noqa: PLR0913  # the settings of all methods
@@ -189,7 +193,32 @@ def combine(  # noqa: PLR0913  # the settings of all methods
     contradict each other or are no LoRA.
     """
     recipe = Recipe(method, density, majority_sign_method, rank, seed)
-    return combining.combine(_weighted(adapters), Path(out), recipe, overwrite=overwrite)
+    return combining.combine(weighted(adapters), Path(out), recipe, overwrite=overwrite)
+
+
+def extract(  # noqa: PLR0913  # three things and their options
+    base: Where,
+    tuned: Where,
+    out: Where,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    targets: Sequence[str] | None = None,
+    rest: extraction.Rest = "refuse",
+    ops: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> extraction.ExtractReport:
+    """Write what the checkpoint `tuned` has over `base` as a LoRA adapter to the new folder `out`, in PEFT's format.
+
+    Each matrix that changed, or those whose module's name ends in one of `targets`, becomes about the best B A of at
+    most `rank`, and of no more than holds `energy` of the change's squared norm; the report tells its error, of the
+    float32 factors as written. Other changes are refused, or with `rest` "save" whole modules of the adapter, or
+    with "drop" left out. `ops` tells "embedding", "linear" or "conv1d" by the end of a module's name where the names
+    mislead. Raises UsageError, InputError for checkpoints of other names or shapes.
+    """
+    wanted = extraction.Extraction(Truncation(rank, energy), targets, rest, ops or {})
+    with checkpoint(base) as before, checkpoint(tuned) as after:
+        return extraction.extract(before, after, Path(out), wanted, overwrite=overwrite)
 
 
 def diff(a: Where, b: Where) -> differing.DiffReport:
@@ -213,7 +242,7 @@ def diff(a: Where, b: Where) -> differing.DiffReport:
         return differing.diff(one, other)
 
 
-def _weighted(adapters: Adapters) -> list[Weighted]:
+def weighted(adapters: Adapters) -> list[Weighted]:
     """UsageError for a weight that is no finite number."""
     found = []
     for one in [adapters] if isinstance(adapters, str | PathLike) else adapters:
@@ -226,9 +255,10 @@ def _weighted(adapters: Adapters) -> list[Weighted]:
     return found
 
 
-def _checkpoint(where: Where) -> Checkpoint:
+def checkpoint(where: Where) -> Checkpoint:
     """Open, with what is known of where it came from."""
     place = located(where)
     found = Checkpoint(place.path)
     found.hub_id, found.commit = place.hub_id, place.commit
+    found.names = partial(hugging.name_map, found.config)
     return found

@@ -44,12 +44,7 @@ class Kept:
 
 
 def holding_of(form: Format, base_layer: nn.Module, op: Op, where: str) -> Holding:
-    """For a layer that is a site. MatchError for an op whose weights are not held so, or a weight that cannot be."""
-    if op.name != "linear":
-        raise MatchError(
-            f"{printable(where)}: its op is {op.name}; quantization_aware is for Linear, whose weights are held "
-            "quantized; exclude it"
-        )
+    """For a layer that is a site. MatchError for a weight that the format cannot hold."""
     kept = is_quantized(base_layer) and form.holds(packed_of_layer(base_layer, where))
     found: Holding = Kept() if kept else Fresh(form, op)
     try:

@@ -207,7 +207,7 @@ def _reads(changes: Mapping[str, Change], tensor: str) -> Sequence[str]:
 def elementwise(change: Change, rows: slice, started: Started | None = None) -> list[Elementwise] | None:
     """The layers as steps over `rows` of the stored weight; None if one of them is not elementwise."""
     steps = []
-    shape = change.site.weight.rows(rows).shape
+    shape = change.site.laid(change.site.weight).rows(rows).shape
     for layer, product in started or change.started():
         op = change.site.acting
         try:
@@ -255,13 +255,13 @@ def _begin(change: Change, original: Packed | None, rows: slice) -> Packed:
     if change.saved is None:
         assert original is not None
         return original
-    shape = change.site.weight.shape
+    shape = change.site.laid(change.site.weight).shape
     return Packed({"weight": change.saved.view(shape)[rows if shape else ...]})
 
 
 def _last(site: Site, rows: slice) -> bool:
     """Do `rows` end the weight?"""
-    shape = site.weight.shape
+    shape = site.laid(site.weight).shape
     return not shape or bool(rows.stop >= shape[0])
 
 

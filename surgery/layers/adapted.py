@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from surgery.core.adapter import Layer
-from surgery.core.arithmetic import exact_product, float_product, round_once
+from surgery.core.arithmetic import float_product
 from surgery.core.method import Dense, Method, Params, Product, Run
 from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site
 from surgery.core.sums import sum_rows
-from surgery.layers.aware import Holding, straight_through
+from surgery.layers.aware import Holding, held_merge
 from surgery.layers.mixed import Mixed, Rows
+from surgery.layers.plain import is_plain_linear
 from surgery.layers.slot import Slot
 
 Holder = tuple[dict[str, nn.Parameter | None], str]
@@ -61,6 +62,11 @@ class Below:
     def base(self) -> Dense:
         return self.layer.dense()
 
+    def plain(self) -> Dense | None:
+        base_layer: Any = self.layer._modules["base_layer"]
+        given = self.args or self.kwargs
+        return self.layer.dense() if not given and is_plain_linear(base_layer) else None
+
     def bias(self) -> Tensor | None:
         return self.layer.dense().bias
 
@@ -82,6 +88,9 @@ class Over:
 
     def base(self) -> Dense:
         return self.layer.dense()
+
+    def plain(self) -> None:
+        return None
 
     def bias(self) -> Tensor | None:
         bias, on_bias = self.below.bias(), self.one.method.for_bias()
@@ -163,9 +172,7 @@ class Adapted(nn.Module):
         if not self.running:
             return base_layer(*given, **kwargs) if self.beneath is None else self._run_stand_in(*given, **kwargs)
         if self.op.roles:  # its weights are read, and nothing else could be put in the way
-            weights = {own: getattr(self, role) for role, own in self.op.roles.items()}
-            present = {own: values for own, values in weights.items() if values is not None}
-            return functional_call(base_layer, present, given, kwargs)
+            return functional_call(base_layer, self._read_weights(), given, kwargs)
         if not given:  # a layer's input may be named
             given = (kwargs.pop(next(iter(kwargs))),)
         if self.aware is not None:
@@ -177,10 +184,35 @@ class Adapted(nn.Module):
         out = self.running[-1].branch(given[0], above, self.op, self.training)
         return out if out.dtype == bottom.dtype or bottom.dtype is None else out.to(bottom.dtype)
 
+    def _read_weights(self) -> dict[str, Tensor]:
+        """What the base layer reads in place of its own, by its names."""
+        if self.op.alone:
+            return {f"{'base_layer.' * (self.depth - 1)}{self.parameter}": self._weight()}
+        weights = {own: getattr(self, role) for role, own in self.op.roles.items()}
+        return {own: values for own, values in weights.items() if values is not None}
+
+    @property
+    def parameter(self) -> str | None:
+        """The name of the one parameter that it adapts, where it does not adapt a layer."""
+        return self.op.roles["weight"] if self.op.alone else None
+
+    @property
+    def innermost(self) -> nn.Module:
+        """The model's own module."""
+        module: Any = self._modules["base_layer"]
+        return module.innermost if isinstance(module, Adapted) else module
+
+    @property
+    def depth(self) -> int:
+        """How many such wrappers lie over the model's own module, this one and those below it."""
+        module = self._modules["base_layer"]
+        return 1 + (module.depth if isinstance(module, Adapted) else 0)
+
     def dense(self) -> Dense:
         """The base layer's weight as a matrix, and its bias."""
         base: Any = self._modules["base_layer"]
-        return Dense(self.op.matrix(self._stored()), base._parameters.get(self.op.roles.get("bias", "bias")))
+        bias = None if self.op.alone else base._parameters.get(self.op.roles.get("bias", "bias"))
+        return Dense(self.op.matrix(self._stored()), bias)
 
     def _effective(self, base: Dense, product: Product) -> Dense:
         """What the running adapters make of a weight and a bias."""
@@ -204,23 +236,9 @@ class Adapted(nn.Module):
         return self.op.apply(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
 
     def _held(self) -> Dense:
-        """The effective weight and bias to the bits of the merge, with the gradients of the plain ones."""
+        """The effective weight and bias as the merge will be held."""
         assert self.aware is not None
-        plain = self.dense()
-        begin, bias = self.aware.begin(self.base_layer), None if plain.bias is None else plain.bias.to(torch.float64)
-        with torch.no_grad():
-            exact = self._effective(Dense(begin, bias), exact_product)
-            held = Dense(
-                self.aware.end(self.base_layer, exact.weight.to(torch.float64)),
-                None if exact.bias is None or plain.bias is None else round_once(exact.bias, plain.bias.dtype),
-            )
-        if not torch.is_grad_enabled():
-            return held
-        unheld = self._effective(plain, float_product)
-        return Dense(
-            straight_through(held.weight, unheld.weight),
-            None if held.bias is None or unheld.bias is None else straight_through(held.bias, unheld.bias),
-        )
+        return held_merge(self.aware, self.base_layer, self.dense(), self._effective)
 
     def _stored(self) -> Tensor:
         """The base layer's weight as floats."""
@@ -229,29 +247,39 @@ class Adapted(nn.Module):
     @property
     def base_weight(self) -> Tensor:
         """The base layer's own parameter."""
-        held: Any = self._modules["base_layer"]
+        held: Any = self.innermost if self.op.alone else self._modules["base_layer"]
         weight: Tensor = getattr(held, self.op.roles.get("weight", "weight"))
         return weight
 
     @property
     def weight(self) -> Tensor:
         """The stored weight with the running adapters in it, differentiable; without any, the base layer's own."""
-        if not self.running:
-            return self.base_weight
-        if self.aware is not None:
-            return self._held().weight
-        base = self.dense()
-        return self.op.stored(self._effective(base, float_product).weight).to(base.weight.dtype)
+        return self._beside("weight") if self.op.alone else self._weight()
 
     @property
     def bias(self) -> Tensor | None:
         """The same of the bias, if there is one."""
+        if self.op.alone:
+            return self._beside("bias")
         base: Any = self._modules["base_layer"]
         held: Tensor | None = base._parameters.get(self.op.roles.get("bias", "bias"))
         if held is None or not any(one.method.for_bias() for one in self.running):
             return held
         bias = (self._effective(self.dense(), float_product) if self.aware is None else self._held()).bias
         return None if bias is None else bias.to(held.dtype)
+
+    def _weight(self) -> Tensor:
+        if not self.running:
+            return self.base_weight
+        if self.aware is not None:
+            return self._held().weight
+        base, held = self.dense(), self._stored()
+        return self.op.stored(self._effective(base, float_product).weight).to(held.dtype).view(held.shape)
+
+    def _beside(self, name: str) -> Tensor:
+        """A parameter of the module, of which it adapts one."""
+        values: Tensor = self._weight() if name == self.parameter else getattr(self._modules["base_layer"], name)
+        return values
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -261,5 +289,5 @@ class Adapted(nn.Module):
                 raise
             for role, own in self.op.roles.items():
                 if name == own:  # a caller that reads weights gets the effective ones
-                    return getattr(self, role)
+                    return self._weight() if self.op.alone else getattr(self, role)
             return getattr(super().__getattr__("base_layer"), name)

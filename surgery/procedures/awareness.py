@@ -9,7 +9,7 @@ from surgery.codecs.formats import Format
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Method, Params
 from surgery.core.site import Site
-from surgery.errors import ConfigError, StateError, printable
+from surgery.errors import ConfigError, MatchError, StateError, printable
 from surgery.hosts.holding import holding_of
 from surgery.layers import Adapted
 from surgery.layers.aware import Holding
@@ -33,6 +33,11 @@ def holdings(
         )
     found = {}
     for name, (site, method, _) in sites.items():
+        if site.acting.name != "linear" or site.acting.alone:
+            raise MatchError(
+                f"{printable(name)}: its op is {site.acting.name}; quantization_aware is for Linear, whose weights are "
+                "held quantized; exclude it"
+            )
         module = modules[name]
         base = module.base_layer if isinstance(module, Adapted) else module
         method.refuse_merge(site)

@@ -123,7 +123,7 @@ def _steps(tile: MergedTile) -> Sequence[Elementwise] | None:
 
 def _start(tile: MergedTile) -> Tensor:
     """What the steps begin from: the base, or what takes its place."""
-    change, shape = tile.change, tile.change.site.weight.shape
+    change, shape = tile.change, tile.change.site.laid(tile.change.site.weight).shape
     if change.saved is not None:
         return change.saved.view(shape)[tile.rows if shape else ...]
     assert tile.original is not None

@@ -12,7 +12,7 @@ from surgery.core.select import refuse_unmatched
 from surgery.errors import EnvironmentFault, MatchError, StateError, UsageError, ValueRangeError, printable
 from surgery.hosts.quantized import never_round_scales
 from surgery.hosts.tree import state_of
-from surgery.procedures.inject import Tree
+from surgery.procedures.model_tree import Tree
 
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 OUTLIERS = 6.0  # inputs above it are computed in 16 bits, as in transformers

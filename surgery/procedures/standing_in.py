@@ -77,6 +77,7 @@ def decode_others(root: nn.Module, state: dict[str, Tensor]) -> None:
     model_dtype = dtype_of_model(root)
     for place in places(root):
         module = place.module.running if isinstance(place.module, Replaced) else place.module
+        module = module.base_layer if isinstance(module, Adapted) else module
         if is_quantized(module):
             packed = packed_of_layer(module, place.name)
             for role in (*packed.tensors, "weight_format"):

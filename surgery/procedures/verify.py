@@ -1,5 +1,6 @@
 """verify: every tensor of a merged checkpoint graded against what base and adapters give."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
 from surgery.core.survival import Survival
 from surgery.core.workers import default_workers, in_order
 from surgery.errors import CheckError, printable
+from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.packing import quantization_of
 from surgery.hosts.views import Change, told
@@ -25,7 +27,7 @@ from surgery.procedures.grade import GRADES, Grade, carried, derived, kept
 from surgery.procedures.plan import Into, Treatment, make_plan
 from surgery.procedures.receipt import read_receipt
 from surgery.procedures.report import Case
-from surgery.procedures.small_files import CARD
+from surgery.procedures.small_files import CARD, RECEIPT
 from surgery.procedures.spans import spans
 from surgery.procedures.tying import text_config
 
@@ -114,11 +116,16 @@ def verify_checkpoint(
         grades["config.json"] = Grade("different", why=why)
     base.check_unchanged()
     out.check_unchanged()
-    return VerifyReport(out.path, grades)
+    return VerifyReport(out.path, _links(out.folder) | grades)
 
 
 def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
-    """Check the files of `folder`, `workers` at once, against its own receipt. InputError if it has none."""
+    """Check the files of `folder`, `workers` at once, against its own receipt, and the links of a graph.
+
+    InputError if it has neither.
+    """
+    if is_exported(folder) and not os.path.lexists(folder / RECEIPT):
+        return VerifyReport(folder, _links(folder))
     receipt = read_receipt(folder)
     wanted = dict(receipt["untouched"]) | {name: one["sha256"] for name, one in receipt["changed"].items()}
     grades = {}
@@ -140,7 +147,16 @@ def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in receipt["files"]:
             grades[path.name] = Grade("different", why="a file of weights that the receipt does not know")
-    return VerifyReport(folder, grades)
+    return VerifyReport(folder, _links(folder) | grades)
+
+
+def _links(folder: Path) -> dict[str, Grade]:
+    """Whether a graph that lies in the folder still finds its weights."""
+    if not is_exported(folder):
+        return {}
+    broken = broken_links(folder)
+    told = {GRAPH: Grade("recorded")}
+    return told | {name: Grade("different", why=why) for name, why in broken.items()}
 
 
 def _config_differs(base: Mapping[str, Any], wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
@@ -185,7 +201,7 @@ def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable
             change = replace(change, dtype=there.torch_dtype, keep=False)
             change = told(source, change)
             started = change.started()
-            for rows in row_tiles(info.shape, TILE_ELEMENTS):
+            for rows in row_tiles(change.site.laid(info).shape, TILE_ELEMENTS):
                 yield Piece(name, partial(derived, source, out, change, started, rows))
     for name in found:
         yield Piece(name, partial(Grade, "different", why="it is not in the base"))

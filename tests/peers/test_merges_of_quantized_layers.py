@@ -100,6 +100,15 @@ def test_save_merged_writes_the_bytes_of_the_streaming_merge_without_a_word_of_q
     assert float((logits(again) - logits(model)).abs().max()) <= room
 
 
+def test_layers_under_adapters_that_do_not_run_are_written_plainly_too(plain: Path, tmp_path: Path) -> None:
+    model = fitted(loaded(plain, "nf4"), "lora")
+    model.save_merged(tmp_path / "wanted")
+    surgery.inject(model, METHODS["ia3"], adapter_name="idle")
+    model.save_merged(tmp_path / "found")
+    found, wanted = (load_file(tmp_path / one / "model.safetensors") for one in ("found", "wanted"))
+    assert all_equal(found, wanted)
+
+
 def test_a_checkpoint_that_was_quantized_already_is_written_merged_too(plain: Path, tmp_path: Path) -> None:
     loaded(plain, "nf4").save_pretrained(tmp_path / "base")
     model = fitted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), "lora")
