@@ -31,8 +31,8 @@ BASES = {
     "float32": ("nf4", torch.float32, torch.float32),
     "int8": ("int8", torch.bfloat16, None),
 }
-each_base = pytest.mark.parametrize("case", BASES)
-each_method = pytest.mark.parametrize("method", METHODS)
+PAIRS = [*((case, "dora") for case in BASES), *(("nf4", method) for method in METHODS if method != "dora")]
+each_pair = pytest.mark.parametrize(("case", "method"), PAIRS)
 
 
 @pytest.fixture
@@ -75,8 +75,7 @@ def all_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and same
 
 
-@each_base
-@each_method
+@each_pair
 def test_save_merged_writes_the_bytes_of_the_streaming_merge_without_a_word_of_quantization(
     case: str, method: str, plain: Path, tmp_path: Path
 ) -> None:
@@ -121,8 +120,7 @@ def test_a_checkpoint_that_was_quantized_already_is_written_merged_too(plain: Pa
         model.eval()(TOKENS)
 
 
-@each_base
-@each_method
+@each_pair
 @pytest.mark.parametrize("undo", ["index", "copy"])
 def test_a_merge_into_16_bits_runs_and_comes_back_to_the_very_layers(
     case: str, method: str, undo: Any, plain: Path
