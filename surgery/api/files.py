@@ -54,10 +54,12 @@ def plan(  # noqa: PLR0913  # the options of a merge
     tied: str = "refuse",
     ops: Mapping[str, str] | None = None,
     compute_dtype: str | torch.dtype | None = None,
+    arithmetic: str = "exact",
 ) -> planning.Plan:
     """What a merge with these options would do, and all that stands against it. Writes nothing."""
     with _checkpoint(base) as source:
-        return planning.make_plan(source, _weighted(adapters), planning.treatment(dtype, tied, ops, compute_dtype))
+        treatment = planning.treatment(dtype, tied, ops, compute_dtype, arithmetic)
+        return planning.make_plan(source, _weighted(adapters), treatment)
 
 
 def merge_checkpoint(  # noqa: PLR0913  # three things and their options
@@ -70,6 +72,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     tied: str = "refuse",
     ops: Mapping[str, str] | None = None,
     compute_dtype: str | torch.dtype | None = None,
+    arithmetic: str = "exact",
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     resume: bool | None = None,
@@ -85,7 +88,9 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     head apart where an adapter changes it or the embedding; `ops` says by the end of a name whether a square weight
     is "linear" or "conv1d"; `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
     Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
-    bits unless the base has no dtype of 16 bits.
+    bits unless the base has no dtype of 16 bits. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
+    `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, without or with its `safe_merge`, for LoRA without
+    DoRA, (IA)^3 and AdaLoRA; memory then grows with the largest weight. Raises ConfigError for others.
     A run that was cut short is gone on with, unless `resume` is false. `progress` is called with a Progress as
     bytes are written, one call at a time. The expected hashes are those that the receipt and `inspect` tell.
     `push_to_hub` names a repository that OUT is then uploaded to, as the function of that name does.
@@ -98,7 +103,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     merging.check_adapters(found, expect_adapter_sha256)
     merging.check_sha256(expect_base_sha256)
     options = merging.Options(
-        planning.treatment(dtype, tied, ops, compute_dtype),
+        planning.treatment(dtype, tied, ops, compute_dtype, arithmetic),
         shard_bytes(max_shard_size),
         reversible=reversible,
         overwrite=overwrite,
@@ -137,24 +142,26 @@ def unmerge_checkpoint(
     return unmerging.unmerge_checkpoint(locate(merged), Path(out), overwrite=overwrite, resume=resume, pace=pace)
 
 
-def verify_checkpoint(
+def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     base: Where,
     adapters: Adapters | None = None,
     out: Where | None = None,
     *,
     ops: Mapping[str, str] | None = None,
     compute_dtype: str | torch.dtype | None = None,
+    arithmetic: str | None = None,
 ) -> verifying.VerifyReport:
     """Grade each tensor of `out` against `adapters` merged over `base`, whichever tool made it.
 
     With one argument, a merged folder, check its files against its receipt. `report.ok` is false where
-    anything is different. `ops` and `compute_dtype` as in `merge_checkpoint`. Raises InputError for what cannot be
-    read, or has no receipt.
+    anything is different. `ops` and `compute_dtype` as in `merge_checkpoint`; `arithmetic` too, by default the one
+    that the receipt of `out` tells, if it has one. Raises InputError for what cannot be read, or has no receipt.
     """
     if out is None or adapters is None:
         return verifying.verify_receipt(locate(base))
     with _checkpoint(base) as source, Checkpoint(locate(out)) as found:
-        treatment = planning.treatment(ops=ops, compute_dtype=compute_dtype)
+        told = arithmetic or verifying.recorded_arithmetic(found.folder)
+        treatment = planning.treatment(ops=ops, compute_dtype=compute_dtype, arithmetic=told)
         return verifying.verify_checkpoint(source, _weighted(adapters), found, treatment)
 
 

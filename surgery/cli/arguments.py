@@ -62,6 +62,15 @@ compute_dtype = click.option(
     help="What the weights of a quantized base are decoded to. By default what it computes in.",
 )
 
+arithmetics = ("exact", "peft", "peft-safe")
+arithmetic = click.option(
+    "--arithmetic",
+    type=click.Choice(arithmetics),
+    default="exact",
+    show_default=True,
+    help="Peft: the bits that PEFT 0.21.2's merge_and_unload gives; peft-safe: with its safe_merge.",
+)
+
 
 def adapters_of(arguments: Sequence[str]) -> list[tuple[str, float]]:
     """ADAPTER[=WEIGHT]: an existing path as it stands, else split at the last `=` before a finite number."""

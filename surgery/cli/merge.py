@@ -2,7 +2,19 @@
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, compute_dtype, dtype, ops, ops_of, overwrite, resume, show, tied
+from surgery.cli.arguments import (
+    adapters_of,
+    arithmetic,
+    as_json,
+    compute_dtype,
+    dtype,
+    ops,
+    ops_of,
+    overwrite,
+    resume,
+    show,
+    tied,
+)
 from surgery.cli.progress import shown
 from surgery.cli.push import private
 
@@ -16,6 +28,7 @@ from surgery.cli.push import private
 @tied
 @ops
 @compute_dtype
+@arithmetic
 @click.option("--max-shard-size", metavar="SIZE", help="Such as 5GB. By default the files are cut as the base's are.")
 @click.option("--expect-base-sha256", metavar="HASH", help="Refuse another base; `surgery inspect --sha256` tells it.")
 @click.option(
@@ -38,6 +51,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     tied: str,
     ops: tuple[str, ...],
     compute_dtype: str | None,
+    arithmetic: str,
     max_shard_size: str | None,
     expect_base_sha256: str | None,
     expect_adapter_sha256: tuple[str, ...],
@@ -64,6 +78,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
             tied=tied,
             ops=ops_of(ops),
             compute_dtype=compute_dtype,
+            arithmetic=arithmetic,
             max_shard_size=max_shard_size,
             expect_base_sha256=expect_base_sha256,
             expect_adapter_sha256=expect_adapter_sha256 or None,

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, compute_dtype, dtype, ops, ops_of, show, tied
+from surgery.cli.arguments import adapters_of, arithmetic, as_json, compute_dtype, dtype, ops, ops_of, show, tied
 
 
 @click.command()
@@ -15,6 +15,7 @@ from surgery.cli.arguments import adapters_of, as_json, compute_dtype, dtype, op
 @tied
 @ops
 @compute_dtype
+@arithmetic
 @as_json
 def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     base: str,
@@ -23,6 +24,7 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     tied: str,
     ops: tuple[str, ...],
     compute_dtype: str | None,
+    arithmetic: str,
     as_json: bool,
 ) -> None:
     """Show what a merge would do, and all that stands against it. Writes nothing.
@@ -33,7 +35,13 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     from surgery.errors import printable
 
     report = files.plan(
-        base, adapters_of(adapters), dtype=dtype, tied=tied, ops=ops_of(ops), compute_dtype=compute_dtype
+        base,
+        adapters_of(adapters),
+        dtype=dtype,
+        tied=tied,
+        ops=ops_of(ops),
+        compute_dtype=compute_dtype,
+        arithmetic=arithmetic,
     )
     rows = [
         (

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ class Options:
     resume: bool | None = None
     expect_base_sha256: str | None = None
     pace: Pace = field(default_factory=Pace)
+
+    def paced(self) -> Pace:
+        """One file at a time where PEFT is followed: with all threads, as it would run, and one whole weight."""
+        return self.pace if self.treatment.arithmetic == "exact" else replace(self.pace, workers=1)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def merge_checkpoint(
     with Staging(out, overwrite=options.overwrite, key=key, resume=options.resume) as staging, ExitStack() as stack:
         undo = stack.enter_context(UndoWriter(base, staging, layout)) if options.reversible else None
         books = _Books(Receipt(base, adapters, plan), undo)
-        readings, written = fill(base, Merged(base, plan.changes, books), staging, layout, books, options.pace)
+        readings, written = fill(base, Merged(base, plan.changes, books), staging, layout, books, options.paced())
         _check_base(base, adapters, plan, readings, options)
         _write_small(files, plan, layout, staging)
         record = undo.finish(adapters, _originals(base, readings, files), files.displaced) if undo else None

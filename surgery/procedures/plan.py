@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter, Weighted, nbytes_of
+from surgery.core.as_peft import Arithmetic
 from surgery.core.names import Prefix
 from surgery.core.select import unmatched
 from surgery.core.site import TensorInfo
@@ -33,9 +34,15 @@ class Treatment:
     tied: Literal["refuse", "untie"] = "refuse"  # where an adapter changes one of two tied tensors
     ops: Mapping[str, str] = field(default_factory=dict)  # by the end of a site's name: linear or conv1d
     compute_dtype: torch.dtype | None = None  # what quantized weights are decoded to; None: as they are computed with
+    arithmetic: Arithmetic = "exact"
 
     def to_json(self) -> dict[str, Any]:
-        told = {"dtype": _word(self.dtype), "tied": self.tied, "ops": dict(sorted(self.ops.items()))}
+        told = {
+            "arithmetic": self.arithmetic,
+            "dtype": _word(self.dtype),
+            "tied": self.tied,
+            "ops": dict(sorted(self.ops.items())),
+        }
         return told if self.compute_dtype is None else {**told, "compute_dtype": _word(self.compute_dtype)}
 
 
@@ -124,6 +131,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     ]
     if treatment.dtype is not None:
         draft.cast(treatment.dtype)
+    draft.follow(treatment.arithmetic)
     config = true_config(base.config, treatment.dtype, draft.outcome())
     return _costed(base, adapters, draft, config)
 
@@ -133,6 +141,7 @@ def treatment(
     tied: str = "refuse",
     ops: Mapping[str, str] | None = None,
     compute_dtype: str | torch.dtype | None = None,
+    arithmetic: str = "exact",
 ) -> Treatment:
     """UsageError for a value that is none."""
     if tied not in ("refuse", "untie"):
@@ -141,7 +150,18 @@ def treatment(
         if op not in LAYOUTS:
             raise UsageError(f"op of {printable(name)} is {printable(op)!r}; one of {', '.join(LAYOUTS)} is wanted")
     untie: Literal["refuse", "untie"] = "untie" if tied == "untie" else "refuse"
-    return Treatment(check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype))
+    return Treatment(
+        check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype), check_arithmetic(arithmetic)
+    )
+
+
+def check_arithmetic(arithmetic: object) -> Arithmetic:
+    """UsageError for one that is not known."""
+    known: tuple[Arithmetic, ...] = get_args(Arithmetic)
+    for one in known:
+        if one == arithmetic:
+            return one
+    raise UsageError(f"arithmetic is {printable(arithmetic)!r}; one of {', '.join(known)} is wanted")
 
 
 def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -193,6 +213,13 @@ def _sums_bytes(change: Change) -> int:
     return sum(8 * change.site.shape[0] for layer in change.layers if layer.method.couples)
 
 
+def _whole_bytes(change: Change) -> int:
+    """Of a weight that is merged whole: twice itself, and its change three times in float32 or wider."""
+    weight = change.site.weight
+    wide = max(4, weight.torch_dtype.itemsize)
+    return 0 if change.as_peft is None else 2 * weight.nbytes + 3 * wide * weight.nbytes // weight.torch_dtype.itemsize
+
+
 def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config: Mapping[str, Any] | None) -> Plan:
     infos, changes = {info.name: info for info in base.weights()}, draft.ordered()
     read_bytes = sum(info.nbytes for info in base.tensors())
@@ -207,7 +234,11 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         tensors=sum(1 for _ in base.weights()),
         read_bytes=read_bytes,
         written_bytes=sum(info.nbytes for info in infos.values()),
-        peak_bytes=_RUNTIME_BYTES + sum(whole) + max(sites, default=0) + 8 * _TILE_COPIES * tile,
+        peak_bytes=_RUNTIME_BYTES
+        + sum(whole)
+        + max(sites, default=0)
+        + 8 * _TILE_COPIES * tile
+        + max(map(_whole_bytes, changes), default=0),
         undo_bytes=sum(sites) + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
         prefixes=tuple(draft.prefixes),
         config=config,

@@ -1,5 +1,6 @@
 """verify: every tensor of a merged checkpoint graded against what base and adapters give."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from surgery.procedures.grade import GRADES, Grade, carried, derived
 from surgery.procedures.plan import Treatment, make_plan
 from surgery.procedures.receipt import read_receipt
 from surgery.procedures.report import Case
-from surgery.procedures.small_files import CARD
+from surgery.procedures.small_files import CARD, RECEIPT
 from surgery.procedures.spans import spans
 from surgery.procedures.tying import text_config
 
@@ -110,6 +111,14 @@ def verify_checkpoint(
     return VerifyReport(out.path, grades)
 
 
+def recorded_arithmetic(folder: Path) -> str:
+    """What a merge by surgery says that it was made with; "exact" of what has no receipt."""
+    if not (folder / RECEIPT).is_file():
+        return "exact"
+    options = read_receipt(folder).get("options")
+    return str(options.get("arithmetic", "exact")) if isinstance(options, dict) else "exact"
+
+
 def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
     """Check the files of `folder`, `workers` at once, against its own receipt. InputError if it has none."""
     receipt = read_receipt(folder)
@@ -170,7 +179,8 @@ def _pieces(base: Checkpoint, out: Checkpoint, changes: Iterable[Change]) -> Ite
             change = replace(change or Change(Site(name, {"weight": info}), info.torch_dtype), dtype=there.torch_dtype)
             change = told(base, change)
             started = change.started()
-            for rows in row_tiles(info.shape, TILE_ELEMENTS):
+            whole = change.as_peft is not None
+            for rows in row_tiles(info.shape, max(1, math.prod(info.shape)) if whole else TILE_ELEMENTS):
                 yield Piece(name, partial(derived, base, out, change, started, rows))
     for name in found:
         yield Piece(name, partial(Grade, "different", why="it is not in the base"))
