@@ -18,6 +18,7 @@ from surgery.procedures import merge as merging
 from surgery.procedures import mixed_batch as mixing
 from surgery.procedures import quantize as quantizing
 from surgery.procedures.configs import config_of
+from surgery.procedures.plan import check_arithmetic
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
@@ -157,13 +158,17 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractConte
     return mixing.mixed_batch(model, adapter_names)
 
 
-def merge(model: Model, *, undo: merging.UndoKind = "index", into: str | None = None) -> Model:
+def merge(
+    model: Model, *, undo: merging.UndoKind = "index", into: str | None = None, arithmetic: str = "exact"
+) -> Model:
     """Add the active adapters to the base weights, in place; `unmerge` brings them back to the bit.
 
     `undo` "index" stores a fraction of a bit a parameter; "copy" keeps the original weights. Over quantized weights
-    `into` "16bit" is wanted: plain layers stand in for them until they are unmerged.
+    `into` "16bit" is wanted: plain layers stand in for them until they are unmerged. `arithmetic` "peft" or
+    "peft-safe" gives the bits that PEFT 0.21.2's merge, or safe merge, gives of the same parameters, and keeps the
+    original weights.
     """
-    merging.merge(model, undo, into)
+    merging.merge(model, undo, into, check_arithmetic(arithmetic))
     return model
 
 

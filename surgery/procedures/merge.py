@@ -1,13 +1,14 @@
 """merge and unmerge of a live model: the base weights change in place, and come back to the bit."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from surgery.core.adapter import Layer, bias_layers
+from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
 from surgery.core.source import copy
 from surgery.core.undo import Recorder
 from surgery.errors import MatchError, StateError, printable
@@ -71,23 +72,26 @@ class LiveRecorder:
             self.undos[name] = Undo(weight.dtype, streams=streams)
 
 
-def merge(root: nn.Module, undo: UndoKind = "index", into: str | None = None) -> None:
+def merge(root: nn.Module, undo: UndoKind = "index", into: str | None = None, arithmetic: Arithmetic = "exact") -> None:
     """Add the active adapters to the base weights; on an error everything is as it was.
 
     `undo` "index" records what cannot be recomputed; "copy" keeps the originals: faster, and as large as they.
     `into` "16bit" puts plain layers in the place of quantized ones meanwhile; without it these are refused.
-    Raises StateError if adapters are merged or none is active, MatchError for a tied weight, ValueRangeError.
+    `arithmetic` other than "exact" gives PEFT's bits, and keeps the originals whatever `undo` says.
+    Raises StateError if adapters are merged or none is active, MatchError for a tied weight, ValueRangeError,
+    ConfigError for an adapter whose merge by PEFT is not known, UsageError for quantized weights.
     """
     refuse_merged(root, "merge again")
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.running}
     if not layers:
         raise StateError("merge: no active adapter; inject one, or set_adapter and enable_adapters")
-    check_into(layers, into)
+    check_into(layers, into, arithmetic)
     model_dtype, quantized = dtype_of_model(root), [one for one in layers.values() if is_quantized(one.base_layer)]
     try:
         for layer in quantized:
             stand_in(layer, model_dtype)
-        _merge(root, layers, undo, model_dtype)
+        changes = {name: _followed(_changes(name, layer, model_dtype), arithmetic) for name, layer in layers.items()}
+        _merge(root, layers, changes, undo)
     except BaseException:
         for layer in quantized:
             put_back(layer)
@@ -96,9 +100,10 @@ def merge(root: nn.Module, undo: UndoKind = "index", into: str | None = None) ->
         settle(layer, model_dtype)
 
 
-def _merge(root: nn.Module, layers: Mapping[str, Adapted], undo: UndoKind, model_dtype: torch.dtype) -> None:
+def _merge(
+    root: nn.Module, layers: Mapping[str, Adapted], changes: Mapping[str, tuple[Change, ...]], undo: UndoKind
+) -> None:
     """All plain layers, in place."""
-    changes = {name: _changes(name, layer, model_dtype) for name, layer in layers.items()}
     targets = {one.site.name: _parameter(layers[name], one) for name in changes for one in changes[name]}
     _refuse_tied(root, layers, changes)
     flat = [one for of_layer in changes.values() for one in of_layer]
@@ -191,6 +196,17 @@ def _changes(name: str, layer: Adapted, model_dtype: torch.dtype) -> tuple[Chang
     weight, bias = Change(site, dtype, tuple(layers), held=held), bias_site(site)
     on_bias = bias_layers(layers)
     return (weight, Change(bias, bias.weight.torch_dtype, on_bias, held=held)) if bias and on_bias else (weight,)
+
+
+def _followed(changes: tuple[Change, ...], arithmetic: Arithmetic) -> tuple[Change, ...]:
+    """The same by this arithmetic. ConfigError for a layer that it does not know."""
+    if arithmetic == "exact":
+        return changes
+    for change in changes:
+        for layer in change.layers:
+            refuse_unlike_peft(layer.method, change.site)
+    as_peft = PeftMerge(safe=arithmetic == "peft-safe", as_held=True)
+    return tuple(replace(change, as_peft=as_peft) for change in changes)
 
 
 def _parameter(layer: Adapted, change: Change) -> Tensor:

@@ -15,8 +15,8 @@ Into = Literal["16bit"]
 INTO: tuple[Into, ...] = ("16bit",)
 
 
-def check_into(layers: Mapping[str, Adapted], into: str | None) -> None:
-    """UsageError unless `into` says what becomes of quantized weights, where there are any."""
+def check_into(layers: Mapping[str, Adapted], into: str | None, arithmetic: str) -> None:
+    """UsageError unless `into` says what becomes of quantized weights, where there are any, added to exactly."""
     if into not in (None, *INTO):
         raise UsageError(f"merge: into is {printable(into)!r}; {' or '.join(INTO)} is wanted, or nothing")
     there = next((name for name, layer in layers.items() if is_quantized(layer.base_layer)), None)
@@ -24,6 +24,11 @@ def check_into(layers: Mapping[str, Adapted], into: str | None) -> None:
         raise UsageError(
             f"{printable(there)}: its weight is quantized, and no merge fits into its codes unchanged; give "
             'into="16bit", for plain weights while it is merged, or save the adapter, and merge the checkpoint'
+        )
+    if there is not None and arithmetic != "exact":
+        raise UsageError(
+            f"{printable(there)}: its weight is quantized, where arithmetic {printable(arithmetic)!r} is not known; "
+            "leave it out"
         )
     if there is None and into is not None:
         raise UsageError(f"merge: into is {into!r}, and no adapted weight is quantized; leave it out")

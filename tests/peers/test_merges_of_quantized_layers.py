@@ -178,6 +178,8 @@ def test_without_a_word_of_what_becomes_of_quantized_weights_it_is_refused(plain
         surgery.merge(model)
     with pytest.raises(surgery.UsageError, match="into is '8bit'; 16bit is wanted"):
         surgery.merge(model, into="8bit")
+    with pytest.raises(surgery.UsageError, match="q_proj: its weight is quantized, where arithmetic 'peft'"):
+        surgery.merge(model, into="16bit", arithmetic="peft")
     floats = fitted(AutoModelForCausalLM.from_pretrained(plain), "lora")
     with pytest.raises(surgery.UsageError, match="no adapted weight is quantized; leave it out"):
         surgery.merge(floats, into="16bit")
