@@ -21,6 +21,7 @@ from surgery.errors import ConfigError, FormatError, MatchError, ShapeError, Sta
 from surgery.methods import METHODS
 from surgery.ops import ROLES
 from surgery.ops.experts import parameter_op
+from surgery.procedures.adapter_files import tensors_of
 
 
 class Bank(nn.Module):
@@ -134,6 +135,9 @@ def test_a_second_adapter_is_trained_alone_and_a_saved_one_is_loaded_again(tmp_p
     changed = {name for name, one in ours.named_parameters() if one.grad is not None}
     assert changed == {f"bank.{inner}lora_{role}.default.weight" for inner in ("", "base_layer.") for role in "AB"}
     surgery.save(ours, tmp_path)
+    told, found = tensors_of(ours, "default"), tensors_of(ours, "default", ours.state_dict())
+    assert told.keys() == found.keys()
+    assert all(torch.equal(values, found[name]) for name, values in told.items())
     assert torch.equal(surgery.load(made(), tmp_path)(X), ours(X))
     other = made()
     with torch.no_grad():
