@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, compute_dtype, conclude, ops, ops_of, reports
+from surgery.cli.arguments import adapters_of, as_json, base_as, compute_dtype, conclude, ops, ops_of, reports
 
 
 @click.command()
@@ -13,6 +13,7 @@ from surgery.cli.arguments import adapters_of, as_json, compute_dtype, conclude,
 @click.option("--adapter", "adapters", multiple=True, help="An adapter of OUT, ADAPTER[=WEIGHT]; may be repeated.")
 @ops
 @compute_dtype
+@base_as
 @as_json
 @reports
 def verify(  # noqa: PLR0913, PLR0917  # one argument an option
@@ -21,6 +22,7 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     adapters: tuple[str, ...],
     ops: tuple[str, ...],
     compute_dtype: str | None,
+    base_as: str | None,
     as_json: bool,
     reports: tuple[Path, ...],
 ) -> None:
@@ -34,14 +36,14 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
 
     if len(paths) == 2 or (len(paths) > 2 and (base or adapters)) or bool(base) != bool(adapters):
         raise click.UsageError("name OUT; or OUT with --base and --adapter; or BASE ADAPTER... OUT")
-    if (ops or compute_dtype) and len(paths) == 1 and not base:
+    if (ops or compute_dtype or base_as) and len(paths) == 1 and not base:
         raise click.UsageError(
-            "--op and --compute-dtype are for a merge that is derived anew; name base and adapters too"
+            "--op, --compute-dtype and --base-as are for a merge that is derived anew; name base and adapters too"
         )
     if len(paths) > 2:
         base, adapters = paths[0], paths[1:-1]
     out = paths[-1]
     given = (base, adapters_of(adapters), out) if base else (out,)
-    report = files.verify_checkpoint(*given, ops=ops_of(ops), compute_dtype=compute_dtype)
+    report = files.verify_checkpoint(*given, ops=ops_of(ops), compute_dtype=compute_dtype, base_as=base_as)
     conclude(report, as_json, reports)
     report.require()

@@ -4,13 +4,22 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 Tile = tuple[slice, slice]
 WHOLE: Tile = (slice(None), slice(None))
+FEW = 1 << 16  # numbers, for which one more call takes longer than one more pass over them
+
+
+class Factors(NamedTuple):
+    """scaling * B A, of [out, r] and [r, in]."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
 
 
 class Op(ABC):
@@ -75,6 +84,10 @@ class Op(ABC):
     def mix_onto(self, below: Tensor, h: Tensor, matrix: Tensor, scaling: float) -> Tensor:
         """below + scaling * mix(h, matrix)"""
         return torch.add(below, self.mix(h, matrix), alpha=scaling)
+
+    def apply_with(self, x: Tensor, matrix: Tensor, bias: Tensor | None, factors: Factors) -> Tensor | None:  # noqa: ARG002  # for those that can
+        """apply(x, matrix, bias) + scaling * mix(apply(x, A), B) as one step of autograd; None where it is no gain."""
+        return None
 
     def accepts_dropout(self) -> bool:
         """Whether the input is made of numbers that dropout may zero."""

@@ -87,7 +87,7 @@ class FilePart:
         # What lies before the site goes first: the base is read in the order of its bytes, and hashed so.
         while self.order[self.done] != site.weight.name:
             self._carry(self.order[self.done])
-        yield from row_tiles(site.laid(site.weight).shape, self.sink.tile_elements)
+        yield from row_tiles(site.laid(site.weight).shape, self.sink.tile_elements, site.together)
 
     def store(self, site: Site, packed: Packed, rows: slice) -> None:
         name, values = site.weight.name, packed.tensors["weight"].contiguous()

@@ -44,8 +44,8 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_lora_weights": st.sampled_from([True, False, "gaussian", "orthogonal"]),
         "rank_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
         "alpha_pattern": st.dictionaries(patterns, numbers, max_size=3),
-        "target_parameters": st.none() | lists,
         "bias": st.just("none"),
+        "target_parameters": st.none() | lists,
     },
     "ADALORA": {
         "r": st.integers(0, 512),
