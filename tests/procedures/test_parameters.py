@@ -262,3 +262,10 @@ def test_a_stack_in_mxfp4_is_merged_as_the_plain_one_that_it_is_decoded_to(tmp_p
     assert not torch.equal(found[f"{name}.gate_up_proj"], plain[f"{name}.gate_up_proj"])
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert (tmp_path / "back/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+def test_it_is_compiled_in_one_piece() -> None:
+    ours = surgery.inject(made(), lora("bank.weight", "gain", target_modules=["head"]))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(X), ours(X))
+    assert not torch.equal(compiled(X), made()(X))
