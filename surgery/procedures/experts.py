@@ -20,8 +20,7 @@ from surgery.errors import MatchError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.methods.lora import LoraConfig
 from surgery.methods.stacks import by_expert
-from surgery.ops import OPS
-from surgery.ops.experts import parameter_op
+from surgery.ops.experts import Experts, parameter_op
 from surgery.procedures.parameters import assigned, module_of, targeted
 
 KEPT = 8  # tensors of an adapter at a time that are read once for all their experts
@@ -125,7 +124,7 @@ class _Laying:
                 for info, held in self._expanded(pieces, name, self.ops[whole]):
                     piece = back.of(info.name.removesuffix(".weight"))
                     sites[piece], taken[piece] = held, whole
-                    found[piece] = Site(info.name.removesuffix(".weight"), {"weight": info}, OPS["linear"])
+                    found[piece] = Site(info.name.removesuffix(".weight"), {"weight": info}, Experts())
         config = _config_for(self.config, taken, [name for name in found if name not in taken])
         return Laid(replace(self.adapter, config=config, sites=sites), found)
 

@@ -86,6 +86,15 @@ def test_what_is_merged_through_files_loads_as_what_peft_has_trained(name: str, 
     # The grid of 22 bits costs r * 2^-21 of each product, r at most 3, in place of float32's rounding of it.
     torch.testing.assert_close(logits(merged), wanted, **near(wanted, 3 * 2.0**-21))
     assert float((logits(made(name)) - wanted).abs().max()) > 4 * near(wanted, 3 * 2.0**-21)["atol"]
+    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "nf4", base_as="nf4")
+    apart = {
+        one
+        for one, values in tensors(tmp_path / "nf4").items()
+        if not torch.equal(values, tensors(tmp_path / "out")[one])
+    }
+    assert apart == {
+        one for one in tensors(tmp_path / "out") if "o_proj.weight" in one
+    }  # stacks were never held in 4 bits
     ours = surgery.load(made(name), tmp_path / "adapter")
     torch.testing.assert_close(logits(ours), wanted, **near(wanted, torch.finfo(torch.float32).eps))
     surgery.save_merged(ours, tmp_path / "live")
