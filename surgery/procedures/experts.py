@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from surgery.adapters.peft import check_shapes
 from surgery.core.adapter import Adapter, Stored, shape_of
 from surgery.core.method import Params
 from surgery.core.name_map import Part, Stack
@@ -142,7 +143,7 @@ class _Laying:
         there = self.prefix.of(name)
         if there not in self.single and there not in self.pieces:
             return None
-        self._choose_op(name, [name])
+        self._choose_op(name, name)
         return name
 
     def _held(self, module: str, names: Sequence[str]) -> Sequence[str]:
@@ -155,7 +156,7 @@ class _Laying:
             orders = [tuple(sorted(own, key=self._place))]
         order = orders[0] if orders else own
         for one, name in zip(order, names, strict=True):
-            self._choose_op(f"{module}.{one}", [name])
+            self._choose_op(f"{module}.{one}", name)
         return order
 
     def _place(self, own: str) -> int:
@@ -185,8 +186,8 @@ class _Laying:
                 found.append(site.acting)
         return found
 
-    def _choose_op(self, whole: str, names: Sequence[str]) -> None:
-        found, info = self._ops(whole, names[0]), self._info(whole)
+    def _choose_op(self, whole: str, name: str) -> None:
+        found, info = self._ops(whole, name), self._info(whole)
         if len(found) > 1:
             if self.family is None:
                 raise MatchError(
@@ -196,7 +197,12 @@ class _Laying:
                 )
             found = [op for op in found if op.swapped is (self.family in TRANSPOSED_FAMILIES)]
         own = whole.rpartition(".")[2]
-        self.ops[whole] = found[0] if found else parameter_op(own, info.shape, self.family in TRANSPOSED_FAMILIES)
+        op = found[0] if found else parameter_op(own, info.shape, self.family in TRANSPOSED_FAMILIES)
+        if not found and self.prefix.of(whole) in self.pieces:  # whose own tensors tell nothing of the adapter's
+            specs = self.adapter.config.method(whole).tensors(Site(whole, {"weight": info}, op))
+            wanted = {role: spec.shape for role, spec in specs.items()}
+            check_shapes(whole, self.adapter.sites[name], wanted, self.adapter.where)
+        self.ops[whole] = op
 
     def _info(self, whole: str) -> TensorInfo:
         there = self.prefix.of(whole)

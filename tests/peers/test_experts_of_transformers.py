@@ -203,7 +203,7 @@ def test_it_is_fused_as_peft_does_it(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_base_that_lacks_an_expert_is_refused_and_names_are_those_of_one_prefix_less(tmp_path: Path) -> None:
+def test_other_experts_than_the_adapter_s_are_refused_and_one_prefix_may_be_less(tmp_path: Path) -> None:
     by_peft("mixtral", tmp_path / "adapter")
     made("mixtral").save_pretrained(tmp_path / "base")
     held = tensors(tmp_path / "base")
@@ -214,6 +214,10 @@ def test_a_base_that_lacks_an_expert_is_refused_and_names_are_those_of_one_prefi
     surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "headless")
     merged = {f"model.{one}": values for one, values in tensors(tmp_path / "headless").items()}
     assert all(torch.equal(values, tensors(tmp_path / "out")[one]) for one, values in merged.items())
+    more = MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=20, num_local_experts=4))
+    more.save_pretrained(tmp_path / "more")
+    with pytest.raises(surgery.ShapeError, match=r"gate_up_proj: A is \[6, 12\], but \[8, 12\] is wanted"):
+        surgery.merge_checkpoint(tmp_path / "more", tmp_path / "adapter", tmp_path / "none")
     missing = "model.layers.1.block_sparse_moe.experts.1.w3.weight"
     save_file({one: values for one, values in held.items() if one != missing}, weights, {"format": "pt"})
     with pytest.raises(
