@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 Tile = tuple[slice, slice]
-_NONE: Mapping[str, str] = {}  # a dict: torch.compile takes an empty mapping of another type for a full one
 WHOLE: Tile = (slice(None), slice(None))
 FEW = 1 << 16  # numbers, for which one more call takes longer than one more pass over them
 
@@ -32,7 +31,7 @@ class Op(ABC):
     name: ClassVar[str]
     kernel: tuple[int, ...] = ()  # the extents of what slides over the input, if something does
     groups: int = 1  # of outputs; each sees its own share of the channels
-    roles: Mapping[str, str] = _NONE
+    roles: Mapping[str, str] = {}  # torch.compile takes an empty MappingProxyType for true
     """What the module calls its weight and bias, of one that reads them by itself."""
     alone: ClassVar[bool] = False  # does it stand for one parameter, and not for the module that holds it?
     stack: int = 0  # how many matrices lie one below another in it, each with its own share of r; 0: it is one

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Layer, Weighted
+from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
 from surgery.core.names import Prefix, suffix_hits
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import ConfigError, FormatError, InputError, MatchError, UsageError, printable
@@ -87,6 +88,21 @@ class Draft:
         held = {info.dtype for info in self.base.weights()} - set(PLAIN_DTYPES) - _WHOLE_NUMBERS
         for other in sorted(map(str, held)):
             self.notes.append(f"tensors in {other.removeprefix('torch.')} are carried as they are, not cast")
+
+    def follow(self, arithmetic: Arithmetic) -> None:
+        """All layers are merged by this arithmetic. ConfigError for one that it does not know."""
+        laid = {name: change for name, change in self.changes.items() if change.layers and arithmetic != "exact"}
+        for name, change in laid.items():
+            for layer in change.layers:
+                refuse_unlike_peft(layer.method, change.site)
+            if change.held:
+                self.refusals.append(
+                    FormatError(
+                        f"{printable(name)}: held as {change.held}, which PEFT would quantize anew; leave arithmetic "
+                        "'exact', or dequantize the base first"
+                    )
+                )
+            self.changes[name] = replace(change, as_peft=PeftMerge(safe=arithmetic == "peft-safe"))
 
     def ordered(self) -> list[Change]:
         """In the order of the base's bytes; then those that the base lacks."""

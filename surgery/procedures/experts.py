@@ -118,16 +118,26 @@ class _Laying:
             whole = self._already(name) or there.get(name)
             pieces = None if whole is None else self.pieces.get(self.prefix.of(whole))
             if whole is None:
-                sites[name] = params
+                self._put(sites, name, params)
             elif pieces is None:
-                sites[whole], found[whole] = params, self._single(whole)
+                self._put(sites, whole, params)
+                found[whole] = self._single(whole)
             else:
                 for info, held in self._expanded(pieces, name, self.ops[whole]):
                     piece = back.of(info.name.removesuffix(".weight"))
-                    sites[piece], taken[piece] = held, whole
+                    self._put(sites, piece, held)
+                    taken[piece] = whole
                     found[piece] = Site(info.name.removesuffix(".weight"), {"weight": info}, Experts())
         config = _config_for(self.config, taken, [name for name in found if name not in taken])
         return Laid(replace(self.adapter, config=config, sites=sites), found)
+
+    def _put(self, sites: dict[str, Params], name: str, params: Params) -> None:
+        if name in sites:
+            raise MatchError(
+                f"{printable(self.adapter.where)}: it has tensors for {printable(name)}, and others for a parameter of "
+                "which that is a part; one of the two is wanted; was it put together from two adapters?"
+            )
+        sites[name] = params
 
     def _add(self, part: Part, info: TensorInfo) -> None:
         pieces = self.pieces.setdefault(part.whole, Pieces(part.stack))
@@ -189,11 +199,11 @@ class _Laying:
     def _choose_op(self, whole: str, name: str) -> None:
         found, info = self._ops(whole, name), self._info(whole)
         if len(found) > 1:
-            if self.family is None:
+            if self.family not in TRANSPOSED_FAMILIES | _STRAIGHT_FAMILIES:
                 raise MatchError(
                     f"{printable(whole)}: its matrices are square, so that no shape tells whether they are stored "
-                    "transposed, and no config.json tells the family; merge it in the model, with surgery.load and "
-                    "surgery.merge"
+                    f"transposed, nor does the family that config.json tells ({printable(self.family)}); merge it in "
+                    "the model, with surgery.load and surgery.merge"
                 )
             found = [op for op in found if op.swapped is (self.family in TRANSPOSED_FAMILIES)]
         own = whole.rpartition(".")[2]
@@ -225,6 +235,12 @@ class _Laying:
 
 TRANSPOSED_FAMILIES = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 """Of transformers, those whose modules of experts say `is_transposed`."""
+
+
+_STRAIGHT_FAMILIES = frozenset(
+    {"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "phimoe", "glm4_moe", "jamba"}
+)
+"""Those whose modules of experts do not."""
 
 
 def _cut(load: Callable[[str], Tensor], op: Op, expert: int, rows: slice, role: str) -> Tensor:

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Options:
     pace: Pace = field(default_factory=Pace)
     beside: Callable[[Staging], Mapping[str, str]] | None = None
 
+    def paced(self) -> Pace:
+        """One file at a time where PEFT is followed: with all threads, as it would run, and one whole weight."""
+        return self.pace if self.treatment.arithmetic == "exact" else replace(self.pace, workers=1)
+
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -87,9 +91,8 @@ def merge_checkpoint(
     with Staging(out, overwrite=options.overwrite, key=key, resume=options.resume) as staging, ExitStack() as stack:
         undo = stack.enter_context(UndoWriter(base, staging, layout)) if options.reversible else None
         books = _Books(Receipt(base, adapters, plan), undo)
-        readings, written = fill(
-            base, Merged(plan.source(base), plan.changes, books), staging, layout, books, options.pace
-        )
+        view = Merged(plan.source(base), plan.changes, books)
+        readings, written = fill(base, view, staging, layout, books, options.paced())
         _check_base(base, adapters, plan, readings, options)
         _check_survival(books.receipt, options)
         _write_small(files, plan, layout, staging)
