@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from surgery.adapters.peft import check_shapes
 from surgery.core.adapter import Adapter, Stored, shape_of
 from surgery.core.method import Params
 from surgery.core.name_map import Part, Stack
@@ -20,8 +21,7 @@ from surgery.errors import MatchError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.methods.lora import LoraConfig
 from surgery.methods.stacks import by_expert
-from surgery.ops import OPS
-from surgery.ops.experts import parameter_op
+from surgery.ops.experts import Experts, parameter_op
 from surgery.procedures.parameters import assigned, module_of, targeted
 
 KEPT = 8  # tensors of an adapter at a time that are read once for all their experts
@@ -127,7 +127,7 @@ class _Laying:
                     piece = back.of(info.name.removesuffix(".weight"))
                     self._put(sites, piece, held)
                     taken[piece] = whole
-                    found[piece] = Site(info.name.removesuffix(".weight"), {"weight": info}, OPS["linear"])
+                    found[piece] = Site(info.name.removesuffix(".weight"), {"weight": info}, Experts())
         config = _config_for(self.config, taken, [name for name in found if name not in taken])
         return Laid(replace(self.adapter, config=config, sites=sites), found)
 
@@ -153,7 +153,7 @@ class _Laying:
         there = self.prefix.of(name)
         if there not in self.single and there not in self.pieces:
             return None
-        self._choose_op(name, [name])
+        self._choose_op(name, name)
         return name
 
     def _held(self, module: str, names: Sequence[str]) -> Sequence[str]:
@@ -166,7 +166,7 @@ class _Laying:
             orders = [tuple(sorted(own, key=self._place))]
         order = orders[0] if orders else own
         for one, name in zip(order, names, strict=True):
-            self._choose_op(f"{module}.{one}", [name])
+            self._choose_op(f"{module}.{one}", name)
         return order
 
     def _place(self, own: str) -> int:
@@ -196,8 +196,8 @@ class _Laying:
                 found.append(site.acting)
         return found
 
-    def _choose_op(self, whole: str, names: Sequence[str]) -> None:
-        found, info = self._ops(whole, names[0]), self._info(whole)
+    def _choose_op(self, whole: str, name: str) -> None:
+        found, info = self._ops(whole, name), self._info(whole)
         if len(found) > 1:
             if self.family not in TRANSPOSED_FAMILIES | _STRAIGHT_FAMILIES:
                 raise MatchError(
@@ -207,7 +207,12 @@ class _Laying:
                 )
             found = [op for op in found if op.swapped is (self.family in TRANSPOSED_FAMILIES)]
         own = whole.rpartition(".")[2]
-        self.ops[whole] = found[0] if found else parameter_op(own, info.shape, self.family in TRANSPOSED_FAMILIES)
+        op = found[0] if found else parameter_op(own, info.shape, self.family in TRANSPOSED_FAMILIES)
+        if not found and self.prefix.of(whole) in self.pieces:  # whose own tensors tell nothing of the adapter's
+            specs = self.adapter.config.method(whole).tensors(Site(whole, {"weight": info}, op))
+            wanted = {role: spec.shape for role, spec in specs.items()}
+            check_shapes(whole, self.adapter.sites[name], wanted, self.adapter.where)
+        self.ops[whole] = op
 
     def _info(self, whole: str) -> TensorInfo:
         there = self.prefix.of(whole)
