@@ -36,6 +36,7 @@ class Draft:
         self.untied = False
         self.plain = False  # are weights written plainly that config.json says are quantized?
         self.prefixes: list[Prefix] = []  # by adapter
+        self.laid: list[Weighted] = []  # the adapters, with the base's own tensors for sites
         self._begun: set[str] = set()  # tensors that begin as an adapter's copy of the resized base
         self._names: set[str] = set()  # of all sites, as the adapters and as the base have them
 
@@ -47,6 +48,7 @@ class Draft:
         joined = Joined(self.base, given, index, self.ops)
         self.refusals += joined.refusals
         self.prefixes.append(joined.prefix)
+        self.laid.append(given._replace(adapter=joined.adapter))
         self._names |= {*joined.adapter.sites, *(site.name for site, _ in joined.layers.values())}
         for name, whole in joined.wholes.items():
             self._replace(name, whole)

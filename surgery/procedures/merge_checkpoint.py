@@ -20,7 +20,6 @@ from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.regular import file_sha256
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
-from surgery.procedures.experts import laid_on
 from surgery.procedures.filling import Pace, fill
 from surgery.procedures.plan import Plan, Treatment, describe, make_plan
 from surgery.procedures.receipt import VERSION, Receipt, base_fingerprint
@@ -84,7 +83,6 @@ def merge_checkpoint(
     """
     options = options or Options()
     refuse_overlap(out, [base.path, *(Path(one.adapter.where) for one in adapters)])
-    adapters = [one._replace(adapter=laid_on(base, one.adapter).adapter) for one in adapters]
     plan = make_plan(base, adapters, options.treatment)
     plan.require()
     layout = layout_like(base, plan.written(), options.max_shard_bytes)
@@ -100,7 +98,7 @@ def merge_checkpoint(
         _write_small(files, plan, layout, staging)
         if options.beside is not None:
             files.sha256 |= options.beside(staging)
-        record = undo.finish(adapters, _originals(base, readings, files), files.displaced) if undo else None
+        record = undo.finish(plan.laid, _originals(base, readings, files), files.displaced) if undo else None
         told = books.receipt.finish(readings, written, files, options.treatment, record)
         staging.write(RECEIPT, json_bytes(told))
         _reopen(staging, layout)

@@ -62,6 +62,7 @@ class Plan:
     peak_bytes: int  # an estimate of the resident memory
     undo_bytes: int  # an upper bound of what a reversible merge writes besides
     prefixes: tuple[Prefix, ...] = ()  # by adapter: what leads from its names to the base's
+    laid: tuple[Weighted, ...] = ()  # the adapters as their layers are called
     config: Mapping[str, Any] | None = None  # what config.json has to say afterwards; None: what it says now
 
     @property
@@ -270,5 +271,6 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         + max(map(_whole_bytes, changes), default=0),
         undo_bytes=sum(sites) + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
         prefixes=tuple(draft.prefixes),
+        laid=tuple(draft.laid),
         config=config,
     )
