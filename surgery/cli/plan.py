@@ -32,7 +32,7 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     Exit code 3 if anything is refused.
     """
     from surgery.api import files
-    from surgery.errors import printable
+    from surgery.errors import InputError, printable
 
     report = files.plan(
         base,
@@ -57,7 +57,9 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     if not as_json:
         for line in (*report.notes, *(f"refused: {error}" for error in report.refusals)):
             click.echo(line)
-    report.require()
+    if not report.ok:
+        told = "the reasons are listed" if as_json else "the lines above say why"
+        raise InputError(f"{printable(base)}: {len(report.refusals)} refused, so nothing would be merged; {told}")
 
 
 def _what(change: Mapping[str, Any]) -> str:

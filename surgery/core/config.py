@@ -1,6 +1,6 @@
 """AdapterConfig: the fields of PEFT's adapter_config.json that choose modules, and how a config is read."""
 
-from abc import ABC, abstractmethod
+from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
@@ -38,8 +38,34 @@ class ConfigFiles(Protocol):
     def write(self, config: "AdapterConfig", folder: Where) -> None: ...
 
 
+class _OfFields(ABCMeta):
+    """What PEFT's configs take besides, and is not served, may be given with the value that leaves the maths alone."""
+
+    neutral: Mapping[str, Any]
+    reasons: Mapping[str, str]
+
+    def __call__(cls, *given: Any, **values: Any) -> Any:
+        beside = {name: value for name, value in values.items() if name in cls.neutral.keys() - cls.own()}
+        for name, value in beside.items():
+            if why := cls.refusal(name, value):
+                raise ConfigError(f"{name} is {printable(value)!r}; {why}")
+        return super().__call__(*given, **{name: value for name, value in values.items() if name not in beside})
+
+    def own(cls) -> frozenset[str]:
+        """Its fields."""
+        config: Any = cls  # a dataclass, which its class alone does not say
+        return frozenset(field.name for field in fields(config))
+
+    def refusal(cls, name: str, value: object) -> str:
+        """Why a field that is not served cannot have this value; nothing where it leaves the maths alone."""
+        if value == cls.neutral[name] or value in (None, False, {}, []):
+            return ""
+        default = f"only {cls.neutral[name]!r} is supported; merge this adapter with the tool that made it"
+        return cls.reasons.get(name, default)
+
+
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig(ABC):
+class AdapterConfig(ABC, metaclass=_OfFields):
     """Selection fields, named as in PEFT. Raises ConfigError for a value that cannot be."""
 
     peft_type: ClassVar[str]
@@ -87,7 +113,7 @@ class AdapterConfig(ABC):
         """By field beside the selection, its entries that mean none of the adapted `names`."""
         return {}
 
-    def check_fresh(self) -> None:  # noqa: B027  # most have nothing to refuse
+    def check_fresh(self) -> None:  # most have nothing to refuse
         """ConfigError for what a fresh adapter cannot be trained with."""
 
     def written(self, sites: Mapping[str, Params]) -> tuple[Self, Mapping[str, Params]]:
@@ -136,7 +162,7 @@ class AdapterConfig(ABC):
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str = "adapter_config.json") -> Self:
         """The config that `data` spells. FormatError for a field that changes the maths in a way we lack."""
-        own = {field.name for field in fields(cls)}
+        own = cls.own()
         for name, value in data.items():
             if name in own or name in PROVENANCE:
                 continue
@@ -145,9 +171,9 @@ class AdapterConfig(ABC):
                     f"{where}: unknown field {printable(name)!r}; it may change the maths, so it is refused; "
                     "remove it if it does not"
                 )
-            if value != cls.neutral[name] and value not in (None, False, {}, []):
-                default = f"only {cls.neutral[name]!r} is supported; merge this adapter with the tool that made it"
-                raise FormatError(f"{where}: {name} is {printable(value)!r}; {cls.reasons.get(name, default)}")
+            why = cls.refusal(name, value)
+            if why:
+                raise FormatError(f"{where}: {name} is {printable(value)!r}; {why}")
         try:
             return cls(**{name: value for name, value in data.items() if name in own})
         except ConfigError as error:

@@ -7,7 +7,7 @@ What would keep one of the two packages compiling for long is refused before: la
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,8 @@ CASELESS_SETS = 32
 
 EXACT = "{}"
 ENDING = r"(.*\.)?({})$"  # PEFT's form for a key of rank_pattern or alpha_pattern
-LAYER = r".*?(?:^|\.)(?:{})\.(\d+)\."  # PEFT's form for layers_pattern
+LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # PEFT's form for layers_pattern
+SAVED = r"(^|.*\.){}($|\..*)"  # PEFT's form for what lies in an entry of modules_to_save
 
 _NAME = re.compile(r"[\w.-]*")  # always a regular expression
 _FORK = re.compile(r"[*+?{|(]")
@@ -114,6 +115,12 @@ class PatternTable(dict[str, Any]):
         if name not in self.keys_of:
             self.keys_of[name] = next((key for key in self if self.patience.match(key, name, ENDING)), None)
         return self.keys_of[name]
+
+    def unused(self, names: Collection[str]) -> list[str]:
+        """The keys that match none of `names`."""
+        used = {self.key_of(name) for name in names}
+        rest = (key for key in self if key not in used)  # what an earlier key takes away, it has matched
+        return [key for key in rest if not any(self.patience.match(key, name, ENDING) for name in names)]
 
 
 def _check_bounds(pattern: str) -> None:

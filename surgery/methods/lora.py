@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from surgery.core.as_peft import AsPeft
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
+from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
@@ -89,6 +90,10 @@ class LoraConfig(AdapterConfig):
     def endings(self) -> Mapping[str, Spelling]:
         absent = {role for role, asked in (("m", self.use_dora), ("b", self.lora_bias)) if not asked}
         return {ending: one for ending, one in self.spellings.items() if one.role not in absent}
+
+    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
+        tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return {field: table.unused(names) for field, table in tables.items() if isinstance(table, PatternTable)}
 
     def method(self, name: str) -> "Lora | LoraBias | Dora":
         r = pattern_value(self.rank_pattern, name, self.r)

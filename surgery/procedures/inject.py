@@ -17,7 +17,7 @@ from surgery.core.method import Dense, Method, Params
 from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
 from surgery.core.site import Site
-from surgery.errors import MatchError, StateError, UsageError, printable
+from surgery.errors import ConfigError, MatchError, StateError, UsageError, printable
 from surgery.hosts.model import live_site
 from surgery.hosts.recognition import op_of, unfit
 from surgery.hosts.tree import Place, State, places, set_state, state_of
@@ -130,6 +130,11 @@ def inject(
     """
     check_name(root, adapter)
     config.check_fresh()
+    if config.target_modules is None:
+        raise ConfigError(
+            'target_modules is not given; a list of ends of module names, one pattern of whole names, or "all-linear" '
+            "is wanted; `surgery.inspect(model)` lists the names"
+        )
     tree = Tree(root)
     config = with_task_heads(config, tree)
     names = list(tree.modules)

@@ -185,6 +185,11 @@ def _notes(adapter: Adapter) -> list[str]:
         for entry in unmatched(config, adapter.sites.keys())
     ]
     notes += [
+        f"{where}: {field} entry {printable(entry)!r} matches no tensors"
+        for field, entries in config.unused(adapter.sites.keys()).items()
+        for entry in entries
+    ]
+    notes += [
         f"{where}: {printable(site)}: its delta counts twice, as in PEFT up to 0.21.2, with which it was trained"
         for site in adapter.sites
         if site.endswith(TWICE)

@@ -103,6 +103,7 @@ def test_plan_lists_every_refusal_and_writes_nothing(run: Run, base: Path, tmp_p
     data = json.loads(as_json.out)
     assert (listed.code, as_json.code, data["ok"]) == (3, 3, False)
     assert len(data["refusals"]) == 2
+    assert told(listed, 3) == f"{base}: 2 refused, so nothing would be merged; the lines above say why"
     assert [line for line in listed.out.splitlines() if line.startswith("refused: ")] == [
         f"refused: {one}" for one in data["refusals"]
     ]
