@@ -13,21 +13,24 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import surgery
+from surgery.core.names import suffixes
 from surgery.core.select import pattern_value, select
 
 PARTS = ("q", "k_proj", "proj", "layers", "h", "0", "1", "12", "experts", "qXk")
 PIECES = (*PARTS, ".", r"\.", ".*", "(q|k_proj)", "q|proj", "[01]", r"\d+", "layers.1", ".+", "?", "q.k")
 parts = some.sampled_from(PARTS)
 names = some.lists(parts, min_size=1, max_size=5).map(".".join)
-entries = some.lists(names, min_size=1, max_size=4)
 patterns = some.lists(some.sampled_from(PIECES), min_size=1, max_size=4).map("".join)
-targets = entries | patterns
-numbers = some.integers(0, 2) | some.lists(some.integers(0, 12), max_size=3)
+trees_of_names = some.lists(names, min_size=1, max_size=8, unique=True)
+numbers = some.integers(0, 2) | some.lists(some.integers(0, 2), max_size=3)
 
 
 @some.composite
-def selections(draw: some.DrawFn) -> dict[str, Any]:
-    """Fields that choose modules; each as often as not."""
+def selections(draw: some.DrawFn) -> tuple[dict[str, Any], list[str]]:
+    """Fields that choose modules, each as often as not, and the names of modules; most entries are ends of these."""
+    tree = draw(trees_of_names)
+    ends = some.sampled_from(sorted({end for name in tree for end in suffixes(name)}))
+    targets = some.lists(ends, min_size=1, max_size=4) | some.lists(names, min_size=1, max_size=4) | patterns
     found: dict[str, Any] = {"target_modules": draw(targets)}
     for field, values in (("exclude_modules", targets), ("modules_to_save", some.lists(patterns, max_size=2))):
         if draw(some.booleans()):
@@ -35,8 +38,8 @@ def selections(draw: some.DrawFn) -> dict[str, Any]:
     if isinstance(found["target_modules"], list) and draw(some.booleans()):
         found["layers_to_transform"] = draw(numbers)
         if draw(some.booleans()):
-            found["layers_pattern"] = draw(patterns | some.lists(patterns, max_size=2))
-    return found
+            found["layers_pattern"] = draw(patterns | parts | some.lists(patterns | parts, max_size=2))
+    return found, tree
 
 
 def ours(fields: Mapping[str, Any]) -> surgery.LoraConfig:
@@ -49,11 +52,24 @@ def ours(fields: Mapping[str, Any]) -> surgery.LoraConfig:
 
 
 @settings(max_examples=400, deadline=None)
-@given(fields=selections(), tree=some.lists(names, min_size=1, max_size=8, unique=True))
-def test_the_modules_that_a_config_selects_are_those_that_peft_selects(fields: dict[str, Any], tree: list[str]) -> None:
+@given(drawn=selections())
+def test_the_modules_that_a_config_selects_are_those_that_peft_selects(drawn: tuple[dict[str, Any], list[str]]) -> None:
+    fields, tree = drawn
     config = ours(fields)
     theirs = peft.LoraConfig(**fields)
     assert select(config, tree, tuple) == [name for name in tree if check_target_module_exists(theirs, name)]
+
+
+LAYERED = [f"{head}{stack}.{number}.{leaf}" for head in ("", "a.", "0.", "a.1.") for stack in ("h", "layers", "1")
+           for number in ("0", "1", "12") for leaf in ("q", "experts.1.q", "q.0")]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(chosen=numbers, pattern=some.none() | patterns | parts | some.lists(patterns | parts, max_size=2))
+def test_the_layers_that_a_config_chooses_are_those_of_peft(chosen: Any, pattern: Any) -> None:
+    fields = {"target_modules": ["q", "0", "h.0.q"], "layers_to_transform": chosen, "layers_pattern": pattern}
+    config, theirs = ours(fields), peft.LoraConfig(**fields)
+    assert select(config, LAYERED, tuple) == [name for name in LAYERED if check_target_module_exists(theirs, name)]
 
 
 @settings(max_examples=300, deadline=None)
