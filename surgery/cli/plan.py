@@ -65,5 +65,15 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
 def _what(change: Mapping[str, Any]) -> str:
     """What becomes of a weight, in words."""
     done = [f"from {change['held']}"] if "held" in change else []
-    done += ["replaced"] if change["replaced"] else [str(one["method"]) for one in change["methods"]]
+    layers = zip(change["methods"], change["matched"], strict=True)
+    done += ["replaced"] if change["replaced"] else [_laid(method, matched) for method, matched in layers]
     return ", ".join(done) or "cast"
+
+
+def _laid(method: Mapping[str, str], matched: Mapping[str, Any]) -> str:
+    """A layer: its method, r, alpha, scaling, and the entry of target_modules that it is there by."""
+    from surgery.errors import printable
+
+    numbers = [f"{name}={matched[name]:g}" for name in ("r", "lora_alpha") if name in matched]
+    numbers += [f"scaling={float.fromhex(method['scaling']):g}"] if "scaling" in method else []
+    return " ".join([method["method"], *numbers, f"by {printable(matched['by'])!r}"])

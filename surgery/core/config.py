@@ -109,6 +109,10 @@ class AdapterConfig(ABC, metaclass=_OfFields):
         """Of `spellings` those that tensors of this very config have, each role's own last."""
         return self.spellings
 
+    def told(self, name: str) -> Mapping[str, float]:  # noqa: ARG002  # for those that have such
+        """Of its numbers those that patterns resolve for the site `name`, by field."""
+        return {}
+
     def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:  # noqa: ARG002  # for those that have such
         """By field beside the selection, its entries that mean none of the adapted `names`."""
         return {}

@@ -44,6 +44,14 @@ def unmatched(config: AdapterConfig, chosen: Collection[str]) -> list[str]:
     return sorted(set(targets) - found)
 
 
+def matched_by(config: AdapterConfig, name: str) -> str:
+    """The entry of `target_modules` that hits `name`: the longest, or the one pattern; nothing if none does."""
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return targets
+    return next(iter(suffix_hits(frozenset(targets or ()), name)), "")
+
+
 def refuse_unmatched(field: str, entries: Sequence[str], names: Collection[str]) -> None:
     """MatchError naming each entry that hit nothing, with its three nearest names."""
     if not entries:

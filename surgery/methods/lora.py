@@ -95,9 +95,11 @@ class LoraConfig(AdapterConfig):
         tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         return {field: table.unused(names) for field, table in tables.items() if isinstance(table, PatternTable)}
 
+    def told(self, name: str) -> Mapping[str, float]:
+        return dict(zip(("r", "lora_alpha"), self._numbers(name), strict=True))
+
     def method(self, name: str) -> "Lora | LoraBias | Dora":
-        r = pattern_value(self.rank_pattern, name, self.r)
-        alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
+        r, alpha = self._numbers(name)
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         twice = name.endswith(TWICE)
         plain = Lora(r=r, scaling=2 * scaling if twice else scaling, start=self.init_lora_weights, twice=twice)
@@ -105,6 +107,11 @@ class LoraConfig(AdapterConfig):
             return Dora(plain, self.lora_dropout)
         dropping = replace(plain, dropout=self.lora_dropout)
         return LoraBias(dropping) if self.lora_bias else dropping
+
+    def _numbers(self, name: str) -> tuple[int, float]:
+        """r and alpha of a site."""
+        alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
+        return pattern_value(self.rank_pattern, name, self.r), alpha
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from surgery.codecs.plain import PLAIN_DTYPES
-from surgery.core.adapter import Adapter, Weighted, nbytes_of
+from surgery.core.adapter import Adapter, Layer, Weighted, nbytes_of
 from surgery.core.as_peft import Arithmetic
-from surgery.core.names import Prefix
-from surgery.core.select import unmatched
+from surgery.core.names import Prefix, in_base
+from surgery.core.select import matched_by, unmatched
 from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS
 from surgery.errors import InputError, UsageError, printable
@@ -60,6 +60,7 @@ class Plan:
     undo_bytes: int  # an upper bound of what a reversible merge writes besides
     prefixes: tuple[Prefix, ...] = ()  # by adapter: what leads from its names to the base's
     config: Mapping[str, Any] | None = None  # what config.json has to say afterwards; None: what it says now
+    matched: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # by tensor, of each layer over it
 
     @property
     def ok(self) -> bool:
@@ -90,7 +91,10 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {
             "ok": self.ok,
-            "changes": [describe(change) for change in self.changes],
+            "changes": [
+                {**describe(change), "matched": list(self.matched.get(change.site.weight.name, ()))}
+                for change in self.changes
+            ],
             "refusals": [str(error) for error in self.refusals],
             "notes": list(self.notes),
             "bytes": {
@@ -247,4 +251,11 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         undo_bytes=sum(sites) + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
         prefixes=tuple(draft.prefixes),
         config=config,
+        matched={one.site.weight.name: [_matched(adapters, layer) for layer in one.layers] for one in changes},
     )
+
+
+def _matched(adapters: Sequence[Weighted], layer: Layer) -> dict[str, Any]:
+    """The site as its adapter names it, the entry of target_modules that hits it, and its numbers."""
+    config = adapters[layer.adapter].adapter.config
+    return {"site": layer.name, "by": matched_by(config, in_base(layer.name)), **config.told(layer.name)}
