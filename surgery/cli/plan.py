@@ -5,7 +5,19 @@ from typing import Any
 
 import click
 
-from surgery.cli.arguments import adapters_of, arithmetic, as_json, compute_dtype, dtype, ops, ops_of, show, tied
+from surgery.cli.arguments import (
+    adapters_of,
+    arithmetic,
+    as_json,
+    base_as,
+    compute_dtype,
+    dtype,
+    into,
+    ops,
+    ops_of,
+    show,
+    tied,
+)
 
 
 @click.command()
@@ -15,6 +27,8 @@ from surgery.cli.arguments import adapters_of, arithmetic, as_json, compute_dtyp
 @tied
 @ops
 @compute_dtype
+@into
+@base_as
 @arithmetic
 @as_json
 def plan(  # noqa: PLR0913, PLR0917  # one argument an option
@@ -24,6 +38,8 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     tied: str,
     ops: tuple[str, ...],
     compute_dtype: str | None,
+    into: str | None,
+    base_as: str | None,
     arithmetic: str,
     as_json: bool,
 ) -> None:
@@ -41,6 +57,8 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
         tied=tied,
         ops=ops_of(ops),
         compute_dtype=compute_dtype,
+        into=into,
+        base_as=base_as,
         arithmetic=arithmetic,
     )
     rows = [
@@ -64,7 +82,7 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
 
 def _what(change: Mapping[str, Any]) -> str:
     """What becomes of a weight, in words."""
-    done = [f"from {change['held']}"] if "held" in change else []
+    done = [f"{'in' if 'kept' in change else 'from'} {change['held']}"] if "held" in change else []
     layers = zip(change["methods"], change["matched"], strict=True)
     done += ["replaced"] if change["replaced"] else [_laid(method, matched) for method, matched in layers]
     return ", ".join(done) or "cast"

@@ -4,6 +4,7 @@ w = code * SCB * (1/127) in float32, in this order; the last factor is a constan
 gives other bits. https://arxiv.org/abs/2208.07339
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from surgery.errors import FormatError, ValueRangeError
 
 RECIPROCAL = 7.874015718698502e-3  # what bitsandbytes multiplies by
 LARGEST = 127  # it never writes -128
+_ROWS = 256  # that are encoded at a time: bounds the memory
 
 
 class Bnb8(Codec):
@@ -34,8 +36,10 @@ class Bnb8(Codec):
                 f"8-bit codes {list(shape)} with scales {list(rows)} in {what}; one for each row, in float32, is "
                 "wanted; quantize the model anew"
             )
-        layout = load("weight_format").flatten().tolist() if "weight_format" in headers else [0]
-        if layout != [0]:
+        if math.prod(headers.get("weight_format", (None, (1,)))[1]) != 1:
+            raise FormatError("8-bit codes with several layouts; one is wanted; quantize the model anew")
+        layout = int(load("weight_format").flatten()[0]) if "weight_format" in headers else 0
+        if layout != 0:
             raise FormatError(f"8-bit codes in the layout {layout} of old GPUs; rows (0) are wanted; quantize it anew")
         return {}
 
@@ -65,7 +69,9 @@ class Bnb8(Codec):
             raise ValueRangeError(
                 "8-bit: a weight is beyond the range of float16, which is wanted; choose another format"
             )
-        codes = torch.round(half * (LARGEST / SCB.unsqueeze(1))).nan_to_num(0.0).to(torch.int8)
+        scales = torch.split(LARGEST / SCB.unsqueeze(1), _ROWS)
+        parts = zip(torch.split(half, _ROWS), scales, strict=True)
+        codes = torch.cat([torch.round(part * scale).nan_to_num(0.0).to(torch.int8) for part, scale in parts])
         rows = torch.zeros((), dtype=torch.uint8, device=weight.device)
         return Packed({"weight": codes, "SCB": SCB, "weight_format": rows})
 

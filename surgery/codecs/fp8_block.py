@@ -4,6 +4,7 @@ w = code * scale in float32. Blocks at the edges may be cut; scales may be power
 https://arxiv.org/abs/2412.19437, section 3.3
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -40,6 +41,9 @@ class Fp8Block(Codec):
                 f"fp8 codes {list(shape)} with scales in {str(dtype).removeprefix('torch.')}; a matrix with scales in "
                 "float32, bfloat16, float16 or bytes is wanted; this layout is not supported"
             )
+        for role, (_, extents) in headers.items():
+            if role not in {"weight", _role(headers)} and math.prod(extents) > shape[1]:
+                raise FormatError(f"fp8 {role} {list(extents)}; one for each input at most is wanted; is it damaged?")
         return {"weight_block_size": _block(shape, scales, config)}
 
     def shape(self, headers: Headers, settings: Settings) -> Shape:  # noqa: ARG002  # it is that of the codes
@@ -111,7 +115,15 @@ def _scales(packed: Packed) -> Tensor:
 
 def _nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
     largest = torch.finfo(dtype).max  # beyond it the conversion gives NaN, not the largest
-    return values.clamp(-largest, largest).to(torch.float32).to(dtype)
+    return _to_odd(values.to(torch.float64).clamp(-largest, largest)).to(dtype)
+
+
+def _to_odd(values: Tensor) -> Tensor:
+    """float64 as the one of the two float32 around it whose last bit is set, so that it can be rounded once more."""
+    single = values.to(torch.float32)
+    near, bits = single.to(torch.float64), single.view(torch.int32)
+    outwards = torch.where(values.abs() > near.abs(), 1, -1).to(torch.int32)
+    return torch.where((near != values) & (bits & 1 == 0), bits + outwards, bits).view(torch.float32)
 
 
 def _block(shape: Shape, scales: Shape, config: Settings) -> tuple[int, int]:
@@ -125,8 +137,6 @@ def _block(shape: Shape, scales: Shape, config: Settings) -> tuple[int, int]:
     for height, width in [told, BLOCK] if _is_block(told) else [BLOCK]:
         if scales == (-(-rows // height), -(-columns // width)):
             return height, width
-    if len(scales) == 2 and all(scales) and rows % scales[0] == columns % scales[1] == 0:
-        return rows // scales[0], columns // scales[1]
     raise FormatError(
         f"fp8 codes {list(shape)} with scales {list(scales)}; one for each block of {printable(list(told or BLOCK))}, "
         "each row, or for all is wanted; is weight_block_size of config.json right?"

@@ -48,11 +48,12 @@ class PeftMerge:
         return stored
 
 
-def refuse_unlike_peft(method: Method, name: str) -> None:
-    """ConfigError for a method over the site `name` whose merge by PEFT is not known to the bit."""
+def refuse_unlike_peft(method: Method, site: Site) -> None:
+    """ConfigError for a method over a site whose merge by PEFT is not known to the bit."""
     what = method.beyond_peft() if isinstance(method, AsPeft) else f"a merge of {type(method).__name__}"
+    what = "a merge of parameters" if site.acting.alone else what
     if what:
         raise ConfigError(
-            f"{printable(name)}: {what} is not known as PEFT makes it; LoRA without DoRA, (IA)^3 and AdaLoRA are; "
+            f"{printable(site.name)}: {what} is not known as PEFT makes it; LoRA without DoRA, (IA)^3 and AdaLoRA are; "
             "leave arithmetic 'exact'"
         )

@@ -48,7 +48,7 @@ class _OfFields(ABCMeta):
         beside = {name: value for name, value in values.items() if name in cls.neutral.keys() - cls.own()}
         for name, value in beside.items():
             if why := cls.refusal(name, value):
-                raise ConfigError(f"{name} is {printable(value)!r}; {why}")
+                raise ConfigError(f"{name}: {why}")
         return super().__call__(*given, **{name: value for name, value in values.items() if name not in beside})
 
     def own(cls) -> frozenset[str]:
@@ -112,6 +112,14 @@ class AdapterConfig(ABC, metaclass=_OfFields):
     def told(self, name: str) -> Mapping[str, float]:  # noqa: ARG002  # for those that have such
         """Of its numbers those that patterns resolve for the site `name`, by field."""
         return {}
+
+    def parameters(self) -> Sequence[str]:
+        """What it adapts that is no module: parameters, by the ends of their names."""
+        return ()
+
+    def with_parameters(self, names: Sequence[str]) -> Self:  # noqa: ARG002  # for those that have such
+        """The same for just the parameters `names`."""
+        return self
 
     def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:  # noqa: ARG002  # for those that have such
         """By field beside the selection, its entries that mean none of the adapted `names`."""

@@ -110,17 +110,18 @@ class PatternTable(dict[str, Any]):
             except ConfigError as error:
                 raise ConfigError(f"{field}: {error}") from error
 
+    def unused(self, names: Collection[str]) -> list[str]:
+        """The keys that match the end of none of `names`."""
+        used = {self.key_of(name) for name in names}
+        return [
+            key for key in self if key not in used and not any(self.patience.match(key, one, ENDING) for one in names)
+        ]
+
     def key_of(self, name: str) -> str | None:
         """The first key that matches the end of `name` (PEFT's rule)."""
         if name not in self.keys_of:
             self.keys_of[name] = next((key for key in self if self.patience.match(key, name, ENDING)), None)
         return self.keys_of[name]
-
-    def unused(self, names: Collection[str]) -> list[str]:
-        """The keys that match none of `names`."""
-        used = {self.key_of(name) for name in names}
-        rest = (key for key in self if key not in used)  # what an earlier key takes away, it has matched
-        return [key for key in rest if not any(self.patience.match(key, name, ENDING) for name in names)]
 
 
 def _check_bounds(pattern: str) -> None:

@@ -20,6 +20,11 @@ def select(config: AdapterConfig, names: Iterable[str], all_linear: Callable[[],
     `all_linear` finds what "all-linear" stands for in this model. ConfigError for a pattern that is no regex, or
     that takes too long.
     """
+    if not config.target_modules and not config.parameters():
+        raise MatchError(
+            f"target_modules is not given; a list of module names, a pattern or {ALL_LINEAR!r} is wanted; "
+            "`surgery.inspect(model)` lists the names"
+        )
     _check_layers(config)
     patience = Patience()
     hit = _matcher(config.target_modules, all_linear, patience)
@@ -39,17 +44,17 @@ def unmatched(config: AdapterConfig, chosen: Collection[str]) -> list[str]:
     """Entries of `target_modules` that hit none of `chosen`; a pattern counts as one entry."""
     targets = config.target_modules
     if isinstance(targets, str) or targets is None:
-        return [] if chosen else [str(targets)]
+        return [] if chosen or not targets else [targets]
     found = {entry for name in chosen for entry in suffix_hits(frozenset(targets), name)}
     return sorted(set(targets) - found)
 
 
 def matched_by(config: AdapterConfig, name: str) -> str:
-    """The entry of `target_modules` that hits `name`: the longest, or the one pattern; nothing if none does."""
+    """The entry that hits `name`: the longest, or the one pattern; nothing if none does."""
     targets = config.target_modules
-    if isinstance(targets, str):
-        return targets
-    return next(iter(suffix_hits(frozenset(targets or ()), name)), "")
+    listed = frozenset(() if isinstance(targets, str) else targets or ()) | frozenset(config.parameters())
+    found = suffix_hits(listed, name)
+    return found[0] if found else targets if isinstance(targets, str) else ""
 
 
 def refuse_unmatched(field: str, entries: Sequence[str], names: Collection[str]) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from surgery.core.codec import Packed
+from surgery.core.name_map import USUAL, NameMap
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import FormatError, InputError, printable
+from surgery.hosts.packed_stacks import PackedStacks
 from surgery.hosts.packing import Held, packings, torch_dtype_of
 from surgery.hosts.reading import Reading
 from surgery.io.header import Entry
@@ -49,6 +51,7 @@ class Checkpoint:
         self.readings: list[Reading] | None = None
         self.hub_id: str | None = None  # the repository of the Hub that it came from, and the commit
         self.commit: str | None = None
+        self.names: Callable[[], NameMap] = lambda: USUAL  # of the model in memory, asked for where they matter
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -75,6 +78,11 @@ class Checkpoint:
     def packed(self) -> Mapping[str, Held]:
         """The weights that are not held plainly, by the name of the plain tensor; its dtype is to compute with."""
         return packings(self.tensors(), self.config, self._rows_of)
+
+    @cached_property
+    def stacks(self) -> PackedStacks:
+        """Those of `packed` that hold a matrix for each expert, as they are decoded."""
+        return PackedStacks(self._rows_of)
 
     def holding(self, name: str) -> Sequence[str]:
         """The tensors of the files that hold a weight; its own for one that is plain."""
@@ -106,9 +114,11 @@ class Checkpoint:
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """The weight, or `rows` of its first axis, as the files hold it."""
         held = self.packed.get(site.weight.name)
+        if held is not None and site.op is not None and site.op.stack:
+            return Packed({"weight": self.stacks.rows(site, held, rows)})
         if held is not None:
             return held.load(rows, self._rows_of)
-        info = self.at[site.weight.name][1].info
+        info = site.laid(self.at[site.weight.name][1].info)
         _ = info.torch_dtype  # a format that torch lacks is refused
         return Packed({"weight": self._rows_of(info, rows)})
 

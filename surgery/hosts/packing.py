@@ -29,12 +29,16 @@ class Held:
     plain: TensorInfo  # in the dtype to compute with
 
     @property
+    def headers(self) -> Headers:
+        return _headers(self.tensors)
+
+    @property
     def first(self) -> TensorInfo:
         """In whose place the plain tensor stands."""
         return self.tensors[next(role for role in self.codec.endings if role in self.tensors)]
 
     def load(self, rows: slice | None, load: Load) -> Packed:
-        spans = {} if rows is None else self.codec.spans(_headers(self.tensors), self.settings, rows)
+        spans = {} if rows is None else self.codec.spans(self.headers, self.settings, rows)
         return Packed({role: load(one, spans.get(role)) for role, one in self.tensors.items()}, self.settings, rows)
 
 
@@ -53,11 +57,10 @@ def torch_dtype_of(info: TensorInfo) -> torch.dtype:
 def packings(infos: Iterable[TensorInfo], config: Mapping[str, Any], load: Load) -> dict[str, Held]:
     """By the name of the plain tensor. FormatError where the tensors of a weight contradict each other."""
     by_name = {info.name: info for info in infos}
-    if not any(name.endswith(_BESIDE) for name in by_name):
-        return {}
+    marked = [name for name in by_name if name.endswith(_BESIDE)]
     found: dict[str, Held] = {}
     for codec, endings in _HELD.items():
-        stems = {name.removesuffix(end) for name in by_name for end in endings[:1] if name.endswith(end)}
+        stems = {name.removesuffix(end) for name in marked for end in endings[1:] if name.endswith(end)}
         for stem in sorted(stems):
             there = {role: by_name[stem + end] for role, end in codec.endings.items() if stem + end in by_name}
             if stem + codec.plain_ending not in found and codec.claims(_headers(there)):

@@ -47,7 +47,7 @@ class Draft:
         joined = Joined(self.base, given, index, self.ops)
         self.refusals += joined.refusals
         self.prefixes.append(joined.prefix)
-        self._names |= {*given.adapter.sites, *(site.name for site, _ in joined.layers.values())}
+        self._names |= {*joined.adapter.sites, *(site.name for site, _ in joined.layers.values())}
         for name, whole in joined.wholes.items():
             self._replace(name, whole)
         for site, layer in joined.layers.values():
@@ -92,7 +92,7 @@ class Draft:
         laid = {name: change for name, change in self.changes.items() if change.layers and arithmetic != "exact"}
         for name, change in laid.items():
             for layer in change.layers:
-                refuse_unlike_peft(layer.method, name)
+                refuse_unlike_peft(layer.method, change.site)
             if change.held:
                 self.refusals.append(
                     FormatError(

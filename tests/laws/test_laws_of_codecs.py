@@ -8,7 +8,7 @@ import torch
 from rational import nearest_even, same_bits
 from torch import Tensor
 
-from surgery.codecs import CODECS, codec_of, packed_of
+from surgery.codecs import CODECS, FORMS, codec_of, cut, packed_of
 from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
 from surgery.codecs.fp8_block import Fp8Block
@@ -89,9 +89,22 @@ def fp8_block() -> Mapping[str, Packed]:
         "rows": packed_of({"weight": every, "weight_scale": rows.unsqueeze(1)}, "rows"),
         "rows-flat": packed_of({"weight": e5m2, "weight_scale": rows, "input_scale": torch.ones(1)}, "rows"),
         "whole": packed_of({"weight": every, "weight_scale_inv": torch.tensor(0.3).bfloat16()}, "whole"),
-        "powers": packed_of({"weight": every[:, :128].contiguous(), "weight_scale_inv": bytes_}, "powers"),
+        "powers": packed_of(
+            {"weight": every[:, :128].contiguous(), "weight_scale_inv": bytes_},
+            "powers",
+            {"weight_block_size": [3, 64]},
+        ),
         "turned": packed_of({"weight": every, "weight_scale_inv": -rows}, "a scale below zero"),
     }
+
+
+def test_float64_is_rounded_to_fp8_once() -> None:
+    """By way of float32 a value just above the middle of two codes becomes the middle, and then the even code."""
+    ones = {"weight": torch.ones(1, 2).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 1)}
+    like = packed_of(ones, "ones")
+    above = torch.tensor([[1 + 2.0**-4 + 2.0**-40, -1 - 2.0**-4 - 2.0**-40]], dtype=torch.float64)
+    found = Fp8Block().decode(Fp8Block().encode(above, like), torch.float32)
+    assert found.tolist() == [[1.125, -1.125]]
 
 
 def mxfp4() -> Mapping[str, Packed]:
@@ -192,13 +205,6 @@ def test_the_grid_is_the_next_values_that_can_be_held(codec: Codec, name: str):
         assert not bool(differs(codec.decode(codec.encode(near, like=packed), torch.float64), weight).any())
 
 
-def cut(codec: Codec, packed: Packed, rows: slice) -> Packed:
-    """What a host reads for `rows`."""
-    spans = codec.spans(packed.headers, packed.settings, rows)
-    tensors = {role: values[spans[role]] if role in spans else values for role, values in packed.tensors.items()}
-    return packed._replace(tensors=tensors, rows=rows)
-
-
 @pytest.mark.parametrize(("codec", "name"), CASES)
 def test_settings_are_read_from_the_tensors(codec: Codec, name: str):
     packed = EXAMPLES[codec.name][name]
@@ -238,6 +244,12 @@ DAMAGED = {
     "a stale state": ({NF4: state(shape=[12, 65])}, "weight has 384 elements; 390 are wanted"),
     "a merged weight": ({"weight": torch.zeros(12, 64)}, "weight has 768 elements; 96 are wanted"),
     "fewer scales": ({"weight.absmax": torch.zeros(3)}, "weight.absmax"),
+    "scales of whole numbers": ({"weight.absmax": torch.ones(12, dtype=torch.uint8)}, "weight.absmax is in uint8"),
+    "scales that were cast": (
+        {"weight.nested_absmax": torch.ones(1), "weight.nested_quant_map": torch.ones(256)},
+        "weight.absmax is in float32",
+    ),
+    "a table that was cast": ({"weight.quant_map": torch.zeros(16).half()}, "weight.quant_map is in float16"),
     "a short table": ({"weight.quant_map": torch.zeros(15)}, "weight.quant_map"),
     "another kind": ({NF4: state(quant_type="fp4")}, "quant_type"),
     "no block": ({NF4: state(blocksize=0)}, "blocksize"),
@@ -248,7 +260,14 @@ DAMAGED = {
     "no JSON": ({NF4: torch.tensor([123], dtype=torch.uint8)}, "quant_type"),
     "a deep JSON": ({NF4: torch.full((4096,), ord("["), dtype=torch.uint8)}, "quant_type"),
     "a long JSON": ({NF4: torch.full((4097,), ord(" "), dtype=torch.uint8)}, "JSON"),
-    "an offset that is none": ({"weight.nested_absmax": torch.zeros(1), NF4: state(nested_blocksize=256)}, "offset"),
+    "an offset that is none": (
+        {
+            "weight.absmax": torch.ones(12, dtype=torch.uint8),
+            "weight.nested_absmax": torch.zeros(1),
+            NF4: state(nested_blocksize=256),
+        },
+        "offset",
+    ),
 }
 
 
@@ -262,8 +281,13 @@ def test_a_4_bit_weight_that_contradicts_its_quant_state_is_refused(case: str):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"SCB": torch.ones(11)}, {"SCB": torch.ones(12).half()}, {"weight_format": torch.tensor(3, dtype=torch.uint8)}],
-    ids=["rows", "dtype", "layout"],
+    [
+        {"SCB": torch.ones(11)},
+        {"SCB": torch.ones(12).half()},
+        {"weight_format": torch.tensor(3, dtype=torch.uint8)},
+        {"weight_format": torch.zeros(9, dtype=torch.uint8)},
+    ],
+    ids=["rows", "dtype", "layout", "layouts"],
 )
 def test_an_8_bit_weight_of_another_layout_is_refused(changed: Mapping[str, Tensor]):
     packed = Bnb8().fresh(weights(12, 64), {})
@@ -279,6 +303,30 @@ def test_settings_that_no_4_bit_weight_can_have_are_refused(wrong: Mapping[str, 
         Bnb4().fresh(weights(12, 64).double(), {})
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fresh_weight_of_any_form_is_near_and_encoding_it_again_changes_nothing(form: str):
+    codec, settings = FORMS[form]
+    weight = weights(160, 192, torch.bfloat16)
+    packed = codec.fresh(weight, settings)
+    decoded = codec.decode(packed, torch.float64)
+    assert same(codec.encode(decoded, like=packed), packed)
+    largest = weight.abs().double().amax(dim=1, keepdim=True)
+    gap = 1 / 6  # half of the largest between two values of fp4, of the block's absmax
+    nested = 0.9 / 128 * largest.max() if "double" in form else 0.0  # absmax is in 8 bits itself
+    assert bool(((decoded - weight.double()).abs() <= (gap + 2.0**-8) * largest + nested).all())
+
+
+def test_a_large_fresh_weight_is_made_of_parts_that_do_not_show():
+    """4-bit codes are found some at a time."""
+    weight = torch.randn(3, 1 << 19, generator=torch.Generator().manual_seed(0))
+    whole = Bnb4().fresh(weight, {"blocksize": 4096})
+    for row in range(3):
+        part = Bnb4().fresh(weight[row : row + 1], {"blocksize": 4096})
+        found = cut(Bnb4(), whole, slice(row, row + 1)).tensors
+        assert same_bits(found["weight"], part.tensors["weight"])
+        assert same_bits(found["weight.absmax"], part.tensors["weight.absmax"])
+
+
 def test_an_8_bit_weight_beyond_float16_is_refused():
     with pytest.raises(ValueRangeError, match="float16"):
         Bnb8().fresh(weights(12, 64) * 1e4, {})
@@ -289,6 +337,7 @@ LAYOUTS = {
     "other blocks": {"weight": F8, "weight_scale_inv": torch.ones(7, 7)},
     "no blocks": {"weight": F8, "weight_scale_inv": torch.ones(0, 2)},
     "a stack": {"weight": F8.view(3, 50, 200), "weight_scale_inv": torch.ones(3, 1, 2)},
+    "scales of inputs that are none": {"weight": F8, "weight_scale": torch.ones(1), "input_scale": torch.ones(201)},
     "scales of whole numbers": {"weight": F8, "weight_scale": torch.ones(150, dtype=torch.int32)},
     "blocks of 8": {"blocks": torch.zeros(2, 3, 4, 8).byte(), "scales": torch.zeros(2, 3, 4).byte()},
     "no experts": {"blocks": torch.zeros(3, 4, 16).byte(), "scales": torch.zeros(3, 4).byte()},
