@@ -129,3 +129,18 @@ def test_tokens_that_differ_end_the_export(tmp_path: Path, monkeypatch: pytest.M
 def test_a_model_without_a_cache_of_keys_and_values_is_refused(tmp_path: Path) -> None:
     with pytest.raises(surgery.InputError, match="BertForSequenceClassification: no decoder of text"):
         surgery.export_onnx(ARCHITECTURES["bert"](), None, tmp_path / "out", kv=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", ["hf", "genai"])
+def test_swappable_adapters_of_a_decoder_with_its_cache(names: str, folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--adapters", "swappable", "--names", names, "--kv"]
+    assert run("export", folders / "base", folders / "adapter", out, *arguments) == 0
+    assert (out / "adapter.onnx_adapter").is_file()
+    inputs = {one.name for one in onnx.load(out / "model.onnx", load_external_data=False).graph.input}
+    wanted = {
+        "hf": "model.layers.0.self_attn.q_proj.lora_A.weight",
+        "genai": "model.layers.0.attn.q_proj.lora_A.MatMul.weight",
+    }
+    assert wanted[names] in inputs
