@@ -14,6 +14,7 @@ from torch import nn
 
 from surgery.core.adapter import Weighted
 from surgery.errors import AbsentError, InputError, printable
+from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.links import GRAPH
 from surgery.formats.onnx.runtime import check
 from surgery.hosts.checkpoint import Checkpoint
@@ -79,22 +80,25 @@ class _Graph:
         graph = traced(plain, example)
         sizes, written = write_graph(graph, plain.module, kind, staging, self.export.how.weights == "copy")
         written |= write_readme(staging, sizes)
-        count = sum(held.numel() for held in model.parameters())
-        most = available_bytes() if self.export.max_memory is None else self.export.max_memory
-        if _PROOF_BYTES * count > most:
-            check(staging.folder / GRAPH)
-            told = f"not run against the model: {_PROOF_BYTES * count:,} bytes of memory are needed for that"
-            proof = Proof((), f"{told}, {most:,} may be taken")
-        else:
-            adapted, left_out = self._adapted(type(model), example)
-            merged = base_model(Located(staging.folder), Wanted(type(model)), None)
-            proof = prove(merged, example, staging.folder / GRAPH, kind.prepare, adapted)
-            proof = replace(proof, left_out=left_out)
+        proof = self._proof(model, example, staging.folder)
         proof.require(self.out)
         self.report = ExportReport(self.out, sizes.pop(GRAPH), sizes, proof)
         return written
 
-    def _adapted(self, kind: type[nn.Module], example: Any) -> tuple[Reference | None, str]:
+    def _proof(self, model: nn.Module, example: Example, folder: Path) -> Proof:
+        """Of the graph in the folder; without a run where the model does not fit into memory."""
+        needed = _PROOF_BYTES * sum(held.numel() for held in model.parameters())
+        most = available_bytes() if self.export.max_memory is None else self.export.max_memory
+        if needed > most:
+            check(folder / GRAPH)
+            told = f"not run against the model: {needed:,} bytes of memory are needed for that, {most:,} may be taken"
+            return Proof((), told)
+        adapted, left_out = self._adapted(type(model), example)
+        merged = base_model(Located(folder), Wanted(type(model)), None)
+        proof = prove(merged, example, folder / GRAPH, Pretrained().prepare, adapted)
+        return replace(proof, left_out=left_out)
+
+    def _adapted(self, kind: type[nn.Module], example: Example) -> tuple[Reference | None, str]:
         """The base under its adapters, live; or why there is none to compare with."""
         if not self.adapters:
             return None, ""
