@@ -1,19 +1,17 @@
 """combine: several LoRA adapters as one adapter folder in PEFT's format, and how far it is from their exact sum."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes
 from surgery.core.adapter import Weighted
-from surgery.core.select import pattern_value
 from surgery.errors import InputError, ShapeError, UsageError, ValueRangeError, printable
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.octets import octets
@@ -21,68 +19,21 @@ from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
 from surgery.methods.lora import TWICE, Lora, LoraConfig
 from surgery.procedures.combinations import COMBINATIONS, Factors, Recipe, norm
-from surgery.procedures.report import Case
+from surgery.procedures.fidelity import Fidelity, FidelityReport
+from surgery.procedures.ranked_config import ranked_config
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Combined:
-    """One site: its new rank, ||exact sum||, and ||what was written - exact sum||, both Frobenius."""
-
-    r: int
-    exact_norm: float
-    error_norm: float
-
-    @property
-    def relative_error(self) -> float | None:
-        """None where the exact sum is zero and the outcome is not."""
-        return _ratio(self.error_norm, self.exact_norm)
-
-
-@dataclass(frozen=True)
-class CombineReport:
+class CombineReport(FidelityReport):
     """What was written, and how far it is from the exact sum."""
 
-    out: Path
-    method: str
-    sites: Mapping[str, Combined]
-
     title = "surgery combine"
-    columns = ("site", "verdict", "r", "relative error")
 
     @property
-    def relative_error(self) -> float | None:
-        """Of all sites as one vector; None where the exact sum is zero and the outcome is not."""
-        errors, norms = zip(*((one.error_norm, one.exact_norm) for one in self.sites.values()), strict=True)
-        return _ratio(math.hypot(*errors), math.hypot(*norms))
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        return {self.method: len(self.sites)}
-
-    def cases(self) -> Iterator[Case]:
-        """Every site."""
-        for name, one in self.sites.items():
-            yield Case(name, self.method, (str(one.r), _shown(one.relative_error)), listed=True)
-
-    def summary(self) -> str:
-        """One line."""
-        error = _shown(self.relative_error)
-        return f"{printable(self.out)}: {len(self.sites)} sites by {self.method}; relative error {error} in all"
-
-    def to_json(self) -> dict[str, Any]:
-        sites = {
-            name: {"r": one.r, "exact_norm": one.exact_norm, "relative_error": one.relative_error}
-            for name, one in self.sites.items()
-        }
-        return {
-            "out": str(self.out),
-            "method": self.method,
-            "relative_error": self.relative_error,
-            "reproducible": self.method != "svd",  # LAPACK's bits differ from machine to machine
-            "sites": sites,
-        }
+    def reproducible(self) -> bool:
+        return self.method != "svd"  # LAPACK's bits differ from machine to machine
 
 
 def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: bool = False) -> CombineReport:
@@ -128,10 +79,15 @@ def _lora(one: Weighted) -> LoraConfig:
             f"{printable(one.adapter.where)}: it has {found}, which a sum of A and B leaves out; "
             "merge such adapters one over the other"
         )
+    if config.target_parameters:
+        raise InputError(
+            f"{printable(one.adapter.where)}: it has target_parameters, whose A and B hold many matrices each; "
+            "merge such adapters one over the other"
+        )
     return config
 
 
-def _at(name: str, given: Sequence[Weighted], recipe: Recipe, draws: torch.Generator) -> tuple[Factors, Combined]:
+def _at(name: str, given: Sequence[Weighted], recipe: Recipe, draws: torch.Generator) -> tuple[Factors, Fidelity]:
     """One site combined, as it is written; and its error, against what the files say in float64."""
     found = [_factors(name, one) for one in given if name in one.adapter.sites]
     _check_shapes(name, found, recipe)
@@ -148,7 +104,7 @@ def _at(name: str, given: Sequence[Weighted], recipe: Recipe, draws: torch.Gener
             f"{printable(name)}: the outcome overflows {dtype}; finite numbers are wanted; take smaller weights"
         )
     error = norm([*found, Factors(written.A.double(), written.B.double(), -scaling)])
-    return written, Combined(len(written.A), whole, error)
+    return written, Fidelity(len(written.A), whole, error)
 
 
 def _factors(name: str, one: Weighted) -> Factors:
@@ -206,44 +162,17 @@ def _content(values: Tensor) -> object:
 
 
 def _config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> LoraConfig:
-    """alpha is r at every site, so that the scaling is 1."""
+    """Of one base, if all name the same."""
     for field in ("fan_in_fan_out", "task_type"):
         if len({getattr(one, field) for one in configs}) > 1:
             raise InputError(f"combine: {field} is not the same in all configs; one for all is wanted")
     bases = {(one.base_model_name_or_path, one.revision) for one in configs}
     base, revision = bases.pop() if len(bases) == 1 else (None, None)
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    plain = LoraConfig(
-        r=r,
-        lora_alpha=r,
-        target_modules=sorted(ranks),
+    return ranked_config(
+        ranks,
         modules_to_save=sorted({name for one in configs for name in one.modules_to_save or ()}) or None,
         fan_in_fan_out=configs[0].fan_in_fan_out,
         task_type=configs[0].task_type,
         base_model_name_or_path=base,
         revision=revision,
-        inference_mode=True,
     )
-    return plain if set(ranks.values()) == {r} else _patterned(plain, ranks)
-
-
-def _patterned(plain: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """Full names as patterns; with an anchor where one of them would mean another site too."""
-    for anchor in ("", "^"):
-        pattern = {anchor + name: rank for name, rank in ranks.items()}
-        config = replace(plain, rank_pattern=pattern, alpha_pattern=pattern)
-        if all(pattern_value(pattern, name, plain.r) == rank for name, rank in ranks.items()):
-            return config
-    raise InputError(
-        "combine: names of sites differ by a dot alone, and ranks differ; equal ranks are wanted; take svd"
-    )
-
-
-def _ratio(error: float, whole: float) -> float | None:
-    if whole:
-        return error / whole
-    return None if error else 0.0
-
-
-def _shown(error: float | None) -> str:
-    return "of a sum that is zero" if error is None else f"{error:.3g}"

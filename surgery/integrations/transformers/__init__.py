@@ -6,6 +6,7 @@ from surgery.integrations.transformers.export_files import Export, export_checkp
 from surgery.integrations.transformers.exporting import Pretrained
 from surgery.integrations.transformers.loading import Wanted, load_model
 from surgery.integrations.transformers.model import is_pretrained, output_heads
+from surgery.integrations.transformers.names import name_map
 from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.subclass import attach, detach
 from surgery.integrations.transformers.trainer import AdapterTrainer
@@ -23,6 +24,7 @@ __all__ = [
     "is_pretrained",
     "live_model",
     "load_model",
+    "name_map",
     "output_heads",
     "save_merged",
 ]

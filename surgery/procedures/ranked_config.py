@@ -1,0 +1,29 @@
+"""A LoRA config for sites of given ranks whose delta is B A itself: alpha is r at every site."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from surgery.core.select import pattern_value
+from surgery.errors import InputError
+from surgery.methods.lora import LoraConfig
+
+
+def ranked_config(ranks: Mapping[str, int], **fields: Any) -> LoraConfig:
+    """`ranks` by the sites' names, and the config's other fields. InputError where no pattern tells the sites apart."""
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    plain = LoraConfig(r=r, lora_alpha=r, target_modules=sorted(ranks), inference_mode=True, **fields)
+    return plain if set(ranks.values()) == {r} else _patterned(plain, ranks)
+
+
+def _patterned(plain: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
+    """Full names as patterns; with an anchor where one of them would mean another site too."""
+    for anchor in ("", "^"):
+        pattern = {anchor + name: rank for name, rank in ranks.items()}
+        config = replace(plain, rank_pattern=pattern, alpha_pattern=pattern)
+        if all(pattern_value(pattern, name, plain.r) == rank for name, rank in ranks.items()):
+            return config
+    raise InputError(
+        "names of sites differ by a dot alone, and ranks differ; equal ranks are wanted; give one rank for all"
+    )
