@@ -131,7 +131,7 @@ def export_model(
     kind.prepare(plain.module)
     graph = traced(plain, example)
     with Staging(out, overwrite=how.overwrite) as staging:
-        adapted = reference_of(root, example)
+        adapted = reference_of(root, example, kind.prepare)
         with _merged(root) as state:
             kind.write(root, staging, state)
             sizes, _ = write_graph(graph, plain.module, kind, staging, how.weights == "copy")

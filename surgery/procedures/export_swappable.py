@@ -48,7 +48,7 @@ def export_swappable(root: nn.Module, example: Example, out: Path, kind: Kind, h
             path = staging.folder / f"{adapter}.onnx_adapter"
             write_adapter(path, _factors(root, adapter, slots))
             with set_adapter(root, adapter):
-                reference = reference_of(root, example)
+                reference = reference_of(root, example, kind.prepare)
             assert reference is not None
             inputs = example.trials()
             trials += trials_of(inputs, run(staging.folder / GRAPH, inputs, path), reference, adapter)

@@ -93,13 +93,13 @@ class Reference(NamedTuple):
     base: Sequence[Outputs] | None
 
 
-def reference_of(root: nn.Module, example: Example) -> Reference | None:
+def reference_of(root: nn.Module, example: Example, prepare: Prepare) -> Reference | None:
     """None of a model without active adapters, or of one that they are merged into. CheckError if they do nothing."""
     if not any(layer.running for layer in adapted_layers(root).values()) and not replaced_modules(root):
         return None
     inputs = example.trials()
-    own = runs(adapted_twin(root, as_stored), inputs, example)
-    double = adapted_twin(root, doubled)
+    own = runs(prepared(adapted_twin(root, as_stored), prepare), inputs, example)
+    double = prepared(adapted_twin(root, doubled), prepare)
     exact = runs(double, inputs, example)
     with disable_adapters(double):
         base = runs(double, inputs, example)

@@ -64,4 +64,5 @@ if __name__ == "__main__":
     for name in ARCHITECTURES:
         found.append(row(name))
         print(*found[-1], file=sys.stderr, flush=True)
+    PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(found))

@@ -144,3 +144,16 @@ def test_swappable_adapters_of_a_decoder_with_its_cache(names: str, folders: Pat
         "genai": "model.layers.0.attn.q_proj.lora_A.MatMul.weight",
     }
     assert wanted[names] in inputs
+
+
+@pytest.mark.slow
+def test_adapters_of_experts_are_exported_merged(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ARCHITECTURES["mixtral"]().eval()
+    experts = ["mlp.experts.gate_up_proj"]
+    config = surgery.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
+    surgery.inject(model, config)
+    report = surgery.export_onnx(model, None, tmp_path / "out")
+    assert all(one.adapted is not None and one.adapted.ok for one in report.proof.trials)
+    with pytest.raises(surgery.MatchError, match="its op is experts; slots lie over linear layers"):
+        surgery.export_onnx(model, None, tmp_path / "slots", swappable=True)

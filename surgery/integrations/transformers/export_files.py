@@ -108,7 +108,7 @@ class _Graph:
             live = live_model(self.base, self.adapters, kind)
         except InputError as error:
             return None, f"compared with the merged weights alone, for no live model takes the adapter: {error}"
-        return reference_of(live, example), ""
+        return reference_of(live, example, Pretrained().prepare), ""
 
 
 def live_model(base: Checkpoint, adapters: Sequence[Weighted], kind: Any = None) -> nn.Module:
