@@ -14,6 +14,7 @@ from surgery.core.adapter import Weighted
 from surgery.errors import UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import shard_bytes
+from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate, located
 from surgery.procedures import combine as combining
 from surgery.procedures import diff as differing
@@ -27,6 +28,7 @@ from surgery.procedures import verify as verifying
 from surgery.procedures.combinations import Recipe
 from surgery.procedures.filling import OnProgress, Pace
 from surgery.procedures.low_rank import Truncation
+from surgery.procedures.outputs import Inputs
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
 Adapters = Where | Sequence[Where | tuple[Where, float]]  # one, or several in their order, each with a weight
@@ -137,25 +139,38 @@ def unmerge_checkpoint(
     return unmerging.unmerge_checkpoint(locate(merged), Path(out), overwrite=overwrite, resume=resume, pace=pace)
 
 
-def verify_checkpoint(
+def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     base: Where,
     adapters: Adapters | None = None,
     out: Where | None = None,
     *,
     ops: Mapping[str, str] | None = None,
     compute_dtype: str | torch.dtype | None = None,
+    outputs: bool = False,
+    inputs: Inputs | None = None,
+    layers: bool = False,
 ) -> verifying.VerifyReport:
     """Grade each tensor of `out` against `adapters` merged over `base`, whichever tool made it.
 
     With one argument, a merged folder, check its files against its receipt. `report.ok` is false where
     anything is different. `ops` and `compute_dtype` as in `merge_checkpoint`. Raises InputError for what cannot be
     read, or has no receipt.
+
+    `outputs` also runs both as models of transformers, one at a time, in float64, on `inputs` (keyword arguments of
+    forward; by default made from the config, seeded), and compares what they give with the noise of a run of `out`
+    in its own dtype, and with the adapter's effect; `layers` also what each adapted module gives, which tells where
+    they part. Padding, by `attention_mask`, is left out. Raises EnvironmentFault without transformers.
     """
+    if not outputs and (layers or inputs is not None):
+        raise UsageError("verify_checkpoint: layers and inputs are for a run of the models; give outputs=True")
     if out is None or adapters is None:
+        if outputs:
+            raise UsageError("verify_checkpoint: outputs are compared with those of adapters over a base; name both")
         return verifying.verify_receipt(locate(base))
     with _checkpoint(base) as source, Checkpoint(locate(out)) as found:
         treatment = planning.treatment(ops=ops, compute_dtype=compute_dtype)
-        return verifying.verify_checkpoint(source, _weighted(adapters), found, treatment)
+        report = verifying.verify_checkpoint(source, given := _weighted(adapters), found, treatment)
+        return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 
 
 def combine(  # noqa: PLR0913  # the settings of all methods

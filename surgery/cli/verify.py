@@ -13,6 +13,8 @@ from surgery.cli.arguments import adapters_of, as_json, compute_dtype, conclude,
 @click.option("--adapter", "adapters", multiple=True, help="An adapter of OUT, ADAPTER[=WEIGHT]; may be repeated.")
 @ops
 @compute_dtype
+@click.option("--outputs", is_flag=True, help="Also run both models, and compare what they give.")
+@click.option("--layers", is_flag=True, help="With --outputs: also what each adapted module gives.")
 @as_json
 @reports
 def verify(  # noqa: PLR0913, PLR0917  # one argument an option
@@ -21,6 +23,8 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     adapters: tuple[str, ...],
     ops: tuple[str, ...],
     compute_dtype: str | None,
+    outputs: bool,
+    layers: bool,
     as_json: bool,
     reports: tuple[Path, ...],
 ) -> None:
@@ -29,6 +33,9 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     With base and adapters the merge is derived anew, whichever tool made OUT. bits: it gives the same bytes;
     rounding: as near as correct merges are; untouched: the base's bytes; different: none of these. With OUT
     alone its files are checked against its receipt. recorded: of the sha256 told there.
+
+    --outputs runs the base with the adapters over it, and OUT, with transformers, in float64, on seeded inputs.
+    equivalent: an error of at most 4 times the noise of OUT's own dtype, and of a quarter of the adapters' effect.
     """
     from surgery.api import files
 
@@ -38,10 +45,16 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
         raise click.UsageError(
             "--op and --compute-dtype are for a merge that is derived anew; name base and adapters too"
         )
+    if layers and not outputs:
+        raise click.UsageError("--layers is for a run of the models; give --outputs too")
+    if outputs and len(paths) == 1 and not base:
+        raise click.UsageError("--outputs compares with the adapters over their base; name base and adapters too")
     if len(paths) > 2:
         base, adapters = paths[0], paths[1:-1]
     out = paths[-1]
     given = (base, adapters_of(adapters), out) if base else (out,)
-    report = files.verify_checkpoint(*given, ops=ops_of(ops), compute_dtype=compute_dtype)
+    report = files.verify_checkpoint(
+        *given, ops=ops_of(ops), compute_dtype=compute_dtype, outputs=outputs, layers=layers
+    )
     conclude(report, as_json, reports)
     report.require()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surgery.core.distance import NOWHERE, Distance, distance, half_ulp
+from surgery.core.distance import NOWHERE, Distance, distance, half_ulp, within
 
 Outputs = Mapping[str, Tensor]
 
@@ -22,6 +22,9 @@ FACTOR = 8
 # The effect of an adapter must be so many times the error. Applied with half its scaling it is off by half its
 # effect, with twice by all of it, left out by all of it; a quarter is none of these.
 MARGIN = 4
+# The part of an adapter's effect that exact arithmetic leaves open in any dtype: A and B lie on grids whose half
+# step is 2^-23 of a row's or column's largest, and most elements are several times smaller than that.
+GRAIN = 2.0**-20
 
 
 class Agreement(NamedTuple):
@@ -95,19 +98,22 @@ def floors(own: Outputs, exact: Outputs, rows: Tensor | None = None) -> dict[str
     return found
 
 
-def compare(
+def compare(  # noqa: PLR0913, PLR0917  # the runs, and how strictly they are judged
     true: Outputs,
     found: Outputs,
     floor: Mapping[str, Distance],
     base: Outputs | None = None,
     rows: Tensor | None = None,
+    factor: float = FACTOR,
 ) -> Agreements:
     """Judge each output of `found` by `true`: its error in floors, and, with `base`, in the adapter's effect.
+
+    `factor` floors are allowed; with `base`, a floor is no lower than GRAIN of the effect.
 
     `rows` is a mask [batch, ...] of what counts, for the outputs that begin with its axes: what a model makes of
     padding is undefined.
     """
-    told = [_judged(name, true[name], found.get(name), floor.get(name), base, rows) for name in true]
+    told = [_judged(name, true[name], found.get(name), floor.get(name), base, rows, factor) for name in true]
     return Agreements([*told, *(_alone(name, found[name], "only the other has it") for name in found.keys() - true)])
 
 
@@ -130,12 +136,13 @@ def _judged(  # noqa: PLR0913, PLR0917  # the runs that bear on one output
     floor: Distance | None,
     base: Outputs | None,
     rows: Tensor | None,
+    factor: float,
 ) -> Agreement:
     if found is None:
         return _alone(name, true, "the other has it not")
     if found.shape != true.shape:
         return _alone(name, true, f"the other's is {list(found.shape)}")
-    if floor is None or not floor.error * FACTOR < 1:  # an output of zeros has an error of 1
+    if floor is None or not floor.error * factor < 1:  # an output of zeros has an error of 1
         told = "none" if floor is None else f"{floor.error:.2g}"
         return _alone(name, true, f"its noise floor is {told}, from which nothing can be told; another dtype is wanted")
     a, logits = picked(true, rows), is_logits(name, true)
@@ -145,7 +152,8 @@ def _judged(  # noqa: PLR0913, PLR0917  # the runs that bear on one output
     effect = None
     if base is not None and name in base and base[name].shape == true.shape:
         effect = distance(a, picked(base[name], rows)).error
-    why = _too_far(apart, floor) or _too_faint(apart, effect)
+        floor = floor.at_least(within(GRAIN * effect, a, logits))
+    why = _too_far(apart, floor, factor) or _too_faint(apart, effect)
     return Agreement(name, tuple(true.shape), a.shape[0] if a.dim() else 1, apart, floor, effect, why)
 
 
@@ -153,13 +161,13 @@ def _alone(name: str, values: Tensor, why: str) -> Agreement:
     return Agreement(name, tuple(values.shape), 0, NOWHERE, NOWHERE, None, why)
 
 
-def _too_far(found: Distance, floor: Distance) -> str:
+def _too_far(found: Distance, floor: Distance, factor: float) -> str:
     """What exceeds so many floors, or nothing. Within the error that is allowed, only logits so near swap places."""
-    allowed = floor.scaled(FACTOR)
+    allowed = floor.scaled(factor)
     for what in ("error", "angle", "kl_mean", "kl_max"):
         here, most = getattr(found, what), getattr(allowed, what)
         if not here <= most:  # true for NaN
-            return f"{_TITLES[what]} is {here:.2g}, {most:.2g} is allowed ({FACTOR} noise floors)"
+            return f"{_TITLES[what]} is {here:.2g}, {most:.2g} is allowed ({factor:g} floors)"
     return ""
 
 
@@ -181,6 +189,13 @@ def figures(one: Agreement) -> tuple[str, ...]:
     of_logits = [f"{found.kl_mean:.2g}", f"{found.kl_max:.2g}", f"{found.top1:.2%}"] if logits else ["", "", ""]
     effect = "" if one.effect is None else f"{one.effect:.2g}"
     return (one.name, "yes" if one.ok else "no", *(f"{n:.2g}" for n in numbers), *of_logits, effect, one.why)
+
+
+def in_words(one: Agreement) -> str:
+    """The figures but for the error, and what is wrong, as one line."""
+    cells = dict(zip(COLUMNS, figures(one), strict=True))
+    told = [f"{name} {cells[name]}" for name in COLUMNS[3:-1] if cells[name]]
+    return "; ".join([*told, one.why] if one.why else told)
 
 
 def _finite(value: Distance) -> dict[str, float | None]:

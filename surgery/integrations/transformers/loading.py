@@ -4,7 +4,7 @@ What a config names chooses among the classes that transformers itself offers; n
 no code of a repository is run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,10 +70,18 @@ def _base_of(place: Located, adapter: Adapter) -> Located:
 
 
 def _base(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Module:
-    transformers = _transformers()
+    model, missing = read_model(place, wanted, adapter)
+    if adapter is not None:
+        _refuse_missing(missing, adapter, place, type(model))
+    return model
+
+
+def read_model(place: Located, wanted: Wanted, adapter: Adapter | None = None) -> tuple[nn.Module, Collection[str]]:
+    """The model at a place, with as many labels as `adapter` brings; and the weights that it lacks: random ones."""
+    transformers = transformers_for("load_model")
     if not (place.path / "config.json").is_file():
         raise AbsentError(f"{printable(place.path)}: no config.json in it; a model or an adapter folder is wanted")
-    kind = wanted.model_class or _class(transformers, place.path, adapter)
+    kind = wanted.model_class or class_at(transformers, place.path, adapter)
     config = transformers.AutoConfig.from_pretrained(place.path, trust_remote_code=False)
     labels = None if adapter is None else _labels(adapter)
     if labels is not None and labels != config.num_labels:
@@ -88,15 +96,12 @@ def _base(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Module:
         adapter_kwargs={"subfolder": "config.json"},  # where nothing can lie: else peft would load an adapter too
         output_loading_info=True,
     )
-    if adapter is not None:
-        _refuse_missing(told["missing_keys"], adapter, place, kind)
     if place.hub_id is not None:
         model.name_or_path = model.config.name_or_path = place.hub_id
-    found: nn.Module = model
-    return found
+    return model, told["missing_keys"]
 
 
-def _class(transformers: Any, base: Path, adapter: Adapter | None) -> Any:
+def class_at(transformers: Any, base: Path, adapter: Adapter | None) -> Any:
     """By the adapter's task, the class that it names, or the one that the base names."""
     if adapter is not None and adapter.config.task_type in _TASKS:
         return getattr(transformers, _TASKS[str(adapter.config.task_type)])
@@ -139,9 +144,10 @@ def _refuse_missing(missing: Any, adapter: Adapter, place: Located, kind: Any) -
         )
 
 
-def _transformers() -> Any:
+def transformers_for(feature: str) -> Any:
+    """The package. EnvironmentFault, naming what wants it, without."""
     try:
         import transformers
     except ImportError as error:
-        raise EnvironmentFault('load_model: transformers is missing; pip install "model-surgery[hf]"') from error
+        raise EnvironmentFault(f'{feature}: transformers is missing; pip install "model-surgery[hf]"') from error
     return transformers
