@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery import testing
+    from surgery.api.export import export_onnx
     from surgery.api.files import (
         combine,
         diff,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from surgery.methods.lora import LoraConfig
     from surgery.procedures.combine import CombineReport
     from surgery.procedures.diff import DiffReport
+    from surgery.procedures.export import ExportReport
     from surgery.procedures.extract import ExtractReport
     from surgery.procedures.inspect import Inspection
     from surgery.procedures.merge_checkpoint import MergeReport
@@ -76,6 +78,7 @@ _HOMES = {
     "ConfigTypeError": "errors",
     "DiffReport": "procedures.diff",
     "EnvironmentFault": "errors",
+    "ExportReport": "procedures.export",
     "ExtractReport": "procedures.extract",
     "FormatError": "errors",
     "Ia3Config": "methods.ia3",
@@ -96,6 +99,7 @@ _HOMES = {
     "VerifyReport": "procedures.verify",
     "combine": "api.files",
     "diff": "api.files",
+    "export_onnx": "api.export",
     "extract": "api.files",
     "inspect": "api.files",
     "merge_checkpoint": "api.files",
@@ -117,6 +121,7 @@ __all__ = [
     "ConfigTypeError",
     "DiffReport",
     "EnvironmentFault",
+    "ExportReport",
     "ExtractReport",
     "FormatError",
     "Ia3Config",
@@ -141,6 +146,7 @@ __all__ = [
     "disable_adapters",
     "eject",
     "enable_adapters",
+    "export_onnx",
     "extract",
     "inject",
     "inspect",

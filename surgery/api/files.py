@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -56,10 +57,13 @@ def plan(  # noqa: PLR0913  # the options of a merge
     tied: str = "refuse",
     ops: Mapping[str, str] | None = None,
     compute_dtype: str | torch.dtype | None = None,
+    into: str | None = None,
+    base_as: str | None = None,
 ) -> planning.Plan:
     """What a merge with these options would do, and all that stands against it. Writes nothing."""
     with _checkpoint(base) as source:
-        return planning.make_plan(source, _weighted(adapters), planning.treatment(dtype, tied, ops, compute_dtype))
+        treatment = planning.treatment(dtype, tied, ops, compute_dtype, into, base_as)
+        return planning.make_plan(source, _weighted(adapters), treatment)
 
 
 def merge_checkpoint(  # noqa: PLR0913  # three things and their options
@@ -72,6 +76,10 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     tied: str = "refuse",
     ops: Mapping[str, str] | None = None,
     compute_dtype: str | torch.dtype | None = None,
+    into: str | None = None,
+    base_as: str | None = None,
+    min_retained: float = 0.5,
+    max_noise: float = 1.0,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     resume: bool | None = None,
@@ -87,7 +95,11 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     head apart where an adapter changes it or the embedding; `ops` says by the end of a name whether a square weight
     is "linear" or "conv1d"; `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
     Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
-    bits unless the base has no dtype of 16 bits.
+    bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales, and
+    raises CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is
+    more than `max_noise` of it. `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8",
+    "fp8_block") in which the adapters were trained over this plain base: the weights of their linear maps are merged
+    as they read from it.
     A run that was cut short is gone on with, unless `resume` is false. `progress` is called with a Progress as
     bytes are written, one call at a time. The expected hashes are those that the receipt and `inspect` tell.
     `push_to_hub` names a repository that OUT is then uploaded to, as the function of that name does.
@@ -100,12 +112,14 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     merging.check_adapters(found, expect_adapter_sha256)
     merging.check_sha256(expect_base_sha256)
     options = merging.Options(
-        planning.treatment(dtype, tied, ops, compute_dtype),
+        planning.treatment(dtype, tied, ops, compute_dtype, into, base_as),
         shard_bytes(max_shard_size),
         reversible=reversible,
         overwrite=overwrite,
         resume=resume,
         expect_base_sha256=expect_base_sha256,
+        min_retained=min_retained,
+        max_noise=max_noise,
         pace=Pace(progress=progress),
     )
     with _checkpoint(base) as source:
@@ -146,6 +160,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     *,
     ops: Mapping[str, str] | None = None,
     compute_dtype: str | torch.dtype | None = None,
+    base_as: str | None = None,
     outputs: bool = False,
     inputs: Inputs | None = None,
     layers: bool = False,
@@ -153,8 +168,8 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     """Grade each tensor of `out` against `adapters` merged over `base`, whichever tool made it.
 
     With one argument, a merged folder, check its files against its receipt. `report.ok` is false where
-    anything is different. `ops` and `compute_dtype` as in `merge_checkpoint`. Raises InputError for what cannot be
-    read, or has no receipt.
+    anything is different. `ops`, `compute_dtype` and `base_as` as in `merge_checkpoint`. Raises InputError for what
+    cannot be read, or has no receipt.
 
     `outputs` also runs both as models of transformers, one at a time, in float64, on `inputs` (keyword arguments of
     forward; by default made from the config, seeded), and compares what they give with the noise of a run of `out`
@@ -163,12 +178,14 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     """
     if not outputs and (layers or inputs is not None):
         raise UsageError("verify_checkpoint: layers and inputs are for a run of the models; give outputs=True")
+    if outputs and base_as is not None:
+        raise UsageError("verify_checkpoint: outputs are compared of plain models, and base_as makes BASE none")
     if out is None or adapters is None:
         if outputs:
             raise UsageError("verify_checkpoint: outputs are compared with those of adapters over a base; name both")
         return verifying.verify_receipt(locate(base))
     with _checkpoint(base) as source, Checkpoint(locate(out)) as found:
-        treatment = planning.treatment(ops=ops, compute_dtype=compute_dtype)
+        treatment = planning.treatment(ops=ops, compute_dtype=compute_dtype, base_as=base_as)
         report = verifying.verify_checkpoint(source, given := _weighted(adapters), found, treatment)
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 
@@ -259,4 +276,5 @@ def _checkpoint(where: Where) -> Checkpoint:
     place = located(where)
     found = Checkpoint(place.path)
     found.hub_id, found.commit = place.hub_id, place.commit
+    found.names = partial(hugging.name_map, found.config)
     return found

@@ -61,6 +61,16 @@ compute_dtype = click.option(
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="What the weights of a quantized base are decoded to. By default what it computes in.",
 )
+into = click.option(
+    "--into",
+    type=click.Choice(["16bit", "keep"]),
+    help="What the weights of a quantized base become: plain, as by default, or codes of the base's own scales.",
+)
+base_as = click.option(
+    "--base-as",
+    type=click.Choice(["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block"]),
+    help="The form in which the adapters were trained over this plain base, such as nf4 for QLoRA.",
+)
 
 
 def adapters_of(arguments: Sequence[str]) -> list[tuple[str, float]]:

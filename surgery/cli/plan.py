@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, compute_dtype, dtype, ops, ops_of, show, tied
+from surgery.cli.arguments import adapters_of, as_json, base_as, compute_dtype, dtype, into, ops, ops_of, show, tied
 
 
 @click.command()
@@ -15,6 +15,8 @@ from surgery.cli.arguments import adapters_of, as_json, compute_dtype, dtype, op
 @tied
 @ops
 @compute_dtype
+@into
+@base_as
 @as_json
 def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     base: str,
@@ -23,6 +25,8 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     tied: str,
     ops: tuple[str, ...],
     compute_dtype: str | None,
+    into: str | None,
+    base_as: str | None,
     as_json: bool,
 ) -> None:
     """Show what a merge would do, and all that stands against it. Writes nothing.
@@ -33,7 +37,14 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     from surgery.errors import printable
 
     report = files.plan(
-        base, adapters_of(adapters), dtype=dtype, tied=tied, ops=ops_of(ops), compute_dtype=compute_dtype
+        base,
+        adapters_of(adapters),
+        dtype=dtype,
+        tied=tied,
+        ops=ops_of(ops),
+        compute_dtype=compute_dtype,
+        into=into,
+        base_as=base_as,
     )
     rows = [
         (
@@ -54,6 +65,6 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
 
 def _what(change: Mapping[str, Any]) -> str:
     """What becomes of a weight, in words."""
-    done = [f"from {change['held']}"] if "held" in change else []
+    done = [f"{'in' if 'kept' in change else 'from'} {change['held']}"] if "held" in change else []
     done += ["replaced"] if change["replaced"] else [str(one["method"]) for one in change["methods"]]
     return ", ".join(done) or "cast"

@@ -13,6 +13,15 @@ from surgery.core.codec import Codec, Packed, Settings
 from surgery.errors import FormatError
 
 CODECS: tuple[Codec, ...] = (Bnb4(), Bnb8(), Fp8Block(), Mxfp4(), Plain())
+# Formats by name, with the settings of fresh weights in them.
+FORMS: Mapping[str, tuple[Codec, Settings]] = {
+    "nf4": (Bnb4(), {"quant_type": "nf4"}),
+    "nf4-double": (Bnb4(), {"quant_type": "nf4", "double_quant": True}),
+    "fp4": (Bnb4(), {"quant_type": "fp4"}),
+    "fp4-double": (Bnb4(), {"quant_type": "fp4", "double_quant": True}),
+    "int8": (Bnb8(), {}),
+    "fp8_block": (Fp8Block(), {}),
+}
 
 
 def codec_of(packed: Packed, where: str) -> Codec:
@@ -23,6 +32,13 @@ def codec_of(packed: Packed, where: str) -> Codec:
             return codec
     held = ", ".join(f"{role} {str(dtype).removeprefix('torch.')}" for role, (dtype, _) in headers.items())
     raise FormatError(f"{where}: held as {held}; float64, float32, bfloat16 or float16 is wanted; dequantize it first")
+
+
+def cut(codec: Codec, packed: Packed, rows: slice) -> Packed:
+    """Of whole tensors, no more than what `rows` of the weight need."""
+    spans = codec.spans(packed.headers, packed.settings, rows)
+    tensors = {role: values[spans[role]] if role in spans else values for role, values in packed.tensors.items()}
+    return packed._replace(tensors=tensors, rows=rows)
 
 
 def packed_of(tensors: Mapping[str, Tensor], where: str, config: Settings | None = None) -> Packed:

@@ -16,6 +16,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256  # absmax by block of the double quantization
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 _TINY = 1e-38  # bitsandbytes divides by no less
+_PART = 1 << 20  # elements at a time, whole blocks of any size: bounds the memory
 
 # The quantiles of a normal distribution, in float32; of a float of 4 bits, those without a sign.
 _NF4 = (
@@ -38,9 +39,10 @@ def fresh(weight: Tensor, settings: Settings) -> tuple[dict[str, Tensor], dict[s
             f"blocks of {', '.join(map(str, BLOCKSIZES))} from {', '.join(DTYPES)} is wanted"
         )
     state = {"quant_type": kind, "blocksize": blocksize, "dtype": dtype, "shape": list(weight.shape)}
-    flat, map16 = weight.flatten().to(torch.float32), torch.tensor(KINDS[kind], device=weight.device)
-    absmax, scaled = _blocks(flat, blocksize)
-    tensors = {"weight": _codes(scaled, map16), "weight.absmax": absmax, "weight.quant_map": map16}
+    map16 = torch.tensor(KINDS[kind], device=weight.device)
+    parts = [_blocks(part.to(torch.float32), blocksize, map16) for part in torch.split(weight.flatten(), _PART)]
+    codes, absmax = (torch.cat(one) for one in zip(*parts, strict=True))
+    tensors = {"weight": codes, "weight.absmax": absmax, "weight.quant_map": map16}
     if settings.get("double_quant", False):
         offset = torch.tensor(tree_sum(absmax.to(torch.float64)) / len(absmax), dtype=torch.float32)
         state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": float(offset)}
@@ -48,8 +50,8 @@ def fresh(weight: Tensor, settings: Settings) -> tuple[dict[str, Tensor], dict[s
     return tensors, state
 
 
-def _blocks(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """absmax by block, and the values over it; of a last block that is not full, by division."""
+def _blocks(flat: Tensor, blocksize: int, map16: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, and absmax by block; the values are divided by it only in a last block that is not full."""
     full = len(flat) // blocksize * blocksize
     blocks = flat[:full].view(-1, blocksize)
     absmax = blocks.abs().amax(dim=1)
@@ -58,7 +60,7 @@ def _blocks(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
         last = flat[full:].abs().amax().clamp(min=_TINY)
         absmax = torch.cat([absmax, last.unsqueeze(0)])
         scaled = torch.cat([scaled, (flat[full:] / last).clamp(-1, 1)])
-    return absmax, scaled
+    return _codes(scaled, map16), absmax
 
 
 def _codes(scaled: Tensor, map16: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from surgery.errors import FormatError, ValueRangeError
 
 RECIPROCAL = 7.874015718698502e-3  # what bitsandbytes multiplies by
 LARGEST = 127  # it never writes -128
+_ROWS = 256  # that are encoded at a time: bounds the memory
 
 
 class Bnb8(Codec):
@@ -65,7 +66,9 @@ class Bnb8(Codec):
             raise ValueRangeError(
                 "8-bit: a weight is beyond the range of float16, which is wanted; choose another format"
             )
-        codes = torch.round(half * (LARGEST / SCB.unsqueeze(1))).nan_to_num(0.0).to(torch.int8)
+        scales = torch.split(LARGEST / SCB.unsqueeze(1), _ROWS)
+        parts = zip(torch.split(half, _ROWS), scales, strict=True)
+        codes = torch.cat([torch.round(part * scale).nan_to_num(0.0).to(torch.int8) for part, scale in parts])
         rows = torch.zeros((), dtype=torch.uint8, device=weight.device)
         return Packed({"weight": codes, "SCB": SCB, "weight_format": rows})
 

@@ -90,6 +90,14 @@ class AdapterConfig(ABC):
         """Of `spellings` those that tensors of this very config have, each role's own last."""
         return self.spellings
 
+    def parameters(self) -> Sequence[str]:
+        """What it adapts that is no module: parameters, by the ends of their names."""
+        return ()
+
+    def with_parameters(self, names: Sequence[str]) -> Self:  # noqa: ARG002  # for those that have such
+        """The same for just the parameters `names`."""
+        return self
+
     def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:  # noqa: ARG002  # for those that have such
         """By field beside the selection, its entries that mean none of the adapted `names`."""
         return {}

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from surgery.core.codec import Packed
+from surgery.core.name_map import USUAL, NameMap
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import FormatError, InputError, printable
 from surgery.hosts.packing import Held, packings, torch_dtype_of
@@ -49,6 +50,7 @@ class Checkpoint:
         self.readings: list[Reading] | None = None
         self.hub_id: str | None = None  # the repository of the Hub that it came from, and the commit
         self.commit: str | None = None
+        self.names: Callable[[], NameMap] = lambda: USUAL  # of the model in memory, asked for where they matter
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -108,7 +110,7 @@ class Checkpoint:
         held = self.packed.get(site.weight.name)
         if held is not None:
             return held.load(rows, self._rows_of)
-        info = self.at[site.weight.name][1].info
+        info = site.laid(self.at[site.weight.name][1].info)
         _ = info.torch_dtype  # a format that torch lacks is refused
         return Packed({"weight": self._rows_of(info, rows)})
 

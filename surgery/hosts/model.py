@@ -9,7 +9,9 @@ from surgery.core.codec import Packed
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, row_tiles
+from surgery.errors import MatchError, printable
 from surgery.hosts.recognition import op_of
+from surgery.ops.experts import parameter_op
 
 
 def live_site(name: str, module: nn.Module, op: Op) -> Site:
@@ -17,6 +19,22 @@ def live_site(name: str, module: nn.Module, op: Op) -> Site:
     roles = {own: role for role, own in op.roles.items()}
     held = {own: values for own, values in module._parameters.items() if values is not None}
     return Site(name, {roles.get(own, own): _info(f"{name}.{own}", values) for own, values in held.items()}, op)
+
+
+def parameter_site(name: str, module: nn.Module) -> Site:
+    """The site that one of a module's parameters is, by its full name. MatchError for one that cannot be."""
+    own = name.rpartition(".")[2]
+    values = module._parameters[own]
+    assert values is not None
+    if isinstance(values, nn.UninitializedParameter):
+        raise MatchError(f"{printable(name)}: it has no shape yet; call the model once first")
+    if values.dim() not in (2, 3) or not values.is_floating_point():
+        found = f"{list(values.shape)} in {str(values.dtype).removeprefix('torch.')}"
+        raise MatchError(f"{printable(name)}: {found}; floats of two or three axes can be adapted; name others")
+    if values.dim() == 3 and not values.is_contiguous():
+        raise MatchError(f"{printable(name)}: its memory is in another order than its axes; make it contiguous first")
+    op = parameter_op(own, tuple(values.shape), getattr(module, "is_transposed", False) is True)
+    return Site(name, {"weight": _info(name, values)}, op)
 
 
 def model_sites(root: nn.Module) -> list[Site]:
@@ -58,8 +76,9 @@ class LiveWeights:
         return [LivePart(self, list(sites))]
 
     def weight(self, site: Site) -> Tensor:
-        """The weight's own memory, outside autograd."""
-        return self.parameters[site.name].detach()
+        """The weight's own memory, outside autograd, as its tiles are taken of it."""
+        held = self.parameters[site.name].detach()
+        return held.view(site.laid(site.weight).shape) if site.acting.alone else held
 
 
 class LivePart:
@@ -71,7 +90,7 @@ class LivePart:
 
     def tiles(self, site: Site) -> Iterator[slice]:
         self.fresh = torch.empty_like(self.live.weight(site), memory_format=torch.contiguous_format)
-        return row_tiles(site.weight.shape, TILE_ELEMENTS)
+        return row_tiles(site.laid(site.weight).shape, TILE_ELEMENTS)
 
     def store(self, site: Site, packed: Packed, rows: slice) -> None:
         self.fresh[rows] = packed.tensors["weight"]

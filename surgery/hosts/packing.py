@@ -29,12 +29,16 @@ class Held:
     plain: TensorInfo  # in the dtype to compute with
 
     @property
+    def headers(self) -> Headers:
+        return _headers(self.tensors)
+
+    @property
     def first(self) -> TensorInfo:
         """In whose place the plain tensor stands."""
         return self.tensors[next(role for role in self.codec.endings if role in self.tensors)]
 
     def load(self, rows: slice | None, load: Load) -> Packed:
-        spans = {} if rows is None else self.codec.spans(_headers(self.tensors), self.settings, rows)
+        spans = {} if rows is None else self.codec.spans(self.headers, self.settings, rows)
         return Packed({role: load(one, spans.get(role)) for role, one in self.tensors.items()}, self.settings, rows)
 
 

@@ -15,6 +15,7 @@ from surgery.core.method import Dense, Elementwise
 from surgery.core.op import Op
 from surgery.core.site import Site
 from surgery.core.source import Source
+from surgery.core.survival import Survival
 from surgery.core.undo import Restorer, accumulate
 from surgery.errors import ValueRangeError, printable
 from surgery.hosts.couplings import Couplings, coupled
@@ -34,6 +35,8 @@ class Change:
     begins: Site | None = None  # the weight of the host that it begins as instead
     new: bool = False  # the host has no weight of this name and shape
     held: str = ""  # the codec by which the host holds the weight, where that is not plain
+    through: str = ""  # the form that the host's plain weight was held in while its layers were trained
+    keep: bool = False  # by that codec and its scales the outcome is held too; `dtype` is then not its own
 
     @property
     def origin(self) -> Site | None:
@@ -54,6 +57,14 @@ class MergedTile(NamedTuple):
     original: Tensor | None  # None where the host has no weight of this shape
     merged: Tensor
     steps: Sequence[Elementwise] | None  # None where no chain of elementwise steps leads from one to the other
+    laid: Tensor | None = None  # what was wanted, in float64, where the outcome's format cannot hold all of it
+
+    @property
+    def survival(self) -> Survival | None:
+        """What is left of the change, where that is not all."""
+        if self.laid is None or self.original is None:
+            return None
+        return Survival.of(self.original, self.laid, self.merged)
 
     @property
     def first(self) -> bool:
@@ -105,6 +116,8 @@ class Merged:
         if _last(site, rows):
             del self.started[site.name]
             self.couplings.pop(site.name, None)
+        if change.keep:
+            return self._kept(change, rows, started)
         original, begin = _opened(self.source, change, rows)
         outcome, steps = _outcome(change, rows, begin, started)
         merged = outcome.tensors["weight"]
@@ -115,6 +128,20 @@ class Merged:
             chained = None if change.saved is not None or change.new else steps
             self.watch(MergedTile(change, rows, before, merged, chained))
         return outcome
+
+    def _kept(self, change: Change, rows: slice, started: Started) -> Packed:
+        """The codes alone: what else holds the weight stays as it is."""
+        packed = self.source.load(change.site, rows)
+        codec = codec_of(packed, printable(change.site.weight.name))
+        before = codec.decode(packed, torch.float64)
+        laid, _ = _lay(change, rows, before, started)
+        if not all_finite(laid):
+            raise _non_finite(change.site, before, laid)
+        outcome = codec.encode(laid, like=packed)
+        after = codec.decode(outcome, torch.float64)
+        if self.watch is not None:
+            self.watch(MergedTile(change, rows, before, after, None, laid))
+        return Packed({"weight": outcome.tensors[next(iter(codec.endings))]})
 
     def _told(self, change: Change, rows: slice, started: Started) -> tuple[Change, Started]:
         """Both with layers that know the sums that these rows need."""
@@ -180,7 +207,7 @@ def _reads(changes: Mapping[str, Change], tensor: str) -> Sequence[str]:
 def elementwise(change: Change, rows: slice, started: Started | None = None) -> list[Elementwise] | None:
     """The layers as steps over `rows` of the stored weight; None if one of them is not elementwise."""
     steps = []
-    shape = change.site.weight.rows(rows).shape
+    shape = change.site.laid(change.site.weight).rows(rows).shape
     for layer, product in started or change.started():
         op = change.site.acting
         try:
@@ -228,13 +255,13 @@ def _begin(change: Change, original: Packed | None, rows: slice) -> Packed:
     if change.saved is None:
         assert original is not None
         return original
-    shape = change.site.weight.shape
+    shape = change.site.laid(change.site.weight).shape
     return Packed({"weight": change.saved.view(shape)[rows if shape else ...]})
 
 
 def _last(site: Site, rows: slice) -> bool:
     """Do `rows` end the weight?"""
-    shape = site.weight.shape
+    shape = site.laid(site.weight).shape
     return not shape or bool(rows.stop >= shape[0])
 
 

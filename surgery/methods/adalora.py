@@ -32,7 +32,15 @@ _NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
 }
 
 # Of LoRA's fields, which PEFT writes for AdaLoRA too, those that mean nothing here, besides those that LoRA refuses.
-_NEUTRAL = {**NEUTRAL, "alpha_pattern": {}, "bias": "none", "lora_bias": False, "use_dora": False, "use_rslora": False}
+_NEUTRAL = {
+    **NEUTRAL,
+    "alpha_pattern": {},
+    "bias": "none",
+    "target_parameters": None,
+    "lora_bias": False,
+    "use_dora": False,
+    "use_rslora": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,20 +4,21 @@ import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import AdapterConfig, Spelling, check_names
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
+from surgery.methods import stacks
 from surgery.methods.dora import Dora
 from surgery.methods.lora_bias import LoraBias
 from surgery.methods.lora_fields import NEUTRAL, REASONS
@@ -63,6 +64,7 @@ class LoraConfig(AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: Literal["none"] = "none"  # which biases of the base are trained
+    target_parameters: Sequence[str] | None = None  # parameters of any module, such as experts.gate_up_proj
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,6 +85,11 @@ class LoraConfig(AdapterConfig):
             raise ConfigError(
                 "lora_bias is true; as in PEFT it goes with init_lora_weights True or False, without DoRA"
             )
+        check_names("target_parameters", self.target_parameters, or_pattern=False)
+        if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout):
+            raise ConfigError(
+                "target_parameters is given; as in PEFT it goes without use_dora, lora_bias and lora_dropout"
+            )
         for key, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
@@ -95,6 +102,12 @@ class LoraConfig(AdapterConfig):
     def endings(self) -> Mapping[str, Spelling]:
         absent = {role for role, asked in (("m", self.use_dora), ("b", self.lora_bias)) if not asked}
         return {ending: one for ending, one in self.spellings.items() if one.role not in absent}
+
+    def parameters(self) -> Sequence[str]:
+        return self.target_parameters or ()
+
+    def with_parameters(self, names: Sequence[str]) -> Self:
+        return replace(self, target_parameters=names or None)
 
     def method(self, name: str) -> "Lora | LoraBias | Dora":
         r = pattern_value(self.rank_pattern, name, self.r)
@@ -123,6 +136,8 @@ class Lora(Additive):
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         op, (out_features, in_features) = site.acting, site.shape
+        if op.stack:
+            return {role: Spec(f"lora_{role}.weight", shape) for role, shape in stacks.shapes(site, self.r).items()}
         if self.r % op.groups:
             raise MatchError(
                 f"{printable(site.name)}: a convolution in {op.groups} groups, which r = {self.r} is no multiple of, "
@@ -135,7 +150,9 @@ class Lora(Additive):
             "B": Spec(f"{prefix}B{suffix}", (out_features, self.r // op.groups, *ones)),
         }
 
-    def matrices(self, p: Params, site: Site) -> Params:  # noqa: ARG002  # the shapes tell all
+    def matrices(self, p: Params, site: Site) -> Params:
+        if site.acting.stack:
+            return stacks.by_expert(p, site.acting)
         return {role: _as_matrix(values) for role, values in p.items()}
 
     def refuse_merge(self, site: Site) -> None:
@@ -147,11 +164,7 @@ class Lora(Additive):
             )
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
-        if self.dropout and site.acting.roles:
-            raise ConfigError(
-                f"{printable(site.name)}: lora_dropout is {self.dropout}, and an attention layer has no input of its "
-                "weights that it could act on; set it to 0"
-            )
+        self._check_start(site)
         A, B = (torch.zeros(spec.shape) for spec in self.tensors(site).values())
         if self.start == "orthogonal":
             return _orthogonal(A, B)
@@ -168,14 +181,30 @@ class Lora(Additive):
         return {"A": A, "B": B}
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
-        return product(p["B"], p["A"], tile)
+        return stacks.delta(p, tile, product) if p["A"].dim() > 2 else product(p["B"], p["A"], tile)
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
+        if p["A"].dim() > 2:
+            each = stacks.parts(tile, p["B"].shape[1])
+            return torch.cat([self.spread({role: p[role][one] for role in "AB"}, part) for one, part in each])
         # The grid's bound (see arithmetic), and that of a sum of r products with each operation rounded.
         A, B = exact_float64(p["A"][:, tile[1]]).abs(), exact_float64(p["B"][tile[0]]).abs()
         unit = max(torch.finfo(p[role].dtype).eps / 2 for role in "AB")
         grid = self.r * 2.0**-21 * B.amax(1, keepdim=True) * A.amax(0, keepdim=True)  # [out, in]
         return abs(self.scaling) * (grid + (self.r + 1) * unit * (B @ A))
+
+    def _check_start(self, site: Site) -> None:
+        """ConfigError for settings that would not begin, or train, as they say at this site."""
+        if self.dropout and site.acting.roles:
+            raise ConfigError(
+                f"{printable(site.name)}: lora_dropout is {self.dropout}, and weights that a module reads by itself "
+                "have no input that it could act on; set it to 0"
+            )
+        if self.start == "orthogonal" and site.acting.stack:
+            raise ConfigError(
+                f"{printable(site.name)}: the orthogonal init is of one matrix, and this is a stack of them; start "
+                "with True or 'gaussian'"
+            )
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         below = run(x)

@@ -46,7 +46,7 @@ class Draft:
         joined = Joined(self.base, given, index, self.ops)
         self.refusals += joined.refusals
         self.prefixes.append(joined.prefix)
-        self._names |= {*given.adapter.sites, *(site.name for site, _ in joined.layers.values())}
+        self._names |= {*joined.adapter.sites, *(site.name for site, _ in joined.layers.values())}
         for name, whole in joined.wholes.items():
             self._replace(name, whole)
         for site, layer in joined.layers.values():

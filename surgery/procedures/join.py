@@ -14,6 +14,7 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import plainly
 from surgery.ops.attention import attention_site
 from surgery.ops.bias import bias_site
+from surgery.procedures.experts import laid_on
 from surgery.procedures.op_choice import OpChoice
 from surgery.procedures.tying import tying_of, vocabulary
 
@@ -37,7 +38,8 @@ class Joined:
     """
 
     def __init__(self, base: Checkpoint, given: Weighted, index: int, ops: Mapping[str, str]) -> None:
-        self.base, self.adapter, self.weight, self.index = base, given.adapter, given.weight, index
+        self.base, self.weight, self.index = base, given.weight, index
+        self.adapter, alone = laid_on(base, given.adapter)
         self.ops, self.tying = ops, tying_of(base)
         self.refusals: list[InputError] = []
         self.layers: dict[str, tuple[Site, Layer]] = {}
@@ -45,7 +47,8 @@ class Joined:
         known = {site.name: site for site in map(attention_site, base.sites()) if "weight" in site.tensors}
         if self.tying is not None and self.tying.separable:
             known[self.tying.head.name] = self.tying.head
-        self.prefix = prefix_between([in_base(name) for name in given.adapter.sites], known) or Prefix()
+        known |= {site.name: site for site in alone.values()}
+        self.prefix = prefix_between([in_base(name) for name in self.adapter.sites], known) or Prefix()
         self._copies()
         self._saved()
         self.known = {name: self._as_grown(site) for name, site in known.items()}
@@ -59,13 +62,16 @@ class Joined:
     def _sites(self) -> None:
         found = {name: self.known.get(self.prefix.of(in_base(name))) for name in self.adapter.sites}
         choice = OpChoice(
-            self.base, self.adapter, {name: one for name, one in found.items() if one is not None}, self.ops
+            self.base,
+            self.adapter,
+            {name: one for name, one in found.items() if one is not None and one.op is None},
+            self.ops,
         )
         for name, there in sorted(found.items()):
             try:
                 if there is None:
                     raise MatchError(self._absent(name))
-                site = there.with_op(choice.of(name))
+                site = there.with_op(there.op or choice.of(name))
                 self._add(site, self._layer(name, site))
             except InputError as error:
                 self.refusals.append(error)
@@ -173,7 +179,7 @@ class Joined:
         whole = self.wholes.get(self.tying.embedding.name if self.tying and tied else site.weight.name)
         if whole is None:
             return site
-        return Site(site.name, {**site.tensors, "weight": whole.info._replace(name=site.weight.name)})
+        return Site(site.name, {**site.tensors, "weight": whole.info._replace(name=site.weight.name)}, site.op)
 
     def _absent(self, name: str) -> str:
         told = f"{printable(self.adapter.where)}: {printable(name)} is not in the base"

@@ -144,7 +144,7 @@ def refuse_mixed(root: nn.Module, what: str) -> None:
 
 def _changes(name: str, layer: Adapted) -> tuple[Change, ...]:
     """What the active adapters make of a layer's weight and bias; the factors are cloned, for training may go on."""
-    site = live_site(name, layer.base_layer, layer.op)
+    site = layer.site if layer.op.alone else live_site(name, layer.base_layer, layer.op)
     for one in layer.layers():
         one.method.refuse_merge(site)
     device = layer.base_weight.device
@@ -160,7 +160,7 @@ def _changes(name: str, layer: Adapted) -> tuple[Change, ...]:
 def _parameter(layer: Adapted, change: Change) -> Tensor:
     """What the change is of."""
     role = "bias" if change.site.acting.name == Bias.name else "weight"
-    held: Tensor = getattr(layer.base_layer, layer.op.roles.get(role, role))
+    held: Tensor = getattr(layer.innermost, layer.op.roles.get(role, role))
     return held
 
 
@@ -179,7 +179,7 @@ def _refuse_tied(root: nn.Module, layers: Mapping[str, Adapted], changes: Mappin
     for name, layer in layers.items():
         for change in changes[name]:
             holding = owners[id(_parameter(layer, change))].items()
-            others = [owner for owner, module in holding if module is not layer.base_layer]
+            others = [owner for owner, module in holding if module is not layer.innermost]
             if others:
                 what = "bias" if change.site.acting.name == Bias.name else "weight"
                 raise MatchError(

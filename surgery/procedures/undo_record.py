@@ -95,7 +95,7 @@ class FileUndo:
         self.file: StagedFile | None = None
 
     def __call__(self, tile: MergedTile) -> None:
-        if tile.steps is None or tile.original is None or tile.change.held:
+        if tile.steps is None or tile.original is None or tile.change.held or tile.change.through:
             self.recorder = None
         elif self.recorder is not None:
             self.recorder.add(tile.original, tile.merged, tile.steps)
@@ -119,8 +119,8 @@ class FileUndo:
         if self.file is None:
             self.file = self.context.enter_context(self.staging.file(f"{FOLDER}/{self.name}"))
         size = self.base.at[name][1].info.nbytes if name in self.base.at else 0
-        if change.held or streams is None or sum(map(len, streams.values())) >= size:
-            for one in self.base.holding(name):
+        if change.held or change.through or streams is None or sum(map(len, streams.values())) >= size:
+            for one in [name] if change.keep else self.base.holding(name):
                 self._keep(self.file, self.base.at[one][1].info)
         else:
             field: dict[str, Any] = {"file": self.name}
@@ -225,7 +225,7 @@ class UndoRecord:
             layers.append(Layer(method, params, index, name, sums))
         laid = bias_layers(layers) if field.get("op") == Bias.name else tuple(layers)
         held = info if there is None else info._replace(dtype=there.dtype)
-        new = there is None or there.shape != info.shape
+        new = there is None or there.shape != info.shape or info.name in merged.packed
         return Change(Site(info.name, {"weight": held}, op), info.torch_dtype, laid, new=new)
 
     def undo(self, change: Change) -> Undo:
@@ -234,7 +234,7 @@ class UndoRecord:
         dtype = change.dtype
         if "kept" in field:
             data = self._read(field["file"], field["kept"])
-            return Undo(dtype, kept=tensor_from(data, dtype, change.site.weight.shape))
+            return Undo(dtype, kept=tensor_from(data, dtype, change.site.laid(change.site.weight).shape))
         if "streams" not in field:
             raise FormatError(f"{printable(self.folder)}: record.json tells nothing of how to bring back a tensor")
         streams = {int(bits): bytes(self._read(field["file"], span)) for bits, span in field["streams"].items()}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from outcomes import Run, parsed, rows, told
+from quantized_folders import quantized_base
 
 import surgery
 
@@ -29,3 +30,10 @@ def test_no_rank_is_code_2_equal_models_are_code_3_and_an_output_that_exists_is_
     tuned = surgery.merge_checkpoint(base, adapter, tmp_path / "tuned").out
     told(run("extract", base, tuned, adapter, "--rank", "4"), 6)
     assert not (tmp_path / "out").exists()
+
+
+def test_quantized_weights_are_code_3(run: Run, tmp_path: Path) -> None:
+    base = quantized_base(tmp_path / "base", "nf4")
+    assert "is quantized; plain weights are wanted" in told(
+        run("extract", base, base, tmp_path / "o", "--rank", "2"), 3
+    )

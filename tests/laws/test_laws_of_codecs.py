@@ -8,7 +8,7 @@ import torch
 from rational import nearest_even, same_bits
 from torch import Tensor
 
-from surgery.codecs import CODECS, codec_of, packed_of
+from surgery.codecs import CODECS, FORMS, codec_of, cut, packed_of
 from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
 from surgery.codecs.fp8_block import Fp8Block
@@ -192,13 +192,6 @@ def test_the_grid_is_the_next_values_that_can_be_held(codec: Codec, name: str):
         assert not bool(differs(codec.decode(codec.encode(near, like=packed), torch.float64), weight).any())
 
 
-def cut(codec: Codec, packed: Packed, rows: slice) -> Packed:
-    """What a host reads for `rows`."""
-    spans = codec.spans(packed.headers, packed.settings, rows)
-    tensors = {role: values[spans[role]] if role in spans else values for role, values in packed.tensors.items()}
-    return packed._replace(tensors=tensors, rows=rows)
-
-
 @pytest.mark.parametrize(("codec", "name"), CASES)
 def test_settings_are_read_from_the_tensors(codec: Codec, name: str):
     packed = EXAMPLES[codec.name][name]
@@ -277,6 +270,30 @@ def test_settings_that_no_4_bit_weight_can_have_are_refused(wrong: Mapping[str, 
         Bnb4().fresh(weights(12, 64), wrong)
     with pytest.raises(ConfigError, match="float64"):
         Bnb4().fresh(weights(12, 64).double(), {})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fresh_weight_of_any_form_is_near_and_encoding_it_again_changes_nothing(form: str):
+    codec, settings = FORMS[form]
+    weight = weights(160, 192, torch.bfloat16)
+    packed = codec.fresh(weight, settings)
+    decoded = codec.decode(packed, torch.float64)
+    assert same(codec.encode(decoded, like=packed), packed)
+    largest = weight.abs().double().amax(dim=1, keepdim=True)
+    gap = 1 / 6  # half of the largest between two values of fp4, of the block's absmax
+    nested = 0.9 / 128 * largest.max() if "double" in form else 0.0  # absmax is in 8 bits itself
+    assert bool(((decoded - weight.double()).abs() <= (gap + 2.0**-8) * largest + nested).all())
+
+
+def test_a_large_fresh_weight_is_made_of_parts_that_do_not_show():
+    """4-bit codes are found some at a time."""
+    weight = torch.randn(3, 1 << 19, generator=torch.Generator().manual_seed(0))
+    whole = Bnb4().fresh(weight, {"blocksize": 4096})
+    for row in range(3):
+        part = Bnb4().fresh(weight[row : row + 1], {"blocksize": 4096})
+        found = cut(Bnb4(), whole, slice(row, row + 1)).tensors
+        assert same_bits(found["weight"], part.tensors["weight"])
+        assert same_bits(found["weight.absmax"], part.tensors["weight.absmax"])
 
 
 def test_an_8_bit_weight_beyond_float16_is_refused():

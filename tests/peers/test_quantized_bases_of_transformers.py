@@ -184,3 +184,17 @@ def test_the_experts_of_gpt_oss_are_those_that_transformers_dequantizes(tmp_path
     found = merged.state_dict()
     assert all(torch.equal(found[name], one) for name, one in state.items() if "q_proj.weight" not in name)
     assert near(outputs(merged), outputs(adapted), torch.bfloat16)
+
+
+def test_a_plain_base_as_nf4_is_what_transformers_quantizes_it_to(tmp_path: Path):
+    """QLoRA as most run it: the adapter names the plain base, and was trained over what was made of it on loading."""
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    plain = plain_base(tmp_path / "plain", torch.bfloat16)
+    adapted = trained(loaded(plain, torch.bfloat16, quantization_config=BitsAndBytesConfig(**settings)))
+    adapted.save_pretrained(tmp_path / "adapter")
+    surgery.merge_checkpoint(plain, tmp_path / "adapter", tmp_path / "out", base_as="nf4")
+    surgery.merge_checkpoint(plain, tmp_path / "adapter", tmp_path / "other")
+    wanted = outputs(adapted)
+    found, other = (outputs(loaded(tmp_path / one, torch.bfloat16)) for one in ("out", "other"))
+    assert near(found, wanted, torch.bfloat16)
+    assert (other - wanted).abs().max() > 2 * (found - wanted).abs().max()

@@ -204,7 +204,7 @@ def test_what_cannot_be_run_is_refused_by_name(broken: str, tmp_path: Path) -> N
         case "is of another shape":
             save_file(load_file(weights) | {SITE: torch.ones(16, 32)}, weights, {"format": "pt"})
         case "is quantized":
-            config.write_text(json.dumps(told | {"quantization_config": {}}))
+            config.write_text(json.dumps(told | {"quantization_config": {"quant_method": "fp8"}}))
         case "has no config":
             config.unlink()
         case "is one file":
@@ -232,6 +232,8 @@ def test_options_of_a_run_without_a_run_are_refused(tmp_path: Path) -> None:
     for options in ({"layers": True}, {"inputs": {}}):
         with pytest.raises(surgery.UsageError, match="outputs=True"):
             surgery.verify_checkpoint(tmp_path, tmp_path, tmp_path, **options)
+    with pytest.raises(surgery.UsageError, match="base_as"):
+        surgery.verify_checkpoint(tmp_path, tmp_path, tmp_path, outputs=True, base_as="nf4")
     with pytest.raises(surgery.UsageError, match="name both"):
         surgery.verify_checkpoint(tmp_path, outputs=True)
 

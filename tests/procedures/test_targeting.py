@@ -289,7 +289,7 @@ def test_a_choice_that_chooses_nothing_is_refused(fields: dict[str, Any], words:
     ("field", "value", "words"),
     [
         ("bias", "all", "it trains biases of the base itself"),
-        ("target_parameters", ["w"], "target_parameters: parameters that are no layer's weight"),
+        ("use_qalora", True, "use_qalora: QALoRA acts on sums over groups of inputs"),
         ("layer_replication", None, "layer_replication: None changes nothing; leave it out"),
     ],
 )

@@ -15,12 +15,14 @@ from surgery.core.adapter import Weighted
 from surgery.core.agreement import Agreements, Outputs, compare, floors
 from surgery.errors import CheckError, InputError, UsageError, printable
 from surgery.hosts.checkpoint import INDEX, SINGLE, Checkpoint
+from surgery.hosts.packing import quantization_of
 from surgery.hosts.tree import adapted_layers
 from surgery.integrations.transformers.example_inputs import arguments, example_inputs
 from surgery.integrations.transformers.loading import Wanted, class_at, read_model, transformers_for
 from surgery.io.hub import Located
 from surgery.procedures.adapter_files import fitting_of
-from surgery.procedures.inject import Tree, fit
+from surgery.procedures.inject import fit
+from surgery.procedures.model_tree import Tree
 from surgery.procedures.outputs import Given, Inputs, mask_of, narrow_run, run, widened
 from surgery.procedures.switch import disable_adapters, set_adapter
 
@@ -125,7 +127,7 @@ def _loaded(place: Checkpoint, kind: Any, adapters: Sequence[Weighted]) -> nn.Mo
 
 def _folder(place: Checkpoint) -> Path:
     """Where transformers finds just these weights. InputError for what it would read otherwise."""
-    if place.config.get("quantization_config") is not None:
+    if quantization_of(place.config):
         raise InputError(f"{printable(place.path)}: it is quantized; outputs are compared of plain models only")
     if "config.json" not in {path.name for path in place.folder.iterdir()}:
         raise InputError(f"{printable(place.path)}: no config.json beside it; a whole model folder is wanted to run it")
