@@ -36,7 +36,8 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     rounding: as near as correct merges are; untouched: the base's bytes; different: none of these. With OUT
     alone its files are checked against its receipt. recorded: of the sha256 told there.
 
-    --outputs runs the base with the adapters over it, and OUT, with transformers, in float64, on seeded inputs.
+    --outputs runs the base with the adapters over it, and OUT, with transformers, on seeded inputs; one of them
+    at a time must fit into memory in float64.
     equivalent: an error of at most 4 times the noise of OUT's own dtype, and of a quarter of the adapters' effect.
     """
     from surgery.api import files

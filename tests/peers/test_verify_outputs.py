@@ -23,6 +23,7 @@ ENDS |= {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 1, "max
 SITE = "model.layers.1.self_attn.v_proj.weight"
 CONVS = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2}
 IMAGES = {"image_size": 16, "patch_size": 4}
+PART = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "LlamaForCausalLM": (SMALL | WIDE, ["q_proj", "v_proj", "down_proj"]),
@@ -40,6 +41,10 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["q_proj", "v_proj"],
     ),
     "SiglipVisionModel": (WIDE | IMAGES | {"num_hidden_layers": 2, "num_attention_heads": 4}, ["q_proj", "v_proj"]),
+    "CLIPModel": (
+        {"text_config": PART | {"vocab_size": 99}, "vision_config": PART | IMAGES, "projection_dim": 8},
+        ["q_proj", "v_proj"],
+    ),
     "Wav2Vec2ForCTC": (SMALL | WIDE | CONVS | {"num_conv_pos_embeddings": 8}, ["q_proj", "v_proj"]),
 }
 
@@ -47,7 +52,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
 def made(name: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any) -> Path:
     """A base of random weights that are large enough to matter, and an adapter on it; with `fields`."""
     torch.manual_seed(seed)
-    kind, (sizes, targets) = getattr(transformers, name), MODELS[name]
+    kind, (sizes, targets) = getattr(transformers, name), (MODELS | UNKNOWN)[name]
     model = kind(kind.config_class(**sizes))
     with torch.no_grad():
         for values in model.parameters():
@@ -76,6 +81,11 @@ def changed(folder: Path, change: Callable[[Tensor, Tensor], Tensor]) -> Path:
     tensors[SITE] = change(tensors[SITE], base[SITE]).contiguous()
     save_file(tensors, path, {"format": "pt"})
     return folder
+
+
+SERIES = {"context_length": 32, "patch_length": 4, "patch_stride": 4, "num_hidden_layers": 1, "prediction_length": 4}
+SERIES |= {"d_model": 16, "num_attention_heads": 2, "ffn_dim": 32, "num_input_channels": 1}
+UNKNOWN = {"PatchTSTForPrediction": (SERIES, ["q_proj", "v_proj"])}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -218,14 +228,12 @@ def test_what_cannot_be_run_is_refused_by_name(broken: str, tmp_path: Path) -> N
 
 
 def test_a_model_whose_inputs_are_not_known_says_what_it_takes(tmp_path: Path) -> None:
-    parts = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes = {"text_config": parts | {"vocab_size": 99}, "vision_config": parts | IMAGES, "projection_dim": 8}
-    MODELS["CLIPModel"] = sizes, ["q_proj"]
-    folder = merged(made("CLIPModel", tmp_path))
-    with pytest.raises(surgery.UsageError, match=r"its forward takes input_ids, pixel_values.*inputs=\{"):
+    folder = merged(made("PatchTSTForPrediction", tmp_path))
+    with pytest.raises(
+        surgery.UsageError, match=r"main input is past_values, .*takes past_values.*inputs="
+    ):
         verified(folder)
-    given = {"input_ids": torch.arange(10).reshape(2, 5), "pixel_values": torch.randn(2, 3, 16, 16)}
-    assert verified(folder, inputs=given).ok
+    assert verified(folder, inputs={"past_values": torch.randn(2, 32, 1)}).ok
 
 
 def test_options_of_a_run_without_a_run_are_refused(tmp_path: Path) -> None:

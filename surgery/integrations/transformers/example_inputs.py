@@ -28,6 +28,8 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
         )
     generator = torch.Generator().manual_seed(0)
     made = _MAKERS[main](model, config, generator)
+    if main == "input_ids" and _pairs(config):
+        made |= _image(model, config, generator)
     if getattr(config, "is_encoder_decoder", False):
         made["decoder_input_ids"] = _tokens(config, (len(made[main]), DECODED), generator)
     made["use_cache"] = False  # it is no output to compare
@@ -86,6 +88,12 @@ _MAKERS: Mapping[str, Callable[[nn.Module, Any, torch.Generator], dict[str, Any]
     "input_features": _mel,
     "input_values": _wave,
 }
+
+
+def _pairs(config: Any) -> bool:
+    """Are texts compared with images? Where these stand among the tokens instead, there is a token for them."""
+    told = config.to_dict()
+    return "vision_config" in told and not {"image_token_id", "image_token_index"} & told.keys()
 
 
 def _config(model: nn.Module) -> Any:
