@@ -14,6 +14,7 @@ from torch import Tensor
 
 import surgery
 from surgery.cli import main
+from surgery.testing import assert_equivalent
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99, "pad_token_id": 0, "eos_token_id": 1}
 WIDE = {"hidden_size": 32, "intermediate_size": 64}
@@ -229,11 +230,22 @@ def test_what_cannot_be_run_is_refused_by_name(broken: str, tmp_path: Path) -> N
 
 def test_a_model_whose_inputs_are_not_known_says_what_it_takes(tmp_path: Path) -> None:
     folder = merged(made("PatchTSTForPrediction", tmp_path))
-    with pytest.raises(
-        surgery.UsageError, match=r"main input is past_values, .*takes past_values.*inputs="
-    ):
+    with pytest.raises(surgery.UsageError, match=r"main input is past_values, .*takes past_values.*inputs="):
         verified(folder)
     assert verified(folder, inputs={"past_values": torch.randn(2, 32, 1)}).ok
+
+
+def test_another_suite_compares_models_of_transformers_with_padding_and_caches(tmp_path: Path) -> None:
+    folder = merged(made("LlamaForCausalLM", tmp_path))
+    adapted = surgery.load(surgery.load_model(folder / "base"), folder / "adapter")
+    plain = transformers.LlamaForCausalLM.from_pretrained(folder / "out")
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    given = {"input_ids": torch.arange(10).reshape(2, 5), "attention_mask": mask}
+    base = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
+    assert_equivalent(adapted, plain, given, base=base)
+    for wrong in (base, lambda **inputs: plain(**inputs | {"attention_mask": mask.flip(1)})):
+        with pytest.raises(AssertionError, match=r"not compared: past_key_values \(DynamicCache\)"):
+            assert_equivalent(adapted, wrong, given)
 
 
 def test_options_of_a_run_without_a_run_are_refused(tmp_path: Path) -> None:
