@@ -4,6 +4,7 @@ true: the one model's outputs, run in float64. found: the other's. floor: how fa
 lies from its run in float64. base: the outputs without the adapter, from which its effect is told.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -150,11 +151,20 @@ def _judged(  # noqa: PLR0913, PLR0917  # the runs that bear on one output
         return _alone(name, true, "no row of it is left to compare")
     apart = distance(a, picked(found, rows), logits)
     effect = None
-    if base is not None and name in base and base[name].shape == true.shape:
-        effect = distance(a, picked(base[name], rows)).error
+    if base is not None:
+        effect = _effect(true, base.get(name), rows)
+        if effect == math.inf:
+            return _alone(name, true, "the base gives no numbers of its shape, from which no effect can be told")
         floor = floor.at_least(within(GRAIN * effect, a, logits))
     why = _too_far(apart, floor, factor) or _too_faint(apart, effect)
     return Agreement(name, tuple(true.shape), a.shape[0] if a.dim() else 1, apart, floor, effect, why)
+
+
+def _effect(true: Tensor, base: Tensor | None, rows: Tensor | None) -> float:
+    """Infinite where it cannot be told."""
+    if base is None or base.shape != true.shape:
+        return math.inf
+    return distance(picked(true, rows), picked(base, rows)).error
 
 
 def _alone(name: str, values: Tensor, why: str) -> Agreement:
@@ -199,4 +209,4 @@ def in_words(one: Agreement) -> str:
 
 
 def _finite(value: Distance) -> dict[str, float | None]:
-    return {name: number if abs(number) < float("inf") else None for name, number in value._asdict().items()}
+    return {name: number if math.isfinite(number) else None for name, number in value._asdict().items()}
