@@ -40,6 +40,7 @@ class Bnb4(Codec):
         role = next(iter(STATES.keys() & headers.keys()))
         if headers[role][0] != torch.uint8 or math.prod(headers[role][1]) > _STATE_BYTES:
             raise FormatError("its quant state is no JSON in bytes; was it saved by bitsandbytes?")
+        _check_dtypes(headers)
         state = _state(bytes(load(role).flatten().tolist()), STATES[role], "weight.nested_absmax" in headers)
         for part, wanted in _sizes(headers, state).items():
             found = math.prod(headers[part][1]) if part in headers else 0
@@ -191,6 +192,16 @@ def _state(raw: bytes, kind: str, nested: bool) -> dict[str, Any]:
                 "was the file damaged?"
             )
     return state
+
+
+def _check_dtypes(headers: Headers) -> None:
+    """FormatError unless each tensor has a dtype that can be looked up in, or multiplied by."""
+    scale = (torch.uint8,) if _PARTS[2] in headers else (torch.float32, torch.bfloat16, torch.float16)
+    wanted = dict.fromkeys(_PARTS[1:], (torch.float32,)) | {_PARTS[0]: scale}
+    for role, dtypes in wanted.items():
+        if role in headers and headers[role][0] not in dtypes:
+            held = str(headers[role][0]).removeprefix("torch.")
+            raise FormatError(f"{role} is in {held}, which bitsandbytes does not write; was it cast by another tool?")
 
 
 def _is_shape(value: object) -> bool:

@@ -4,6 +4,7 @@ w = code * SCB * (1/127) in float32, in this order; the last factor is a constan
 gives other bits. https://arxiv.org/abs/2208.07339
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -35,8 +36,10 @@ class Bnb8(Codec):
                 f"8-bit codes {list(shape)} with scales {list(rows)} in {what}; one for each row, in float32, is "
                 "wanted; quantize the model anew"
             )
-        layout = load("weight_format").flatten().tolist() if "weight_format" in headers else [0]
-        if layout != [0]:
+        if math.prod(headers.get("weight_format", (None, (1,)))[1]) != 1:
+            raise FormatError("8-bit codes with several layouts; one is wanted; quantize the model anew")
+        layout = int(load("weight_format").flatten()[0]) if "weight_format" in headers else 0
+        if layout != 0:
             raise FormatError(f"8-bit codes in the layout {layout} of old GPUs; rows (0) are wanted; quantize it anew")
         return {}
 

@@ -4,6 +4,7 @@ w = code * scale in float32. Blocks at the edges may be cut; scales may be power
 https://arxiv.org/abs/2412.19437, section 3.3
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -40,6 +41,9 @@ class Fp8Block(Codec):
                 f"fp8 codes {list(shape)} with scales in {str(dtype).removeprefix('torch.')}; a matrix with scales in "
                 "float32, bfloat16, float16 or bytes is wanted; this layout is not supported"
             )
+        for role, (_, extents) in headers.items():
+            if role not in {"weight", _role(headers)} and math.prod(extents) > shape[1]:
+                raise FormatError(f"fp8 {role} {list(extents)}; one for each input at most is wanted; is it damaged?")
         return {"weight_block_size": _block(shape, scales, config)}
 
     def shape(self, headers: Headers, settings: Settings) -> Shape:  # noqa: ARG002  # it is that of the codes

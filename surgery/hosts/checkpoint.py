@@ -13,6 +13,7 @@ from surgery.core.codec import Packed
 from surgery.core.name_map import USUAL, NameMap
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import FormatError, InputError, printable
+from surgery.hosts.packed_stacks import PackedStacks
 from surgery.hosts.packing import Held, packings, torch_dtype_of
 from surgery.hosts.reading import Reading
 from surgery.io.header import Entry
@@ -78,6 +79,11 @@ class Checkpoint:
         """The weights that are not held plainly, by the name of the plain tensor; its dtype is to compute with."""
         return packings(self.tensors(), self.config, self._rows_of)
 
+    @cached_property
+    def stacks(self) -> PackedStacks:
+        """Those of `packed` that hold a matrix for each expert, as they are decoded."""
+        return PackedStacks(self._rows_of)
+
     def holding(self, name: str) -> Sequence[str]:
         """The tensors of the files that hold a weight; its own for one that is plain."""
         return [one.name for one in self.packed[name].tensors.values()] if name in self.packed else [name]
@@ -108,6 +114,8 @@ class Checkpoint:
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """The weight, or `rows` of its first axis, as the files hold it."""
         held = self.packed.get(site.weight.name)
+        if held is not None and site.op is not None and site.op.stack:
+            return Packed({"weight": self.stacks.rows(site, held, rows)})
         if held is not None:
             return held.load(rows, self._rows_of)
         info = site.laid(self.at[site.weight.name][1].info)

@@ -57,11 +57,10 @@ def torch_dtype_of(info: TensorInfo) -> torch.dtype:
 def packings(infos: Iterable[TensorInfo], config: Mapping[str, Any], load: Load) -> dict[str, Held]:
     """By the name of the plain tensor. FormatError where the tensors of a weight contradict each other."""
     by_name = {info.name: info for info in infos}
-    if not any(name.endswith(_BESIDE) for name in by_name):
-        return {}
+    marked = [name for name in by_name if name.endswith(_BESIDE)]
     found: dict[str, Held] = {}
     for codec, endings in _HELD.items():
-        stems = {name.removesuffix(end) for name in by_name for end in endings[:1] if name.endswith(end)}
+        stems = {name.removesuffix(end) for name in marked for end in endings[1:] if name.endswith(end)}
         for stem in sorted(stems):
             there = {role: by_name[stem + end] for role, end in codec.endings.items() if stem + end in by_name}
             if stem + codec.plain_ending not in found and codec.claims(_headers(there)):

@@ -119,7 +119,7 @@ class FileUndo:
         if self.file is None:
             self.file = self.context.enter_context(self.staging.file(f"{FOLDER}/{self.name}"))
         size = self.base.at[name][1].info.nbytes if name in self.base.at else 0
-        if change.held or change.through or streams is None or sum(map(len, streams.values())) >= size:
+        if streams is None or sum(map(len, streams.values())) >= size:
             for one in [name] if change.keep else self.base.holding(name):
                 self._keep(self.file, self.base.at[one][1].info)
         else:

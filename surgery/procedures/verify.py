@@ -118,21 +118,20 @@ def verify_checkpoint(
     workers: int | None = None,
 ) -> VerifyReport:
     """Grade every tensor of `out` against `adapters` merged over `base`, by any tool; `workers` tiles at once."""
-    into: Into | None = "keep" if out.packed else None
+    into: Into | None = "keep" if out.packed and base.packed else None
     # What is right where two were tied.
     plan = make_plan(base, adapters, replace(treatment or Treatment(), tied="untie", into=into))
     plan.require()
     grades: dict[str, Grade] = {}
-    for name, grade in in_order(
-        _graded, _pieces(base, plan.source(base), out, plan.changes), workers or default_workers()
-    ):
+    pieces = _pieces(base, plan.source(base), out, plan.changes)
+    for name, grade in in_order(_graded, pieces, workers or default_workers()):
         grades[name] = grades[name].worse(grade) if name in grades else grade
     why = _config_differs(base.config, plan.config or base.config, out.config)
     if why:
         grades["config.json"] = Grade("different", why=why)
     base.check_unchanged()
     out.check_unchanged()
-    return VerifyReport(out.path, grades | _links(out.folder))
+    return VerifyReport(out.path, _links(out.folder) | grades)
 
 
 def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
@@ -163,7 +162,7 @@ def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in receipt["files"]:
             grades[path.name] = Grade("different", why="a file of weights that the receipt does not know")
-    return VerifyReport(folder, grades | _links(folder))
+    return VerifyReport(folder, _links(folder) | grades)
 
 
 def _links(folder: Path) -> dict[str, Grade]:

@@ -231,6 +231,12 @@ DAMAGED = {
     "a stale state": ({NF4: state(shape=[12, 65])}, "weight has 384 elements; 390 are wanted"),
     "a merged weight": ({"weight": torch.zeros(12, 64)}, "weight has 768 elements; 96 are wanted"),
     "fewer scales": ({"weight.absmax": torch.zeros(3)}, "weight.absmax"),
+    "scales of whole numbers": ({"weight.absmax": torch.ones(12, dtype=torch.uint8)}, "weight.absmax is in uint8"),
+    "scales that were cast": (
+        {"weight.nested_absmax": torch.ones(1), "weight.nested_quant_map": torch.ones(256)},
+        "weight.absmax is in float32",
+    ),
+    "a table that was cast": ({"weight.quant_map": torch.zeros(16).half()}, "weight.quant_map is in float16"),
     "a short table": ({"weight.quant_map": torch.zeros(15)}, "weight.quant_map"),
     "another kind": ({NF4: state(quant_type="fp4")}, "quant_type"),
     "no block": ({NF4: state(blocksize=0)}, "blocksize"),
@@ -241,7 +247,14 @@ DAMAGED = {
     "no JSON": ({NF4: torch.tensor([123], dtype=torch.uint8)}, "quant_type"),
     "a deep JSON": ({NF4: torch.full((4096,), ord("["), dtype=torch.uint8)}, "quant_type"),
     "a long JSON": ({NF4: torch.full((4097,), ord(" "), dtype=torch.uint8)}, "JSON"),
-    "an offset that is none": ({"weight.nested_absmax": torch.zeros(1), NF4: state(nested_blocksize=256)}, "offset"),
+    "an offset that is none": (
+        {
+            "weight.absmax": torch.ones(12, dtype=torch.uint8),
+            "weight.nested_absmax": torch.zeros(1),
+            NF4: state(nested_blocksize=256),
+        },
+        "offset",
+    ),
 }
 
 
@@ -255,8 +268,13 @@ def test_a_4_bit_weight_that_contradicts_its_quant_state_is_refused(case: str):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"SCB": torch.ones(11)}, {"SCB": torch.ones(12).half()}, {"weight_format": torch.tensor(3, dtype=torch.uint8)}],
-    ids=["rows", "dtype", "layout"],
+    [
+        {"SCB": torch.ones(11)},
+        {"SCB": torch.ones(12).half()},
+        {"weight_format": torch.tensor(3, dtype=torch.uint8)},
+        {"weight_format": torch.zeros(9, dtype=torch.uint8)},
+    ],
+    ids=["rows", "dtype", "layout", "layouts"],
 )
 def test_an_8_bit_weight_of_another_layout_is_refused(changed: Mapping[str, Tensor]):
     packed = Bnb8().fresh(weights(12, 64), {})
@@ -306,6 +324,7 @@ LAYOUTS = {
     "other blocks": {"weight": F8, "weight_scale_inv": torch.ones(7, 7)},
     "no blocks": {"weight": F8, "weight_scale_inv": torch.ones(0, 2)},
     "a stack": {"weight": F8.view(3, 50, 200), "weight_scale_inv": torch.ones(3, 1, 2)},
+    "scales of inputs that are none": {"weight": F8, "weight_scale": torch.ones(1), "input_scale": torch.ones(201)},
     "scales of whole numbers": {"weight": F8, "weight_scale": torch.ones(150, dtype=torch.int32)},
     "blocks of 8": {"blocks": torch.zeros(2, 3, 4, 8).byte(), "scales": torch.zeros(2, 3, 4).byte()},
     "no experts": {"blocks": torch.zeros(3, 4, 16).byte(), "scales": torch.zeros(3, 4).byte()},

@@ -159,9 +159,12 @@ def test_experts_are_decoded_as_transformers_holds_them(tmp_path: Path) -> None:
 
 @each_form
 def test_inspect_lists_the_weights_and_not_what_holds_them(form: str, tmp_path: Path) -> None:
-    rows = {row.name: row.shape for row in surgery.inspect(quantized_base(tmp_path / "base", form)).rows}
-    assert {name: rows[name] for name in SITES} == {site: SHAPES[site.rpartition(".")[2]] for site in SITES}
+    base = quantized_base(tmp_path / "base", form)
+    rows = {row.name: row for row in surgery.inspect(base).rows}
+    assert {name: rows[name].shape for name in SITES} == {site: SHAPES[site.rpartition(".")[2]] for site in SITES}
+    assert {rows[name].dtype for name in SITES} == {FORMATS[form][0].name}
     assert len(rows) == len(SITES) + 3
+    assert sum(row.size_bytes for row in rows.values()) == sum(one.nbytes for one in read_tensors(base).values())
 
 
 def test_the_receipt_and_the_plan_tell_of_every_packed_tensor(adapter: Path, tmp_path: Path) -> None:
@@ -333,12 +336,15 @@ def test_an_erased_adapter_fails_with_the_option_that_would_keep_it(form: str, t
 
 def test_rows_in_tiles_of_any_size_keep_the_same_codes(tmp_path: Path) -> None:
     """Rows of 7 codes: two share a byte, and eight a float32 of storage."""
-    weight = torch.randn(24, 7, generator=torch.Generator().manual_seed(0))
+    drawn = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 7, generator=drawn)
     packed = Bnb4().fresh(weight, {"quant_type": "nf4"})
     codes = packed.tensors["weight"].flatten().view(torch.float32).unsqueeze(1)
     tensors = {f"x.{role}": one for role, one in {**packed.tensors, "weight": codes}.items()}
     write_base(tmp_path / "base", tensors)
-    given = {"x.lora_A.weight": torch.randn(4, 7), "x.lora_B.weight": torch.randn(24, 4)}
+    given = {
+        f"x.lora_{role}.weight": torch.randn(shape, generator=drawn) for role, shape in (("A", (4, 7)), ("B", (24, 4)))
+    }
     adapter = write_adapter(tmp_path / "a", given, target_modules=["x"])
     surgery.merge_checkpoint(tmp_path / "base", adapter, tmp_path / "out", into="keep")
     options = Options(Treatment(into="keep"), pace=Pace(tile_elements=1))

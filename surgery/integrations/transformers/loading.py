@@ -45,9 +45,9 @@ def load_model(
     """The base that the adapter at `where` names, with the adapter; or the model at `where`, if it holds no adapter."""
     place = located(where, revision, subfolder)
     if not (place.path / CONFIG).is_file():
-        return _base(place, wanted, None)
+        return base_model(place, wanted, None)
     adapter = read_adapter(place.path)
-    model = _base(_base_of(place, adapter), wanted, adapter)
+    model = base_model(_base_of(place, adapter), wanted, adapter)
     lay(model, adapter, trainable=trainable)
     attach(model)
     return model
@@ -69,7 +69,8 @@ def _base_of(place: Located, adapter: Adapter) -> Located:
         raise type(error)(f"{printable(place.path / CONFIG)}: its base: {error}") from error
 
 
-def _base(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Module:
+def base_model(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Module:
+    """The model at `place`, in the class of the adapter's task if there is one."""
     model, missing = read_model(place, wanted, adapter)
     if adapter is not None:
         _refuse_missing(missing, adapter, place, type(model))
@@ -78,10 +79,10 @@ def _base(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Module:
 
 def read_model(place: Located, wanted: Wanted, adapter: Adapter | None = None) -> tuple[nn.Module, Collection[str]]:
     """The model at a place, with as many labels as `adapter` brings; and the weights that it lacks: random ones."""
-    transformers = transformers_for("load_model")
+    transformers = transformers_package()
     if not (place.path / "config.json").is_file():
         raise AbsentError(f"{printable(place.path)}: no config.json in it; a model or an adapter folder is wanted")
-    kind = wanted.model_class or class_at(transformers, place.path, adapter)
+    kind = wanted.model_class or class_of(transformers, place.path, adapter)
     config = transformers.AutoConfig.from_pretrained(place.path, trust_remote_code=False)
     labels = None if adapter is None else _labels(adapter)
     if labels is not None and labels != config.num_labels:
@@ -101,7 +102,7 @@ def read_model(place: Located, wanted: Wanted, adapter: Adapter | None = None) -
     return model, told["missing_keys"]
 
 
-def class_at(transformers: Any, base: Path, adapter: Adapter | None) -> Any:
+def class_of(transformers: Any, base: Path, adapter: Adapter | None) -> Any:
     """By the adapter's task, the class that it names, or the one that the base names."""
     if adapter is not None and adapter.config.task_type in _TASKS:
         return getattr(transformers, _TASKS[str(adapter.config.task_type)])
@@ -144,10 +145,10 @@ def _refuse_missing(missing: Any, adapter: Adapter, place: Located, kind: Any) -
         )
 
 
-def transformers_for(feature: str) -> Any:
-    """The package. EnvironmentFault, naming what wants it, without."""
+def transformers_package() -> Any:
+    """EnvironmentFault if it is missing."""
     try:
         import transformers
     except ImportError as error:
-        raise EnvironmentFault(f'{feature}: transformers is missing; pip install "model-surgery[hf]"') from error
+        raise EnvironmentFault('transformers is missing; pip install "model-surgery[hf]"') from error
     return transformers

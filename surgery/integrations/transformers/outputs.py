@@ -18,7 +18,7 @@ from surgery.hosts.checkpoint import INDEX, SINGLE, Checkpoint
 from surgery.hosts.packing import quantization_of
 from surgery.hosts.tree import adapted_layers
 from surgery.integrations.transformers.example_inputs import arguments, example_inputs
-from surgery.integrations.transformers.loading import Wanted, class_at, read_model, transformers_for
+from surgery.integrations.transformers.loading import Wanted, class_of, read_model, transformers_package
 from surgery.io.hub import Located
 from surgery.procedures.adapter_files import fitting_of
 from surgery.procedures.inject import fit
@@ -53,8 +53,8 @@ def agreements(
     One model is in memory at a time. Raises EnvironmentFault without transformers, InputError for what it cannot
     load, UsageError for a model whose inputs cannot be made from its config.
     """
-    with _quiet(transformers_for("verify --outputs")) as transformers:
-        kind = class_at(transformers, _folder(out), adapters[0].adapter)
+    with _quiet(transformers_package()) as transformers:
+        kind = class_of(transformers, _folder(out), adapters[0].adapter)
         known = _run_adapted(base, adapters, kind, inputs, layers)
         rows = mask_of(known.given)
         merged = _loaded(out, kind, adapters=())
