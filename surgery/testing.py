@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from surgery.core.agreement import Outputs, compare, floors
 from surgery.errors import UsageError
+from surgery.integrations.transformers import run_experts_singly
 from surgery.procedures.outputs import Inputs, Runs, calibrated, mask_of, run, twin, widened
 
 __all__ = ["assert_equivalent"]
@@ -50,7 +51,7 @@ def assert_equivalent(  # noqa: PLR0913  # two models and what bears on them
         truth = run(exact, wide)
         floor = floors(run(a, inputs).outputs, truth.outputs, rows)
     elif isinstance(a, nn.Module):
-        truth = run(twin(a), wide)
+        truth = run(_in_float64(a), wide)
         floor = calibrated(a, inputs, truth.outputs, rows)
     else:
         raise UsageError("assert_equivalent: neither is a module, so that no noise can be measured; give exact")
@@ -63,4 +64,10 @@ def assert_equivalent(  # noqa: PLR0913  # two models and what bears on them
 
 def _exactly(model: Runs, inputs: Inputs, wide: Inputs) -> Outputs:
     """In float64, where it is a module."""
-    return run(twin(model), wide).outputs if isinstance(model, nn.Module) else run(model, inputs).outputs
+    return (run(_in_float64(model), wide) if isinstance(model, nn.Module) else run(model, inputs)).outputs
+
+
+def _in_float64(model: nn.Module) -> nn.Module:
+    copied = twin(model)
+    run_experts_singly(copied)
+    return copied

@@ -28,6 +28,7 @@ PART = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num
 
 MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "LlamaForCausalLM": (SMALL | WIDE, ["q_proj", "v_proj", "down_proj"]),
+    "MixtralForCausalLM": (SMALL | WIDE | {"num_local_experts": 4, "num_key_value_heads": 2}, ["q_proj", "v_proj"]),
     "GPT2LMHeadModel": ({"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 99, "n_positions": 40}, ["c_attn"]),
     "BertForMaskedLM": (SMALL | WIDE, ["query", "value"]),
     "BertForQuestionAnswering": (SMALL | WIDE, ["query", "value"]),
@@ -96,6 +97,11 @@ def test_a_merge_of_any_kind_of_model_gives_the_outputs_of_its_adapter(name: str
     assert report.ok, report.outputs.table()
     assert report.counts["equivalent"] >= 1
     assert max(one.effect or 0 for one in report.outputs.outputs) > 1e-2
+
+
+def test_a_merge_into_stacks_of_experts_gives_the_outputs_of_its_adapter(tmp_path: Path) -> None:
+    stacks = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    assert verified(merged(made("MixtralForCausalLM", tmp_path, **stacks))).ok
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -235,13 +241,14 @@ def test_a_model_whose_inputs_are_not_known_says_what_it_takes(tmp_path: Path) -
     assert verified(folder, inputs={"past_values": torch.randn(2, 32, 1)}).ok
 
 
-def test_another_suite_compares_models_of_transformers_with_padding_and_caches(tmp_path: Path) -> None:
-    folder = merged(made("LlamaForCausalLM", tmp_path))
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MixtralForCausalLM"])
+def test_another_suite_compares_models_of_transformers_with_padding_and_caches(name: str, tmp_path: Path) -> None:
+    folder, kind = merged(made(name, tmp_path)), getattr(transformers, name)
     adapted = surgery.load(surgery.load_model(folder / "base"), folder / "adapter")
-    plain = transformers.LlamaForCausalLM.from_pretrained(folder / "out")
+    plain = kind.from_pretrained(folder / "out")
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     given = {"input_ids": torch.arange(10).reshape(2, 5), "attention_mask": mask}
-    base = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
+    base = kind.from_pretrained(folder / "base")
     assert_equivalent(adapted, plain, given, base=base)
     for wrong in (base, lambda **inputs: plain(**inputs | {"attention_mask": mask.flip(1)})):
         with pytest.raises(AssertionError, match=r"not compared: past_key_values \(DynamicCache\)"):

@@ -7,7 +7,7 @@ from surgery.integrations.transformers.exporting import Pretrained
 from surgery.integrations.transformers.loading import Wanted, load_model
 from surgery.integrations.transformers.model import is_pretrained, output_heads
 from surgery.integrations.transformers.names import name_map
-from surgery.integrations.transformers.outputs import agreements
+from surgery.integrations.transformers.outputs import agreements, run_experts_singly
 from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.subclass import attach, detach
 from surgery.integrations.transformers.trainer import AdapterTrainer
@@ -27,5 +27,6 @@ __all__ = [
     "load_model",
     "name_map",
     "output_heads",
+    "run_experts_singly",
     "save_merged",
 ]

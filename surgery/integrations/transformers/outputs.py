@@ -124,7 +124,15 @@ def _loaded(place: Checkpoint, kind: Any, adapters: Sequence[Weighted]) -> nn.Mo
             f"{printable(folder)}: it has no {printable(lacking[0])}, which a {type(model).__name__} would have at "
             "random; a whole model is wanted"
         )
+    run_experts_singly(model)
     return model
+
+
+def run_experts_singly(model: Any) -> None:
+    """Where a model of transformers has experts: its grouped products take no float64."""
+    can = getattr(model, "_can_set_experts_implementation", None)
+    if can is not None and can():
+        model.set_experts_implementation("eager")
 
 
 def _folder(place: Checkpoint) -> Path:
