@@ -59,10 +59,11 @@ def plan(  # noqa: PLR0913  # the options of a merge
     compute_dtype: str | torch.dtype | None = None,
     into: str | None = None,
     base_as: str | None = None,
+    arithmetic: str = "exact",
 ) -> planning.Plan:
     """What a merge with these options would do, and all that stands against it. Writes nothing."""
     with checkpoint(base) as source:
-        treatment = planning.treatment(dtype, tied, ops, compute_dtype, into, base_as)
+        treatment = planning.treatment(dtype, tied, ops, compute_dtype, into, base_as, arithmetic)
         return planning.make_plan(source, weighted(adapters), treatment)
 
 
@@ -80,6 +81,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     base_as: str | None = None,
     min_retained: float = 0.5,
     max_noise: float = 1.0,
+    arithmetic: str = "exact",
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     resume: bool | None = None,
@@ -99,7 +101,9 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     raises CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is
     more than `max_noise` of it. `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8",
     "fp8_block") in which the adapters were trained over this plain base: the weights of their linear maps are merged
-    as they read from it.
+    as they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
+    `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, without or with its `safe_merge`, for LoRA without
+    DoRA, (IA)^3 and AdaLoRA; memory then grows with the largest weight. Raises ConfigError for others.
     A run that was cut short is gone on with, unless `resume` is false. `progress` is called with a Progress as
     bytes are written, one call at a time. The expected hashes are those that the receipt and `inspect` tell.
     `push_to_hub` names a repository that OUT is then uploaded to, as the function of that name does.
@@ -112,7 +116,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     merging.check_adapters(found, expect_adapter_sha256)
     merging.check_sha256(expect_base_sha256)
     options = merging.Options(
-        planning.treatment(dtype, tied, ops, compute_dtype, into, base_as),
+        planning.treatment(dtype, tied, ops, compute_dtype, into, base_as, arithmetic),
         shard_bytes(max_shard_size),
         reversible=reversible,
         overwrite=overwrite,
@@ -161,6 +165,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     ops: Mapping[str, str] | None = None,
     compute_dtype: str | torch.dtype | None = None,
     base_as: str | None = None,
+    arithmetic: str | None = None,
     outputs: bool = False,
     inputs: Inputs | None = None,
     layers: bool = False,
@@ -168,8 +173,9 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     """Grade each tensor of `out` against `adapters` merged over `base`, whichever tool made it.
 
     With one argument, a merged folder, check its files against its receipt. `report.ok` is false where
-    anything is different. `ops`, `compute_dtype` and `base_as` as in `merge_checkpoint`. Raises InputError for what
-    cannot be read, or has no receipt.
+    anything is different. `ops`, `compute_dtype` and `base_as` as in `merge_checkpoint`; `arithmetic` too, by default
+    the one that the receipt of `out` tells, if it has one. Raises InputError for what cannot be read, or has no
+    receipt.
 
     `outputs` also runs both as models of transformers, one at a time, in float64, on `inputs` (keyword arguments of
     forward; by default made from the config, seeded), and compares what they give with the noise of a run of `out`
@@ -185,7 +191,8 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
             raise UsageError("verify_checkpoint: outputs are compared with those of adapters over a base; name both")
         return verifying.verify_receipt(locate(base))
     with checkpoint(base) as source, Checkpoint(locate(out)) as found:
-        treatment = planning.treatment(ops=ops, compute_dtype=compute_dtype, base_as=base_as)
+        told = arithmetic or verifying.recorded_arithmetic(found.folder)
+        treatment = planning.treatment(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=told)
         report = verifying.verify_checkpoint(source, given := weighted(adapters), found, treatment)
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 

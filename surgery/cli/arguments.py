@@ -72,6 +72,15 @@ base_as = click.option(
     help="The form in which the adapters were trained over this plain base, such as nf4 for QLoRA.",
 )
 
+arithmetics = ("exact", "peft", "peft-safe")
+arithmetic = click.option(
+    "--arithmetic",
+    type=click.Choice(arithmetics),
+    default="exact",
+    show_default=True,
+    help="Peft: the bits that PEFT 0.21.2's merge_and_unload gives; peft-safe: with its safe_merge.",
+)
+
 
 def adapters_of(arguments: Sequence[str]) -> list[tuple[str, float]]:
     """ADAPTER[=WEIGHT]: an existing path as it stands, else split at the last `=` before a finite number."""

@@ -4,6 +4,7 @@ import click
 
 from surgery.cli.arguments import (
     adapters_of,
+    arithmetic,
     as_json,
     base_as,
     compute_dtype,
@@ -37,6 +38,7 @@ from surgery.cli.push import private
 @click.option(
     "--max-noise", default=1.0, show_default=True, help="Fail if more comes beside it, in proportion to the change."
 )
+@arithmetic
 @click.option("--max-shard-size", metavar="SIZE", help="Such as 5GB. By default the files are cut as the base's are.")
 @click.option("--expect-base-sha256", metavar="HASH", help="Refuse another base; `surgery inspect --sha256` tells it.")
 @click.option(
@@ -63,6 +65,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     base_as: str | None,
     min_retained: float,
     max_noise: float,
+    arithmetic: str,
     max_shard_size: str | None,
     expect_base_sha256: str | None,
     expect_adapter_sha256: tuple[str, ...],
@@ -93,6 +96,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
             base_as=base_as,
             min_retained=min_retained,
             max_noise=max_noise,
+            arithmetic=arithmetic,
             max_shard_size=max_shard_size,
             expect_base_sha256=expect_base_sha256,
             expect_adapter_sha256=expect_adapter_sha256 or None,

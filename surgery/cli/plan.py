@@ -5,7 +5,19 @@ from typing import Any
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, base_as, compute_dtype, dtype, into, ops, ops_of, show, tied
+from surgery.cli.arguments import (
+    adapters_of,
+    arithmetic,
+    as_json,
+    base_as,
+    compute_dtype,
+    dtype,
+    into,
+    ops,
+    ops_of,
+    show,
+    tied,
+)
 
 
 @click.command()
@@ -17,6 +29,7 @@ from surgery.cli.arguments import adapters_of, as_json, base_as, compute_dtype, 
 @compute_dtype
 @into
 @base_as
+@arithmetic
 @as_json
 def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     base: str,
@@ -27,6 +40,7 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     compute_dtype: str | None,
     into: str | None,
     base_as: str | None,
+    arithmetic: str,
     as_json: bool,
 ) -> None:
     """Show what a merge would do, and all that stands against it. Writes nothing.
@@ -45,6 +59,7 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
         compute_dtype=compute_dtype,
         into=into,
         base_as=base_as,
+        arithmetic=arithmetic,
     )
     rows = [
         (

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, base_as, compute_dtype, conclude, ops, ops_of, reports
+from surgery.cli.arguments import (
+    adapters_of,
+    arithmetics,
+    as_json,
+    base_as,
+    compute_dtype,
+    conclude,
+    ops,
+    ops_of,
+    reports,
+)
 
 
 @click.command()
@@ -14,6 +24,11 @@ from surgery.cli.arguments import adapters_of, as_json, base_as, compute_dtype, 
 @ops
 @compute_dtype
 @base_as
+@click.option(
+    "--arithmetic",
+    type=click.Choice(arithmetics),
+    help="Derive the merge by this arithmetic. By default by the one that OUT's receipt tells, or exact.",
+)
 @click.option("--outputs", is_flag=True, help="Also run both models, and compare what they give.")
 @click.option("--layers", is_flag=True, help="With --outputs: also what each adapted module gives.")
 @as_json
@@ -25,6 +40,7 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     ops: tuple[str, ...],
     compute_dtype: str | None,
     base_as: str | None,
+    arithmetic: str | None,
     outputs: bool,
     layers: bool,
     as_json: bool,
@@ -44,9 +60,10 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
 
     if len(paths) == 2 or (len(paths) > 2 and (base or adapters)) or bool(base) != bool(adapters):
         raise click.UsageError("name OUT; or OUT with --base and --adapter; or BASE ADAPTER... OUT")
-    if (ops or compute_dtype or base_as) and len(paths) == 1 and not base:
+    if (ops or compute_dtype or base_as or arithmetic) and len(paths) == 1 and not base:
         raise click.UsageError(
-            "--op, --compute-dtype and --base-as are for a merge that is derived anew; name base and adapters too"
+            "--op, --compute-dtype, --base-as and --arithmetic are for a merge that is derived anew; "
+            "name base and adapters too"
         )
     if outputs and base_as:
         raise click.UsageError("--outputs runs plain models, and --base-as makes BASE none; give one of the two")
@@ -59,7 +76,13 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     out = paths[-1]
     given = (base, adapters_of(adapters), out) if base else (out,)
     report = files.verify_checkpoint(
-        *given, ops=ops_of(ops), compute_dtype=compute_dtype, base_as=base_as, outputs=outputs, layers=layers
+        *given,
+        ops=ops_of(ops),
+        compute_dtype=compute_dtype,
+        base_as=base_as,
+        arithmetic=arithmetic,
+        outputs=outputs,
+        layers=layers,
     )
     conclude(report, as_json, reports)
     report.require()

@@ -115,7 +115,15 @@ def _scales(packed: Packed) -> Tensor:
 
 def _nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
     largest = torch.finfo(dtype).max  # beyond it the conversion gives NaN, not the largest
-    return values.clamp(-largest, largest).to(torch.float32).to(dtype)
+    return _to_odd(values.to(torch.float64).clamp(-largest, largest)).to(dtype)
+
+
+def _to_odd(values: Tensor) -> Tensor:
+    """float64 as the one of the two float32 around it whose last bit is set, so that it can be rounded once more."""
+    single = values.to(torch.float32)
+    near, bits = single.to(torch.float64), single.view(torch.int32)
+    outwards = torch.where(values.abs() > near.abs(), 1, -1).to(torch.int32)
+    return torch.where((near != values) & (bits & 1 == 0), bits + outwards, bits).view(torch.float32)
 
 
 def _block(shape: Shape, scales: Shape, config: Settings) -> tuple[int, int]:
@@ -129,8 +137,6 @@ def _block(shape: Shape, scales: Shape, config: Settings) -> tuple[int, int]:
     for height, width in [told, BLOCK] if _is_block(told) else [BLOCK]:
         if scales == (-(-rows // height), -(-columns // width)):
             return height, width
-    if len(scales) == 2 and all(scales) and rows % scales[0] == columns % scales[1] == 0:
-        return rows // scales[0], columns // scales[1]
     raise FormatError(
         f"fp8 codes {list(shape)} with scales {list(scales)}; one for each block of {printable(list(told or BLOCK))}, "
         "each row, or for all is wanted; is weight_block_size of config.json right?"

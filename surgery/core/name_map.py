@@ -54,12 +54,12 @@ class NameMap:
         for stack in self.stacks:
             for place, part in enumerate(stack.parts):
                 before, _, after = part.partition("*")
-                pattern = re.compile(rf"(.*){re.escape(before)}(\d+){re.escape(after)}")
+                pattern = re.compile(rf"(.*){re.escape(before)}(\d{{1,9}}){re.escape(after)}")
                 found.setdefault(after, []).append((pattern, place, stack))
         return found
 
 
-_NUMBER = re.compile(r"experts\.\d+(?=\.)")
+_NUMBER = re.compile(r"experts\.\d{1,9}(?=\.)")
 
 USUAL = NameMap(
     rename=lambda name: name.replace(".block_sparse_moe.", ".mlp."),

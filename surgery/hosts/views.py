@@ -10,6 +10,7 @@ from torch import Tensor
 from surgery.codecs import codec_of
 from surgery.core.adapter import Layer, Started
 from surgery.core.arithmetic import ExactProduct, all_finite, round_once
+from surgery.core.as_peft import PeftMerge
 from surgery.core.codec import Packed
 from surgery.core.method import Dense, Elementwise
 from surgery.core.op import Op
@@ -37,6 +38,7 @@ class Change:
     held: str = ""  # the codec by which the host holds the weight, where that is not plain
     through: str = ""  # the form that the host's plain weight was held in while its layers were trained
     keep: bool = False  # by that codec and its scales the outcome is held too; `dtype` is then not its own
+    as_peft: PeftMerge | None = None  # how the layers are merged, where that is not exactly
 
     @property
     def origin(self) -> Site | None:
@@ -83,6 +85,7 @@ Watch = Callable[[MergedTile], None]  # sees each tile of a merge, in order
 class Merged:
     """The changed weights of `source`, computed a tile at a time in float64 and rounded once.
 
+    A weight that is merged as PEFT does is computed whole, when its first tile is asked for.
     `started` is of those whose layers another view has started, too.
     """
 
@@ -97,6 +100,7 @@ class Merged:
         self.changes = {change.site.name: change for change in changes}
         self.started = dict(started or {})  # by the weights of which some tiles are read
         self.couplings: dict[str, Couplings] = {}  # the same
+        self.whole: dict[str, Tensor] = {}  # the same, where it was merged whole
 
     def sites(self) -> Iterable[Site]:
         return [change.site for change in self.changes.values()]
@@ -108,18 +112,15 @@ class Merged:
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """ValueRangeError where the base or the outcome is not finite."""
         change, rows = self.changes[site.name], site.rows(rows)
-        if site.name not in self.started:
-            self.started[site.name] = change.started()
-        started = self.started[site.name]
-        if coupled(change.layers):
-            change, started = self._told(change, rows, started)
-        if _last(site, rows):
-            del self.started[site.name]
-            self.couplings.pop(site.name, None)
-        if change.keep:
-            return self._kept(change, rows, started)
-        original, begin = _opened(self.source, change, rows)
-        outcome, steps = _outcome(change, rows, begin, started)
+        if change.as_peft is None:
+            change, started = self._begun(change, rows)
+            if change.keep:
+                return self._kept(change, rows, started)
+            original, begin = _opened(self.source, change, rows)
+            outcome, steps = _outcome(change, rows, begin, started)
+        else:
+            original, begin = _opened(self.source, change, rows)
+            outcome, steps = self._cut(change, change.as_peft, rows), None
         merged = outcome.tensors["weight"]
         if not all_finite(merged):
             raise _non_finite(site, begin.tensors["weight"], merged)
@@ -142,6 +143,28 @@ class Merged:
         if self.watch is not None:
             self.watch(MergedTile(change, rows, before, after, None, laid))
         return Packed({"weight": outcome.tensors[next(iter(codec.endings))]})
+
+    def _begun(self, change: Change, rows: slice) -> tuple[Change, Started]:
+        """The layers with what these rows need of them; forgotten after the last rows."""
+        name = change.site.name
+        if name not in self.started:
+            self.started[name] = change.started()
+        started = self.started[name]
+        if coupled(change.layers):
+            change, started = self._told(change, rows, started)
+        if _last(change.site, rows):
+            del self.started[name]
+            self.couplings.pop(name, None)
+        return change, started
+
+    def _cut(self, change: Change, merge: PeftMerge, rows: slice) -> Packed:
+        """These rows of a weight that is merged whole."""
+        name = change.site.name
+        if name not in self.whole:
+            begin = _opened(self.source, change, change.site.rows(None))[1].tensors["weight"]
+            self.whole[name] = merge(begin, change.layers, change.site).to(change.dtype)
+        whole = self.whole.pop(name) if _last(change.site, rows) else self.whole[name]
+        return Packed({"weight": whole[rows]})
 
     def _told(self, change: Change, rows: slice, started: Started) -> tuple[Change, Started]:
         """Both with layers that know the sums that these rows need."""

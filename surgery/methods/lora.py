@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64
+from surgery.core.as_peft import AsPeft
 from surgery.core.config import AdapterConfig, Spelling, check_names
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import FEW, Factors, Op, Tile
@@ -20,6 +21,7 @@ from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods import stacks
 from surgery.methods.dora import Dora
+from surgery.methods.lora_as_peft import delta_as_peft, rounds_first
 from surgery.methods.lora_bias import LoraBias
 from surgery.methods.lora_fields import NEUTRAL, REASONS
 
@@ -113,9 +115,8 @@ class LoraConfig(AdapterConfig):
         r = pattern_value(self.rank_pattern, name, self.r)
         alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        if name.endswith(TWICE):
-            scaling *= 2
-        plain = Lora(r=r, scaling=scaling, start=self.init_lora_weights)
+        twice = name.endswith(TWICE)
+        plain = Lora(r=r, scaling=2 * scaling if twice else scaling, start=self.init_lora_weights, twice=twice)
         if self.use_dora:
             return Dora(plain, self.lora_dropout)
         dropping = replace(plain, dropout=self.lora_dropout)
@@ -123,7 +124,7 @@ class LoraConfig(AdapterConfig):
 
 
 @dataclass(frozen=True)
-class Lora(Additive):
+class Lora(Additive, AsPeft):
     """A is [r, in], B is [out, r].
 
     Over a convolution, as PEFT has it, A is a convolution of the whole input, [r, channels, *kernel], and B mixes
@@ -133,6 +134,7 @@ class Lora(Additive):
     r: int
     dropout: float = 0.0
     start: Init = True
+    twice: bool = False  # its scaling is twice what the config says: see TWICE
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         op, (out_features, in_features) = site.acting, site.shape
@@ -182,6 +184,13 @@ class Lora(Additive):
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
         return stacks.delta(p, tile, product) if p["A"].dim() > 2 else product(p["B"], p["A"], tile)
+
+    def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:
+        delta = delta_as_peft(p, site.acting, self.scaling / 2 if self.twice else self.scaling)
+        rounded = delta.to(stored.dtype)
+        if self.twice:  # the attention layer adds it, then its out_proj once more, which is never told to be safe
+            return (stored + rounded + delta).to(stored.dtype)
+        return (stored + (rounded if safe or rounds_first(site.acting) else delta)).to(stored.dtype)
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         if p["A"].dim() > 2:

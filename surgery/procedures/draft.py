@@ -8,6 +8,7 @@ from torch import Tensor
 
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Layer, Weighted
+from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
 from surgery.core.names import Prefix, suffix_hits
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import ConfigError, FormatError, InputError, MatchError, UsageError, printable
@@ -35,6 +36,7 @@ class Draft:
         self.untied = False
         self.plain = False  # are weights written plainly that config.json says are quantized?
         self.prefixes: list[Prefix] = []  # by adapter
+        self.laid: list[Weighted] = []  # the adapters, with the base's own tensors for sites
         self._begun: set[str] = set()  # tensors that begin as an adapter's copy of the resized base
         self._names: set[str] = set()  # of all sites, as the adapters and as the base have them
 
@@ -46,6 +48,7 @@ class Draft:
         joined = Joined(self.base, given, index, self.ops)
         self.refusals += joined.refusals
         self.prefixes.append(joined.prefix)
+        self.laid.append(given._replace(adapter=joined.adapter))
         self._names |= {*joined.adapter.sites, *(site.name for site, _ in joined.layers.values())}
         for name, whole in joined.wholes.items():
             self._replace(name, whole)
@@ -85,6 +88,21 @@ class Draft:
         held = {info.dtype for info in self.base.weights()} - set(PLAIN_DTYPES) - _WHOLE_NUMBERS
         for other in sorted(map(str, held)):
             self.notes.append(f"tensors in {other.removeprefix('torch.')} are carried as they are, not cast")
+
+    def follow(self, arithmetic: Arithmetic) -> None:
+        """All layers are merged by this arithmetic. ConfigError for one that it does not know."""
+        laid = {name: change for name, change in self.changes.items() if change.layers and arithmetic != "exact"}
+        for name, change in laid.items():
+            for layer in change.layers:
+                refuse_unlike_peft(layer.method, change.site)
+            if change.held:
+                self.refusals.append(
+                    FormatError(
+                        f"{printable(name)}: held as {change.held}, which PEFT would quantize anew; leave arithmetic "
+                        "'exact', or dequantize the base first"
+                    )
+                )
+            self.changes[name] = replace(change, as_peft=PeftMerge(safe=arithmetic == "peft-safe"))
 
     def ordered(self) -> list[Change]:
         """In the order of the base's bytes; then those that the base lacks."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from surgery.adapters.peft import check_shapes
 from surgery.core.adapter import Adapter, Stored, shape_of
 from surgery.core.method import Params
 from surgery.core.name_map import Part, Stack
@@ -20,8 +21,7 @@ from surgery.errors import MatchError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.methods.lora import LoraConfig
 from surgery.methods.stacks import by_expert
-from surgery.ops import OPS
-from surgery.ops.experts import parameter_op
+from surgery.ops.experts import Experts, parameter_op
 from surgery.procedures.parameters import assigned, module_of, targeted
 
 KEPT = 8  # tensors of an adapter at a time that are read once for all their experts
@@ -118,16 +118,26 @@ class _Laying:
             whole = self._already(name) or there.get(name)
             pieces = None if whole is None else self.pieces.get(self.prefix.of(whole))
             if whole is None:
-                sites[name] = params
+                self._put(sites, name, params)
             elif pieces is None:
-                sites[whole], found[whole] = params, self._single(whole)
+                self._put(sites, whole, params)
+                found[whole] = self._single(whole)
             else:
                 for info, held in self._expanded(pieces, name, self.ops[whole]):
                     piece = back.of(info.name.removesuffix(".weight"))
-                    sites[piece], taken[piece] = held, whole
-                    found[piece] = Site(info.name.removesuffix(".weight"), {"weight": info}, OPS["linear"])
+                    self._put(sites, piece, held)
+                    taken[piece] = whole
+                    found[piece] = Site(info.name.removesuffix(".weight"), {"weight": info}, Experts())
         config = _config_for(self.config, taken, [name for name in found if name not in taken])
         return Laid(replace(self.adapter, config=config, sites=sites), found)
+
+    def _put(self, sites: dict[str, Params], name: str, params: Params) -> None:
+        if name in sites:
+            raise MatchError(
+                f"{printable(self.adapter.where)}: it has tensors for {printable(name)}, and others for a parameter of "
+                "which that is a part; one of the two is wanted; was it put together from two adapters?"
+            )
+        sites[name] = params
 
     def _add(self, part: Part, info: TensorInfo) -> None:
         pieces = self.pieces.setdefault(part.whole, Pieces(part.stack))
@@ -143,7 +153,7 @@ class _Laying:
         there = self.prefix.of(name)
         if there not in self.single and there not in self.pieces:
             return None
-        self._choose_op(name, [name])
+        self._choose_op(name, name)
         return name
 
     def _held(self, module: str, names: Sequence[str]) -> Sequence[str]:
@@ -156,7 +166,7 @@ class _Laying:
             orders = [tuple(sorted(own, key=self._place))]
         order = orders[0] if orders else own
         for one, name in zip(order, names, strict=True):
-            self._choose_op(f"{module}.{one}", [name])
+            self._choose_op(f"{module}.{one}", name)
         return order
 
     def _place(self, own: str) -> int:
@@ -186,18 +196,23 @@ class _Laying:
                 found.append(site.acting)
         return found
 
-    def _choose_op(self, whole: str, names: Sequence[str]) -> None:
-        found, info = self._ops(whole, names[0]), self._info(whole)
+    def _choose_op(self, whole: str, name: str) -> None:
+        found, info = self._ops(whole, name), self._info(whole)
         if len(found) > 1:
-            if self.family is None:
+            if self.family not in TRANSPOSED_FAMILIES | _STRAIGHT_FAMILIES:
                 raise MatchError(
                     f"{printable(whole)}: its matrices are square, so that no shape tells whether they are stored "
-                    "transposed, and no config.json tells the family; merge it in the model, with surgery.load and "
-                    "surgery.merge"
+                    f"transposed, nor does the family that config.json tells ({printable(self.family)}); merge it in "
+                    "the model, with surgery.load and surgery.merge"
                 )
             found = [op for op in found if op.swapped is (self.family in TRANSPOSED_FAMILIES)]
         own = whole.rpartition(".")[2]
-        self.ops[whole] = found[0] if found else parameter_op(own, info.shape, self.family in TRANSPOSED_FAMILIES)
+        op = found[0] if found else parameter_op(own, info.shape, self.family in TRANSPOSED_FAMILIES)
+        if not found and self.prefix.of(whole) in self.pieces:  # whose own tensors tell nothing of the adapter's
+            specs = self.adapter.config.method(whole).tensors(Site(whole, {"weight": info}, op))
+            wanted = {role: spec.shape for role, spec in specs.items()}
+            check_shapes(whole, self.adapter.sites[name], wanted, self.adapter.where)
+        self.ops[whole] = op
 
     def _info(self, whole: str) -> TensorInfo:
         there = self.prefix.of(whole)
@@ -220,6 +235,12 @@ class _Laying:
 
 TRANSPOSED_FAMILIES = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 """Of transformers, those whose modules of experts say `is_transposed`."""
+
+
+_STRAIGHT_FAMILIES = frozenset(
+    {"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "phimoe", "glm4_moe", "jamba"}
+)
+"""Those whose modules of experts do not."""
 
 
 def _cut(load: Callable[[str], Tensor], op: Op, expert: int, rows: slice, role: str) -> Tensor:

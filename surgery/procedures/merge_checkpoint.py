@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.regular import file_sha256
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
-from surgery.procedures.experts import laid_on
 from surgery.procedures.filling import Pace, fill
 from surgery.procedures.plan import Plan, Treatment, describe, make_plan
 from surgery.procedures.receipt import VERSION, Receipt, base_fingerprint
@@ -48,6 +47,10 @@ class Options:
     max_noise: float = 1.0
     pace: Pace = field(default_factory=Pace)
     beside: Callable[[Staging], Mapping[str, str]] | None = None
+
+    def paced(self) -> Pace:
+        """One file at a time where PEFT is followed: with all threads, as it would run, and one whole weight."""
+        return self.pace if self.treatment.arithmetic == "exact" else replace(self.pace, workers=1)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,6 @@ def merge_checkpoint(
     """
     options = options or Options()
     refuse_overlap(out, [base.path, *(Path(one.adapter.where) for one in adapters)])
-    adapters = [one._replace(adapter=laid_on(base, one.adapter).adapter) for one in adapters]
     plan = make_plan(base, adapters, options.treatment)
     plan.require()
     layout = layout_like(base, plan.written(), options.max_shard_bytes)
@@ -89,15 +91,14 @@ def merge_checkpoint(
     with Staging(out, overwrite=options.overwrite, key=key, resume=options.resume) as staging, ExitStack() as stack:
         undo = stack.enter_context(UndoWriter(base, staging, layout)) if options.reversible else None
         books = _Books(Receipt(base, adapters, plan), undo)
-        readings, written = fill(
-            base, Merged(plan.source(base), plan.changes, books), staging, layout, books, options.pace
-        )
+        view = Merged(plan.source(base), plan.changes, books)
+        readings, written = fill(base, view, staging, layout, books, options.paced())
         _check_base(base, adapters, plan, readings, options)
         _check_survival(books.receipt, options)
         _write_small(files, plan, layout, staging)
         if options.beside is not None:
             files.sha256 |= options.beside(staging)
-        record = undo.finish(adapters, _originals(base, readings, files), files.displaced) if undo else None
+        record = undo.finish(plan.laid, _originals(base, readings, files), files.displaced) if undo else None
         told = books.receipt.finish(readings, written, files, options.treatment, record)
         staging.write(RECEIPT, json_bytes(told))
         _reopen(staging, layout)

@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from surgery.codecs import FORMS
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter, Weighted, nbytes_of
+from surgery.core.as_peft import Arithmetic
 from surgery.core.names import Prefix
 from surgery.core.select import unmatched
 from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source
-from surgery.errors import InputError, UsageError, printable
+from surgery.errors import ConfigError, InputError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.through import Through
 from surgery.hosts.views import Change
@@ -39,11 +40,13 @@ class Treatment:
     compute_dtype: torch.dtype | None = None  # what quantized weights are decoded to; None: as they are computed with
     into: Into | None = None  # what quantized weights are written as; None: 16bit
     base_as: str | None = None  # the form in which the adapters were trained over this plain base
+    arithmetic: Arithmetic = "exact"
 
     def to_json(self) -> dict[str, Any]:
-        told = {"dtype": _word(self.dtype), "tied": self.tied, "ops": dict(sorted(self.ops.items()))}
+        told = {"arithmetic": self.arithmetic, "dtype": _word(self.dtype), "tied": self.tied}
         more = {"compute_dtype": _word(self.compute_dtype), "into": self.into, "base_as": self.base_as}
-        return told | {key: value for key, value in more.items() if value is not None}
+        kept = {key: value for key, value in more.items() if value is not None}
+        return told | {"ops": dict(sorted(self.ops.items()))} | kept
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Plan:
     peak_bytes: int  # an estimate of the resident memory
     undo_bytes: int  # an upper bound of what a reversible merge writes besides
     prefixes: tuple[Prefix, ...] = ()  # by adapter: what leads from its names to the base's
+    laid: tuple[Weighted, ...] = ()  # the adapters as their layers are called
     config: Mapping[str, Any] | None = None  # what config.json has to say afterwards; None: what it says now
 
     @property
@@ -144,6 +148,11 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     ]
     if treatment.dtype is not None:
         draft.cast(treatment.dtype)
+    for one in adapters:
+        if treatment.arithmetic != "exact" and one.adapter.config.parameters():
+            where = printable(one.adapter.where)
+            raise ConfigError(f"{where}: PEFT's merge of target_parameters is not known; leave arithmetic 'exact'")
+    draft.follow(treatment.arithmetic)
     config = true_config(base.config, treatment.dtype, draft.outcome())
     return _costed(base, adapters, draft, config)
 
@@ -155,6 +164,7 @@ def treatment(  # noqa: PLR0913, PLR0917  # one argument an option
     compute_dtype: str | torch.dtype | None = None,
     into: str | None = None,
     base_as: str | None = None,
+    arithmetic: str = "exact",
 ) -> Treatment:
     """UsageError for a value that is none."""
     if tied not in ("refuse", "untie"):
@@ -168,7 +178,19 @@ def treatment(  # noqa: PLR0913, PLR0917  # one argument an option
     if base_as not in (None, *FORMS):
         raise UsageError(f"base_as is {printable(base_as)!r}; one of {', '.join(FORMS)} is wanted")
     form = next((one for one in INTO if one == into), None)
-    return Treatment(check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype), form, base_as)
+    how = check_arithmetic(arithmetic)
+    if base_as is not None and how != "exact":
+        raise UsageError(f"base_as is given, and arithmetic is {how!r}; PEFT merges no such base so; leave one out")
+    return Treatment(check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype), form, base_as, how)
+
+
+def check_arithmetic(arithmetic: object) -> Arithmetic:
+    """UsageError for one that is not known."""
+    known: tuple[Arithmetic, ...] = get_args(Arithmetic)
+    for one in known:
+        if one == arithmetic:
+            return one
+    raise UsageError(f"arithmetic is {printable(arithmetic)!r}; one of {', '.join(known)} is wanted")
 
 
 def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -220,6 +242,13 @@ def _sums_bytes(change: Change) -> int:
     return sum(8 * change.site.shape[0] for layer in change.layers if layer.method.couples)
 
 
+def _whole_bytes(change: Change) -> int:
+    """Of a weight that is merged whole: twice itself, and its change three times in float32 or wider."""
+    weight = change.site.weight
+    wide = max(4, weight.torch_dtype.itemsize)
+    return 0 if change.as_peft is None else 2 * weight.nbytes + 3 * wide * weight.nbytes // weight.torch_dtype.itemsize
+
+
 def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config: Mapping[str, Any] | None) -> Plan:
     changes = draft.ordered()
     plain = {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in changes if not one.keep}
@@ -235,8 +264,13 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         tensors=sum(1 for _ in base.weights()),
         read_bytes=sum(info.nbytes for info in base.tensors()),
         written_bytes=sum(info.nbytes for info in infos.values()),
-        peak_bytes=_RUNTIME_BYTES + sum(whole) + max(sites, default=0) + 8 * _TILE_COPIES * tile,
+        peak_bytes=_RUNTIME_BYTES
+        + sum(whole)
+        + max(sites, default=0)
+        + 8 * _TILE_COPIES * tile
+        + max(map(_whole_bytes, changes), default=0),
         undo_bytes=sum(sites) + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
         prefixes=tuple(draft.prefixes),
+        laid=tuple(draft.laid),
         config=config,
     )

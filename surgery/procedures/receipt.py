@@ -71,7 +71,7 @@ class Receipt:
                 {**_origin(one), "sha256": dict(one.sha256), "digest": one.digest, "weight": weight.hex()}
                 for one, weight in self.adapters
             ],
-            "options": {"arithmetic": "exact", **treatment.to_json()},
+            "options": treatment.to_json(),
             "changed": changed,
             "untouched": {name: digest for name, digest in after.items() if name not in changed},
             "files": {name: one.sha256 for name, one in written.items()},

@@ -1,5 +1,6 @@
 """verify: every tensor of a merged checkpoint graded against what base and adapters give."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -134,6 +135,14 @@ def verify_checkpoint(
     return VerifyReport(out.path, _links(out.folder) | grades)
 
 
+def recorded_arithmetic(folder: Path) -> str:
+    """What a merge by surgery says that it was made with; "exact" of what has no receipt."""
+    if not (folder / RECEIPT).is_file():
+        return "exact"
+    options = read_receipt(folder).get("options")
+    return str(options.get("arithmetic", "exact")) if isinstance(options, dict) else "exact"
+
+
 def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
     """Check the files of `folder`, `workers` at once, against its own receipt, and the links of a graph.
 
@@ -220,7 +229,8 @@ def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable
             change = replace(change, dtype=there.torch_dtype, keep=False)
             change = told(source, change)
             started = change.started()
-            for rows in row_tiles(change.site.laid(info).shape, TILE_ELEMENTS):
+            shape = change.site.laid(info).shape
+            for rows in row_tiles(shape, max(1, math.prod(shape)) if change.as_peft else TILE_ELEMENTS):
                 yield Piece(name, partial(derived, source, out, change, started, rows))
     for name in found:
         yield Piece(name, partial(Grade, "different", why="it is not in the base"))

@@ -89,9 +89,22 @@ def fp8_block() -> Mapping[str, Packed]:
         "rows": packed_of({"weight": every, "weight_scale": rows.unsqueeze(1)}, "rows"),
         "rows-flat": packed_of({"weight": e5m2, "weight_scale": rows, "input_scale": torch.ones(1)}, "rows"),
         "whole": packed_of({"weight": every, "weight_scale_inv": torch.tensor(0.3).bfloat16()}, "whole"),
-        "powers": packed_of({"weight": every[:, :128].contiguous(), "weight_scale_inv": bytes_}, "powers"),
+        "powers": packed_of(
+            {"weight": every[:, :128].contiguous(), "weight_scale_inv": bytes_},
+            "powers",
+            {"weight_block_size": [3, 64]},
+        ),
         "turned": packed_of({"weight": every, "weight_scale_inv": -rows}, "a scale below zero"),
     }
+
+
+def test_float64_is_rounded_to_fp8_once() -> None:
+    """By way of float32 a value just above the middle of two codes becomes the middle, and then the even code."""
+    ones = {"weight": torch.ones(1, 2).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 1)}
+    like = packed_of(ones, "ones")
+    above = torch.tensor([[1 + 2.0**-4 + 2.0**-40, -1 - 2.0**-4 - 2.0**-40]], dtype=torch.float64)
+    found = Fp8Block().decode(Fp8Block().encode(above, like), torch.float32)
+    assert found.tolist() == [[1.125, -1.125]]
 
 
 def mxfp4() -> Mapping[str, Packed]:

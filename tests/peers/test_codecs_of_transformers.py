@@ -11,6 +11,7 @@ from transformers.integrations import finegrained_fp8, mxfp4
 from surgery.codecs import packed_of
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.mxfp4 import Mxfp4
+from surgery.errors import FormatError
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -34,7 +35,8 @@ def test_fp8_weights_are_decoded_to_the_bits_of_transformers(code, grid, scale, 
     scales = torch.rand(grid, generator=drawn).mul(3).to(scale) if scale.is_floating_point else None
     if scales is None:
         scales = torch.randint(0, 256, grid, generator=drawn, dtype=torch.uint8)
-    packed = packed_of({"weight": weight, "weight_scale_inv": scales}, "a test", {"weight_block_size": [128, 128]})
+    block = {"weight_block_size": [256 // grid[0], 384 // grid[1]]}
+    packed = packed_of({"weight": weight, "weight_scale_inv": scales}, "a test", block)
     assert same(Fp8Block().decode(packed, dtype), dequantized(weight, scales, dtype))
 
 
@@ -55,6 +57,14 @@ def test_a_block_at_the_edge_is_cut_not_stretched():
     weight = torch.ones(192, 128).to(torch.float8_e4m3fn)
     packed = packed_of({"weight": weight, "weight_scale_inv": torch.tensor([[1.0], [2.0]])}, "a test")
     assert Fp8Block().decode(packed, torch.float32)[:, 0].tolist() == [1.0] * 128 + [2.0] * 64
+
+
+@pytest.mark.parametrize("config", [{}, {"weight_block_size": [128, 128]}])
+def test_blocks_that_nothing_tells_or_that_contradict_what_is_told_are_refused(config):
+    """3 x 5 scales of 48 x 70 codes are blocks of 16 x 16, of 16 x 14, and of others."""
+    tensors = {"weight": torch.ones(48, 70).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(3, 5)}
+    with pytest.raises(FormatError, match="is weight_block_size of config"):
+        packed_of(tensors, "a test", config)
 
 
 @each_dtype

@@ -86,6 +86,15 @@ def test_what_is_merged_through_files_loads_as_what_peft_has_trained(name: str, 
     # The grid of 22 bits costs r * 2^-21 of each product, r at most 3, in place of float32's rounding of it.
     torch.testing.assert_close(logits(merged), wanted, **near(wanted, 3 * 2.0**-21))
     assert float((logits(made(name)) - wanted).abs().max()) > 4 * near(wanted, 3 * 2.0**-21)["atol"]
+    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "nf4", base_as="nf4")
+    apart = {
+        one
+        for one, values in tensors(tmp_path / "nf4").items()
+        if not torch.equal(values, tensors(tmp_path / "out")[one])
+    }
+    assert apart == {
+        one for one in tensors(tmp_path / "out") if "o_proj.weight" in one
+    }  # stacks were never held in 4 bits
     ours = surgery.load(made(name), tmp_path / "adapter")
     torch.testing.assert_close(logits(ours), wanted, **near(wanted, torch.finfo(torch.float32).eps))
     surgery.save_merged(ours, tmp_path / "live")
@@ -194,7 +203,7 @@ def test_it_is_fused_as_peft_does_it(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_base_that_lacks_an_expert_is_refused_and_names_are_those_of_one_prefix_less(tmp_path: Path) -> None:
+def test_other_experts_than_the_adapter_s_are_refused_and_one_prefix_may_be_less(tmp_path: Path) -> None:
     by_peft("mixtral", tmp_path / "adapter")
     made("mixtral").save_pretrained(tmp_path / "base")
     held = tensors(tmp_path / "base")
@@ -205,6 +214,10 @@ def test_a_base_that_lacks_an_expert_is_refused_and_names_are_those_of_one_prefi
     surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "headless")
     merged = {f"model.{one}": values for one, values in tensors(tmp_path / "headless").items()}
     assert all(torch.equal(values, tensors(tmp_path / "out")[one]) for one, values in merged.items())
+    more = MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=20, num_local_experts=4))
+    more.save_pretrained(tmp_path / "more")
+    with pytest.raises(surgery.ShapeError, match=r"gate_up_proj: A is \[6, 12\], but \[8, 12\] is wanted"):
+        surgery.merge_checkpoint(tmp_path / "more", tmp_path / "adapter", tmp_path / "none")
     missing = "model.layers.1.block_sparse_moe.experts.1.w3.weight"
     save_file({one: values for one, values in held.items() if one != missing}, weights, {"format": "pt"})
     with pytest.raises(

@@ -21,6 +21,7 @@ from surgery.errors import ConfigError, FormatError, MatchError, ShapeError, Sta
 from surgery.methods import METHODS
 from surgery.ops import ROLES
 from surgery.ops.experts import parameter_op
+from surgery.procedures.adapter_files import tensors_of
 
 
 class Bank(nn.Module):
@@ -134,6 +135,9 @@ def test_a_second_adapter_is_trained_alone_and_a_saved_one_is_loaded_again(tmp_p
     changed = {name for name, one in ours.named_parameters() if one.grad is not None}
     assert changed == {f"bank.{inner}lora_{role}.default.weight" for inner in ("", "base_layer.") for role in "AB"}
     surgery.save(ours, tmp_path)
+    told, found = tensors_of(ours, "default"), tensors_of(ours, "default", ours.state_dict())
+    assert told.keys() == found.keys()
+    assert all(torch.equal(values, found[name]) for name, values in told.items())
     assert torch.equal(surgery.load(made(), tmp_path)(X), ours(X))
     other = made()
     with torch.no_grad():
@@ -258,3 +262,10 @@ def test_a_stack_in_mxfp4_is_merged_as_the_plain_one_that_it_is_decoded_to(tmp_p
     assert not torch.equal(found[f"{name}.gate_up_proj"], plain[f"{name}.gate_up_proj"])
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert (tmp_path / "back/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+def test_it_is_compiled_in_one_piece() -> None:
+    ours = surgery.inject(made(), lora("bank.weight", "gain", target_modules=["head"]))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(X), ours(X))
+    assert not torch.equal(compiled(X), made()(X))

@@ -370,7 +370,8 @@ def test_into_without_a_quantized_base_is_refused(into: str, adapter: Path, tmp_
 
 @pytest.mark.parametrize("left", ["left behind", "lost"])
 def test_verify_finds_a_quantization_config_that_contradicts_the_weights(left: str, tmp_path: Path) -> None:
-    base, adapter = quantized_base(tmp_path / "base", "fp8"), write_adapter(tmp_path / "a", strong(1.0))
+    base = quantized_base(tmp_path / "base", "nf4" if left == "lost" else "fp8")
+    adapter = write_adapter(tmp_path / "a", strong(1.0))
     surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="keep" if left == "lost" else None)
     config = json.loads((base / "config.json").read_text())
     if left == "lost":
