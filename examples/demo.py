@@ -82,7 +82,7 @@ def work(out: Path) -> None:
 
 
 def merge(steps: Steps, base: Path, out: Path, model: nn.Module) -> Path:
-    """Save, plan, merge and verify; returns the merged folder."""
+    """Save, plan, merge, verify and export; returns the merged folder."""
     adapter, merged = out / "adapter", out / "merged"
     steps.do("save", lambda: surgery.save(model, adapter), lambda _: "adapter/ in PEFT's format")
     steps.do("plan", lambda: surgery.plan(base, adapter), lambda plan: plan.summary())
@@ -94,7 +94,14 @@ def merge(steps: Steps, base: Path, out: Path, model: nn.Module) -> Path:
     report = steps.do("verify", lambda: surgery.verify_checkpoint(base, adapter, merged), lambda one: one.summary())
     if not report.ok:
         raise surgery.CheckError(f"demo: the merge is not what base and adapter give: {report.summary()}")
+    steps.do("export to ONNX", lambda: surgery.export_onnx(base, adapter, out / "onnx"), exported)
     return merged
+
+
+def exported(report: surgery.ExportReport) -> str:
+    """The sizes of graph and weights, and how near the outputs are."""
+    size = sum(report.weights.values())
+    return f"onnx/: a graph of {report.graph_bytes:,} bytes over {size:,} bytes of weights; {report.proof.summary()}"
 
 
 def unmerge(steps: Steps, base: Path, out: Path) -> None:

@@ -82,6 +82,11 @@ def test_the_examples_of_docstrings_give_what_they_say(path: Path) -> None:
         ("train_lora", "8 of 8 sentences are told apart by the merged model"),
         ("train_ia3", "8 of 8 sentences are told apart by the merged model"),
         ("train_adalora", "8 of 8 sentences are told apart by the merged model"),
+        pytest.param(
+            "train_quantized",
+            "merged into nf4, the quantization-aware adapter is what it was",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_example_runs(name: str, told: str, tmp_path: Path) -> None:

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from surgery.api.files import Adapters, Where, checkpoint, weighted
+from surgery.core.adapter import Weighted
 from surgery.errors import UsageError
 from surgery.formats.onnx.example import Example, example_of
 from surgery.formats.onnx.trace import require_packages
 from surgery.hosts.layout import shard_bytes
 from surgery.hosts.twin import weightless
 from surgery.integrations import transformers as hugging
+from surgery.io.staging import refuse_overlap
 from surgery.procedures import plan as planning
-from surgery.procedures.export import AnyModule, ExportReport, Kind, export_model
+from surgery.procedures.export import AnyModule, ExportReport, Kind, Manner, export_model
+from surgery.procedures.export_swappable import export_swappable
 from surgery.procedures.filling import OnProgress, Pace
 from surgery.procedures.merge_checkpoint import Options
 
@@ -28,6 +31,9 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
     inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     kv: bool = False,
+    swappable: bool = False,
+    names: str = "hf",
+    weights: str = "link",
     dtype: str | torch.dtype | None = None,
     tied: str = "refuse",
     ops: Mapping[str, str] | None = None,
@@ -52,21 +58,37 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
     `kv` is for decoders of transformers: one graph for prompts and for single tokens, with inputs
     past_key_values.N.key and .value, and outputs present.N.key and .value; its greedy tokens are compared too.
 
+    `swappable` writes the base, in whose graph each adapted layer has a slot, and an .onnx_adapter file for each
+    adapter, which onnxruntime puts into the slots; without one the graph is the base. It takes LoRA over linear layers
+    alone. `names` says how the slots are called, "hf" or "genai". Of files, the base is loaded into memory for it.
+
+    `weights` "copy" gives the graph a file of its own, model.onnx.data, with which it can be shipped alone.
+
     Raises CheckError where the outputs differ, InputError, naming the module, for what has no graph, EnvironmentFault
     without `model-surgery[onnx]`, OutputExistsError, and as `merge` and `merge_checkpoint` do; nothing is written then.
     """
     require_packages()
+    how = Manner(weights, names, overwrite)
     if isinstance(model, nn.Module):
         if adapters is not None or dtype or ops or tied != "refuse":
             raise UsageError("export_onnx: of a model in memory the active adapters are exported; adapters is None")
         example, kind = _example(model, inputs, dynamic_axes, kv)
-        return export_model(model, example, Path(out), kind, overwrite=overwrite)
+        if swappable:
+            return export_swappable(model, example, Path(out), kind, how)
+        return export_model(model, example, Path(out), kind, how)
     if inputs is not None or dynamic_axes is not None:
         raise UsageError("export_onnx: of files, inputs are made of the config; load the model to give others")
     options = Options(planning.treatment(dtype, tied, ops), overwrite=overwrite, pace=Pace(progress=progress))
     with checkpoint(model) as source:
         found = weighted([] if adapters is None else adapters)
-        return hugging.export_checkpoint(source, found, Path(out), options, hugging.Export(kv, shard_bytes(max_memory)))
+        if not swappable:
+            export = hugging.Export(how, kv, shard_bytes(max_memory))
+            return hugging.export_checkpoint(source, found, Path(out), options, export)
+        refuse_overlap(Path(out), [source.path, *(Path(one.adapter.where) for one in found)])
+        _refuse_for_slots(found, options)
+        live = hugging.live_model(source, found)
+        example, kind = _example(live, None, None, kv)
+        return export_swappable(live, example, Path(out), kind, how)
 
 
 def _example(model: nn.Module, inputs: Any, axes: Any, kv: bool) -> tuple[Example, Kind]:
@@ -79,3 +101,13 @@ def _example(model: nn.Module, inputs: Any, axes: Any, kv: bool) -> tuple[Exampl
         wanted = "a decoder of transformers alone has a cache" if kv else "inputs are wanted, as forward takes them"
         raise UsageError(f"export_onnx: a {type(model).__name__}{' with inputs' if kv else ''}: {wanted}")
     return (hugging.cached_example(weightless(model)) if kv else hugging.example_for(model)), kind
+
+
+def _refuse_for_slots(adapters: Sequence[Weighted], options: Options) -> None:
+    """UsageError for what slots have no place for."""
+    if not adapters:
+        raise UsageError("export: there is no adapter to be swapped; name some, or leave swappable away")
+    if any(weight != 1 for _, weight in adapters):
+        raise UsageError("export: a swappable adapter has no weight; `surgery combine` writes one that has it in it")
+    if options.treatment != planning.Treatment():
+        raise UsageError("export: dtype, tied and ops are of merges, and swappable adapters are not merged")

@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from surgery.codecs.formats import format_of
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
 from surgery.procedures import adalora, adapter_files, switch
 from surgery.procedures import inject as injection
 from surgery.procedures import merge as merging
 from surgery.procedures import mixed_batch as mixing
+from surgery.procedures import quantize as quantizing
 from surgery.procedures.configs import config_of
 from surgery.procedures.plan import check_arithmetic
 
@@ -22,12 +24,21 @@ Model = TypeVar("Model", bound=nn.Module)
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
 
 
-def inject(model: Model, config: object, *, adapter_name: str = "default", trainable: bool = True) -> Model:
+def inject(
+    model: Model,
+    config: object,
+    *,
+    adapter_name: str = "default",
+    trainable: bool = True,
+    quantization_aware: str | None = None,
+) -> Model:
     """Lay a fresh adapter over the modules that `config` names, in place; returns the model.
 
     `config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter. The rest
-    of the model is frozen. The first adapter is active. Raises MatchError for an entry of target_modules
-    that matches nothing, ConfigError, StateError.
+    of the model is frozen. The first adapter is active. With `quantization_aware` "nf4", "nf4-double", "fp4",
+    "fp4-double", "int8" or "fp8_block" its layers run, and it is trained, as they will once it is merged and their
+    weights are held so: the base's own scales are kept where it is held in that format already. Raises MatchError for
+    an entry of target_modules that matches nothing, ConfigError, StateError.
 
     >>> import surgery, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -35,7 +46,8 @@ def inject(model: Model, config: object, *, adapter_name: str = "default", train
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
-    injection.inject(model, config_of(config), adapter_name, lambda: hugging.output_heads(model), trainable)
+    form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
+    injection.inject(model, config_of(config), adapter_name, lambda: hugging.output_heads(model), trainable, form)
     hugging.attach(model)
     return model
 
@@ -57,6 +69,7 @@ def load_model(  # noqa: PLR0913  # as transformers' from_pretrained
     model_class: Any = None,
     dtype: str | torch.dtype = "auto",
     device_map: Any = None,
+    quantization: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     trainable: bool = False,
@@ -64,11 +77,12 @@ def load_model(  # noqa: PLR0913  # as transformers' from_pretrained
     """A model of transformers with the adapter at `where`, a folder or owner/name on the Hub, laid over its base.
 
     The base is the one that the adapter's config names, in the class of its task, or that either config names, or
-    in `model_class`. Where no adapter lies, the model itself. `dtype` and `device_map` as in transformers. No code
-    of a repository is ever run. Raises InputError for what is not there or not known, EnvironmentFault without
+    in `model_class`. Where no adapter lies, the model itself. `dtype` and `device_map` as in transformers;
+    `quantization` "nf4", "fp4" or "int8" holds the weights so from the start. No code of a repository is ever run.
+    Raises InputError for what is not there or not known, EnvironmentFault without
     transformers or a network.
     """
-    wanted = hugging.Wanted(model_class, dtype, device_map)
+    wanted = hugging.Wanted(model_class, dtype, device_map, quantization)
     return hugging.load_model(where, wanted, revision, subfolder, trainable)
 
 
@@ -85,6 +99,31 @@ def save_merged(model: nn.Module, folder: Where, *, overwrite: bool = False, **o
     and as `merge` does.
     """
     hugging.save_merged(model, Path(folder), overwrite, **options)
+
+
+def quantize(
+    model: Model,
+    kind: str,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    double_quant: bool = False,
+    skip: Sequence[str] | None = None,
+) -> Model:
+    """Hold the weights of all nn.Linear as "nf4", "fp4" or "int8", in place, in bitsandbytes' own layers.
+
+    `skip` names modules, with all in them, that are left as they are; by default the output heads.
+    `compute_dtype` and `double_quant` are of 4 bits; by default each layer computes in the dtype that it has had.
+    A model of transformers then saves itself as a quantized checkpoint. Raises MatchError for an entry that hits
+    nothing and for tied weights, StateError where adapters are, EnvironmentFault without bitsandbytes.
+
+    >>> import surgery, torch
+    >>> model = surgery.quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)), "nf4")
+    >>> model = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]))
+    """
+    wanted = quantizing.Quantization(kind, compute_dtype, double_quant)
+    skipped = quantizing.quantize(model, wanted, skip, hugging.output_heads(model))
+    hugging.tell_quantized(model, wanted, skipped)
+    return model
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> switch.Switched:
@@ -119,14 +158,17 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractConte
     return mixing.mixed_batch(model, adapter_names)
 
 
-def merge(model: Model, *, undo: merging.UndoKind = "index", arithmetic: str = "exact") -> Model:
+def merge(
+    model: Model, *, undo: merging.UndoKind = "index", into: str | None = None, arithmetic: str = "exact"
+) -> Model:
     """Add the active adapters to the base weights, in place; `unmerge` brings them back to the bit.
 
-    `undo` "index" stores a fraction of a bit a parameter; "copy" keeps the original weights. `arithmetic` "peft" or
+    `undo` "index" stores a fraction of a bit a parameter; "copy" keeps the original weights. Over quantized weights
+    `into` "16bit" is wanted: plain layers stand in for them until they are unmerged. `arithmetic` "peft" or
     "peft-safe" gives the bits that PEFT 0.21.2's merge, or safe merge, gives of the same parameters, and keeps the
     original weights.
     """
-    merging.merge(model, undo, check_arithmetic(arithmetic))
+    merging.merge(model, undo, into, check_arithmetic(arithmetic))
     return model
 
 
@@ -140,6 +182,8 @@ def eject(model: Model, *, keep_merged: bool = False) -> Model:
     """Put the model's own modules back, with their requires_grad flags; unmerges first unless `keep_merged`."""
     injection.eject(model, keep_merged)
     hugging.detach(model)
+    if keep_merged:
+        hugging.tell_ejected(model)
     return model
 
 

@@ -11,6 +11,22 @@ from surgery.cli.progress import shown
 @click.argument("adapters", metavar="[ADAPTER[=WEIGHT]...]", nargs=-1)
 @click.argument("out")
 @click.option("--format", "kind", type=click.Choice(["onnx"]), default="onnx", show_default=True)
+@click.option(
+    "--adapters",
+    "how",
+    type=click.Choice(["merged", "swappable"]),
+    default="merged",
+    show_default=True,
+    help="Merged into the weights, or each as an .onnx_adapter file that onnxruntime puts into slots of the graph.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["link", "copy"]),
+    default="link",
+    show_default=True,
+    help="The graph points into the safetensors, or has model.onnx.data of its own, to be shipped alone.",
+)
+@click.option("--names", type=click.Choice(["hf", "genai"]), default="hf", show_default=True, help="Of the slots.")
 @click.option("--kv", is_flag=True, help="A decoder with its cache: past_key_values.N.key in, present.N.key out.")
 @dtype
 @tied
@@ -23,6 +39,9 @@ def export(  # noqa: PLR0913, PLR0917  # one argument an option
     adapters: tuple[str, ...],
     out: str,
     kind: str,
+    how: str,
+    weights: str,
+    names: str,
     kv: bool,
     dtype: str | None,
     tied: str,
@@ -45,6 +64,9 @@ def export(  # noqa: PLR0913, PLR0917  # one argument an option
             adapters_of(adapters),
             out,
             kv=kv,
+            swappable=how == "swappable",
+            names=names,
+            weights=weights,
             dtype=dtype,
             tied=tied,
             ops=ops_of(ops),

@@ -48,7 +48,7 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     Exit code 3 if anything is refused.
     """
     from surgery.api import files
-    from surgery.errors import printable
+    from surgery.errors import InputError, printable
 
     report = files.plan(
         base,
@@ -75,11 +75,23 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     if not as_json:
         for line in (*report.notes, *(f"refused: {error}" for error in report.refusals)):
             click.echo(line)
-    report.require()
+    if not report.ok:
+        told = "the reasons are listed" if as_json else "the lines above say why"
+        raise InputError(f"{printable(base)}: {len(report.refusals)} refused, so nothing would be merged; {told}")
 
 
 def _what(change: Mapping[str, Any]) -> str:
     """What becomes of a weight, in words."""
     done = [f"{'in' if 'kept' in change else 'from'} {change['held']}"] if "held" in change else []
-    done += ["replaced"] if change["replaced"] else [str(one["method"]) for one in change["methods"]]
+    layers = zip(change["methods"], change["matched"], strict=True)
+    done += ["replaced"] if change["replaced"] else [_laid(method, matched) for method, matched in layers]
     return ", ".join(done) or "cast"
+
+
+def _laid(method: Mapping[str, str], matched: Mapping[str, Any]) -> str:
+    """A layer: its method, r, alpha, scaling, and the entry of target_modules that it is there by."""
+    from surgery.errors import printable
+
+    numbers = [f"{name}={matched[name]:g}" for name in ("r", "lora_alpha") if name in matched]
+    numbers += [f"scaling={float.fromhex(method['scaling']):g}"] if "scaling" in method else []
+    return " ".join([method["method"], *numbers, f"by {printable(matched['by'])!r}"])

@@ -1,6 +1,6 @@
 """AdapterConfig: the fields of PEFT's adapter_config.json that choose modules, and how a config is read."""
 
-from abc import ABC, abstractmethod
+from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
@@ -38,8 +38,34 @@ class ConfigFiles(Protocol):
     def write(self, config: "AdapterConfig", folder: Where) -> None: ...
 
 
+class _OfFields(ABCMeta):
+    """What PEFT's configs take besides, and is not served, may be given with the value that leaves the maths alone."""
+
+    neutral: Mapping[str, Any]
+    reasons: Mapping[str, str]
+
+    def __call__(cls, *given: Any, **values: Any) -> Any:
+        beside = {name: value for name, value in values.items() if name in cls.neutral.keys() - cls.own()}
+        for name, value in beside.items():
+            if why := cls.refusal(name, value):
+                raise ConfigError(f"{name}: {why}")
+        return super().__call__(*given, **{name: value for name, value in values.items() if name not in beside})
+
+    def own(cls) -> frozenset[str]:
+        """Its fields."""
+        config: Any = cls  # a dataclass, which its class alone does not say
+        return frozenset(field.name for field in fields(config))
+
+    def refusal(cls, name: str, value: object) -> str:
+        """Why a field that is not served cannot have this value; nothing where it leaves the maths alone."""
+        if value == cls.neutral[name] or value in (None, False, {}, []):
+            return ""
+        default = f"only {cls.neutral[name]!r} is supported; merge this adapter with the tool that made it"
+        return cls.reasons.get(name, default)
+
+
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig(ABC):
+class AdapterConfig(ABC, metaclass=_OfFields):
     """Selection fields, named as in PEFT. Raises ConfigError for a value that cannot be."""
 
     peft_type: ClassVar[str]
@@ -58,13 +84,6 @@ class AdapterConfig(ABC):
     revision: str | None = None
     task_type: str | None = None
     inference_mode: bool = False
-
-    def __new__(cls, *_: object, **given: object) -> Self:
-        """ConfigError, with the reason, for a field of PEFT's that is not served."""
-        for name in given.keys() & cls.neutral.keys():
-            told = cls._unserved(name, given[name]) or f"{given[name]!r} changes nothing; leave it out"
-            raise ConfigError(f"{name}: {told}")
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
@@ -90,6 +109,10 @@ class AdapterConfig(ABC):
         """Of `spellings` those that tensors of this very config have, each role's own last."""
         return self.spellings
 
+    def told(self, name: str) -> Mapping[str, float]:  # noqa: ARG002  # for those that have such
+        """Of its numbers those that patterns resolve for the site `name`, by field."""
+        return {}
+
     def parameters(self) -> Sequence[str]:
         """What it adapts that is no module: parameters, by the ends of their names."""
         return ()
@@ -102,7 +125,7 @@ class AdapterConfig(ABC):
         """By field beside the selection, its entries that mean none of the adapted `names`."""
         return {}
 
-    def check_fresh(self) -> None:  # noqa: B027  # most have nothing to refuse
+    def check_fresh(self) -> None:  # most have nothing to refuse
         """ConfigError for what a fresh adapter cannot be trained with."""
 
     def written(self, sites: Mapping[str, Params]) -> tuple[Self, Mapping[str, Params]]:
@@ -137,14 +160,6 @@ class AdapterConfig(ABC):
         """Write `adapter_config.json` into a folder, which is made if there is none."""
         self.files.write(self, folder)
 
-    @classmethod
-    def _unserved(cls, name: str, value: Any) -> str:
-        """Why this value of a field in `neutral` is refused; nothing where it changes no number."""
-        if value == cls.neutral[name] or value in (None, False, {}, []):
-            return ""
-        default = f"only {cls.neutral[name]!r} is supported; merge this adapter with the tool that made it"
-        return cls.reasons.get(name, default)
-
     def _take_patterns(self) -> None:
         """Tables of patterns become such as bound what matching may cost."""
         for field in fields(self):
@@ -159,7 +174,7 @@ class AdapterConfig(ABC):
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str = "adapter_config.json") -> Self:
         """The config that `data` spells. FormatError for a field that changes the maths in a way we lack."""
-        own = {field.name for field in fields(cls)}
+        own = cls.own()
         for name, value in data.items():
             if name in own or name in PROVENANCE:
                 continue
@@ -168,9 +183,9 @@ class AdapterConfig(ABC):
                     f"{where}: unknown field {printable(name)!r}; it may change the maths, so it is refused; "
                     "remove it if it does not"
                 )
-            unserved = cls._unserved(name, value)
-            if unserved:
-                raise FormatError(f"{where}: {name} is {printable(value)!r}; {unserved}")
+            why = cls.refusal(name, value)
+            if why:
+                raise FormatError(f"{where}: {name} is {printable(value)!r}; {why}")
         try:
             return cls(**{name: value for name, value in data.items() if name in own})
         except ConfigError as error:

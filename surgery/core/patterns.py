@@ -22,7 +22,8 @@ CASELESS_SETS = 32
 
 EXACT = "{}"
 ENDING = r"(.*\.)?({})$"  # PEFT's form for a key of rank_pattern or alpha_pattern
-LAYER = r".*?(?:^|\.)(?:{})\.(\d+)\."  # PEFT's form for layers_pattern
+LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # PEFT's form for layers_pattern
+SAVED = r"(^|.*\.){}($|\..*)"  # PEFT's form for what lies in an entry of modules_to_save
 
 _NAME = re.compile(r"[\w.-]*")  # always a regular expression
 _FORK = re.compile(r"[*+?{|(]")

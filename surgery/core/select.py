@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from surgery.core.config import AdapterConfig
 from surgery.core.names import nearest, suffix_hits, suffixes
-from surgery.core.patterns import LAYER, Patience, PatternTable
+from surgery.core.patterns import LAYER, SAVED, Patience, PatternTable
 from surgery.errors import ConfigError, MatchError, printable
 
 ALL_LINEAR = "all-linear"
-_ANY_LAYER = re.compile(LAYER.format(r"[^.]+"))  # where layers_pattern is not given
+_ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")  # PEFT's, where layers_pattern is not given: none at the root
 Number = TypeVar("Number", int, float)
 
 
@@ -33,7 +33,10 @@ def select(config: AdapterConfig, names: Iterable[str], all_linear: Callable[[],
     return [
         name
         for name in names
-        if hit(name) and not excluded(name) and not _inside(saved, name) and _in_layers(config, name, patience)
+        if hit(name)
+        and not excluded(name)
+        and not _inside(saved, name, patience)
+        and _in_layers(config, name, patience)
     ]
 
 
@@ -44,6 +47,14 @@ def unmatched(config: AdapterConfig, chosen: Collection[str]) -> list[str]:
         return [] if chosen or not targets else [targets]
     found = {entry for name in chosen for entry in suffix_hits(frozenset(targets), name)}
     return sorted(set(targets) - found)
+
+
+def matched_by(config: AdapterConfig, name: str) -> str:
+    """The entry that hits `name`: the longest, or the one pattern; nothing if none does."""
+    targets = config.target_modules
+    listed = frozenset(() if isinstance(targets, str) else targets or ()) | frozenset(config.parameters())
+    found = suffix_hits(listed, name)
+    return found[0] if found else targets if isinstance(targets, str) else ""
 
 
 def refuse_unmatched(field: str, entries: Sequence[str], names: Collection[str]) -> None:
@@ -98,12 +109,9 @@ def _matcher(
     return lambda name: not wanted.isdisjoint(suffixes(name))
 
 
-def _inside(modules: frozenset[str], name: str) -> bool:
-    """Whether `name` is one of `modules` (by suffix) or lies inside one."""
-    if not modules:
-        return False
-    parts = name.split(".")
-    return any(suffix_hits(modules, ".".join(parts[: count + 1])) for count in range(len(parts)))
+def _inside(modules: frozenset[str], name: str, patience: Patience) -> bool:
+    """Whether `name` is one of `modules` or lies inside one. To PEFT they are patterns here, and only here."""
+    return any(patience.match(one, name, SAVED) is not None for one in modules)
 
 
 def _check_layers(config: AdapterConfig) -> None:
@@ -122,23 +130,21 @@ def _check_layers(config: AdapterConfig) -> None:
 def _in_layers(config: AdapterConfig, name: str, patience: Patience) -> bool:
     """`layers_to_transform`: the number after the first `.<layers_pattern>.` must be among them."""
     wanted = config.layers_to_transform
-    if wanted is None or name in (config.target_modules or ()):
+    if wanted is None or wanted == [] or name in (config.target_modules or ()):
         return True
     patterns = config.layers_pattern
     choices = [patterns] if isinstance(patterns, str) else list(patterns or ())
     for pattern in choices:
         found = patience.match(pattern, name, LAYER)
         if found:
-            return _layer(pattern, found[1]) in _listed(wanted)
+            return _layer(found) in _listed(wanted)
     found = None if choices else _ANY_LAYER.match(name)
-    return found is not None and int(found[1]) in _listed(wanted)
+    return found is not None and _layer(found) in _listed(wanted)
 
 
-def _layer(pattern: str, number: str | None) -> int:
-    """The number is what the first group holds (PEFT's rule), which a group of the pattern may take."""
-    if number is None or not number.isdecimal():
-        raise ConfigError(f"layers_pattern {printable(pattern)!r}: its group hides the number; write (?:...) instead")
-    return int(number)
+def _layer(found: Any) -> int | None:
+    """None where a pattern such as a|b matches without the number."""
+    return None if found["idx"] is None else int(found["idx"])
 
 
 def _listed(wanted: int | Sequence[int]) -> Sequence[int]:

@@ -10,15 +10,15 @@ from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, row_tiles
 from surgery.errors import MatchError, printable
-from surgery.hosts.recognition import op_of
+from surgery.hosts.quantized import compute_dtype, decoded, is_quantized, shape_of_layer
+from surgery.hosts.recognition import op_of, unfit
 from surgery.ops.experts import parameter_op
 
 
 def live_site(name: str, module: nn.Module, op: Op) -> Site:
     """The site that a module is."""
     roles = {own: role for role, own in op.roles.items()}
-    held = {own: values for own, values in module._parameters.items() if values is not None}
-    return Site(name, {roles.get(own, own): _info(f"{name}.{own}", values) for own, values in held.items()}, op)
+    return Site(name, {roles.get(own, own): info for own, info in _infos(name, module).items()}, op)
 
 
 def parameter_site(name: str, module: nn.Module) -> Site:
@@ -34,7 +34,7 @@ def parameter_site(name: str, module: nn.Module) -> Site:
     if values.dim() == 3 and not values.is_contiguous():
         raise MatchError(f"{printable(name)}: its memory is in another order than its axes; make it contiguous first")
     op = parameter_op(own, tuple(values.shape), getattr(module, "is_transposed", False) is True)
-    return Site(name, {"weight": _info(name, values)}, op)
+    return Site(name, {"weight": TensorInfo(name, values.dtype, tuple(values.shape))}, op)
 
 
 def model_sites(root: nn.Module) -> list[Site]:
@@ -51,9 +51,8 @@ def model_sites(root: nn.Module) -> list[Site]:
     found = []
     for key, (name, *aliases) in paths.items():
         module, op = modules[key], op_of(modules[key])
-        held = {role: values for role, values in module._parameters.items() if values is not None}
-        infos = {role: _info(f"{name}.{role}".lstrip("."), values) for role, values in held.items()}
-        same = weights[id(module._parameters.get("weight"))] if "weight" in held else [name]
+        infos = _infos(name, module)
+        same = weights[id(module._parameters.get("weight"))] if "weight" in infos else [name]
         found.append(Site(name, infos, op, tuple(aliases), tuple(other for other in same if other != name)))
     return found
 
@@ -102,5 +101,19 @@ class LivePart:
         """Nothing is left to do."""
 
 
-def _info(name: str, values: Tensor) -> TensorInfo:
-    return TensorInfo(name, values.dtype, tuple(values.shape))
+def _infos(name: str, module: nn.Module) -> dict[str, TensorInfo]:
+    """Of its parameters; of a quantized weight, what it decodes to."""
+    infos = {
+        own: TensorInfo(f"{name}.{own}".lstrip("."), values.dtype, tuple(values.shape))
+        for own, values in module._parameters.items()
+        if values is not None
+    }
+    if is_quantized(module) and unfit(module) is None:
+        infos["weight"] = infos["weight"]._replace(dtype=compute_dtype(module), shape=shape_of_layer(module))
+    return infos
+
+
+def stored_weight(module: nn.Module, op: Op) -> Tensor:
+    """The weight of a module that is a site, as it is stored, outside autograd; decoded where it is quantized."""
+    held: Tensor = decoded(module) if is_quantized(module) else getattr(module, op.roles.get("weight", "weight"))
+    return held.detach()

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.core.op import Op
+from surgery.hosts.quantized import is_quantized, quantized_kinds, unready
 from surgery.ops import OPS
 from surgery.ops.convolution import Convolution
 from surgery.ops.embedding import Embedding
@@ -23,6 +24,8 @@ def op_of(module: nn.Module) -> Op | None:
 
 
 def _kinds() -> Iterator[tuple[type[nn.Module], str]]:
+    for kind in quantized_kinds():
+        yield kind, "linear"
     yield nn.Linear, "linear"
     yield nn.Embedding, "embedding"
     for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
@@ -93,6 +96,8 @@ def unfit(module: nn.Module) -> str | None:
     """Why a module of a known kind can bear no adapter all the same, and the next step; None if it can."""
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None:
         return "its query, key and value have weights of their own, for which PEFT has no spelling; adapt its out_proj"
+    if is_quantized(module):
+        return unready(module)
     weight = module._parameters.get(OPS["attention"].roles["weight"], module._parameters.get("weight"))
     if weight is None:
         return "its weight is computed from other tensors; remove the parametrization first"

@@ -1,6 +1,6 @@
 """Adapted: a layer with adapters over it; any method, any op."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +9,11 @@ from torch.func import functional_call
 
 from surgery.core.adapter import Layer
 from surgery.core.arithmetic import float_product
-from surgery.core.method import Dense, Method, Params, Run
+from surgery.core.method import Dense, Method, Params, Product, Run
 from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site
 from surgery.core.sums import sum_rows
+from surgery.layers.aware import Holding, held_merge
 from surgery.layers.mixed import Mixed, Rows
 from surgery.layers.plain import is_plain_linear
 from surgery.layers.slot import Slot
@@ -26,6 +27,7 @@ class Fitted(NamedTuple):
     method: Method
     holders: Mapping[str, Holder]
     slots: Mapping[str, Slot]
+    aware: Holding | None = None  # of what it is trained to become
 
     @property
     def params(self) -> Params:
@@ -112,15 +114,18 @@ class Adapted(nn.Module):
     enabled = True
     hashed: Any = None  # sha256 of the base weight, and which state of its memory that is of
     merged: Any = None  # what undoes the merge, while the base weight holds the active adapters
+    beneath: nn.Module | None = None  # the quantized layer that `base_layer` stands in for, while it is merged
     running: tuple[Fitted | Mixed, ...] = ()
+    aware: Holding | None = None  # in what format the effective weight is held, if a running adapter asks for one
+    decode: Callable[[nn.Module], Tensor] | None = None  # of a base layer that holds its weight otherwise than plainly
 
-    def __init__(self, base_layer: nn.Module, site: Site) -> None:
+    def __init__(self, base_layer: nn.Module, site: Site, decode: Callable[[nn.Module], Tensor] | None = None) -> None:
         super().__init__()
         # Past nn.Module's __setattr__, which looks for parameters everywhere and takes microseconds.
         self._modules["base_layer"] = base_layer
-        self.__dict__.update(site=site, op=site.acting, fitted={})
+        self.__dict__.update(site=site, op=site.acting, fitted={}, decode=decode)
 
-    def fit(self, adapter: str, method: Method, params: Params, trainable: bool) -> None:
+    def fit(self, adapter: str, method: Method, params: Params, trainable: bool, aware: Holding | None = None) -> None:
         """Lay an adapter over the layer; it is not active yet."""
         slots, holders = {}, {}
         for role, spec in method.tensors(self.site).items():
@@ -131,7 +136,7 @@ class Adapted(nn.Module):
                 self._modules[name] = slot
             slot.put(adapter, leaf, params[role], trainable)
             slots[role], holders[role] = slot, slot.holder(adapter, leaf)
-        self.fitted[adapter] = Fitted(method, holders, slots)
+        self.fitted[adapter] = Fitted(method, holders, slots, aware)
 
     def unfit(self, adapter: str) -> None:
         """Take an adapter away."""
@@ -150,7 +155,8 @@ class Adapted(nn.Module):
         active = tuple(name for name in adapters if name in self.fitted)
         running = active if enabled and self.merged is None else ()
         chosen = tuple(self.fitted[name] for name in running)
-        self.__dict__.update(active=active, enabled=enabled, running=chosen)
+        aware = next((one.aware for one in chosen if one.aware is not None), None)
+        self.__dict__.update(active=active, enabled=enabled, running=chosen, aware=aware)
 
     def mix(self, rows: Rows) -> None:
         """Each row of a batch runs under its own adapter from now on, until `activate`."""
@@ -164,11 +170,13 @@ class Adapted(nn.Module):
     def forward(self, *given: Any, **kwargs: Any) -> Any:
         base_layer: Any = self._modules["base_layer"]
         if not self.running:
-            return base_layer(*given, **kwargs)
+            return base_layer(*given, **kwargs) if self.beneath is None else self._run_stand_in(*given, **kwargs)
         if self.op.roles:  # its weights are read, and nothing else could be put in the way
             return functional_call(base_layer, self._read_weights(), given, kwargs)
         if not given:  # a layer's input may be named
             given = (kwargs.pop(next(iter(kwargs))),)
+        if self.aware is not None:
+            return self._run_held(given[0])
         bottom = Below(self, given[1:], kwargs)
         above: Below | Over = bottom
         for one in self.running[:-1]:
@@ -204,28 +212,48 @@ class Adapted(nn.Module):
         """The base layer's weight as a matrix, and its bias."""
         base: Any = self._modules["base_layer"]
         bias = None if self.op.alone else base._parameters.get(self.op.roles.get("bias", "bias"))
-        return Dense(self.op.matrix(self.base_weight), bias)
+        return Dense(self.op.matrix(self._stored()), bias)
 
-    def _effective(self) -> Dense:
-        dense = base = self.dense()
+    def _effective(self, base: Dense, product: Product) -> Dense:
+        """What the running adapters make of a weight and a bias."""
+        dense = base
         for one in self.running:
             one.method.refuse_merge(self.site)
             p = one.method.matrices(one.params, self.site)
             if one.method.couples:
-                p = one.method.told(p, sum_rows(one.method.terms(base.weight, p, WHOLE, float_product)))
-            dense = one.method.merge(dense, p, WHOLE, float_product)
+                p = one.method.told(p, sum_rows(one.method.terms(base.weight, p, WHOLE, product)))
+            dense = one.method.merge(dense, p, WHOLE, product)
         return dense
+
+    def _run_stand_in(self, input: Tensor) -> Tensor:
+        """The plain layer, in whatever dtype the quantized one takes."""
+        out: Tensor = self.base_layer(input.to(self.base_weight.dtype))
+        return out.to(input.dtype)
+
+    def _run_held(self, x: Tensor) -> Tensor:
+        """As the merged layer will run once its weight is held in the format."""
+        weight, bias = self._held()
+        return self.op.apply(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+
+    def _held(self) -> Dense:
+        """The effective weight and bias as the merge will be held."""
+        assert self.aware is not None
+        return held_merge(self.aware, self.base_layer, self.dense(), self._effective)
+
+    def _stored(self) -> Tensor:
+        """The base layer's weight as floats."""
+        return self.base_weight if self.decode is None else self.decode(self.base_layer)
 
     @property
     def base_weight(self) -> Tensor:
-        """The base layer's own stored weight."""
+        """The base layer's own parameter."""
         held: Any = self.innermost if self.op.alone else self._modules["base_layer"]
         weight: Tensor = getattr(held, self.op.roles.get("weight", "weight"))
         return weight
 
     @property
     def weight(self) -> Tensor:
-        """The stored weight with the running adapters in it, differentiable."""
+        """The stored weight with the running adapters in it, differentiable; without any, the base layer's own."""
         return self._beside("weight") if self.op.alone else self._weight()
 
     @property
@@ -237,14 +265,16 @@ class Adapted(nn.Module):
         held: Tensor | None = base._parameters.get(self.op.roles.get("bias", "bias"))
         if held is None or not any(one.method.for_bias() for one in self.running):
             return held
-        bias = self._effective().bias
+        bias = (self._effective(self.dense(), float_product) if self.aware is None else self._held()).bias
         return None if bias is None else bias.to(held.dtype)
 
     def _weight(self) -> Tensor:
-        held = self.base_weight
         if not self.running:
-            return held
-        return self.op.stored(self._effective().weight).to(held.dtype).view(held.shape)
+            return self.base_weight
+        if self.aware is not None:
+            return self._held().weight
+        base, held = self.dense(), self._stored()
+        return self.op.stored(self._effective(base, float_product).weight).to(held.dtype).view(held.shape)
 
     def _beside(self, name: str) -> Tensor:
         """A parameter of the module, of which it adapts one."""

@@ -105,6 +105,9 @@ class LoraConfig(AdapterConfig):
         absent = {role for role, asked in (("m", self.use_dora), ("b", self.lora_bias)) if not asked}
         return {ending: one for ending, one in self.spellings.items() if one.role not in absent}
 
+    def told(self, name: str) -> Mapping[str, float]:
+        return dict(zip(("r", "lora_alpha"), self._numbers(name), strict=True))
+
     def parameters(self) -> Sequence[str]:
         return self.target_parameters or ()
 
@@ -112,8 +115,7 @@ class LoraConfig(AdapterConfig):
         return replace(self, target_parameters=names or None)
 
     def method(self, name: str) -> "Lora | LoraBias | Dora":
-        r = pattern_value(self.rank_pattern, name, self.r)
-        alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
+        r, alpha = self._numbers(name)
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         twice = name.endswith(TWICE)
         plain = Lora(r=r, scaling=2 * scaling if twice else scaling, start=self.init_lora_weights, twice=twice)
@@ -121,6 +123,11 @@ class LoraConfig(AdapterConfig):
             return Dora(plain, self.lora_dropout)
         dropping = replace(plain, dropout=self.lora_dropout)
         return LoraBias(dropping) if self.lora_bias else dropping
+
+    def _numbers(self, name: str) -> tuple[int, float]:
+        """r and alpha of a site."""
+        alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
+        return pattern_value(self.rank_pattern, name, self.r), alpha
 
 
 @dataclass(frozen=True)

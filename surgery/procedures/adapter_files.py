@@ -12,7 +12,7 @@ from surgery.core.adapter import Adapter
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Method, Params, Spec
 from surgery.core.names import in_base, nearest, renaming
-from surgery.core.site import Site
+from surgery.core.site import Site, TensorInfo
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.tree import State, adapted_layers, injected, live_path, replaced_modules, spelled
 from surgery.io.durable import write_file
@@ -22,7 +22,7 @@ from surgery.io.strict_json import json_bytes
 from surgery.layers import Adapted
 from surgery.procedures.fused import fused
 from surgery.procedures.inject import Fitting, check_name, fit
-from surgery.procedures.merge import base_sha256
+from surgery.procedures.merge import base_sha256, own_weight
 from surgery.procedures.model_tree import Tree
 from surgery.procedures.parameters import assigned, module_of, targeted
 
@@ -183,11 +183,17 @@ def _held(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
 def _base_print(root: nn.Module, adapter: str) -> Hashed:
     """The base's weights under the adapter, each with its sha256."""
     layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
-    infos = {layer.site.weight.name: layer.site.weight for layer in layers.values()}
+    infos = {layer.site.weight.name: _held_as(layer) for layer in layers.values()}
     hashes = map(base_sha256, layers.values())
     return {
         name: (info._replace(name=name), digest) for (name, info), digest in zip(infos.items(), hashes, strict=True)
     }
+
+
+def _held_as(layer: Adapted) -> TensorInfo:
+    """The base's parameter as a file would list it: of a quantized weight, its codes."""
+    held = own_weight(layer)
+    return layer.site.weight._replace(dtype=held.dtype, shape=tuple(held.shape))
 
 
 def _check_base(tree: Tree, adapter: Adapter, names: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from surgery.core.site import TensorInfo
-from surgery.errors import printable
+from surgery.errors import UsageError, printable
 from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.graph import name_axes, simplify, strip
 from surgery.formats.onnx.link import link, weights_of
@@ -25,9 +26,10 @@ from surgery.hosts.checkpoint import SINGLE, Checkpoint
 from surgery.hosts.tree import adapted_layers
 from surgery.hosts.twin import Weightless, aliases, weightless
 from surgery.io.header import encode_header
-from surgery.io.octets import octets
+from surgery.io.octets import octets, tensor_from
 from surgery.io.staging import Staging
 from surgery.io.tensor_file import TensorFile
+from surgery.procedures.export_readme import write_readme
 from surgery.procedures.merged_state import merged_state, plain_state
 from surgery.procedures.proof import Proof, prove, reference_of
 
@@ -77,6 +79,20 @@ class AnyModule:
 
 
 @dataclass(frozen=True)
+class Manner:
+    """How an export is written. UsageError for a value that is none."""
+
+    weights: str = "link"  # the graph points into the safetensors; "copy": it has a file of its own
+    names: str = "hf"  # of slots; "genai": as the model builder of onnxruntime-genai
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("weights", ("link", "copy")), ("names", ("hf", "genai"))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {printable(getattr(self, name))!r}; {' or '.join(known)} is wanted")
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """What an export has written, and what proves it."""
 
@@ -103,22 +119,23 @@ class ExportReport:
 
 
 def export_model(
-    root: nn.Module, example: Example, out: Path, kind: Kind | None = None, *, overwrite: bool = False
+    root: nn.Module, example: Example, out: Path, kind: Kind | None = None, how: Manner | None = None
 ) -> ExportReport:
     """Write the model with its active adapters merged to the new folder `out`; the model stays as it is, to the bit.
 
     Raises InputError for what cannot be traced, naming the module, CheckError if onnxruntime computes otherwise,
     OutputExistsError, and as `merge` does; then nothing is written.
     """
-    kind = kind or AnyModule()
+    kind, how = kind or AnyModule(), how or Manner()
     plain = weightless(root)
     kind.prepare(plain.module)
     graph = traced(plain, example)
-    with Staging(out, overwrite=overwrite) as staging:
-        adapted = reference_of(root, example)
+    with Staging(out, overwrite=how.overwrite) as staging:
+        adapted = reference_of(root, example, kind.prepare)
         with _merged(root) as state:
             kind.write(root, staging, state)
-            sizes, _ = write_graph(graph, plain.module, kind, staging)
+            sizes, _ = write_graph(graph, plain.module, kind, staging, how.weights == "copy")
+            write_readme(staging, sizes)
             proof = prove(root, example, staging.folder / GRAPH, kind.prepare, adapted)
         proof.require(out)
     return ExportReport(out, sizes.pop(GRAPH), sizes, proof)
@@ -133,32 +150,43 @@ def traced(plain: Weightless, example: Example) -> Any:
     return graph
 
 
-def write_graph(graph: Any, plain: nn.Module, kind: Kind, staging: Staging) -> tuple[dict[str, int], dict[str, str]]:
-    """The graph linked to the weights in the folder; returns the size of each file of both, and sha256 of the new ones.
+def write_graph(
+    graph: Any, plain: nn.Module, kind: Kind, staging: Staging, copied: bool = False
+) -> tuple[dict[str, int], dict[str, str]]:
+    """The graph linked to weights in the folder; returns the size of each file of both, and sha256 of the new ones.
 
-    Weights that are made of several lie in a file beside it, of safetensors' format; its name ends otherwise, for
-    loaders take all that end in .safetensors.
+    Weights that are made of several, or all if they are to be `copied`, lie in a file beside it, of safetensors'
+    format; its name ends otherwise, for loaders take all that end in .safetensors.
     """
     import onnx_ir as ir
 
     with Checkpoint(staging.folder) as files:
-        sources = kind.sources(plain, files)
-        weights = weights_of(*files.files)
-        sizes = {file.path.name: file.state.st_size for file in files.files}
-        written = {DATA: write_tensors(staging, DATA, sources.made)} if sources.made else {}
-    names = {
-        name: (*group, *(sources.renamed[one] for one in group if one in sources.renamed))
-        for name, group in aliases(plain).items()
-    }
-    if sources.made:
+        sources, weights = kind.sources(plain, files), weights_of(*files.files)
+        sizes = {} if copied else {file.path.name: file.state.st_size for file in files.files}
+        names = {
+            name: (*group, *(sources.renamed[one] for one in group if one in sources.renamed))
+            for name, group in aliases(plain).items()
+        }
+        own = dict(sources.made)
+        if copied:
+            found = (next((one for one in group if one in weights.stored), "") for group in names.values())
+            own |= {name: Lazy(weights.stored[name].info, partial(read_tensor, files, name)) for name in found if name}
+        written = {DATA: write_tensors(staging, DATA, own)} if own else {}
+    if own:
         beside = TensorFile(staging.folder / DATA)
-        weights |= weights_of(beside)
+        weights = weights_of(beside) if copied else weights | weights_of(beside)
         sizes[DATA] = beside.state.st_size
         beside.close()
     link(graph, weights, names)
     data = ir.to_proto(graph).SerializeToString()
     written[GRAPH] = staging.write(GRAPH, data)
     return {**sizes, GRAPH: len(data)}, written
+
+
+def read_tensor(files: Checkpoint, name: str) -> Tensor:
+    """A tensor of a checkpoint, in memory."""
+    info = files.at[name][1].info
+    return tensor_from(bytearray().join(files.read(name)), info.torch_dtype, info.shape)
 
 
 def write_state(staging: Staging, state: State) -> None:

@@ -1,6 +1,7 @@
 """inject and eject: adapters into any model in place, and the very modules back out."""
 
 import copy
+import dataclasses
 import gc
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -11,14 +12,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from surgery.codecs.formats import Format
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Dense, Method, Params
 from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
 from surgery.core.site import Site
-from surgery.errors import StateError, UsageError, printable
+from surgery.errors import MatchError, StateError, UsageError, printable
+from surgery.hosts.quantized import is_quantized, keep_scales, release_scales
 from surgery.hosts.tree import State, places, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
+from surgery.layers.aware import Holding
+from surgery.procedures.awareness import holdings
 from surgery.procedures.merge import refuse_merged, refuse_mixed, unmerge
 from surgery.procedures.model_tree import Tree, wrap
 from surgery.procedures.parameters import refuse_nested, targeted_parameters
@@ -34,6 +39,7 @@ class Fitting:
     config: AdapterConfig
     sites: Mapping[str, tuple[Site, Method, Params]]
     saved: Mapping[str, Mapping[str, Tensor] | None]  # by module: tensors to start from; None: the module's own
+    aware: Mapping[str, Holding] = dataclasses.field(default_factory=dict)  # by site, where it is quantization-aware
 
 
 @contextmanager
@@ -49,15 +55,17 @@ def _collector_paused() -> Iterator[None]:
 
 
 @_collector_paused()
-def inject(
+def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it runs
     root: nn.Module,
     config: AdapterConfig,
     adapter: str,
     output_heads: Callable[[], Collection[str]] = tuple,
     trainable: bool = True,
+    form: Format | None = None,
 ) -> None:
     """Lay a fresh adapter over the modules that `config` selects; `output_heads` finds what "all-linear" leaves out.
 
+    With a format it runs as it will once it is merged and held so.
     Raises MatchError for an entry that hits nothing, StateError if `adapter` is there or a merge is.
     """
     check_name(root, adapter)
@@ -80,19 +88,23 @@ def inject(
         site, method = tree.parameter_site(name), config.method(name)
         sites[site.name] = site, method, method.init(site, _no_base)
     saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
-    fit(tree, adapter, Fitting(config, sites, saved), trainable)
+    aware = {} if form is None else holdings(tree.modules, config, sites, form)
+    fit(tree, adapter, Fitting(config, sites, saved, aware), trainable)
 
 
 @_collector_paused()
 def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     """Lay a checked adapter over the model. The first one of a model is active, later ones are not."""
     root = tree.root
+    _refuse_quantized_copies(tree, fitting)
     refuse_nested(tree, {name: site for name, (site, _, _) in fitting.sites.items()}, fitting.saved)
     state = state_of(root) or _frozen(tree)
+    for place in tree.places:
+        keep_scales(place.module)
     touched: list[Adapted | Replaced] = []
     for name, (site, method, params) in _outer_first(tree, fitting.sites):
         layer = tree.layer(name, site)
-        layer.fit(adapter, method, _placed(params, layer.base_weight), trainable)
+        layer.fit(adapter, method, _placed(params, layer.base_weight), trainable, fitting.aware.get(name))
         touched.append(layer)
     for name, tensors in fitting.saved.items():
         module = tree.modules[name]
@@ -104,6 +116,16 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
         state.active = (adapter,)
     for wrapper in touched:  # elsewhere nothing has changed
         wrapper.activate(state.active, state.enabled)
+
+
+def _refuse_quantized_copies(tree: Tree, fitting: Fitting) -> None:
+    """MatchError where modules_to_save names what cannot be trained."""
+    for name in fitting.saved:
+        if any(is_quantized(one) for one in tree.modules[name].modules()):
+            raise MatchError(
+                f"{printable(name)}: modules_to_save names it, and its weight is quantized, which no gradient can "
+                "train; leave it out there, or load the model with it skipped"
+            )
 
 
 Fitted = tuple[Site, Method, Params]
@@ -160,6 +182,8 @@ def eject(root: nn.Module, keep_merged: bool = False) -> None:
         elif isinstance(place.module, Replaced):
             kept = place.module.running if keep_merged else place.module.original_module
             place.parent._modules[place.key] = kept
+    for module in root.modules():
+        release_scales(module)
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in state.trainable)
     set_state(root, None)

@@ -12,6 +12,7 @@ from surgery.core.adapter import Adapter
 from surgery.core.site import Site
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.model import model_sites
+from surgery.hosts.quantized import codec_name, is_quantized, packed_of_layer, unready
 from surgery.procedures.op_choice import CONV1D_FAMILIES, CONV1D_NAMES
 from surgery.procedures.receipt import base_fingerprint
 from surgery.procedures.tying import ties_head
@@ -49,8 +50,8 @@ class Inspection:
 
 def inspect_model(root: nn.Module) -> Inspection:
     """The sites of a live model: its paths are what `target_modules` names."""
-    rows = [_row(one, one.op.name if one.op else "", ", ".join(one.aliases + one.tied)) for one in model_sites(root)]
-    return Inspection("model", tuple(rows), {})
+    modules = dict(root.named_modules())
+    return Inspection("model", tuple(_live_row(one, modules[one.name]) for one in model_sites(root)), {})
 
 
 def inspect(path: Path, sha256: bool = False) -> Inspection:
@@ -79,6 +80,14 @@ def _row(site: Site, op: str, tied: str) -> Row:
     info = site.tensors.get("weight") or next(iter(site.tensors.values()))
     size = sum(one.nbytes for one in site.tensors.values())
     return Row(site.name or info.name, op, info.shape, str(info.dtype).removeprefix("torch."), size, tied)
+
+
+def _live_row(site: Site, module: nn.Module) -> Row:
+    row = _row(site, site.op.name if site.op else "", ", ".join(site.aliases + site.tied))
+    if not is_quantized(module) or unready(module) is not None:
+        return row
+    held = sum(values.nbytes for values in packed_of_layer(module, site.name).tensors.values())
+    return row._replace(dtype=codec_name(module), size_bytes=row.size_bytes - site.weight.nbytes + held)
 
 
 def _stored_row(base: Checkpoint, site: Site) -> Row:

@@ -1,9 +1,10 @@
 """merge and unmerge of a live model: the base weights change in place, and come back to the bit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from surgery.core.adapter import Layer, bias_layers
@@ -12,11 +13,13 @@ from surgery.core.source import copy
 from surgery.core.undo import Recorder
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.model import LiveWeights, live_site
+from surgery.hosts.quantized import is_quantized
 from surgery.hosts.tree import adapted_layers, state_of
 from surgery.hosts.views import Change, Merged, MergedTile, Undo, Unmerged
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
 from surgery.ops.bias import Bias, bias_site
+from surgery.procedures.standing_in import check_into, dtype_of_model, held_as, plain_dtype, put_back, settle, stand_in
 
 UndoKind = Literal["index", "copy"]
 
@@ -42,6 +45,8 @@ class LiveRecorder:
         self.told: dict[str, Change] = {}  # as the tiles were merged, with all that the layers had to know
 
     def __call__(self, tile: MergedTile) -> None:
+        if tile.change.held:  # whose layer is put back as it was
+            return
         if tile.first:
             self.recorder = Recorder() if self.kind == "index" and tile.steps is not None else None
         if self.recorder is not None and tile.steps is not None and tile.original is not None:
@@ -67,19 +72,38 @@ class LiveRecorder:
             self.undos[name] = Undo(weight.dtype, streams=streams)
 
 
-def merge(root: nn.Module, undo: UndoKind = "index", arithmetic: Arithmetic = "exact") -> None:
+def merge(root: nn.Module, undo: UndoKind = "index", into: str | None = None, arithmetic: Arithmetic = "exact") -> None:
     """Add the active adapters to the base weights; on an error everything is as it was.
 
     `undo` "index" records what cannot be recomputed; "copy" keeps the originals: faster, and as large as they.
+    `into` "16bit" puts plain layers in the place of quantized ones meanwhile; without it these are refused.
     `arithmetic` other than "exact" gives PEFT's bits, and keeps the originals whatever `undo` says.
     Raises StateError if adapters are merged or none is active, MatchError for a tied weight, ValueRangeError,
-    ConfigError for an adapter whose merge by PEFT is not known.
+    ConfigError for an adapter whose merge by PEFT is not known, UsageError for quantized weights.
     """
     refuse_merged(root, "merge again")
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.running}
     if not layers:
         raise StateError("merge: no active adapter; inject one, or set_adapter and enable_adapters")
-    changes = {name: _followed(_changes(name, layer), arithmetic) for name, layer in layers.items()}
+    check_into(layers, into, arithmetic)
+    model_dtype, quantized = dtype_of_model(root), [one for one in layers.values() if is_quantized(one.base_layer)]
+    try:
+        for layer in quantized:
+            stand_in(layer, model_dtype)
+        changes = {name: _followed(_changes(name, layer, model_dtype), arithmetic) for name, layer in layers.items()}
+        _merge(root, layers, changes, undo)
+    except BaseException:
+        for layer in quantized:
+            put_back(layer)
+        raise
+    for layer in quantized:
+        settle(layer, model_dtype)
+
+
+def _merge(
+    root: nn.Module, layers: Mapping[str, Adapted], changes: Mapping[str, tuple[Change, ...]], undo: UndoKind
+) -> None:
+    """All plain layers, in place."""
     targets = {one.site.name: _parameter(layers[name], one) for name in changes for one in changes[name]}
     _refuse_tied(root, layers, changes)
     flat = [one for of_layer in changes.values() for one in of_layer]
@@ -88,11 +112,11 @@ def merge(root: nn.Module, undo: UndoKind = "index", arithmetic: Arithmetic = "e
     try:
         copy(Merged(live, flat, recorder), live)
     except BaseException:
-        done = [recorder.told[name] for name in live.stored]
+        done = [recorder.told[name] for name in live.stored if name in recorder.told]
         copy(Unmerged(live, done, lambda change: recorder.undos[change.site.name]), live)
         raise
     for name, layer in layers.items():
-        layer.merged = tuple(recorder.undo(change) for change in changes[name])
+        layer.merged = tuple(recorder.undo(change) for change in changes[name] if not change.held)
         layer.activate(layer.active, layer.enabled)
 
 
@@ -101,11 +125,20 @@ def unmerge(root: nn.Module) -> None:
 
     StateError, and nothing changes, if nothing is merged or a merged weight has changed since.
     """
-    layers = {name: layer for name, layer in adapted_layers(root).items() if layer.merged is not None}
-    if not layers:
+    merged = [layer for layer in adapted_layers(root).values() if layer.merged is not None]
+    if not merged:
         raise StateError("unmerge: nothing is merged; merge the model first")
-    undos = {one.change.site.name: one for layer in layers.values() for one in _here(layer)}
-    targets = {one.change.site.name: _parameter(layer, one.change) for layer in layers.values() for one in _here(layer)}
+    _unmerge([layer for layer in merged if layer.beneath is None])
+    for layer in merged:
+        put_back(layer)
+        layer.merged = None
+        layer.activate(layer.active, layer.enabled)
+
+
+def _unmerge(layers: Sequence[Adapted]) -> None:
+    """All plain layers, in place."""
+    undos = {one.change.site.name: one for layer in layers for one in _here(layer)}
+    targets = {one.change.site.name: _parameter(layer, one.change) for layer in layers for one in _here(layer)}
     live = LiveWeights(targets, [])
     for name, undo in undos.items():
         if sha256_of(live.weight(undo.change.site)) != undo.merged_sha256:
@@ -114,21 +147,24 @@ def unmerge(root: nn.Module) -> None:
     for name, undo in undos.items():
         if sha256_of(live.weight(undo.change.site)) != undo.original_sha256:
             raise StateError(f"{printable(name)}: the unmerged weight is not the original; its undo record has changed")
-    for layer in layers.values():
-        layer.merged = None
-        layer.activate(layer.active, layer.enabled)
 
 
 def base_sha256(layer: Adapted) -> str:
     """sha256 of the layer's base weight, without what is merged into it; kept until the weight is changed."""
-    if layer.merged is not None:
+    if layer.merged is not None and layer.beneath is None:
         return _here(layer)[0].original_sha256
-    weight = layer.base_weight
+    weight = own_weight(layer)
     state = weight.data_ptr(), weight._version
     if layer.hashed is None or layer.hashed[0] != state:
         layer.__dict__["hashed"] = state, sha256_of(weight)
     digest: str = layer.hashed[1]
     return digest
+
+
+def own_weight(layer: Adapted) -> Tensor:
+    """The parameter of the layer that the model had before anything was merged."""
+    held: Tensor = layer.base_weight if layer.beneath is None else layer.beneath._parameters["weight"]  # type: ignore[assignment]
+    return held
 
 
 def refuse_merged(root: nn.Module, what: str) -> None:
@@ -145,7 +181,7 @@ def refuse_mixed(root: nn.Module, what: str) -> None:
         raise StateError(f"cannot {what} while a batch is mixed; leave mixed_batch first")
 
 
-def _changes(name: str, layer: Adapted) -> tuple[Change, ...]:
+def _changes(name: str, layer: Adapted, model_dtype: torch.dtype) -> tuple[Change, ...]:
     """What the active adapters make of a layer's weight and bias; the factors are cloned, for training may go on."""
     site = layer.site if layer.op.alone else live_site(name, layer.base_layer, layer.op)
     for one in layer.layers():
@@ -155,9 +191,11 @@ def _changes(name: str, layer: Adapted) -> tuple[Change, ...]:
         Layer(one.method, {role: values.to(device, copy=True) for role, values in one.params.items()})
         for one in layer.layers()
     ]
-    weight, bias = Change(site, site.weight.torch_dtype, tuple(layers)), bias_site(site)
+    held = held_as(layer)
+    dtype = plain_dtype(layer.beneath, model_dtype) if held else site.weight.torch_dtype
+    weight, bias = Change(site, dtype, tuple(layers), held=held), bias_site(site)
     on_bias = bias_layers(layers)
-    return (weight, Change(bias, bias.weight.torch_dtype, on_bias)) if bias and on_bias else (weight,)
+    return (weight, Change(bias, bias.weight.torch_dtype, on_bias, held=held)) if bias and on_bias else (weight,)
 
 
 def _followed(changes: tuple[Change, ...], arithmetic: Arithmetic) -> tuple[Change, ...]:

@@ -5,23 +5,29 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from surgery.hosts.quantized import is_quantized
 from surgery.hosts.tree import adapted_layers, injected, places
 from surgery.layers import Adapted, Replaced
 from surgery.procedures.merge import merge, unmerge
+from surgery.procedures.standing_in import decode_others
 
 
 @contextmanager
 def merged_state(root: nn.Module) -> Iterator[dict[str, Tensor]]:
     """By the names that the model has without adapters. At the end the model is as it was, to the bit.
 
-    Meanwhile the active adapters are merged. Raises as `merge` does; what is merged already stays so.
+    Meanwhile the active adapters are merged, and what is quantized is decoded. Raises as `merge` does; what is merged
+    already stays so.
     """
     injected(root)
     was_merged = any(layer.merged is not None for layer in adapted_layers(root).values())
     if not was_merged:
-        merge(root, "copy")
+        quantized = any(is_quantized(layer.base_layer) for layer in adapted_layers(root).values() if layer.running)
+        merge(root, "copy", "16bit" if quantized else None)
     try:
-        yield plain_state(root)
+        state = plain_state(root)
+        decode_others(root, state)
+        yield state
     finally:
         if not was_merged:
             unmerge(root)

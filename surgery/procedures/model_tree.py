@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from surgery.core.method import Dense
 from surgery.core.site import Site
 from surgery.errors import MatchError, printable
-from surgery.hosts.model import live_site, parameter_site
+from surgery.hosts.model import live_site, parameter_site, stored_weight
+from surgery.hosts.quantized import decoder
 from surgery.hosts.recognition import op_of, unfit
 from surgery.hosts.tree import Place, places
 from surgery.layers import Adapted, Replaced
@@ -81,7 +82,7 @@ class Tree:
         """The wrapper at a site, put there if there is none."""
         if not site.acting.alone:
             module = self.modules[name]
-            return module if isinstance(module, Adapted) else wrap(self, module, Adapted(module, site))
+            return module if isinstance(module, Adapted) else wrap(self, module, Adapted(module, site, decoder(module)))
         if name not in self.alone:
             self._wrap_parameter(name, site)
         return self.alone[name]
@@ -133,8 +134,7 @@ class Tree:
         module = self.modules[name]
         base: Any = module.base_layer if isinstance(module, Adapted) else module
         op = self.site(name).acting
-        held: Tensor = getattr(base, op.roles.get("weight", "weight"))
-        return Dense(op.matrix(held.detach()))
+        return Dense(op.matrix(stored_weight(base, op)))
 
 
 def wrap(tree: "Tree", module: nn.Module, wrapper: Wrapper) -> Wrapper:

@@ -8,10 +8,10 @@ import torch
 
 from surgery.codecs import FORMS
 from surgery.codecs.plain import PLAIN_DTYPES
-from surgery.core.adapter import Adapter, Weighted, nbytes_of
+from surgery.core.adapter import Adapter, Layer, Weighted, nbytes_of
 from surgery.core.as_peft import Arithmetic
-from surgery.core.names import Prefix
-from surgery.core.select import unmatched
+from surgery.core.names import Prefix, in_base
+from surgery.core.select import matched_by, unmatched
 from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source
 from surgery.errors import ConfigError, InputError, UsageError, printable
@@ -64,6 +64,7 @@ class Plan:
     prefixes: tuple[Prefix, ...] = ()  # by adapter: what leads from its names to the base's
     laid: tuple[Weighted, ...] = ()  # the adapters as their layers are called
     config: Mapping[str, Any] | None = None  # what config.json has to say afterwards; None: what it says now
+    matched: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # by tensor, of each layer over it
 
     @property
     def ok(self) -> bool:
@@ -100,7 +101,10 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {
             "ok": self.ok,
-            "changes": [describe(change) for change in self.changes],
+            "changes": [
+                {**describe(change), "matched": list(self.matched.get(change.site.weight.name, ()))}
+                for change in self.changes
+            ],
             "refusals": [str(error) for error in self.refusals],
             "notes": list(self.notes),
             "bytes": {
@@ -214,6 +218,11 @@ def _notes(adapter: Adapter) -> list[str]:
         for entry in unmatched(config, adapter.sites.keys())
     ]
     notes += [
+        f"{where}: {field} entry {printable(entry)!r} matches no tensors"
+        for field, entries in ({} if config.parameters() else config.unused(adapter.sites.keys())).items()
+        for entry in entries  # of parameters, whose sites the files name otherwise, nothing is said
+    ]
+    notes += [
         f"{where}: {printable(site)}: its delta counts twice, as in PEFT up to 0.21.2, with which it was trained"
         for site in adapter.sites
         if site.endswith(TWICE)
@@ -273,4 +282,11 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         prefixes=tuple(draft.prefixes),
         laid=tuple(draft.laid),
         config=config,
+        matched={one.site.weight.name: [_matched(adapters, layer) for layer in one.layers] for one in changes},
     )
+
+
+def _matched(adapters: Sequence[Weighted], layer: Layer) -> dict[str, Any]:
+    """The site as its adapter names it, the entry of target_modules that hits it, and its numbers."""
+    config = adapters[layer.adapter].adapter.config
+    return {"site": layer.name, "by": matched_by(config, in_base(layer.name)), **config.told(layer.name)}

@@ -30,17 +30,23 @@ class Trial:
     """One run of the graph: the shapes of its inputs, and how far its outputs lie from the model's."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    merged: Agreements
+    merged: Agreements | None  # None where it is adapted by a slot
     adapted: Agreements | None  # None where there is no adapter
+    adapter: str = ""  # in the slots
 
     @property
     def why(self) -> str:
-        return self.merged.why or (self.adapted.why if self.adapted is not None else "")
+        return next((one.why for one in self.compared if one.why), "")
+
+    @property
+    def compared(self) -> list[Agreements]:
+        return [one for one in (self.merged, self.adapted) if one is not None]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "merged": self.merged.to_json(),
+            "adapter": self.adapter,
+            "merged": None if self.merged is None else self.merged.to_json(),
             "adapted": None if self.adapted is None else self.adapted.to_json(),
         }
 
@@ -62,16 +68,16 @@ class Proof:
         if wrong is not None:
             shapes = ", ".join(f"{name} {list(shape)}" for name, shape in wrong.shapes.items())
             raise CheckError(
-                f"{printable(out)}: onnxruntime computes otherwise than the model, for {shapes}: {wrong.why}; "
-                "nothing was written; report it with the versions of torch and onnxruntime"
+                f"{printable(out)}: onnxruntime computes otherwise than the model{_under(wrong.adapter)}, "
+                f"for {shapes}: {wrong.why}; nothing was written; report it with the versions of torch and onnxruntime"
             )
 
     def summary(self) -> str:
         """One line."""
         if not self.trials:
             return self.left_out
-        error = max(one.found.error for trial in self.trials for one in trial.merged.outputs)
-        return f"equal to the model within {error:.2g} of the largest output, on {len(self.trials)} shapes" + (
+        error = max(one.found.error for trial in self.trials for one in trial.compared[0].outputs)
+        return f"equal to the model within {error:.2g} of the largest output, in {len(self.trials)} runs" + (
             f"; {self.left_out}" if self.left_out else ""
         )
 
@@ -87,13 +93,13 @@ class Reference(NamedTuple):
     base: Sequence[Outputs] | None
 
 
-def reference_of(root: nn.Module, example: Example) -> Reference | None:
+def reference_of(root: nn.Module, example: Example, prepare: Prepare) -> Reference | None:
     """None of a model without active adapters, or of one that they are merged into. CheckError if they do nothing."""
     if not any(layer.running for layer in adapted_layers(root).values()) and not replaced_modules(root):
         return None
     inputs = example.trials()
-    own = runs(adapted_twin(root, as_stored), inputs, example)
-    double = adapted_twin(root, doubled)
+    own = runs(prepared(adapted_twin(root, as_stored), prepare), inputs, example)
+    double = prepared(adapted_twin(root, doubled), prepare)
     exact = runs(double, inputs, example)
     with disable_adapters(double):
         base = runs(double, inputs, example)
@@ -116,12 +122,21 @@ def prove(model: nn.Module, example: Example, graph: Path, prepare: Prepare, ada
         _require_tokens(prepared(twin(model, as_computed), prepare), graph, example.decoding)
     plain = _judged(inputs, found, Reference(exact, own, None))
     over = [None] * len(inputs) if adapted is None else _judged(inputs, found, adapted)
-    return Proof(
-        [
-            Trial({name: tuple(values.shape) for name, values in feeds.items()}, one, other)
-            for feeds, one, other in zip(inputs, plain, over, strict=True)
-        ]
-    )
+    return Proof([Trial(_shapes(feeds), one, other) for feeds, one, other in zip(inputs, plain, over, strict=True)])
+
+
+def trials_of(inputs: Sequence[Inputs], found: Sequence[Outputs], by: Reference, adapter: str) -> list[Trial]:
+    """Runs with an adapter in the slots."""
+    judged = _judged(inputs, found, by)
+    return [Trial(_shapes(feeds), None, one, adapter) for feeds, one in zip(inputs, judged, strict=True)]
+
+
+def _shapes(inputs: Inputs) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(values.shape) for name, values in inputs.items()}
+
+
+def _under(adapter: str) -> str:
+    return f" under {printable(adapter)}" if adapter else ""
 
 
 def _require_tokens(model: nn.Module, graph: Path, decoding: Decoding) -> None:

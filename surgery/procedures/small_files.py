@@ -96,4 +96,4 @@ def _stale(name: Path, base: Checkpoint) -> bool:
     if name.as_posix() == INDEX:
         return base.index is None
     stale = name.suffix in _STALE or name.parts[0] in _STALE_FOLDERS or name.as_posix() == RECEIPT
-    return stale or name.name.endswith(".bin.index.json")
+    return stale or name.name.endswith((".bin.index.json", ".onnx.data", ".onnx_data", ".onnx_adapter"))

@@ -103,15 +103,34 @@ def test_plan_lists_every_refusal_and_writes_nothing(run: Run, base: Path, tmp_p
     data = json.loads(as_json.out)
     assert (listed.code, as_json.code, data["ok"]) == (3, 3, False)
     assert len(data["refusals"]) == 2
+    assert told(listed, 3) == f"{base}: 2 refused, so nothing would be merged; the lines above say why"
     assert [line for line in listed.out.splitlines() if line.startswith("refused: ")] == [
         f"refused: {one}" for one in data["refusals"]
     ]
     assert file_hashes(tmp_path) == before
 
 
+def test_plan_shows_what_patterns_resolve_and_the_entry_that_hits(run: Run, base: Path, tmp_path: Path) -> None:
+    tensors = factors(r=4) | {
+        f"{SITES[0]}.lora_A.weight": torch.ones(2, 6),
+        f"{SITES[0]}.lora_B.weight": torch.ones(6, 2),
+    }
+    fields = {"target_modules": ["0.q_proj", "q_proj", "up_proj"], "use_rslora": True}
+    adapter = write_adapter(
+        tmp_path / "patterns", tensors, rank_pattern={"0.q_proj": 2}, alpha_pattern={"1.up_proj": 10}, **fields
+    )
+    listed = {cells[0]: cells[-1] for cells in rows(run("plan", base, adapter))[:-1]}
+    assert listed == {
+        f"{SITES[0]}.weight": "Lora r=2 lora_alpha=6 scaling=4.24264 by '0.q_proj'",
+        f"{SITES[1]}.weight": "Lora r=4 lora_alpha=6 scaling=3 by 'up_proj'",
+        f"{SITES[2]}.weight": "Lora r=4 lora_alpha=6 scaling=3 by 'q_proj'",
+        f"{SITES[3]}.weight": "Lora r=4 lora_alpha=10 scaling=5 by 'up_proj'",
+    }
+
+
 def test_plan_shows_what_a_cast_changes(run: Run, base: Path, adapter: Path) -> None:
     listed = {cells[0]: cells[-2:] for cells in rows(run("plan", base, adapter, "--dtype", "float16"))[:-1]}
-    assert listed["model.layers.0.q_proj.weight"] == ["float16", "Lora"]
+    assert listed["model.layers.0.q_proj.weight"] == ["float16", "Lora r=4 lora_alpha=6 scaling=1.5 by 'q_proj'"]
     assert listed["lm_head.weight"] == ["float16", "cast"]
     assert "model.positions" not in listed
 

@@ -188,11 +188,11 @@ def test_what_was_found_for_a_name_is_found_once() -> None:
         table.key_of("b.q")
 
 
-def test_a_group_that_hides_the_layers_number_is_refused() -> None:
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"x": nn.Linear(2, 2)})])})
-    config = surgery.LoraConfig(target_modules=["x"], layers_to_transform=0, layers_pattern="(layers)")
-    with pytest.raises(ConfigError, match="its group hides the number"):
-        surgery.inject(model, config)
+def test_a_group_of_layers_pattern_does_not_hide_the_number() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"x": nn.Linear(2, 2)}) for _ in range(2)])})
+    config = surgery.LoraConfig(target_modules=["x"], layers_to_transform=1, layers_pattern="(layers)")
+    surgery.inject(model, config)
+    assert {name for name, _ in model.named_parameters() if "lora_A" in name} == {"layers.1.x.lora_A.default.weight"}
 
 
 def test_a_flag_in_the_middle_is_refused() -> None:

@@ -129,3 +129,31 @@ def test_tokens_that_differ_end_the_export(tmp_path: Path, monkeypatch: pytest.M
 def test_a_model_without_a_cache_of_keys_and_values_is_refused(tmp_path: Path) -> None:
     with pytest.raises(surgery.InputError, match="BertForSequenceClassification: no decoder of text"):
         surgery.export_onnx(ARCHITECTURES["bert"](), None, tmp_path / "out", kv=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", ["hf", "genai"])
+def test_swappable_adapters_of_a_decoder_with_its_cache(names: str, folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--adapters", "swappable", "--names", names, "--kv"]
+    assert run("export", folders / "base", folders / "adapter", out, *arguments) == 0
+    assert (out / "adapter.onnx_adapter").is_file()
+    inputs = {one.name for one in onnx.load(out / "model.onnx", load_external_data=False).graph.input}
+    wanted = {
+        "hf": "model.layers.0.self_attn.q_proj.lora_A.weight",
+        "genai": "model.layers.0.attn.q_proj.lora_A.MatMul.weight",
+    }
+    assert wanted[names] in inputs
+
+
+@pytest.mark.slow
+def test_adapters_of_experts_are_exported_merged(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ARCHITECTURES["mixtral"]().eval()
+    experts = ["mlp.experts.gate_up_proj"]
+    config = surgery.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
+    surgery.inject(model, config)
+    report = surgery.export_onnx(model, None, tmp_path / "out")
+    assert all(one.adapted is not None and one.adapted.ok for one in report.proof.trials)
+    with pytest.raises(surgery.MatchError, match="its op is experts; slots lie over linear layers"):
+        surgery.export_onnx(model, None, tmp_path / "slots", swappable=True)

@@ -177,15 +177,22 @@ def test_an_adapter_is_pushed_to_the_hub_and_loaded_by_its_id(kind: str, hub: Fa
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
-def test_a_base_in_8_or_4_bit_is_refused_by_its_layer(bits: str, kind: str, base: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_onto_a_base_in_8_or_4_bit_and_added_to_it(
+    bits: str, kind: str, base: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("bitsandbytes")
     under(kind, base).save_pretrained(tmp_path / "adapter")
     settings = transformers.BitsAndBytesConfig(**{bits: True})
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings)
-    layer = "Linear8bitLt" if bits == "load_in_8bit" else "Linear4bit"
-    for call in (lambda: surgery.inject(model, config(kind)), lambda: surgery.load(model, tmp_path / "adapter")):
-        with pytest.raises(surgery.MatchError, match=rf"_proj: a bitsandbytes\S*\.{layer}; Linear, Conv1D"):
-            call()
+    surgery.load(model, tmp_path / "adapter")
+    loaded = outputs(model)
+    model.add_adapter(config(kind), "added")
+    model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(values.grad is not None for name, values in model.named_parameters() if "added" in name)
+    model.set_adapter("default")
+    assert torch.equal(outputs(model), loaded)
+    model.disable_adapters()
+    assert not torch.equal(outputs(model), loaded)
 
 
 @pytest.mark.parametrize("error", [OSError, ValueError, surgery.AbsentError])

@@ -1,6 +1,7 @@
 """export_onnx of modules in memory: what is linked, what onnxruntime computes, and what is refused."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_every_weight_is_the_bytes_of_the_safetensors_file(exported: tuple[nn.Mo
         start, size = int(told["offset"]), int(told["length"])
         assert data[start : start + size] == merged[name].contiguous().view(torch.uint8).numpy().tobytes()
     assert sum(one.ByteSize() for one in initializers(out) if not one.external_data) < 100
-    assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.onnx", "model.safetensors"]
 
 
 def test_the_weights_are_those_of_merge(exported: tuple[nn.Module, Path, Any]) -> None:
@@ -198,6 +199,8 @@ class OfOneSize(nn.Module):
     [
         ({}, surgery.UsageError, "inputs are wanted, as forward takes them"),
         ({"inputs": {"y": torch.ones(2, 6)}}, surgery.UsageError, "forward has no parameter 'y'"),
+        ({"inputs": torch.ones(2, 6), "weights": "move"}, surgery.UsageError, "link or copy is wanted"),
+        ({"inputs": torch.ones(2, 6), "names": "olive"}, surgery.UsageError, "hf or genai is wanted"),
         ({"kv": True}, surgery.UsageError, "a decoder of transformers alone has a cache"),
         ({"inputs": (1,)}, surgery.UsageError, "a tensor is wanted"),
         ({"inputs": torch.ones(2, 6), "dynamic_axes": {"z": {0: "batch"}}}, surgery.UsageError, "no input 'z'"),
@@ -225,3 +228,31 @@ def test_a_graph_tells_nothing_of_the_machine(tmp_path: Path) -> None:
     assert b"/" not in graph.replace(b"weights/", b"")
     told = {one.key: one.value for one in onnx.load_model_from_string(graph).metadata_props}
     assert list(json.loads(told["surgery.header_sha256"])) == ["model.safetensors"]
+
+
+def test_a_graph_with_a_copy_of_its_weights_can_be_shipped_alone(tmp_path: Path) -> None:
+    report = surgery.export_onnx(adapted(), None, tmp_path / "out", inputs=INPUTS, dynamic_axes=AXES, weights="copy")
+    assert list(report.weights) == ["model.onnx.data"]
+    (tmp_path / "alone").mkdir()
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / "out" / name).rename(tmp_path / "alone" / name)
+    assert surgery.verify_checkpoint(tmp_path / "alone").ok
+    onnxruntime.InferenceSession(str(tmp_path / "alone" / "model.onnx"))
+
+
+def test_the_readme_of_the_folder_opens_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = surgery.inject(
+        nn.Sequential(nn.Linear(4, 2)), surgery.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    )
+    surgery.export_onnx(model, None, tmp_path / "out", inputs=torch.ones(2, 4), swappable=True)
+    monkeypatch.chdir(tmp_path / "out")
+    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        wanted = model(x).numpy()
+    found = names["session"].run(None, {"input": x.numpy()}, names["run"])[0]
+    # 4 + 8 products are added, each rounded
+    assert numpy.abs(found - wanted).max() <= 12 * torch.finfo(torch.float32).eps * numpy.abs(wanted).max()

@@ -114,6 +114,23 @@ def test_patterns_give_ranks_and_scalings_of_their_own(model: nn.Module) -> None
     assert found == wanted
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_hits_no_adapted_module_is_refused_by_its_key(field: str, model: nn.Module) -> None:
+    with pytest.raises(MatchError, match=f"{field}: nothing matches 'v_proj'"):
+        _adapted(model, target_modules=["q_proj"], **{field: {"q_proj": 4, "v_proj": 2}})
+    assert not any(hasattr(module, "fitted") for module in model.modules())
+    assert _adapted(model, target_modules=["q_proj"], **{field: {"q_proj": 4, "self_attn.q_proj": 2}})  # shadowed
+
+
+def test_fields_that_are_not_served_may_be_given_as_peft_has_them_by_default() -> None:
+    config = LoraConfig(target_modules=["q_proj"], bias="none", use_qalora=False, megatron_config=None)
+    assert config == LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ConfigError, match="bias: it trains biases of the base"):
+        LoraConfig(target_modules=["q_proj"], bias="all")
+    with pytest.raises(TypeError, match="biases"):
+        LoraConfig(target_modules=["q_proj"], biases="all")
+
+
 def test_modules_to_save_are_trained_whole_and_not_adapted(model: nn.Module) -> None:
     found = _adapted(model, target_modules=["up_proj", "q_proj"], modules_to_save=["lm_head", "2.mlp"])
     assert found == _named("q_proj") | _named("up_proj", layers=(0, 1))
@@ -147,7 +164,7 @@ def test_an_entry_that_hits_nothing_is_refused_with_three_near_names(
 @pytest.mark.parametrize("targets", ["nothing.*", ["lm_head_"], None])
 def test_a_config_that_selects_nothing_is_refused(targets: object, model: nn.Module) -> None:
     before = {name: values.requires_grad for name, values in model.named_parameters()}
-    with pytest.raises(MatchError):
+    with pytest.raises(MatchError, match="target_modules"):
         _adapted(model, target_modules=targets)
     assert {name: values.requires_grad for name, values in model.named_parameters()} == before
 
@@ -290,7 +307,6 @@ def test_a_choice_that_chooses_nothing_is_refused(fields: dict[str, Any], words:
     [
         ("bias", "all", "it trains biases of the base itself"),
         ("use_qalora", True, "use_qalora: QALoRA acts on sums over groups of inputs"),
-        ("layer_replication", None, "layer_replication: None changes nothing; leave it out"),
     ],
 )
 def test_a_field_of_peft_that_is_not_served_is_refused_with_the_reason(field: str, value: object, words: str) -> None:

@@ -1,4 +1,4 @@
-"""The process that runs a graph: `python child.py GRAPH IN.npz OUT.npz`. It imports nothing of surgery.
+"""The process that runs a graph: `python child.py GRAPH IN.npz OUT.npz [ADAPTER]`. It imports nothing of surgery.
 
 Inputs are named `TRIAL/NAME`, and so are the outputs. The trial `decode` has a `prompt` and a number of `steps`; its
 output is `tokens`. Weights are mapped, not copied.
@@ -13,7 +13,7 @@ import onnxruntime
 Arrays = dict[str, numpy.ndarray]
 
 
-def main(graph: str, given: str, out: str) -> None:
+def main(graph: str, given: str, out: str, adapter: str = "") -> None:
     """Run every trial."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -26,18 +26,23 @@ def main(graph: str, given: str, out: str) -> None:
         for key in held.files:
             trial, _, name = key.partition("/")
             trials.setdefault(trial, {})[name] = held[key]
+    how = onnxruntime.RunOptions()
+    if adapter:
+        held_adapter = onnxruntime.LoraAdapter()
+        held_adapter.Load(adapter)
+        how.add_active_adapter(held_adapter)
     found: Arrays = {}
     for trial, feeds in trials.items():
-        outputs = decode(session, feeds) if trial == "decode" else run(session, feeds)
+        outputs = decode(session, feeds) if trial == "decode" else run(session, feeds, how)
         found |= {f"{trial}/{name}": values for name, values in outputs.items()}
     write: Any = numpy.savez  # it takes any names
     write(out, **found)
 
 
-def run(session: onnxruntime.InferenceSession, feeds: Arrays) -> Arrays:
+def run(session: onnxruntime.InferenceSession, feeds: Arrays, how: onnxruntime.RunOptions | None = None) -> Arrays:
     """The outputs by name."""
     names = [one.name for one in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
+    return dict(zip(names, session.run(names, feeds, how), strict=True))
 
 
 def decode(session: onnxruntime.InferenceSession, feeds: Arrays) -> Arrays:

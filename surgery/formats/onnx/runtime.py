@@ -17,9 +17,14 @@ CHILD = Path(__file__).with_name("child.py")
 Feeds = Mapping[str, Tensor]
 
 
-def run(graph: Path, trials: Sequence[Feeds]) -> list[dict[str, Tensor]]:
-    """The outputs of each trial by name. CheckError if onnxruntime cannot open or run the graph."""
-    told = _run(graph, {f"{i}/{name}": values for i, feeds in enumerate(trials) for name, values in feeds.items()})
+def run(graph: Path, trials: Sequence[Feeds], adapter: Path | None = None) -> list[dict[str, Tensor]]:
+    """The outputs of each trial by name, with an .onnx_adapter file in the slots if one is given.
+
+    CheckError if onnxruntime cannot open or run the graph.
+    """
+    told = _run(
+        graph, {f"{i}/{name}": values for i, feeds in enumerate(trials) for name, values in feeds.items()}, adapter
+    )
     found: list[dict[str, Tensor]] = [{} for _ in trials]
     for key, values in told.items():
         trial, _, name = key.partition("/")
@@ -32,12 +37,20 @@ def decode(graph: Path, prompt: Tensor, steps: int) -> Tensor:
     return _run(graph, {"decode/prompt": prompt, "decode/steps": torch.tensor(steps)})["decode/tokens"]
 
 
-def _run(graph: Path, given: Feeds) -> dict[str, Tensor]:
+def _run(graph: Path, given: Feeds, adapter: Path | None = None) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as scratch:
         feeds, out = Path(scratch, "in.npz"), Path(scratch, "out.npz")
         arrays: dict[str, Any] = {name: values.numpy() for name, values in given.items()}
         numpy.savez(feeds, **arrays)
-        command = [sys.executable, "-P", str(CHILD), str(graph), str(feeds), str(out)]
+        command = [
+            sys.executable,
+            "-P",
+            str(CHILD),
+            str(graph),
+            str(feeds),
+            str(out),
+            *([str(adapter)] if adapter else []),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]

@@ -2,12 +2,13 @@
 
 from surgery.integrations.transformers.cached import cached_example
 from surgery.integrations.transformers.examples import example_for
-from surgery.integrations.transformers.export_files import Export, export_checkpoint
+from surgery.integrations.transformers.export_files import Export, export_checkpoint, live_model
 from surgery.integrations.transformers.exporting import Pretrained
 from surgery.integrations.transformers.loading import Wanted, load_model
 from surgery.integrations.transformers.model import is_pretrained, output_heads
 from surgery.integrations.transformers.names import name_map
 from surgery.integrations.transformers.outputs import agreements, run_experts_singly
+from surgery.integrations.transformers.quantizing import tell_ejected, tell_quantized
 from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.subclass import attach, detach
 from surgery.integrations.transformers.trainer import AdapterTrainer
@@ -24,9 +25,12 @@ __all__ = [
     "example_for",
     "export_checkpoint",
     "is_pretrained",
+    "live_model",
     "load_model",
     "name_map",
     "output_heads",
     "run_experts_singly",
     "save_merged",
+    "tell_ejected",
+    "tell_quantized",
 ]

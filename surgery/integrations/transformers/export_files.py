@@ -4,6 +4,7 @@ The graph is traced from a model without weights, so that it takes no memory of 
 fits into memory.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from surgery.core.adapter import Weighted
 from surgery.errors import AbsentError, InputError, printable
+from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.links import GRAPH
 from surgery.formats.onnx.runtime import check
 from surgery.hosts.checkpoint import Checkpoint
@@ -25,7 +27,8 @@ from surgery.io.hub import Located
 from surgery.io.memory import available_bytes
 from surgery.io.staging import Staging
 from surgery.procedures.adapter_files import DEFAULT, lay
-from surgery.procedures.export import ExportReport, traced, write_graph
+from surgery.procedures.export import ExportReport, Manner, traced, write_graph
+from surgery.procedures.export_readme import write_readme
 from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
 from surgery.procedures.proof import Proof, Reference, prove, reference_of
 from surgery.procedures.switch import set_adapter
@@ -35,10 +38,11 @@ _PROOF_BYTES = 16  # for each weight: one as it is stored, one in float64, and w
 
 @dataclass(frozen=True)
 class Export:
-    """How a graph is made: whether it takes a cache, and the bytes that comparing it may take (None: what is free)."""
+    """How a graph is made."""
 
-    kv: bool = False
-    max_memory: int | None = None
+    how: Manner
+    kv: bool = False  # with a cache
+    max_memory: int | None = None  # bytes that comparing it may take; None: what is free
 
 
 def export_checkpoint(
@@ -74,37 +78,51 @@ class _Graph:
         example = cached_example(plain) if self.export.kv else example_for(model)
         kind.prepare(plain.module)
         graph = traced(plain, example)
-        sizes, written = write_graph(graph, plain.module, kind, staging)
-        count = sum(held.numel() for held in model.parameters())
-        most = available_bytes() if self.export.max_memory is None else self.export.max_memory
-        if _PROOF_BYTES * count > most:
-            check(staging.folder / GRAPH)
-            told = f"not run against the model: {_PROOF_BYTES * count:,} bytes of memory are needed for that"
-            proof = Proof((), f"{told}, {most:,} may be taken")
-        else:
-            adapted, left_out = self._adapted(type(model), example)
-            merged = base_model(Located(staging.folder), Wanted(type(model)), None)
-            proof = prove(merged, example, staging.folder / GRAPH, kind.prepare, adapted)
-            proof = replace(proof, left_out=left_out)
+        sizes, written = write_graph(graph, plain.module, kind, staging, self.export.how.weights == "copy")
+        written |= write_readme(staging, sizes)
+        proof = self._proof(model, example, staging.folder)
         proof.require(self.out)
         self.report = ExportReport(self.out, sizes.pop(GRAPH), sizes, proof)
         return written
 
-    def _adapted(self, kind: type[nn.Module], example: Any) -> tuple[Reference | None, str]:
+    def _proof(self, model: nn.Module, example: Example, folder: Path) -> Proof:
+        """Of the graph in the folder; without a run where the model does not fit into memory."""
+        needed = _PROOF_BYTES * sum(held.numel() for held in model.parameters())
+        most = available_bytes() if self.export.max_memory is None else self.export.max_memory
+        if needed > most:
+            check(folder / GRAPH)
+            told = f"not run against the model: {needed:,} bytes of memory are needed for that, {most:,} may be taken"
+            return Proof((), told)
+        adapted, left_out = self._adapted(type(model), example)
+        merged = base_model(Located(folder), Wanted(type(model)), None)
+        proof = prove(merged, example, folder / GRAPH, Pretrained().prepare, adapted)
+        return replace(proof, left_out=left_out)
+
+    def _adapted(self, kind: type[nn.Module], example: Example) -> tuple[Reference | None, str]:
         """The base under its adapters, live; or why there is none to compare with."""
         if not self.adapters:
             return None, ""
         if any(weight != 1 for _, weight in self.adapters):
             return None, "compared with the merged weights alone: a live adapter has no weight"
         try:
-            live = base_model(Located(self.base.folder), Wanted(kind), self.adapters[0].adapter)
-            names = [DEFAULT, *(f"adapter_{i}" for i in range(1, len(self.adapters)))]
-            for name, (adapter, _) in zip(names, self.adapters, strict=True):
-                lay(live, adapter, name)
-            set_adapter(live, names)
+            live = live_model(self.base, self.adapters, kind)
         except InputError as error:
             return None, f"compared with the merged weights alone, for no live model takes the adapter: {error}"
-        return reference_of(live, example), ""
+        return reference_of(live, example, Pretrained().prepare), ""
+
+
+def live_model(base: Checkpoint, adapters: Sequence[Weighted], kind: Any = None) -> nn.Module:
+    """The base in memory under its adapters, all active; each is called as its folder is."""
+    first = adapters[0].adapter if adapters else None
+    found = base_model(Located(base.folder), Wanted(kind), first)
+    names: list[str] = []
+    for adapter, _ in adapters:
+        name = re.sub(r"[^\w-]", "_", Path(adapter.where).name) or DEFAULT
+        names.append(name if name not in names else f"{name}_{len(names)}")
+        lay(found, adapter, names[-1])
+    if names:
+        set_adapter(found, names)
+    return found.eval()
 
 
 def _built(folder: Path, base: Path, adapter: Any) -> nn.Module:

@@ -13,9 +13,8 @@ from surgery.core.site import TensorInfo
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.integrations.transformers.saving import write_merged
 from surgery.integrations.transformers.subclass import detach
-from surgery.io.octets import tensor_from
 from surgery.io.staging import Staging
-from surgery.procedures.export import Lazy, Sources
+from surgery.procedures.export import Lazy, Sources, read_tensor
 
 _EAGER = ("t5", "mt5", "umt5", "longt5")  # torch.onnx refuses the strides that their bias has under sdpa
 
@@ -83,7 +82,7 @@ def sources_of(plain: nn.Module, files: Checkpoint) -> Sources:
         convert = partial(_converted, model, target, by_pattern[found[0][1]], found)
         for name, values in convert(partial(_shaped, files)).items():
             info = TensorInfo(name, values.dtype, tuple(values.shape))
-            made[name] = Lazy(info, partial(_one_of, convert, partial(_loaded, files), name))
+            made[name] = Lazy(info, partial(_one_of, convert, partial(read_tensor, files), name))
     return Sources(renamed, made)
 
 
@@ -105,8 +104,3 @@ def _one_of(convert: Callable[..., dict[str, Tensor]], read: Callable[[str], Ten
 def _shaped(files: Checkpoint, name: str) -> Tensor:
     info = files.at[name][1].info
     return torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
-
-
-def _loaded(files: Checkpoint, name: str) -> Tensor:
-    info = files.at[name][1].info
-    return tensor_from(bytearray().join(files.read(name)), info.torch_dtype, info.shape)

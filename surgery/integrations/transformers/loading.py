@@ -14,6 +14,8 @@ from torch import nn
 from surgery.adapters.peft import CONFIG, read_adapter
 from surgery.core.adapter import Adapter
 from surgery.errors import AbsentError, EnvironmentFault, InputError, MatchError, printable
+from surgery.hosts.quantized import never_round_scales
+from surgery.integrations.transformers.quantizing import load_settings
 from surgery.integrations.transformers.subclass import attach
 from surgery.io.hub import Located, located
 from surgery.io.strict_json import read_json
@@ -37,6 +39,7 @@ class Wanted(NamedTuple):
     model_class: Any = None
     dtype: Any = "auto"
     device_map: Any = None
+    quantization: str | None = None
 
 
 def load_model(
@@ -96,7 +99,10 @@ def read_model(place: Located, wanted: Wanted, adapter: Adapter | None = None) -
         use_safetensors=True,
         adapter_kwargs={"subfolder": "config.json"},  # where nothing can lie: else peft would load an adapter too
         output_loading_info=True,
+        **load_settings(wanted.quantization, config, wanted.dtype),
     )
+    for module in model.modules():
+        never_round_scales(module)
     if place.hub_id is not None:
         model.name_or_path = model.config.name_or_path = place.hub_id
     return model, told["missing_keys"]

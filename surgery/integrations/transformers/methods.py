@@ -172,9 +172,9 @@ class AdapterMethods(nn.Module):
             push(kwargs.get("repo_id") or folder.name, token=token, **hub_options)
         return None
 
-    def merge_adapter(self, undo: UndoKind = "index") -> None:
-        """Add the active adapters to the base weights, in place."""
-        merge(self, undo)
+    def merge_adapter(self, undo: UndoKind = "index", into: str | None = None) -> None:
+        """Add the active adapters to the base weights, in place; see surgery.merge."""
+        merge(self, undo, into)
 
     def unmerge_adapter(self) -> None:
         """The base weights as they were before `merge_adapter`, to the bit."""

@@ -1,0 +1,54 @@
+"""Holding: what becomes of a live layer's merged weight in a format, with scales of its own or those that it has."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surgery.codecs import codec_of
+from surgery.codecs.formats import Format
+from surgery.core.op import Op
+from surgery.errors import InputError, MatchError, UsageError, printable
+from surgery.hosts.model import stored_weight
+from surgery.hosts.quantized import compute_dtype, is_quantized, packed_of_layer
+from surgery.layers.aware import Holding
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Scales are found anew: the merged weight is rounded to the dtype of the base's, and then quantized."""
+
+    form: Format
+    op: Op
+
+    def begin(self, base_layer: nn.Module) -> Tensor:
+        return stored_weight(base_layer, self.op).to(torch.float64)
+
+    def end(self, base_layer: nn.Module, laid: Tensor) -> Tensor:
+        dtype = compute_dtype(base_layer) if is_quantized(base_layer) else stored_weight(base_layer, self.op).dtype
+        return self.form.codec.decode(self.form.fresh(laid, dtype), dtype)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The base is held so already: its scales stay, and its codes where the value is unchanged."""
+
+    def begin(self, base_layer: nn.Module) -> Tensor:
+        packed = packed_of_layer(base_layer)
+        return codec_of(packed, "").decode(packed, torch.float64)
+
+    def end(self, base_layer: nn.Module, laid: Tensor) -> Tensor:
+        packed = packed_of_layer(base_layer)
+        codec = codec_of(packed, "")
+        return codec.decode(codec.encode(laid, like=packed), compute_dtype(base_layer))
+
+
+def holding_of(form: Format, base_layer: nn.Module, op: Op, where: str) -> Holding:
+    """For a layer that is a site. MatchError for a weight that the format cannot hold."""
+    kept = is_quantized(base_layer) and form.holds(packed_of_layer(base_layer, where))
+    found: Holding = Kept() if kept else Fresh(form, op)
+    try:
+        found.end(base_layer, found.begin(base_layer))
+    except (InputError, UsageError) as error:
+        raise MatchError(f"{printable(where)}: {error}, or exclude it") from error
+    return found

@@ -1,0 +1,143 @@
+"""What a quantization-aware adapter runs as is what its merge is, held in the format: every method, every format."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from rational import same_bits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+import surgery
+from surgery.codecs import FORMS
+from surgery.methods import METHODS
+
+IN, OUT = 128, 192
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "LORA": [{"r": 4, "lora_alpha": 6}, {"r": 4, "use_dora": True}, {"r": 4, "lora_bias": True}],
+    "IA3": [{"feedforward_modules": []}, {"feedforward_modules": ["0"]}],
+    "ADALORA": [{"init_r": 4, "target_r": 2, "total_step": 9}],
+}
+CASES = [METHODS[name](target_modules=["0"], **one) for name in METHODS for one in SETTINGS[name]]
+each_case = pytest.mark.parametrize("config", CASES, ids=range(len(CASES)))
+each_format = pytest.mark.parametrize("form", FORMS)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def net(dtype: torch.dtype = torch.float32, layer: type[nn.Module] = nn.Linear) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(layer(IN, OUT)).to(dtype)
+
+
+def trained(model: Any) -> Any:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for values in model.parameters():
+            if values.requires_grad:
+                values.add_(torch.randn_like(values) * 0.05)
+    return model
+
+
+def given(dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(2)
+    return torch.randn(5, IN, dtype=dtype)
+
+
+def held(weight: Tensor, form: str) -> Tensor:
+    """A plain weight through the format and back."""
+    codec, settings = FORMS[form]
+    return codec.decode(codec.fresh(weight.detach(), settings), weight.dtype)
+
+
+@each_case
+@each_format
+@each_dtype
+def test_it_runs_to_the_bit_as_its_merge_held_in_the_format(config: Any, form: str, dtype: torch.dtype) -> None:
+    aware = trained(surgery.inject(net(dtype), config, quantization_aware=form))
+    plain = trained(surgery.inject(net(dtype), config))
+    merged = surgery.eject(surgery.merge(copy.deepcopy(plain)), keep_merged=True)[0]
+    wanted, x = held(merged.weight, form), given(dtype)
+    assert same_bits(aware[0].weight.detach(), wanted)
+    assert same_bits(aware[0].bias.detach(), merged.bias.detach())
+    assert same_bits(aware(x).detach(), F.linear(x, wanted, merged.bias).detach())
+    with torch.no_grad():
+        assert same_bits(aware(x), F.linear(x, wanted, merged.bias))
+    assert not torch.equal(wanted, held(net(dtype)[0].weight, form))  # else the law could not fail
+    assert not torch.equal(aware(x), plain(x))
+
+
+@each_case
+@each_format
+def test_the_gradient_is_that_of_the_unheld_weight_at_the_held_one(config: Any, form: str) -> None:
+    aware = trained(surgery.inject(net(), config, quantization_aware=form))
+    plain, x = trained(surgery.inject(net(), config)), given()
+    aware(x).square().sum().backward()
+    weight, bias = (one.detach().requires_grad_() for one in (aware[0].weight, aware[0].bias))
+    F.linear(x, weight, bias).square().sum().backward()
+    unheld = [(plain[0].weight, weight.grad), (plain[0].bias, bias.grad)]
+    torch.autograd.backward(*zip(*(pair for pair in unheld if pair[0].grad_fn is not None), strict=True))
+    for found, wanted in zip(_fitted(aware), _fitted(plain), strict=True):
+        assert found.grad is not None
+        assert bool(found.grad.any())
+        assert same_bits(found.grad, wanted.grad)
+
+
+def _fitted(model: nn.Module) -> list[nn.Parameter]:
+    return [values for values in model.parameters() if values.requires_grad]
+
+
+@each_format
+def test_several_adapters_are_held_as_their_merge_together(form: str) -> None:
+    def made(aware: str | None) -> Any:
+        model = surgery.inject(net(), CASES[0], quantization_aware=aware)
+        surgery.inject(model, CASES[3], adapter_name="b")
+        surgery.set_adapter(model, ["default", "b"])
+        return trained(model)
+
+    model, merged = made(form), surgery.eject(surgery.merge(made(None)), keep_merged=True)[0]
+    assert same_bits(model[0].weight.detach(), held(merged.weight, form))
+    surgery.set_adapter(model, "b")  # alone it is aware of nothing
+    assert same_bits(model(given()).detach(), _alone(made(None))(given()).detach())
+    with surgery.disable_adapters(model):
+        assert same_bits(model(given()).detach(), net()(given()).detach())
+
+
+def _alone(model: Any) -> Any:
+    surgery.set_adapter(model, "b")
+    return model
+
+
+def test_what_cannot_be_aware_is_refused_by_name_and_nothing_changes() -> None:
+    def refused(model: nn.Module, error: type[Exception], told: str, form: str = "nf4", **fields: Any) -> None:
+        before = list(model.modules())
+        config = surgery.LoraConfig(**({"target_modules": ["0"]} | fields))
+        with pytest.raises(error, match=told):
+            surgery.inject(model, config, adapter_name="new", quantization_aware=form)
+        assert list(model.modules()) == before
+
+    refused(net(), surgery.UsageError, "'gptq'; one of nf4, nf4-double, fp4, fp4-double, int8, fp8_block", form="gptq")
+    refused(net(), surgery.ConfigError, r"lora_dropout is 0\.1", lora_dropout=0.1)
+    refused(net(layer=Conv1D), surgery.MatchError, "0: its op is conv1d; quantization_aware is for Linear")
+    refused(net(torch.float64), surgery.MatchError, "0: 4-bit: nf4 .* from float64")
+    model = surgery.inject(net(), CASES[0], quantization_aware="nf4")
+    refused(model, surgery.StateError, "aware of another format", form="int8")
+    mixing = surgery.mixed_batch(model, ["default", "__base__"] * 2)
+    with pytest.raises(surgery.StateError, match="its weight is read while a batch is mixed"), mixing:
+        model(torch.randn(4, IN))
+
+
+def test_training_moves_it_and_the_loss_of_what_is_held_falls() -> None:
+    torch.manual_seed(0)
+    target, x = torch.randn(OUT, IN) / 8, torch.randn(256, IN)
+    model = surgery.inject(net(), surgery.LoraConfig(r=8, target_modules=["0"]), quantization_aware="nf4")
+    optimizer = torch.optim.Adam(_fitted(model), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = F.mse_loss(model(x), F.linear(x, target))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
