@@ -86,6 +86,11 @@ def open_adapter(path: Path, config_name: str = CONFIG) -> Adapter:
 def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
     """The config that `data` spells; FormatError for a `peft_type` that is none of ours."""
     kind = data.get("peft_type")
+    if kind is None:
+        raise FormatError(
+            f"{where}: it has no peft_type, which says what the adapter computes; one of {', '.join(METHODS)} is "
+            "wanted; is it an adapter's config?"
+        )
     if not isinstance(kind, str) or kind not in METHODS:
         known = f"supported are {', '.join(METHODS)}; use PEFT for this one"
         alone = _NO_WEIGHT.get(kind) if isinstance(kind, str) else None
