@@ -15,6 +15,7 @@ from surgery.core.adapter import Adapter, Stored, shape_of
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params
 from surgery.core.names import suffix_hits, suffixes
+from surgery.core.sharded import whole
 from surgery.core.site import TensorInfo
 from surgery.errors import AbsentError, ConfigError, FormatError, InputError, ShapeError, printable
 from surgery.io.fingerprint import read_base_print
@@ -111,7 +112,7 @@ def adapter_of(config: AdapterConfig, tensors: Mapping[str, Tensor], where: str)
 
 def adapter_bytes(tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> bytes:
     """The content of adapter_model.safetensors, for tensors by their name in the base as PEFT ends it."""
-    found = [(prefix + name, tensors[name].detach().cpu().contiguous()) for name in sorted(tensors)]
+    found = [(prefix + name, whole(tensors[name].detach()).cpu().contiguous()) for name in sorted(tensors)]
     infos = [TensorInfo(key, values.dtype, tuple(values.shape)) for key, values in found]
     return b"".join([encode_header(infos, {"format": "pt"}), *(octets(values) for _, values in found)])
 

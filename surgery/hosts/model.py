@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from surgery.core.codec import Packed
 from surgery.core.op import Op
+from surgery.core.sharded import fill, is_sharded, whole
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, row_tiles
 from surgery.hosts.recognition import op_of
@@ -46,6 +47,7 @@ class LiveWeights:
     def __init__(self, parameters: Mapping[str, Tensor], sites: Iterable[Site]) -> None:
         self.parameters, self._sites = parameters, list(sites)
         self.stored: set[str] = set()  # the sites that hold their new weight
+        self._gathered: tuple[str, Tensor] | None = None  # the last that each process holds a share of
 
     def sites(self) -> Iterable[Site]:
         return self._sites
@@ -58,8 +60,19 @@ class LiveWeights:
         return [LivePart(self, list(sites))]
 
     def weight(self, site: Site) -> Tensor:
-        """The weight's own memory, outside autograd."""
-        return self.parameters[site.name].detach()
+        """The weight's own memory, outside autograd; of one in shares, a copy of the whole."""
+        held = self.parameters[site.name].detach()
+        if not is_sharded(held):
+            return held
+        if self._gathered is None or self._gathered[0] != site.name:
+            self._gathered = site.name, whole(held)
+        return self._gathered[1]
+
+    def put(self, site: Site, fresh: Tensor) -> None:
+        """The site's weight becomes `fresh`."""
+        fill(self.parameters[site.name].detach(), fresh)
+        self._gathered = None
+        self.stored.add(site.name)
 
 
 class LivePart:
@@ -76,8 +89,7 @@ class LivePart:
     def store(self, site: Site, packed: Packed, rows: slice) -> None:
         self.fresh[rows] = packed.tensors["weight"]
         if rows.stop >= self.fresh.shape[0]:
-            self.live.weight(site).copy_(self.fresh)
-            self.live.stored.add(site.name)
+            self.live.put(site, self.fresh)
 
     def close(self) -> None:
         """Nothing is left to do."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.adapters.peft import adapter_bytes, read_adapter
 from surgery.core.adapter import Adapter
+from surgery.core.config import AdapterConfig
 from surgery.core.method import Params
 from surgery.errors import InputError, printable
 from surgery.hosts.tree import injected
@@ -63,16 +64,20 @@ def read_progress(root: nn.Module, adapter_name: str, folder: Path) -> None:
     held, state, adapter = _tensors(file), injected(root), read_adapter(folder)
     fitted = sites_of(root, adapter_name)
     masks = {f"{name}.lora_E": held[f"{name}.{_MASK}"].tolist() for name in fitted if f"{name}.{_MASK}" in held}
-    told = {"rank_pattern": masks or None}
-    replace(state.configs[adapter_name], **told)  # refuses masks that are none, while nothing has changed
+    told = _with_masks(state.configs[adapter_name], masks)  # refuses masks that are none, while nothing has changed
     importance = {}
     if any(key.endswith(Smoothed._fields) for key in held):
         importance = {name: _importance(held, name, p) for name, p in fitted.items()}
     _refill_whole(root, adapter, adapter_name, {name: _whole(held, name, p) for name, p in fitted.items()})
-    state.configs[adapter_name] = replace(state.configs[adapter_name], **told)
+    state.configs[adapter_name] = _with_masks(state.configs[adapter_name], told.rank_pattern)
     state.importance.pop(adapter_name, None)
     if importance:
         state.importance[adapter_name] = importance
+
+
+def _with_masks(config: AdapterConfig, masks: Mapping[str, list[bool]] | None) -> AdaLoraConfig:
+    assert isinstance(config, AdaLoraConfig)
+    return replace(config, rank_pattern=masks or None)
 
 
 def read_reduced(root: nn.Module, adapter_name: str, folder: Path) -> None:

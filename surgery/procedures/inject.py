@@ -16,6 +16,7 @@ from surgery.core.config import AdapterConfig
 from surgery.core.method import Dense, Method, Params
 from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
+from surgery.core.sharded import is_sharded, rest
 from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, UsageError, printable
 from surgery.hosts.model import live_site
@@ -45,6 +46,7 @@ class Tree:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
+        rest(root)  # else weights in shares would not look like it
         self.places = list(places(root))
         self.modules = {place.name: place.module for place in self.places}
         self.aliases: dict[int, list[Place]] = {}
@@ -93,6 +95,11 @@ class Tree:
         why = unfit(base)
         if why is not None:
             raise MatchError(f"{printable(name)}: {why}, or exclude it")
+        if any(is_sharded(values) for values in base._parameters.values() if values is not None):
+            raise StateError(
+                f"{printable(name)}: each process holds a share of its weight, and would train a new adapter over "
+                "it by itself; inject or load first, then fully_shard"
+            )
         return live_site(name, base, op)
 
     def dense(self, name: str) -> Dense:

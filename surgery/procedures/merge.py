@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from surgery.core.adapter import Layer, bias_layers
+from surgery.core.sharded import is_sharded, rest, whole
 from surgery.core.source import copy
 from surgery.core.undo import Recorder
 from surgery.errors import MatchError, StateError, printable
@@ -73,6 +74,7 @@ def merge(root: nn.Module, undo: UndoKind = "index") -> None:
     Raises StateError if adapters are merged or none is active, MatchError for a tied weight, ValueRangeError.
     """
     refuse_merged(root, "merge again")
+    rest(root)
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.running}
     if not layers:
         raise StateError("merge: no active adapter; inject one, or set_adapter and enable_adapters")
@@ -101,6 +103,7 @@ def unmerge(root: nn.Module) -> None:
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.merged is not None}
     if not layers:
         raise StateError("unmerge: nothing is merged; merge the model first")
+    rest(root)
     undos = {one.change.site.name: one for layer in layers.values() for one in _here(layer)}
     targets = {one.change.site.name: _parameter(layer, one.change) for layer in layers.values() for one in _here(layer)}
     live = LiveWeights(targets, [])
@@ -121,6 +124,8 @@ def base_sha256(layer: Adapted) -> str:
     if layer.merged is not None:
         return _here(layer)[0].original_sha256
     weight = layer.base_weight
+    if is_sharded(weight):  # whose memory and version are not its own
+        return sha256_of(weight)
     state = weight.data_ptr(), weight._version
     if layer.hashed is None or layer.hashed[0] != state:
         layer.__dict__["hashed"] = state, sha256_of(weight)
@@ -149,7 +154,7 @@ def _changes(name: str, layer: Adapted) -> tuple[Change, ...]:
         one.method.refuse_merge(site)
     device = layer.base_weight.device
     layers = [
-        Layer(one.method, {role: values.to(device, copy=True) for role, values in one.params.items()})
+        Layer(one.method, {role: whole(values).to(device, copy=True) for role, values in one.params.items()})
         for one in layer.layers()
     ]
     weight, bias = Change(site, site.weight.torch_dtype, tuple(layers)), bias_site(site)
