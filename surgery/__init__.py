@@ -4,9 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgery import testing
+    from surgery.api.export import export_onnx
     from surgery.api.files import (
         combine,
         diff,
+        extract,
         inspect,
         merge_checkpoint,
         plan,
@@ -54,6 +57,8 @@ if TYPE_CHECKING:
     from surgery.methods.lora import LoraConfig
     from surgery.procedures.combine import CombineReport
     from surgery.procedures.diff import DiffReport
+    from surgery.procedures.export import ExportReport
+    from surgery.procedures.extract import ExtractReport
     from surgery.procedures.inspect import Inspection
     from surgery.procedures.merge_checkpoint import MergeReport
     from surgery.procedures.plan import Plan
@@ -73,6 +78,8 @@ _HOMES = {
     "ConfigTypeError": "errors",
     "DiffReport": "procedures.diff",
     "EnvironmentFault": "errors",
+    "ExportReport": "procedures.export",
+    "ExtractReport": "procedures.extract",
     "FormatError": "errors",
     "Ia3Config": "methods.ia3",
     "InputError": "errors",
@@ -92,6 +99,8 @@ _HOMES = {
     "VerifyReport": "procedures.verify",
     "combine": "api.files",
     "diff": "api.files",
+    "export_onnx": "api.export",
+    "extract": "api.files",
     "inspect": "api.files",
     "merge_checkpoint": "api.files",
     "plan": "api.files",
@@ -112,6 +121,8 @@ __all__ = [
     "ConfigTypeError",
     "DiffReport",
     "EnvironmentFault",
+    "ExportReport",
+    "ExtractReport",
     "FormatError",
     "Ia3Config",
     "InputError",
@@ -135,6 +146,8 @@ __all__ = [
     "disable_adapters",
     "eject",
     "enable_adapters",
+    "export_onnx",
+    "extract",
     "inject",
     "inspect",
     "load",
@@ -148,6 +161,7 @@ __all__ = [
     "save",
     "save_merged",
     "set_adapter",
+    "testing",
     "unmerge",
     "unmerge_checkpoint",
     "verify_checkpoint",
@@ -158,6 +172,8 @@ def __getattr__(name: str) -> Any:
     """Public names come from their files when they are first used: torch is not imported before."""
     if name not in __all__:
         raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    if name == "testing":
+        return import_module("surgery.testing")
     if name.endswith("Config"):
         import_module("surgery.adapters.configs")  # a floor above the configs; lets them read and write files
     value = getattr(import_module(f"surgery.{_HOMES.get(name, 'api.live')}"), name)

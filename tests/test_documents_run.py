@@ -43,7 +43,7 @@ def test_a_block_of_the_readme_runs(block: str, tmp_path: Path, monkeypatch: pyt
     names = {"model": model}
     exec(block, names)
     assert names["model"] is model
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file() == ('"adapter/"' in block)
     assert {name: id(module) for name, module in model.named_modules()} == modules
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
 

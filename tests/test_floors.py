@@ -11,7 +11,7 @@ import surgery
 ROOT = Path(surgery.__file__).parent
 FLOORS = (
     ("cli",),
-    ("api",),
+    ("api", "testing"),
     ("integrations",),
     ("procedures",),
     ("formats",),

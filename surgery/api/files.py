@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from surgery.core.adapter import Weighted
 from surgery.errors import UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import shard_bytes
+from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate, located
 from surgery.procedures import combine as combining
 from surgery.procedures import diff as differing
+from surgery.procedures import extract as extraction
 from surgery.procedures import inspect as inspection
 from surgery.procedures import merge_checkpoint as merging
 from surgery.procedures import plan as planning
@@ -25,6 +28,7 @@ from surgery.procedures import unmerge_checkpoint as unmerging
 from surgery.procedures import verify as verifying
 from surgery.procedures.combinations import Recipe
 from surgery.procedures.filling import OnProgress, Pace
+from surgery.procedures.low_rank import Truncation
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
 Adapters = Where | Sequence[Where | tuple[Where, float]]  # one, or several in their order, each with a weight
@@ -44,17 +48,22 @@ def inspect(model: nn.Module | Where, *, sha256: bool = False) -> inspection.Ins
     return inspection.inspect(locate(model), sha256)
 
 
-def plan(
+def plan(  # noqa: PLR0913  # the options of a merge
     base: Where,
     adapters: Adapters,
     *,
     dtype: str | torch.dtype | None = None,
     tied: str = "refuse",
     ops: Mapping[str, str] | None = None,
+    compute_dtype: str | torch.dtype | None = None,
+    into: str | None = None,
+    base_as: str | None = None,
+    arithmetic: str = "exact",
 ) -> planning.Plan:
     """What a merge with these options would do, and all that stands against it. Writes nothing."""
-    with _checkpoint(base) as source:
-        return planning.make_plan(source, _weighted(adapters), planning.treatment(dtype, tied, ops))
+    with checkpoint(base) as source:
+        treatment = planning.treatment(dtype, tied, ops, compute_dtype, into, base_as, arithmetic)
+        return planning.make_plan(source, weighted(adapters), treatment)
 
 
 def merge_checkpoint(  # noqa: PLR0913  # three things and their options
@@ -66,6 +75,12 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     dtype: str | torch.dtype | None = None,
     tied: str = "refuse",
     ops: Mapping[str, str] | None = None,
+    compute_dtype: str | torch.dtype | None = None,
+    into: str | None = None,
+    base_as: str | None = None,
+    min_retained: float = 0.5,
+    max_noise: float = 1.0,
+    arithmetic: str = "exact",
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     resume: bool | None = None,
@@ -80,6 +95,14 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     `reversible` writes what `unmerge_checkpoint` needs; `dtype` casts all floats; `tied` "untie" writes a tied
     head apart where an adapter changes it or the embedding; `ops` says by the end of a name whether a square weight
     is "linear" or "conv1d"; `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
+    Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
+    bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales, and
+    raises CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is
+    more than `max_noise` of it. `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8",
+    "fp8_block") in which the adapters were trained over this plain base: the weights of their linear maps are merged
+    as they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
+    `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, without or with its `safe_merge`, for LoRA without
+    DoRA, (IA)^3 and AdaLoRA; memory then grows with the largest weight. Raises ConfigError for others.
     A run that was cut short is gone on with, unless `resume` is false. `progress` is called with a Progress as
     bytes are written, one call at a time. The expected hashes are those that the receipt and `inspect` tell.
     `push_to_hub` names a repository that OUT is then uploaded to, as the function of that name does.
@@ -88,19 +111,21 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         publish.check_hub_id(push_to_hub)
     elif private:
         raise UsageError("private: there is nothing to be private; push_to_hub names a repository")
-    found = _weighted(adapters)
+    found = weighted(adapters)
     merging.check_adapters(found, expect_adapter_sha256)
     merging.check_sha256(expect_base_sha256)
     options = merging.Options(
-        planning.treatment(dtype, tied, ops),
+        planning.treatment(dtype, tied, ops, compute_dtype, into, base_as, arithmetic),
         shard_bytes(max_shard_size),
         reversible=reversible,
         overwrite=overwrite,
         resume=resume,
         expect_base_sha256=expect_base_sha256,
+        min_retained=min_retained,
+        max_noise=max_noise,
         pace=Pace(progress=progress),
     )
-    with _checkpoint(base) as source:
+    with checkpoint(base) as source:
         report = merging.merge_checkpoint(source, found, Path(out), options)
     if push_to_hub is None:
         return report
@@ -131,18 +156,29 @@ def unmerge_checkpoint(
     return unmerging.unmerge_checkpoint(locate(merged), Path(out), overwrite=overwrite, resume=resume, pace=pace)
 
 
-def verify_checkpoint(
-    base: Where, adapters: Adapters | None = None, out: Where | None = None, *, ops: Mapping[str, str] | None = None
+def verify_checkpoint(  # noqa: PLR0913  # three things and their options
+    base: Where,
+    adapters: Adapters | None = None,
+    out: Where | None = None,
+    *,
+    ops: Mapping[str, str] | None = None,
+    compute_dtype: str | torch.dtype | None = None,
+    base_as: str | None = None,
+    arithmetic: str | None = None,
 ) -> verifying.VerifyReport:
     """Grade each tensor of `out` against `adapters` merged over `base`, whichever tool made it.
 
     With one argument, a merged folder, check its files against its receipt. `report.ok` is false where
-    anything is different. `ops` as in `merge_checkpoint`. Raises InputError for what cannot be read, or has no receipt.
+    anything is different. `ops`, `compute_dtype` and `base_as` as in `merge_checkpoint`; `arithmetic` too, by default
+    the one that the receipt of `out` tells, if it has one. Raises InputError for what cannot be read, or has no
+    receipt.
     """
     if out is None or adapters is None:
         return verifying.verify_receipt(locate(base))
-    with _checkpoint(base) as source, Checkpoint(locate(out)) as found:
-        return verifying.verify_checkpoint(source, _weighted(adapters), found, ops)
+    with checkpoint(base) as source, Checkpoint(locate(out)) as found:
+        told = arithmetic or verifying.recorded_arithmetic(found.folder)
+        treatment = planning.treatment(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=told)
+        return verifying.verify_checkpoint(source, weighted(adapters), found, treatment)
 
 
 def combine(  # noqa: PLR0913  # the settings of all methods
@@ -164,7 +200,32 @@ def combine(  # noqa: PLR0913  # the settings of all methods
     contradict each other or are no LoRA.
     """
     recipe = Recipe(method, density, majority_sign_method, rank, seed)
-    return combining.combine(_weighted(adapters), Path(out), recipe, overwrite=overwrite)
+    return combining.combine(weighted(adapters), Path(out), recipe, overwrite=overwrite)
+
+
+def extract(  # noqa: PLR0913  # three things and their options
+    base: Where,
+    tuned: Where,
+    out: Where,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    targets: Sequence[str] | None = None,
+    rest: extraction.Rest = "refuse",
+    ops: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> extraction.ExtractReport:
+    """Write what the checkpoint `tuned` has over `base` as a LoRA adapter to the new folder `out`, in PEFT's format.
+
+    Each matrix that changed, or those whose module's name ends in one of `targets`, becomes about the best B A of at
+    most `rank`, and of no more than holds `energy` of the change's squared norm; the report tells its error, of the
+    float32 factors as written. Other changes are refused, or with `rest` "save" whole modules of the adapter, or
+    with "drop" left out. `ops` tells "embedding", "linear" or "conv1d" by the end of a module's name where the names
+    mislead. Raises UsageError, InputError for checkpoints of other names or shapes.
+    """
+    wanted = extraction.Extraction(Truncation(rank, energy), targets, rest, ops or {})
+    with checkpoint(base) as before, checkpoint(tuned) as after:
+        return extraction.extract(before, after, Path(out), wanted, overwrite=overwrite)
 
 
 def diff(a: Where, b: Where) -> differing.DiffReport:
@@ -188,7 +249,7 @@ def diff(a: Where, b: Where) -> differing.DiffReport:
         return differing.diff(one, other)
 
 
-def _weighted(adapters: Adapters) -> list[Weighted]:
+def weighted(adapters: Adapters) -> list[Weighted]:
     """UsageError for a weight that is no finite number."""
     found = []
     for one in [adapters] if isinstance(adapters, str | PathLike) else adapters:
@@ -201,9 +262,10 @@ def _weighted(adapters: Adapters) -> list[Weighted]:
     return found
 
 
-def _checkpoint(where: Where) -> Checkpoint:
+def checkpoint(where: Where) -> Checkpoint:
     """Open, with what is known of where it came from."""
     place = located(where)
     found = Checkpoint(place.path)
     found.hub_id, found.commit = place.hub_id, place.commit
+    found.names = partial(hugging.name_map, found.config)
     return found

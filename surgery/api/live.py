@@ -16,6 +16,7 @@ from surgery.procedures import inject as injection
 from surgery.procedures import merge as merging
 from surgery.procedures import mixed_batch as mixing
 from surgery.procedures.configs import config_of
+from surgery.procedures.plan import check_arithmetic
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
@@ -118,12 +119,14 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractConte
     return mixing.mixed_batch(model, adapter_names)
 
 
-def merge(model: Model, *, undo: merging.UndoKind = "index") -> Model:
+def merge(model: Model, *, undo: merging.UndoKind = "index", arithmetic: str = "exact") -> Model:
     """Add the active adapters to the base weights, in place; `unmerge` brings them back to the bit.
 
-    `undo` "index" stores a fraction of a bit a parameter; "copy" keeps the original weights.
+    `undo` "index" stores a fraction of a bit a parameter; "copy" keeps the original weights. `arithmetic` "peft" or
+    "peft-safe" gives the bits that PEFT 0.21.2's merge, or safe merge, gives of the same parameters, and keeps the
+    original weights.
     """
-    merging.merge(model, undo)
+    merging.merge(model, undo, check_arithmetic(arithmetic))
     return model
 
 

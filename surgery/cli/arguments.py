@@ -56,6 +56,30 @@ dtype = click.option(
     type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
     help="Write all floats in this dtype. By default each tensor keeps its own.",
 )
+compute_dtype = click.option(
+    "--compute-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="What the weights of a quantized base are decoded to. By default what it computes in.",
+)
+into = click.option(
+    "--into",
+    type=click.Choice(["16bit", "keep"]),
+    help="What the weights of a quantized base become: plain, as by default, or codes of the base's own scales.",
+)
+base_as = click.option(
+    "--base-as",
+    type=click.Choice(["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block"]),
+    help="The form in which the adapters were trained over this plain base, such as nf4 for QLoRA.",
+)
+
+arithmetics = ("exact", "peft", "peft-safe")
+arithmetic = click.option(
+    "--arithmetic",
+    type=click.Choice(arithmetics),
+    default="exact",
+    show_default=True,
+    help="Peft: the bits that PEFT 0.21.2's merge_and_unload gives; peft-safe: with its safe_merge.",
+)
 
 
 def adapters_of(arguments: Sequence[str]) -> list[tuple[str, float]]:

@@ -2,7 +2,21 @@
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, dtype, ops, ops_of, overwrite, resume, show, tied
+from surgery.cli.arguments import (
+    adapters_of,
+    arithmetic,
+    as_json,
+    base_as,
+    compute_dtype,
+    dtype,
+    into,
+    ops,
+    ops_of,
+    overwrite,
+    resume,
+    show,
+    tied,
+)
 from surgery.cli.progress import shown
 from surgery.cli.push import private
 
@@ -15,6 +29,16 @@ from surgery.cli.push import private
 @dtype
 @tied
 @ops
+@compute_dtype
+@into
+@base_as
+@click.option(
+    "--min-retained", default=0.5, show_default=True, help="Fail if --into keep leaves less of the adapters' change."
+)
+@click.option(
+    "--max-noise", default=1.0, show_default=True, help="Fail if more comes beside it, in proportion to the change."
+)
+@arithmetic
 @click.option("--max-shard-size", metavar="SIZE", help="Such as 5GB. By default the files are cut as the base's are.")
 @click.option("--expect-base-sha256", metavar="HASH", help="Refuse another base; `surgery inspect --sha256` tells it.")
 @click.option(
@@ -36,6 +60,12 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     dtype: str | None,
     tied: str,
     ops: tuple[str, ...],
+    compute_dtype: str | None,
+    into: str | None,
+    base_as: str | None,
+    min_retained: float,
+    max_noise: float,
+    arithmetic: str,
     max_shard_size: str | None,
     expect_base_sha256: str | None,
     expect_adapter_sha256: tuple[str, ...],
@@ -61,6 +91,12 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
             dtype=dtype,
             tied=tied,
             ops=ops_of(ops),
+            compute_dtype=compute_dtype,
+            into=into,
+            base_as=base_as,
+            min_retained=min_retained,
+            max_noise=max_noise,
+            arithmetic=arithmetic,
             max_shard_size=max_shard_size,
             expect_base_sha256=expect_base_sha256,
             expect_adapter_sha256=expect_adapter_sha256 or None,

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, conclude, ops, ops_of, reports
+from surgery.cli.arguments import (
+    adapters_of,
+    arithmetics,
+    as_json,
+    base_as,
+    compute_dtype,
+    conclude,
+    ops,
+    ops_of,
+    reports,
+)
 
 
 @click.command()
@@ -12,6 +22,13 @@ from surgery.cli.arguments import adapters_of, as_json, conclude, ops, ops_of, r
 @click.option("--base", help="The base of OUT, where OUT is the only argument.")
 @click.option("--adapter", "adapters", multiple=True, help="An adapter of OUT, ADAPTER[=WEIGHT]; may be repeated.")
 @ops
+@compute_dtype
+@base_as
+@click.option(
+    "--arithmetic",
+    type=click.Choice(arithmetics),
+    help="Derive the merge by this arithmetic. By default by the one that OUT's receipt tells, or exact.",
+)
 @as_json
 @reports
 def verify(  # noqa: PLR0913, PLR0917  # one argument an option
@@ -19,6 +36,9 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     base: str | None,
     adapters: tuple[str, ...],
     ops: tuple[str, ...],
+    compute_dtype: str | None,
+    base_as: str | None,
+    arithmetic: str | None,
     as_json: bool,
     reports: tuple[Path, ...],
 ) -> None:
@@ -32,12 +52,17 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
 
     if len(paths) == 2 or (len(paths) > 2 and (base or adapters)) or bool(base) != bool(adapters):
         raise click.UsageError("name OUT; or OUT with --base and --adapter; or BASE ADAPTER... OUT")
-    if ops and len(paths) == 1 and not base:
-        raise click.UsageError("--op is for a merge that is derived anew; name base and adapters too")
+    if (ops or compute_dtype or base_as or arithmetic) and len(paths) == 1 and not base:
+        raise click.UsageError(
+            "--op, --compute-dtype, --base-as and --arithmetic are for a merge that is derived anew; "
+            "name base and adapters too"
+        )
     if len(paths) > 2:
         base, adapters = paths[0], paths[1:-1]
     out = paths[-1]
     given = (base, adapters_of(adapters), out) if base else (out,)
-    report = files.verify_checkpoint(*given, ops=ops_of(ops))
+    report = files.verify_checkpoint(
+        *given, ops=ops_of(ops), compute_dtype=compute_dtype, base_as=base_as, arithmetic=arithmetic
+    )
     conclude(report, as_json, reports)
     report.require()

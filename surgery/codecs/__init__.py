@@ -1,17 +1,54 @@
 """How a weight is held; one file a codec, asked in this order."""
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from surgery.codecs.bnb4 import Bnb4
+from surgery.codecs.bnb8 import Bnb8
+from surgery.codecs.fp8_block import Fp8Block
+from surgery.codecs.mxfp4 import Mxfp4
 from surgery.codecs.plain import Plain
-from surgery.core.codec import Codec, Packed
+from surgery.core.codec import Codec, Packed, Settings
 from surgery.errors import FormatError
 
-CODECS: tuple[Codec, ...] = (Plain(),)
+CODECS: tuple[Codec, ...] = (Bnb4(), Bnb8(), Fp8Block(), Mxfp4(), Plain())
+# Formats by name, with the settings of fresh weights in them.
+FORMS: Mapping[str, tuple[Codec, Settings]] = {
+    "nf4": (Bnb4(), {"quant_type": "nf4"}),
+    "nf4-double": (Bnb4(), {"quant_type": "nf4", "double_quant": True}),
+    "fp4": (Bnb4(), {"quant_type": "fp4"}),
+    "fp4-double": (Bnb4(), {"quant_type": "fp4", "double_quant": True}),
+    "int8": (Bnb8(), {}),
+    "fp8_block": (Fp8Block(), {}),
+}
 
 
 def codec_of(packed: Packed, where: str) -> Codec:
     """The codec that claims `packed`. FormatError, naming `where`, if none does."""
-    headers = {role: (values.dtype, tuple(values.shape)) for role, values in packed.tensors.items()}
+    headers = packed.headers
     for codec in CODECS:
         if codec.claims(headers):
             return codec
     held = ", ".join(f"{role} {str(dtype).removeprefix('torch.')}" for role, (dtype, _) in headers.items())
     raise FormatError(f"{where}: held as {held}; float64, float32, bfloat16 or float16 is wanted; dequantize it first")
+
+
+def cut(codec: Codec, packed: Packed, rows: slice) -> Packed:
+    """Of whole tensors, no more than what `rows` of the weight need."""
+    spans = codec.spans(packed.headers, packed.settings, rows)
+    tensors = {role: values[spans[role]] if role in spans else values for role, values in packed.tensors.items()}
+    return packed._replace(tensors=tensors, rows=rows)
+
+
+def packed_of(tensors: Mapping[str, Tensor], where: str, config: Settings | None = None) -> Packed:
+    """Whole tensors, by role, with their settings; `config` is the quantization_config of the model, if it has one.
+
+    FormatError, naming `where`, if no codec claims them, or they contradict each other.
+    """
+    packed = Packed(tensors)
+    codec = codec_of(packed, where)
+    try:
+        return packed._replace(settings=codec.read(packed.headers, config or {}, tensors.__getitem__))
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from error

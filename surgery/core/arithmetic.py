@@ -18,7 +18,7 @@ EXPONENT_LIMIT = 450  # beyond it a product of two grid steps could leave float6
 
 
 def exact_product(B: Tensor, A: Tensor, tile: Tile = WHOLE) -> Tensor:
-    """A tile of B @ A in float64, free of summation order; B is [out, r], A is [r, in].
+    """A tile of B @ A in float64, free of summation order; B is [out, r], A is [r, in], or a stack of such each.
 
     Differs from the ideal product by at most r * 2^-21 * max|A column| * max|B row|.
     Raises ValueRangeError where a factor is not finite or lies beyond 2^±450.
@@ -33,6 +33,8 @@ class ExactProduct:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, B: Tensor, A: Tensor, tile: Tile = WHOLE) -> Tensor:
+        if B.dim() > 2:
+            return torch.stack([exact_product(b, a, tile) for b, a in zip(B, A, strict=True)])
         rows, columns = tile
         return _sum(self._on_grid(B, along=1)[rows], self._on_grid(A, along=0)[:, columns])
 
@@ -46,7 +48,7 @@ class ExactProduct:
 def float_product(B: Tensor, A: Tensor, tile: Tile = WHOLE) -> Tensor:
     """The same in the factors' own dtype, differentiable."""
     rows, columns = tile
-    return B[rows] @ A[:, columns]
+    return B[..., rows, :] @ A[..., columns]
 
 
 def _memory(values: Tensor) -> tuple[object, ...]:

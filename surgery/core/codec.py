@@ -1,33 +1,85 @@
 """Codec: how a weight is held as named tensors; and packed, the tensors that together hold one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+Shape = tuple[int, ...]
+Headers = Mapping[str, tuple[torch.dtype, Shape]]  # dtype and shape of each tensor, by role
+Settings = Mapping[str, Any]
+
 
 class Packed(NamedTuple):
-    """The plain tensors that hold one weight, by role, as a file lists them, and the format's settings."""
+    """The plain tensors that hold one weight, by role, as a file lists them, and the format's settings.
+
+    With `rows`, of the weight's first axis, the tensors are cut to the spans of these rows.
+    """
 
     tensors: Mapping[str, Tensor]
     settings: Mapping[str, Any] = {}
+    rows: slice | None = None
+
+    @property
+    def headers(self) -> Headers:
+        return {role: (values.dtype, tuple(values.shape)) for role, values in self.tensors.items()}
 
 
 class Codec(ABC):
     """Pure: decodes packed tensors to floats and encodes floats back."""
 
     name: ClassVar[str]
+    endings: ClassVar[Mapping[str, str]]  # by role, what the tensor's name has after that of its site
+    plain_ending: ClassVar[str] = ".weight"  # the same of the one tensor that would hold the weight plainly
 
     @abstractmethod
-    def claims(self, headers: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bool:
-        """Whether these tensors (dtype and shape by role) are held this way."""
+    def claims(self, headers: Headers) -> bool:
+        """Whether these tensors are held this way."""
+
+    def read(self, headers: Headers, config: Settings, load: Callable[[str], Tensor]) -> Settings:  # noqa: ARG002
+        """The settings of whole tensors that it claims: what `config`, the quantization_config of a model, says,
+        or tensors of it that `load` gives by role. FormatError where they contradict the headers."""
+        return {}
+
+    @abstractmethod
+    def shape(self, headers: Headers, settings: Settings) -> Shape:
+        """Of the weight, from whole tensors."""
+
+    def dtype(self, settings: Settings) -> torch.dtype | None:  # noqa: ARG002  # most do not tell
+        """What the weight was held in before it was encoded, if that is told."""
+        return None
+
+    @abstractmethod
+    def spans(self, headers: Headers, settings: Settings, rows: slice) -> Mapping[str, slice]:
+        """By role, which rows of the tensor's first axis are needed for `rows` of the weight; no others are cut."""
+
+    def step(self, headers: Headers, settings: Settings) -> int:  # noqa: ARG002  # most share nothing
+        """A number of rows of the weight that share no element of `endings`' first role with the rows after them."""
+        return 1
 
     @abstractmethod
     def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
-        """The stored weight in `dtype`, always in fresh memory."""
+        """The stored weight, or the packed rows of it, in `dtype`, always in fresh memory."""
 
     @abstractmethod
     def encode(self, weight: Tensor, like: Packed) -> Packed:
-        """`weight` held as `like` is; encode(decode(p), like=p) == p in bytes. Float64 is rounded once."""
+        """`weight` held as `like` is: by its scales, and by its codes where the value is unchanged.
+
+        encode(decode(p), like=p) == p in bytes. Float64 is rounded once. `weight` holds finite numbers where `like`
+        does.
+        """
+
+    @abstractmethod
+    def fresh(self, weight: Tensor, settings: Settings) -> Packed:
+        """A whole weight held this way with scales of its own. ConfigError for settings that cannot be."""
+
+    @abstractmethod
+    def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        """For each element the next values below and above that it could hold, in float64; at the ends its own."""
+
+
+def differs(weight: Tensor, held: Tensor) -> Tensor:
+    """Where two weights of one dtype have other values; the two zeros are one, and so are NaNs."""
+    return (weight != held) & ~(weight.isnan() & held.isnan())

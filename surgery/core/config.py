@@ -59,6 +59,13 @@ class AdapterConfig(ABC):
     task_type: str | None = None
     inference_mode: bool = False
 
+    def __new__(cls, *_: object, **given: object) -> Self:
+        """ConfigError, with the reason, for a field of PEFT's that is not served."""
+        for name in given.keys() & cls.neutral.keys():
+            told = cls._unserved(name, given[name]) or f"{given[name]!r} changes nothing; leave it out"
+            raise ConfigError(f"{name}: {told}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
@@ -82,6 +89,14 @@ class AdapterConfig(ABC):
     def endings(self) -> Mapping[str, Spelling]:
         """Of `spellings` those that tensors of this very config have, each role's own last."""
         return self.spellings
+
+    def parameters(self) -> Sequence[str]:
+        """What it adapts that is no module: parameters, by the ends of their names."""
+        return ()
+
+    def with_parameters(self, names: Sequence[str]) -> Self:  # noqa: ARG002  # for those that have such
+        """The same for just the parameters `names`."""
+        return self
 
     def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:  # noqa: ARG002  # for those that have such
         """By field beside the selection, its entries that mean none of the adapted `names`."""
@@ -122,6 +137,14 @@ class AdapterConfig(ABC):
         """Write `adapter_config.json` into a folder, which is made if there is none."""
         self.files.write(self, folder)
 
+    @classmethod
+    def _unserved(cls, name: str, value: Any) -> str:
+        """Why this value of a field in `neutral` is refused; nothing where it changes no number."""
+        if value == cls.neutral[name] or value in (None, False, {}, []):
+            return ""
+        default = f"only {cls.neutral[name]!r} is supported; merge this adapter with the tool that made it"
+        return cls.reasons.get(name, default)
+
     def _take_patterns(self) -> None:
         """Tables of patterns become such as bound what matching may cost."""
         for field in fields(self):
@@ -145,9 +168,9 @@ class AdapterConfig(ABC):
                     f"{where}: unknown field {printable(name)!r}; it may change the maths, so it is refused; "
                     "remove it if it does not"
                 )
-            if value != cls.neutral[name] and value not in (None, False, {}, []):
-                default = f"only {cls.neutral[name]!r} is supported; merge this adapter with the tool that made it"
-                raise FormatError(f"{where}: {name} is {printable(value)!r}; {cls.reasons.get(name, default)}")
+            unserved = cls._unserved(name, value)
+            if unserved:
+                raise FormatError(f"{where}: {name} is {printable(value)!r}; {unserved}")
         try:
             return cls(**{name: value for name, value in data.items() if name in own})
         except ConfigError as error:

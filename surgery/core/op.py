@@ -31,9 +31,11 @@ class Op(ABC):
     name: ClassVar[str]
     kernel: tuple[int, ...] = ()  # the extents of what slides over the input, if something does
     groups: int = 1  # of outputs; each sees its own share of the channels
-    roles: ClassVar[
-        Mapping[str, str]
-    ] = {}  # what the module calls its weight and bias, of one that reads them by itself
+    roles: Mapping[str, str] = {}  # torch.compile takes an empty MappingProxyType for true
+    """What the module calls its weight and bias, of one that reads them by itself."""
+    alone: ClassVar[bool] = False  # does it stand for one parameter, and not for the module that holds it?
+    stack: int = 0  # how many matrices lie one below another in it, each with its own share of r; 0: it is one
+    swapped: ClassVar[bool] = False  # are its rows inputs, and its columns outputs?
 
     @abstractmethod
     def matrix(self, stored: Tensor) -> Tensor:
@@ -61,6 +63,10 @@ class Op(ABC):
 
         It is [out, r], or [out, r / groups]: each group has its own share of r.
         """
+
+    def laid(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The stored shape as the one whose rows tiles are taken of."""
+        return stored
 
     def over(self, stored: tuple[int, ...]) -> Self:  # noqa: ARG002  # for those that differ by it
         """The same op for a weight stored in this shape."""

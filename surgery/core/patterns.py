@@ -7,7 +7,7 @@ What would keep one of the two packages compiling for long is refused before: la
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,6 +108,13 @@ class PatternTable(dict[str, Any]):
                 self.patience.check(key, ENDING)
             except ConfigError as error:
                 raise ConfigError(f"{field}: {error}") from error
+
+    def unused(self, names: Collection[str]) -> list[str]:
+        """The keys that match the end of none of `names`."""
+        used = {self.key_of(name) for name in names}
+        return [
+            key for key in self if key not in used and not any(self.patience.match(key, one, ENDING) for one in names)
+        ]
 
     def key_of(self, name: str) -> str | None:
         """The first key that matches the end of `name` (PEFT's rule)."""

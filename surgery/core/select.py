@@ -20,6 +20,11 @@ def select(config: AdapterConfig, names: Iterable[str], all_linear: Callable[[],
     `all_linear` finds what "all-linear" stands for in this model. ConfigError for a pattern that is no regex, or
     that takes too long.
     """
+    if not config.target_modules and not config.parameters():
+        raise MatchError(
+            f"target_modules is not given; a list of module names, a pattern or {ALL_LINEAR!r} is wanted; "
+            "`surgery.inspect(model)` lists the names"
+        )
     _check_layers(config)
     patience = Patience()
     hit = _matcher(config.target_modules, all_linear, patience)
@@ -36,7 +41,7 @@ def unmatched(config: AdapterConfig, chosen: Collection[str]) -> list[str]:
     """Entries of `target_modules` that hit none of `chosen`; a pattern counts as one entry."""
     targets = config.target_modules
     if isinstance(targets, str) or targets is None:
-        return [] if chosen else [str(targets)]
+        return [] if chosen or not targets else [targets]
     found = {entry for name in chosen for entry in suffix_hits(frozenset(targets), name)}
     return sorted(set(targets) - found)
 

@@ -71,6 +71,7 @@ class Site:
     op: Op | None = None
     aliases: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()  # other sites that hold the very same weight memory
+    together: int = 1  # rows of the stored weight that share no byte with those after them
 
     @property
     def weight(self) -> TensorInfo:
@@ -87,9 +88,14 @@ class Site:
         """(out, in) of the matrix."""
         return self.acting.shape(self.weight.shape)
 
+    def laid(self, info: TensorInfo) -> TensorInfo:
+        """A tensor that is this weight, shaped so that tiles are its rows."""
+        return info if self.op is None else info._replace(shape=self.op.laid(info.shape))
+
     def rows(self, rows: slice | None) -> slice:
         """`rows` of the stored weight, all if None; a scalar counts as one row."""
-        return slice(0, self.weight.shape[0] if self.weight.shape else 1) if rows is None else rows
+        shape = self.laid(self.weight).shape
+        return slice(0, shape[0] if shape else 1) if rows is None else rows
 
     def with_op(self, op: Op) -> "Site":
         return replace(self, op=op)

@@ -70,15 +70,18 @@ def copy(source: Source, sink: Sink, workers: int = 1) -> None:
             stop.set()
 
 
-def row_tiles(shape: tuple[int, ...], tile_elements: int) -> Iterator[slice]:
-    """Slices of the first axis that hold about `tile_elements` each; one slice for a scalar, or for no rows."""
+def row_tiles(shape: tuple[int, ...], tile_elements: int, together: int = 1) -> Iterator[slice]:
+    """Slices of the first axis that hold about `tile_elements` each; one slice for a scalar, or for no rows.
+
+    Each but the last has a multiple of `together` rows.
+    """
     if not shape or shape[0] == 0:
         yield slice(0, 0 if shape else 1)
         return
     per_row = 1
     for extent in shape[1:]:
         per_row *= extent
-    step = max(1, tile_elements // max(1, per_row))
+    step = max(together, tile_elements // max(1, per_row) // together * together)
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 

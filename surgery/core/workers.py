@@ -34,8 +34,8 @@ def in_order(
 class Backlog:
     """Calls that a thread of its own makes one after another, up to `ahead` of them behind its callers.
 
-    What a call raises is raised by a later one. With `ahead` 0, or where a limit leaves no room for a thread,
-    each is made at once. The thread ends when all calls are made.
+    What a call raises is raised by the later ones, which are not made. With `ahead` 0, or where a limit leaves no
+    room for a thread, each is made at once. The thread ends when all calls are made.
     """
 
     def __init__(self, ahead: int = 0) -> None:
@@ -43,33 +43,44 @@ class Backlog:
         self._lock = Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._waiting: deque[Future[None]] = deque()
+        self._failure: BaseException | None = None
 
     def __call__(self, job: Callable[..., None], *args: object) -> None:
         if not self._ahead:
-            job(*args)
+            self._make(job, *args)
             return
         with self._lock:
             self._pool = self._pool or ThreadPoolExecutor(1)
-            self._waiting.append(self._pool.submit(job, *args))
+            self._waiting.append(self._pool.submit(self._make, job, *args))
             while len(self._waiting) > self._ahead:
                 self._waiting.popleft().result()
 
     def catch_up(self) -> None:
         """Wait until all calls are made."""
         with self._lock:
-            while self._waiting:
-                self._waiting.popleft().result()
-            self._end()
+            self._end(cancel=False)
+            self._waiting.clear()
+            if self._failure is not None:
+                raise self._failure
 
     def drop(self) -> None:
         """Make no more of them, and wait for the one that is being made."""
         with self._lock:
+            self._end(cancel=True)
             self._waiting.clear()
-            self._end()
 
-    def _end(self) -> None:
+    def _make(self, job: Callable[..., None], *args: object) -> None:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            job(*args)
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _end(self, cancel: bool) -> None:
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown(cancel_futures=cancel)
             self._pool = None
 
 

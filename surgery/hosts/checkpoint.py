@@ -2,13 +2,19 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from surgery.core.codec import Packed
+from surgery.core.name_map import USUAL, NameMap
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import FormatError, InputError, printable
+from surgery.hosts.packed_stacks import PackedStacks
+from surgery.hosts.packing import Held, packings, torch_dtype_of
 from surgery.hosts.reading import Reading
 from surgery.io.header import Entry
 from surgery.io.octets import tensor_from
@@ -45,6 +51,7 @@ class Checkpoint:
         self.readings: list[Reading] | None = None
         self.hub_id: str | None = None  # the repository of the Hub that it came from, and the commit
         self.commit: str | None = None
+        self.names: Callable[[], NameMap] = lambda: USUAL  # of the model in memory, asked for where they matter
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -67,24 +74,53 @@ class Checkpoint:
             for entry in file.header.entries:
                 yield entry.info
 
-    def sites(self) -> Iterable[Site]:
-        """Tensors grouped by module path: the last part of a name is the role."""
-        grouped: dict[str, dict[str, TensorInfo]] = {}
+    @cached_property
+    def packed(self) -> Mapping[str, Held]:
+        """The weights that are not held plainly, by the name of the plain tensor; its dtype is to compute with."""
+        return packings(self.tensors(), self.config, self._rows_of)
+
+    @cached_property
+    def stacks(self) -> PackedStacks:
+        """Those of `packed` that hold a matrix for each expert, as they are decoded."""
+        return PackedStacks(self._rows_of)
+
+    def holding(self, name: str) -> Sequence[str]:
+        """The tensors of the files that hold a weight; its own for one that is plain."""
+        return [one.name for one in self.packed[name].tensors.values()] if name in self.packed else [name]
+
+    def weights(self) -> Iterator[TensorInfo]:
+        """All tensors as a plain checkpoint would list them: what holds a weight together is one."""
+        packed = {name for plain in self.packed for name in self.holding(plain)}
+        standing = {held.first.name: held.plain for held in self.packed.values()}
         for info in self.tensors():
+            one = standing.get(info.name) or (None if info.name in packed else info)
+            if one is not None:
+                yield one
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Of one of `weights`; None if it is not there."""
+        if name in self.packed:
+            return self.packed[name].plain
+        return self.at[name][1].info if name in self.at else None
+
+    def sites(self) -> Iterable[Site]:
+        """Weights grouped by module path: the last part of a name is the role."""
+        grouped: dict[str, dict[str, TensorInfo]] = {}
+        for info in self.weights():
             path, _, role = info.name.rpartition(".")
             grouped.setdefault(path, {})[role] = info
         return [Site(path, roles) for path, roles in grouped.items()]
 
     def load(self, site: Site, rows: slice | None = None) -> Packed:
-        """The weight, or `rows` of its first axis."""
-        index, entry = self.at[site.weight.name]
-        info = entry.info
-        part = info if rows is None or not info.shape else info.rows(rows)
-        skipped = 0 if rows is None or not info.shape else info.rows(slice(0, rows.start)).nbytes
-        data = self.files[index].read(entry.start + skipped, part.nbytes)
-        if self.readings is not None:
-            self.readings[index].feed(entry, entry.start + skipped, data)
-        return Packed({"weight": tensor_from(data, info.torch_dtype, part.shape)})
+        """The weight, or `rows` of its first axis, as the files hold it."""
+        held = self.packed.get(site.weight.name)
+        if held is not None and site.op is not None and site.op.stack:
+            return Packed({"weight": self.stacks.rows(site, held, rows)})
+        if held is not None:
+            return held.load(rows, self._rows_of)
+        info = site.laid(self.at[site.weight.name][1].info)
+        _ = info.torch_dtype  # a format that torch lacks is refused
+        return Packed({"weight": self._rows_of(info, rows)})
 
     def written_name(self, file: TensorFile) -> str:
         """What a copy of one of its files is called: a base given as one file becomes a model folder."""
@@ -103,6 +139,16 @@ class Checkpoint:
                 self.readings[index].feed(entry, start, chunk)
             start += len(chunk)
             yield chunk
+
+    def _rows_of(self, info: TensorInfo, rows: slice | None) -> Tensor:
+        """A tensor of the files, or `rows` of its first axis."""
+        index, entry = self.at[info.name]
+        part = info if rows is None or not info.shape else info.rows(rows)
+        skipped = 0 if rows is None or not info.shape else info.rows(slice(0, rows.start)).nbytes
+        data = self.files[index].read(entry.start + skipped, part.nbytes)
+        if self.readings is not None:
+            self.readings[index].feed(entry, entry.start + skipped, data)
+        return tensor_from(data, torch_dtype_of(info), part.shape)
 
     def check_unchanged(self) -> None:
         for file in self.files:

@@ -10,6 +10,7 @@ from surgery.errors import UsageError, printable
 from surgery.hosts.checkpoint import SINGLE, Checkpoint
 from surgery.io.header import encode_header, parse_header
 from surgery.io.strict_json import json_bytes
+from surgery.io.tensor_file import TensorFile
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*((?:[KMGT]i?)?B?)", re.IGNORECASE)
 _UNITS = {"": 1, "B": 1}
@@ -52,15 +53,19 @@ class Layout:
 def layout_like(base: Checkpoint, written: Mapping[str, TensorInfo], max_shard_bytes: int | None = None) -> Layout:
     """The base's files, with the tensors of `written` as they stand there; those the base lacks come last.
 
+    One that several tensors of the base hold together stands in the place of their first; the others are gone.
     With `max_shard_bytes` the tensors go, in the same order, into new files of at most that size; a tensor
     that is larger has a file for itself.
     """
-    grouped = [[written.get(entry.info.name, entry.info) for entry in file.header.entries] for file in base.files]
-    grouped[-1] += [info for name, info in written.items() if name not in base.at]
-    if max_shard_bytes is None:
+    grouped = [list(_standing(base, file, written)) for file in base.files]
+    grouped[-1] += [info for name, info in written.items() if base.info(name) is None]
+    if max_shard_bytes is not None:
+        grouped = list(_packed((info for group in grouped for info in group), max_shard_bytes))
+    emptied = any(file.header.entries and not group for file, group in zip(base.files, grouped, strict=False))
+    if max_shard_bytes is None and not emptied:
         names = [base.written_name(file) for file in base.files]
     else:
-        grouped = list(_packed((info for group in grouped for info in group), max_shard_bytes))
+        grouped = [group for group in grouped if group] or [[]]
         count = len(grouped)
         names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
     files = tuple(_file(base, name, infos) for name, infos in zip(names, grouped, strict=True))
@@ -85,6 +90,18 @@ def shard_bytes(size: int | str | None) -> int | None:
     if count < 1:
         raise UsageError(f"max_shard_size is {printable(size)!r}; a number of bytes is wanted; say it such as 5GB")
     return count
+
+
+def _standing(base: Checkpoint, file: TensorFile, written: Mapping[str, TensorInfo]) -> Iterator[TensorInfo]:
+    """What stands in a file now."""
+    gone = {name for one in written for name in base.holding(one) if one in base.packed}
+    firsts = {base.packed[one].first.name: info for one, info in written.items() if one in base.packed}
+    for entry in file.header.entries:
+        name = entry.info.name
+        if name in firsts:
+            yield firsts[name]
+        elif name not in gone:
+            yield written.get(name, entry.info)
 
 
 def _packed(infos: Iterable[TensorInfo], max_shard_bytes: int) -> Iterator[list[TensorInfo]]:

@@ -10,7 +10,9 @@ from surgery.core.op import Op
 from surgery.core.sharded import fill, is_sharded, whole
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, row_tiles
+from surgery.errors import MatchError, printable
 from surgery.hosts.recognition import op_of
+from surgery.ops.experts import parameter_op
 
 
 def live_site(name: str, module: nn.Module, op: Op) -> Site:
@@ -18,6 +20,22 @@ def live_site(name: str, module: nn.Module, op: Op) -> Site:
     roles = {own: role for role, own in op.roles.items()}
     held = {own: values for own, values in module._parameters.items() if values is not None}
     return Site(name, {roles.get(own, own): _info(f"{name}.{own}", values) for own, values in held.items()}, op)
+
+
+def parameter_site(name: str, module: nn.Module) -> Site:
+    """The site that one of a module's parameters is, by its full name. MatchError for one that cannot be."""
+    own = name.rpartition(".")[2]
+    values = module._parameters[own]
+    assert values is not None
+    if isinstance(values, nn.UninitializedParameter):
+        raise MatchError(f"{printable(name)}: it has no shape yet; call the model once first")
+    if values.dim() not in (2, 3) or not values.is_floating_point():
+        found = f"{list(values.shape)} in {str(values.dtype).removeprefix('torch.')}"
+        raise MatchError(f"{printable(name)}: {found}; floats of two or three axes can be adapted; name others")
+    if values.dim() == 3 and not values.is_contiguous():
+        raise MatchError(f"{printable(name)}: its memory is in another order than its axes; make it contiguous first")
+    op = parameter_op(own, tuple(values.shape), getattr(module, "is_transposed", False) is True)
+    return Site(name, {"weight": _info(name, values)}, op)
 
 
 def model_sites(root: nn.Module) -> list[Site]:
@@ -60,19 +78,23 @@ class LiveWeights:
         return [LivePart(self, list(sites))]
 
     def weight(self, site: Site) -> Tensor:
-        """The weight's own memory, outside autograd; of one in shares, a copy of the whole."""
+        """The weight's own memory, outside autograd, as its tiles are taken of it; of one in shares, a copy."""
         held = self.parameters[site.name].detach()
-        if not is_sharded(held):
-            return held
-        if self._gathered is None or self._gathered[0] != site.name:
-            self._gathered = site.name, whole(held)
-        return self._gathered[1]
+        if is_sharded(held):
+            held = self._whole(site.name, held)
+        return held.view(site.laid(site.weight).shape) if site.acting.alone else held
 
     def put(self, site: Site, fresh: Tensor) -> None:
-        """The site's weight becomes `fresh`."""
-        fill(self.parameters[site.name].detach(), fresh)
+        """The site's weight becomes `fresh`, which is laid as its tiles are."""
+        held = self.parameters[site.name].detach()
+        fill(held, fresh.view(held.shape))
         self._gathered = None
         self.stored.add(site.name)
+
+    def _whole(self, name: str, held: Tensor) -> Tensor:
+        if self._gathered is None or self._gathered[0] != name:
+            self._gathered = name, whole(held)
+        return self._gathered[1]
 
 
 class LivePart:
@@ -84,7 +106,7 @@ class LivePart:
 
     def tiles(self, site: Site) -> Iterator[slice]:
         self.fresh = torch.empty_like(self.live.weight(site), memory_format=torch.contiguous_format)
-        return row_tiles(site.weight.shape, TILE_ELEMENTS)
+        return row_tiles(site.laid(site.weight).shape, TILE_ELEMENTS)
 
     def store(self, site: Site, packed: Packed, rows: slice) -> None:
         self.fresh[rows] = packed.tensors["weight"]

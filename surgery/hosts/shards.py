@@ -87,12 +87,13 @@ class FilePart:
         # What lies before the site goes first: the base is read in the order of its bytes, and hashed so.
         while self.order[self.done] != site.weight.name:
             self._carry(self.order[self.done])
-        yield from row_tiles(site.weight.shape, self.sink.tile_elements)
+        yield from row_tiles(site.laid(site.weight).shape, self.sink.tile_elements, site.together)
 
     def store(self, site: Site, packed: Packed, rows: slice) -> None:
         name, values = site.weight.name, packed.tensors["weight"].contiguous()
         self._write(octets(values))
-        if not site.weight.shape or rows.stop >= site.weight.shape[0]:
+        shape = site.laid(site.weight).shape
+        if not shape or rows.stop >= shape[0]:
             self._end(name)
 
     def close(self) -> None:

@@ -58,26 +58,63 @@ def set_state(root: nn.Module, state: State | None) -> None:
 
 
 def places(root: nn.Module, prefix: str = "") -> Iterator[Place]:
-    """Every path below `root` as it is without wrappers, shared modules at each; of a wrapper, what its base holds."""
+    """Every path below `root` as it is without wrappers, shared modules at each; of a wrapper, what its base holds.
+
+    A wrapper of a parameter stands at that parameter's name, before the module that holds it.
+    """
     for key, module in root._modules.items():
         if module is None:
             continue
         name = prefix + key
-        yield Place(name, module, root, key)
-        if not isinstance(module, Replaced):
-            yield from places(module.base_layer if isinstance(module, Adapted) else module, name + ".")
+        *alone, place = _unwrapped(Place(name, module, root, key))
+        yield from alone
+        yield place
+        if not isinstance(place.module, Replaced):
+            yield from places(
+                place.module.base_layer if isinstance(place.module, Adapted) else place.module, name + "."
+            )
+
+
+def _unwrapped(place: Place) -> Iterator[Place]:
+    """The wrappers of a module's parameters at a place, from the outermost on, and the module."""
+    module = place.module
+    while isinstance(module, Adapted) and module.parameter is not None:
+        yield place._replace(name=f"{place.name}.{module.parameter}")
+        place = Place(place.name, module.base_layer, module, "base_layer")
+        module = place.module
+    yield place
 
 
 def spelled(layers: Mapping[str, Adapted], name: str, adapter: str) -> str:
-    """How PEFT spells the path of an adapted layer: what lies in another that this adapter lies over says so."""
+    """How PEFT spells the path of an adapted layer: what lies in another that this adapter lies over says so.
+
+    Of the parameters of one module, each lies in those that come after it.
+    """
+    if layers[name].parameter is not None:
+        owner, others = _beside(layers, name)
+        after = others[others.index(name) + 1 :]
+        return owner + _BASE * sum(adapter in layers[other].fitted for other in after)
     outer = layers.get(name.rpartition(".")[0])
     return live_path(layers, name) if outer is not None and adapter in outer.fitted else name
 
 
 def live_path(layers: Mapping[str, Adapted], name: str) -> str:
     """The path of an adapted layer in the model as it is, with what it lies in."""
+    if layers[name].parameter is not None:
+        owner, others = _beside(layers, name)
+        return owner + _BASE * (len(others) - layers[name].depth)
     parent, _, last = name.rpartition(".")
     return f"{parent}.base_layer.{last}" if parent in layers else name
+
+
+def _beside(layers: Mapping[str, Adapted], name: str) -> tuple[str, list[str]]:
+    """The module of an adapted parameter, and all of its that are adapted, in the module's order."""
+    owner = name.rpartition(".")[0]
+    names = (f"{owner}.{own}" for own in layers[name].innermost._parameters)
+    return owner, [other for other in names if other in layers]
+
+
+_BASE = ".base_layer"
 
 
 def adapted_layers(root: nn.Module) -> dict[str, Adapted]:

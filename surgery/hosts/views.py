@@ -10,11 +10,13 @@ from torch import Tensor
 from surgery.codecs import codec_of
 from surgery.core.adapter import Layer, Started
 from surgery.core.arithmetic import ExactProduct, all_finite, round_once
+from surgery.core.as_peft import PeftMerge
 from surgery.core.codec import Packed
 from surgery.core.method import Dense, Elementwise
 from surgery.core.op import Op
 from surgery.core.site import Site
 from surgery.core.source import Source
+from surgery.core.survival import Survival
 from surgery.core.undo import Restorer, accumulate
 from surgery.errors import ValueRangeError, printable
 from surgery.hosts.couplings import Couplings, coupled
@@ -22,7 +24,10 @@ from surgery.hosts.couplings import Couplings, coupled
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one weight: it begins as it is, or as another, and layers are laid over it in their order."""
+    """What becomes of one weight: it begins as it is, or as another, and layers are laid over it in their order.
+
+    What is not held plainly is decoded to the dtype of its site first.
+    """
 
     site: Site
     dtype: torch.dtype  # of the outcome
@@ -30,6 +35,10 @@ class Change:
     saved: Tensor | None = None  # what it begins as instead
     begins: Site | None = None  # the weight of the host that it begins as instead
     new: bool = False  # the host has no weight of this name and shape
+    held: str = ""  # the codec by which the host holds the weight, where that is not plain
+    through: str = ""  # the form that the host's plain weight was held in while its layers were trained
+    keep: bool = False  # by that codec and its scales the outcome is held too; `dtype` is then not its own
+    as_peft: PeftMerge | None = None  # how the layers are merged, where that is not exactly
 
     @property
     def origin(self) -> Site | None:
@@ -50,6 +59,14 @@ class MergedTile(NamedTuple):
     original: Tensor | None  # None where the host has no weight of this shape
     merged: Tensor
     steps: Sequence[Elementwise] | None  # None where no chain of elementwise steps leads from one to the other
+    laid: Tensor | None = None  # what was wanted, in float64, where the outcome's format cannot hold all of it
+
+    @property
+    def survival(self) -> Survival | None:
+        """What is left of the change, where that is not all."""
+        if self.laid is None or self.original is None:
+            return None
+        return Survival.of(self.original, self.laid, self.merged)
 
     @property
     def first(self) -> bool:
@@ -68,6 +85,7 @@ Watch = Callable[[MergedTile], None]  # sees each tile of a merge, in order
 class Merged:
     """The changed weights of `source`, computed a tile at a time in float64 and rounded once.
 
+    A weight that is merged as PEFT does is computed whole, when its first tile is asked for.
     `started` is of those whose layers another view has started, too.
     """
 
@@ -82,6 +100,7 @@ class Merged:
         self.changes = {change.site.name: change for change in changes}
         self.started = dict(started or {})  # by the weights of which some tiles are read
         self.couplings: dict[str, Couplings] = {}  # the same
+        self.whole: dict[str, Tensor] = {}  # the same, where it was merged whole
 
     def sites(self) -> Iterable[Site]:
         return [change.site for change in self.changes.values()]
@@ -93,18 +112,15 @@ class Merged:
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """ValueRangeError where the base or the outcome is not finite."""
         change, rows = self.changes[site.name], site.rows(rows)
-        if site.name not in self.started:
-            self.started[site.name] = change.started()
-        started = self.started[site.name]
-        if coupled(change.layers):
-            change, started = self._told(change, rows, started)
-        if _last(site, rows):
-            del self.started[site.name]
-            self.couplings.pop(site.name, None)
-        original, begin = _opened(self.source, change, rows)
-        weight = _decoded(change, begin)
-        laid, steps = _lay(change, rows, weight, started)
-        outcome = _encode(laid, begin, change)
+        if change.as_peft is None:
+            change, started = self._begun(change, rows)
+            if change.keep:
+                return self._kept(change, rows, started)
+            original, begin = _opened(self.source, change, rows)
+            outcome, steps = _outcome(change, rows, begin, started)
+        else:
+            original, begin = _opened(self.source, change, rows)
+            outcome, steps = self._cut(change, change.as_peft, rows), None
         merged = outcome.tensors["weight"]
         if not all_finite(merged):
             raise _non_finite(site, begin.tensors["weight"], merged)
@@ -113,6 +129,42 @@ class Merged:
             chained = None if change.saved is not None or change.new else steps
             self.watch(MergedTile(change, rows, before, merged, chained))
         return outcome
+
+    def _kept(self, change: Change, rows: slice, started: Started) -> Packed:
+        """The codes alone: what else holds the weight stays as it is."""
+        packed = self.source.load(change.site, rows)
+        codec = codec_of(packed, printable(change.site.weight.name))
+        before = codec.decode(packed, torch.float64)
+        laid, _ = _lay(change, rows, before, started)
+        if not all_finite(laid):
+            raise _non_finite(change.site, before, laid)
+        outcome = codec.encode(laid, like=packed)
+        after = codec.decode(outcome, torch.float64)
+        if self.watch is not None:
+            self.watch(MergedTile(change, rows, before, after, None, laid))
+        return Packed({"weight": outcome.tensors[next(iter(codec.endings))]})
+
+    def _begun(self, change: Change, rows: slice) -> tuple[Change, Started]:
+        """The layers with what these rows need of them; forgotten after the last rows."""
+        name = change.site.name
+        if name not in self.started:
+            self.started[name] = change.started()
+        started = self.started[name]
+        if coupled(change.layers):
+            change, started = self._told(change, rows, started)
+        if _last(change.site, rows):
+            del self.started[name]
+            self.couplings.pop(name, None)
+        return change, started
+
+    def _cut(self, change: Change, merge: PeftMerge, rows: slice) -> Packed:
+        """These rows of a weight that is merged whole."""
+        name = change.site.name
+        if name not in self.whole:
+            begin = _opened(self.source, change, change.site.rows(None))[1].tensors["weight"]
+            self.whole[name] = merge(begin, change.layers, change.site).to(change.dtype)
+        whole = self.whole.pop(name) if _last(change.site, rows) else self.whole[name]
+        return Packed({"weight": whole[rows]})
 
     def _told(self, change: Change, rows: slice, started: Started) -> tuple[Change, Started]:
         """Both with layers that know the sums that these rows need."""
@@ -178,7 +230,7 @@ def _reads(changes: Mapping[str, Change], tensor: str) -> Sequence[str]:
 def elementwise(change: Change, rows: slice, started: Started | None = None) -> list[Elementwise] | None:
     """The layers as steps over `rows` of the stored weight; None if one of them is not elementwise."""
     steps = []
-    shape = change.site.weight.rows(rows).shape
+    shape = change.site.laid(change.site.weight).rows(rows).shape
     for layer, product in started or change.started():
         op = change.site.acting
         try:
@@ -204,9 +256,16 @@ def told(source: Source, change: Change) -> Change:
     return Merged(source, [change])._told(change, site.rows(None), change.started())[0]
 
 
+def plainly(source: Source, site: Site, rows: slice | None = None) -> Packed:
+    """A weight of a source, or some rows of it, as one plain tensor: in its own dtype, or decoded to the site's."""
+    packed = source.load(site, rows)
+    codec = codec_of(packed, printable(site.weight.name))
+    return packed if codec.name == "plain" else Packed({"weight": codec.decode(packed, site.weight.torch_dtype)})
+
+
 def _opened(source: Source, change: Change, rows: slice) -> tuple[Packed | None, Packed]:
     """The host's own rows, if it has them, and what the layers are laid over."""
-    original = None if change.origin is None else source.load(change.origin, rows)
+    original = None if change.origin is None else plainly(source, change.origin, rows)
     return original, _begin(change, original, rows)
 
 
@@ -219,13 +278,13 @@ def _begin(change: Change, original: Packed | None, rows: slice) -> Packed:
     if change.saved is None:
         assert original is not None
         return original
-    shape = change.site.weight.shape
+    shape = change.site.laid(change.site.weight).shape
     return Packed({"weight": change.saved.view(shape)[rows if shape else ...]})
 
 
 def _last(site: Site, rows: slice) -> bool:
     """Do `rows` end the weight?"""
-    shape = site.weight.shape
+    shape = site.laid(site.weight).shape
     return not shape or bool(rows.stop >= shape[0])
 
 
@@ -238,6 +297,16 @@ def _lay(change: Change, rows: slice, weight: Tensor, started: Started) -> tuple
         base = Dense(op.matrix(weight))
         weight = op.stored(layer.method.merge(base, layer.told, op.tile(rows), product).weight)
     return weight, None
+
+
+def _outcome(
+    change: Change, rows: slice, begin: Packed, started: Started
+) -> tuple[Packed, Sequence[Elementwise] | None]:
+    """What the layers make of it, and the steps that lead there."""
+    if not change.layers and begin.tensors["weight"].dtype == change.dtype:
+        return begin, ()
+    laid, steps = _lay(change, rows, _decoded(change, begin), started)
+    return _encode(laid, begin, change), steps
 
 
 def _encode(laid: Tensor, packed: Packed, change: Change) -> Packed:

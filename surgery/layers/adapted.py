@@ -171,9 +171,7 @@ class Adapted(nn.Module):
         if not self.running:
             return base_layer(*given, **kwargs)
         if self.op.roles:  # its weights are read, and nothing else could be put in the way
-            weights = {own: getattr(self, role) for role, own in self.op.roles.items()}
-            present = {own: values for own, values in weights.items() if values is not None}
-            return functional_call(base_layer, present, given, kwargs)
+            return functional_call(base_layer, self._read_weights(), given, kwargs)
         if not given:  # a layer's input may be named
             given = (kwargs.pop(next(iter(kwargs))),)
         bottom = Below(self, given[1:], kwargs)
@@ -183,10 +181,35 @@ class Adapted(nn.Module):
         out = self.running[-1].branch(given[0], above, self.op, self.training)
         return out if out.dtype == bottom.dtype or bottom.dtype is None else out.to(bottom.dtype)
 
+    def _read_weights(self) -> dict[str, Tensor]:
+        """What the base layer reads in place of its own, by its names."""
+        if self.op.alone:
+            return {f"{'base_layer.' * (self.depth - 1)}{self.parameter}": self._weight()}
+        weights = {own: getattr(self, role) for role, own in self.op.roles.items()}
+        return {own: values for own, values in weights.items() if values is not None}
+
+    @property
+    def parameter(self) -> str | None:
+        """The name of the one parameter that it adapts, where it does not adapt a layer."""
+        return self.op.roles["weight"] if self.op.alone else None
+
+    @property
+    def innermost(self) -> nn.Module:
+        """The model's own module."""
+        module: Any = self._modules["base_layer"]
+        return module.innermost if isinstance(module, Adapted) else module
+
+    @property
+    def depth(self) -> int:
+        """How many such wrappers lie over the model's own module, this one and those below it."""
+        module = self._modules["base_layer"]
+        return 1 + (module.depth if isinstance(module, Adapted) else 0)
+
     def dense(self) -> Dense:
         """The base layer's weight as a matrix, and its bias."""
         base: Any = self._modules["base_layer"]
-        return Dense(self.op.matrix(self.base_weight), base._parameters.get(self.op.roles.get("bias", "bias")))
+        bias = None if self.op.alone else base._parameters.get(self.op.roles.get("bias", "bias"))
+        return Dense(self.op.matrix(self.base_weight), bias)
 
     def _effective(self) -> Dense:
         dense = base = self.dense()
@@ -201,25 +224,37 @@ class Adapted(nn.Module):
     @property
     def base_weight(self) -> Tensor:
         """The base layer's own stored weight."""
-        held: Any = self._modules["base_layer"]
+        held: Any = self.innermost if self.op.alone else self._modules["base_layer"]
         weight: Tensor = getattr(held, self.op.roles.get("weight", "weight"))
         return weight
 
     @property
     def weight(self) -> Tensor:
         """The stored weight with the running adapters in it, differentiable."""
-        held = self.base_weight
-        return self.op.stored(self._effective().weight).to(held.dtype) if self.running else held
+        return self._beside("weight") if self.op.alone else self._weight()
 
     @property
     def bias(self) -> Tensor | None:
         """The same of the bias, if there is one."""
+        if self.op.alone:
+            return self._beside("bias")
         base: Any = self._modules["base_layer"]
         held: Tensor | None = base._parameters.get(self.op.roles.get("bias", "bias"))
         if held is None or not any(one.method.for_bias() for one in self.running):
             return held
         bias = self._effective().bias
         return None if bias is None else bias.to(held.dtype)
+
+    def _weight(self) -> Tensor:
+        held = self.base_weight
+        if not self.running:
+            return held
+        return self.op.stored(self._effective().weight).to(held.dtype).view(held.shape)
+
+    def _beside(self, name: str) -> Tensor:
+        """A parameter of the module, of which it adapts one."""
+        values: Tensor = self._weight() if name == self.parameter else getattr(self._modules["base_layer"], name)
+        return values
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -229,5 +264,5 @@ class Adapted(nn.Module):
                 raise
             for role, own in self.op.roles.items():
                 if name == own:  # a caller that reads weights gets the effective ones
-                    return getattr(self, role)
+                    return self._weight() if self.op.alone else getattr(self, role)
             return getattr(super().__getattr__("base_layer"), name)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64
+from surgery.core.as_peft import AsPeft
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
@@ -32,7 +33,15 @@ _NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
 }
 
 # Of LoRA's fields, which PEFT writes for AdaLoRA too, those that mean nothing here, besides those that LoRA refuses.
-_NEUTRAL = {**NEUTRAL, "alpha_pattern": {}, "lora_bias": False, "use_dora": False, "use_rslora": False}
+_NEUTRAL = {
+    **NEUTRAL,
+    "alpha_pattern": {},
+    "bias": "none",
+    "target_parameters": None,
+    "lora_bias": False,
+    "use_dora": False,
+    "use_rslora": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +89,9 @@ class AdaLoraConfig(AdapterConfig):
     def method(self, name: str) -> "AdaLora":
         mask = self.mask(name)
         rank = self.init_r if mask is None else sum(mask)
-        scaling = self.lora_alpha / (self.init_r + _BESIDE_RANK)
-        return AdaLora(r=rank, scaling=scaling, dropout=self.lora_dropout, zero=self.init_lora_weights)
+        alpha = float(self.lora_alpha)
+        scaling = alpha / (self.init_r + _BESIDE_RANK)
+        return AdaLora(scaling, rank, alpha, self.init_r, dropout=self.lora_dropout, zero=self.init_lora_weights)
 
     def check_fresh(self) -> None:
         if self.r != type(self).r:
@@ -138,10 +148,12 @@ _OPS = frozenset({"linear", "conv1d"})
 
 
 @dataclass(frozen=True)
-class AdaLora(Additive):
+class AdaLora(Additive, AsPeft):
     """A is [r, in], E is [r, 1], B is [out, r]: as many triplets; r may be 0."""
 
     r: int
+    alpha: float  # of which the scaling is made, and the rank that it began with
+    init_r: int
     dropout: float = 0.0
     zero: bool = True  # does E begin as zeros?
 
@@ -165,6 +177,14 @@ class AdaLora(Additive):
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
         return product(p["wide B"], p["AE"], tile)
+
+    def weighted(self, weight: float) -> Self:
+        return replace(self, scaling=self.scaling * weight, alpha=self.alpha * weight)
+
+    def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:  # noqa: ARG002  # one way
+        began = torch.full((1,), float(self.init_r), dtype=p["E"].dtype, device=p["E"].device)
+        delta = site.acting.stored(p["B"] @ (p["A"] * p["E"])) * self.alpha / (began + _BESIDE_RANK)
+        return (stored + delta).to(stored.dtype)
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # As LoRA's, with three more operations rounded: A * E, the rank's 1e-5, and the division by it.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import all_finite, exact_float64
+from surgery.core.as_peft import AsPeft
 from surgery.core.config import AdapterConfig, Spelling, check_names, check_pattern
 from surgery.core.method import Dense, Method, Params, Product, Run, Scale, Spec
 from surgery.core.names import Endings
@@ -82,7 +83,7 @@ class Ia3Config(AdapterConfig):
 
 
 @dataclass(frozen=True)
-class Ia3(Method):
+class Ia3(Method, AsPeft):
     """l is [1, in] where it scales the input (`feedforward`), else [out, 1]; [1, channels, 1, ...] of a convolution.
 
     At another strength the factor is 1 + strength * (l - 1): so much of the way from the base to the merge.
@@ -134,6 +135,12 @@ class Ia3(Method):
         if not all_finite(p["l"]):
             raise ValueRangeError("l holds NaN or infinity; finite numbers are wanted; train or save it again")
         return Scale(self._factor({"l": exact_float64(p["l"])}, tile))
+
+    def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:  # noqa: ARG002  # one way
+        return (stored * site.acting.stored(self.matrices(p, site)["l"])).to(stored.dtype)
+
+    def beyond_peft(self) -> str:
+        return "" if self.strength == 1 else "(IA)^3 at another weight than 1"
 
     def for_bias(self) -> "Ia3 | None":
         return None if self.feedforward else self

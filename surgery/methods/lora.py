@@ -2,22 +2,26 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.as_peft import AsPeft
+from surgery.core.config import AdapterConfig, Spelling, check_names
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import FEW, Factors, Op, Tile
+from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
+from surgery.methods import stacks
 from surgery.methods.dora import Dora
+from surgery.methods.lora_as_peft import delta_as_peft, rounds_first
 from surgery.methods.lora_bias import LoraBias
 from surgery.methods.lora_fields import NEUTRAL, REASONS
 
@@ -61,10 +65,14 @@ class LoraConfig(AdapterConfig):
     init_lora_weights: Init = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    bias: Literal["none"] = "none"  # which biases of the base are trained
+    target_parameters: Sequence[str] | None = None  # parameters of any module, such as experts.gate_up_proj
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rank("r", self.r)
+        if self.bias != "none":
+            raise ConfigError(f"bias is {printable(self.bias)!r}; {REASONS['bias']}")
         _check_number("lora_alpha", self.lora_alpha)
         _check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
@@ -79,22 +87,36 @@ class LoraConfig(AdapterConfig):
             raise ConfigError(
                 "lora_bias is true; as in PEFT it goes with init_lora_weights True or False, without DoRA"
             )
+        check_names("target_parameters", self.target_parameters, or_pattern=False)
+        if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout):
+            raise ConfigError(
+                "target_parameters is given; as in PEFT it goes without use_dora, lora_bias and lora_dropout"
+            )
         for key, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
             _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
 
+    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
+        tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return {field: table.unused(names) for field, table in tables.items() if isinstance(table, PatternTable)}
+
     def endings(self) -> Mapping[str, Spelling]:
         absent = {role for role, asked in (("m", self.use_dora), ("b", self.lora_bias)) if not asked}
         return {ending: one for ending, one in self.spellings.items() if one.role not in absent}
+
+    def parameters(self) -> Sequence[str]:
+        return self.target_parameters or ()
+
+    def with_parameters(self, names: Sequence[str]) -> Self:
+        return replace(self, target_parameters=names or None)
 
     def method(self, name: str) -> "Lora | LoraBias | Dora":
         r = pattern_value(self.rank_pattern, name, self.r)
         alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        if name.endswith(TWICE):
-            scaling *= 2
-        plain = Lora(r=r, scaling=scaling, start=self.init_lora_weights)
+        twice = name.endswith(TWICE)
+        plain = Lora(r=r, scaling=2 * scaling if twice else scaling, start=self.init_lora_weights, twice=twice)
         if self.use_dora:
             return Dora(plain, self.lora_dropout)
         dropping = replace(plain, dropout=self.lora_dropout)
@@ -102,7 +124,7 @@ class LoraConfig(AdapterConfig):
 
 
 @dataclass(frozen=True)
-class Lora(Additive):
+class Lora(Additive, AsPeft):
     """A is [r, in], B is [out, r].
 
     Over a convolution, as PEFT has it, A is a convolution of the whole input, [r, channels, *kernel], and B mixes
@@ -112,9 +134,12 @@ class Lora(Additive):
     r: int
     dropout: float = 0.0
     start: Init = True
+    twice: bool = False  # its scaling is twice what the config says: see TWICE
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         op, (out_features, in_features) = site.acting, site.shape
+        if op.stack:
+            return {role: Spec(f"lora_{role}.weight", shape) for role, shape in stacks.shapes(site, self.r).items()}
         if self.r % op.groups:
             raise MatchError(
                 f"{printable(site.name)}: a convolution in {op.groups} groups, which r = {self.r} is no multiple of, "
@@ -127,7 +152,9 @@ class Lora(Additive):
             "B": Spec(f"{prefix}B{suffix}", (out_features, self.r // op.groups, *ones)),
         }
 
-    def matrices(self, p: Params, site: Site) -> Params:  # noqa: ARG002  # the shapes tell all
+    def matrices(self, p: Params, site: Site) -> Params:
+        if site.acting.stack:
+            return stacks.by_expert(p, site.acting)
         return {role: _as_matrix(values) for role, values in p.items()}
 
     def refuse_merge(self, site: Site) -> None:
@@ -139,11 +166,7 @@ class Lora(Additive):
             )
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
-        if self.dropout and site.acting.roles:
-            raise ConfigError(
-                f"{printable(site.name)}: lora_dropout is {self.dropout}, and an attention layer has no input of its "
-                "weights that it could act on; set it to 0"
-            )
+        self._check_start(site)
         A, B = (torch.zeros(spec.shape) for spec in self.tensors(site).values())
         if self.start == "orthogonal":
             return _orthogonal(A, B)
@@ -160,14 +183,37 @@ class Lora(Additive):
         return {"A": A, "B": B}
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
-        return product(p["B"], p["A"], tile)
+        return stacks.delta(p, tile, product) if p["A"].dim() > 2 else product(p["B"], p["A"], tile)
+
+    def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:
+        delta = delta_as_peft(p, site.acting, self.scaling / 2 if self.twice else self.scaling)
+        rounded = delta.to(stored.dtype)
+        if self.twice:  # the attention layer adds it, then its out_proj once more, which is never told to be safe
+            return (stored + rounded + delta).to(stored.dtype)
+        return (stored + (rounded if safe or rounds_first(site.acting) else delta)).to(stored.dtype)
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
+        if p["A"].dim() > 2:
+            each = stacks.parts(tile, p["B"].shape[1])
+            return torch.cat([self.spread({role: p[role][one] for role in "AB"}, part) for one, part in each])
         # The grid's bound (see arithmetic), and that of a sum of r products with each operation rounded.
         A, B = exact_float64(p["A"][:, tile[1]]).abs(), exact_float64(p["B"][tile[0]]).abs()
         unit = max(torch.finfo(p[role].dtype).eps / 2 for role in "AB")
         grid = self.r * 2.0**-21 * B.amax(1, keepdim=True) * A.amax(0, keepdim=True)  # [out, in]
         return abs(self.scaling) * (grid + (self.r + 1) * unit * (B @ A))
+
+    def _check_start(self, site: Site) -> None:
+        """ConfigError for settings that would not begin, or train, as they say at this site."""
+        if self.dropout and site.acting.roles:
+            raise ConfigError(
+                f"{printable(site.name)}: lora_dropout is {self.dropout}, and weights that a module reads by itself "
+                "have no input that it could act on; set it to 0"
+            )
+        if self.start == "orthogonal" and site.acting.stack:
+            raise ConfigError(
+                f"{printable(site.name)}: the orthogonal init is of one matrix, and this is a stack of them; start "
+                "with True or 'gaussian'"
+            )
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         A, B = p["A"], p["B"]

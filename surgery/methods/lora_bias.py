@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import all_finite, exact_float64
+from surgery.core.as_peft import AsPeft
 from surgery.core.method import Additive, Dense, Method, Params, Product, Run, Shift, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
@@ -20,7 +21,7 @@ _OPS = frozenset({"linear", "conv1d"})
 
 
 @dataclass(frozen=True)
-class LoraBias(Method):
+class LoraBias(Method, AsPeft):
     """LoRA's tensors, and b [out]."""
 
     lora: "Lora"
@@ -51,6 +52,9 @@ class LoraBias(Method):
         column = Dense(base.bias.unsqueeze(1))  # [out, 1]
         return merged._replace(bias=self.for_bias().merge(column, p, tile, product).weight.squeeze(1))
 
+    def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:
+        return self.lora.merge_as_peft(stored, p, site, safe)
+
     def steps(self, p: Params, tile: Tile, product: Product) -> Shift:
         return self.lora.steps(p, tile, product)
 
@@ -71,7 +75,7 @@ class LoraBias(Method):
 
 
 @dataclass(frozen=True)
-class Offset(Additive):
+class Offset(Additive, AsPeft):
     """What becomes of the bias, as a matrix [out, 1]."""
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
@@ -89,6 +93,9 @@ class Offset(Additive):
         # One product, rounded.
         unit = torch.finfo(p["b"].dtype).eps / 2
         return unit * abs(self.scaling) * exact_float64(p["b"][tile[0]]).abs().unsqueeze(1)
+
+    def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:  # noqa: ARG002  # one way
+        return (stored + p["b"] * self.scaling).to(stored.dtype)
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
         return run(x) + self.scaling * p["b"]

@@ -6,7 +6,6 @@ from typing import Any
 NEUTRAL: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
-    "bias": "none",
     "corda_config": None,
     "ensure_weight_tying": False,
     "eva_config": None,
@@ -18,7 +17,6 @@ NEUTRAL: Mapping[str, Any] = {
     "megatron_core": "megatron.core",
     "monteclora_config": None,
     "qalora_group_size": 16,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
@@ -44,7 +42,6 @@ REASONS: Mapping[str, str] = {
     "megatron_core": _MEGATRON,
     "monteclora_config": "MonteCLoRA draws its factors anew in each step of training; train and merge it in PEFT",
     "qalora_group_size": _QALORA,
-    "target_parameters": "parameters that are no layer's weight cannot be adapted; merge it in PEFT",
     "trainable_token_indices": "it replaces rows of an embedding; adapt that by LoRA instead, or merge it in PEFT",
     "use_bdlora": "BD-LoRA holds only blocks of a factor, those on its diagonal; merge it in PEFT",
     "use_qalora": _QALORA,

@@ -21,8 +21,11 @@ from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.io.octets import sha256_of
 from surgery.io.strict_json import json_bytes
 from surgery.layers import Adapted
-from surgery.procedures.inject import Fitting, Tree, check_name, fit
+from surgery.procedures.fused import fused
+from surgery.procedures.inject import Fitting, check_name, fit
 from surgery.procedures.merge import base_sha256
+from surgery.procedures.model_tree import Tree
+from surgery.procedures.parameters import assigned, module_of, targeted
 
 DEFAULT = "default"
 _HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
@@ -78,8 +81,9 @@ def lay(root: nn.Module, adapter: Adapter, adapter_name: str = DEFAULT, trainabl
 
 def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
     """Where each tensor of an adapter goes in this model. InputError unless all have a place."""
-    given = {name: in_base(name) for name in adapter.sites}
-    renamed = renaming(list(given.values()), tree.modules.keys())
+    adapter = fused(tree, adapter)
+    given = {name: in_base(_module(tree, adapter, name)) for name in adapter.sites}
+    renamed = renaming(list(dict.fromkeys(given.values())), tree.modules.keys())
     if not renamed:
         absent = next(name for name in given.values() if name not in tree.modules)
         close = ", ".join(printable(other) for other in nearest(absent, tree.modules))
@@ -88,12 +92,20 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
             "is this the adapter's base?"
         )
     names = {name: renamed[path] for name, path in given.items()}
+    alone = {name: name for name in adapter.sites if tree.reads_itself(name)}
+    alone |= assigned(
+        adapter, lambda name, _: targeted(adapter, name, tree.held(renamed[name])) if name in renamed else ()
+    )
     _check_copies(tree, adapter)
     _check_base(tree, adapter, names)
     sites: dict[str, tuple[Site, Method, Params]] = {}
-    for name, params in adapter.sites.items():
-        first = tree.first_name(names[name])
-        site, method = tree.site(first), adapter.config.method(name)
+    for name in (*(name for name in adapter.sites if name not in alone), *alone):
+        params, path = adapter.sites[name], names[name]
+        if name in alone:
+            site = tree.parameter_site(f"{path}.{alone[name].rpartition('.')[2]}")
+        else:
+            site = tree.site(tree.first_name(path))
+        first, method = site.name, adapter.config.method(alone.get(name, name))
         wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
         check_shapes(name, params, wanted, adapter.where)
         if first in sites and not all(torch.equal(values, sites[first][2][role]) for role, values in params.items()):
@@ -103,6 +115,13 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
             )
         sites[first] = site, method, params
     return Fitting(adapter.config, sites, _saved(tree, adapter))
+
+
+def _module(tree: Tree, adapter: Adapter, name: str) -> str:
+    """The path of the module that a site is, or that holds it."""
+    if tree.reads_itself(name):
+        return name.rpartition(".")[0]
+    return module_of(name) if adapter.config.parameters() else name
 
 
 def known(state: State, adapter: str) -> None:
@@ -178,16 +197,16 @@ def _check_base(tree: Tree, adapter: Adapter, names: Mapping[str, str]) -> None:
 
     `names` are the model's, by the adapter's names of its sites.
     """
-    paths = {in_base(name): path for name, path in names.items()}
+    paths = {in_base(module_of(name)): path for name, path in names.items()}
     told = [name for name in adapter.trained_on if name.rpartition(".")[0] in paths]
     for name in told[:: max(1, len(told) // _HASHED)]:
         path, _, own = name.rpartition(".")
         module, (info, digest) = tree.modules[paths[path]], adapter.trained_on[name]
-        held = module.base_layer if isinstance(module, Adapted) else module
-        weight = held._parameters.get(own)
+        weight = tree.held(paths[path]).get(own)
         if weight is None or weight.is_meta or (weight.dtype, tuple(weight.shape)) != (info.dtype, info.shape):
             continue
-        found = base_sha256(module) if isinstance(module, Adapted) else sha256_of(weight)
+        layer = tree.alone.get(f"{paths[path]}.{own}", module)
+        found = base_sha256(layer) if isinstance(layer, Adapted) else sha256_of(weight)
         if found != digest:
             raise MatchError(
                 f"{printable(adapter.where)}: it was trained on another base: {printable(name)} had sha256 "
@@ -198,8 +217,9 @@ def _check_base(tree: Tree, adapter: Adapter, names: Mapping[str, str]) -> None:
 def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterConfig:
     """The config with the paths it stands for, so that a reader needs no matching."""
     layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
+    alone = [name for name, layer in layers.items() if layer.parameter is not None]
     resolved = replace(
-        config.named(sorted(name for name in layers if spelled(layers, name, adapter) == name)),
+        config.named(sorted(name for name in layers if spelled(layers, name, adapter) == name)).with_parameters(alone),
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path or getattr(root, "name_or_path", None) or None,
     )

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Layer, Weighted
+from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
 from surgery.core.names import Prefix, suffix_hits
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import ConfigError, FormatError, InputError, MatchError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.views import Change
+from surgery.hosts.views import Change, plainly
 from surgery.io.header import DTYPES
 from surgery.procedures.join import Joined, Whole
 from surgery.procedures.true_config import Outcome
@@ -33,6 +34,7 @@ class Draft:
         self.heads: dict[str, tuple[int, ...]] = {}  # shapes of what only an adapter brings
         self.task_type: str | None = None  # of the adapter that brings them
         self.untied = False
+        self.plain = False  # are weights written plainly that config.json says are quantized?
         self.prefixes: list[Prefix] = []  # by adapter
         self._begun: set[str] = set()  # tensors that begin as an adapter's copy of the resized base
         self._names: set[str] = set()  # of all sites, as the adapters and as the base have them
@@ -45,7 +47,7 @@ class Draft:
         joined = Joined(self.base, given, index, self.ops)
         self.refusals += joined.refusals
         self.prefixes.append(joined.prefix)
-        self._names |= {*given.adapter.sites, *(site.name for site, _ in joined.layers.values())}
+        self._names |= {*joined.adapter.sites, *(site.name for site, _ in joined.layers.values())}
         for name, whole in joined.wholes.items():
             self._replace(name, whole)
         for site, layer in joined.layers.values():
@@ -75,25 +77,41 @@ class Draft:
 
     def cast(self, dtype: torch.dtype) -> None:
         """All floats are written in `dtype`."""
-        for info in self.base.tensors():
+        for info in self.base.weights():
             if info.name not in self.changes and info.dtype in PLAIN_DTYPES and info.dtype != dtype:
                 self.changes[info.name] = Change(Site(info.name, {"weight": info}), dtype)
         for name, change in self.changes.items():
             if change.dtype in PLAIN_DTYPES:
                 self.changes[name] = replace(change, dtype=dtype)
-        held = {info.dtype for info in self.base.tensors()} - set(PLAIN_DTYPES) - _WHOLE_NUMBERS
+        held = {info.dtype for info in self.base.weights()} - set(PLAIN_DTYPES) - _WHOLE_NUMBERS
         for other in sorted(map(str, held)):
             self.notes.append(f"tensors in {other.removeprefix('torch.')} are carried as they are, not cast")
 
+    def follow(self, arithmetic: Arithmetic) -> None:
+        """All layers are merged by this arithmetic. ConfigError for one that it does not know."""
+        laid = {name: change for name, change in self.changes.items() if change.layers and arithmetic != "exact"}
+        for name, change in laid.items():
+            for layer in change.layers:
+                refuse_unlike_peft(layer.method, change.site)
+            if change.held:
+                self.refusals.append(
+                    FormatError(
+                        f"{printable(name)}: held as {change.held}, which PEFT would quantize anew; leave arithmetic "
+                        "'exact', or dequantize the base first"
+                    )
+                )
+            self.changes[name] = replace(change, as_peft=PeftMerge(safe=arithmetic == "peft-safe"))
+
     def ordered(self) -> list[Change]:
         """In the order of the base's bytes; then those that the base lacks."""
-        here = [info.name for info in self.base.tensors() if info.name in self.changes]
-        return [self.changes[name] for name in (*here, *(name for name in self.changes if name not in self.base.at))]
+        here = [info.name for info in self.base.weights() if info.name in self.changes]
+        new = [name for name in self.changes if self.base.info(name) is None]
+        return [self.changes[name] for name in (*here, *new)]
 
     def outcome(self) -> Outcome:
         """What config.json has to tell of."""
         sizes = {self.changes[name].site.weight.shape[0] for name in self._grown()}
-        return Outcome(max(sizes, default=None), self.untied, self.heads, self.task_type)
+        return Outcome(max(sizes, default=None), self.untied, self.heads, self.task_type, self.plain)
 
     def _replace(self, name: str, whole: Whole) -> None:
         before = self.changes.get(name)
@@ -111,7 +129,7 @@ class Draft:
 
     def _add(self, site: Site, layer: Layer) -> None:
         name = site.weight.name
-        new = name not in self.base.at  # the head that is tied, written apart
+        new = self.base.info(name) is None  # the head that is tied, written apart
         before = self.changes.get(name, Change(_alone(site), site.weight.torch_dtype, new=new))
         replaced = before.saved is not None and name not in self._begun
         if replaced or (before.layers and before.site.op != site.op):
@@ -146,7 +164,8 @@ class Draft:
         known = vocabulary(self.base)
         for name, change in self.changes.items():
             embeds = name in known or (change.site.op is not None and change.site.op.name == "embedding")
-            if embeds and ties_head(self.base, self.base.at[name][1].info):
+            info = self.base.info(name)
+            if embeds and info is not None and ties_head(self.base, info):
                 self.refusals.append(
                     MatchError(
                         f"{printable(name)}: the output head, which the base does not hold, may be tied to it; "
@@ -158,7 +177,7 @@ class Draft:
         """What the embedding becomes, layers aside."""
         if e is not None and e.saved is not None:
             return e.saved
-        return self.base.load(_site_of(tying.embedding)).tensors["weight"]
+        return plainly(self.base, _site_of(tying.embedding)).tensors["weight"]
 
     def _apart(self, tying: Tying, e: Change | None, h: Change | None) -> Change:
         """The head, which begins as the embedding did."""

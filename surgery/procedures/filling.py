@@ -74,7 +74,8 @@ def fill(  # noqa: PLR0913, PLR0917  # from where, to where, and who keeps the b
 
     def finished(part: FilePart) -> None:
         files = {**ledger.close(part.name), part.name: part.tally.whole.hexdigest()}
-        read = {name: _read_of(base, readings, name) for one in part.order for name in view.reads(one)}
+        weights = (weight for one in part.order for weight in view.reads(one))
+        read = {name: _read_of(base, readings, name) for one in weights for name in base.holding(one)}
         told = {"tensors": part.tally.tensors, "read": read, "more": ledger.told(part)}
         staging.finish(part.name, files, told)
 

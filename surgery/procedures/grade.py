@@ -6,14 +6,18 @@ untouched: the bytes of the base. recorded: of the sha256 that the receipt tells
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from surgery.codecs import codec_of
 from surgery.core.adapter import Started
 from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.method import Elementwise
+from surgery.core.source import Source
+from surgery.core.survival import Survival
 from surgery.errors import ValueRangeError
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import Change, Merged, MergedTile, elementwise
@@ -30,15 +34,22 @@ class Grade(NamedTuple):
     grade: str
     max_abs_error: float = 0.0
     why: str = ""
+    survival: Survival | None = None  # of what adapters change, where its format cannot hold all of it
 
     def worse(self, other: "Grade") -> "Grade":
         """Of two tiles of a tensor: the worse grade, its reason, the larger error."""
         worst = other if _BADNESS[other.grade] > _BADNESS[self.grade] else self
-        return worst._replace(max_abs_error=max(self.max_abs_error, other.max_abs_error, key=_size))
+        survived = [one.survival for one in (self, other) if one.survival is not None]
+        return worst._replace(
+            max_abs_error=max(self.max_abs_error, other.max_abs_error, key=_size),
+            survival=reduce(Survival.plus, survived) if survived else None,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Its fields; an error that is no number is null, for JSON has no NaN."""
-        return {**self._asdict(), "max_abs_error": self.max_abs_error if math.isfinite(self.max_abs_error) else None}
+        error = self.max_abs_error if math.isfinite(self.max_abs_error) else None
+        survived = {} if self.survival is None else self.survival.to_json()
+        return {"grade": self.grade, "max_abs_error": error, "why": self.why, **survived}
 
 
 def carried(base: Checkpoint, out: Checkpoint, name: str, span: slice) -> Grade:
@@ -47,7 +58,7 @@ def carried(base: Checkpoint, out: Checkpoint, name: str, span: slice) -> Grade:
     return Grade("untouched") if same else Grade("different", why="no adapter touches it, yet it is not the base's")
 
 
-def derived(base: Checkpoint, out: Checkpoint, change: Change, started: Started, rows: slice) -> Grade:
+def derived(base: Source, out: Checkpoint, change: Change, started: Started, rows: slice) -> Grade:
     """Grade some rows of a change: their bytes first, the tolerance only where these are others."""
     tiles: list[MergedTile] = []
     found = out.load(change.site, rows).tensors["weight"]
@@ -57,6 +68,24 @@ def derived(base: Checkpoint, out: Checkpoint, change: Change, started: Started,
         return Grade("different", why=f"it cannot be derived: {error}")
     apart = _integers(found) != _integers(tiles[0].merged)
     return _within(tiles[0], found, apart.nonzero().squeeze(1)) if bool(apart.any()) else Grade("bits")
+
+
+def kept(base: Checkpoint, out: Checkpoint, change: Change, started: Started, rows: slice) -> Grade:
+    """Grade some rows of a weight that keeps its format, by their codes; and what is left there of the adapters."""
+    tiles: list[MergedTile] = []
+    found = out.load(change.site, rows)
+    codec = codec_of(found, change.site.name)
+    codes = found.tensors[next(iter(codec.endings))]
+    try:
+        wanted = Merged(base, [change], tiles.append, {change.site.name: started}).load(change.site, rows)
+    except ValueRangeError as error:
+        return Grade("different", why=f"it cannot be derived: {error}")
+    same = torch.equal(codes.view(torch.uint8), wanted.tensors["weight"].view(torch.uint8))
+    tile, after = tiles[0], codec.decode(found, torch.float64)
+    survival = tile._replace(merged=after).survival
+    why = "" if same else "its codes are not the nearest ones by the base's scales"
+    apart = float((after - tile.merged).abs().max())
+    return Grade("bits" if same else "different", apart, why, survival)
 
 
 def _integers(values: Tensor) -> Tensor:
@@ -94,7 +123,7 @@ def _steps(tile: MergedTile) -> Sequence[Elementwise] | None:
 
 def _start(tile: MergedTile) -> Tensor:
     """What the steps begin from: the base, or what takes its place."""
-    change, shape = tile.change, tile.change.site.weight.shape
+    change, shape = tile.change, tile.change.site.laid(tile.change.site.weight).shape
     if change.saved is not None:
         return change.saved.view(shape)[tile.rows if shape else ...]
     assert tile.original is not None

@@ -3,11 +3,10 @@
 import copy
 import gc
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +15,13 @@ from surgery.core.config import AdapterConfig
 from surgery.core.method import Dense, Method, Params
 from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
-from surgery.core.sharded import is_sharded, rest
 from surgery.core.site import Site
-from surgery.errors import MatchError, StateError, UsageError, printable
-from surgery.hosts.model import live_site
-from surgery.hosts.recognition import op_of, unfit
-from surgery.hosts.tree import Place, State, places, set_state, state_of
+from surgery.errors import StateError, UsageError, printable
+from surgery.hosts.tree import State, places, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
-from surgery.ops.linear import LAYOUTS
 from surgery.procedures.merge import refuse_merged, refuse_mixed, unmerge
-
-Wrapper = TypeVar("Wrapper", Adapted, Replaced)
+from surgery.procedures.model_tree import Tree, wrap
+from surgery.procedures.parameters import refuse_nested, targeted_parameters
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _PROBE = Slot()
@@ -39,76 +34,6 @@ class Fitting:
     config: AdapterConfig
     sites: Mapping[str, tuple[Site, Method, Params]]
     saved: Mapping[str, Mapping[str, Tensor] | None]  # by module: tensors to start from; None: the module's own
-
-
-class Tree:
-    """The modules of a model by path, and the paths of each module."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
-        rest(root)  # else weights in shares would not look like it
-        self.places = list(places(root))
-        self.modules = {place.name: place.module for place in self.places}
-        self.aliases: dict[int, list[Place]] = {}
-        for place in self.places:
-            self.aliases.setdefault(id(place.module), []).append(place)
-
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As `named_parameters`, each once at its first path, from the walk that has been made."""
-        seen: set[int] = set()
-        for prefix, module in [("", self.root), *((place.name + ".", place.module) for place in self.places)]:
-            for key, values in module._parameters.items():
-                if values is not None and id(values) not in seen:
-                    seen.add(id(values))
-                    yield prefix + key, values
-
-    def first_name(self, name: str) -> str:
-        """The first path of the module at `name`."""
-        return self.aliases[id(self.modules[name])][0].name
-
-    def is_linear(self, name: str) -> bool:
-        """Is it of what "all-linear" stands for, output heads aside?"""
-        module = self.modules[name]
-        op = op_of(module.base_layer if isinstance(module, Adapted) else module)
-        return op is not None and op.name in LAYOUTS
-
-    def spelled(self, names: Iterable[str]) -> dict[str, str]:
-        """What is adapted with `names`, as PEFT spells each: an attention layer has its out_proj with it."""
-        found = {name: name for name in names}
-        for name in list(found):
-            module = self.modules[name]
-            if isinstance(module.base_layer if isinstance(module, Adapted) else module, nn.MultiheadAttention):
-                found[f"{name}.out_proj"] = f"{name}.base_layer.out_proj"
-        return found
-
-    def site(self, name: str) -> Site:
-        """The site at a path. MatchError if no op of ours acts there."""
-        module = self.modules[name]
-        base = module.base_layer if isinstance(module, Adapted) else module
-        op = op_of(base)
-        if op is None:
-            kind = f"{type(base).__module__}.{type(base).__name__}"
-            raise MatchError(
-                f"{printable(name)}: a {kind}; Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d and "
-                "MultiheadAttention can be adapted; name their paths, or exclude this one"
-            )
-        why = unfit(base)
-        if why is not None:
-            raise MatchError(f"{printable(name)}: {why}, or exclude it")
-        if any(is_sharded(values) for values in base._parameters.values() if values is not None):
-            raise StateError(
-                f"{printable(name)}: each process holds a share of its weight, and would train a new adapter over "
-                "it by itself; inject or load first, then fully_shard"
-            )
-        return live_site(name, base, op)
-
-    def dense(self, name: str) -> Dense:
-        """The base's weight at a path where a site is, outside autograd."""
-        module = self.modules[name]
-        base: Any = module.base_layer if isinstance(module, Adapted) else module
-        op = self.site(name).acting
-        held: Tensor = getattr(base, op.roles.get("weight", "weight"))
-        return Dense(op.matrix(held.detach()))
 
 
 @contextmanager
@@ -140,15 +65,20 @@ def inject(
     tree = Tree(root)
     config = with_task_heads(config, tree)
     names = list(tree.modules)
+    parameters = targeted_parameters(config, tree)
     chosen = select(config, names, lambda: {name for name in names if tree.is_linear(name)} - {*output_heads()})
     refuse_unmatched("target_modules", unmatched(config, chosen), names)
     first = dict.fromkeys(tree.first_name(name) for name in chosen)
-    for field, entries in config.unused(first.keys()).items():
-        refuse_unmatched(field, entries, first.keys())
+    adapted = [*first, *parameters]
+    for field, entries in config.unused(adapted).items():
+        refuse_unmatched(field, entries, adapted)
     sites = {}
     for name, spelling in tree.spelled(first).items():
         site, method = tree.site(name), config.method(spelling)
         sites[name] = site, method, method.init(site, partial(tree.dense, name))
+    for name in parameters:
+        site, method = tree.parameter_site(name), config.method(name)
+        sites[site.name] = site, method, method.init(site, _no_base)
     saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
     fit(tree, adapter, Fitting(config, sites, saved), trainable)
 
@@ -157,16 +87,16 @@ def inject(
 def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     """Lay a checked adapter over the model. The first one of a model is active, later ones are not."""
     root = tree.root
+    refuse_nested(tree, {name: site for name, (site, _, _) in fitting.sites.items()}, fitting.saved)
     state = state_of(root) or _frozen(tree)
     touched: list[Adapted | Replaced] = []
-    for name, (site, method, params) in fitting.sites.items():
-        module = tree.modules[name]
-        layer = module if isinstance(module, Adapted) else _wrap(tree, module, Adapted(module, site))
+    for name, (site, method, params) in _outer_first(tree, fitting.sites):
+        layer = tree.layer(name, site)
         layer.fit(adapter, method, _placed(params, layer.base_weight), trainable)
         touched.append(layer)
     for name, tensors in fitting.saved.items():
         module = tree.modules[name]
-        holder = module if isinstance(module, Replaced) else _wrap(tree, module, Replaced(module))
+        holder = module if isinstance(module, Replaced) else wrap(tree, module, Replaced(module))
         holder.modules_to_save[adapter] = _copied(holder.original_module, tensors, trainable)
         touched.append(holder)
     state.configs[adapter] = replace(fitting.config, inference_mode=not trainable)
@@ -174,6 +104,22 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
         state.active = (adapter,)
     for wrapper in touched:  # elsewhere nothing has changed
         wrapper.activate(state.active, state.enabled)
+
+
+Fitted = tuple[Site, Method, Params]
+
+
+def _outer_first(tree: Tree, sites: Mapping[str, Fitted]) -> Iterator[tuple[str, Fitted]]:
+    """Modules, then parameters from the last of each module on: as PEFT has it, the first lies innermost."""
+    alone = {name for name, (site, _, _) in sites.items() if site.acting.alone}
+    yield from ((name, one) for name, one in sites.items() if name not in alone)
+    for name in reversed(tree.parameter_names()) if alone else ():
+        if name in alone:
+            yield name, sites[name]
+
+
+def _no_base() -> Dense:
+    raise AssertionError("only methods that start without the base adapt parameters")
 
 
 def _frozen(tree: Tree) -> State:
@@ -208,7 +154,7 @@ def eject(root: nn.Module, keep_merged: bool = False) -> None:
         raise StateError("eject: keep_merged, but nothing is merged; merge the model first")
     if merged and not keep_merged:
         unmerge(root)
-    for place in list(places(root)):
+    for place in reversed(list(places(root))):  # of wrappers in wrappers, the inner ones first
         if isinstance(place.module, Adapted):
             place.parent._modules[place.key] = place.module.base_layer
         elif isinstance(place.module, Replaced):
@@ -237,16 +183,6 @@ def with_task_heads(config: AdapterConfig, tree: Tree) -> AdapterConfig:
     heads = {head for name in tree.modules for head in suffix_hits(config.task_heads(), name)}
     added = sorted(heads - set(given))
     return replace(config, modules_to_save=[*given, *added]) if added else config
-
-
-def _wrap(tree: Tree, module: nn.Module, wrapper: Wrapper) -> Wrapper:
-    """Put `wrapper` at every path of `module`."""
-    wrapper.__dict__["training"] = module.training
-    for place in tree.aliases[id(module)]:
-        place.parent._modules[place.key] = wrapper
-        tree.modules[place.name] = wrapper
-    tree.aliases[id(wrapper)] = tree.aliases[id(module)]
-    return wrapper
 
 
 def _placed(params: Params, weight: Tensor) -> Params:

@@ -83,7 +83,13 @@ def _row(site: Site, op: str, tied: str) -> Row:
 
 def _stored_row(base: Checkpoint, site: Site) -> Row:
     op = likely_op(base, site)
-    return _row(site, op, "output head" if op == "embedding" and ties_head(base, site.weight) else "")
+    row = _row(site, op, "output head" if op == "embedding" and ties_head(base, site.weight) else "")
+    packed = [base.packed[one.name] for one in site.tensors.values() if one.name in base.packed]
+    if not packed:
+        return row
+    held = sum(one.nbytes for each in packed for one in each.tensors.values())
+    plain = sum(each.plain.nbytes for each in packed)
+    return row._replace(dtype=packed[0].codec.name, size_bytes=row.size_bytes - plain + held)
 
 
 def likely_op(base: Checkpoint, site: Site) -> str:

@@ -11,8 +11,10 @@ from surgery.core.names import Prefix, in_base, nearest, prefix_between, suffix_
 from surgery.core.site import RawDtype, Site, TensorInfo
 from surgery.errors import FormatError, InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.views import plainly
 from surgery.ops.attention import attention_site
 from surgery.ops.bias import bias_site
+from surgery.procedures.experts import laid_on
 from surgery.procedures.op_choice import OpChoice
 from surgery.procedures.tying import tying_of, vocabulary
 
@@ -36,7 +38,8 @@ class Joined:
     """
 
     def __init__(self, base: Checkpoint, given: Weighted, index: int, ops: Mapping[str, str]) -> None:
-        self.base, self.adapter, self.weight, self.index = base, given.adapter, given.weight, index
+        self.base, self.weight, self.index = base, given.weight, index
+        self.adapter, alone = laid_on(base, given.adapter)
         self.ops, self.tying = ops, tying_of(base)
         self.refusals: list[InputError] = []
         self.layers: dict[str, tuple[Site, Layer]] = {}
@@ -44,7 +47,8 @@ class Joined:
         known = {site.name: site for site in map(attention_site, base.sites()) if "weight" in site.tensors}
         if self.tying is not None and self.tying.separable:
             known[self.tying.head.name] = self.tying.head
-        self.prefix = prefix_between([in_base(name) for name in given.adapter.sites], known) or Prefix()
+        known |= {site.name: site for site in alone.values()}
+        self.prefix = prefix_between([in_base(name) for name in self.adapter.sites], known) or Prefix()
         self._copies()
         self._saved()
         self.known = {name: self._as_grown(site) for name, site in known.items()}
@@ -58,13 +62,16 @@ class Joined:
     def _sites(self) -> None:
         found = {name: self.known.get(self.prefix.of(in_base(name))) for name in self.adapter.sites}
         choice = OpChoice(
-            self.base, self.adapter, {name: one for name, one in found.items() if one is not None}, self.ops
+            self.base,
+            self.adapter,
+            {name: one for name, one in found.items() if one is not None and one.op is None},
+            self.ops,
         )
         for name, there in sorted(found.items()):
             try:
                 if there is None:
                     raise MatchError(self._absent(name))
-                site = there.with_op(choice.of(name))
+                site = there.with_op(there.op or choice.of(name))
                 self._add(site, self._layer(name, site))
             except InputError as error:
                 self.refusals.append(error)
@@ -106,9 +113,9 @@ class Joined:
             info = self._info(there)
             if info is not None and info.shape != tuple(values.shape) and _grown(info, values, self.base):
                 self._put(name, Whole(info._replace(shape=tuple(values.shape)), values, True, copied=True))
-            elif info is None or (there in self.base.at and not _equal(self.base, info, values)):
+            elif info is None or (self.base.info(there) is not None and not _equal(self.base, info, values)):
                 self.refusals.append(self._unequal(name, info))
-            elif there not in self.base.at:
+            elif self.base.info(there) is None:
                 self._put(name, Whole(info, values, True, copied=True))
 
     def _saved(self) -> None:
@@ -127,7 +134,7 @@ class Joined:
                     )
                 )
             elif info.shape == shape or _grown(info, values, self.base):
-                new = info.shape != shape or there not in self.base.at
+                new = info.shape != shape or self.base.info(there) is None
                 self._put(name, Whole(info._replace(shape=shape), values, new))
             else:
                 self.refusals.append(
@@ -152,26 +159,27 @@ class Joined:
     def _there(self, name: str) -> str:
         """A tensor's name as the base has it, or would have it."""
         renamed = self.prefix.of(name)
-        return renamed if renamed in self.base.at else name
+        return renamed if self.base.info(renamed) is not None else name
 
     def _info(self, name: str) -> TensorInfo | None:
         """Of the base's tensor, or of the head that is tied."""
-        if name in self.base.at:
-            return self.base.at[name][1].info
+        here = self.base.info(name)
+        if here is not None:
+            return here
         head = None if self.tying is None else self.tying.head.weight
         return head if head is not None and head.name == name else None
 
     def _is_new(self, name: str) -> bool:
         """Does the tensor belong to a module of which the base has nothing, so that only the adapter brings it?"""
         last = {entry.rpartition(".")[2] for entry in _owners(self.adapter, name)}
-        return bool(last) and not any(last & set(info.name.split(".")) for info in self.base.tensors())
+        return bool(last) and not any(last & set(info.name.split(".")) for info in self.base.weights())
 
     def _as_grown(self, site: Site) -> Site:
-        tied = self.tying is not None and site.weight.name not in self.base.at
+        tied = self.tying is not None and self.base.info(site.weight.name) is None
         whole = self.wholes.get(self.tying.embedding.name if self.tying and tied else site.weight.name)
         if whole is None:
             return site
-        return Site(site.name, {**site.tensors, "weight": whole.info._replace(name=site.weight.name)})
+        return Site(site.name, {**site.tensors, "weight": whole.info._replace(name=site.weight.name)}, site.op)
 
     def _absent(self, name: str) -> str:
         told = f"{printable(self.adapter.where)}: {printable(name)} is not in the base"
@@ -185,7 +193,7 @@ class Joined:
             return MatchError(
                 f"{printable(self.adapter.where)}: {printable(name)} of modules_to_save is not in the base"
             )
-        close = ", ".join(printable(other) for other in nearest(name, self.base.at))
+        close = ", ".join(printable(other) for other in nearest(name, [info.name for info in self.base.weights()]))
         return MatchError(
             f"{printable(self.adapter.where)}: {printable(name)} of modules_to_save is not in the base; "
             f"nearest there: {close}; save the base with that module first"
@@ -211,12 +219,12 @@ def _owners(adapter: Adapter, name: str) -> Iterator[str]:
 
 def _grown(info: TensorInfo, values: Tensor, base: Checkpoint) -> bool:
     """Is it a tensor with a row for each token, that now has rows for other tokens too?"""
-    rows = info.name in vocabulary(base) or info.name not in base.at
+    rows = info.name in vocabulary(base) or base.info(info.name) is None
     return rows and values.dim() == len(info.shape) > 0 and tuple(values.shape[1:]) == info.shape[1:]
 
 
 def _equal(base: Checkpoint, info: TensorInfo, values: Tensor) -> bool:
     if info.shape != tuple(values.shape):
         return False
-    whole = base.load(Site(info.name, {"weight": info})).tensors["weight"]
+    whole = plainly(base, Site(info.name, {"weight": info})).tensors["weight"]
     return bool((whole == values.to(whole.dtype)).all())

@@ -1,12 +1,13 @@
 """merge and unmerge of a live model: the base weights change in place, and come back to the bit."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
 
 from surgery.core.adapter import Layer, bias_layers
+from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
 from surgery.core.sharded import is_sharded, rest, whole
 from surgery.core.source import copy
 from surgery.core.undo import Recorder
@@ -67,18 +68,20 @@ class LiveRecorder:
             self.undos[name] = Undo(weight.dtype, streams=streams)
 
 
-def merge(root: nn.Module, undo: UndoKind = "index") -> None:
+def merge(root: nn.Module, undo: UndoKind = "index", arithmetic: Arithmetic = "exact") -> None:
     """Add the active adapters to the base weights; on an error everything is as it was.
 
     `undo` "index" records what cannot be recomputed; "copy" keeps the originals: faster, and as large as they.
-    Raises StateError if adapters are merged or none is active, MatchError for a tied weight, ValueRangeError.
+    `arithmetic` other than "exact" gives PEFT's bits, and keeps the originals whatever `undo` says.
+    Raises StateError if adapters are merged or none is active, MatchError for a tied weight, ValueRangeError,
+    ConfigError for an adapter whose merge by PEFT is not known.
     """
     refuse_merged(root, "merge again")
     rest(root)
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.running}
     if not layers:
         raise StateError("merge: no active adapter; inject one, or set_adapter and enable_adapters")
-    changes = {name: _changes(name, layer) for name, layer in layers.items()}
+    changes = {name: _followed(_changes(name, layer), arithmetic) for name, layer in layers.items()}
     targets = {one.site.name: _parameter(layers[name], one) for name in changes for one in changes[name]}
     _refuse_tied(root, layers, changes)
     flat = [one for of_layer in changes.values() for one in of_layer]
@@ -149,7 +152,7 @@ def refuse_mixed(root: nn.Module, what: str) -> None:
 
 def _changes(name: str, layer: Adapted) -> tuple[Change, ...]:
     """What the active adapters make of a layer's weight and bias; the factors are cloned, for training may go on."""
-    site = live_site(name, layer.base_layer, layer.op)
+    site = layer.site if layer.op.alone else live_site(name, layer.base_layer, layer.op)
     for one in layer.layers():
         one.method.refuse_merge(site)
     device = layer.base_weight.device
@@ -162,10 +165,21 @@ def _changes(name: str, layer: Adapted) -> tuple[Change, ...]:
     return (weight, Change(bias, bias.weight.torch_dtype, on_bias)) if bias and on_bias else (weight,)
 
 
+def _followed(changes: tuple[Change, ...], arithmetic: Arithmetic) -> tuple[Change, ...]:
+    """The same by this arithmetic. ConfigError for a layer that it does not know."""
+    if arithmetic == "exact":
+        return changes
+    for change in changes:
+        for layer in change.layers:
+            refuse_unlike_peft(layer.method, change.site)
+    as_peft = PeftMerge(safe=arithmetic == "peft-safe", as_held=True)
+    return tuple(replace(change, as_peft=as_peft) for change in changes)
+
+
 def _parameter(layer: Adapted, change: Change) -> Tensor:
     """What the change is of."""
     role = "bias" if change.site.acting.name == Bias.name else "weight"
-    held: Tensor = getattr(layer.base_layer, layer.op.roles.get(role, role))
+    held: Tensor = getattr(layer.innermost, layer.op.roles.get(role, role))
     return held
 
 
@@ -184,7 +198,7 @@ def _refuse_tied(root: nn.Module, layers: Mapping[str, Adapted], changes: Mappin
     for name, layer in layers.items():
         for change in changes[name]:
             holding = owners[id(_parameter(layer, change))].items()
-            others = [owner for owner, module in holding if module is not layer.base_layer]
+            others = [owner for owner, module in holding if module is not layer.innermost]
             if others:
                 what = "bias" if change.site.acting.name == Bias.name else "weight"
                 raise MatchError(

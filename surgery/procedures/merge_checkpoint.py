@@ -2,14 +2,15 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.core.adapter import Weighted
-from surgery.errors import EnvironmentFault, InputError, UsageError, printable
+from surgery.core.survival import Survival
+from surgery.errors import CheckError, EnvironmentFault, InputError, UsageError, printable
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.layout import Layout, layout_like
 from surgery.hosts.reading import Reading
@@ -19,6 +20,7 @@ from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.regular import file_sha256
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
+from surgery.procedures.experts import laid_on
 from surgery.procedures.filling import Pace, fill
 from surgery.procedures.plan import Plan, Treatment, describe, make_plan
 from surgery.procedures.receipt import VERSION, Receipt, base_fingerprint
@@ -30,6 +32,9 @@ from surgery.procedures.undo_record import FOLDER, UndoWriter
 class Options:
     """How a merge is made. `treatment` and `max_shard_bytes` affect the bytes, `reversible` adds files.
 
+    Where a format cannot hold all of the change, at least `min_retained` of it has to be left, and what comes beside
+    it may be `max_noise` of it at most.
+    `beside` writes other files into the folder, once the weights lie there, and returns their sha256 by name.
     `resume` false starts anew where a run was cut short, true asks that there be one to go on with.
     """
 
@@ -39,7 +44,14 @@ class Options:
     overwrite: bool = False
     resume: bool | None = None
     expect_base_sha256: str | None = None
+    min_retained: float = 0.5
+    max_noise: float = 1.0
     pace: Pace = field(default_factory=Pace)
+    beside: Callable[[Staging], Mapping[str, str]] | None = None
+
+    def paced(self) -> Pace:
+        """One file at a time where PEFT is followed: with all threads, as it would run, and one whole weight."""
+        return self.pace if self.treatment.arithmetic == "exact" else replace(self.pace, workers=1)
 
 
 @dataclass(frozen=True)
@@ -54,9 +66,10 @@ class MergeReport:
     def summary(self) -> str:
         """One line."""
         merged, untouched = len(self.receipt["changed"]), len(self.receipt["untouched"])
-        return f"{printable(self.out)}: {merged} tensors changed, {untouched} carried as bytes" + (
-            f"; pushed as {self.pushed}" if self.pushed else ""
-        )
+        survived = self.receipt.get("survived")
+        more = f"; retained {survived['retained']}, noise {survived['noise']}" if survived else ""
+        more += f"; pushed as {self.pushed}" if self.pushed else ""
+        return f"{printable(self.out)}: {merged} tensors changed, {untouched} carried as bytes{more}"
 
     def to_json(self) -> dict[str, Any]:
         return {"out": str(self.out), "receipt": self.receipt} | ({"pushed": self.pushed} if self.pushed else {})
@@ -71,6 +84,7 @@ def merge_checkpoint(
     """
     options = options or Options()
     refuse_overlap(out, [base.path, *(Path(one.adapter.where) for one in adapters)])
+    adapters = [one._replace(adapter=laid_on(base, one.adapter).adapter) for one in adapters]
     plan = make_plan(base, adapters, options.treatment)
     plan.require()
     layout = layout_like(base, plan.written(), options.max_shard_bytes)
@@ -79,9 +93,13 @@ def merge_checkpoint(
     with Staging(out, overwrite=options.overwrite, key=key, resume=options.resume) as staging, ExitStack() as stack:
         undo = stack.enter_context(UndoWriter(base, staging, layout)) if options.reversible else None
         books = _Books(Receipt(base, adapters, plan), undo)
-        readings, written = fill(base, Merged(base, plan.changes, books), staging, layout, books, options.pace)
+        view = Merged(plan.source(base), plan.changes, books)
+        readings, written = fill(base, view, staging, layout, books, options.paced())
         _check_base(base, adapters, plan, readings, options)
+        _check_survival(books.receipt, options)
         _write_small(files, plan, layout, staging)
+        if options.beside is not None:
+            files.sha256 |= options.beside(staging)
         record = undo.finish(adapters, _originals(base, readings, files), files.displaced) if undo else None
         told = books.receipt.finish(readings, written, files, options.treatment, record)
         staging.write(RECEIPT, json_bytes(told))
@@ -106,12 +124,34 @@ class _Books:
 
     def told(self, part: FilePart) -> Any:
         largest = {name: value.hex() for name in part.order if (value := self.receipt.largest.get(name)) is not None}
-        return {"largest": largest, "undo": None if self.undo is None else self.undo.files[part.name].told()}
+        survival = {
+            name: [one.hex() for one in self.receipt.survival[name]]
+            for name in part.order
+            if name in self.receipt.survival
+        }
+        undo = None if self.undo is None else self.undo.files[part.name].told()
+        return {"largest": largest, "survival": survival, "undo": undo}
 
     def take(self, part: str, told: Any) -> None:
         self.receipt.largest |= {name: float.fromhex(value) for name, value in told["largest"].items()}
+        for name, sums in told["survival"].items():
+            self.receipt.survival[name] = Survival(*map(float.fromhex, sums))
         if self.undo is not None:
             self.undo.files[part].take(told["undo"])
+
+
+def _check_survival(receipt: Receipt, options: Options) -> None:
+    """CheckError where too little of the adapters is left, or too much came beside it."""
+    survived = receipt.survived()
+    if survived is None or (survived.retained >= options.min_retained and survived.noise <= options.max_noise):
+        return
+    worst = sorted(receipt.survival.items(), key=lambda item: item[1].retained)[:3]
+    told = ", ".join(f"{printable(name)} ({one})" for name, one in worst)
+    raise CheckError(
+        f"merge into keep: {survived} of the adapters' change in all; retained from {options.min_retained:g} on and "
+        f"noise up to {options.max_noise:g} are wanted; least is left at {told}; --into 16bit keeps all of it, and "
+        "--min-retained and --max-noise let it pass"
+    )
 
 
 def _key(base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, layout: Layout, options: Options) -> str:

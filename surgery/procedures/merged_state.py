@@ -29,9 +29,12 @@ def merged_state(root: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def plain_state(root: nn.Module) -> dict[str, Tensor]:
     """The tensors as they are, named as if no wrapper were there; those of adapters are left out."""
-    inner = {}
+    inner: dict[str, str] = {}
     for place in places(root):
-        if isinstance(place.module, Adapted):
+        if isinstance(place.module, Adapted) and place.module.parameter is not None:
+            owner = place.name.rpartition(".")[0]
+            inner[owner] = inner.get(owner, "") + "base_layer."
+        elif isinstance(place.module, Adapted):
             inner[place.name] = "base_layer."
         elif isinstance(place.module, Replaced):
             running = place.module.running is not place.module.original_module

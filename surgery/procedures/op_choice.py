@@ -74,13 +74,10 @@ class OpChoice:
 
     def _square(self, name: str) -> Op:
         """The layout of a square weight, which no shape tells."""
-        families = set(_families(self.base.config))
         last = self.sites[name].name.rpartition(".")[2]
-        if families & CONV1D_FAMILIES and last in CONV1D_NAMES:
-            return OPS["conv1d"]
+        if _has_conv1d(self.base.config):
+            return OPS[layout_by_name(self.base.config, last)]
         told = OPS["conv1d" if getattr(self.adapter.config, "fan_in_fan_out", False) else "linear"]
-        if families & CONV1D_FAMILIES:
-            return OPS["linear"]
         if told.name not in self._found:
             self._found[told.name] = self._against(told)
         family = self.base.config.get("model_type") if told.name == "conv1d" else None  # no such layers are known of it
@@ -111,10 +108,19 @@ class OpChoice:
         return all(shape_of(self.adapter.sites[name], role) == spec.shape for role, spec in specs.items())
 
 
-def _families(config: Mapping[str, Any]) -> Iterator[str]:
+def layout_by_name(config: Mapping[str, Any], name: str) -> str:
+    """The layout of a module's matrix, from what is known of the architecture alone."""
+    return "conv1d" if _has_conv1d(config) and name.rpartition(".")[2] in CONV1D_NAMES else "linear"
+
+
+def _has_conv1d(config: Mapping[str, Any]) -> bool:
+    return not CONV1D_FAMILIES.isdisjoint(families(config))
+
+
+def families(config: Mapping[str, Any]) -> Iterator[str]:
     """The `model_type` of a model and of those within it."""
     if isinstance(config.get("model_type"), str):
         yield config["model_type"]
     for value in config.values():
         if isinstance(value, dict):
-            yield from _families(value)
+            yield from families(value)

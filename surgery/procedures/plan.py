@@ -2,24 +2,30 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
+from surgery.codecs import FORMS
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter, Weighted, nbytes_of
+from surgery.core.as_peft import Arithmetic
 from surgery.core.names import Prefix
 from surgery.core.select import unmatched
 from surgery.core.site import TensorInfo
-from surgery.core.source import TILE_ELEMENTS
-from surgery.errors import InputError, UsageError, printable
+from surgery.core.source import TILE_ELEMENTS, Source
+from surgery.errors import ConfigError, InputError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.through import Through
 from surgery.hosts.views import Change
 from surgery.methods.lora import TWICE
 from surgery.ops.linear import LAYOUTS
 from surgery.procedures.draft import Draft
 from surgery.procedures.true_config import true_config
+from surgery.procedures.unpacking import keep, pass_through, unpack
 
+Into = Literal["16bit", "keep"]
+INTO: tuple[Into, ...] = ("16bit", "keep")
 _RUNTIME_BYTES = 300_000_000  # Python and torch themselves
 _TILE_COPIES = 12  # float64 tensors of a tile's size alive at once
 
@@ -31,10 +37,16 @@ class Treatment:
     dtype: torch.dtype | None = None  # None keeps each tensor's own
     tied: Literal["refuse", "untie"] = "refuse"  # where an adapter changes one of two tied tensors
     ops: Mapping[str, str] = field(default_factory=dict)  # by the end of a site's name: linear or conv1d
+    compute_dtype: torch.dtype | None = None  # what quantized weights are decoded to; None: as they are computed with
+    into: Into | None = None  # what quantized weights are written as; None: 16bit
+    base_as: str | None = None  # the form in which the adapters were trained over this plain base
+    arithmetic: Arithmetic = "exact"
 
     def to_json(self) -> dict[str, Any]:
-        dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "tied": self.tied, "ops": dict(sorted(self.ops.items()))}
+        told = {"arithmetic": self.arithmetic, "dtype": _word(self.dtype), "tied": self.tied}
+        more = {"compute_dtype": _word(self.compute_dtype), "into": self.into, "base_as": self.base_as}
+        kept = {key: value for key, value in more.items() if value is not None}
+        return told | {"ops": dict(sorted(self.ops.items()))} | kept
 
 
 @dataclass(frozen=True)
@@ -63,9 +75,15 @@ class Plan:
             first = self.refusals[0]
             raise type(first)(f"{first}" + (f" (and {more} more; `surgery plan` lists all)" if more else ""))
 
+    def source(self, base: Checkpoint) -> Source:
+        """The base as the changes are laid over it."""
+        forms = {one.site.weight.name: one.through for one in self.changes if one.through}
+        return Through(base, forms) if forms else base
+
     def written(self) -> dict[str, TensorInfo]:
-        """The tensors that change, as they stand in the output."""
-        return {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in self.changes}
+        """The tensors that change, as they stand in the output; those that keep their format aside."""
+        plain = (one for one in self.changes if not one.keep)
+        return {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in plain}
 
     def summary(self) -> str:
         """One line."""
@@ -103,6 +121,9 @@ def describe(change: Change) -> dict[str, Any]:
         "dtype": str(change.dtype).removeprefix("torch."),
         "methods": methods,
         "replaced": change.saved is not None,
+        **({"held": change.held} if change.held else {}),
+        **({"kept": True} if change.keep else {}),
+        **({"base_as": change.through} if change.through else {}),
     }
 
 
@@ -112,6 +133,12 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     draft = Draft(base, treatment.ops)
     for index, given in enumerate(adapters):
         draft.lay(given, index)
+    if treatment.base_as is not None:
+        pass_through(draft, treatment.base_as, treatment.compute_dtype)
+    elif treatment.into == "keep":
+        keep(draft, treatment.dtype or treatment.compute_dtype)
+    else:
+        unpack(draft, treatment.compute_dtype, treatment.into is not None)
     draft.settle(treatment.tied)
     draft.notes += [
         note
@@ -120,12 +147,23 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     ]
     if treatment.dtype is not None:
         draft.cast(treatment.dtype)
+    for one in adapters:
+        if treatment.arithmetic != "exact" and one.adapter.config.parameters():
+            where = printable(one.adapter.where)
+            raise ConfigError(f"{where}: PEFT's merge of target_parameters is not known; leave arithmetic 'exact'")
+    draft.follow(treatment.arithmetic)
     config = true_config(base.config, treatment.dtype, draft.outcome())
     return _costed(base, adapters, draft, config)
 
 
-def treatment(
-    dtype: str | torch.dtype | None = None, tied: str = "refuse", ops: Mapping[str, str] | None = None
+def treatment(  # noqa: PLR0913, PLR0917  # one argument an option
+    dtype: str | torch.dtype | None = None,
+    tied: str = "refuse",
+    ops: Mapping[str, str] | None = None,
+    compute_dtype: str | torch.dtype | None = None,
+    into: str | None = None,
+    base_as: str | None = None,
+    arithmetic: str = "exact",
 ) -> Treatment:
     """UsageError for a value that is none."""
     if tied not in ("refuse", "untie"):
@@ -133,7 +171,25 @@ def treatment(
     for name, op in (ops or {}).items():
         if op not in LAYOUTS:
             raise UsageError(f"op of {printable(name)} is {printable(op)!r}; one of {', '.join(LAYOUTS)} is wanted")
-    return Treatment(check_dtype(dtype), "untie" if tied == "untie" else "refuse", dict(ops or {}))
+    untie: Literal["refuse", "untie"] = "untie" if tied == "untie" else "refuse"
+    if into not in (None, *INTO):
+        raise UsageError(f"into is {printable(into)!r}; one of {', '.join(INTO)} is wanted")
+    if base_as not in (None, *FORMS):
+        raise UsageError(f"base_as is {printable(base_as)!r}; one of {', '.join(FORMS)} is wanted")
+    form = next((one for one in INTO if one == into), None)
+    how = check_arithmetic(arithmetic)
+    if base_as is not None and how != "exact":
+        raise UsageError(f"base_as is given, and arithmetic is {how!r}; PEFT merges no such base so; leave one out")
+    return Treatment(check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype), form, base_as, how)
+
+
+def check_arithmetic(arithmetic: object) -> Arithmetic:
+    """UsageError for one that is not known."""
+    known: tuple[Arithmetic, ...] = get_args(Arithmetic)
+    for one in known:
+        if one == arithmetic:
+            return one
+    raise UsageError(f"arithmetic is {printable(arithmetic)!r}; one of {', '.join(known)} is wanted")
 
 
 def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -144,6 +200,10 @@ def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in known:
         raise UsageError(f"dtype {printable(name)!r} is not known; one of {', '.join(known)} is wanted")
     return known[str(name)]
+
+
+def _word(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _notes(adapter: Adapter) -> list[str]:
@@ -181,10 +241,18 @@ def _sums_bytes(change: Change) -> int:
     return sum(8 * change.site.shape[0] for layer in change.layers if layer.method.couples)
 
 
+def _whole_bytes(change: Change) -> int:
+    """Of a weight that is merged whole: twice itself, and its change three times in float32 or wider."""
+    weight = change.site.weight
+    wide = max(4, weight.torch_dtype.itemsize)
+    return 0 if change.as_peft is None else 2 * weight.nbytes + 3 * wide * weight.nbytes // weight.torch_dtype.itemsize
+
+
 def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config: Mapping[str, Any] | None) -> Plan:
-    infos, changes = {info.name: info for info in base.tensors()}, draft.ordered()
-    read_bytes = sum(info.nbytes for info in infos.values())
-    infos |= {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in changes}
+    changes = draft.ordered()
+    plain = {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in changes if not one.keep}
+    gone = {held for name in plain if name in base.packed for held in base.holding(name)}
+    infos = {info.name: info for info in base.tensors() if info.name not in gone} | plain
     tile = max((min(TILE_ELEMENTS, info.nbytes) for info in infos.values()), default=0)
     sites = [nbytes_of(params) for one in adapters for params in one.adapter.sites.values()]
     whole = [v.nbytes for one in adapters for v in (*one.adapter.saved.values(), *one.adapter.copies.values())]
@@ -192,10 +260,14 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         tuple(changes),
         tuple(draft.refusals),
         tuple(note for one in adapters for note in _notes(one.adapter)) + tuple(draft.notes),
-        tensors=sum(1 for _ in base.tensors()),
-        read_bytes=read_bytes,
+        tensors=sum(1 for _ in base.weights()),
+        read_bytes=sum(info.nbytes for info in base.tensors()),
         written_bytes=sum(info.nbytes for info in infos.values()),
-        peak_bytes=_RUNTIME_BYTES + sum(whole) + max(sites, default=0) + 8 * _TILE_COPIES * tile,
+        peak_bytes=_RUNTIME_BYTES
+        + sum(whole)
+        + max(sites, default=0)
+        + 8 * _TILE_COPIES * tile
+        + max(map(_whole_bytes, changes), default=0),
         undo_bytes=sum(sites) + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
         prefixes=tuple(draft.prefixes),
         config=config,

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from surgery.core.adapter import Adapter, Weighted
 from surgery.core.arithmetic import largest_change
+from surgery.core.survival import Survival
 from surgery.errors import FormatError, InputError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.reading import Reading
@@ -25,16 +27,24 @@ VERSION = version("model-surgery")  # read early: where memory is lacking, it sa
 
 
 class Receipt:
-    """A watch of a merge, which keeps each tensor's largest change; `finish` gives the receipt."""
+    """A watch of a merge, which keeps each tensor's largest change, and what survived; `finish` gives the receipt."""
 
     def __init__(self, base: Checkpoint, adapters: Sequence[Weighted], plan: Plan) -> None:
         self.base, self.adapters, self.plan = base, adapters, plan
         self.largest: dict[str, float] = {}
+        self.survival: dict[str, Survival] = {}  # of weights whose format cannot hold all
 
     def __call__(self, tile: MergedTile) -> None:
         name = tile.change.site.weight.name
         change = largest_change(tile.merged, torch.zeros(1) if tile.original is None else tile.original)
         self.largest[name] = max(change, self.largest.get(name, 0.0))
+        survival = tile.survival
+        if survival is not None:
+            self.survival[name] = self.survival.get(name, Survival()).plus(survival)
+
+    def survived(self) -> Survival | None:
+        """In all; None where every format holds all."""
+        return reduce(Survival.plus, self.survival.values()) if self.survival else None
 
     def finish(
         self,
@@ -61,7 +71,7 @@ class Receipt:
                 {**_origin(one), "sha256": dict(one.sha256), "digest": one.digest, "weight": weight.hex()}
                 for one, weight in self.adapters
             ],
-            "options": {"arithmetic": "exact", **treatment.to_json()},
+            "options": treatment.to_json(),
             "changed": changed,
             "untouched": {name: digest for name, digest in after.items() if name not in changed},
             "files": {name: one.sha256 for name, one in written.items()},
@@ -70,14 +80,22 @@ class Receipt:
             "reversible": undo_record is not None,
             "undo_record": undo_record,
             "notes": list(self.plan.notes),
+            **({} if (survived := self.survived()) is None else {"survived": survived.to_json()}),
             "tools": tools(),
         }
 
     def _changed(self, change: Change, before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
         name = change.site.weight.name
-        origin = None if change.origin is None else before[change.origin.weight.name]
-        hashes = {"base_sha256": origin, "sha256": after[name]}
-        return {**describe(change), "largest_change": self.largest.get(name, 0.0).hex(), **hashes}
+        hashes = {"base_sha256": self._origin_sha256(change, before), "sha256": after[name]}
+        survived = self.survival[name].to_json() if name in self.survival else {}
+        return {**describe(change), "largest_change": self.largest.get(name, 0.0).hex(), **hashes, **survived}
+
+    def _origin_sha256(self, change: Change, before: Mapping[str, str]) -> str | dict[str, str] | None:
+        """Of the base's weight; of each tensor that holds it, where there are several."""
+        if change.origin is None:
+            return None
+        name = change.origin.weight.name
+        return {one: before[one] for one in self.base.holding(name)} if name in self.base.packed else before[name]
 
 
 def _origin(one: Checkpoint | Adapter) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from surgery.errors import MatchError, ShapeError, printable
 from surgery.hosts.tree import adapted_layers, injected, replaced_modules
 from surgery.layers import Adapted, Replaced
 from surgery.procedures.adapter_files import fitting_of, known
-from surgery.procedures.inject import Fitting, Tree
+from surgery.procedures.inject import Fitting
 from surgery.procedures.merge import refuse_merged
+from surgery.procedures.model_tree import Tree
 
 
 def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:

@@ -20,7 +20,7 @@ def remove(root: nn.Module, adapters: Sequence[str]) -> None:
     for adapter in adapters:
         known(state, adapter)
     refuse_merged(root, "delete an adapter")
-    for place in list(places(root)):
+    for place in reversed(list(places(root))):  # of wrappers in wrappers, the inner ones first
         if isinstance(place.module, Adapted):
             _unfit(place, place.module, adapters)
         elif isinstance(place.module, Replaced):

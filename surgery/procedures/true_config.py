@@ -26,6 +26,7 @@ class Outcome(NamedTuple):
     untied: bool = False
     heads: Mapping[str, tuple[int, ...]] = {}  # tensors that the base lacks
     task_type: str | None = None  # of the adapter that brings them
+    plain: bool = False  # no weight is quantized any more
 
 
 def true_config(config: Mapping[str, Any], dtype: torch.dtype | None, outcome: Outcome) -> Mapping[str, Any] | None:
@@ -39,6 +40,8 @@ def true_config(config: Mapping[str, Any], dtype: torch.dtype | None, outcome: O
             continue
         if dtype is not None:
             _set_dtype(part, dtype)
+        if outcome.plain:
+            part.pop("quantization_config", None)
         if outcome.untied and (part is told or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
     if outcome.vocab_size is not None and isinstance(text, dict):

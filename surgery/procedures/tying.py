@@ -40,12 +40,12 @@ class Tying(NamedTuple):
 
 def tying_of(base: Checkpoint) -> Tying | None:
     """None where the model has no head, or one of its own."""
-    found = [info for info in base.tensors() if is_embedding(info.name) and len(info.shape) == 2]
+    found = [info for info in base.weights() if is_embedding(info.name) and len(info.shape) == 2]
     if len(found) != 1 or not ties_head(base, found[0]):
         return None
     kind = architecture(base.config)
     free = kind.endswith(_FREE) and base.config.get("model_type") in _SEPARABLE
-    return Tying(found[0], free and HEAD not in base.at)
+    return Tying(found[0], free and base.info(HEAD) is None)
 
 
 def is_embedding(name: str) -> bool:
@@ -56,7 +56,7 @@ def is_embedding(name: str) -> bool:
 
 def ties_head(base: Checkpoint, embedding: TensorInfo) -> bool:
     """Whether the model has an output head, and no tensor for it is here: it is the embedding's."""
-    alike = [info for info in base.tensors() if info.shape == embedding.shape and not _in_layer(info.name)]
+    alike = [info for info in base.weights() if info.shape == embedding.shape and not _in_layer(info.name)]
     if is_embedding(embedding.name):  # a second embedding is no head
         alike = [info for info in alike if not is_embedding(info.name)]
     heads = [info for info in alike if info.name != embedding.name]
@@ -66,11 +66,11 @@ def ties_head(base: Checkpoint, embedding: TensorInfo) -> bool:
 def vocabulary(base: Checkpoint) -> dict[str, TensorInfo]:
     """The tensors with a row for each token: embedding, head, the head's bias."""
     size = text_config(base.config).get("vocab_size")
-    rows = {info.shape[0] for info in base.tensors() if is_embedding(info.name) and info.shape}
+    rows = {info.shape[0] for info in base.weights() if is_embedding(info.name) and info.shape}
     rows = {size} if isinstance(size, int) else rows
     return {
         info.name: info
-        for info in base.tensors()
+        for info in base.weights()
         if info.shape and info.shape[0] in rows and not _in_layer(info.name) and "position" not in info.name
     }
 

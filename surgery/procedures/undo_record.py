@@ -95,12 +95,12 @@ class FileUndo:
         self.file: StagedFile | None = None
 
     def __call__(self, tile: MergedTile) -> None:
-        if tile.steps is None or tile.original is None:
+        if tile.steps is None or tile.original is None or tile.change.held or tile.change.through:
             self.recorder = None
         elif self.recorder is not None:
             self.recorder.add(tile.original, tile.merged, tile.steps)
         if tile.last:
-            if tile.change.site.weight.name in self.base.at:
+            if self.base.info(tile.change.site.weight.name) is not None:
                 self._end(tile.change)
             self.recorder = Recorder()
 
@@ -113,17 +113,17 @@ class FileUndo:
         self.sha256, self.tensors = told["sha256"], told["tensors"]
 
     def _end(self, change: Change) -> None:
-        """Write the streams of a tensor, or the tensor where that is smaller or they do not fit."""
-        info = self.base.at[change.site.weight.name][1].info
+        """Write the streams of a tensor, or the tensor where that is smaller or they do not fit, or it is packed."""
+        name = change.site.weight.name
         streams = self.recorder.streams() if self.recorder is not None and self.recorder.exact else None
         if self.file is None:
             self.file = self.context.enter_context(self.staging.file(f"{FOLDER}/{self.name}"))
-        field: dict[str, Any] = {"file": self.name}
-        if streams is None or sum(map(len, streams.values())) >= info.nbytes:
-            field["kept"] = [self.at, info.nbytes]
-            for chunk in self.base.read(info.name):
-                self._write(self.file, chunk)
+        size = self.base.at[name][1].info.nbytes if name in self.base.at else 0
+        if streams is None or sum(map(len, streams.values())) >= size:
+            for one in [name] if change.keep else self.base.holding(name):
+                self._keep(self.file, self.base.at[one][1].info)
         else:
+            field: dict[str, Any] = {"file": self.name}
             field["op"] = None if change.site.op is None else change.site.op.name
             field["layers"] = [[layer.adapter, layer.name] for layer in change.layers]
             field["streams"] = {}
@@ -133,7 +133,13 @@ class FileUndo:
             for index, sums in _sums(change.layers):
                 field.setdefault("sums", {})[str(index)] = [self.at, sums.nbytes]
                 self._write(self.file, octets(sums))
-        self.tensors[info.name] = field
+            self.tensors[name] = field
+
+    def _keep(self, file: StagedFile, info: TensorInfo) -> None:
+        """A tensor of the base as it is."""
+        self.tensors[info.name] = {"file": self.name, "kept": [self.at, info.nbytes]}
+        for chunk in self.base.read(info.name):
+            self._write(file, chunk)
 
     def _write(self, file: StagedFile, data: memoryview) -> None:
         self.hash.update(data)
@@ -219,7 +225,7 @@ class UndoRecord:
             layers.append(Layer(method, params, index, name, sums))
         laid = bias_layers(layers) if field.get("op") == Bias.name else tuple(layers)
         held = info if there is None else info._replace(dtype=there.dtype)
-        new = there is None or there.shape != info.shape
+        new = there is None or there.shape != info.shape or info.name in merged.packed
         return Change(Site(info.name, {"weight": held}, op), info.torch_dtype, laid, new=new)
 
     def undo(self, change: Change) -> Undo:
@@ -228,7 +234,7 @@ class UndoRecord:
         dtype = change.dtype
         if "kept" in field:
             data = self._read(field["file"], field["kept"])
-            return Undo(dtype, kept=tensor_from(data, dtype, change.site.weight.shape))
+            return Undo(dtype, kept=tensor_from(data, dtype, change.site.laid(change.site.weight).shape))
         if "streams" not in field:
             raise FormatError(f"{printable(self.folder)}: record.json tells nothing of how to bring back a tensor")
         streams = {int(bits): bytes(self._read(field["file"], span)) for bits, span in field["streams"].items()}

@@ -1,9 +1,11 @@
 """verify: every tensor of a merged checkpoint graded against what base and adapters give."""
 
+import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
@@ -11,19 +13,22 @@ from typing import Any, NamedTuple
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Weighted
 from surgery.core.site import Site, TensorInfo
-from surgery.core.source import TILE_ELEMENTS, row_tiles
+from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
+from surgery.core.survival import Survival
 from surgery.core.workers import default_workers, in_order
 from surgery.errors import CheckError, printable
+from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.packing import quantization_of
 from surgery.hosts.views import Change, told
 from surgery.io.octets import Tally
 from surgery.io.regular import file_sha256
 from surgery.io.tensor_file import TensorFile
-from surgery.procedures.grade import GRADES, Grade, carried, derived
-from surgery.procedures.plan import Treatment, make_plan
+from surgery.procedures.grade import GRADES, Grade, carried, derived, kept
+from surgery.procedures.plan import Into, Treatment, make_plan
 from surgery.procedures.receipt import read_receipt
 from surgery.procedures.report import Case
-from surgery.procedures.small_files import CARD
+from surgery.procedures.small_files import CARD, RECEIPT
 from surgery.procedures.spans import spans
 from surgery.procedures.tying import text_config
 
@@ -58,7 +63,9 @@ class VerifyReport:
 
     def summary(self) -> str:
         """One line."""
-        return ", ".join(f"{count} {grade}" for grade, count in self.counts.items() if count or grade == "different")
+        counts = ", ".join(f"{count} {grade}" for grade, count in self.counts.items() if count or grade == "different")
+        survived = [one.survival for one in self.tensors.values() if one.survival is not None]
+        return f"{counts}; {reduce(Survival.plus, survived)}" if survived else counts
 
     @property
     def title(self) -> str:
@@ -93,25 +100,41 @@ def verify_checkpoint(
     base: Checkpoint,
     adapters: Sequence[Weighted],
     out: Checkpoint,
-    ops: Mapping[str, str] | None = None,
+    treatment: Treatment | None = None,
     workers: int | None = None,
 ) -> VerifyReport:
     """Grade every tensor of `out` against `adapters` merged over `base`, by any tool; `workers` tiles at once."""
-    plan = make_plan(base, adapters, Treatment(tied="untie", ops=ops or {}))  # what is right where two were tied
+    into: Into | None = "keep" if out.packed and base.packed else None
+    # What is right where two were tied.
+    plan = make_plan(base, adapters, replace(treatment or Treatment(), tied="untie", into=into))
     plan.require()
     grades: dict[str, Grade] = {}
-    for name, grade in in_order(_graded, _pieces(base, out, plan.changes), workers or default_workers()):
+    pieces = _pieces(base, plan.source(base), out, plan.changes)
+    for name, grade in in_order(_graded, pieces, workers or default_workers()):
         grades[name] = grades[name].worse(grade) if name in grades else grade
     why = _config_differs(base.config, plan.config or base.config, out.config)
     if why:
         grades["config.json"] = Grade("different", why=why)
     base.check_unchanged()
     out.check_unchanged()
-    return VerifyReport(out.path, grades)
+    return VerifyReport(out.path, _links(out.folder) | grades)
+
+
+def recorded_arithmetic(folder: Path) -> str:
+    """What a merge by surgery says that it was made with; "exact" of what has no receipt."""
+    if not (folder / RECEIPT).is_file():
+        return "exact"
+    options = read_receipt(folder).get("options")
+    return str(options.get("arithmetic", "exact")) if isinstance(options, dict) else "exact"
 
 
 def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
-    """Check the files of `folder`, `workers` at once, against its own receipt. InputError if it has none."""
+    """Check the files of `folder`, `workers` at once, against its own receipt, and the links of a graph.
+
+    InputError if it has neither.
+    """
+    if is_exported(folder) and not os.path.lexists(folder / RECEIPT):
+        return VerifyReport(folder, _links(folder))
     receipt = read_receipt(folder)
     wanted = dict(receipt["untouched"]) | {name: one["sha256"] for name, one in receipt["changed"].items()}
     grades = {}
@@ -133,13 +156,24 @@ def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in receipt["files"]:
             grades[path.name] = Grade("different", why="a file of weights that the receipt does not know")
-    return VerifyReport(folder, grades)
+    return VerifyReport(folder, _links(folder) | grades)
+
+
+def _links(folder: Path) -> dict[str, Grade]:
+    """Whether a graph that lies in the folder still finds its weights."""
+    if not is_exported(folder):
+        return {}
+    broken = broken_links(folder)
+    told = {GRAPH: Grade("recorded")}
+    return told | {name: Grade("different", why=why) for name, why in broken.items()}
 
 
 def _config_differs(base: Mapping[str, Any], wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Where a config.json would have other weights loaded, or these in another way; nothing if it would not."""
     if not found or not wanted:
         return ""
+    if bool(quantization_of(found)) != bool(quantization_of(wanted)):
+        return f"it {'has' if quantization_of(found) else 'lacks'} a quantization_config, unlike the weights"
     parts = [text_config(one) for one in (base, wanted, found)]
     for key in ("tie_word_embeddings", "vocab_size"):
         told = parts[1].get(key, wanted.get(key))
@@ -153,27 +187,50 @@ def _graded(piece: Piece) -> tuple[str, Grade]:
     return piece.name, piece.grade()
 
 
-def _pieces(base: Checkpoint, out: Checkpoint, changes: Iterable[Change]) -> Iterator[Piece]:
-    """All tensors in the base's order, then those that a change adds, then those that nothing explains."""
+def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable[Change]) -> Iterator[Piece]:
+    """All tensors in the base's order, then those that a change adds, then those that nothing explains.
+
+    `source` is the base as the changes are laid over it.
+    """
     changed = {change.site.weight.name: change for change in changes}
-    wanted = {info.name: info for info in base.tensors()}
+    wanted = {info.name: info for info in base.weights()}
     wanted |= {name: change.site.weight for name, change in changed.items()}
-    found = {info.name: info for info in out.tensors()}
+    found = {info.name: info for info in out.weights()}
     for name, info in wanted.items():
         there, change = found.pop(name, None), changed.get(name)
         refused = _refused(info, there, change)
         if there is None or refused:
             yield Piece(name, partial(Grade, "different", why=refused))
-        elif change is None and there.dtype == info.dtype:
+        elif name in out.packed:
+            yield from _packed_pieces(base, out, name, change)
+        elif change is None and there.dtype == info.dtype and name not in base.packed:
             yield from (Piece(name, partial(carried, base, out, name, span)) for span in spans(info))
         else:
-            change = replace(change or Change(Site(name, {"weight": info}), info.torch_dtype), dtype=there.torch_dtype)
-            change = told(base, change)
+            change = change or Change(Site(name, {"weight": info}), info.torch_dtype)
+            change = replace(change, dtype=there.torch_dtype, keep=False)
+            change = told(source, change)
             started = change.started()
-            for rows in row_tiles(info.shape, TILE_ELEMENTS):
-                yield Piece(name, partial(derived, base, out, change, started, rows))
+            shape = change.site.laid(info).shape
+            for rows in row_tiles(shape, max(1, math.prod(shape)) if change.as_peft else TILE_ELEMENTS):
+                yield Piece(name, partial(derived, source, out, change, started, rows))
     for name in found:
         yield Piece(name, partial(Grade, "different", why="it is not in the base"))
+
+
+def _packed_pieces(base: Checkpoint, out: Checkpoint, name: str, change: Change | None) -> Iterator[Piece]:
+    """Of a weight that keeps its format: the codes, where an adapter changes them, and all else by its bytes."""
+    held = base.packed.get(name)
+    if held is None or out.packed[name].tensors != held.tensors:
+        yield Piece(name, partial(Grade, "different", why="it is held by other tensors than the base's"))
+        return
+    for info in held.tensors.values():
+        if change is None or info != held.first:
+            yield from (Piece(info.name, partial(carried, base, out, info.name, span)) for span in spans(info))
+    if change is not None:
+        change = told(base, change)
+        started = change.started()
+        for rows in row_tiles(change.site.weight.shape, TILE_ELEMENTS, change.site.together):
+            yield Piece(name, partial(kept, base, out, change, started, rows))
 
 
 def _refused(info: TensorInfo, there: TensorInfo | None, change: Change | None) -> str:

@@ -28,6 +28,7 @@ FUNCTIONS = {
     "verify": ("verify_checkpoint", ["x"]),
     "unmerge": ("unmerge_checkpoint", ["x", "y"]),
     "diff": ("diff", ["x", "y"]),
+    "extract": ("extract", ["x", "y", "z", "--rank", "1"]),
 }
 HEAVY = {"torch", "numpy", "transformers", "huggingface_hub", "safetensors", "rich"}
 HELP = f"""

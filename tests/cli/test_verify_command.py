@@ -75,3 +75,15 @@ def test_verify_writes_nothing_and_needs_a_receipt_or_the_base(run: Run, base: P
     assert run("verify", merged).code == 4
     assert "surgery.receipt.json" in told(run("verify", base), 3)
     assert sorted(merged.parent.rglob("*")) == before
+
+
+def test_a_merge_as_peft_is_planned_made_and_verified_by_the_commands(
+    run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert run("plan", "--arithmetic", "peft-safe", base, adapter).code == 0
+    assert run("merge", "--arithmetic", "peft-safe", base, adapter, out).code == 0
+    assert "0 different" in run("verify", base, adapter, out).out
+    assert "rounding" not in run("verify", base, adapter, out).out
+    assert "rounding" in run("verify", "--arithmetic", "exact", base, adapter, out).out
+    assert run("verify", "--arithmetic", "peft", out).code == 2

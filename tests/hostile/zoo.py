@@ -38,6 +38,7 @@ CONFIG_VALUES: dict[str, tuple[object, ...]] = {
     "lora_dropout": ("0", -0.5, 10**400),
     "target_modules": (5, {}, [5], [""], [["0"]]),
     "modules_to_save": ("head", 5, [None]),
+    "target_parameters": ("1.weight", 5, [5], [""]),
     "rank_pattern": (["0"], "0", {"0": "2"}, {"0": 0}, {"(": 2}),
     "alpha_pattern": ([4], {"0": None}, {"0": 10**400}, {"(": 2}),
     "use_rslora": ("false", 1, []),

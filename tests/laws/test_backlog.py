@@ -47,9 +47,15 @@ def test_no_more_than_so_many_calls_wait(ahead: int) -> None:
 @pytest.mark.parametrize("ahead", AHEAD)
 def test_a_failure_is_raised_to_the_caller(ahead: int) -> None:
     backlog = Backlog(ahead)
+    made: list[int] = []
     with pytest.raises(ZeroDivisionError):  # noqa: PT012  # by the call, or by one of those after it
         backlog(lambda: 1 // 0)
-        backlog.catch_up()
+        for number in range(20):
+            backlog(made.append, number)
+    assert made == []  # a piece behind a hole is not written
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            backlog.catch_up()
 
 
 def test_what_is_dropped_is_not_made_and_what_is_being_made_ends() -> None:

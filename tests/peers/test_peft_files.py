@@ -230,7 +230,6 @@ REFUSED = {
     "megatron_core": ("other", "Megatron"),
     "monteclora_config": (MontecloraConfig(), "MonteCLoRA"),
     "qalora_group_size": (8, "QALoRA"),
-    "target_parameters": (["mlp.weight"], "no layer's weight"),
     "trainable_token_indices": ([1], "rows of an embedding"),
     "use_bdlora": (BdLoraConfig(), "BD-LoRA"),
     "use_qalora": (True, "QALoRA"),
@@ -239,7 +238,7 @@ REFUSED = {
 
 
 def test_every_field_that_is_not_served_stands_in_the_table() -> None:
-    assert REFUSED.keys() == {*surgery.LoraConfig.neutral, "init_lora_weights"}
+    assert REFUSED.keys() == {*surgery.LoraConfig.neutral, "init_lora_weights", "bias"}
 
 
 @pytest.mark.parametrize("field", REFUSED)

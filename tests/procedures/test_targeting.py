@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -267,3 +268,32 @@ def test_a_module_whose_weight_cannot_be_adapted_is_refused_with_the_reason(
 def test_a_model_that_is_one_layer_is_told_to_be_wrapped() -> None:
     with pytest.raises(MatchError, match="wrap it"):
         surgery.inject(nn.Linear(3, 3), LoraConfig(target_modules="all-linear"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "target_modules is not given; a list .* 'all-linear' is wanted"),
+        ({"target_modules": ["fc"], "rank_pattern": {"fd": 4}}, "rank_pattern: nothing matches 'fd' .*nearest: fc"),
+        ({"target_modules": ["fc"], "alpha_pattern": {"fc": 4, "0.x": 2}}, "alpha_pattern: nothing matches '0.x'"),
+    ],
+)
+def test_a_choice_that_chooses_nothing_is_refused(fields: dict[str, Any], words: str) -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+    with pytest.raises(surgery.SurgeryError, match=words):
+        surgery.inject(model, surgery.LoraConfig(**fields))
+    assert type(model["fc"]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("bias", "all", "it trains biases of the base itself"),
+        ("use_qalora", True, "use_qalora: QALoRA acts on sums over groups of inputs"),
+        ("layer_replication", None, "layer_replication: None changes nothing; leave it out"),
+    ],
+)
+def test_a_field_of_peft_that_is_not_served_is_refused_with_the_reason(field: str, value: object, words: str) -> None:
+    with pytest.raises(surgery.ConfigError, match=words):
+        surgery.LoraConfig(target_modules=["fc"], **{field: value})
+    assert surgery.LoraConfig(target_modules=["fc"], bias="none").bias == "none"  # as every tutorial writes

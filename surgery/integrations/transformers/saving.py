@@ -24,10 +24,15 @@ def save_merged(root: nn.Module, folder: Path, overwrite: bool = False, **option
             "for others merge, eject(keep_merged=True), and save the state_dict"
         )
     with Staging(folder, overwrite=overwrite) as staging, merged_state(root) as state:
-        plain = _twin(root)
-        _untie(plain, state)
-        plain.save_pretrained(staging.folder, state_dict=state, **options)
-        staging.adopt()
+        write_merged(root, state, staging, **options)
+
+
+def write_merged(root: nn.Module, state: dict[str, Tensor], staging: Staging, **options: Any) -> None:
+    """The model's `state`, without adapters, as its own class saves it."""
+    plain = _twin(root)
+    _untie(plain, state)
+    plain.save_pretrained(staging.folder, state_dict=state, **options)
+    staging.adopt()
 
 
 def _twin(root: nn.Module) -> Any:

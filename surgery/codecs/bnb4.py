@@ -1,0 +1,218 @@
+"""bnb 4-bit: the nf4 and fp4 of bitsandbytes, one of 16 values times the largest magnitude of its block.
+
+w[i] = quant_map[code[i]] * absmax[i // blocksize] in float32, over the flattened weight; of two codes in a byte the
+first is the high half. With double quantization, absmax[b] = nested_quant_map[absmax[b]] * nested_absmax[b // 256] +
+nested_offset. https://arxiv.org/abs/2305.14314
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from surgery.codecs.bnb4_fresh import BLOCKSIZES, DTYPES, KINDS, fresh
+from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
+from surgery.errors import FormatError, printable
+
+STATES = {f"weight.quant_state.bitsandbytes__{kind}": kind for kind in KINDS}
+_PARTS = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
+_STATE_BYTES = 4096
+
+
+class Bnb4(Codec):
+    """Codes in bytes, or in wider elements of the same bytes; absmax by block; and the quant state, JSON in bytes.
+
+    The settings are those of the quant state: quant_type, blocksize, dtype, shape, and where absmax is quantized too
+    nested_blocksize and nested_offset.
+    """
+
+    name = "bnb4"
+    endings: ClassVar[Mapping[str, str]] = {role: f".{role}" for role in ("weight", *_PARTS, *STATES)}
+
+    def claims(self, headers: Headers) -> bool:
+        return {"weight", *_PARTS[:2]} <= headers.keys() and len(STATES.keys() & headers.keys()) == 1
+
+    def read(self, headers: Headers, config: Settings, load: Callable[[str], Tensor]) -> Settings:  # noqa: ARG002
+        role = next(iter(STATES.keys() & headers.keys()))
+        if headers[role][0] != torch.uint8 or math.prod(headers[role][1]) > _STATE_BYTES:
+            raise FormatError("its quant state is no JSON in bytes; was it saved by bitsandbytes?")
+        _check_dtypes(headers)
+        state = _state(bytes(load(role).flatten().tolist()), STATES[role], "weight.nested_absmax" in headers)
+        for part, wanted in _sizes(headers, state).items():
+            found = math.prod(headers[part][1]) if part in headers else 0
+            if found != wanted:
+                raise FormatError(
+                    f"{part} has {found} elements; {wanted} are wanted for {state['shape']} in blocks of "
+                    f"{state['blocksize']}, as its quant state says; was it changed by another tool?"
+                )
+        return state
+
+    def shape(self, headers: Headers, settings: Settings) -> Shape:  # noqa: ARG002  # only the state tells
+        return tuple(settings["shape"])
+
+    def dtype(self, settings: Settings) -> torch.dtype | None:
+        return DTYPES[settings["dtype"]]
+
+    def spans(self, headers: Headers, settings: Settings, rows: slice) -> Mapping[str, slice]:
+        part = _Part.of(settings, rows)
+        return {"weight": part.elements(headers["weight"][0].itemsize), "weight.absmax": part.blocks}
+
+    def step(self, headers: Headers, settings: Settings) -> int:
+        codes = 2 * headers["weight"][0].itemsize
+        return codes // math.gcd(codes, math.prod(settings["shape"][1:]))
+
+    def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        part = _Part.of(packed.settings, packed.rows)
+        values = _looked_up(packed, packed.tensors["weight.quant_map"])
+        return part.scaled(values[part.within(packed)], _absmax(packed, part)).to(dtype)
+
+    def encode(self, weight: Tensor, like: Packed) -> Packed:
+        part, held = _Part.of(like.settings, like.rows), like.tensors["weight"]
+        codes = _looked_up(like, torch.arange(16.0, device=held.device)).to(torch.uint8)
+        here = codes[part.within(like)]
+        scale = part.spread(_absmax(like, part)).to(torch.float64)
+        changed = differs(weight, self.decode(like, weight.dtype)).flatten() & (scale != 0)
+        here[changed] = _nearest(weight.flatten()[changed] / scale[changed], like.tensors["weight.quant_map"])
+        joined = (codes[::2] << 4) | codes[1::2]
+        return like._replace(tensors={**like.tensors, "weight": joined.view(held.dtype).view(held.shape)})
+
+    def fresh(self, weight: Tensor, settings: Settings) -> Packed:
+        """`settings`: quant_type "nf4" or "fp4", blocksize (64), double_quant (false); the weight's dtype is kept."""
+        tensors, state = fresh(weight, settings)
+        raw = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+        role = f"weight.quant_state.bitsandbytes__{state['quant_type']}"
+        return Packed({**tensors, role: raw.to(weight.device)}, state)
+
+    def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        part, map16 = _Part.of(packed.settings, packed.rows), packed.tensors["weight.quant_map"]
+        absmax = _absmax(packed, part)
+        values = torch.tensor(sorted(set(map16.tolist())), device=map16.device)  # the two zeros of fp4 are one
+        held = _looked_up(packed, torch.searchsorted(values, map16).to(torch.float32))[part.within(packed)].long()
+        ranks = ((held + step).clamp(0, len(values) - 1) for step in (-1, 1))
+        pair = [part.scaled(values[rank], absmax).to(torch.float64) for rank in ranks]
+        return torch.minimum(*pair), torch.maximum(*pair)  # rounding may leave an absmax just below zero
+
+
+class _Part(NamedTuple):
+    """Some rows of the weight, as a range of its flattened elements."""
+
+    first: int
+    last: int
+    blocksize: int
+    shape: Shape
+
+    @classmethod
+    def of(cls, settings: Settings, rows: slice | None) -> "_Part":
+        count, *inner = settings["shape"]
+        start, stop = (0, count) if rows is None else (rows.start, rows.stop)
+        row = math.prod(inner)
+        return cls(start * row, stop * row, settings["blocksize"], (stop - start, *inner))
+
+    @property
+    def blocks(self) -> slice:
+        """Those that the part touches."""
+        return slice(self.first // self.blocksize, -(-self.last // self.blocksize))
+
+    def elements(self, itemsize: int) -> slice:
+        """Of the tensor of codes, those that the part touches."""
+        return slice(self.first // (2 * itemsize), -(-self.last // (2 * itemsize)))
+
+    def within(self, packed: Packed) -> slice:
+        """Where the part lies among the codes of `packed`."""
+        itemsize = packed.tensors["weight"].itemsize
+        start = self.first - 2 * itemsize * self.elements(itemsize).start
+        return slice(start, start + self.last - self.first)
+
+    def scaled(self, values: Tensor, absmax: Tensor) -> Tensor:
+        """Each of the part's values, flat, times the absmax of its block; in the part's shape."""
+        before = self.first - self.blocks.start * self.blocksize
+        after = len(absmax) * self.blocksize - before - len(values)
+        whole = pad(values, (before, after)) if before or after else values
+        scaled = whole.view(-1, self.blocksize) * absmax.unsqueeze(1)  # [block, blocksize]
+        return scaled.flatten()[before : before + len(values)].view(self.shape)
+
+    def spread(self, absmax: Tensor) -> Tensor:
+        """The absmax of each of the part's elements, flat."""
+        ones = torch.ones(self.last - self.first, dtype=absmax.dtype, device=absmax.device)
+        return self.scaled(ones, absmax).flatten()
+
+
+def _looked_up(packed: Packed, table: Tensor) -> Tensor:
+    """A float32 of `table` [16] for each code, flat; two at a time, for a lookup is what takes the time."""
+    octets = packed.tensors["weight"].contiguous().view(torch.uint8).flatten()
+    high, low = (torch.arange(256, device=table.device) >> shift & 15 for shift in (4, 0))
+    pairs = torch.stack([table[high], table[low]], dim=1).view(torch.int64).flatten()  # [256]
+    return pairs.index_select(0, octets.to(torch.int32)).view(torch.float32)
+
+
+def _absmax(packed: Packed, part: _Part) -> Tensor:
+    """Of the part's blocks, in float32."""
+    absmax, settings = packed.tensors["weight.absmax"], packed.settings
+    if "weight.nested_absmax" not in packed.tensors:
+        return absmax.to(torch.float32)
+    block = torch.arange(part.blocks.start, part.blocks.stop, device=absmax.device) // settings["nested_blocksize"]
+    scale: Tensor = packed.tensors["weight.nested_absmax"][block]
+    values: Tensor = packed.tensors["weight.nested_quant_map"][absmax.long()] * scale + settings["nested_offset"]
+    return values
+
+
+def _nearest(values: Tensor, map16: Tensor) -> Tensor:
+    """The codes of the nearest of the 16 values."""
+    ordered, codes = map16.to(torch.float64).sort()
+    return codes[torch.bucketize(values, (ordered[1:] + ordered[:-1]) / 2)].to(torch.uint8)
+
+
+def _state(raw: bytes, kind: str, nested: bool) -> dict[str, Any]:
+    """The quant state. FormatError where it is none that bitsandbytes writes."""
+    try:
+        told = json.loads(raw)
+    except (ValueError, RecursionError):
+        told = None
+    state = told if isinstance(told, dict) else {}
+    wanted: Mapping[str, Callable[[Any], bool]] = {
+        "quant_type": lambda one: one == kind,
+        "blocksize": lambda one: type(one) is int and one in BLOCKSIZES,
+        "dtype": lambda one: isinstance(one, str) and one in DTYPES,
+        "shape": _is_shape,
+    }
+    if nested:
+        wanted = {
+            **wanted,
+            "nested_blocksize": wanted["blocksize"],
+            "nested_offset": lambda one: type(one) in {int, float} and math.isfinite(one),
+        }
+    for key, holds in wanted.items():
+        if not holds(state.get(key)):
+            raise FormatError(
+                f"{key} of its quant state is {printable(state.get(key))}; what bitsandbytes writes is wanted; "
+                "was the file damaged?"
+            )
+    return state
+
+
+def _check_dtypes(headers: Headers) -> None:
+    """FormatError unless each tensor has a dtype that can be looked up in, or multiplied by."""
+    scale = (torch.uint8,) if _PARTS[2] in headers else (torch.float32, torch.bfloat16, torch.float16)
+    wanted = dict.fromkeys(_PARTS[1:], (torch.float32,)) | {_PARTS[0]: scale}
+    for role, dtypes in wanted.items():
+        if role in headers and headers[role][0] not in dtypes:
+            held = str(headers[role][0]).removeprefix("torch.")
+            raise FormatError(f"{role} is in {held}, which bitsandbytes does not write; was it cast by another tool?")
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) is int and 0 < one < 1 << 40 for one in value)
+
+
+def _sizes(headers: Headers, state: Settings) -> dict[str, int]:
+    """How many elements each tensor has to have."""
+    count = math.prod(state["shape"])
+    blocks = -(-count // state["blocksize"])
+    found = {"weight": -(-count // (2 * headers["weight"][0].itemsize)), _PARTS[0]: blocks, _PARTS[1]: 16}
+    if _PARTS[2] in headers:
+        found |= {_PARTS[2]: -(-blocks // state["nested_blocksize"]), _PARTS[3]: 256}
+    return found

@@ -1,0 +1,160 @@
+"""fp8: floats of 8 bits times a scale for each block (DeepSeek, Qwen), each row, or one for all.
+
+w = code * scale in float32. Blocks at the edges may be cut; scales may be powers of two in a byte, 2^(byte - 127).
+https://arxiv.org/abs/2412.19437, section 3.3
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
+from surgery.errors import ConfigError, FormatError, printable
+
+FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = ("weight_scale_inv", "weight_scale")  # by whichever name, it is what a code is multiplied by
+BLOCK = (128, 128)
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+
+
+class Fp8Block(Codec):
+    """Codes [out, in] and scales [out blocks, in blocks], [out], [out, 1] or []; what activations are scaled by.
+
+    The setting `weight_block_size` is (out, in) of a block, whatever the scales' shape.
+    """
+
+    name = "fp8_block"
+    endings: ClassVar[Mapping[str, str]] = {
+        role: f".{role}" for role in ("weight", *SCALES, "activation_scale", "input_scale", "input_scale_ub")
+    }
+
+    def claims(self, headers: Headers) -> bool:
+        return headers.get("weight", (None,))[0] in FLOATS and len(headers.keys() & set(SCALES)) == 1
+
+    def read(self, headers: Headers, config: Settings, load: Callable[[str], Tensor]) -> Settings:  # noqa: ARG002
+        (_, shape), (dtype, scales) = headers["weight"], headers[_role(headers)]
+        if len(shape) != 2 or dtype not in _SCALE_DTYPES:
+            raise FormatError(
+                f"fp8 codes {list(shape)} with scales in {str(dtype).removeprefix('torch.')}; a matrix with scales in "
+                "float32, bfloat16, float16 or bytes is wanted; this layout is not supported"
+            )
+        for role, (_, extents) in headers.items():
+            if role not in {"weight", _role(headers)} and math.prod(extents) > shape[1]:
+                raise FormatError(f"fp8 {role} {list(extents)}; one for each input at most is wanted; is it damaged?")
+        return {"weight_block_size": _block(shape, scales, config)}
+
+    def shape(self, headers: Headers, settings: Settings) -> Shape:  # noqa: ARG002  # it is that of the codes
+        return headers["weight"][1]
+
+    def spans(self, headers: Headers, settings: Settings, rows: slice) -> Mapping[str, slice]:
+        role, height = _role(headers), settings["weight_block_size"][0]
+        blocks = slice(rows.start // height, -(-rows.stop // height))
+        one = not headers[role][1] or headers[role][1][0] == 1
+        return {"weight": rows} if one else {"weight": rows, role: blocks}
+
+    def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        return (packed.tensors["weight"].to(torch.float32) * _scales(packed)).to(dtype)
+
+    def encode(self, weight: Tensor, like: Packed) -> Packed:
+        codes = like.tensors["weight"]
+        wanted = _nearest(weight.to(torch.float64) / _scales(like), codes.dtype)
+        changed = differs(weight, self.decode(like, weight.dtype))
+        # Chosen by bytes: torch has no `where` of these floats on every device.
+        held = torch.where(changed, wanted.view(torch.uint8), codes.view(torch.uint8)).view(codes.dtype)
+        return like._replace(tensors={**like.tensors, "weight": held})
+
+    def fresh(self, weight: Tensor, settings: Settings) -> Packed:
+        """`settings`: weight_block_size (128, 128). The codes and scales are those of transformers."""
+        block = tuple(settings.get("weight_block_size") or BLOCK)
+        if weight.dim() != 2 or not _is_block(block):
+            raise ConfigError(
+                f"fp8: {list(weight.shape)} in blocks of {printable(block)}; a matrix and two whole numbers are wanted"
+            )
+        largest = torch.finfo(FLOATS[0]).max
+        tops = _tops(weight.abs().to(torch.float32), block)
+        scales = torch.where(tops > 0, largest / tops, 1.0)
+        held = (weight.to(torch.float32) * _spread(scales, block, weight.shape)).clamp(-largest, largest)
+        tensors = {"weight": held.to(FLOATS[0]), SCALES[0]: 1.0 / scales}
+        return Packed(tensors, {"weight_block_size": block})
+
+    def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        codes, scales = packed.tensors["weight"], _scales(packed)
+        every = torch.arange(256, dtype=torch.uint8).view(codes.dtype).to(torch.float32)
+        values = torch.tensor(sorted({*every[every.isfinite()].tolist()}), device=codes.device)  # with one zero
+        held = codes.to(torch.float32)
+        rank = torch.searchsorted(values, held.nan_to_num(0.0))
+        pair = [
+            torch.where(held.isfinite(), values[(rank + step).clamp(0, len(values) - 1)], held) * scales
+            for step in (-1, 1)
+        ]
+        return torch.minimum(*pair).to(torch.float64), torch.maximum(*pair).to(torch.float64)
+
+
+def _role(headers: Mapping[str, Any]) -> str:
+    return next(role for role in SCALES if role in headers)
+
+
+def _scales(packed: Packed) -> Tensor:
+    """float32, broadcast over the packed rows."""
+    held = packed.tensors[_role(packed.tensors)]
+    scales = torch.exp2(held.to(torch.float32) - 127) if held.dtype == torch.uint8 else held.to(torch.float32)
+    height, width = packed.settings["weight_block_size"]
+    count, columns = packed.tensors["weight"].shape
+    first = 0 if packed.rows is None else packed.rows.start
+    if scales.dim() < 2:
+        scales = scales.view(-1, 1)
+    wide = scales.repeat_interleave(width, dim=1)[:, :columns] if scales.shape[1] > 1 else scales
+    if len(wide) < 2:
+        return wide
+    rows = torch.arange(first, first + count, device=wide.device) // height - first // height
+    return wide[rows]
+
+
+def _nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = torch.finfo(dtype).max  # beyond it the conversion gives NaN, not the largest
+    return _to_odd(values.to(torch.float64).clamp(-largest, largest)).to(dtype)
+
+
+def _to_odd(values: Tensor) -> Tensor:
+    """float64 as the one of the two float32 around it whose last bit is set, so that it can be rounded once more."""
+    single = values.to(torch.float32)
+    near, bits = single.to(torch.float64), single.view(torch.int32)
+    outwards = torch.where(values.abs() > near.abs(), 1, -1).to(torch.int32)
+    return torch.where((near != values) & (bits & 1 == 0), bits + outwards, bits).view(torch.float32)
+
+
+def _block(shape: Shape, scales: Shape, config: Settings) -> tuple[int, int]:
+    """(out, in) of a block. FormatError where no blocks of one size have so many scales."""
+    rows, columns = shape
+    if scales in {(), (1,), (1, 1)}:
+        return max(rows, 1), max(columns, 1)
+    if scales in {(rows,), (rows, 1)}:
+        return 1, max(columns, 1)
+    told = tuple(config.get("weight_block_size") or ())
+    for height, width in [told, BLOCK] if _is_block(told) else [BLOCK]:
+        if scales == (-(-rows // height), -(-columns // width)):
+            return height, width
+    raise FormatError(
+        f"fp8 codes {list(shape)} with scales {list(scales)}; one for each block of {printable(list(told or BLOCK))}, "
+        "each row, or for all is wanted; is weight_block_size of config.json right?"
+    )
+
+
+def _is_block(block: tuple[Any, ...]) -> bool:
+    return len(block) == 2 and all(type(extent) is int and extent > 0 for extent in block)
+
+
+def _tops(magnitudes: Tensor, block: tuple[int, int]) -> Tensor:
+    """The largest of each block, [out blocks, in blocks]."""
+    (rows, columns), (height, width) = magnitudes.shape, block
+    padded = torch.nn.functional.pad(magnitudes, (0, -columns % width, 0, -rows % height))
+    blocks = padded.view(-(-rows // height), height, -(-columns // width), width)
+    return blocks.amax(dim=(1, 3))
+
+
+def _spread(scales: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
+    """Of each element, [out, in]."""
+    return scales.repeat_interleave(block[0], dim=0).repeat_interleave(block[1], dim=1)[: shape[0], : shape[1]]

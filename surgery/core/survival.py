@@ -1,0 +1,49 @@
+"""Survival: how much of a change is left where a format cannot hold all of it, and what came beside it.
+
+retained = <dW, d> / <d, d> and noise = |dW - retained d| / |d|, of the change d that was wanted and dW that became of
+it. Both are needed: of what is rounded by chance all seems retained, and the noise tells.
+"""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from surgery.core.arithmetic import tree_sum
+
+
+class Survival(NamedTuple):
+    """Three sums over elements, which add up over tiles and over weights."""
+
+    wanted: float = 0.0  # <d, d>
+    along: float = 0.0  # <dW, d>
+    moved: float = 0.0  # <dW, dW>
+
+    @classmethod
+    def of(cls, before: Tensor, wanted: Tensor, after: Tensor) -> "Survival":
+        """All float64, of one shape."""
+        d, moved = (wanted - before).flatten(), (after - before).flatten()
+        return cls(tree_sum(d * d), tree_sum(moved * d), tree_sum(moved * moved))
+
+    def plus(self, other: "Survival") -> "Survival":
+        return Survival(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def retained(self) -> float:
+        """1 where all is there, and where nothing was wanted."""
+        return self.along / self.wanted if self.wanted else 1.0
+
+    @property
+    def noise(self) -> float:
+        """In proportion to the change that was wanted."""
+        if not self.wanted:
+            return math.inf if self.moved else 0.0
+        return math.sqrt(max(0.0, self.moved / self.wanted - self.retained**2))
+
+    def __str__(self) -> str:
+        return f"retained {self.retained:.3g}, noise {self.noise:.3g}"
+
+    def to_json(self) -> dict[str, float | None]:
+        """Six digits of each: the sums are taken by tiles."""
+        found = {"retained": self.retained, "noise": self.noise}
+        return {key: float(f"{value:.6g}") if math.isfinite(value) else None for key, value in found.items()}

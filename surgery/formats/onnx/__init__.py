@@ -1,0 +1,6 @@
+"""ONNX: a graph beside safetensors files, whose initializers are their bytes.
+
+`example.py` what a graph is traced with · `trace.py` module -> graph (torch.onnx) · `graph.py` the graph made
+small and named · `link.py` its initializers in the files · `links.py` are they still there? · `runtime.py` and
+`child.py` run it, in another process.
+"""

@@ -1,0 +1,111 @@
+"""A twin of a live model: its modules without wrappers, over other tensors than its own."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import StateError, printable
+from surgery.hosts.tree import places, set_state, state_of
+from surgery.layers import Adapted, Replaced
+
+Made = Callable[[Tensor], Tensor]
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class Weightless(NamedTuple):
+    """A model of fake parameters, and the mode they are of: it can be traced, and nothing can be computed with it."""
+
+    module: nn.Module
+    mode: Any
+
+
+def weightless(root: nn.Module) -> Weightless:
+    """A twin whose parameters have no memory, and buffers are as they are; its halves are float32."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(held: Tensor) -> Tensor:
+        with mode:
+            return torch.empty(held.shape, dtype=computed(held.dtype))
+
+    return Weightless(_copied(root, fake, as_computed, _modules(root)), mode)
+
+
+def computed(dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of `dtype` is computed in."""
+    return torch.float32 if dtype in _HALVES else dtype
+
+
+def as_stored(held: Tensor) -> Tensor:
+    """A copy on the CPU."""
+    return held.detach().to("cpu", copy=True)
+
+
+def as_computed(held: Tensor) -> Tensor:
+    """A copy on the CPU, of halves in float32."""
+    return held.detach().to("cpu", computed(held.dtype), copy=True)
+
+
+def doubled(held: Tensor) -> Tensor:
+    """A copy on the CPU, of floats in float64."""
+    return held.detach().to("cpu", torch.float64 if held.is_floating_point() else None, copy=True)
+
+
+def twin(root: nn.Module, made: Made) -> nn.Module:
+    """A copy without adapters, in `eval` mode, of the tensors that `made` makes of the root's.
+
+    Of a module of `modules_to_save` it has the running copy. StateError for a model that cannot be copied.
+    """
+    return _copied(root, made, made, _modules(root))
+
+
+def adapted_twin(root: nn.Module, made: Made) -> nn.Module:
+    """The same with its adapters."""
+    return _copied(root, made, made, [])
+
+
+def _modules(root: nn.Module) -> list[nn.Module]:
+    return [place.module for place in places(root)]
+
+
+def _copied(root: nn.Module, made: Made, buffered: Made, removed: Sequence[nn.Module]) -> nn.Module:
+    """`removed` are the modules of which none is to be a wrapper."""
+    memo: dict[int, Any] = {}
+    for held in root.parameters():
+        memo[id(held)] = nn.Parameter(made(held), requires_grad=False)
+    for buffer in root.buffers():
+        memo[id(buffer)] = buffered(buffer)
+    if removed and (state := state_of(root)) is not None:
+        memo[id(state)] = None
+    try:
+        for module in reversed(removed):  # what lies within a wrapper comes before it
+            if isinstance(module, Adapted | Replaced) and id(module) not in memo:
+                memo[id(module)] = copy.deepcopy(_inner(module), memo)
+        found = copy.deepcopy(root, memo)
+    except (TypeError, RuntimeError, copy.Error) as error:
+        raise StateError(
+            f"a {type(root).__name__}: it cannot be copied ({printable(error)}); a model whose attributes "
+            "copy.deepcopy takes is wanted"
+        ) from error
+    if removed:
+        set_state(found, None)
+    return found.eval()
+
+
+def aliases(root: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Of each name of a parameter or buffer, all names of the same memory."""
+    names: dict[int, list[str]] = {}
+    for held in (root.named_parameters, root.named_buffers):
+        for name, values in held(remove_duplicate=False):
+            names.setdefault(id(values), []).append(name)
+    return {name: tuple(group) for group in names.values() for name in group}
+
+
+def _inner(wrapper: nn.Module) -> nn.Module:
+    inner = wrapper.running if isinstance(wrapper, Replaced) else wrapper.base_layer
+    assert isinstance(inner, nn.Module)
+    return inner

@@ -1,0 +1,248 @@
+"""extract: what a tuned checkpoint has over its base, as a LoRA adapter of low rank, site by site."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes
+from surgery.codecs.plain import PLAIN_DTYPES
+from surgery.core.arithmetic import all_finite
+from surgery.core.names import nearest, suffix_hits
+from surgery.core.op import Op
+from surgery.core.site import Site, TensorInfo
+from surgery.core.source import TILE_ELEMENTS, row_tiles
+from surgery.errors import FormatError, InputError, MatchError, ShapeError, UsageError, ValueRangeError, printable
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
+from surgery.io.staging import Staging, refuse_overlap
+from surgery.io.strict_json import json_bytes
+from surgery.methods.lora import Lora
+from surgery.ops import OPS
+from surgery.ops.linear import LAYOUTS
+from surgery.procedures.fidelity import Fidelity, FidelityReport
+from surgery.procedures.low_rank import Truncation, low_rank, residual_norm
+from surgery.procedures.op_choice import layout_by_name
+from surgery.procedures.ranked_config import ranked_config
+from surgery.procedures.tying import is_embedding, tying_of
+
+Rest = Literal["refuse", "save", "drop"]
+_OPS = (*LAYOUTS, "embedding")
+
+
+@dataclass(frozen=True)
+class ExtractReport(FidelityReport):
+    """What was written, and how far it is from the tuned weights."""
+
+    saved: Sequence[str] = field(default=())  # modules that are in the adapter whole
+    dropped: Sequence[str] = field(default=())  # modules that changed and are left out
+
+    title = "surgery extract"
+
+    @property
+    def reproducible(self) -> bool:
+        return False  # LAPACK's bits differ from machine to machine
+
+    def summary(self) -> str:
+        """One line."""
+        more = [(self.saved, "saved whole"), (self.dropped, "left out though changed")]
+        return super().summary() + "".join(f", {len(names)} modules {what}" for names, what in more if names)
+
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | {"saved": list(self.saved), "dropped": list(self.dropped)}
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is taken. `targets` are ends of module names, all if None; `rest` is what becomes of other changes."""
+
+    truncation: Truncation
+    targets: Sequence[str] | None = None
+    rest: Rest = "refuse"
+    ops: Mapping[str, str] = field(default_factory=dict)  # by the end of a module's name
+
+    def __post_init__(self) -> None:
+        if self.rest not in ("refuse", "save", "drop"):
+            raise UsageError(f"rest is {printable(self.rest)!r}; refuse, save or drop is wanted")
+        for name, op in self.ops.items():
+            if op not in _OPS:
+                raise UsageError(f"op of {printable(name)} is {printable(op)!r}; one of {', '.join(_OPS)} is wanted")
+
+    def takes(self, module: str) -> bool:
+        return self.targets is None or bool(suffix_hits(self.targets, module))
+
+
+class _Sorted(NamedTuple):
+    """The modules that changed: those that a LoRA can stand for, by their weight, and the others."""
+
+    sites: Mapping[str, TensorInfo]
+    rest: Sequence[str]
+
+
+def extract(
+    base: Checkpoint, tuned: Checkpoint, out: Path, extraction: Extraction, *, overwrite: bool = False
+) -> ExtractReport:
+    """Write `tuned` - `base` as an adapter to the new folder `out`; whole, or `out` stays as it is.
+
+    InputError for checkpoints of other names or shapes, and for changes that no LoRA stands for.
+    """
+    refuse_overlap(out, [base.path, tuned.path])
+    _check_alike(base, tuned)
+    readings = base.hash_reads()
+    found = _sorted_out(base, tuned, extraction)
+    _check_rest(base, found, extraction)
+    tensors, sites, ops = _factors(base, tuned, found, extraction)
+    saved = sorted(found.rest) if extraction.rest == "save" else []
+    for module in saved:
+        tensors |= {info.name: _whole(tuned, info) for info in _of_module(tuned, module)}
+    config = ranked_config(
+        {name: one.r for name, one in sites.items()},
+        modules_to_save=saved or None,
+        fan_in_fan_out="conv1d" in ops,
+        base_model_name_or_path=base.hub_id or str(base.path),
+        revision=base.commit,
+    )
+    digests = {info.name: readings[base.file_of(info.name)].tensors[info.name] for info in found.sites.values()}
+    base.check_unchanged()
+    tuned.check_unchanged()
+    with Staging(out, overwrite=overwrite) as staging:
+        staging.write(TENSORS, adapter_bytes(tensors))
+        staging.write(
+            BASE_PRINT, base_print_bytes({one.name: (one, digests[one.name]) for one in found.sites.values()})
+        )
+        staging.write(CONFIG, json_bytes(config.to_json()))
+    return ExtractReport(out, "low rank", sites, saved, sorted(found.rest) if extraction.rest == "drop" else [])
+
+
+def _factors(
+    base: Checkpoint, tuned: Checkpoint, found: _Sorted, extraction: Extraction
+) -> tuple[dict[str, Tensor], Mapping[str, Fidelity], set[str]]:
+    """The factors of all sites as PEFT names them, how near each comes, and the ops that there are."""
+    ops = {name: _op(base, name, info, extraction.ops) for name, info in found.sites.items()}
+    tensors: dict[str, Tensor] = {}
+    sites = {}
+    for name, info in found.sites.items():
+        made, sites[name] = _at(base, tuned, info, ops[name], extraction.truncation)
+        specs = Lora(scaling=1.0, r=sites[name].r).tensors(Site(name, {"weight": info}, ops[name]))
+        tensors |= {f"{name}.{spec.spelling}": made[role] for role, spec in specs.items()}
+    return tensors, sites, {op.name for op in ops.values()}
+
+
+def _check_alike(base: Checkpoint, tuned: Checkpoint) -> None:
+    """MatchError for names that only one has, ShapeError for another shape, FormatError for quantized weights."""
+    for one in (base, tuned):
+        for name in one.packed:
+            raise FormatError(
+                f"{printable(one.path)}: {printable(name)} is quantized; plain weights are wanted; "
+                "extract from checkpoints in 16 or 32 bits"
+            )
+    for name in sorted(base.at.keys() ^ tuned.at.keys()):
+        here, other = (base, tuned) if name in base.at else (tuned, base)
+        near = ", ".join(map(printable, nearest(name, other.at)))
+        raise MatchError(
+            f"{printable(other.path)}: it has no {printable(name)}, as {printable(here.path)} has; checkpoints of the "
+            f"same names are wanted; nearest are {near}"
+        )
+    for info in base.tensors():
+        there = tuned.at[info.name][1].info
+        if there.shape != info.shape:
+            raise ShapeError(
+                f"{printable(tuned.path)}: {printable(info.name)} is {list(there.shape)}, {list(info.shape)} in the "
+                "base; equal shapes are wanted; a resized vocabulary cannot be extracted"
+            )
+
+
+def _sorted_out(base: Checkpoint, tuned: Checkpoint, extraction: Extraction) -> _Sorted:
+    """InputError where nothing changed, UsageError for a target that hits no change."""
+    changed = [info for info in base.tensors() if _changed(base, tuned, info)]
+    if not changed:
+        raise InputError(f"{printable(tuned.path)}: every tensor is as in the base; nothing can be extracted")
+    modules: dict[str, list[TensorInfo]] = {}
+    for info in changed:
+        modules.setdefault(info.name.rpartition(".")[0], []).append(info)
+    for target in extraction.targets or ():
+        if not any(suffix_hits([target], module) for module in modules):
+            near = ", ".join(map(printable, nearest(target, modules)))
+            raise UsageError(f"target {printable(target)!r}: no module that changed is called so; nearest are {near}")
+    sites = {
+        module: infos[0]
+        for module, infos in modules.items()
+        if extraction.takes(module) and len(infos) == 1 and _has_matrix(infos[0])
+    }
+    if not sites:
+        raise InputError(f"{printable(tuned.path)}: no matrix changed that is to be taken; a LoRA needs one")
+    return _Sorted(sites, [module for module in modules if module not in sites])
+
+
+def _changed(base: Checkpoint, tuned: Checkpoint, info: TensorInfo) -> bool:
+    there = tuned.at[info.name][1].info
+    if {info.dtype, there.dtype} <= set(PLAIN_DTYPES):
+        # All rows are read, so that the base's are hashed.
+        tiles = row_tiles(info.shape, TILE_ELEMENTS)
+        equal = [torch.equal(_rows(base, info, one).double(), _rows(tuned, there, one).double()) for one in tiles]
+        return not all(equal)
+    pairs = zip(base.read(info.name), tuned.read(info.name), strict=False)
+    return info.dtype != there.dtype or any(one != other for one, other in pairs)
+
+
+def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction) -> None:
+    """MatchError for changes that the adapter would not hold, unless they are to be dropped."""
+    tying, held = tying_of(base), {*found.sites, *(found.rest if extraction.rest != "drop" else ())}
+    if tying is not None and tying.embedding.name.rpartition(".")[0] in held:
+        raise MatchError(
+            f"{printable(tying.embedding.name)}: it is the output head too, and an adapter changes one of the two; "
+            "extract from checkpoints that hold the head apart"
+        )
+    if found.rest and extraction.rest == "refuse":
+        name, more = found.rest[0], len(found.rest) - 1
+        raise MatchError(
+            f"{printable(name)}{f' (and {more} more)' if more else ''}: it changed, and no LoRA of these targets "
+            "stands for it; save it whole with --rest save, or leave it out with --rest drop"
+        )
+    if "" in found.rest and extraction.rest == "save":
+        raise MatchError("a tensor outside of any module changed; it cannot be saved whole; take --rest drop")
+
+
+def _op(base: Checkpoint, name: str, info: TensorInfo, told: Mapping[str, str]) -> Op:
+    for entry in suffix_hits(told.keys(), name):
+        return OPS[told[entry]]
+    embedding = is_embedding(info.name) or _LOOKED_UP.intersection(name.rpartition(".")[2].split("_"))
+    return OPS["embedding" if embedding else layout_by_name(base.config, name)]
+
+
+_LOOKED_UP = frozenset({"wpe", "embed", "embeddings", "embedding"})  # words in the names of other embeddings
+
+
+def _has_matrix(info: TensorInfo) -> bool:
+    return info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype in PLAIN_DTYPES
+
+
+def _at(
+    base: Checkpoint, tuned: Checkpoint, info: TensorInfo, op: Op, truncation: Truncation
+) -> tuple[Mapping[str, Tensor], Fidelity]:
+    """One site: its float32 factors by role, and their error against the change in float64."""
+    before, after = _whole(base, info), _whole(tuned, tuned.at[info.name][1].info)
+    for where, values in ((base, before), (tuned, after)):
+        if not all_finite(values):
+            raise ValueRangeError(
+                f"{printable(where.path)}: {printable(info.name)} holds NaN or infinity; finite numbers are wanted"
+            )
+    delta = op.matrix(after.double().sub_(before))  # [out, in]
+    made = low_rank(delta, truncation)
+    fidelity = Fidelity(len(made.A), float(delta.norm()), residual_norm(delta, made))
+    return {"A": made.A, "B": made.B}, fidelity
+
+
+def _whole(source: Checkpoint, info: TensorInfo) -> Tensor:
+    return _rows(source, info, None)
+
+
+def _rows(source: Checkpoint, info: TensorInfo, rows: slice | None) -> Tensor:
+    return source.load(Site(info.name, {"weight": info}), rows).tensors["weight"]
+
+
+def _of_module(source: Checkpoint, module: str) -> Iterable[TensorInfo]:
+    return [info for info in source.tensors() if info.name.rpartition(".")[0] == module]

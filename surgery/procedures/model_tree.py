@@ -1,0 +1,160 @@
+"""Tree: a live model's modules and parameters by path, its sites, and wrappers put around them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from surgery.core.method import Dense
+from surgery.core.sharded import is_sharded, rest
+from surgery.core.site import Site
+from surgery.errors import MatchError, StateError, printable
+from surgery.hosts.model import live_site, parameter_site
+from surgery.hosts.recognition import op_of, unfit
+from surgery.hosts.tree import Place, places
+from surgery.layers import Adapted, Replaced
+from surgery.ops.linear import LAYOUTS
+
+Wrapper = TypeVar("Wrapper", Adapted, Replaced)
+
+
+class Tree:
+    """The modules of a model by path, and the paths of each module."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        rest(root)  # else weights in shares would not look like it
+        self.places = list(places(root))
+        self.modules: dict[str, nn.Module] = {}
+        self.alone: dict[str, Adapted] = {}  # over parameters, by their names
+        self.aliases: dict[int, list[Place]] = {}
+        for place in self.places:
+            if isinstance(place.module, Adapted) and place.module.parameter is not None:
+                self.alone[place.name] = place.module
+            else:
+                self.modules[place.name] = place.module
+            self.aliases.setdefault(id(place.module), []).append(place)
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As `named_parameters`, each once at its first path, from the walk that has been made."""
+        seen: set[int] = set()
+        for prefix, module in [("", self.root), *((place.name + ".", place.module) for place in self.places)]:
+            for key, values in module._parameters.items():
+                if values is not None and id(values) not in seen:
+                    seen.add(id(values))
+                    yield prefix + key, values
+
+    def first_name(self, name: str) -> str:
+        """The first path of the module at `name`."""
+        return self.aliases[id(self.modules[name])][0].name
+
+    def held(self, name: str) -> Mapping[str, nn.Parameter | None]:
+        """The parameters of the module at `name`, in its order."""
+        module = self.modules[name]
+        return (module.base_layer if isinstance(module, Adapted) else module)._parameters
+
+    def parameter_names(self) -> list[str]:
+        """Of all modules but the root, which nothing can be put around."""
+        return [f"{name}.{own}" for name in self.modules for own, one in self.held(name).items() if one is not None]
+
+    def reads_itself(self, name: str) -> bool:
+        """Is `name` a parameter of a module that is none of our ops, and so reads it by itself?"""
+        owner, _, own = name.rpartition(".")
+        module = self.modules.get(owner)
+        if module is None or self.held(owner).get(own) is None:
+            return False
+        return op_of(module.base_layer if isinstance(module, Adapted) else module) is None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter."""
+        owner, _, own = name.rpartition(".")
+        values = self.held(owner)[own]
+        assert values is not None
+        return tuple(values.shape)
+
+    def parameter_site(self, name: str) -> Site:
+        """The site of one parameter. MatchError for one that cannot be adapted by itself."""
+        owner, _, own = name.rpartition(".")
+        if isinstance(self.modules[owner], Adapted):
+            raise MatchError(f"{printable(name)}: {printable(owner)} is adapted as a whole; name the one or the other")
+        _refuse_sharded(name, self.modules[owner])
+        return parameter_site(f"{self.first_name(owner)}.{own}", self.modules[owner])
+
+    def layer(self, name: str, site: Site) -> Adapted:
+        """The wrapper at a site, put there if there is none."""
+        if not site.acting.alone:
+            module = self.modules[name]
+            return module if isinstance(module, Adapted) else wrap(self, module, Adapted(module, site))
+        if name not in self.alone:
+            self._wrap_parameter(name, site)
+        return self.alone[name]
+
+    def _wrap_parameter(self, name: str, site: Site) -> None:
+        """Within those of the module's other parameters."""
+        owner, _, own = name.rpartition(".")
+        module = self.modules[owner]
+        wrapper, at = Adapted(module, site), self.aliases[id(module)]
+        wrapper.__dict__["training"] = module.training
+        for place in at:
+            place.parent._modules[place.key] = wrapper
+            self.alone[f"{place.name}.{own}"] = wrapper
+        self.aliases[id(module)] = [Place(place.name, module, wrapper, "base_layer") for place in at]
+
+    def is_linear(self, name: str) -> bool:
+        """Is it of what "all-linear" stands for, output heads aside?"""
+        module = self.modules[name]
+        op = op_of(module.base_layer if isinstance(module, Adapted) else module)
+        return op is not None and op.name in LAYOUTS
+
+    def spelled(self, names: Iterable[str]) -> dict[str, str]:
+        """What is adapted with `names`, as PEFT spells each: an attention layer has its out_proj with it."""
+        found = {name: name for name in names}
+        for name in list(found):
+            module = self.modules[name]
+            if isinstance(module.base_layer if isinstance(module, Adapted) else module, nn.MultiheadAttention):
+                found[f"{name}.out_proj"] = f"{name}.base_layer.out_proj"
+        return found
+
+    def site(self, name: str) -> Site:
+        """The site at a path. MatchError if no op of ours acts there."""
+        module = self.modules[name]
+        base = module.base_layer if isinstance(module, Adapted) else module
+        op = op_of(base)
+        if op is None:
+            kind = f"{type(base).__module__}.{type(base).__name__}"
+            raise MatchError(
+                f"{printable(name)}: a {kind}; Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d and "
+                "MultiheadAttention can be adapted; name their paths, or exclude this one"
+            )
+        why = unfit(base)
+        if why is not None:
+            raise MatchError(f"{printable(name)}: {why}, or exclude it")
+        _refuse_sharded(name, base)
+        return live_site(name, base, op)
+
+    def dense(self, name: str) -> Dense:
+        """The base's weight at a path where a site is, outside autograd."""
+        module = self.modules[name]
+        base: Any = module.base_layer if isinstance(module, Adapted) else module
+        op = self.site(name).acting
+        held: Tensor = getattr(base, op.roles.get("weight", "weight"))
+        return Dense(op.matrix(held.detach()))
+
+
+def wrap(tree: "Tree", module: nn.Module, wrapper: Wrapper) -> Wrapper:
+    """Put `wrapper` at every path of `module`."""
+    wrapper.__dict__["training"] = module.training
+    for place in tree.aliases[id(module)]:
+        place.parent._modules[place.key] = wrapper
+        tree.modules[place.name] = wrapper
+    tree.aliases[id(wrapper)] = tree.aliases[id(module)]
+    return wrapper
+
+
+def _refuse_sharded(name: str, module: nn.Module) -> None:
+    """StateError where an adapter would lie over weights that are shared out."""
+    if any(is_sharded(values) for values in module._parameters.values() if values is not None):
+        raise StateError(
+            f"{printable(name)}: each process holds a share of its weight, and would train a new adapter over it by "
+            "itself; inject or load first, then fully_shard"
+        )

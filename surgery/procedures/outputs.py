@@ -1,0 +1,133 @@
+"""outputs: what a model, or any callable, gives for some inputs; in its own dtype, and in float64."""
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from surgery.core.agreement import Outputs, floors
+from surgery.core.distance import Distance
+
+Runs = Callable[..., Any]  # a module, or any callable
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]  # one argument, several, or keyword arguments
+
+
+class Given(NamedTuple):
+    """The tensors of an outcome by name, and what else is in it, by name and type."""
+
+    outputs: dict[str, Tensor]
+    left_out: tuple[str, ...]
+
+
+def run(model: Runs, inputs: Inputs, watched: Collection[str] = ()) -> Given:
+    """The outcome of a call, in eval mode, without gradients; and what the `watched` modules give in it.
+
+    A tensor alone is called "output", others by their key or number, and a module's by `layer` and its path.
+    """
+    with torch.no_grad(), ExitStack() as stack:
+        seen: dict[str, Any] = {}
+        if isinstance(model, nn.Module):
+            stack.enter_context(_evaluating(model))
+            stack.enter_context(_watching(model, watched, seen))
+        outcome = _given(_call(model, inputs))
+    return Given(outcome.outputs | _given(seen).outputs, outcome.left_out)
+
+
+def twin(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A copy in another dtype."""
+    return copy.deepcopy(model).to(dtype)
+
+
+def widened(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Any:
+    """The inputs, floats in another dtype."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(dtype) if inputs.is_floating_point() else inputs
+    if isinstance(inputs, Mapping):
+        return {name: widened(value, dtype) for name, value in inputs.items()}
+    return type(inputs)(widened(one, dtype) for one in inputs) if isinstance(inputs, list | tuple) else inputs
+
+
+def own_dtype(model: nn.Module, inputs: Inputs) -> torch.dtype:
+    """The dtype of the model's widest floats, of its inputs' where it has none, else float32."""
+    held = [values.dtype for values in chain(model.parameters(), model.buffers()) if values.is_floating_point()]
+    given = _given(inputs).outputs.values()
+    found = held or [values.dtype for values in given if values.is_floating_point()]
+    return max(found, key=lambda dtype: -torch.finfo(dtype).eps, default=torch.float32)
+
+
+def calibrated(
+    model: nn.Module, inputs: Inputs, exact: Outputs, rows: Tensor | None = None, watched: Collection[str] = ()
+) -> dict[str, Distance]:
+    """The model's noise floors, from its run in its own dtype, and `exact`, its run in float64.
+
+    A model in float64 is run in float32: rounding errors are in proportion to eps.
+    """
+    if own_dtype(model, inputs) != torch.float64:
+        return floors(run(model, inputs, watched).outputs, exact, rows)
+    narrow = run(twin(model, torch.float32), widened(inputs, torch.float32), watched).outputs
+    smaller = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return {name: floor.scaled(smaller) for name, floor in floors(narrow, exact, rows).items()}
+
+
+def _call(model: Runs, inputs: Inputs) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(inputs) if isinstance(inputs, Tensor) else model(*inputs)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, and afterwards each module as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _watching(model: nn.Module, paths: Collection[str], seen: dict[str, Any]) -> Iterator[None]:
+    """What each of these modules gives goes into `seen`; of one that is called again, the last."""
+    hooks = [
+        module.register_forward_hook(partial(_note, seen, path))
+        for path, module in model.named_modules()
+        if path in paths
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _note(seen: dict[str, Any], path: str, module: nn.Module, inputs: Any, outcome: Any) -> None:
+    del module, inputs
+    seen.pop(f"layer {path}", None)  # in the order of the calls
+    seen[f"layer {path}"] = outcome[0] if isinstance(outcome, tuple) else outcome  # the others: weights, caches
+
+
+def _given(outcome: Any) -> Given:
+    flat = dict(_flat("", outcome))
+    outputs = {name: torch.as_tensor(value) for name, value in flat.items() if isinstance(value, _TENSORS)}
+    left_out = [f"{name} ({type(value).__name__})" for name, value in flat.items() if name not in outputs]
+    return Given(outputs, tuple(left_out))
+
+
+_TENSORS = (Tensor, np.ndarray, float, int)
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested tuples and mappings, by the path of their keys; what is None is not there."""
+    if isinstance(value, Mapping | list | tuple):
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _flat(f"{name}.{key}" if name else str(key), part)
+    elif value is not None:
+        yield name or "output", value

@@ -1,0 +1,179 @@
+"""proof: the graph computes what the model does, on inputs of several shapes.
+
+Two comparisons, both against float64: with the merged weights as they are stored, where the floor is the noise of
+float32 alone, and with the adapted model itself, where the rounding of the merged weights to their dtype counts too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.agreement import FACTOR, Agreements, Outputs, compare, floors, picked
+from surgery.errors import CheckError, printable
+from surgery.formats.onnx.example import Decoding, Example
+from surgery.formats.onnx.runtime import check, decode, run
+from surgery.hosts.tree import adapted_layers, replaced_modules
+from surgery.hosts.twin import adapted_twin, as_computed, as_stored, doubled, twin
+from surgery.procedures.switch import disable_adapters
+
+MASK = "attention_mask"
+Inputs = Mapping[str, Tensor]
+Prepare = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of the graph: the shapes of its inputs, and how far its outputs lie from the model's."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    merged: Agreements
+    adapted: Agreements | None  # None where there is no adapter
+
+    @property
+    def why(self) -> str:
+        return self.merged.why or (self.adapted.why if self.adapted is not None else "")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "merged": self.merged.to_json(),
+            "adapted": None if self.adapted is None else self.adapted.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Proof:
+    """All runs of a graph, and what could not be compared."""
+
+    trials: Sequence[Trial]
+    left_out: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return all(not one.why for one in self.trials)
+
+    def require(self, out: Path) -> None:
+        """CheckError telling the first run that is unlike the model's."""
+        wrong = next((one for one in self.trials if one.why), None)
+        if wrong is not None:
+            shapes = ", ".join(f"{name} {list(shape)}" for name, shape in wrong.shapes.items())
+            raise CheckError(
+                f"{printable(out)}: onnxruntime computes otherwise than the model, for {shapes}: {wrong.why}; "
+                "nothing was written; report it with the versions of torch and onnxruntime"
+            )
+
+    def summary(self) -> str:
+        """One line."""
+        if not self.trials:
+            return self.left_out
+        error = max(one.found.error for trial in self.trials for one in trial.merged.outputs)
+        return f"equal to the model within {error:.2g} of the largest output, on {len(self.trials)} shapes" + (
+            f"; {self.left_out}" if self.left_out else ""
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": self.ok, "trials": [one.to_json() for one in self.trials], "left_out": self.left_out}
+
+
+class Reference(NamedTuple):
+    """What the adapted model gives, for each of the inputs: in float64, in its own dtype, and without adapters."""
+
+    exact: Sequence[Outputs]
+    own: Sequence[Outputs]
+    base: Sequence[Outputs] | None
+
+
+def reference_of(root: nn.Module, example: Example) -> Reference | None:
+    """None of a model without active adapters, or of one that they are merged into. CheckError if they do nothing."""
+    if not any(layer.running for layer in adapted_layers(root).values()) and not replaced_modules(root):
+        return None
+    inputs = example.trials()
+    own = runs(adapted_twin(root, as_stored), inputs, example)
+    double = adapted_twin(root, doubled)
+    exact = runs(double, inputs, example)
+    with disable_adapters(double):
+        base = runs(double, inputs, example)
+    if all(torch.equal(one[name], other[name]) for one, other in zip(exact, base, strict=True) for name in one):
+        raise CheckError(
+            "export: the adapters change no output, so that no run could tell a right export from one without them; "
+            "train them, or eject them"
+        )
+    return Reference(exact, own, base)
+
+
+def prove(model: nn.Module, example: Example, graph: Path, prepare: Prepare, adapted: Reference | None) -> Proof:
+    """Of a graph, by the plain model that it is of."""
+    check(graph)
+    inputs = example.trials()
+    own = runs(prepared(twin(model, as_computed), prepare), inputs, example)
+    exact = runs(prepared(twin(model, doubled), prepare), inputs, example)
+    found = run(graph, inputs)
+    if example.decoding is not None:
+        _require_tokens(prepared(twin(model, as_computed), prepare), graph, example.decoding)
+    plain = _judged(inputs, found, Reference(exact, own, None))
+    over = [None] * len(inputs) if adapted is None else _judged(inputs, found, adapted)
+    return Proof(
+        [
+            Trial({name: tuple(values.shape) for name, values in feeds.items()}, one, other)
+            for feeds, one, other in zip(inputs, plain, over, strict=True)
+        ]
+    )
+
+
+def _require_tokens(model: nn.Module, graph: Path, decoding: Decoding) -> None:
+    """CheckError unless onnxruntime, step by step with its cache, decodes the tokens that the model does.
+
+    Where two tokens are nearer each other than the rounding of float32, either is right; then the rest is another text.
+    """
+    with torch.no_grad():
+        wanted = decoding.tokens(model, decoding.prompt, decoding.steps)
+        found = decode(graph, decoding.prompt, decoding.steps)
+        unlike = [i for i, (one, other) in enumerate(zip(wanted.tolist(), found.tolist(), strict=True)) if one != other]
+        if not unlike:
+            return
+        tokens = torch.cat([decoding.prompt, wanted[None, : unlike[0]]], 1)
+        logits = model(input_ids=tokens).logits[0, -1].double()
+    lead = logits.max() - logits[found[unlike[0]]]
+    if lead > FACTOR * torch.finfo(torch.float32).eps * logits.abs().max():
+        raise CheckError(
+            f"{graph.name}: token {unlike[0]} of {decoding.steps} that onnxruntime decodes is {int(found[unlike[0]])}, "
+            f"the model's is {int(wanted[unlike[0]])}; nothing was written; report it"
+        )
+
+
+def _judged(inputs: Sequence[Inputs], found: Sequence[Outputs], by: Reference) -> list[Agreements]:
+    """Each run. Where float64 gives no finite numbers (BLOOM's, where a row is padded), the model's own dtype does
+    in its place, with the noise floor of another run."""
+    masks = [feeds.get(MASK) for feeds in inputs]
+    floor = [floors(*one) for one in zip(by.own, by.exact, masks, strict=True)]
+    sound = [i for i, mask in enumerate(masks) if _finite(by.exact[i], mask)]
+    told = []
+    for i, mask in enumerate(masks):
+        exact = i in sound or not sound or not _finite(by.own[i], mask)
+        true, of = (by.exact[i], floor[i]) if exact else (by.own[i], floor[sound[-1]])
+        told.append(compare(true, found[i], of, None if by.base is None or not exact else by.base[i], mask))
+    return told
+
+
+def _finite(outputs: Outputs, mask: Tensor | None) -> bool:
+    return all(bool(torch.isfinite(picked(values, mask)).all()) for values in outputs.values())
+
+
+def prepared(model: nn.Module, prepare: Prepare) -> nn.Module:
+    prepare(model)
+    return model
+
+
+def runs(model: nn.Module, trials: Sequence[Inputs], example: Example) -> list[dict[str, Tensor]]:
+    """The model's outputs, its floating inputs in the dtype that it is of."""
+    dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+    with torch.no_grad():
+        return [example.run(model, _cast(one, dtype)) for one in trials]
+
+
+def _cast(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: values.to(dtype) if values.is_floating_point() else values for name, values in inputs.items()}

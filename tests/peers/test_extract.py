@@ -1,0 +1,205 @@
+"""extract: the adapter between two checkpoints, as peft and a merge read it."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import surgery
+from surgery.procedures.low_rank import Truncation, low_rank, residual_norm
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def llama(dtype: torch.dtype = torch.float32) -> nn.Module:
+    small = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(small).to(dtype)
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, tie_word_embeddings=False))
+
+
+MODELS = {
+    "llama": (llama, ["q_proj", "down_proj", "embed_tokens", "lm_head"]),
+    "gpt2": (gpt2, ["c_attn", "c_proj", "wte"]),
+}
+
+
+def saved(model: nn.Module, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def tuned_by_lora(model: nn.Module, targets: list[str], folder: Path) -> Path:
+    """`model` with a random LoRA of rank 4 merged into it."""
+    torch.manual_seed(1)
+    surgery.inject(model, surgery.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    model.save_merged(folder)
+    return folder
+
+
+def grids(adapter: Path) -> list[float]:
+    """What the grid of exact arithmetic may move each delta by, Frobenius, see core/arithmetic."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    pairs = [(tensors[name], tensors[name.replace("lora_A", "lora_B").replace("ding_A", "ding_B")]) for name in tensors]
+    return [len(A) * 2.0**-21 * float(A.abs().amax(0).norm() * B.abs().amax(1).norm()) for A, B in pairs if A is not B]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_adapter_of_a_merge_gives_the_merge_back(kind: str, tmp_path: Path) -> None:
+    make, targets = MODELS[kind]
+    base = saved(make(), tmp_path / "base")
+    tuned = tuned_by_lora(make(), targets, tmp_path / "tuned")
+    report = surgery.extract(base, tuned, tmp_path / "adapter", rank=4)
+    assert {one.r for one in report.sites.values()} == {4}
+    # Each weight of a merge is rounded to float32, which a matrix of rank 4 cannot follow; and so are the factors.
+    rounding = {name: EPS * values.norm().item() for name, values in load_file(tuned / "model.safetensors").items()}
+    for name, one in report.sites.items():
+        assert one.error_norm <= rounding[f"{name}.weight"] + 8 * EPS * one.exact_norm
+    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "again")
+    found = surgery.diff(tmp_path / "again", tuned)
+    apart = math.hypot(*(one.difference.norm_apart for one in found.tensors.values()))
+    errors = math.hypot(*(one.error_norm for one in report.sites.values()))
+    assert apart <= errors + math.hypot(*rounding.values()) + math.hypot(*grids(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_peft_reads_the_adapter_as_it_is_meant(kind: str, tmp_path: Path) -> None:
+    make, targets = MODELS[kind]
+    base = saved(make(), tmp_path / "base")
+    tuned = tuned_by_lora(make(), targets, tmp_path / "tuned")
+    surgery.extract(base, tuned, tmp_path / "adapter", energy=1 - 1e-9, rank=8)
+    tokens = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        before = make().eval()(tokens).logits
+        wanted = type(make()).from_pretrained(tuned).eval()(tokens).logits
+        found = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter").eval()(tokens).logits
+    assert (found - wanted).abs().max() < 1e-4 * (before - wanted).abs().max()  # the energy left out is 1e-9
+
+
+@pytest.mark.parametrize("wanted", [1, 3, 7])
+def test_a_rank_is_as_near_as_any_matrix_of_that_rank(wanted: int) -> None:
+    torch.manual_seed(2)
+    matrix = torch.randn(60, 9, dtype=torch.float64) @ torch.randn(9, 200, dtype=torch.float64)
+    best = torch.linalg.svdvals(matrix)[wanted:].norm()
+    made = low_rank(matrix, Truncation(rank=wanted))
+    assert made.A.shape == (wanted, 200)
+    assert residual_norm(matrix, made) <= best * (1 + 1e-4) + 16 * EPS * matrix.norm()  # of a random range finder
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
+def test_an_energy_is_held_by_the_least_rank(energy: float) -> None:
+    torch.manual_seed(3)
+    values = torch.tensor([2.0**-k for k in range(40)], dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(n, 40, dtype=torch.float64)).Q for n in (300, 200))
+    matrix = left * values @ right.T
+    shares = values.square().cumsum(0) / values.square().sum()
+    made = low_rank(matrix, Truncation(energy=energy))
+    assert len(made.A) == int((shares < energy).sum()) + 1
+    assert residual_norm(matrix, made) ** 2 <= (1 - energy) * float(matrix.norm()) ** 2
+
+
+def test_a_matrix_of_full_rank_is_held_whole_where_all_energy_is_asked_for() -> None:
+    torch.manual_seed(4)
+    matrix = torch.randn(20, 30, dtype=torch.float64) * 1e-30
+    made = low_rank(matrix, Truncation(energy=1.0))
+    assert residual_norm(matrix, made) <= 20 * EPS * matrix.norm()
+
+
+def norm_tuned(folder: Path) -> Path:
+    model = llama()
+    with torch.no_grad():
+        model.model.norm.weight.add_(0.5)
+        model.model.layers[0].self_attn.q_proj.weight.add_(torch.ones(32, 1))
+    return saved(model, folder)
+
+
+def test_other_changes_are_refused_saved_whole_or_left_out(tmp_path: Path) -> None:
+    base, tuned, out = saved(llama(), tmp_path / "base"), norm_tuned(tmp_path / "tuned"), tmp_path / "adapter"
+    with pytest.raises(surgery.MatchError, match=r"model\.norm: it changed, and no LoRA .* --rest save"):
+        surgery.extract(base, tuned, out, rank=1)
+    assert not out.exists()
+    report = surgery.extract(base, tuned, out, rank=1, rest="save")
+    assert report.saved == ["model.norm"]
+    surgery.merge_checkpoint(base, out, tmp_path / "again")
+    found = surgery.diff(tmp_path / "again", tuned).tensors
+    assert found["model.norm.weight"].what == "equal"
+    report = surgery.extract(base, tuned, out, rank=1, rest="drop", overwrite=True)
+    assert list(report.sites) == ["model.layers.0.self_attn.q_proj"]
+    assert report.dropped == ["model.norm"]
+
+
+def tied(folder: Path) -> Path:
+    torch.manual_seed(0)
+    small = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=99)
+    model = GPT2LMHeadModel(small)
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(len(folder.name))
+    return saved(model, folder)
+
+
+def damaged(change: Callable[[nn.Module], None]) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        model = llama()
+        with torch.no_grad():
+            change(model)
+        return saved(model, folder)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (llama, damaged(lambda _: None), "every tensor is as in the base"),
+        (llama, damaged(lambda model: model.model.norm.weight.mul_(2)), "no matrix changed"),
+        (llama, damaged(lambda model: model.lm_head.weight.fill_(math.nan)), "holds NaN or infinity"),
+        (llama, damaged(lambda model: model.resize_token_embeddings(100)), "a resized vocabulary"),
+        (llama, lambda folder: saved(gpt2(), folder), "checkpoints of the same names"),
+        (None, tied, "it is the output head too"),
+    ],
+)
+def test_what_no_adapter_can_tell_is_refused(
+    before: Callable[[], nn.Module] | None, after: Callable[[Path], Path], words: str, tmp_path: Path
+) -> None:
+    base = tied(tmp_path / "base") if before is None else saved(before(), tmp_path / "base")
+    tuned = after(tmp_path / "tuned")
+    with pytest.raises(surgery.InputError, match=words):
+        surgery.extract(base, tuned, tmp_path / "adapter", rank=2)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "neither rank nor energy"),
+        ({"rank": 0}, "1 or more"),
+        ({"energy": 1.5}, "above 0 and at most 1"),
+        ({"rank": 2, "rest": "keep"}, "refuse, save or drop"),
+        ({"rank": 2, "ops": {"x": "conv9d"}}, "one of linear, conv1d, embedding"),
+        ({"rank": 2, "targets": ["q_prj"]}, "nearest are q_proj"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_a_usage_error(options: dict[str, object], words: str, tmp_path: Path) -> None:
+    base, tuned = saved(llama(), tmp_path / "base"), norm_tuned(tmp_path / "tuned")
+    with pytest.raises(surgery.UsageError, match=words):
+        surgery.extract(base, tuned, tmp_path / "adapter", **options)  # type: ignore[arg-type]
+
+
+def test_an_adapter_of_bfloat16_checkpoints_knows_its_base(tmp_path: Path) -> None:
+    base = saved(llama(torch.bfloat16), tmp_path / "base")
+    tuned = tuned_by_lora(llama(torch.bfloat16), ["v_proj"], tmp_path / "tuned")
+    report = surgery.extract(base, tuned, tmp_path / "adapter", rank=4)
+    assert 0 < report.relative_error < 0.1  # what rounding to bfloat16 adds is of full rank
+    assert surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "again").out.is_dir()
+    with pytest.raises(surgery.InputError, match="trained on another base"):
+        surgery.merge_checkpoint(tuned, tmp_path / "adapter", tmp_path / "wrong")
