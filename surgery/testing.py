@@ -56,7 +56,11 @@ def assert_equivalent(  # noqa: PLR0913  # two models and what bears on them
     else:
         raise UsageError("assert_equivalent: neither is a module, so that no noise can be measured; give exact")
     plain = None if base is None else _exactly(base, inputs, wide)
-    found = compare(truth.outputs, run(b, inputs).outputs, floor, plain, rows)
+    other = run(b, inputs)
+    if {*truth.left_out} != {*other.left_out}:
+        apart = ", ".join(sorted({*truth.left_out} ^ {*other.left_out}))
+        raise AssertionError(f"the outputs are not equivalent: only one of the two gives {apart}, which is no tensor")
+    found = compare(truth.outputs, other.outputs, floor, plain, rows)
     if not found.ok:
         what = found.why if all(one.ok for one in found.outputs) else "the outputs are not equivalent"
         raise AssertionError(f"{what}\n\n{replace(found, left_out=truth.left_out).table()}")

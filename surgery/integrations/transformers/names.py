@@ -1,10 +1,11 @@
 """How the tensors of files become those of a model of transformers, by its own tables."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
 from surgery.core.name_map import USUAL, NameMap, Stack
+from surgery.procedures.op_choice import families
 
 
 def name_map(config: Mapping[str, Any]) -> NameMap:
@@ -15,7 +16,7 @@ def name_map(config: Mapping[str, Any]) -> NameMap:
     except ImportError:
         return USUAL
     table: Any = tables.get_checkpoint_conversion_mapping
-    found = [one for family in _families(config) for one in table(family) or ()]
+    found = [one for family in families(config) for one in table(family) or ()]
     if not found:
         return USUAL
     renaming = [one for one in found if type(one) is steps.WeightRenaming]
@@ -25,15 +26,6 @@ def name_map(config: Mapping[str, Any]) -> NameMap:
         return reduce(lambda told, one: one.rename_source_key(told)[0], renaming, name)
 
     return NameMap(rename, [Stack(_parts(one), _dotted(one.target_patterns[0])) for one in merging])
-
-
-def _families(config: Mapping[str, Any]) -> Iterator[str]:
-    """The `model_type` of a model and of those within it."""
-    if isinstance(config.get("model_type"), str):
-        yield config["model_type"]
-    for value in config.values():
-        if isinstance(value, dict):
-            yield from _families(value)
 
 
 def _stacks(converter: Any, steps: Any) -> bool:
