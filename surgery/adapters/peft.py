@@ -15,6 +15,7 @@ from surgery.core.adapter import Adapter, Stored, shape_of
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params
 from surgery.core.names import suffix_hits, suffixes
+from surgery.core.sharded import whole
 from surgery.core.site import TensorInfo
 from surgery.errors import AbsentError, ConfigError, FormatError, InputError, ShapeError, printable
 from surgery.io.fingerprint import read_base_print
@@ -86,6 +87,11 @@ def open_adapter(path: Path, config_name: str = CONFIG) -> Adapter:
 def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
     """The config that `data` spells; FormatError for a `peft_type` that is none of ours."""
     kind = data.get("peft_type")
+    if kind is None:
+        raise FormatError(
+            f"{where}: it has no peft_type, which says what the adapter computes; one of {', '.join(METHODS)} is "
+            "wanted; is it an adapter's config?"
+        )
     if not isinstance(kind, str) or kind not in METHODS:
         known = f"supported are {', '.join(METHODS)}; use PEFT for this one"
         alone = _NO_WEIGHT.get(kind) if isinstance(kind, str) else None
@@ -106,7 +112,7 @@ def adapter_of(config: AdapterConfig, tensors: Mapping[str, Tensor], where: str)
 
 def adapter_bytes(tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> bytes:
     """The content of adapter_model.safetensors, for tensors by their name in the base as PEFT ends it."""
-    found = [(prefix + name, tensors[name].detach().cpu().contiguous()) for name in sorted(tensors)]
+    found = [(prefix + name, whole(tensors[name].detach()).cpu().contiguous()) for name in sorted(tensors)]
     infos = [TensorInfo(key, values.dtype, tuple(values.shape)) for key, values in found]
     return b"".join([encode_header(infos, {"format": "pt"}), *(octets(values) for _, values in found)])
 

@@ -29,6 +29,7 @@ from surgery.procedures import verify as verifying
 from surgery.procedures.combinations import Recipe
 from surgery.procedures.filling import OnProgress, Pace
 from surgery.procedures.low_rank import Truncation
+from surgery.procedures.outputs import Inputs
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
 Adapters = Where | Sequence[Where | tuple[Where, float]]  # one, or several in their order, each with a weight
@@ -165,6 +166,9 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     compute_dtype: str | torch.dtype | None = None,
     base_as: str | None = None,
     arithmetic: str | None = None,
+    outputs: bool = False,
+    inputs: Inputs | None = None,
+    layers: bool = False,
 ) -> verifying.VerifyReport:
     """Grade each tensor of `out` against `adapters` merged over `base`, whichever tool made it.
 
@@ -172,13 +176,25 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     anything is different. `ops`, `compute_dtype` and `base_as` as in `merge_checkpoint`; `arithmetic` too, by default
     the one that the receipt of `out` tells, if it has one. Raises InputError for what cannot be read, or has no
     receipt.
+
+    `outputs` also runs both as models of transformers, one at a time, in float64, on `inputs` (keyword arguments of
+    forward; by default made from the config, seeded), and compares what they give with the noise of a run of `out`
+    in its own dtype, and with the adapter's effect; `layers` also what each adapted module gives, which tells where
+    they part. Padding, by `attention_mask`, is left out. Raises EnvironmentFault without transformers.
     """
+    if not outputs and (layers or inputs is not None):
+        raise UsageError("verify_checkpoint: layers and inputs are for a run of the models; give outputs=True")
+    if outputs and base_as is not None:
+        raise UsageError("verify_checkpoint: outputs are compared of plain models, and base_as makes BASE none")
     if out is None or adapters is None:
+        if outputs:
+            raise UsageError("verify_checkpoint: outputs are compared with those of adapters over a base; name both")
         return verifying.verify_receipt(locate(base))
     with checkpoint(base) as source, Checkpoint(locate(out)) as found:
         told = arithmetic or verifying.recorded_arithmetic(found.folder)
         treatment = planning.treatment(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=told)
-        return verifying.verify_checkpoint(source, weighted(adapters), found, treatment)
+        report = verifying.verify_checkpoint(source, given := weighted(adapters), found, treatment)
+        return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 
 
 def combine(  # noqa: PLR0913  # the settings of all methods

@@ -29,6 +29,8 @@ from surgery.cli.arguments import (
     type=click.Choice(arithmetics),
     help="Derive the merge by this arithmetic. By default by the one that OUT's receipt tells, or exact.",
 )
+@click.option("--outputs", is_flag=True, help="Also run both models, and compare what they give.")
+@click.option("--layers", is_flag=True, help="With --outputs: also what each adapted module gives.")
 @as_json
 @reports
 def verify(  # noqa: PLR0913, PLR0917  # one argument an option
@@ -39,6 +41,8 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     compute_dtype: str | None,
     base_as: str | None,
     arithmetic: str | None,
+    outputs: bool,
+    layers: bool,
     as_json: bool,
     reports: tuple[Path, ...],
 ) -> None:
@@ -47,6 +51,10 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     With base and adapters the merge is derived anew, whichever tool made OUT. bits: it gives the same bytes;
     rounding: as near as correct merges are; untouched: the base's bytes; different: none of these. With OUT
     alone its files are checked against its receipt. recorded: of the sha256 told there.
+
+    --outputs runs the base with the adapters over it, and OUT, with transformers, on seeded inputs; one of them
+    at a time must fit into memory in float64.
+    equivalent: an error of at most 4 times the noise of OUT's own dtype, and of a quarter of the adapters' effect.
     """
     from surgery.api import files
 
@@ -57,12 +65,24 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
             "--op, --compute-dtype, --base-as and --arithmetic are for a merge that is derived anew; "
             "name base and adapters too"
         )
+    if outputs and base_as:
+        raise click.UsageError("--outputs runs plain models, and --base-as makes BASE none; give one of the two")
+    if layers and not outputs:
+        raise click.UsageError("--layers is for a run of the models; give --outputs too")
+    if outputs and len(paths) == 1 and not base:
+        raise click.UsageError("--outputs compares with the adapters over their base; name base and adapters too")
     if len(paths) > 2:
         base, adapters = paths[0], paths[1:-1]
     out = paths[-1]
     given = (base, adapters_of(adapters), out) if base else (out,)
     report = files.verify_checkpoint(
-        *given, ops=ops_of(ops), compute_dtype=compute_dtype, base_as=base_as, arithmetic=arithmetic
+        *given,
+        ops=ops_of(ops),
+        compute_dtype=compute_dtype,
+        base_as=base_as,
+        arithmetic=arithmetic,
+        outputs=outputs,
+        layers=layers,
     )
     conclude(report, as_json, reports)
     report.require()

@@ -4,6 +4,7 @@ true: the one model's outputs, run in float64. found: the other's. floor: how fa
 lies from its run in float64. base: the outputs without the adapter, from which its effect is told.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surgery.core.distance import NOWHERE, Distance, distance, half_ulp
+from surgery.core.distance import NOWHERE, Distance, distance, half_ulp, within
 
 Outputs = Mapping[str, Tensor]
 
@@ -22,6 +23,9 @@ FACTOR = 8
 # The effect of an adapter must be so many times the error. Applied with half its scaling it is off by half its
 # effect, with twice by all of it, left out by all of it; a quarter is none of these.
 MARGIN = 4
+# The part of an adapter's effect that exact arithmetic leaves open in any dtype: A and B lie on grids whose half
+# step is 2^-23 of a row's or column's largest, and most elements are several times smaller than that.
+GRAIN = 2.0**-20
 
 
 class Agreement(NamedTuple):
@@ -95,19 +99,22 @@ def floors(own: Outputs, exact: Outputs, rows: Tensor | None = None) -> dict[str
     return found
 
 
-def compare(
+def compare(  # noqa: PLR0913, PLR0917  # the runs, and how strictly they are judged
     true: Outputs,
     found: Outputs,
     floor: Mapping[str, Distance],
     base: Outputs | None = None,
     rows: Tensor | None = None,
+    factor: float = FACTOR,
 ) -> Agreements:
     """Judge each output of `found` by `true`: its error in floors, and, with `base`, in the adapter's effect.
+
+    `factor` floors are allowed; with `base`, a floor is no lower than GRAIN of the effect.
 
     `rows` is a mask [batch, ...] of what counts, for the outputs that begin with its axes: what a model makes of
     padding is undefined.
     """
-    told = [_judged(name, true[name], found.get(name), floor.get(name), base, rows) for name in true]
+    told = [_judged(name, true[name], found.get(name), floor.get(name), base, rows, factor) for name in true]
     return Agreements([*told, *(_alone(name, found[name], "only the other has it") for name in found.keys() - true)])
 
 
@@ -130,12 +137,13 @@ def _judged(  # noqa: PLR0913, PLR0917  # the runs that bear on one output
     floor: Distance | None,
     base: Outputs | None,
     rows: Tensor | None,
+    factor: float,
 ) -> Agreement:
     if found is None:
         return _alone(name, true, "the other has it not")
     if found.shape != true.shape:
         return _alone(name, true, f"the other's is {list(found.shape)}")
-    if floor is None or not floor.error * FACTOR < 1:  # an output of zeros has an error of 1
+    if floor is None or not floor.error * factor < 1:  # an output of zeros has an error of 1
         told = "none" if floor is None else f"{floor.error:.2g}"
         return _alone(name, true, f"its noise floor is {told}, from which nothing can be told; another dtype is wanted")
     a, logits = picked(true, rows), is_logits(name, true)
@@ -143,23 +151,33 @@ def _judged(  # noqa: PLR0913, PLR0917  # the runs that bear on one output
         return _alone(name, true, "no row of it is left to compare")
     apart = distance(a, picked(found, rows), logits)
     effect = None
-    if base is not None and name in base and base[name].shape == true.shape:
-        effect = distance(a, picked(base[name], rows)).error
-    why = _too_far(apart, floor) or _too_faint(apart, effect)
+    if base is not None:
+        effect = _effect(true, base.get(name), rows)
+        if effect == math.inf:
+            return _alone(name, true, "the base gives no numbers of its shape, from which no effect can be told")
+        floor = floor.at_least(within(GRAIN * effect, a, logits))
+    why = _too_far(apart, floor, factor) or _too_faint(apart, effect)
     return Agreement(name, tuple(true.shape), a.shape[0] if a.dim() else 1, apart, floor, effect, why)
+
+
+def _effect(true: Tensor, base: Tensor | None, rows: Tensor | None) -> float:
+    """Infinite where it cannot be told."""
+    if base is None or base.shape != true.shape:
+        return math.inf
+    return distance(picked(true, rows), picked(base, rows)).error
 
 
 def _alone(name: str, values: Tensor, why: str) -> Agreement:
     return Agreement(name, tuple(values.shape), 0, NOWHERE, NOWHERE, None, why)
 
 
-def _too_far(found: Distance, floor: Distance) -> str:
+def _too_far(found: Distance, floor: Distance, factor: float) -> str:
     """What exceeds so many floors, or nothing. Within the error that is allowed, only logits so near swap places."""
-    allowed = floor.scaled(FACTOR)
+    allowed = floor.scaled(factor)
     for what in ("error", "angle", "kl_mean", "kl_max"):
         here, most = getattr(found, what), getattr(allowed, what)
         if not here <= most:  # true for NaN
-            return f"{_TITLES[what]} is {here:.2g}, {most:.2g} is allowed ({FACTOR} noise floors)"
+            return f"{_TITLES[what]} is {here:.2g}, {most:.2g} is allowed ({factor:g} floors)"
     return ""
 
 
@@ -183,5 +201,12 @@ def figures(one: Agreement) -> tuple[str, ...]:
     return (one.name, "yes" if one.ok else "no", *(f"{n:.2g}" for n in numbers), *of_logits, effect, one.why)
 
 
+def in_words(one: Agreement) -> str:
+    """The figures but for the error, and what is wrong, as one line."""
+    cells = dict(zip(COLUMNS, figures(one), strict=True))
+    told = [f"{name} {cells[name]}" for name in COLUMNS[3:-1] if cells[name]]
+    return "; ".join([*told, one.why] if one.why else told)
+
+
 def _finite(value: Distance) -> dict[str, float | None]:
-    return {name: number if abs(number) < float("inf") else None for name, number in value._asdict().items()}
+    return {name: number if math.isfinite(number) else None for name, number in value._asdict().items()}

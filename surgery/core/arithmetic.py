@@ -40,7 +40,7 @@ class ExactProduct:
 
     def _on_grid(self, factor: Tensor, along: int) -> Tensor:
         kept = self._kept.get(along)
-        if kept is None or _memory(kept[0]) != _memory(factor):
+        if kept is None or memory_of(kept[0]) != memory_of(factor):
             kept = self._kept[along] = factor, on_grid(factor, along)
         return kept[1]
 
@@ -51,7 +51,8 @@ def float_product(B: Tensor, A: Tensor, tile: Tile = WHOLE) -> Tensor:
     return B[..., rows, :] @ A[..., columns]
 
 
-def _memory(values: Tensor) -> tuple[object, ...]:
+def memory_of(values: Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are the same elements of the same memory, read in the same dtype."""
     return values.data_ptr(), values.shape, values.stride(), values.dtype
 
 

@@ -57,14 +57,16 @@ def distance(true: Tensor, found: Tensor, logits: bool = False) -> Distance:
 
 
 def half_ulp(like: Tensor, true: Tensor, logits: bool = False) -> Distance:
-    """What rounding outputs once to the dtype of `like` may do, which no run in that dtype is below.
+    """What rounding outputs once to the dtype of `like` may do, which no run in that dtype is below."""
+    return within(torch.finfo(like.dtype).eps / 2 if like.is_floating_point() else 0.0, true, logits)
 
-    An element is off by u = eps / 2 of itself at most; so an error of u, an angle of u^2 / 2; and
-    KL is half the variance of the logits' errors, of which none is larger than u max|a|.
+
+def within(u: float, true: Tensor, logits: bool = False) -> Distance:
+    """What outputs may lie apart each of whose elements is off by `u` of itself.
+
+    An error of u, an angle of u^2 / 2; and KL is half the variance of the logits' errors, none of which is
+    larger than u max|a|.
     """
-    if not like.is_floating_point():
-        return Distance(0.0, 0.0)
-    u = torch.finfo(like.dtype).eps / 2
     kl = (u * _largest(_floats(true))) ** 2 / 2 if logits else 0.0
     return Distance(u, u * u / 2, kl, kl)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from surgery.core.codec import Packed
 from surgery.core.op import Op
+from surgery.core.sharded import fill, is_sharded, whole
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, row_tiles
 from surgery.errors import MatchError, printable
@@ -63,6 +64,7 @@ class LiveWeights:
     def __init__(self, parameters: Mapping[str, Tensor], sites: Iterable[Site]) -> None:
         self.parameters, self._sites = parameters, list(sites)
         self.stored: set[str] = set()  # the sites that hold their new weight
+        self._gathered: tuple[str, Tensor] | None = None  # the last that each process holds a share of
 
     def sites(self) -> Iterable[Site]:
         return self._sites
@@ -75,9 +77,23 @@ class LiveWeights:
         return [LivePart(self, list(sites))]
 
     def weight(self, site: Site) -> Tensor:
-        """The weight's own memory, outside autograd, as its tiles are taken of it."""
+        """The weight's own memory, outside autograd, as its tiles are taken of it; of one in shares, a copy."""
         held = self.parameters[site.name].detach()
+        if is_sharded(held):
+            held = self._whole(site.name, held)
         return held.view(site.laid(site.weight).shape) if site.acting.alone else held
+
+    def put(self, site: Site, fresh: Tensor) -> None:
+        """The site's weight becomes `fresh`, which is laid as its tiles are."""
+        held = self.parameters[site.name].detach()
+        fill(held, fresh.view(held.shape))
+        self._gathered = None
+        self.stored.add(site.name)
+
+    def _whole(self, name: str, held: Tensor) -> Tensor:
+        if self._gathered is None or self._gathered[0] != name:
+            self._gathered = name, whole(held)
+        return self._gathered[1]
 
 
 class LivePart:
@@ -94,8 +110,7 @@ class LivePart:
     def store(self, site: Site, packed: Packed, rows: slice) -> None:
         self.fresh[rows] = packed.tensors["weight"]
         if rows.stop >= self.fresh.shape[0]:
-            self.live.weight(site).copy_(self.fresh)
-            self.live.stored.add(site.name)
+            self.live.put(site, self.fresh)
 
     def close(self) -> None:
         """Nothing is left to do."""

@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from surgery.errors import AbsentError, UsageError, printable
+from surgery.errors import AbsentError, EnvironmentFault, UsageError, printable
 from surgery.io.regular import contained
 from surgery.io.snapshot import snapshot
 
@@ -42,7 +42,13 @@ def located(spec: str | PathLike[str], revision: str | None = None, subfolder: s
         raise AbsentError(f"{printable(spec)}: no such file or folder; a path or owner/name[@revision] is wanted")
     if revision and found["revision"] not in (None, revision):
         raise UsageError(f"{printable(spec)}: revision is {printable(revision)} too; one is wanted")
-    folder, commit = snapshot(found["id"], revision or found["revision"], subfolder or "")
+    try:
+        folder, commit = snapshot(found["id"], revision or found["revision"], subfolder or "")
+    except EnvironmentFault as error:
+        if path.parent.is_dir():  # a folder here, so that no id was meant, or one that cannot be asked for
+            where = printable(path.parent)
+            raise AbsentError(f"{printable(spec)}: no such file or folder in {where}; else, {error}") from error
+        raise
     return Located(_inside(folder, subfolder), found["id"], commit)
 
 

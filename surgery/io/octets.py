@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.core.sharded import whole
+
 
 def octets(values: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, which it keeps alive."""
@@ -27,7 +29,7 @@ def tensor_from(data: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> 
 
 def sha256_of(values: Tensor) -> str:
     """sha256 of the tensor's bytes, row-major."""
-    flat = values.detach().cpu().contiguous()
+    flat = whole(values.detach()).cpu().contiguous()
     return hashlib.sha256(octets(flat)).hexdigest()
 
 

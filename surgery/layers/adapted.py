@@ -1,7 +1,8 @@
 """Adapted: a layer with adapters over it; any method, any op."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,12 @@ from surgery.layers.slot import Slot
 Holder = tuple[dict[str, nn.Parameter | None], str]
 
 
-class Fitted(NamedTuple):
-    """One adapter at this layer: its method, and where each tensor is held."""
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """One adapter at this layer: its method, and where each tensor is held.
+
+    No tuple: torch.export copies those that a module has, with all that they hold, and leaves the copies there.
+    """
 
     method: Method
     holders: Mapping[str, Holder]
@@ -147,7 +152,7 @@ class Adapted(nn.Module):
     def retune(self, adapter: str, method: Method) -> None:
         """The adapter's method from now on is another one, with tensors of the same shapes."""
         if self.fitted[adapter].method != method:
-            self.fitted[adapter] = self.fitted[adapter]._replace(method=method)
+            self.fitted[adapter] = replace(self.fitted[adapter], method=method)
             self.activate(self.active, self.enabled)
 
     def activate(self, adapters: tuple[str, ...], enabled: bool) -> None:

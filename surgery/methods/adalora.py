@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
 from surgery.core.config import AdapterConfig, Spelling
-from surgery.core.method import Additive, Dense, Params, Product, Run, Shift, Spec
-from surgery.core.op import WHOLE, Op, Tile
+from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods.lora_fields import NEUTRAL, REASONS
@@ -171,15 +171,12 @@ class AdaLora(Additive, AsPeft):
         fresh = {role: torch.randn(spec.shape) for role, spec in self.tensors(site).items()}
         return {"A": fresh["A"] * 0.02, "E": fresh["E"] * 0, "B": fresh["B"] * 0.02} if self.zero else fresh
 
-    def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
-        rows, columns = tile
-        return product(p["B"][rows], p["A"][:, columns] * p["E"], WHOLE)
-
-    def steps(self, p: Params, tile: Tile, product: Product) -> Shift:
-        rows, columns = tile
-        part = {"B": p["B"][rows], "A": p["A"][:, columns], "E": p["E"]}
+    def matrices(self, p: Params, site: Site) -> Params:  # noqa: ARG002  # the shapes tell all
         # In float64 A * E is exact, where the factors have 24 bits or fewer.
-        return super().steps({role: exact_float64(values) for role, values in part.items()}, WHOLE, product)
+        return {**p, "wide B": exact_float64(p["B"]), "AE": exact_float64(p["A"]) * exact_float64(p["E"])}
+
+    def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
+        return product(p["wide B"], p["AE"], tile)
 
     def weighted(self, weight: float) -> Self:
         return replace(self, scaling=self.scaling * weight, alpha=self.alpha * weight)
@@ -191,11 +188,10 @@ class AdaLora(Additive, AsPeft):
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # As LoRA's, with three more operations rounded: A * E, the rank's 1e-5, and the division by it.
-        B, AE = exact_float64(p["B"][tile[0]]).abs(), exact_float64(p["A"][:, tile[1]]).abs()
-        AE = AE * exact_float64(p["E"]).abs()
+        B, AE = p["wide B"][tile[0]].abs(), p["AE"][:, tile[1]].abs()
         if not self.r:
             return B @ AE
-        unit = max(torch.finfo(factor.dtype).eps / 2 for factor in p.values())
+        unit = max(torch.finfo(p[role].dtype).eps / 2 for role in "AEB")
         grid = self.r * 2.0**-21 * B.amax(1, keepdim=True) * AE.amax(0, keepdim=True)  # [out, in]
         return abs(self.scaling) * (grid + (self.r + 4) * unit * (B @ AE))
 

@@ -59,6 +59,11 @@ class Dora(Method):
             )
         norms = [self._norm(weight[rows].cpu(), fresh, rows) for rows in row_tiles(site.shape, TILE_ELEMENTS)]
         m = torch.cat(norms).to(torch.promote_types(weight.dtype, torch.float32))
+        if not m.any():
+            raise StateError(
+                f"{printable(site.name)}: its weight is zero everywhere, and DoRA scales what is there, so that "
+                "nothing could be trained; give the model its weights first, exclude it, or leave use_dora out"
+            )
         return {**fresh, "m": m.view(shape)}
 
     def terms(self, base: Tensor, p: Params, tile: Tile, product: Product) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.method import Params
+from surgery.core.sharded import is_sharded
 from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.tree import State, adapted_layers, injected, state_of
 from surgery.methods.adalora import AdaLoraConfig
@@ -147,6 +148,11 @@ def _mask(config: AdaLoraConfig, sites: Mapping[str, Params]) -> None:
 
 def _refuse_reduced(sites: Mapping[str, Params], config: AdaLoraConfig) -> None:
     for name, p in sites.items():
+        if any(map(is_sharded, p.values())):
+            raise StateError(
+                f"{printable(name)}: each process holds a share of its gradients, and ranks are allotted by whole "
+                "ones; train AdaLoRA without fully_shard"
+            )
         if len(p["E"]) != config.init_r:
             raise StateError(
                 f"{printable(name)}: {len(p['E'])} triplets are left of {config.init_r}; ranks are allotted once; "

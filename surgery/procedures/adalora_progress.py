@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.adapters.peft import adapter_bytes, read_adapter
 from surgery.core.adapter import Adapter
+from surgery.core.config import AdapterConfig
 from surgery.core.method import Params
 from surgery.errors import InputError, printable
 from surgery.hosts.tree import injected
@@ -62,14 +63,21 @@ def read_progress(root: nn.Module, adapter_name: str, folder: Path) -> None:
         )
     held, state, adapter = _tensors(file), injected(root), read_adapter(folder)
     fitted = sites_of(root, adapter_name)
-    _refill_whole(root, adapter, adapter_name, {name: _whole(held, name, p) for name, p in fitted.items()})
     masks = {f"{name}.lora_E": held[f"{name}.{_MASK}"].tolist() for name in fitted if f"{name}.{_MASK}" in held}
-    config = state.configs[adapter_name]
-    assert isinstance(config, AdaLoraConfig)
-    state.configs[adapter_name] = replace(config, rank_pattern=masks or None)
-    state.importance.pop(adapter_name, None)
+    told = _with_masks(state.configs[adapter_name], masks)  # refuses masks that are none, while nothing has changed
+    importance = {}
     if any(key.endswith(Smoothed._fields) for key in held):
-        state.importance[adapter_name] = {name: _importance(held, name, p) for name, p in fitted.items()}
+        importance = {name: _importance(held, name, p) for name, p in fitted.items()}
+    _refill_whole(root, adapter, adapter_name, {name: _whole(held, name, p) for name, p in fitted.items()})
+    state.configs[adapter_name] = _with_masks(state.configs[adapter_name], told.rank_pattern)
+    state.importance.pop(adapter_name, None)
+    if importance:
+        state.importance[adapter_name] = importance
+
+
+def _with_masks(config: AdapterConfig, masks: Mapping[str, list[bool]] | None) -> AdaLoraConfig:
+    assert isinstance(config, AdaLoraConfig)
+    return replace(config, rank_pattern=masks or None)
 
 
 def read_reduced(root: nn.Module, adapter_name: str, folder: Path) -> None:
@@ -109,17 +117,23 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _whole(held: Mapping[str, Tensor], name: str, p: Params) -> Params:
-    for role in p:
-        if f"{name}.{role}" not in held:
-            raise InputError(f"{FILE}: no tensor {role} of {printable(name)} in it; was another model trained?")
-    return {role: held[f"{name}.{role}"] for role in p}
+    return {role: _of(held, f"{name}.{role}", values) for role, values in p.items()}
 
 
 def _importance(held: Mapping[str, Tensor], name: str, p: Params) -> Importance:
-    found = {}
-    for role, values in p.items():
-        parts = [held[f"{name}.{role}.{field}"].to(values.device) for field in Smoothed._fields]
-        found[role] = Smoothed(*parts)
+    return {
+        role: Smoothed(*(_of(held, f"{name}.{role}.{field}", values).to(values.device) for field in Smoothed._fields))
+        for role, values in p.items()
+    }
+
+
+def _of(held: Mapping[str, Tensor], key: str, like: Tensor) -> Tensor:
+    found = held.get(key)
+    if found is None or found.shape != like.shape:
+        what = "no tensor" if found is None else f"{list(found.shape)} of"
+        raise InputError(
+            f"{FILE}: {what} {printable(key)} in it, where {list(like.shape)} is wanted; was another model trained?"
+        )
     return found
 
 

@@ -12,6 +12,7 @@ from surgery.core.adapter import Adapter
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Method, Params, Spec
 from surgery.core.names import in_base, nearest, renaming
+from surgery.core.sharded import rest
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.tree import State, adapted_layers, injected, live_path, replaced_modules, spelled
@@ -49,6 +50,7 @@ def write(
     prefix: str = PREFIX,
 ) -> None:
     """One adapter's files into `folder`, as `tensors_of` gives its tensors, whose names begin with `prefix` there."""
+    rest(root)
     config, tensors = _written(root, adapter, state_dict)
     config = _resolved(root, config, adapter)
     write_file(folder / TENSORS, adapter_bytes(tensors, prefix))

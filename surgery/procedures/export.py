@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from surgery.core.arithmetic import memory_of
 from surgery.core.site import TensorInfo
 from surgery.errors import UsageError, printable
 from surgery.formats.onnx.example import Example
@@ -193,7 +194,7 @@ def write_state(staging: Staging, state: State) -> None:
     """The tensors as model.safetensors, those that share their memory once."""
     first: dict[Any, str] = {}
     for name, values in state.items():
-        first.setdefault((values.data_ptr(), values.shape, values.stride()) if values.numel() else name, name)
+        first.setdefault(memory_of(values) if values.numel() else name, name)
     write_tensors(staging, SINGLE, {name: _at_hand(name, state[name]) for name in first.values()})
 
 

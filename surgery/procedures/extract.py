@@ -170,7 +170,7 @@ def _sorted_out(base: Checkpoint, tuned: Checkpoint, extraction: Extraction) -> 
     sites = {
         module: infos[0]
         for module, infos in modules.items()
-        if extraction.takes(module) and len(infos) == 1 and _has_matrix(infos[0])
+        if extraction.takes(module) and len(infos) == 1 and _has_matrix(infos[0]) and _is_own(base, infos[0].name)
     }
     if not sites:
         raise InputError(f"{printable(tuned.path)}: no matrix changed that is to be taken; a LoRA needs one")
@@ -200,8 +200,14 @@ def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction) -> Non
         name, more = found.rest[0], len(found.rest) - 1
         raise MatchError(
             f"{printable(name)}{f' (and {more} more)' if more else ''}: it changed, and no LoRA of these targets "
-            "stands for it; save it whole with --rest save, or leave it out with --rest drop"
+            "stands for it in the model's own modules; save it whole with --rest save, or leave it out with --rest drop"
         )
+    for module in found.rest if extraction.rest == "save" else ():
+        if not all(_is_own(base, info.name) for info in _of_module(base, module)):
+            raise MatchError(
+                f"{printable(module)}: it changed, and the model in memory calls it otherwise, or holds it in a stack; "
+                "no adapter has a place for it; leave it out with --rest drop"
+            )
     if "" in found.rest and extraction.rest == "save":
         raise MatchError("a tensor outside of any module changed; it cannot be saved whole; take --rest drop")
 
@@ -209,11 +215,25 @@ def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction) -> Non
 def _op(base: Checkpoint, name: str, info: TensorInfo, told: Mapping[str, str]) -> Op:
     for entry in suffix_hits(told.keys(), name):
         return OPS[told[entry]]
-    embedding = is_embedding(info.name) or _LOOKED_UP.intersection(name.rpartition(".")[2].split("_"))
-    return OPS["embedding" if embedding else layout_by_name(base.config, name)]
+    last = name.rpartition(".")[2]
+    if is_embedding(info.name) or last in _EMBEDDINGS:
+        return OPS["embedding"]
+    if not _UNSURE.isdisjoint(last.split("_")):
+        raise MatchError(
+            f"{printable(name)}: its name does not tell whether rows of it are looked up; say which with "
+            f"--op {printable(last)}=embedding or =linear"
+        )
+    return OPS[layout_by_name(base.config, name)]
 
 
-_LOOKED_UP = frozenset({"wpe", "embed", "embeddings", "embedding"})  # words in the names of other embeddings
+_EMBEDDINGS = frozenset({"wpe", "position_embeddings", "token_type_embeddings"})  # others that are in many models
+_UNSURE = frozenset({"embed", "embedding", "embeddings", "bias"})  # words in names of embeddings, and of linear maps
+
+
+def _is_own(base: Checkpoint, name: str) -> bool:
+    """Does the model in memory call it so too? An adapter's names are those of its modules."""
+    names = base.names()
+    return names.rename(name) == name and names.part(name) is None
 
 
 def _has_matrix(info: TensorInfo) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from surgery.core.adapter import Layer, bias_layers
 from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
+from surgery.core.sharded import is_sharded, rest, whole
 from surgery.core.source import copy
 from surgery.core.undo import Recorder
 from surgery.errors import MatchError, StateError, printable
@@ -82,6 +83,7 @@ def merge(root: nn.Module, undo: UndoKind = "index", into: str | None = None, ar
     ConfigError for an adapter whose merge by PEFT is not known, UsageError for quantized weights.
     """
     refuse_merged(root, "merge again")
+    rest(root)
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.running}
     if not layers:
         raise StateError("merge: no active adapter; inject one, or set_adapter and enable_adapters")
@@ -128,6 +130,7 @@ def unmerge(root: nn.Module) -> None:
     merged = [layer for layer in adapted_layers(root).values() if layer.merged is not None]
     if not merged:
         raise StateError("unmerge: nothing is merged; merge the model first")
+    rest(root)
     _unmerge([layer for layer in merged if layer.beneath is None])
     for layer in merged:
         put_back(layer)
@@ -154,6 +157,8 @@ def base_sha256(layer: Adapted) -> str:
     if layer.merged is not None and layer.beneath is None:
         return _here(layer)[0].original_sha256
     weight = own_weight(layer)
+    if is_sharded(weight):  # whose memory and version are not its own
+        return sha256_of(weight)
     state = weight.data_ptr(), weight._version
     if layer.hashed is None or layer.hashed[0] != state:
         layer.__dict__["hashed"] = state, sha256_of(weight)
@@ -188,7 +193,7 @@ def _changes(name: str, layer: Adapted, model_dtype: torch.dtype) -> tuple[Chang
         one.method.refuse_merge(site)
     device = layer.base_weight.device
     layers = [
-        Layer(one.method, {role: values.to(device, copy=True) for role, values in one.params.items()})
+        Layer(one.method, {role: whole(values).to(device, copy=True) for role, values in one.params.items()})
         for one in layer.layers()
     ]
     held = held_as(layer)

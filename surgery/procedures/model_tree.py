@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from surgery.core.method import Dense
+from surgery.core.sharded import is_sharded, rest
 from surgery.core.site import Site
-from surgery.errors import MatchError, printable
+from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.model import live_site, parameter_site, stored_weight
 from surgery.hosts.quantized import decoder
 from surgery.hosts.recognition import op_of, unfit
@@ -23,6 +24,7 @@ class Tree:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
+        rest(root)  # else weights in shares would not look like it
         self.places = list(places(root))
         self.modules: dict[str, nn.Module] = {}
         self.alone: dict[str, Adapted] = {}  # over parameters, by their names
@@ -76,6 +78,7 @@ class Tree:
         owner, _, own = name.rpartition(".")
         if isinstance(self.modules[owner], Adapted):
             raise MatchError(f"{printable(name)}: {printable(owner)} is adapted as a whole; name the one or the other")
+        _refuse_sharded(name, self.modules[owner])
         return parameter_site(f"{self.first_name(owner)}.{own}", self.modules[owner])
 
     def layer(self, name: str, site: Site) -> Adapted:
@@ -127,6 +130,7 @@ class Tree:
         why = unfit(base)
         if why is not None:
             raise MatchError(f"{printable(name)}: {why}, or exclude it")
+        _refuse_sharded(name, base)
         return live_site(name, base, op)
 
     def dense(self, name: str) -> Dense:
@@ -145,3 +149,12 @@ def wrap(tree: "Tree", module: nn.Module, wrapper: Wrapper) -> Wrapper:
         tree.modules[place.name] = wrapper
     tree.aliases[id(wrapper)] = tree.aliases[id(module)]
     return wrapper
+
+
+def _refuse_sharded(name: str, module: nn.Module) -> None:
+    """StateError where an adapter would lie over weights that are shared out."""
+    if any(is_sharded(values) for values in module._parameters.values() if values is not None):
+        raise StateError(
+            f"{printable(name)}: each process holds a share of its weight, and would train a new adapter over it by "
+            "itself; inject or load first, then fully_shard"
+        )

@@ -53,6 +53,12 @@ def widened(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Any:
     return type(inputs)(widened(one, dtype) for one in inputs) if isinstance(inputs, list | tuple) else inputs
 
 
+def mask_of(inputs: Inputs) -> Tensor | None:
+    """The attention mask of keyword arguments, where there is one of whole rows: what counts in the outputs."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
 def own_dtype(model: nn.Module, inputs: Inputs) -> torch.dtype:
     """The dtype of the model's widest floats, of its inputs' where it has none, else float32."""
     held = [values.dtype for values in chain(model.parameters(), model.buffers()) if values.is_floating_point()]
@@ -61,18 +67,21 @@ def own_dtype(model: nn.Module, inputs: Inputs) -> torch.dtype:
     return max(found, key=lambda dtype: -torch.finfo(dtype).eps, default=torch.float32)
 
 
-def calibrated(
-    model: nn.Module, inputs: Inputs, exact: Outputs, rows: Tensor | None = None, watched: Collection[str] = ()
-) -> dict[str, Distance]:
-    """The model's noise floors, from its run in its own dtype, and `exact`, its run in float64.
+def calibrated(model: nn.Module, inputs: Inputs, exact: Outputs, rows: Tensor | None = None) -> dict[str, Distance]:
+    """The model's noise floors, from its run in its own dtype, and `exact`, its run in float64."""
+    narrow, part = narrow_run(model, inputs)
+    return {name: floor.scaled(part) for name, floor in floors(narrow, exact, rows).items()}
 
-    A model in float64 is run in float32: rounding errors are in proportion to eps.
+
+def narrow_run(model: nn.Module, inputs: Inputs, watched: Collection[str] = ()) -> tuple[Outputs, float]:
+    """The run in the model's own dtype; in float32 where that is float64, and by what its errors are too large then.
+
+    Rounding errors are in proportion to eps.
     """
     if own_dtype(model, inputs) != torch.float64:
-        return floors(run(model, inputs, watched).outputs, exact, rows)
-    narrow = run(twin(model, torch.float32), widened(inputs, torch.float32), watched).outputs
+        return run(model, inputs, watched).outputs, 1.0
     smaller = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    return {name: floor.scaled(smaller) for name, floor in floors(narrow, exact, rows).items()}
+    return run(twin(model, torch.float32), widened(inputs, torch.float32), watched).outputs, smaller
 
 
 def _call(model: Runs, inputs: Inputs) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Weighted
+from surgery.core.agreement import Agreements, in_words
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
 from surgery.core.survival import Survival
@@ -37,35 +38,43 @@ _LISTED = frozenset({"rounding", "different"})
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """A grade for every tensor of base and output."""
+    """A grade for every tensor of base and output; and how far the outputs of both models agree, if it was asked."""
 
     out: Path
     tensors: Mapping[str, Grade]
+    outputs: Agreements | None = None
 
     @property
     def ok(self) -> bool:
         """Nothing is different."""
-        return all(one.grade != "different" for one in self.tensors.values())
+        same = all(one.grade != "different" for one in self.tensors.values())
+        return same and (self.outputs is None or self.outputs.ok)
 
     def require(self) -> None:
-        """CheckError naming the first tensor that is different."""
+        """CheckError naming the first tensor that is different, or the first output."""
         wrong = [(name, one.why) for name, one in self.tensors.items() if one.grade == "different"]
         if wrong:
             name, why = wrong[0]
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise CheckError(f"{printable(self.out)}: {printable(name)} is different{more}: {why}; merge it anew")
+        if self.outputs is not None and not self.outputs.ok:
+            raise CheckError(
+                f"{printable(self.out)}: outputs: {printable(self.outputs.why)}; the table has the figures"
+            )
 
     @property
     def counts(self) -> dict[str, int]:
-        """Tensors by grade."""
+        """Tensors by grade, and outputs."""
         found = Counter(one.grade for one in self.tensors.values())
-        return {grade: found[grade] for grade in GRADES}
+        told = {} if self.outputs is None else Counter(_verdict(one.ok) for one in self.outputs.outputs)
+        return {grade: found[grade] for grade in GRADES} | {verdict: told[verdict] for verdict in told}
 
     def summary(self) -> str:
         """One line."""
         counts = ", ".join(f"{count} {grade}" for grade, count in self.counts.items() if count or grade == "different")
         survived = [one.survival for one in self.tensors.values() if one.survival is not None]
-        return f"{counts}; {reduce(Survival.plus, survived)}" if survived else counts
+        told = f"{counts}; {reduce(Survival.plus, survived)}" if survived else counts
+        return f"{told}; outputs: {self.outputs.why}" if self.outputs is not None and self.outputs.why else told
 
     @property
     def title(self) -> str:
@@ -76,17 +85,23 @@ class VerifyReport:
         return "tensor", "grade", "max abs error", "why"
 
     def cases(self) -> Iterator[Case]:
-        """The tensors; listed are those that are not as good as can be."""
+        """The tensors, of which those are listed that are not as good as can be; then the outputs."""
         for name, one in self.tensors.items():
             failure = (one.why or one.grade) if one.grade == "different" else ""
             yield Case(name, one.grade, (f"{one.max_abs_error:.3g}", one.why), one.grade in _LISTED, failure)
+        for output in () if self.outputs is None else self.outputs.outputs:
+            error = f"{output.found.error:.3g} of the largest"
+            name, verdict = f"output {output.name}", _verdict(output.ok)
+            yield Case(name, verdict, (error, in_words(output)), True, output.why)
+        if self.outputs is not None and not self.outputs.ok and all(one.ok for one in self.outputs.outputs):
+            yield Case("outputs", _verdict(False), ("", self.outputs.why), True, self.outputs.why)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "ok": self.ok,
             "counts": self.counts,
             "tensors": {name: one.to_json() for name, one in self.tensors.items()},
-        }
+        } | ({} if self.outputs is None else {"outputs": self.outputs.to_json()})
 
 
 class Piece(NamedTuple):
@@ -181,6 +196,10 @@ def _config_differs(base: Mapping[str, Any], wanted: Mapping[str, Any], found: M
         if told is not None and here != told:
             return f"{key} is {printable(here)}, {printable(told)} is wanted"
     return ""
+
+
+def _verdict(agrees: bool) -> str:
+    return "equivalent" if agrees else "apart"
 
 
 def _graded(piece: Piece) -> tuple[str, Grade]:

@@ -39,12 +39,17 @@ def cache(base: Path, adapter: Path, tmp_path: Path) -> Path:
 
 
 def surgery(
-    cache: Path, *arguments: object, offline: str = "1", endpoint: str = "http://127.0.0.1:9"
+    cache: Path,
+    *arguments: object,
+    offline: str = "1",
+    endpoint: str = "http://127.0.0.1:9",
+    cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     here = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": offline, "HF_ENDPOINT": endpoint, "NO_PROXY": "*"}
     return subprocess.run(
         [sys.executable, "-m", "surgery.cli", *map(str, arguments)],
-        env={**os.environ, **here},
+        env={**os.environ, **here, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
@@ -140,3 +145,11 @@ def test_what_the_hub_does_not_have_is_code_3(cache: Path, endpoint: str) -> Non
     assert done.returncode == 3
     assert done.stderr.startswith("surgery: owner/other: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_missing_path_in_a_folder_that_is_there_is_code_3_without_a_network(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "f").mkdir()
+    done = surgery(cache, "inspect", "f/nope", cwd=tmp_path)
+    assert done.returncode == 3
+    assert done.stderr.startswith("surgery: f/nope: no such file or folder in f; else, ")
+    assert surgery(cache, "inspect", "g/nope", cwd=tmp_path).returncode == 5

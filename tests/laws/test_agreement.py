@@ -167,6 +167,12 @@ def test_an_adapter_that_changes_nothing_does_not_agree() -> None:
     assert "the adapter changes no output" in report.why
 
 
+@pytest.mark.parametrize("base", [{}, {"logits": logits()[:, 1:]}, {"logits": logits() * math.nan}], ids=len)
+def test_without_a_base_of_numbers_no_effect_is_told(base: dict[str, Tensor]) -> None:
+    floor = {"logits": Distance(1e-6, 1e-6, 1e-6, 1e-6)}
+    assert "no effect can be told" in compare({"logits": logits()}, {"logits": logits()}, floor, base).why
+
+
 def test_an_output_that_the_adapter_does_not_reach_is_judged_by_noise_alone() -> None:
     runs = {"logits": off_by(0.5), "embeds": logits()}
     floor = dict.fromkeys(runs, Distance(1e-6, 1e-6, 1e-6, 1e-6))

@@ -1,10 +1,12 @@
 """transformers' Trainer trains, saves and resumes AdaLoRA."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_trainer import Resuming, adapter, equal, llama, losses, trainer
 from torch import Tensor
 from transformers import LlamaForCausalLM, Trainer
@@ -106,3 +108,46 @@ def test_lora_beside_adalora_is_trained_and_resumed_too(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert losses(resumed) == losses(uninterrupted)
     assert equal(state(model), state(whole))
+
+
+@pytest.mark.parametrize("kind", [Resuming, Trainer])
+def test_a_training_that_ends_before_the_ranks_have_fallen_is_refused(kind: type[Trainer], tmp_path: Path) -> None:
+    end = STEPS - FIELDS["tfinal"]
+    short, model = run(injected(), tmp_path / "short", kind, max_steps=end - 1), injected()
+    enough = run(model, tmp_path / "enough", kind, max_steps=end)
+    if kind is Trainer:
+        for one in (short, enough):
+            one.add_callback(surgery.AdaLoraCallback())
+    with pytest.raises(surgery.UsageError, match=f"until step {end}, .* has {end - 1} steps; .* total_step={end - 1}"):
+        short.train()
+    enough.train()
+    assert left(model) < sum(values.numel() for name, values in model.named_parameters() if "lora_E" in name)
+
+
+@pytest.mark.parametrize("lacking", ["A", "E.uncertainty"])
+@pytest.mark.parametrize("shape", [None, (1, 1, 1)], ids=["absent", "another shape"])
+def test_a_checkpoint_with_half_of_its_progress_changes_nothing(
+    lacking: str, shape: tuple[int, ...] | None, tmp_path: Path
+) -> None:
+    run(injected(), tmp_path).train()
+    file = tmp_path / "checkpoint-3" / "surgery.adalora"
+    held = load_file(file)
+    name = next(reversed([key for key in held if key.endswith(f"down_proj.{lacking}")]))
+    del held[name]
+    save_file(held if shape is None else held | {name: torch.zeros(shape)}, file)
+    model = injected()
+    before, config = state(model), model.peft_config["default"]
+    with pytest.raises(surgery.InputError, match=rf"surgery.adalora: .*{name}.* is wanted"):
+        run(model, tmp_path / "again").train(resume_from_checkpoint=str(file.parent))
+    assert equal(state(model), before)
+    assert model.peft_config["default"] == config
+
+
+def test_labels_given_by_their_place_count_too() -> None:
+    model, tokens = injected(), torch.arange(12).view(2, 6)
+    place = list(inspect.signature(model.forward).parameters).index("labels")
+    by_name = model(input_ids=tokens, labels=tokens, return_dict=False)[0]
+    by_place = model(tokens, *[None] * (place - 1), tokens, return_dict=False)[0]
+    assert torch.equal(by_place, by_name)
+    surgery.disable_adapters(model)
+    assert model(input_ids=tokens, labels=tokens).loss < by_name

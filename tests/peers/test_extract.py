@@ -9,7 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    ElectraConfig,
+    ElectraModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import surgery
 from surgery.procedures.low_rank import Truncation, low_rank, residual_norm
@@ -203,3 +214,49 @@ def test_an_adapter_of_bfloat16_checkpoints_knows_its_base(tmp_path: Path) -> No
     assert surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "again").out.is_dir()
     with pytest.raises(surgery.InputError, match="trained on another base"):
         surgery.merge_checkpoint(tuned, tmp_path / "adapter", tmp_path / "wrong")
+
+
+def neox() -> nn.Module:
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**small, vocab_size=31))
+
+
+def electra() -> nn.Module:
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "embedding_size": 8, "intermediate_size": 24, "num_hidden_layers": 1}
+    return ElectraModel(ElectraConfig(**small, num_attention_heads=2, vocab_size=31))
+
+
+def mixtral() -> nn.Module:
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return MixtralForCausalLM(MixtralConfig(**small, num_key_value_heads=1, num_local_experts=2, vocab_size=31))
+
+
+@pytest.mark.parametrize(
+    ("make", "ends", "words"),
+    [
+        (neox, ("embed_out.weight", "lm_head.weight", "dense_h_to_4h.weight"), "embed_out|own modules"),
+        (mixtral, ("experts.gate_up_proj", "q_proj.weight"), "own modules"),
+        (electra, ("embeddings_project.weight",), "--op embeddings_project=embedding or =linear"),
+    ],
+    ids=["renamed", "stacked", "unsure"],
+)
+def test_a_site_that_a_model_in_memory_would_not_find_is_refused(
+    make: Callable[[], nn.Module], ends: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    base = saved(make(), tmp_path / "base")
+    other = make()
+    with torch.no_grad():
+        for name, values in other.named_parameters():
+            if name.endswith(ends):
+                values.mul_(1.5)
+    tuned = saved(other, tmp_path / "tuned")
+    with pytest.raises(surgery.MatchError, match=words):
+        surgery.extract(base, tuned, tmp_path / "adapter", rank=1)
+    assert not (tmp_path / "adapter").exists()
+    if make is electra:
+        surgery.extract(base, tuned, tmp_path / "adapter", rank=1, ops={"embeddings_project": "linear"})
+        loaded = surgery.load(make(), tmp_path / "adapter")
+        assert "embeddings_project.lora_A.default.weight" in dict(loaded.named_parameters())

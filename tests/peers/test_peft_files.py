@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -268,3 +269,10 @@ def test_layers_that_would_go_unheard_are_refused_as_in_peft(fields: dict[str, o
         peft.LoraConfig(**fields)
     with pytest.raises(surgery.ConfigError, match="layers_"):
         surgery.inject(made("llama"), surgery.LoraConfig(**fields))
+
+
+def test_a_config_without_peft_type_says_so(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(surgery.FormatError, match=r"adapter_config.json: it has no peft_type, .* one of LORA"):
+        surgery.load(nn.Sequential(), tmp_path)

@@ -239,3 +239,11 @@ def test_a_model_of_peft_is_resumed_as_ever(tmp_path: Path) -> None:
     uninterrupted.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{CUT}"))
     assert losses(resumed) == losses(uninterrupted)
+
+
+@pytest.mark.parametrize("base", [Trainer, Weighted])
+def test_the_mixin_behind_a_trainer_would_go_unheard_and_is_refused(base: type[Trainer]) -> None:
+    with pytest.raises(
+        surgery.UsageError, match=r"Behind: Trainer stands before .* class Behind\(surgery.AdapterTrain"
+    ):
+        type("Behind", (base, surgery.AdapterTrainer), {})

@@ -27,8 +27,9 @@ ROWS = [{"input_ids": row, "labels": row} for row in torch.arange(48).reshape(8,
 CONFIGS: dict[str, dict[str, Any]] = {  # a method is one line here
     "LORA": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     "IA3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 3, "target_modules": ["q_proj", "down_proj"]},
 }
-PAIRS = [("LORA", "IA3"), ("IA3", "LORA"), ("LORA", "LORA"), ("IA3", "IA3")]
+PAIRS = [("LORA", "IA3"), ("IA3", "LORA"), ("LORA", "LORA"), ("IA3", "IA3"), ("LORA", "ADALORA"), ("ADALORA", "IA3")]
 
 
 def config(kind: str) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def config(kind: str) -> dict[str, Any]:
     return {"peft_type": kind, "task_type": "CAUSAL_LM", **CONFIGS[kind], _INIT[kind]: False}
 
 
-_INIT = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights"}
+_INIT = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights", "ADALORA": "init_lora_weights"}
 
 
 @pytest.fixture

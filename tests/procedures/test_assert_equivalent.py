@@ -61,7 +61,7 @@ def test_other_kernels_are_equivalent_and_one_wrong_weight_is_not(dtype: torch.d
         assert_equivalent(model, wrong, x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_merged_model_is_equivalent_to_the_adapted_one_and_the_base_is_not(dtype: torch.dtype) -> None:
     model, x = adapted(net(dtype)), inputs(dtype)
     merged = surgery.merge(adapted(net(dtype)))

@@ -316,3 +316,11 @@ def test_a_layer_that_it_does_not_serve_is_refused_by_name() -> None:
     site = Site("x", {"weight": TensorInfo("x.weight", torch.float32, (4,))}, Bias())
     with pytest.raises(MatchError, match="x: its op is bias; DoRA is supported over Linear, Conv1D and Embedding"):
         DORA.method("x").tensors(site)
+
+
+def test_a_weight_of_zeros_alone_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    nn.init.zeros_(model[0].weight)
+    with pytest.raises(surgery.StateError, match="0: its weight is zero everywhere"):
+        surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    assert type(model[0]) is nn.Linear

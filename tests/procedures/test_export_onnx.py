@@ -183,6 +183,40 @@ def test_what_has_no_graph_is_refused_and_its_module_named(inner: type[nn.Module
     assert list(tmp_path.iterdir()) == []
 
 
+class Shrinking(nn.Module):
+    """Does another thing with large batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.shape[0] < 10 else 2 * x
+
+
+def test_a_module_that_does_another_thing_beyond_some_size_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Shrinking())
+    with pytest.raises(surgery.InputError, match="hold up to a size of 9 along an axis"):
+        surgery.export_onnx(model, None, tmp_path / "out", inputs=torch.ones(3, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+class TwoReadings(nn.Module):
+    """Two buffers on one memory, in two dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("bits", torch.ones(4).view(torch.int32))
+        self.register_buffer("floats", self.bits.view(torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.floats
+
+
+def test_buffers_that_read_one_memory_in_two_dtypes_are_both_written(tmp_path: Path) -> None:
+    surgery.export_onnx(TwoReadings(), None, tmp_path / "out", inputs=torch.ones(3, 4))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written["floats"].tolist() == [1.0] * 4
+    assert written["bits"].dtype == torch.int32
+
+
 class OfOneSize(nn.Module):
     """Runs for one size of its second axis alone."""
 

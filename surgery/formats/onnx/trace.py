@@ -56,7 +56,20 @@ def trace(module: nn.Module, mode: Any, example: Example) -> Any:
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError) as error:
             raise _refused(error, module) from error
     assert program is not None
+    _refuse_bounded(program, module)
     return program.model
+
+
+def _refuse_bounded(program: Any, module: nn.Module) -> None:
+    """InputError where the graph holds for some sizes alone: the module asks for one and does another thing then."""
+    from torch.utils._sympy.numbers import int_oo
+
+    for span in program.exported_program.range_constraints.values():
+        if span.upper != int_oo:
+            raise InputError(
+                f"{type(module).__name__}: its graph would hold up to a size of {span.upper} along an axis, as it does "
+                "another thing beyond; leave that axis out of dynamic_axes, or take out what asks for the size"
+            )
 
 
 def require_packages() -> None:

@@ -7,6 +7,7 @@ from surgery.integrations.transformers.exporting import Pretrained
 from surgery.integrations.transformers.loading import Wanted, load_model
 from surgery.integrations.transformers.model import is_pretrained, output_heads
 from surgery.integrations.transformers.names import name_map
+from surgery.integrations.transformers.outputs import agreements, run_experts_singly
 from surgery.integrations.transformers.quantizing import tell_ejected, tell_quantized
 from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.subclass import attach, detach
@@ -17,6 +18,7 @@ __all__ = [
     "Export",
     "Pretrained",
     "Wanted",
+    "agreements",
     "attach",
     "cached_example",
     "detach",
@@ -27,6 +29,7 @@ __all__ = [
     "load_model",
     "name_map",
     "output_heads",
+    "run_experts_singly",
     "save_merged",
     "tell_ejected",
     "tell_quantized",

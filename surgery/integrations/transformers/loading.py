@@ -4,7 +4,7 @@ What a config names chooses among the classes that transformers itself offers; n
 no code of a repository is run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +74,14 @@ def _base_of(place: Located, adapter: Adapter) -> Located:
 
 def base_model(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Module:
     """The model at `place`, in the class of the adapter's task if there is one."""
+    model, missing = read_model(place, wanted, adapter)
+    if adapter is not None:
+        _refuse_missing(missing, adapter, place, type(model))
+    return model
+
+
+def read_model(place: Located, wanted: Wanted, adapter: Adapter | None = None) -> tuple[nn.Module, Collection[str]]:
+    """The model at a place, with as many labels as `adapter` brings; and the weights that it lacks: random ones."""
     transformers = transformers_package()
     if not (place.path / "config.json").is_file():
         raise AbsentError(f"{printable(place.path)}: no config.json in it; a model or an adapter folder is wanted")
@@ -95,12 +103,9 @@ def base_model(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Mo
     )
     for module in model.modules():
         never_round_scales(module)
-    if adapter is not None:
-        _refuse_missing(told["missing_keys"], adapter, place, kind)
     if place.hub_id is not None:
         model.name_or_path = model.config.name_or_path = place.hub_id
-    found: nn.Module = model
-    return found
+    return model, told["missing_keys"]
 
 
 def class_of(transformers: Any, base: Path, adapter: Adapter | None) -> Any:

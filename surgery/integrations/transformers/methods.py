@@ -55,7 +55,7 @@ class AdapterMethods(nn.Module):
             refuse_recomputing(self)
             with mixed_batch(self, adapter_names):
                 return super().__call__(*given, **named)
-        return regularized(self, super().__call__(*given, **named), named)
+        return regularized(self, super().__call__(*given, **named), given, named)
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from surgery.adapters.peft import read_adapter
+from surgery.errors import UsageError, printable
 from surgery.hosts.tree import state_of
 from surgery.procedures.adalora_progress import read_progress, read_reduced, with_open_ranks, write_progress
 from surgery.procedures.adapter_files import active_folders
@@ -22,6 +23,17 @@ class AdapterTrainer:
     >>> class MyTrainer(AdapterTrainer, Trainer):
     ...     "Trains, saves, resumes and loads the best model, of each the adapter alone."
     """
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        """UsageError where a Trainer comes before the mixin, which nothing would call then."""
+        super().__init_subclass__(**named)
+        before = cls.__mro__[: cls.__mro__.index(AdapterTrainer)]
+        deaf = [kind for kind in before if "_load_from_checkpoint" in vars(kind) and AdapterTrainer not in kind.__mro__]
+        if deaf:
+            raise UsageError(
+                f"{printable(cls.__name__)}: {printable(deaf[0].__name__)} stands before AdapterTrainer, so that it "
+                f"would go unheard; write class {printable(cls.__name__)}(surgery.AdapterTrainer, ...)"
+            )
 
     def __init__(self, *given: Any, **named: Any) -> None:
         from surgery.integrations.transformers.callback import AdaLoraCallback

@@ -1,0 +1,161 @@
+"""outputs: the base with adapters over it and a merged model, both run by transformers, and how far they agree.
+
+Both run in float64, so that what parts them is the merge; the noise floor is that of the merged model's own dtype.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+
+from surgery.core.adapter import Weighted
+from surgery.core.agreement import Agreements, Outputs, compare, floors
+from surgery.errors import CheckError, InputError, UsageError, printable
+from surgery.hosts.checkpoint import INDEX, SINGLE, Checkpoint
+from surgery.hosts.packing import quantization_of
+from surgery.hosts.tree import adapted_layers
+from surgery.integrations.transformers.example_inputs import arguments, example_inputs
+from surgery.integrations.transformers.loading import Wanted, class_of, read_model, transformers_package
+from surgery.io.hub import Located
+from surgery.procedures.adapter_files import fitting_of
+from surgery.procedures.inject import fit
+from surgery.procedures.model_tree import Tree
+from surgery.procedures.outputs import Given, Inputs, mask_of, narrow_run, run, widened
+from surgery.procedures.switch import disable_adapters, set_adapter
+
+Run = TypeVar("Run")
+
+# Both runs are in float64 by the same kernels, and part by the rounding of the merged weights alone, which is about
+# that of the linears' inputs: one of several that make the floor. Some merges round the delta first, and then the
+# sum: 2. The largest of some errors may be twice as far out as the largest of others: 2. Right merges into
+# all-MiniLM-L6-v2, by us and by peft, lie within 0.5 floors in float32 and bfloat16; without one of its 12 sites,
+# of an adapter whose effect is 5% of the outputs, 5 floors off in bfloat16 and 15,000 in float32.
+_FACTOR = 4
+
+
+class Adapted(NamedTuple):
+    """What the base gives with the adapters over it and without them, in float64, and where these lie."""
+
+    given: Inputs
+    true: Given
+    base: Outputs
+    paths: Collection[str]
+
+
+def agreements(
+    base: Checkpoint, adapters: Sequence[Weighted], out: Checkpoint, inputs: Inputs | None, layers: bool
+) -> Agreements:
+    """Compare the outputs of `adapters` over `base` with those of `out`, which is read as a plain model.
+
+    One model is in memory at a time. Raises EnvironmentFault without transformers, InputError for what it cannot
+    load, UsageError for a model whose inputs cannot be made from its config.
+    """
+    with _quiet(transformers_package()) as transformers:
+        kind = class_of(transformers, _folder(out), adapters[0].adapter)
+        known = _run_adapted(base, adapters, kind, inputs, layers)
+        rows = mask_of(known.given)
+        merged = _loaded(out, kind, adapters=())
+        narrow, part = _tried(merged, known.given, lambda: narrow_run(merged, known.given, known.paths))
+        found = run(merged.double(), widened(known.given), known.paths).outputs
+    floor = {name: one.scaled(part) for name, one in floors(narrow, found, rows).items()}
+    both = {name: values for name, values in known.true.outputs.items() if name in found or name[:6] != "layer "}
+    told = compare(both, found, floor, known.base, rows, _FACTOR)
+    return replace(told, left_out=known.true.left_out)
+
+
+def _run_adapted(
+    base: Checkpoint, adapters: Sequence[Weighted], kind: Any, inputs: Inputs | None, layers: bool
+) -> Adapted:
+    model = _loaded(base, kind, adapters)
+    _lay(model, adapters)
+    given = example_inputs(model) if inputs is None else inputs
+    model.double()
+    paths = tuple(adapted_layers(model)) if layers else ()
+    wide = widened(given)
+    true = _tried(model, given, lambda: run(model, wide, paths))
+    with disable_adapters(model):
+        return Adapted(given, true, run(model, wide, paths).outputs, paths)
+
+
+def _tried(model: nn.Module, given: Inputs, call: Callable[[], Run]) -> Run:
+    """The outcome of a run. UsageError where the model does not take its inputs."""
+    try:
+        return call()
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
+        raise UsageError(
+            f"{type(model).__name__}: it does not run on {', '.join(arguments(given))}: {printable(error)}; its "
+            f"forward takes {', '.join(arguments(model))}; in Python, verify_checkpoint(..., inputs={{...}}) gives them"
+        ) from error
+
+
+def _lay(model: nn.Module, adapters: Sequence[Weighted]) -> None:
+    """Each over those before it, as strongly as it is wanted."""
+    for index, (adapter, weight) in enumerate(adapters):
+        tree = Tree(model)
+        fitting = fitting_of(tree, adapter)
+        if weight != 1:
+            sites = {name: (site, method.weighted(weight), p) for name, (site, method, p) in fitting.sites.items()}
+            fitting = replace(fitting, sites=sites)
+        fit(tree, str(index), fitting, trainable=False)
+    set_adapter(model, [str(index) for index in range(len(adapters))])
+
+
+def _loaded(place: Checkpoint, kind: Any, adapters: Sequence[Weighted]) -> nn.Module:
+    """The model at a place, in its dtype. CheckError or InputError where a weight is lacking that no adapter brings."""
+    folder = _folder(place)
+    first = adapters[0].adapter if adapters else None
+    try:
+        model, missing = read_model(Located(folder), Wanted(kind), first)
+    except (RuntimeError, ValueError, OSError, LookupError) as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise InputError(
+            f"{printable(folder)}: transformers cannot load it: {printable(error)}; `surgery diff` may say why"
+        ) from error
+    brought = {name for one in adapters for name in one.adapter.saved}
+    lacking = sorted(name for name in missing if name not in brought)
+    if lacking:
+        raise (InputError if adapters else CheckError)(
+            f"{printable(folder)}: it has no {printable(lacking[0])}, which a {type(model).__name__} would have at "
+            "random; a whole model is wanted"
+        )
+    run_experts_singly(model)
+    return model
+
+
+def run_experts_singly(model: Any) -> None:
+    """Where a model of transformers has experts: its grouped products take no float64."""
+    can = getattr(model, "_can_set_experts_implementation", None)
+    if can is not None and can():
+        model.set_experts_implementation("eager")
+
+
+def _folder(place: Checkpoint) -> Path:
+    """Where transformers finds just these weights. InputError for what it would read otherwise."""
+    if quantization_of(place.config):
+        raise InputError(f"{printable(place.path)}: it is quantized; outputs are compared of plain models only")
+    if "config.json" not in {path.name for path in place.folder.iterdir()}:
+        raise InputError(f"{printable(place.path)}: no config.json beside it; a whole model folder is wanted to run it")
+    if not place.path.is_dir() or (place.index is None and place.files[0].path.name != SINGLE):
+        raise InputError(f"{printable(place.path)}: a folder with {SINGLE} or {INDEX} is wanted to run it")
+    return place.folder
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[Any]:
+    """Without what it logs and draws while it loads."""
+    logging = transformers.utils.logging
+    level, drawn = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        logging.set_verbosity(level)
+        if drawn:
+            logging.enable_progress_bar()
