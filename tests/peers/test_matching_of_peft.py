@@ -51,13 +51,22 @@ def ours(fields: Mapping[str, Any]) -> surgery.LoraConfig:
         raise
 
 
+def chosen_of(config: surgery.LoraConfig, tree: list[str]) -> list[str]:
+    """Skips what is refused when it is first matched, where peft fails too: a pattern of a list that is none."""
+    try:
+        return select(config, tree, tuple)
+    except surgery.ConfigError as error:
+        assume("regular expression" not in str(error))
+        raise
+
+
 @settings(max_examples=400, deadline=None)
 @given(drawn=selections())
 def test_the_modules_that_a_config_selects_are_those_that_peft_selects(drawn: tuple[dict[str, Any], list[str]]) -> None:
     fields, tree = drawn
     config = ours(fields)
     theirs = peft.LoraConfig(**fields)
-    assert select(config, tree, tuple) == [name for name in tree if check_target_module_exists(theirs, name)]
+    assert chosen_of(config, tree) == [name for name in tree if check_target_module_exists(theirs, name)]
 
 
 LAYERED = [f"{head}{stack}.{number}.{leaf}" for head in ("", "a.", "0.", "a.1.") for stack in ("h", "layers", "1")
@@ -69,7 +78,7 @@ LAYERED = [f"{head}{stack}.{number}.{leaf}" for head in ("", "a.", "0.", "a.1.")
 def test_the_layers_that_a_config_chooses_are_those_of_peft(chosen: Any, pattern: Any) -> None:
     fields = {"target_modules": ["q", "0", "h.0.q"], "layers_to_transform": chosen, "layers_pattern": pattern}
     config, theirs = ours(fields), peft.LoraConfig(**fields)
-    assert select(config, LAYERED, tuple) == [name for name in LAYERED if check_target_module_exists(theirs, name)]
+    assert chosen_of(config, LAYERED) == [name for name in LAYERED if check_target_module_exists(theirs, name)]
 
 
 @settings(max_examples=300, deadline=None)
