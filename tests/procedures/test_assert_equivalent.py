@@ -168,5 +168,5 @@ def test_an_error_that_grows_by_a_factor_is_scaled_in_all_measures() -> None:
 
 def test_an_outcome_that_is_no_tensor_and_that_only_one_gives_is_told() -> None:
     model, x = torch.nn.Linear(4, 4), torch.randn(3, 4)
-    with pytest.raises(AssertionError, match="only one of the two gives .*, which is no tensor"):
+    with pytest.raises(AssertionError, match="only one of the two gives"):
         assert_equivalent(model, lambda x: (model(x), object()), x)
