@@ -2,14 +2,17 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from surgery.procedures.report import CaseReport, Report
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _known_endings(context: click.Context, option: click.Parameter, paths: tuple[Path, ...]) -> tuple[Path, ...]:
@@ -19,6 +22,10 @@ def _known_endings(context: click.Context, option: click.Parameter, paths: tuple
         if path.suffix.lower() not in ENDINGS:
             raise click.BadParameter(f"{path}: the ending must be one of {', '.join(ENDINGS)}", context, option)
     return paths
+
+
+def _as_ops(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    return ops_of(given)
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -49,6 +56,7 @@ ops = click.option(
     "ops",
     multiple=True,
     metavar="NAME=linear|conv1d",
+    callback=_as_ops,
     help="The layout of a square weight, by the end of its name; may be repeated.",
 )
 dtype = click.option(
@@ -80,6 +88,13 @@ arithmetic = click.option(
     show_default=True,
     help="Peft: the bits that PEFT 0.21.2's merge_and_unload gives; peft-safe: with its safe_merge.",
 )
+
+
+def treatment(command: Command) -> Command:
+    """The options that say what is done to a base besides laying adapters over it, as `plan` and `merge` take them."""
+    for option in reversed((dtype, tied, ops, compute_dtype, into, base_as, arithmetic)):
+        command = option(command)
+    return command
 
 
 def adapters_of(arguments: Sequence[str]) -> list[tuple[str, float]]:

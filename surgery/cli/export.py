@@ -2,7 +2,7 @@
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, dtype, ops, ops_of, overwrite, show, tied
+from surgery.cli.arguments import adapters_of, as_json, dtype, ops, overwrite, show, tied
 from surgery.cli.progress import shown
 
 
@@ -45,7 +45,7 @@ def export(  # noqa: PLR0913, PLR0917  # one argument an option
     kv: bool,
     dtype: str | None,
     tied: str,
-    ops: tuple[str, ...],
+    ops: dict[str, str],
     max_memory: str | None,
     overwrite: bool,
     as_json: bool,
@@ -69,7 +69,7 @@ def export(  # noqa: PLR0913, PLR0917  # one argument an option
             weights=weights,
             dtype=dtype,
             tied=tied,
-            ops=ops_of(ops),
+            ops=ops,
             max_memory=max_memory,
             overwrite=overwrite,
             progress=progress,

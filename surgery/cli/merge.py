@@ -1,22 +1,10 @@
 """surgery merge BASE ADAPTER[=WEIGHT]... OUT."""
 
+from typing import Any
+
 import click
 
-from surgery.cli.arguments import (
-    adapters_of,
-    arithmetic,
-    as_json,
-    base_as,
-    compute_dtype,
-    dtype,
-    into,
-    ops,
-    ops_of,
-    overwrite,
-    resume,
-    show,
-    tied,
-)
+from surgery.cli.arguments import adapters_of, as_json, overwrite, resume, show, treatment
 from surgery.cli.progress import shown
 from surgery.cli.push import private
 
@@ -26,19 +14,13 @@ from surgery.cli.push import private
 @click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True)
 @click.argument("out")
 @click.option("--reversible", is_flag=True, help="Write what `surgery unmerge` needs, into OUT/surgery.undo.")
-@dtype
-@tied
-@ops
-@compute_dtype
-@into
-@base_as
+@treatment
 @click.option(
     "--min-retained", default=0.5, show_default=True, help="Fail if --into keep leaves less of the adapters' change."
 )
 @click.option(
     "--max-noise", default=1.0, show_default=True, help="Fail if more comes beside it, in proportion to the change."
 )
-@arithmetic
 @click.option("--max-shard-size", metavar="SIZE", help="Such as 5GB. By default the files are cut as the base's are.")
 @click.option("--expect-base-sha256", metavar="HASH", help="Refuse another base; `surgery inspect --sha256` tells it.")
 @click.option(
@@ -57,15 +39,8 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     adapters: tuple[str, ...],
     out: str,
     reversible: bool,
-    dtype: str | None,
-    tied: str,
-    ops: tuple[str, ...],
-    compute_dtype: str | None,
-    into: str | None,
-    base_as: str | None,
     min_retained: float,
     max_noise: float,
-    arithmetic: str,
     max_shard_size: str | None,
     expect_base_sha256: str | None,
     expect_adapter_sha256: tuple[str, ...],
@@ -74,6 +49,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     push_to_hub: str | None,
     private: bool,
     as_json: bool,
+    **treatment: Any,
 ) -> None:
     """Merge adapters into BASE, streaming, into the new folder OUT.
 
@@ -88,15 +64,8 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
             adapters_of(adapters),
             out,
             reversible=reversible,
-            dtype=dtype,
-            tied=tied,
-            ops=ops_of(ops),
-            compute_dtype=compute_dtype,
-            into=into,
-            base_as=base_as,
             min_retained=min_retained,
             max_noise=max_noise,
-            arithmetic=arithmetic,
             max_shard_size=max_shard_size,
             expect_base_sha256=expect_base_sha256,
             expect_adapter_sha256=expect_adapter_sha256 or None,
@@ -105,6 +74,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
             push_to_hub=push_to_hub,
             private=private,
             progress=progress,
+            **treatment,
         )
     for note in report.plan.notes:
         click.echo(f"surgery: note: {note}", err=True)

@@ -5,44 +5,15 @@ from typing import Any
 
 import click
 
-from surgery.cli.arguments import (
-    adapters_of,
-    arithmetic,
-    as_json,
-    base_as,
-    compute_dtype,
-    dtype,
-    into,
-    ops,
-    ops_of,
-    show,
-    tied,
-)
+from surgery.cli.arguments import adapters_of, as_json, show, treatment
 
 
 @click.command()
 @click.argument("base")
 @click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True)
-@dtype
-@tied
-@ops
-@compute_dtype
-@into
-@base_as
-@arithmetic
+@treatment
 @as_json
-def plan(  # noqa: PLR0913, PLR0917  # one argument an option
-    base: str,
-    adapters: tuple[str, ...],
-    dtype: str | None,
-    tied: str,
-    ops: tuple[str, ...],
-    compute_dtype: str | None,
-    into: str | None,
-    base_as: str | None,
-    arithmetic: str,
-    as_json: bool,
-) -> None:
+def plan(base: str, adapters: tuple[str, ...], as_json: bool, **treatment: Any) -> None:
     """Show what a merge would do, and all that stands against it. Writes nothing.
 
     Exit code 3 if anything is refused.
@@ -50,17 +21,7 @@ def plan(  # noqa: PLR0913, PLR0917  # one argument an option
     from surgery.api import files
     from surgery.errors import InputError, printable
 
-    report = files.plan(
-        base,
-        adapters_of(adapters),
-        dtype=dtype,
-        tied=tied,
-        ops=ops_of(ops),
-        compute_dtype=compute_dtype,
-        into=into,
-        base_as=base_as,
-        arithmetic=arithmetic,
-    )
+    report = files.plan(base, adapters_of(adapters), **treatment)
     rows = [
         (
             printable(one["tensor"]),

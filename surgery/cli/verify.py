@@ -12,7 +12,6 @@ from surgery.cli.arguments import (
     compute_dtype,
     conclude,
     ops,
-    ops_of,
     reports,
 )
 
@@ -37,7 +36,7 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     paths: tuple[str, ...],
     base: str | None,
     adapters: tuple[str, ...],
-    ops: tuple[str, ...],
+    ops: dict[str, str],
     compute_dtype: str | None,
     base_as: str | None,
     arithmetic: str | None,
@@ -77,7 +76,7 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     given = (base, adapters_of(adapters), out) if base else (out,)
     report = files.verify_checkpoint(
         *given,
-        ops=ops_of(ops),
+        ops=ops,
         compute_dtype=compute_dtype,
         base_as=base_as,
         arithmetic=arithmetic,
