@@ -93,7 +93,7 @@ class _Laying:
         self.single: dict[str, TensorInfo] = {}  # by the name in memory
         self.pieces: dict[str, Pieces] = {}
         self.modules: dict[str, dict[str, None]] = {}  # the parameters of each
-        for info in base.tensors():
+        for info in base.weights():
             name = self.names.rename(info.name)
             part = self.names.part(name)
             if part is None:
