@@ -34,8 +34,8 @@ def test_help_answers_at_once() -> None:
 
 def test_the_command_knows_its_version() -> None:
     assert version("model-surgery") == "0.1.0"
-    reads, writes = {"inspect", "plan", "verify", "diff"}, {"merge", "unmerge", "combine", "extract", "push", "demo"}
-    assert set(command.commands) == reads | writes
+    reads, writes = {"inspect", "plan", "verify", "diff"}, {"merge", "unmerge", "combine", "extract", "export", "push"}
+    assert set(command.commands) == {"demo"} | reads | writes
 
 
 def test_inspect_lists_a_live_model_with_what_is_tied() -> None:

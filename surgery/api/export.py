@@ -1,45 +1,81 @@
 """Exports: a model in memory, or one in files, to ONNX."""
 
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from surgery.api.files import Adapters, Where, checkpoint, weighted
 from surgery.errors import UsageError
-from surgery.formats.onnx.example import example_of
+from surgery.formats.onnx.example import Example, example_of
 from surgery.formats.onnx.trace import require_packages
+from surgery.hosts.layout import shard_bytes
+from surgery.hosts.twin import weightless
 from surgery.integrations import transformers as hugging
-from surgery.procedures.export import AnyModule, ExportReport, export_model
-
-Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
+from surgery.procedures import plan as planning
+from surgery.procedures.export import AnyModule, ExportReport, Kind, export_model
+from surgery.procedures.filling import OnProgress, Pace
+from surgery.procedures.merge_checkpoint import Options
 
 
 def export_onnx(  # noqa: PLR0913  # three things and their options
-    model: nn.Module,
-    adapters: None,
+    model: nn.Module | Where,
+    adapters: Adapters | None,
     out: Where,
     *,
     inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    kv: bool = False,
+    dtype: str | torch.dtype | None = None,
+    tied: str = "refuse",
+    ops: Mapping[str, str] | None = None,
+    max_memory: int | str | None = None,
     overwrite: bool = False,
+    progress: OnProgress | None = None,
 ) -> ExportReport:
-    """Write the model with its active adapters merged to the new folder `out`: safetensors, and a graph over them.
+    """Write the model with its adapters merged to the new folder `out`: safetensors, and an ONNX graph over them.
 
-    `model.onnx` has no weights of its own; its initializers are the bytes of `model.safetensors` beside it.
-    `adapters` is None: the active ones are meant. `inputs` are an example, as forward takes them: a tensor, several,
-    or by name. `dynamic_axes` names, for each input, the axes that may have any size; by default the first is "batch".
-    Halves are stored as they are, and computed in float32. Before anything is at its place, onnxruntime runs the
-    graph on several shapes, and its outputs are compared with the model's. Raises CheckError where they differ,
-    InputError, naming the module, for what has no graph, EnvironmentFault without `model-surgery[onnx]`,
-    OutputExistsError, and as `merge` does. The model stays as it is, to the bit.
+    `model.onnx` has no weights of its own; its initializers are the bytes of the safetensors files beside it. Halves
+    are stored as they are, and computed in float32. Before anything is at its place, onnxruntime runs the graph on
+    several shapes, and its outputs are compared with the model's.
+
+    `model` in memory: `adapters` is None, for the active ones are meant; `inputs` are an example as forward takes
+    them, a tensor, several, or by name (models of transformers need none); `dynamic_axes` names, for each input, the
+    axes that may have any size, by default the first as "batch". The model stays as it is, to the bit.
+
+    `model` a folder or owner/name[@revision] on the Hub, of transformers: `adapters`, `dtype`, `tied`, `ops` and
+    `progress` as in `merge_checkpoint`, which merges, streaming; the graph is traced without weights. Where the model
+    does not fit `max_memory`, in bytes or such as "16GB", it is not compared, and the report says so.
+
+    `kv` is for decoders of transformers: one graph for prompts and for single tokens, with inputs
+    past_key_values.N.key and .value, and outputs present.N.key and .value; its greedy tokens are compared too.
+
+    Raises CheckError where the outputs differ, InputError, naming the module, for what has no graph, EnvironmentFault
+    without `model-surgery[onnx]`, OutputExistsError, and as `merge` and `merge_checkpoint` do; nothing is written then.
     """
     require_packages()
-    if adapters is not None:
-        raise UsageError("export_onnx: adapters of a model in memory are those that are active; load them, give None")
+    if isinstance(model, nn.Module):
+        if adapters is not None or dtype or ops or tied != "refuse":
+            raise UsageError("export_onnx: of a model in memory the active adapters are exported; adapters is None")
+        example, kind = _example(model, inputs, dynamic_axes, kv)
+        return export_model(model, example, Path(out), kind, overwrite=overwrite)
+    if inputs is not None or dynamic_axes is not None:
+        raise UsageError("export_onnx: of files, inputs are made of the config; load the model to give others")
+    options = Options(planning.treatment(dtype, tied, ops), overwrite=overwrite, pace=Pace(progress=progress))
+    with checkpoint(model) as source:
+        found = weighted([] if adapters is None else adapters)
+        return hugging.export_checkpoint(source, found, Path(out), options, hugging.Export(kv, shard_bytes(max_memory)))
+
+
+def _example(model: nn.Module, inputs: Any, axes: Any, kv: bool) -> tuple[Example, Kind]:
+    """What a model in memory is traced with, and its kind."""
     pretrained = hugging.is_pretrained(model)
-    if inputs is None and not pretrained:
-        raise UsageError("export_onnx: inputs are wanted, an example of what forward takes")
-    example = hugging.example_for(model) if inputs is None else example_of(model, inputs, dynamic_axes)
-    kind = hugging.Pretrained() if pretrained else AnyModule()
-    return export_model(model, example, Path(out), kind, overwrite=overwrite)
+    kind: Kind = hugging.Pretrained() if pretrained else AnyModule()
+    if inputs is not None and not kv:
+        return example_of(model, inputs, axes), kind
+    if not pretrained or inputs is not None:
+        wanted = "a decoder of transformers alone has a cache" if kv else "inputs are wanted, as forward takes them"
+        raise UsageError(f"export_onnx: a {type(model).__name__}{' with inputs' if kv else ''}: {wanted}")
+    return (hugging.cached_example(weightless(model)) if kv else hugging.example_for(model)), kind

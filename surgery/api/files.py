@@ -60,9 +60,9 @@ def plan(  # noqa: PLR0913  # the options of a merge
     base_as: str | None = None,
 ) -> planning.Plan:
     """What a merge with these options would do, and all that stands against it. Writes nothing."""
-    with _checkpoint(base) as source:
+    with checkpoint(base) as source:
         treatment = planning.treatment(dtype, tied, ops, compute_dtype, into, base_as)
-        return planning.make_plan(source, _weighted(adapters), treatment)
+        return planning.make_plan(source, weighted(adapters), treatment)
 
 
 def merge_checkpoint(  # noqa: PLR0913  # three things and their options
@@ -107,7 +107,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         publish.check_hub_id(push_to_hub)
     elif private:
         raise UsageError("private: there is nothing to be private; push_to_hub names a repository")
-    found = _weighted(adapters)
+    found = weighted(adapters)
     merging.check_adapters(found, expect_adapter_sha256)
     merging.check_sha256(expect_base_sha256)
     options = merging.Options(
@@ -121,7 +121,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         max_noise=max_noise,
         pace=Pace(progress=progress),
     )
-    with _checkpoint(base) as source:
+    with checkpoint(base) as source:
         report = merging.merge_checkpoint(source, found, Path(out), options)
     if push_to_hub is None:
         return report
@@ -169,9 +169,9 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     """
     if out is None or adapters is None:
         return verifying.verify_receipt(locate(base))
-    with _checkpoint(base) as source, Checkpoint(locate(out)) as found:
+    with checkpoint(base) as source, Checkpoint(locate(out)) as found:
         treatment = planning.treatment(ops=ops, compute_dtype=compute_dtype, base_as=base_as)
-        return verifying.verify_checkpoint(source, _weighted(adapters), found, treatment)
+        return verifying.verify_checkpoint(source, weighted(adapters), found, treatment)
 
 
 def combine(  # noqa: PLR0913  # the settings of all methods
@@ -193,7 +193,7 @@ def combine(  # noqa: PLR0913  # the settings of all methods
     contradict each other or are no LoRA.
     """
     recipe = Recipe(method, density, majority_sign_method, rank, seed)
-    return combining.combine(_weighted(adapters), Path(out), recipe, overwrite=overwrite)
+    return combining.combine(weighted(adapters), Path(out), recipe, overwrite=overwrite)
 
 
 def extract(  # noqa: PLR0913  # three things and their options
@@ -217,7 +217,7 @@ def extract(  # noqa: PLR0913  # three things and their options
     mislead. Raises UsageError, InputError for checkpoints of other names or shapes.
     """
     wanted = extraction.Extraction(Truncation(rank, energy), targets, rest, ops or {})
-    with _checkpoint(base) as before, _checkpoint(tuned) as after:
+    with checkpoint(base) as before, checkpoint(tuned) as after:
         return extraction.extract(before, after, Path(out), wanted, overwrite=overwrite)
 
 
@@ -242,7 +242,7 @@ def diff(a: Where, b: Where) -> differing.DiffReport:
         return differing.diff(one, other)
 
 
-def _weighted(adapters: Adapters) -> list[Weighted]:
+def weighted(adapters: Adapters) -> list[Weighted]:
     """UsageError for a weight that is no finite number."""
     found = []
     for one in [adapters] if isinstance(adapters, str | PathLike) else adapters:
@@ -255,7 +255,7 @@ def _weighted(adapters: Adapters) -> list[Weighted]:
     return found
 
 
-def _checkpoint(where: Where) -> Checkpoint:
+def checkpoint(where: Where) -> Checkpoint:
     """Open, with what is known of where it came from."""
     place = located(where)
     found = Checkpoint(place.path)

@@ -12,6 +12,7 @@ import click
 from surgery.cli.combine import combine
 from surgery.cli.demo import demo
 from surgery.cli.diff import diff
+from surgery.cli.export import export
 from surgery.cli.extract import extract
 from surgery.cli.inspect import inspect
 from surgery.cli.interrupts import Interrupted, listen
@@ -49,7 +50,7 @@ def surgery(debug: bool) -> None:
     keep_freed_memory()
 
 
-for command in (inspect, plan, merge, verify, unmerge, combine, extract, diff, push, demo):
+for command in (inspect, plan, merge, verify, unmerge, combine, extract, diff, export, push, demo):
     surgery.add_command(command)
 
 

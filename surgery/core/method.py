@@ -31,6 +31,10 @@ class Run(Protocol):
         """The base layer's own weight and bias, without what is laid over them."""
         ...
 
+    def plain(self) -> Dense | None:
+        """The same where the layer below is its op with them and nothing else, so that it need not be called."""
+        ...
+
     def bias(self) -> Tensor | None:
         """What the output holds whatever the input: the base layer's bias, as the adapters below leave it."""
         ...

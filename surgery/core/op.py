@@ -3,14 +3,22 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 Tile = tuple[slice, slice]
 WHOLE: Tile = (slice(None), slice(None))
+FEW = 1 << 16  # numbers, for which one more call takes longer than one more pass over them
+
+
+class Factors(NamedTuple):
+    """scaling * B A, of [out, r] and [r, in]."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
 
 
 class Op(ABC):
@@ -23,7 +31,7 @@ class Op(ABC):
     name: ClassVar[str]
     kernel: tuple[int, ...] = ()  # the extents of what slides over the input, if something does
     groups: int = 1  # of outputs; each sees its own share of the channels
-    roles: Mapping[str, str] = MappingProxyType({})
+    roles: Mapping[str, str] = {}  # torch.compile takes an empty MappingProxyType for true
     """What the module calls its weight and bias, of one that reads them by itself."""
     alone: ClassVar[bool] = False  # does it stand for one parameter, and not for the module that holds it?
     stack: int = 0  # how many matrices lie one below another in it, each with its own share of r; 0: it is one
@@ -75,6 +83,10 @@ class Op(ABC):
     def mix_onto(self, below: Tensor, h: Tensor, matrix: Tensor, scaling: float) -> Tensor:
         """below + scaling * mix(h, matrix)"""
         return torch.add(below, self.mix(h, matrix), alpha=scaling)
+
+    def apply_with(self, x: Tensor, matrix: Tensor, bias: Tensor | None, factors: Factors) -> Tensor | None:  # noqa: ARG002  # for those that can
+        """apply(x, matrix, bias) + scaling * mix(apply(x, A), B) as one step of autograd; None where it is no gain."""
+        return None
 
     def accepts_dropout(self) -> bool:
         """Whether the input is made of numbers that dropout may zero."""

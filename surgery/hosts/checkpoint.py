@@ -13,7 +13,8 @@ from surgery.core.codec import Packed
 from surgery.core.name_map import USUAL, NameMap
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import FormatError, InputError, printable
-from surgery.hosts.packing import Held, Stacks, packings, torch_dtype_of
+from surgery.hosts.packed_stacks import PackedStacks
+from surgery.hosts.packing import Held, packings, torch_dtype_of
 from surgery.hosts.reading import Reading
 from surgery.io.header import Entry
 from surgery.io.octets import tensor_from
@@ -79,8 +80,9 @@ class Checkpoint:
         return packings(self.tensors(), self.config, self._rows_of)
 
     @cached_property
-    def _stacks(self) -> Stacks:
-        return Stacks(self._rows_of)
+    def stacks(self) -> PackedStacks:
+        """Those of `packed` that hold a matrix for each expert, as they are decoded."""
+        return PackedStacks(self._rows_of)
 
     def holding(self, name: str) -> Sequence[str]:
         """The tensors of the files that hold a weight; its own for one that is plain."""
@@ -110,10 +112,10 @@ class Checkpoint:
         return [Site(path, roles) for path, roles in grouped.items()]
 
     def load(self, site: Site, rows: slice | None = None) -> Packed:
-        """The weight, or `rows` of its first axis, as the files hold it; of a packed stack with an op, plainly."""
+        """The weight, or `rows` of its first axis, as the files hold it."""
         held = self.packed.get(site.weight.name)
-        if held is not None and site.laid(held.plain) != held.plain:
-            return self._stacks.rows(held, site.weight.torch_dtype, site.rows(rows))
+        if held is not None and site.op is not None and site.op.stack:
+            return Packed({"weight": self.stacks.rows(site, held, rows)})
         if held is not None:
             return held.load(rows, self._rows_of)
         info = site.laid(self.at[site.weight.name][1].info)

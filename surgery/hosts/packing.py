@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from threading import local
 from typing import Any
 
 import torch
@@ -41,30 +40,6 @@ class Held:
     def load(self, rows: slice | None, load: Load) -> Packed:
         spans = {} if rows is None else self.codec.spans(self.headers, self.settings, rows)
         return Packed({role: load(one, spans.get(role)) for role, one in self.tensors.items()}, self.settings, rows)
-
-
-class Stacks:
-    """Rows of packed stacks, one matrix below another: decoded a matrix at a time, of which a thread keeps its last."""
-
-    def __init__(self, load: Load) -> None:
-        self._load, self._kept = load, local()
-
-    def rows(self, held: Held, dtype: torch.dtype, rows: slice) -> Packed:
-        """In `dtype`, plainly."""
-        per = held.plain.shape[1]
-        found = []
-        for index in range(rows.start // per, -(-rows.stop // per)):
-            first = index * per
-            found.append(self._matrix(held, dtype, index)[max(rows.start - first, 0) : rows.stop - first])
-        return Packed({"weight": torch.cat(found)})
-
-    def _matrix(self, held: Held, dtype: torch.dtype, index: int) -> Tensor:
-        key = held.plain.name, dtype, index
-        if getattr(self._kept, "key", None) != key:
-            packed = held.load(slice(index, index + 1), self._load)
-            self._kept.key, self._kept.matrix = key, held.codec.decode(packed, dtype)[0]
-        matrix: Tensor = self._kept.matrix
-        return matrix
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,6 +2,8 @@
 
 import ctypes
 import mmap
+import re
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -19,6 +21,16 @@ def require_room_for_torch() -> None:
         mmap.mmap(-1, _ROOM_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0).close()
     except OSError as error:
         raise MemoryError from error
+
+
+def available_bytes() -> int:
+    """What may be taken without others being swapped out, where the system tells; else 8 GB."""
+    try:
+        told = Path("/proc/meminfo").read_text()
+    except OSError:
+        return 8_000_000_000
+    found = re.search(r"MemAvailable:\s+(\d+) kB", told)
+    return int(found[1]) * 1024 if found else 8_000_000_000
 
 
 def keep_freed_memory() -> None:

@@ -14,6 +14,7 @@ from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site
 from surgery.core.sums import sum_rows
 from surgery.layers.mixed import Mixed, Rows
+from surgery.layers.plain import is_plain_linear
 from surgery.layers.slot import Slot
 
 Holder = tuple[dict[str, nn.Parameter | None], str]
@@ -59,6 +60,11 @@ class Below:
     def base(self) -> Dense:
         return self.layer.dense()
 
+    def plain(self) -> Dense | None:
+        base_layer: Any = self.layer._modules["base_layer"]
+        given = self.args or self.kwargs
+        return self.layer.dense() if not given and is_plain_linear(base_layer) else None
+
     def bias(self) -> Tensor | None:
         return self.layer.dense().bias
 
@@ -80,6 +86,9 @@ class Over:
 
     def base(self) -> Dense:
         return self.layer.dense()
+
+    def plain(self) -> None:
+        return None
 
     def bias(self) -> Tensor | None:
         bias, on_bias = self.below.bias(), self.one.method.for_bias()

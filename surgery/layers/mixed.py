@@ -106,5 +106,8 @@ class Part:
     def base(self) -> Dense:
         return self.whole.below.base()
 
+    def plain(self) -> None:
+        return None
+
     def bias(self) -> Tensor | None:
         return self.whole.below.bias()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from surgery.core.arithmetic import exact_float64
 from surgery.core.config import AdapterConfig, Spelling, check_names
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
-from surgery.core.op import Op, Tile
+from surgery.core.op import FEW, Factors, Op, Tile
 from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
@@ -207,8 +207,13 @@ class Lora(Additive):
             )
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
-        below = run(x)
         A, B = p["A"], p["B"]
+        if x.numel() >= FEW and not (training and self.dropout):
+            plain = run.plain()
+            out = None if plain is None else op.apply_with(x, *plain, Factors(A, B, self.scaling))
+            if out is not None:
+                return out
+        below = run(x)
         if op.kernel:
             A, B = A.flatten(1), B.flatten(1)  # [r, channels * kernel], [out, r / groups]
         if op.accepts_dropout():

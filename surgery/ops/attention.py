@@ -1,7 +1,6 @@
 """Attention: the one linear map that gives query, key and value, of a layer that reads its weights itself."""
 
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from surgery.core.site import Site
 from surgery.ops.linear import Linear
@@ -12,7 +11,7 @@ class Attention(Linear):
     """torch.nn.MultiheadAttention with one `in_proj_weight`. Its `out_proj` is a site of its own, and a Linear."""
 
     name = "attention"
-    roles = MappingProxyType({"weight": "in_proj_weight", "bias": "in_proj_bias"})
+    roles = {"weight": "in_proj_weight", "bias": "in_proj_bias"}  # noqa: RUF012  # as Op's
 
 
 def attention_site(site: Site) -> Site:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.op import Op, Tile
+from surgery.core.op import FEW, Factors, Op, Tile
+from surgery.ops.low_rank import LowRank, is_worth_one_step
 from surgery.ops.transposed import Transposed
 
 
@@ -37,6 +38,12 @@ class Linear(Op):
     def mix_onto(self, below: Tensor, h: Tensor, matrix: Tensor, scaling: float) -> Tensor:
         return _onto(below, h, matrix, scaling)
 
+    def apply_with(self, x: Tensor, matrix: Tensor, bias: Tensor | None, factors: Factors) -> Tensor | None:
+        if not is_worth_one_step(x, matrix, factors):
+            return None
+        found: Tensor = LowRank.apply(x, matrix, bias, *factors)  # type: ignore[no-untyped-call]
+        return found
+
 
 @dataclass(frozen=True)
 class Conv1D(Transposed):
@@ -57,15 +64,12 @@ class Conv1D(Transposed):
 LAYOUTS = (Linear.name, Conv1D.name)  # of one map: what a matrix on files may be meant in
 
 
-_FEW = 1 << 16  # for which one more call takes longer than one more pass
-
-
 def _onto(below: Tensor, h: Tensor, matrix: Tensor, scaling: float) -> Tensor:
     """below + scaling * matrix h, in one pass over many outputs: to read and write them is most of what it costs.
 
     Half types are left to two passes, which round as PEFT's do.
     """
-    if below.numel() < _FEW or not below.dtype == h.dtype == matrix.dtype or below.dtype.itemsize < 4:
+    if below.numel() < FEW or not below.dtype == h.dtype == matrix.dtype or below.dtype.itemsize < 4:
         return torch.add(below, F.linear(h, matrix), alpha=scaling)
     flat = below.reshape(-1, below.shape[-1]), h.reshape(-1, h.shape[-1])  # [batch, out], [batch, r]
     return torch.addmm(*flat, matrix.T, alpha=scaling).view(below.shape)

@@ -20,6 +20,7 @@ from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.io.octets import sha256_of
 from surgery.io.strict_json import json_bytes
 from surgery.layers import Adapted
+from surgery.procedures.fused import fused
 from surgery.procedures.inject import Fitting, check_name, fit
 from surgery.procedures.merge import base_sha256
 from surgery.procedures.model_tree import Tree
@@ -78,7 +79,8 @@ def lay(root: nn.Module, adapter: Adapter, adapter_name: str = DEFAULT, trainabl
 
 def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
     """Where each tensor of an adapter goes in this model. InputError unless all have a place."""
-    given = {name: in_base(module_of(name) if adapter.config.parameters() else name) for name in adapter.sites}
+    adapter = fused(tree, adapter)
+    given = {name: in_base(_module(tree, adapter, name)) for name in adapter.sites}
     renamed = renaming(list(dict.fromkeys(given.values())), tree.modules.keys())
     if not renamed:
         absent = next(name for name in given.values() if name not in tree.modules)
@@ -88,7 +90,10 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
             "is this the adapter's base?"
         )
     names = {name: renamed[path] for name, path in given.items()}
-    alone = assigned(adapter, lambda name, _: targeted(adapter, name, tree.held(renamed[name])))
+    alone = {name: name for name in adapter.sites if tree.reads_itself(name)}
+    alone |= assigned(
+        adapter, lambda name, _: targeted(adapter, name, tree.held(renamed[name])) if name in renamed else ()
+    )
     _check_copies(tree, adapter)
     _check_base(tree, adapter, names)
     sites: dict[str, tuple[Site, Method, Params]] = {}
@@ -108,6 +113,13 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
             )
         sites[first] = site, method, params
     return Fitting(adapter.config, sites, _saved(tree, adapter))
+
+
+def _module(tree: Tree, adapter: Adapter, name: str) -> str:
+    """The path of the module that a site is, or that holds it."""
+    if tree.reads_itself(name):
+        return name.rpartition(".")[0]
+    return module_of(name) if adapter.config.parameters() else name
 
 
 def known(state: State, adapter: str) -> None:

@@ -79,6 +79,11 @@ def _lora(one: Weighted) -> LoraConfig:
             f"{printable(one.adapter.where)}: it has {found}, which a sum of A and B leaves out; "
             "merge such adapters one over the other"
         )
+    if config.target_parameters:
+        raise InputError(
+            f"{printable(one.adapter.where)}: it has target_parameters, whose A and B hold many matrices each; "
+            "merge such adapters one over the other"
+        )
     return config
 
 

@@ -4,6 +4,7 @@ One set of weights: the graph's initializers are the bytes of the safetensors fi
 whole, at its place, only after onnxruntime has been seen to compute what the model does.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,11 +34,18 @@ from surgery.procedures.proof import Proof, prove, reference_of
 State = Mapping[str, Tensor]
 
 
+class Lazy(NamedTuple):
+    """A tensor that is yet to be made."""
+
+    info: TensorInfo
+    load: Callable[[], Tensor]
+
+
 class Sources(NamedTuple):
     """Where a model's tensors come from, if not from those of their own names."""
 
     renamed: Mapping[str, str] = MappingProxyType({})  # in the files, by name in the model
-    made: Mapping[str, Callable[[], Tensor]] = MappingProxyType({})  # of several, by name in the model
+    made: Mapping[str, Lazy] = MappingProxyType({})  # of several, by name in the model
 
 
 class Kind(Protocol):
@@ -110,7 +118,7 @@ def export_model(
         adapted = reference_of(root, example)
         with _merged(root) as state:
             kind.write(root, staging, state)
-            sizes = write_graph(graph, plain.module, kind, staging)
+            sizes, _ = write_graph(graph, plain.module, kind, staging)
             proof = prove(root, example, staging.folder / GRAPH, kind.prepare, adapted)
         proof.require(out)
     return ExportReport(out, sizes.pop(GRAPH), sizes, proof)
@@ -125,8 +133,8 @@ def traced(plain: Weightless, example: Example) -> Any:
     return graph
 
 
-def write_graph(graph: Any, plain: nn.Module, kind: Kind, staging: Staging) -> dict[str, int]:
-    """The graph linked to the weights in the folder; returns the size of each file of both.
+def write_graph(graph: Any, plain: nn.Module, kind: Kind, staging: Staging) -> tuple[dict[str, int], dict[str, str]]:
+    """The graph linked to the weights in the folder; returns the size of each file of both, and sha256 of the new ones.
 
     Weights that are made of several lie in a file beside it, of safetensors' format; its name ends otherwise, for
     loaders take all that end in .safetensors.
@@ -137,8 +145,7 @@ def write_graph(graph: Any, plain: nn.Module, kind: Kind, staging: Staging) -> d
         sources = kind.sources(plain, files)
         weights = weights_of(*files.files)
         sizes = {file.path.name: file.state.st_size for file in files.files}
-        if sources.made:
-            write_state(staging, {name: made() for name, made in sources.made.items()}, DATA)
+        written = {DATA: write_tensors(staging, DATA, sources.made)} if sources.made else {}
     names = {
         name: (*group, *(sources.renamed[one] for one in group if one in sources.renamed))
         for name, group in aliases(plain).items()
@@ -150,20 +157,34 @@ def write_graph(graph: Any, plain: nn.Module, kind: Kind, staging: Staging) -> d
         beside.close()
     link(graph, weights, names)
     data = ir.to_proto(graph).SerializeToString()
-    staging.write(GRAPH, data)
-    return {**sizes, GRAPH: len(data)}
+    written[GRAPH] = staging.write(GRAPH, data)
+    return {**sizes, GRAPH: len(data)}, written
 
 
-def write_state(staging: Staging, state: State, file: str = SINGLE) -> None:
-    """The tensors as one file, those that share their memory once."""
-    once = {(values.data_ptr(), values.shape, values.stride()): name for name, values in reversed(list(state.items()))}
-    kept = {name: values for name, values in state.items() if name in set(once.values()) or not values.numel()}
-    infos = [TensorInfo(name, values.dtype, tuple(values.shape)) for name, values in kept.items()]
+def write_state(staging: Staging, state: State) -> None:
+    """The tensors as model.safetensors, those that share their memory once."""
+    first: dict[Any, str] = {}
+    for name, values in state.items():
+        first.setdefault((values.data_ptr(), values.shape, values.stride()) if values.numel() else name, name)
+    write_tensors(staging, SINGLE, {name: _at_hand(name, state[name]) for name in first.values()})
+
+
+def write_tensors(staging: Staging, file: str, tensors: Mapping[str, Lazy]) -> str:
+    """A file of safetensors' format, each tensor at hand only while it is written; returns the file's sha256."""
+    infos = [one.info for one in tensors.values()]
     raw = encode_header(infos, {"format": "pt"})
+    sha256 = hashlib.sha256(raw)
     with staging.file(file, len(raw) + sum(info.nbytes for info in infos)) as staged:
         staged.write(raw)
-        for values in kept.values():
-            staged.write(octets(values.detach().cpu().contiguous()))
+        for one in tensors.values():
+            values = one.load().detach().cpu().contiguous()
+            sha256.update(octets(values))
+            staged.write(octets(values))
+    return sha256.hexdigest()
+
+
+def _at_hand(name: str, values: Tensor) -> Lazy:
+    return Lazy(TensorInfo(name, values.dtype, tuple(values.shape)), lambda: values)
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     refuse_nested(tree, {name: site for name, (site, _, _) in fitting.sites.items()}, fitting.saved)
     state = state_of(root) or _frozen(tree)
     touched: list[Adapted | Replaced] = []
-    for name, (site, method, params) in _outer_first(fitting.sites):
+    for name, (site, method, params) in _outer_first(tree, fitting.sites):
         layer = tree.layer(name, site)
         layer.fit(adapter, method, _placed(params, layer.base_weight), trainable)
         touched.append(layer)
@@ -109,11 +109,13 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
 Fitted = tuple[Site, Method, Params]
 
 
-def _outer_first(sites: Mapping[str, Fitted]) -> Iterator[tuple[str, Fitted]]:
+def _outer_first(tree: Tree, sites: Mapping[str, Fitted]) -> Iterator[tuple[str, Fitted]]:
     """Modules, then parameters from the last of each module on: as PEFT has it, the first lies innermost."""
-    for alone in (False, True):
-        found = [one for one in sites.items() if one[1][0].acting.alone is alone]
-        yield from reversed(found) if alone else found
+    alone = {name for name, (site, _, _) in sites.items() if site.acting.alone}
+    yield from ((name, one) for name, one in sites.items() if name not in alone)
+    for name in reversed(tree.parameter_names()) if alone else ():
+        if name in alone:
+            yield name, sites[name]
 
 
 def _no_base() -> Dense:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ class Options:
 
     Where a format cannot hold all of the change, at least `min_retained` of it has to be left, and what comes beside
     it may be `max_noise` of it at most.
+    `beside` writes other files into the folder, once the weights lie there, and returns their sha256 by name.
     `resume` false starts anew where a run was cut short, true asks that there be one to go on with.
     """
 
@@ -46,6 +47,7 @@ class Options:
     min_retained: float = 0.5
     max_noise: float = 1.0
     pace: Pace = field(default_factory=Pace)
+    beside: Callable[[Staging], Mapping[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def merge_checkpoint(
         _check_base(base, adapters, plan, readings, options)
         _check_survival(books.receipt, options)
         _write_small(files, plan, layout, staging)
+        if options.beside is not None:
+            files.sha256 |= options.beside(staging)
         record = undo.finish(adapters, _originals(base, readings, files), files.displaced) if undo else None
         told = books.receipt.finish(readings, written, files, options.treatment, record)
         staging.write(RECEIPT, json_bytes(told))

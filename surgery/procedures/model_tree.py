@@ -55,6 +55,21 @@ class Tree:
         """Of all modules but the root, which nothing can be put around."""
         return [f"{name}.{own}" for name in self.modules for own, one in self.held(name).items() if one is not None]
 
+    def reads_itself(self, name: str) -> bool:
+        """Is `name` a parameter of a module that is none of our ops, and so reads it by itself?"""
+        owner, _, own = name.rpartition(".")
+        module = self.modules.get(owner)
+        if module is None or self.held(owner).get(own) is None:
+            return False
+        return op_of(module.base_layer if isinstance(module, Adapted) else module) is None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter."""
+        owner, _, own = name.rpartition(".")
+        values = self.held(owner)[own]
+        assert values is not None
+        return tuple(values.shape)
+
     def parameter_site(self, name: str) -> Site:
         """The site of one parameter. MatchError for one that cannot be adapted by itself."""
         owner, _, own = name.rpartition(".")

@@ -116,7 +116,7 @@ def verify_checkpoint(
         grades["config.json"] = Grade("different", why=why)
     base.check_unchanged()
     out.check_unchanged()
-    return VerifyReport(out.path, grades | _links(out.folder))
+    return VerifyReport(out.path, _links(out.folder) | grades)
 
 
 def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
@@ -147,7 +147,7 @@ def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in receipt["files"]:
             grades[path.name] = Grade("different", why="a file of weights that the receipt does not know")
-    return VerifyReport(folder, grades | _links(folder))
+    return VerifyReport(folder, _links(folder) | grades)
 
 
 def _links(folder: Path) -> dict[str, Grade]:

@@ -82,7 +82,7 @@ def saved(model: nn.Module, folder: Path) -> Path:
 
 def near(wanted: Tensor, unit: float) -> dict[str, float]:
     """Of six layers, with sums of at most 24 terms of rounded weights, none of which makes its input larger."""
-    return {"rtol": 0.0, "atol": 6 * 24 * 4 * unit * float(wanted.abs().max() + 1)}
+    return {"rtol": 0.0, "atol": 6 * 24 * 4 * unit * float(wanted.detach().abs().max() + 1)}
 
 
 @each_case

@@ -196,8 +196,9 @@ class OfOneSize(nn.Module):
 @pytest.mark.parametrize(
     ("options", "kind", "told"),
     [
-        ({}, surgery.UsageError, "inputs are wanted"),
+        ({}, surgery.UsageError, "inputs are wanted, as forward takes them"),
         ({"inputs": {"y": torch.ones(2, 6)}}, surgery.UsageError, "forward has no parameter 'y'"),
+        ({"kv": True}, surgery.UsageError, "a decoder of transformers alone has a cache"),
         ({"inputs": (1,)}, surgery.UsageError, "a tensor is wanted"),
         ({"inputs": torch.ones(2, 6), "dynamic_axes": {"z": {0: "batch"}}}, surgery.UsageError, "no input 'z'"),
         ({"inputs": torch.ones(2, 6), "dynamic_axes": {"x": {7: "batch"}}}, surgery.UsageError, "on axis 7"),

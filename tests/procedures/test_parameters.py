@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_folders import read_tensors, write_adapter, write_base
+from quantized_folders import experts_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import surgery
+from surgery.codecs.mxfp4 import Mxfp4
 from surgery.core.arithmetic import exact_product
+from surgery.core.codec import Packed
 from surgery.core.op import WHOLE
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS
@@ -233,3 +237,24 @@ def test_a_stack_larger_than_a_tile_is_merged_a_part_of_an_expert_at_a_time(tmp_
     )
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert (tmp_path / "back/model.safetensors").read_bytes() == (tmp_path / "base/model.safetensors").read_bytes()
+
+
+def test_a_stack_in_mxfp4_is_merged_as_the_plain_one_that_it_is_decoded_to(tmp_path: Path) -> None:
+    name, base = "model.layers.0.mlp.experts", experts_base(tmp_path / "packed")
+    torch.manual_seed(0)
+    factors = {f"{name}.lora_A.weight": torch.randn(6, 64), f"{name}.lora_B.weight": torch.randn(10, 6)}
+    fields = {"r": 2, "target_modules": [], "target_parameters": ["experts.gate_up_proj"]}
+    write_adapter(tmp_path / "adapter", factors, **fields)
+    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", reversible=True)
+    surgery.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "out").require()
+    held = read_tensors(base)
+    packed = {role: held.pop(f"{name}.gate_up_proj_{role}") for role in ("blocks", "scales")}
+    plain = {**held, f"{name}.gate_up_proj": Mxfp4().decode(Packed(packed), torch.bfloat16)}
+    write_base(tmp_path / "plain", plain, config={"model_type": "gpt_oss", "dtype": "bfloat16"})
+    surgery.merge_checkpoint(tmp_path / "plain", tmp_path / "adapter", tmp_path / "merged")
+    found, wanted = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "merged")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[one], wanted[one]) for one in wanted)
+    assert not torch.equal(found[f"{name}.gate_up_proj"], plain[f"{name}.gate_up_proj"])
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()

@@ -336,12 +336,15 @@ def test_an_erased_adapter_fails_with_the_option_that_would_keep_it(form: str, t
 
 def test_rows_in_tiles_of_any_size_keep_the_same_codes(tmp_path: Path) -> None:
     """Rows of 7 codes: two share a byte, and eight a float32 of storage."""
-    weight = torch.randn(24, 7, generator=torch.Generator().manual_seed(0))
+    drawn = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 7, generator=drawn)
     packed = Bnb4().fresh(weight, {"quant_type": "nf4"})
     codes = packed.tensors["weight"].flatten().view(torch.float32).unsqueeze(1)
     tensors = {f"x.{role}": one for role, one in {**packed.tensors, "weight": codes}.items()}
     write_base(tmp_path / "base", tensors)
-    given = {"x.lora_A.weight": torch.randn(4, 7), "x.lora_B.weight": torch.randn(24, 4)}
+    given = {
+        f"x.lora_{role}.weight": torch.randn(shape, generator=drawn) for role, shape in (("A", (4, 7)), ("B", (24, 4)))
+    }
     adapter = write_adapter(tmp_path / "a", given, target_modules=["x"])
     surgery.merge_checkpoint(tmp_path / "base", adapter, tmp_path / "out", into="keep")
     options = Options(Treatment(into="keep"), pace=Pace(tile_elements=1))

@@ -1,7 +1,7 @@
 """Example: inputs that a graph is traced with, and which of their axes may have other sizes."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,20 +13,44 @@ from surgery.errors import UsageError, printable
 from surgery.hosts.twin import computed
 
 BATCH = "batch"
+CACHE = "past_key_values"
 Axes = Mapping[str, Mapping[int, str]]
+
+
+Sizes = Mapping[str, int]
+
+
+def _call(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    return module(**inputs)
+
+
+class Decoding(NamedTuple):
+    """Greedy decoding with a cache: a prompt [1, length], how many tokens, and how the model itself finds them."""
+
+    prompt: Tensor
+    steps: int
+    tokens: Callable[[nn.Module, Tensor, int], Tensor]
 
 
 class Example(NamedTuple):
     """Inputs by the names of forward's parameters; of each, the axes that may have any size, by name.
 
     `fixed` are arguments that the graph has no inputs for. `make` gives inputs of other sizes, from a seed; without
-    it their elements are drawn from those that are here.
+    it their elements are drawn from those that are here. `call` runs the module, where it is not called with the
+    inputs as they are. `tried` are the sizes to compare at.
     """
 
     inputs: Mapping[str, Tensor]
     axes: Axes
     fixed: Mapping[str, Any] = MappingProxyType({})
-    make: Callable[[Mapping[str, int], int], Mapping[str, Tensor]] | None = None
+    make: Callable[[Sizes, int], Mapping[str, Tensor]] | None = None
+    call: Callable[[nn.Module, Mapping[str, Any]], Any] = _call
+    tried: tuple[Sizes, ...] = ()
+    decoding: Decoding | None = None
+
+    def run(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The module's outputs by name: those it gives them, else `output`, and a number where there are more."""
+        return dict(_flat(self.call(module, {**inputs, **self.fixed}), ""))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -41,7 +65,9 @@ class Example(NamedTuple):
         return self.sized(told)
 
     def trials(self) -> list[dict[str, Tensor]]:
-        """A batch of one, the example itself, and a larger one."""
+        """A batch of one, the example itself, and a larger one; or of the sizes to be tried."""
+        if self.tried:
+            return [self.sized(sizes, seed) for seed, sizes in enumerate(self.tried)]
         sizes = self.sizes
         return [
             self.sized({**sizes, **({BATCH: 1} if BATCH in sizes else {})}, 1),
@@ -49,19 +75,33 @@ class Example(NamedTuple):
             self.sized({symbol: size + 2 for symbol, size in sizes.items()}, 2),
         ]
 
-    def sized(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
+    def sized(self, sizes: Sizes, seed: int = 0) -> dict[str, Tensor]:
         """Inputs of other sizes along the axes that have names."""
         if self.make is not None:
             return dict(self.make(sizes, seed))
         generator = torch.Generator().manual_seed(seed)
         return {name: self._sized(name, sizes, generator) for name in self.inputs}
 
-    def _sized(self, name: str, sizes: Mapping[str, int], generator: torch.Generator) -> Tensor:
+    def _sized(self, name: str, sizes: Sizes, generator: torch.Generator) -> Tensor:
         values = self.inputs[name]
         for axis, symbol in self.axes.get(name, {}).items():
             chosen = torch.randint(values.shape[axis], (sizes[symbol],), generator=generator)
             values = values.index_select(axis, chosen)
         return values
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name or "output", value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            if key != CACHE:  # a decoder may give one though it is told not to
+                yield from _flat(one, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, tuple | list):
+        for i, one in enumerate(value):
+            yield from _flat(one, f"{name or 'output'}.{i}")
+    elif value is not None:
+        raise TypeError(f"the output {name} is a {type(value).__name__}; tensors are wanted")
 
 
 def example_of(module: nn.Module, inputs: Any, axes: Axes | None) -> Example:

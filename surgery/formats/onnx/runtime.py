@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -18,21 +19,31 @@ Feeds = Mapping[str, Tensor]
 
 def run(graph: Path, trials: Sequence[Feeds]) -> list[dict[str, Tensor]]:
     """The outputs of each trial by name. CheckError if onnxruntime cannot open or run the graph."""
+    told = _run(graph, {f"{i}/{name}": values for i, feeds in enumerate(trials) for name, values in feeds.items()})
+    found: list[dict[str, Tensor]] = [{} for _ in trials]
+    for key, values in told.items():
+        trial, _, name = key.partition("/")
+        found[int(trial)][name] = values
+    return found
+
+
+def decode(graph: Path, prompt: Tensor, steps: int) -> Tensor:
+    """The tokens that a decoder with a cache finds to be the most probable after `prompt` [1, length]; [steps]."""
+    return _run(graph, {"decode/prompt": prompt, "decode/steps": torch.tensor(steps)})["decode/tokens"]
+
+
+def _run(graph: Path, given: Feeds) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as scratch:
-        given, out = Path(scratch, "in.npz"), Path(scratch, "out.npz")
-        arrays = {f"{i}/{name}": values.numpy() for i, feeds in enumerate(trials) for name, values in feeds.items()}
-        numpy.savez(given, **arrays)  # type: ignore[arg-type]  # it takes any names
-        command = [sys.executable, "-P", str(CHILD), str(graph), str(given), str(out)]
+        feeds, out = Path(scratch, "in.npz"), Path(scratch, "out.npz")
+        arrays: dict[str, Any] = {name: values.numpy() for name, values in given.items()}
+        numpy.savez(feeds, **arrays)
+        command = [sys.executable, "-P", str(CHILD), str(graph), str(feeds), str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
             raise CheckError(f"{printable(graph.name)}: onnxruntime does not run it ({printable(last)}); report it")
-        found: list[dict[str, Tensor]] = [{} for _ in trials]
         with numpy.load(out) as held:
-            for key in held.files:
-                trial, _, name = key.partition("/")
-                found[int(trial)][name] = torch.from_numpy(held[key])
-    return found
+            return {name: torch.from_numpy(held[name]) for name in held.files}
 
 
 def check(graph: Path) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from surgery.errors import EnvironmentFault, InputError, printable
 from surgery.formats.onnx.example import Example
 
-CACHE = "past_key_values"
 PREFIX = "traced."  # what the names of weights begin with in the graph
 _LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")
 
@@ -23,16 +22,11 @@ class Flat(nn.Module):
 
     def __init__(self, traced: nn.Module, example: Example) -> None:
         super().__init__()
-        self.traced, self.names, self.fixed = traced, tuple(example.inputs), example.fixed
+        self.traced, self.example = traced, example
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        inputs = dict(zip(self.names, given, strict=True))
-        return tuple(outputs_of(self.traced, {**inputs, **self.fixed}).values())
-
-
-def outputs_of(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The module's outputs by name: those it gives them, else `output`, and a number where there are more."""
-    return dict(_flat(module(**inputs), ""))
+        inputs = dict(zip(self.example.inputs, given, strict=True))
+        return tuple(self.example.run(self.traced, inputs).values())
 
 
 def trace(module: nn.Module, mode: Any, example: Example) -> Any:
@@ -48,7 +42,7 @@ def trace(module: nn.Module, mode: Any, example: Example) -> Any:
     dynamic = tuple(dict.fromkeys(example.axes.get(name, ()), torch.export.Dim.DYNAMIC) for name in given)
     with quiet(), torch.no_grad():
         try:
-            names = tuple(outputs_of(module, {**dict(zip(given, fake, strict=True)), **example.fixed}))
+            names = tuple(example.run(module, dict(zip(given, fake, strict=True))))
             program = torch.onnx.export(
                 flat,
                 fake,
@@ -91,27 +85,12 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _flat(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name or "output", value
-    elif isinstance(value, Mapping):
-        for key, one in value.items():
-            if key == CACHE:  # of a decoder; it has no tensors of its own to return
-                continue
-            yield from _flat(one, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, tuple | list):
-        for i, one in enumerate(value):
-            yield from _flat(one, f"{name or 'output'}.{i}")
-    elif value is not None:
-        raise TypeError(f"the output {name} is a {type(value).__name__}; tensors are wanted")
-
-
 def _refused(error: BaseException, module: nn.Module) -> InputError:
     causes = list(_causes(error))
     found = next((one for cause in causes if (one := _place(cause.__traceback__, module))), "")
-    lines = [line for line in str(causes[0]).splitlines() if line.strip()] or [type(causes[0]).__name__]
+    lines = [line.strip() for line in str(causes[0]).splitlines() if line.strip()] or [type(causes[0]).__name__]
     return InputError(
-        f"{printable(found or type(module).__name__)}: it has no ONNX graph ({printable(lines[0].strip())}); "
+        f"{printable(found or type(module).__name__)}: it has no ONNX graph ({printable(' '.join(lines[:2]))}); "
         "shapes and operators that do not depend on values are wanted; --debug shows where it stopped"
     )
 

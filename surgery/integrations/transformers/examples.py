@@ -65,6 +65,8 @@ def _made(config: Any, axes: Axes, sizes: Mapping[str, int], seed: int) -> dict[
             found[name] = torch.randint(2, shape, generator=generator)
         else:
             found[name] = torch.randint(_told(config, "vocab_size"), shape, generator=generator)
+            if _told(config, "eos_token_id") < _told(config, "vocab_size"):  # where CLIP looks for its text
+                found[name][:, -1] = _told(config, "eos_token_id")
     return found
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.core.site import TensorInfo
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.integrations.transformers.saving import write_merged
 from surgery.integrations.transformers.subclass import detach
 from surgery.io.octets import tensor_from
 from surgery.io.staging import Staging
-from surgery.procedures.export import Sources
+from surgery.procedures.export import Lazy, Sources
 
 _EAGER = ("t5", "mt5", "umt5", "longt5")  # torch.onnx refuses the strides that their bias has under sdpa
 
@@ -49,12 +50,13 @@ def without_weights() -> Iterator[None]:
         meta = None if held is None else nn.Parameter(held.detach().to("meta"), requires_grad=False)
         register(self, name, meta)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    patched: Any = nn.Module
+    patched.register_parameter = on_meta
     try:
         with no_init_weights():
             yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        patched.register_parameter = register
 
 
 def sources_of(plain: nn.Module, files: Checkpoint) -> Sources:
@@ -76,11 +78,12 @@ def sources_of(plain: nn.Module, files: Checkpoint) -> Sources:
             renamed[target] = name
         else:
             parts.setdefault(target, []).append((name, pattern))
-    made: dict[str, Callable[[], Tensor]] = {}
+    made: dict[str, Lazy] = {}
     for target, found in parts.items():
         convert = partial(_converted, model, target, by_pattern[found[0][1]], found)
-        for name in convert(partial(_shaped, files)):
-            made[name] = partial(_one_of, convert, partial(_loaded, files.folder), name)
+        for name, values in convert(partial(_shaped, files)).items():
+            info = TensorInfo(name, values.dtype, tuple(values.shape))
+            made[name] = Lazy(info, partial(_one_of, convert, partial(_loaded, files), name))
     return Sources(renamed, made)
 
 
@@ -104,8 +107,6 @@ def _shaped(files: Checkpoint, name: str) -> Tensor:
     return torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
 
 
-def _loaded(folder: Any, name: str) -> Tensor:
-    with Checkpoint(folder) as files:
-        entry = files.at[name][1]
-        data = bytearray().join(files.read(name))
-    return tensor_from(data, entry.info.torch_dtype, entry.info.shape)
+def _loaded(files: Checkpoint, name: str) -> Tensor:
+    info = files.at[name][1].info
+    return tensor_from(bytearray().join(files.read(name)), info.torch_dtype, info.shape)

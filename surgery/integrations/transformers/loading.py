@@ -45,9 +45,9 @@ def load_model(
     """The base that the adapter at `where` names, with the adapter; or the model at `where`, if it holds no adapter."""
     place = located(where, revision, subfolder)
     if not (place.path / CONFIG).is_file():
-        return _base(place, wanted, None)
+        return base_model(place, wanted, None)
     adapter = read_adapter(place.path)
-    model = _base(_base_of(place, adapter), wanted, adapter)
+    model = base_model(_base_of(place, adapter), wanted, adapter)
     lay(model, adapter, trainable=trainable)
     attach(model)
     return model
@@ -69,11 +69,12 @@ def _base_of(place: Located, adapter: Adapter) -> Located:
         raise type(error)(f"{printable(place.path / CONFIG)}: its base: {error}") from error
 
 
-def _base(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Module:
-    transformers = _transformers()
+def base_model(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Module:
+    """The model at `place`, in the class of the adapter's task if there is one."""
+    transformers = transformers_package()
     if not (place.path / "config.json").is_file():
         raise AbsentError(f"{printable(place.path)}: no config.json in it; a model or an adapter folder is wanted")
-    kind = wanted.model_class or _class(transformers, place.path, adapter)
+    kind = wanted.model_class or class_of(transformers, place.path, adapter)
     config = transformers.AutoConfig.from_pretrained(place.path, trust_remote_code=False)
     labels = None if adapter is None else _labels(adapter)
     if labels is not None and labels != config.num_labels:
@@ -96,7 +97,7 @@ def _base(place: Located, wanted: Wanted, adapter: Adapter | None) -> nn.Module:
     return found
 
 
-def _class(transformers: Any, base: Path, adapter: Adapter | None) -> Any:
+def class_of(transformers: Any, base: Path, adapter: Adapter | None) -> Any:
     """By the adapter's task, the class that it names, or the one that the base names."""
     if adapter is not None and adapter.config.task_type in _TASKS:
         return getattr(transformers, _TASKS[str(adapter.config.task_type)])
@@ -139,9 +140,10 @@ def _refuse_missing(missing: Any, adapter: Adapter, place: Located, kind: Any) -
         )
 
 
-def _transformers() -> Any:
+def transformers_package() -> Any:
+    """EnvironmentFault if it is missing."""
     try:
         import transformers
     except ImportError as error:
-        raise EnvironmentFault('load_model: transformers is missing; pip install "model-surgery[hf]"') from error
+        raise EnvironmentFault('transformers is missing; pip install "model-surgery[hf]"') from error
     return transformers

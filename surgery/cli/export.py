@@ -1,0 +1,55 @@
+"""surgery export BASE [ADAPTER[=WEIGHT]...] OUT."""
+
+import click
+
+from surgery.cli.arguments import adapters_of, as_json, dtype, ops, ops_of, overwrite, show, tied
+from surgery.cli.progress import shown
+
+
+@click.command()
+@click.argument("base")
+@click.argument("adapters", metavar="[ADAPTER[=WEIGHT]...]", nargs=-1)
+@click.argument("out")
+@click.option("--format", "kind", type=click.Choice(["onnx"]), default="onnx", show_default=True)
+@click.option("--kv", is_flag=True, help="A decoder with its cache: past_key_values.N.key in, present.N.key out.")
+@dtype
+@tied
+@ops
+@click.option("--max-memory", metavar="SIZE", help="What the comparison may take, such as 16GB. Default: what is free.")
+@overwrite
+@as_json
+def export(  # noqa: PLR0913, PLR0917  # one argument an option
+    base: str,
+    adapters: tuple[str, ...],
+    out: str,
+    kind: str,
+    kv: bool,
+    dtype: str | None,
+    tied: str,
+    ops: tuple[str, ...],
+    max_memory: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Merge adapters into BASE as an ONNX model in the new folder OUT.
+
+    OUT holds the merged safetensors, and model.onnx, whose initializers are their bytes. It appears once onnxruntime
+    has been seen to compute what the model does; exit code 4 if it does not.
+    """
+    from surgery.api.export import export_onnx
+
+    del kind
+    with shown("exporting") as progress:
+        report = export_onnx(
+            base,
+            adapters_of(adapters),
+            out,
+            kv=kv,
+            dtype=dtype,
+            tied=tied,
+            ops=ops_of(ops),
+            max_memory=max_memory,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show(report, as_json)

@@ -1,0 +1,119 @@
+"""export_checkpoint: adapters merged over a checkpoint, streaming, with an ONNX graph over the merged files.
+
+The graph is traced from a model without weights, so that it takes no memory of theirs; it is proved where the model
+fits into memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.core.adapter import Weighted
+from surgery.errors import AbsentError, InputError, printable
+from surgery.formats.onnx.links import GRAPH
+from surgery.formats.onnx.runtime import check
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.twin import weightless
+from surgery.integrations.transformers.cached import cached_example
+from surgery.integrations.transformers.examples import example_for
+from surgery.integrations.transformers.exporting import Pretrained, without_weights
+from surgery.integrations.transformers.loading import Wanted, base_model, class_of, transformers_package
+from surgery.io.hub import Located
+from surgery.io.memory import available_bytes
+from surgery.io.staging import Staging
+from surgery.procedures.adapter_files import DEFAULT, lay
+from surgery.procedures.export import ExportReport, traced, write_graph
+from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
+from surgery.procedures.proof import Proof, Reference, prove, reference_of
+from surgery.procedures.switch import set_adapter
+
+_PROOF_BYTES = 16  # for each weight: one as it is stored, one in float64, and what running them takes
+
+
+@dataclass(frozen=True)
+class Export:
+    """How a graph is made: whether it takes a cache, and the bytes that comparing it may take (None: what is free)."""
+
+    kv: bool = False
+    max_memory: int | None = None
+
+
+def export_checkpoint(
+    base: Checkpoint, adapters: Sequence[Weighted], out: Path, options: Options, export: Export
+) -> ExportReport:
+    """Merge into the new folder `out`, and write a graph over it; all of it is at its place at once, or nothing.
+
+    Raises InputError for what has no graph, CheckError where onnxruntime computes otherwise, and as
+    `merge_checkpoint` does.
+    """
+    if not (base.folder / "config.json").is_file():
+        raise AbsentError(f"{printable(base.path)}: no config.json in it; a model of transformers is wanted")
+    writer = _Graph(base, adapters, out, export)
+    merge_checkpoint(base, adapters, out, replace(options, beside=writer))
+    assert writer.report is not None
+    return writer.report
+
+
+@dataclass
+class _Graph:
+    """Writes the graph beside merged weights."""
+
+    base: Checkpoint
+    adapters: Sequence[Weighted]
+    out: Path
+    export: Export
+    report: ExportReport | None = None
+
+    def __call__(self, staging: Staging) -> Mapping[str, str]:
+        first = self.adapters[0].adapter if self.adapters else None
+        model, kind = _built(staging.folder, self.base.folder, first), Pretrained()
+        plain = weightless(model)
+        example = cached_example(plain) if self.export.kv else example_for(model)
+        kind.prepare(plain.module)
+        graph = traced(plain, example)
+        sizes, written = write_graph(graph, plain.module, kind, staging)
+        count = sum(held.numel() for held in model.parameters())
+        most = available_bytes() if self.export.max_memory is None else self.export.max_memory
+        if _PROOF_BYTES * count > most:
+            check(staging.folder / GRAPH)
+            told = f"not run against the model: {_PROOF_BYTES * count:,} bytes of memory are needed for that"
+            proof = Proof((), f"{told}, {most:,} may be taken")
+        else:
+            adapted, left_out = self._adapted(type(model), example)
+            merged = base_model(Located(staging.folder), Wanted(type(model)), None)
+            proof = prove(merged, example, staging.folder / GRAPH, kind.prepare, adapted)
+            proof = replace(proof, left_out=left_out)
+        proof.require(self.out)
+        self.report = ExportReport(self.out, sizes.pop(GRAPH), sizes, proof)
+        return written
+
+    def _adapted(self, kind: type[nn.Module], example: Any) -> tuple[Reference | None, str]:
+        """The base under its adapters, live; or why there is none to compare with."""
+        if not self.adapters:
+            return None, ""
+        if any(weight != 1 for _, weight in self.adapters):
+            return None, "compared with the merged weights alone: a live adapter has no weight"
+        try:
+            live = base_model(Located(self.base.folder), Wanted(kind), self.adapters[0].adapter)
+            names = [DEFAULT, *(f"adapter_{i}" for i in range(1, len(self.adapters)))]
+            for name, (adapter, _) in zip(names, self.adapters, strict=True):
+                lay(live, adapter, name)
+            set_adapter(live, names)
+        except InputError as error:
+            return None, f"compared with the merged weights alone, for no live model takes the adapter: {error}"
+        return reference_of(live, example), ""
+
+
+def _built(folder: Path, base: Path, adapter: Any) -> nn.Module:
+    """The model of a folder's config, without weights."""
+    transformers = transformers_package()
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kind = class_of(transformers, base, adapter)
+    with without_weights():
+        model = kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)
+    model.tie_weights()
+    found: nn.Module = model.eval()
+    return found

@@ -1,0 +1,72 @@
+"""A linear map with a low-rank one added, as one step of autograd: no second tensor as large as input or output."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from surgery.core.op import FEW, Factors
+
+
+def is_worth_one_step(x: Tensor, weight: Tensor, factors: Factors) -> bool:
+    """Is the input large, and is there nothing that looks for the separate operations?
+
+    Half types are left to these, which round as PEFT's do.
+    """
+    if x.numel() < FEW or x.dtype.itemsize < 4:
+        return False
+    given = (x, weight, factors.A, factors.B)
+    return (
+        all(type(one) in (Tensor, nn.Parameter) and one.dtype == x.dtype for one in given)
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+class LowRank(torch.autograd.Function):
+    """x W^T + bias + scaling * x A^T B^T, for x of [*batch, in] to [*batch, out].
+
+    What is of r columns is held as r rows, for which products are fastest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:  # noqa: PLR0913, PLR0917  # autograd passes no values but tensors and numbers
+        out = F.linear(x, W, bias)
+        h = A @ _flat(x).T  # [r, batch]
+        out.view(-1, out.shape[-1]).addmm_(h.T, B.T, alpha=scaling)
+        trains_base, trains_A, trains_B = (ctx.needs_input_grad[index] for index in (1, 3, 4))
+        ctx.save_for_backward(x if trains_base or trains_A or trains_B else None, W, A, B, h if trains_B else None)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, h = ctx.saved_tensors
+        of_x, of_W, of_bias, of_A, of_B, _ = ctx.needs_input_grad
+        rows = _flat(grad)  # [batch, out]
+        found: list[Tensor | None] = [None] * 6
+        if of_x or of_A:
+            through = (ctx.scaling * B.T).contiguous() @ rows.T  # [r, batch]
+        if of_x:
+            found[0] = (rows @ W).addmm_(through.T, A).view(*grad.shape[:-1], -1)
+        if of_W:
+            found[1] = rows.T @ _flat(x)
+        if of_bias:
+            found[2] = rows.sum(0)
+        if of_A:
+            found[3] = through @ _flat(x)
+        if of_B:
+            if torch.is_grad_enabled():  # h as it was kept has no graph
+                h = A @ _flat(x).T
+            found[4] = (ctx.scaling * (h @ rows)).T
+        return tuple(found)
+
+
+def _flat(values: Tensor) -> Tensor:
+    """[*batch, n] -> [batch, n]"""
+    return values.reshape(-1, values.shape[-1])

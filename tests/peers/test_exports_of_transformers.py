@@ -1,0 +1,131 @@
+"""Exports of transformers' models, in memory and from files, of every architecture in the table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES
+
+import surgery
+from surgery.cli import main
+from surgery.formats.onnx.runtime import decode
+from surgery.procedures import proof
+
+DECODERS = ("llama", "qwen3", "mistral", "gemma3", "phi3", "opt", "gpt2", "gpt-neox", "bloom", "mixtral", "qwen3-moe")
+QUICK = ("vit", "mixtral")  # one that is renamed in files, and one whose experts are fused
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base in shards of bfloat16, with a tied head, and an adapter."""
+    root = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    model = ARCHITECTURES["llama"]()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.to(torch.bfloat16).save_pretrained(root / "base", max_shard_size="100KB")
+    modules = ["q_proj", "down_proj"]
+    surgery.inject(model, surgery.LoraConfig(r=4, target_modules=modules, init_lora_weights=False))
+    surgery.save(model, root / "adapter")
+    return root
+
+
+def run(*words: object) -> Any:
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return ended.value.code or 0
+
+
+def test_a_checkpoint_is_merged_and_exported_in_one_go(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("export", folders / "base", folders / "adapter", out, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    merged = surgery.merge_checkpoint(folders / "base", folders / "adapter", tmp_path / "merged").receipt
+    receipt = json.loads((out / "surgery.receipt.json").read_text())
+    assert receipt["files"] == merged["files"]
+    assert set(told["weights"]) == set(merged["files"])
+    assert len(told["proof"]["trials"]) == 3
+    assert all(one["merged"]["ok"] and one["adapted"]["ok"] for one in told["proof"]["trials"])
+    assert all(one["adapted"]["outputs"]["logits"]["effect"] > 0.1 for one in told["proof"]["trials"])
+    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+    linked = {one.name for one in graph.initializer if one.external_data}
+    assert linked == {f"weights/{name}" for name in {**receipt["changed"], **receipt["untouched"]}}
+    shape = [axis.dim_param or axis.dim_value for axis in graph.output[0].type.tensor_type.shape.dim]
+    assert ([one.name for one in graph.input], shape) == (
+        ["input_ids", "attention_mask"],
+        ["batch", "sequence", 100],
+    )
+    assert run("verify", out) == 0
+    assert run("verify", folders / "base", folders / "adapter", out) == 0
+    transformers.AutoModelForCausalLM.from_pretrained(out)
+    (out / "model.onnx").write_bytes((out / "model.onnx").read_bytes() + b"\x72\x00")  # an empty producer_name more
+    assert run("verify", out) == 4
+
+
+def test_what_does_not_fit_the_memory_is_not_compared_and_the_report_says_so(folders: Path, tmp_path: Path) -> None:
+    report = surgery.export_onnx(folders / "base", folders / "adapter", tmp_path / "out", max_memory="1KB")
+    assert "not run against the model" in report.summary()
+    assert report.proof.trials == ()
+
+
+def test_a_model_that_runs_for_one_length_alone_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+    with pytest.raises(surgery.InputError, match=r"^MambaForCausalLM.*: it has no ONNX graph"):
+        surgery.export_onnx(model, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_of_files_asks_for_no_inputs(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(surgery.UsageError, match="inputs are made of the config"):
+        surgery.export_onnx(folders / "base", None, tmp_path / "out", inputs=torch.ones(1, 2))
+    with pytest.raises(surgery.AbsentError, match=r"no config\.json"):
+        surgery.export_onnx(folders / "adapter" / "adapter_model.safetensors", None, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in ARCHITECTURES]
+)
+def test_onnxruntime_computes_what_each_architecture_does(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ARCHITECTURES[name]().save_pretrained(tmp_path / "base")
+    report = surgery.export_onnx(tmp_path / "base", None, tmp_path / "out")
+    assert report.proof.ok
+    assert len(report.proof.trials) == 3
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    inside = sum(len(one.raw_data) for one in graph.initializer if not one.external_data)
+    assert inside < 0.1 * sum(report.weights.values())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "gemma3" else [pytest.mark.slow]) for name in DECODERS]
+)
+def test_one_graph_takes_a_prompt_and_then_single_tokens(name: str, tmp_path: Path) -> None:
+    """gemma3's past is longer than its window in one of the trials, and while it decodes."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES[name]().eval()
+    report = surgery.export_onnx(model, None, tmp_path / "out", kv=True)
+    assert [dict(one.shapes)["past_key_values.0.key"][2] for one in report.proof.trials] == [0, 5, 9]
+    prompt = torch.tensor([[5, 6, 7, 8, 9]])
+    ours = decode(tmp_path / "out" / "model.onnx", prompt, 12)
+    theirs = model.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, 5:]
+    assert ours.tolist() == theirs.tolist()
+
+
+def test_tokens_that_differ_end_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ARCHITECTURES["gpt2"]().eval()
+    monkeypatch.setattr(proof, "decode", lambda *_: torch.full([12], 3))
+    with pytest.raises(surgery.CheckError, match=r"token 0 of 12 that onnxruntime decodes is 3, the model's is \d+"):
+        surgery.export_onnx(model, None, tmp_path / "out", kv=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_a_cache_of_keys_and_values_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(surgery.InputError, match="BertForSequenceClassification: no decoder of text"):
+        surgery.export_onnx(ARCHITECTURES["bert"](), None, tmp_path / "out", kv=True)
