@@ -78,8 +78,7 @@ def pre_quantized(folder: Path, dtype: torch.dtype, **settings: object) -> Path:
     return folder / "base"
 
 
-@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(("kind", "double_quant"), [("nf4", True), ("fp4", False)], ids=["nf4-double", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
 def test_a_merge_has_the_outputs_of_the_adapter_over_the_4_bit_model(dtype, kind, double_quant, tmp_path: Path):
     settings = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double_quant}
