@@ -26,7 +26,7 @@ _NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-KINDS = {"nf4": _NF4, "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in _FP4)}
+KINDS = {"nf4": _NF4, "fp4": tuple(sign * value / 12 + 0.0 for sign in (1, -1) for value in _FP4)}  # no -0
 
 
 def fresh(weight: Tensor, settings: Settings) -> tuple[dict[str, Tensor], dict[str, Any]]:

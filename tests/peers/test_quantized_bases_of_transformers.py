@@ -16,6 +16,7 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3MoeConfig,
 )
 
 import surgery
@@ -77,8 +78,7 @@ def pre_quantized(folder: Path, dtype: torch.dtype, **settings: object) -> Path:
     return folder / "base"
 
 
-@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(("kind", "double_quant"), [("nf4", True), ("fp4", False)], ids=["nf4-double", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
 def test_a_merge_has_the_outputs_of_the_adapter_over_the_4_bit_model(dtype, kind, double_quant, tmp_path: Path):
     settings = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double_quant}
@@ -130,16 +130,21 @@ def test_an_adapter_for_a_16_bit_base_is_merged_into_its_4_bit_form(tmp_path: Pa
     assert near(outputs(loaded(tmp_path / "out", torch.bfloat16)), outputs(quantized), torch.bfloat16)
 
 
-def test_an_fp8_model_is_merged_as_transformers_dequantizes_it(tmp_path: Path):
-    plain = plain_base(tmp_path / "plain", torch.bfloat16)
-    tensors, block = load_file(plain / FILE), (16, 32)
+def in_fp8(folder: Path, block: tuple[int, int]) -> None:
+    """The linear weights of a checkpoint in fp8, in place, as transformers reads it."""
+    tensors = load_file(folder / FILE)
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         packed = Fp8Block().fresh(tensors[name], {"weight_block_size": block})
         tensors |= {name.removesuffix("weight") + role: one for role, one in packed.tensors.items()}
-    save_file(tensors, plain / FILE, {"format": "pt"})
-    config = json.loads((plain / "config.json").read_text())
+    save_file(tensors, folder / FILE, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
     quantization = FineGrainedFP8Config(weight_block_size=block).to_dict()
-    (plain / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+
+
+def test_an_fp8_model_is_merged_as_transformers_dequantizes_it(tmp_path: Path):
+    plain = plain_base(tmp_path / "plain", torch.bfloat16)
+    in_fp8(plain, (16, 32))
     model = loaded(plain, torch.bfloat16)
     state = {name: one.clone() for name, one in model.state_dict().items()}
     adapted = trained(model)
@@ -156,7 +161,8 @@ def test_an_fp8_model_is_merged_as_transformers_dequantizes_it(tmp_path: Path):
     assert all(torch.equal(found[name], one) for name, one in state.items())
 
 
-def test_the_experts_of_gpt_oss_are_those_that_transformers_dequantizes(tmp_path: Path):
+def experts_in_mxfp4(base: Path) -> Path:
+    """A small gpt-oss whose experts are in mxfp4, as its files are."""
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 32,
@@ -165,17 +171,21 @@ def test_the_experts_of_gpt_oss_are_those_that_transformers_dequantizes(tmp_path
         "head_dim": 32,
     }
     sizes |= {"num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1, "vocab_size": 99}
-    sizes |= {"pad_token_id": 0, "eos_token_id": 1}
+    sizes |= {"pad_token_id": 0, "eos_token_id": 1, "initializer_range": 0.3}
     torch.manual_seed(0)
-    base = tmp_path / "base"
     AutoModelForCausalLM.from_config(GptOssConfig(**sizes)).bfloat16().save_pretrained(base)
     tensors = load_file(base / FILE)
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-        packed = Mxfp4().fresh(tensors.pop(name).transpose(1, 2).contiguous().transpose(1, 2), {})
+        packed = Mxfp4().fresh(tensors.pop(name), {})
         tensors |= {f"{name}_{role}": one for role, one in packed.tensors.items()}
     save_file(tensors, base / FILE, {"format": "pt"})
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    return base
+
+
+def test_the_experts_of_gpt_oss_are_those_that_transformers_dequantizes(tmp_path: Path):
+    base = experts_in_mxfp4(tmp_path / "base")
     state = loaded(base, torch.bfloat16).state_dict()
     adapted = trained(loaded(base, torch.bfloat16), ["q_proj"])
     adapted.save_pretrained(tmp_path / "adapter")
@@ -198,3 +208,65 @@ def test_a_plain_base_as_nf4_is_what_transformers_quantizes_it_to(tmp_path: Path
     found, other = (outputs(loaded(tmp_path / one, torch.bfloat16)) for one in ("out", "other"))
     assert near(found, wanted, torch.bfloat16)
     assert (other - wanted).abs().max() > 2 * (found - wanted).abs().max()
+
+
+def parameters_trained(model: nn.Module, targets: list[str]) -> peft.PeftModel:
+    """An adapter over parameters, as if after training."""
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=[], target_parameters=targets)
+    adapted = peft.get_peft_model(model, config)
+    drawn = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, values in adapted.named_parameters():
+            if "lora_B" in name:
+                values.copy_(torch.randn(values.shape, generator=drawn) * 0.05)
+    return adapted.eval()
+
+
+def test_adapters_over_the_experts_of_gpt_oss_are_merged_into_mxfp4(tmp_path: Path):
+    base = experts_in_mxfp4(tmp_path / "base")
+    adapted = parameters_trained(loaded(base, torch.bfloat16), ["experts.gate_up_proj", "experts.down_proj"])
+    adapted.save_pretrained(tmp_path / "adapter")
+    before = outputs(loaded(base, torch.bfloat16))
+    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", reversible=True)
+    found, wanted = outputs(loaded(tmp_path / "out", torch.bfloat16)), outputs(adapted)
+    assert near(found, wanted, torch.bfloat16)
+    assert (before - wanted).abs().max() > 2 * (found - wanted).abs().max()
+    assert surgery.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "out").ok
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / FILE).read_bytes() == (base / FILE).read_bytes()
+    with pytest.raises(surgery.FormatError, match="held as mxfp4, which cannot keep its format"):
+        surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "kept", into="keep")
+
+
+def test_adapters_over_experts_that_files_hold_one_by_one_are_merged_into_fp8(tmp_path: Path):
+    torch.manual_seed(0)
+    sizes = SMALL | {"num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4}
+    sizes |= {"num_experts_per_tok": 2}
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes)).bfloat16().save_pretrained(base)
+    in_fp8(base, (16, 32))
+    adapted = parameters_trained(loaded(base, torch.bfloat16), ["experts.gate_up_proj", "experts.down_proj"])
+    adapted.save_pretrained(tmp_path / "adapter")
+    before = outputs(loaded(base, torch.bfloat16))
+    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    found, wanted = outputs(loaded(tmp_path / "out", torch.bfloat16)), outputs(adapted)
+    assert near(found, wanted, torch.bfloat16)
+    assert (before - wanted).abs().max() > 2 * (found - wanted).abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
+def test_verify_passes_a_merge_of_dequantized_weights_by_peft_and_not_one_with_fresh_scales(tmp_path: Path):
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    base = pre_quantized(tmp_path, torch.float32, load_in_4bit=True, **settings)
+    trained(loaded(base, torch.float32)).save_pretrained(tmp_path / "adapter")
+    for name, model in {
+        "plain": loaded(base, torch.float32).dequantize(),
+        "anew": loaded(base, torch.float32),
+    }.items():
+        merged = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+        merged.save_pretrained(tmp_path / name, save_original_format=False)
+    assert surgery.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "plain").ok
+    report = surgery.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "anew")
+    scales = report.tensors["model.layers.0.mlp.down_proj.weight.absmax"]
+    assert (report.ok, scales.grade) == (False, "different")
+    assert "retained" in report.summary()

@@ -386,6 +386,38 @@ def same_bytes(left: Tensor, right: Tensor) -> bool:
     return tensor_hashes({"": left}) == tensor_hashes({"": right})
 
 
+def dora() -> tuple[dict[str, Tensor], dict[str, object]]:
+    norms = {
+        f"{site}.lora_magnitude_vector": torch.full((SHAPES[site.rpartition(".")[2]][0],), 7.0) for site in SITES[:3]
+    }
+    return factors() | norms, {"use_dora": True}
+
+
+def ia3() -> tuple[dict[str, Tensor], dict[str, object]]:
+    scales = {
+        f"{site}.ia3_l": torch.linspace(0.5, 2, SHAPES[site.rpartition(".")[2]][0]).unsqueeze(1) for site in SITES[:3]
+    }
+    fields = {"target_modules": ["q_proj", "up_proj"], "feedforward_modules": []}
+    return scales, {"config": surgery.Ia3Config(**fields)}
+
+
+@pytest.mark.parametrize("method", [dora, ia3])
+@each_form
+def test_a_merge_of_any_method_is_that_into_the_decoded_base(form: str, method, tmp_path: Path) -> None:
+    base, (tensors, fields) = quantized_base(tmp_path / "base", form), method()
+    config = fields.pop("config", None)
+    adapter = write_adapter(tmp_path / "a", tensors, **fields)
+    if config is not None:
+        (adapter / "adapter_config.json").write_text(json.dumps(config.to_json()))
+    write_base(tmp_path / "plain", decoded(form), config={"model_type": "llama"})
+    surgery.merge_checkpoint(base, adapter, tmp_path / "out")
+    surgery.merge_checkpoint(tmp_path / "plain", adapter, tmp_path / "wanted")
+    found, wanted = (tensor_hashes(read_tensors(tmp_path / one)) for one in ("out", "wanted"))
+    assert {name: found[name] for name in wanted} == wanted
+    assert wanted != tensor_hashes(decoded(form))
+    assert surgery.verify_checkpoint(base, adapter, tmp_path / "out").counts["different"] == 0
+
+
 AS = {"nf4": "nf4", "nf4-double": "nf4-double", "int8": "int8"}
 
 

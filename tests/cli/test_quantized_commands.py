@@ -1,0 +1,70 @@
+"""Quantized bases on the command line: the same bytes as from Python, and the exit codes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_folders import file_hashes, write_adapter
+from outcomes import Run, parsed, rows, told
+from quantized_folders import SHAPES, SITES, quantized_base
+
+import surgery
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return quantized_base(tmp_path / "base", "nf4")
+
+
+def laid(folder: Path, size: float) -> Path:
+    drawn, given = torch.Generator().manual_seed(0), {}
+    for site in SITES:
+        out, in_features = SHAPES[site.rpartition(".")[2]]
+        given[f"{site}.lora_A.weight"] = torch.randn(4, in_features, generator=drawn)
+        given[f"{site}.lora_B.weight"] = torch.randn(out, 4, generator=drawn) * size
+    return write_adapter(folder, given)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ([], {}),
+        (["--into", "16bit", "--compute-dtype", "float16"], {"into": "16bit", "compute_dtype": "float16"}),
+        (["--into", "keep"], {"into": "keep"}),
+    ],
+    ids=["default", "16bit", "keep"],
+)
+def test_the_options_of_a_merge_are_those_of_the_function(
+    options: list[str], arguments: dict[str, str], base: Path, tmp_path: Path, run: Run
+) -> None:
+    adapter = laid(tmp_path / "a", 0.2)
+    found = run("merge", base, adapter, tmp_path / "cli", *options)
+    assert found.code == 0
+    assert ("retained" in found.out) == ("keep" in options)
+    surgery.merge_checkpoint(base, adapter, tmp_path / "python", **arguments)
+    assert file_hashes(tmp_path / "cli") == file_hashes(tmp_path / "python")
+    judged = run("verify", base, adapter, tmp_path / "cli", *options[2:])
+    assert (judged.code, "0 different" in judged.out) == (0, True)
+
+
+def test_an_erased_adapter_is_exit_code_4_and_names_the_way_out(base: Path, tmp_path: Path, run: Run) -> None:
+    adapter = laid(tmp_path / "a", 0.001)
+    found = run("merge", base, adapter, tmp_path / "out", "--into", "keep")
+    assert "--into 16bit" in told(found, 4)
+    assert not (tmp_path / "out").exists()
+    loose = ("--min-retained", "0", "--max-noise", "9")
+    assert run("merge", base, adapter, tmp_path / "out", "--into", "keep", *loose).code == 0
+
+
+def test_the_plan_tells_what_each_weight_is_held_in(base: Path, tmp_path: Path, run: Run) -> None:
+    adapter = laid(tmp_path / "a", 0.2)
+    assert {row[-1] for row in rows(run("plan", base, adapter))[: len(SITES)]} == {"from bnb4, Lora"}
+    assert {row[-1] for row in rows(run("plan", base, adapter, "--into", "keep"))[: len(SITES)]} == {"in bnb4, Lora"}
+    assert {one["held"] for one in parsed(run("plan", base, adapter, "--json"))["changes"]} == {"bnb4"}
+
+
+def test_options_that_mean_nothing_there_are_exit_code_2(base: Path, tmp_path: Path, run: Run) -> None:
+    adapter = laid(tmp_path / "a", 0.2)
+    assert run("merge", base, adapter, tmp_path / "out", "--base-as", "nf4").code == 2
+    assert run("merge", base, adapter, tmp_path / "out", "--into", "nf5").code == 2
+    assert run("verify", base, "--base-as", "nf4").code == 2
