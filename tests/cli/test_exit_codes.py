@@ -118,7 +118,9 @@ def test_a_refused_adapter_is_code_3(name: str, run: Run, base: Path, adapter: P
 @pytest.mark.parametrize("as_json", [(), ("--json",)])
 def test_a_plan_with_refusals_is_code_3(as_json: tuple[str, ...], run: Run, base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "wrong", factors() | {"nowhere.lora_A.weight": torch.ones(4, 6)} | _b("nowhere"))
-    assert "nowhere" in told(run("plan", base, adapter, *as_json), 3)
+    found = run("plan", base, adapter, *as_json)
+    assert "1 refused" in told(found, 3)
+    assert "nowhere" in found.out
 
 
 @pytest.mark.parametrize("as_json", [(), ("--json",)])

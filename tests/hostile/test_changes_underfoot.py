@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import surgery
-from surgery.api.files import _weighted
+from surgery.api.files import weighted
 from surgery.cli import main
 from surgery.errors import InputError
 from surgery.hosts.checkpoint import Checkpoint
@@ -141,7 +141,7 @@ def test_a_thread_that_changes_the_shard_is_always_found_out(folder: Path, chang
             changer.start()
             try:
                 options = merging.Options(pace=Pace(tile_elements=8, workers=1))
-                merging.merge_checkpoint(base, _weighted(folder / "adapter"), folder / "out", options)
+                merging.merge_checkpoint(base, weighted(folder / "adapter"), folder / "out", options)
             except InputError:
                 assert not (folder / "out").exists()
             else:
