@@ -6,6 +6,7 @@ Gathering and sharing out take all processes, in the same order.
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -33,7 +34,9 @@ def fill(values: Tensor, fresh: Tensor) -> None:
 def rest(root: nn.Module) -> None:
     """Let go of what fully_shard has gathered for a forward pass: what is written there is lost."""
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    for module in root.modules() if kind is not None else ():
+    if kind is None or not torch.distributed.is_initialized():  # without processes nothing is gathered
+        return
+    for module in root.modules():
         gathered: Any = module
         if isinstance(gathered, kind):
             gathered.reshard()

@@ -65,14 +65,14 @@ def places(root: nn.Module, prefix: str = "") -> Iterator[Place]:
     for key, module in root._modules.items():
         if module is None:
             continue
-        name = prefix + key
-        *alone, place = _unwrapped(Place(name, module, root, key))
-        yield from alone
+        place = Place(prefix + key, module, root, key)
+        if isinstance(module, Adapted):
+            *alone, place = _unwrapped(place)
+            yield from alone
         yield place
-        if not isinstance(place.module, Replaced):
-            yield from places(
-                place.module.base_layer if isinstance(place.module, Adapted) else place.module, name + "."
-            )
+        base = place.module.base_layer if isinstance(place.module, Adapted) else place.module
+        if base._modules and not isinstance(base, Replaced):
+            yield from places(base, place.name + ".")
 
 
 def _unwrapped(place: Place) -> Iterator[Place]:
