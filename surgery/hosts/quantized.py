@@ -27,9 +27,7 @@ def quantized_kinds() -> Iterator[type[nn.Module]]:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    return type(module) is not nn.Linear and isinstance(
-        module, tuple(quantized_kinds())
-    )
+    return type(module) is not nn.Linear and isinstance(module, tuple(quantized_kinds()))
 
 
 def unready(module: Any) -> str | None:
