@@ -3,15 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
+import datasets
 import torch
+import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import surgery
-
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 
 WORDS = ["<pad>", "<eos>", *(f"w{index}" for index in range(40))]
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
