@@ -13,10 +13,10 @@ from surgery.core.adapter import Adapter, Weighted
 from surgery.core.arithmetic import largest_change
 from surgery.core.survival import Survival
 from surgery.errors import FormatError, InputError, printable
+from surgery.hosts.change import Change, MergedTile
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.reading import Reading
 from surgery.hosts.shards import Written
-from surgery.hosts.views import Change, MergedTile
 from surgery.io.fingerprint import fingerprint
 from surgery.io.strict_json import read_json
 from surgery.procedures.plan import Plan, Treatment, describe

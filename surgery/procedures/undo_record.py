@@ -22,9 +22,10 @@ from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
 from surgery.core.undo import Recorder
 from surgery.errors import CheckError, FormatError, printable
+from surgery.hosts.change import Change, MergedTile
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout, layout_of
-from surgery.hosts.views import Change, MergedTile, Undo
+from surgery.hosts.unmerged import Undo
 from surgery.io.octets import octets, tensor_from
 from surgery.io.regular import file_sha256
 from surgery.io.staging import StagedFile, Staging

@@ -10,9 +10,9 @@ from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
 from surgery.core.site import RawDtype, Site, TensorInfo
 from surgery.errors import FormatError, InputError, UsageError, printable
+from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.packing import Held, model_dtype, quantization_of
-from surgery.hosts.views import Change
 from surgery.ops.linear import Conv1D, Linear
 from surgery.procedures.draft import Draft
 from surgery.procedures.op_choice import CONV1D_FAMILIES, CONV1D_NAMES, families

@@ -19,9 +19,10 @@ from surgery.core.survival import Survival
 from surgery.core.workers import default_workers, in_order
 from surgery.errors import CheckError, printable
 from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
+from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.packing import quantization_of
-from surgery.hosts.views import Change, told
+from surgery.hosts.views import told
 from surgery.io.octets import Tally
 from surgery.io.regular import file_sha256
 from surgery.io.tensor_file import TensorFile
