@@ -47,7 +47,7 @@ class PackQuantized(Codec):
         return tuple(settings["shape"])
 
     def dtype(self, settings: Settings) -> torch.dtype | None:
-        return DTYPES[settings["dtype"]]
+        return _told(settings)
 
     def spans(self, headers: Headers, settings: Settings, rows: slice) -> Mapping[str, slice]:
         per_word = _WORD // settings["num_bits"]
@@ -104,7 +104,7 @@ class IntQuantized(Codec):
         return headers["weight"][1]
 
     def dtype(self, settings: Settings) -> torch.dtype | None:
-        return DTYPES[settings["dtype"]]
+        return _told(settings)
 
     def spans(self, headers: Headers, settings: Settings, rows: slice) -> Mapping[str, slice]:  # noqa: ARG002
         return {"weight": rows} | _spans(headers, headers["weight"][1][0], rows)
@@ -206,6 +206,11 @@ def _matrix(values: Tensor) -> Tensor:
 def _spans(headers: Headers, count: int, rows: slice) -> dict[str, slice]:
     """Of scales and zero points, where each row has its own."""
     return {role: rows for role in (_SCALE, _ZERO) if role in headers and headers[role][1][:1] == (count,)}
+
+
+def _told(settings: Settings) -> torch.dtype | None:
+    """What the weight was in, by its scales; those of float32 stand beside weights of any dtype."""
+    return None if settings["dtype"] == "float32" else DTYPES[settings["dtype"]]
 
 
 def _name(dtype: torch.dtype) -> str:

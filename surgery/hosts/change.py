@@ -98,8 +98,9 @@ def _stored(step: Elementwise, op: Op, shape: tuple[int, ...]) -> Elementwise:
     return step.seen(lambda values: op.stored(values).expand(shape))
 
 
-def reads_of(changes: Mapping[str, Change], tensor: str) -> Sequence[str]:
-    change = changes.get(tensor)
+def reads_of(written: Mapping[str, Change], tensor: str) -> Sequence[str]:
+    """The tensors of the source that one of the outcome depends on; `written` are the changes by what is written."""
+    change = written.get(tensor)
     origin = None if change is None else change.origin
     return (tensor,) if change is None else () if origin is None else (origin.weight.name,)
 

@@ -36,6 +36,7 @@ class Merged:
     ) -> None:
         self.source, self.watch = source, watch
         self.changes = {change.site.name: change for change in changes}
+        self.written = {change.site.written: change for change in self.changes.values()}
         self.started = dict(started or {})  # by the weights of which some tiles are read
         self.couplings: dict[str, Couplings] = {}  # the same
         self.whole: dict[str, Tensor] = {}  # the same, where it was merged whole
@@ -45,7 +46,7 @@ class Merged:
 
     def reads(self, tensor: str) -> Sequence[str]:
         """The tensors of the source that one of the outcome depends on."""
-        return reads_of(self.changes, tensor)
+        return reads_of(self.written, tensor)
 
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """ValueRangeError where the base or the outcome is not finite."""

@@ -58,7 +58,7 @@ class Receipt:
         base_sha256 = base_fingerprint(self.base, readings)
         before = {name: digest for one in readings for name, digest in one.tensors.items()}
         after = {name: digest for one in written.values() for name, digest in one.tensors.items()}
-        changed = {one.site.weight.name: self._changed(one, before, after) for one in self.plan.changes}
+        changed = {one.site.written: self._changed(one, before, after) for one in self.plan.changes}
         named = zip(map(self.base.written_name, self.base.files), readings, strict=True)
         return {
             "format": FORMAT,
@@ -86,7 +86,7 @@ class Receipt:
 
     def _changed(self, change: Change, before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
         name = change.site.weight.name
-        hashes = {"base_sha256": self._origin_sha256(change, before), "sha256": after[name]}
+        hashes = {"base_sha256": self._origin_sha256(change, before), "sha256": after[change.site.written]}
         survived = self.survival[name].to_json() if name in self.survival else {}
         return {**describe(change), "largest_change": self.largest.get(name, 0.0).hex(), **hashes, **survived}
 

@@ -55,7 +55,7 @@ class UndoWriter:
             file.context.__exit__(kind, value, trace)
 
     def __call__(self, tile: MergedTile) -> None:
-        self.files[self.file_of[tile.change.site.weight.name]](tile)
+        self.files[self.file_of[tile.change.site.written]](tile)
 
     def close(self, part: str) -> "FileUndo":
         """What was recorded of one file, its streams on the disk."""
@@ -121,7 +121,7 @@ class FileUndo:
             self.file = self.context.enter_context(self.staging.file(f"{FOLDER}/{self.name}"))
         size = self.base.at[name][1].info.nbytes if name in self.base.at else 0
         if streams is None or sum(map(len, streams.values())) >= size:
-            for one in [name] if change.keep else self.base.holding(name):
+            for one in [change.site.written] if change.keep else self.base.holding(name):
                 self._keep(self.file, self.base.at[one][1].info)
         else:
             field: dict[str, Any] = {"file": self.name}

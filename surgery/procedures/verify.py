@@ -250,7 +250,7 @@ def _packed_pieces(base: Checkpoint, out: Checkpoint, name: str, change: Change 
         change = told(base, change)
         started = change.started()
         for rows in row_tiles(change.site.weight.shape, TILE_ELEMENTS, change.site.together):
-            yield Piece(name, partial(kept, base, out, change, started, rows))
+            yield Piece(change.site.written, partial(kept, base, out, change, started, rows))
 
 
 def _refused(info: TensorInfo, there: TensorInfo | None, change: Change | None) -> str:
