@@ -1,4 +1,4 @@
-"""README, docstrings and examples: every block runs, every command and folder that is named is there."""
+"""README, docstrings and examples: every block runs, every command, page and folder that is named is there."""
 
 import doctest
 import importlib
@@ -60,8 +60,14 @@ def test_an_option_that_the_readme_names_is_there(words: list[str]) -> None:
     assert set(re.findall(r"--[a-z0-9-]+", line)) <= there
 
 
-def test_the_map_of_the_readme_has_every_folder() -> None:
-    named = set(re.findall(r"`(?:surgery/)?([a-z]+)/`", README))
+def test_every_page_is_linked_and_every_link_leads_to_a_page() -> None:
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert set(re.findall(r"\]\((docs/[^)]+)\)", README)) == pages
+
+
+def test_the_map_of_the_code_has_every_folder() -> None:
+    map_of_code = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`(?:surgery/)?([a-z]+)/`", map_of_code))
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert folders <= named
     assert all((ROOT / name).is_dir() or (PACKAGE / name).is_dir() for name in named)

@@ -6,13 +6,15 @@ from torch import Tensor
 
 from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
+from surgery.codecs.compressed_ints import IntQuantized, PackQuantized
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.mxfp4 import Mxfp4
+from surgery.codecs.nvfp4 import Nvfp4
 from surgery.codecs.plain import Plain
 from surgery.core.codec import Codec, Packed, Settings
 from surgery.errors import FormatError
 
-CODECS: tuple[Codec, ...] = (Bnb4(), Bnb8(), Fp8Block(), Mxfp4(), Plain())
+CODECS: tuple[Codec, ...] = (Bnb4(), Bnb8(), Fp8Block(), Mxfp4(), PackQuantized(), IntQuantized(), Nvfp4(), Plain())
 # Formats by name, with the settings of fresh weights in them.
 FORMS: Mapping[str, tuple[Codec, Settings]] = {
     "nf4": (Bnb4(), {"quant_type": "nf4"}),

@@ -11,12 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from surgery.codecs.compressed_config import told_values
 from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
 from surgery.errors import ConfigError, FormatError, printable
 
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = ("weight_scale_inv", "weight_scale")  # by whichever name, it is what a code is multiplied by
 BLOCK = (128, 128)
+ZERO = "weight_zero_point"
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
@@ -28,7 +30,7 @@ class Fp8Block(Codec):
 
     name = "fp8_block"
     endings: ClassVar[Mapping[str, str]] = {
-        role: f".{role}" for role in ("weight", *SCALES, "activation_scale", "input_scale", "input_scale_ub")
+        role: f".{role}" for role in ("weight", *SCALES, "activation_scale", "input_scale", "input_scale_ub", ZERO)
     }
 
     def claims(self, headers: Headers) -> bool:
@@ -41,6 +43,8 @@ class Fp8Block(Codec):
                 f"fp8 codes {list(shape)} with scales in {str(dtype).removeprefix('torch.')}; a matrix with scales in "
                 "float32, bfloat16, float16 or bytes is wanted; this layout is not supported"
             )
+        if ZERO in headers:
+            raise FormatError(f"fp8 codes with a {ZERO}, which is not supported; dequantize it first")
         for role, (_, extents) in headers.items():
             if role not in {"weight", _role(headers)} and math.prod(extents) > shape[1]:
                 raise FormatError(f"fp8 {role} {list(extents)}; one for each input at most is wanted; is it damaged?")
@@ -133,7 +137,8 @@ def _block(shape: Shape, scales: Shape, config: Settings) -> tuple[int, int]:
         return max(rows, 1), max(columns, 1)
     if scales in {(rows,), (rows, 1)}:
         return 1, max(columns, 1)
-    told = tuple(config.get("weight_block_size") or ())
+    blocks = [config.get("weight_block_size"), *told_values(config, "block_structure", "float-quantized")]
+    told = next((tuple(one) for one in blocks if isinstance(one, list | tuple)), ())
     for height, width in [told, BLOCK] if _is_block(told) else [BLOCK]:
         if scales == (-(-rows // height), -(-columns // width)):
             return height, width

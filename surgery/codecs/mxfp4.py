@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from surgery.codecs.fp4 import E2M1, SIZES, codes_of, joined, looked_up, nearest, neighbours
 from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
 from surgery.errors import ConfigError, FormatError
 
 BLOCK = 32
-# Twice the values, for half the scale: so that 2^128, the largest scale, is a float32 too.
-_VALUES = tuple(sign * value for sign in (1.0, -1.0) for value in (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0))
+# Values are doubled and scales halved: so that 2^128, the largest scale, is a float32 too.
 _BIAS, _NO_NUMBER = 128, 255  # the byte 255 is a number all the same to transformers
 
 
@@ -47,52 +47,32 @@ class Mxfp4(Codec):
         return {"blocks": rows, "scales": rows}
 
     def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
-        table = torch.tensor(_VALUES, device=packed.tensors["blocks"].device)
-        scaled = _looked_up(packed, table).mul_(_scales(packed)).to(dtype)  # [expert, out, block, 32]
+        blocks = packed.tensors["blocks"]
+        doubled = torch.tensor(E2M1, device=blocks.device) * 2
+        scaled = looked_up(blocks, doubled).mul_(_scales(packed)).to(dtype)  # [expert, out, block, 32]
         return _as_weight(scaled)
 
     def encode(self, weight: Tensor, like: Packed) -> Packed:
-        scales, codes = _scales(like), _codes(like)
         changed = _as_blocks(differs(weight, self.decode(like, weight.dtype)))
-        codes = torch.where(changed, _nearest(_as_blocks(weight).to(torch.float64) / scales), codes)
-        return like._replace(tensors={**like.tensors, "blocks": _joined(codes)})
+        wanted = nearest(_as_blocks(weight).to(torch.float64) / _scales(like) / 2)
+        codes = torch.where(changed, wanted, codes_of(like.tensors["blocks"]))
+        return like._replace(tensors={**like.tensors, "blocks": joined(codes)})
 
     def fresh(self, weight: Tensor, settings: Settings) -> Packed:  # noqa: ARG002  # it has none
         """[expert, in, out]; each scale is the least power of two by which no value is cut."""
         if weight.dim() != 3 or weight.shape[1] % BLOCK:
             raise ConfigError(f"mxfp4: {list(weight.shape)}; [expert, in, out] with inputs in {BLOCK}s is wanted")
         blocks = _as_blocks(weight.to(torch.float64))
-        mantissa, exponent = torch.frexp(blocks.abs().amax(dim=3) / max(_VALUES))
+        mantissa, exponent = torch.frexp(blocks.abs().amax(dim=3) / (2 * SIZES[-1]))
         power = torch.where(mantissa == 0.5, exponent - 1, exponent)
         scales = (power + _BIAS).clamp(0, _NO_NUMBER - 1).to(torch.uint8)
-        codes = _nearest(blocks / _powers(scales))
-        return Packed({"blocks": _joined(codes), "scales": scales})
+        codes = nearest(blocks / _powers(scales) / 2)
+        return Packed({"blocks": joined(codes), "scales": scales})
 
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
-        values = torch.tensor(sorted({*_VALUES}), device=packed.tensors["blocks"].device)  # with one zero
-        rank = torch.searchsorted(values, _looked_up(packed, torch.tensor(_VALUES, device=values.device)))
-        steps = (values[(rank + step).clamp(0, len(values) - 1)] * _scales(packed) for step in (-1, 1))
+        steps = (neighbours(packed.tensors["blocks"], step) * 2 * _scales(packed) for step in (-1, 1))
         below, above = (_as_weight(one.to(torch.float64)) for one in steps)
         return below, above
-
-
-def _codes(packed: Packed) -> Tensor:
-    """[expert, out, block, 32], bytes."""
-    octets = packed.tensors["blocks"]
-    return torch.stack([octets & 15, octets >> 4], dim=4).flatten(3)
-
-
-def _looked_up(packed: Packed, table: Tensor) -> Tensor:
-    """[expert, out, block, 32], a float32 of `table` [16] for each code; two at a time."""
-    octets = packed.tensors["blocks"].contiguous()
-    low, high = (torch.arange(256, device=table.device) >> shift & 15 for shift in (0, 4))
-    pairs = torch.stack([table[low], table[high]], dim=1).view(torch.int64).flatten()  # [256]
-    found = pairs.index_select(0, octets.flatten().to(torch.int32)).view(torch.float32)
-    return found.view(*octets.shape[:3], BLOCK)
-
-
-def _joined(codes: Tensor) -> Tensor:
-    return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
 def _scales(packed: Packed) -> Tensor:
@@ -102,15 +82,6 @@ def _scales(packed: Packed) -> Tensor:
 def _powers(scales: Tensor) -> Tensor:
     """[expert, out, block, 1], float32."""
     return torch.exp2(scales.to(torch.float32) - _BIAS).unsqueeze(3)
-
-
-def _nearest(values: Tensor) -> Tensor:
-    """Codes of the nearest values; midway, of the smaller magnitude's where its code is even, as floats round."""
-    sizes = torch.tensor(_VALUES[:8], dtype=torch.float64, device=values.device)
-    middles = (sizes[1:] + sizes[:-1]) / 2
-    below, above = torch.bucketize(values.abs(), middles), torch.bucketize(values.abs(), middles, right=True)
-    code = torch.where(below % 2 == 0, below, above)
-    return (code + 8 * torch.signbit(values)).to(torch.uint8)
 
 
 def _as_blocks(weight: Tensor) -> Tensor:

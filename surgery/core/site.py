@@ -22,6 +22,7 @@ class RawDtype:
 
 
 Dtype = torch.dtype | RawDtype
+CODES = "codes"  # the role of the tensor that holds a weight's codes, where the outcome is written in its place
 
 
 def bits_of(dtype: Dtype) -> int:
@@ -76,6 +77,11 @@ class Site:
     @property
     def weight(self) -> TensorInfo:
         return self.tensors["weight"]
+
+    @property
+    def written(self) -> str:
+        """The tensor that its weight is written as."""
+        return self.tensors.get(CODES, self.weight).name
 
     @property
     def acting(self) -> Op:

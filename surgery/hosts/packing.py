@@ -16,7 +16,8 @@ from surgery.errors import FormatError, printable
 Load = Callable[[TensorInfo, slice | None], Tensor]  # a tensor of the files, or some rows of its first axis
 
 _HELD = {codec: tuple(codec.endings.values()) for codec in CODECS if codec.name != "plain"}
-_BESIDE = tuple({ending for codec, endings in _HELD.items() for ending in endings} - {".weight"})
+# What a tensor's name ends in that means nothing without others.
+BESIDE = tuple({ending for codec, endings in _HELD.items() for ending in endings} - {".weight"})
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def torch_dtype_of(info: TensorInfo) -> torch.dtype:
 def packings(infos: Iterable[TensorInfo], config: Mapping[str, Any], load: Load) -> dict[str, Held]:
     """By the name of the plain tensor. FormatError where the tensors of a weight contradict each other."""
     by_name = {info.name: info for info in infos}
-    marked = [name for name in by_name if name.endswith(_BESIDE)]
+    marked = [name for name in by_name if name.endswith(BESIDE)]
     found: dict[str, Held] = {}
     for codec, endings in _HELD.items():
         stems = {name.removesuffix(end) for name in marked for end in endings[1:] if name.endswith(end)}

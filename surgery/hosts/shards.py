@@ -60,7 +60,7 @@ class CheckpointSink:
             file.context.__exit__(kind, value, trace)
 
     def parts(self, sites: Iterable[Site]) -> Sequence["FilePart"]:
-        stored = {site.weight.name: site for site in sites}
+        stored = {site.written: site for site in sites}
         self.files = [FilePart(self, file, stored) for file in self.layout.files if file.name not in self.written]
         return self.files
 
@@ -85,16 +85,15 @@ class FilePart:
 
     def tiles(self, site: Site) -> Iterator[slice]:
         # What lies before the site goes first: the base is read in the order of its bytes, and hashed so.
-        while self.order[self.done] != site.weight.name:
+        while self.order[self.done] != site.written:
             self._carry(self.order[self.done])
         yield from row_tiles(site.laid(site.weight).shape, self.sink.tile_elements, site.together)
 
     def store(self, site: Site, packed: Packed, rows: slice) -> None:
-        name, values = site.weight.name, packed.tensors["weight"].contiguous()
-        self._write(octets(values))
+        self._write(octets(packed.tensors["weight"].contiguous()))
         shape = site.laid(site.weight).shape
         if not shape or rows.stop >= shape[0]:
-            self._end(name)
+            self._end(site.written)
 
     def close(self) -> None:
         """Carry what is left, and give the file its name."""

@@ -1,85 +1,23 @@
-"""Merged and Unmerged: a host as it reads with adapters laid over it, or taken off again."""
+"""Merged: a host as it reads with adapters laid over it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from surgery.codecs import codec_of
-from surgery.core.adapter import Layer, Started
-from surgery.core.arithmetic import ExactProduct, all_finite, round_once
+from surgery.core.adapter import Started
+from surgery.core.arithmetic import all_finite, round_once
 from surgery.core.as_peft import PeftMerge
 from surgery.core.codec import Packed
 from surgery.core.method import Dense, Elementwise
-from surgery.core.op import Op
 from surgery.core.site import Site
 from surgery.core.source import Source
-from surgery.core.survival import Survival
-from surgery.core.undo import Restorer, accumulate
+from surgery.core.undo import accumulate
 from surgery.errors import ValueRangeError, printable
+from surgery.hosts.change import Change, MergedTile, Watch, elementwise, ends, reads_of
 from surgery.hosts.couplings import Couplings, coupled
-
-
-@dataclass(frozen=True)
-class Change:
-    """What becomes of one weight: it begins as it is, or as another, and layers are laid over it in their order.
-
-    What is not held plainly is decoded to the dtype of its site first.
-    """
-
-    site: Site
-    dtype: torch.dtype  # of the outcome
-    layers: tuple[Layer, ...] = ()
-    saved: Tensor | None = None  # what it begins as instead
-    begins: Site | None = None  # the weight of the host that it begins as instead
-    new: bool = False  # the host has no weight of this name and shape
-    held: str = ""  # the codec by which the host holds the weight, where that is not plain
-    through: str = ""  # the form that the host's plain weight was held in while its layers were trained
-    keep: bool = False  # by that codec and its scales the outcome is held too; `dtype` is then not its own
-    as_peft: PeftMerge | None = None  # how the layers are merged, where that is not exactly
-
-    @property
-    def origin(self) -> Site | None:
-        """The host's weight that the outcome is compared with; None if there is none."""
-        return self.begins or (None if self.new else self.site)
-
-    def started(self) -> Started:
-        """Its layers with their tensors in memory, as matrices, and what the tiles of the weight share."""
-        held = (one._replace(params=one.method.matrices(dict(one.params), self.site)) for one in self.layers)
-        return tuple((one, ExactProduct()) for one in held)
-
-
-class MergedTile(NamedTuple):
-    """Some rows of a weight as they were and as they became."""
-
-    change: Change
-    rows: slice  # of the stored weight
-    original: Tensor | None  # None where the host has no weight of this shape
-    merged: Tensor
-    steps: Sequence[Elementwise] | None  # None where no chain of elementwise steps leads from one to the other
-    laid: Tensor | None = None  # what was wanted, in float64, where the outcome's format cannot hold all of it
-
-    @property
-    def survival(self) -> Survival | None:
-        """What is left of the change, where that is not all."""
-        if self.laid is None or self.original is None:
-            return None
-        return Survival.of(self.original, self.laid, self.merged)
-
-    @property
-    def first(self) -> bool:
-        """Is it the weight's first tile?"""
-        return bool(self.rows.start == 0)
-
-    @property
-    def last(self) -> bool:
-        """Is it the weight's last tile?"""
-        return _last(self.change.site, self.rows)
-
-
-Watch = Callable[[MergedTile], None]  # sees each tile of a merge, in order
 
 
 class Merged:
@@ -98,6 +36,7 @@ class Merged:
     ) -> None:
         self.source, self.watch = source, watch
         self.changes = {change.site.name: change for change in changes}
+        self.written = {change.site.written: change for change in self.changes.values()}
         self.started = dict(started or {})  # by the weights of which some tiles are read
         self.couplings: dict[str, Couplings] = {}  # the same
         self.whole: dict[str, Tensor] = {}  # the same, where it was merged whole
@@ -107,7 +46,7 @@ class Merged:
 
     def reads(self, tensor: str) -> Sequence[str]:
         """The tensors of the source that one of the outcome depends on."""
-        return _reads(self.changes, tensor)
+        return reads_of(self.written, tensor)
 
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """ValueRangeError where the base or the outcome is not finite."""
@@ -152,7 +91,7 @@ class Merged:
         started = self.started[name]
         if coupled(change.layers):
             change, started = self._told(change, rows, started)
-        if _last(change.site, rows):
+        if ends(change.site, rows):
             del self.started[name]
             self.couplings.pop(name, None)
         return change, started
@@ -163,7 +102,7 @@ class Merged:
         if name not in self.whole:
             begin = _opened(self.source, change, change.site.rows(None))[1].tensors["weight"]
             self.whole[name] = merge(begin, change.layers, change.site).to(change.dtype)
-        whole = self.whole.pop(name) if _last(change.site, rows) else self.whole[name]
+        whole = self.whole.pop(name) if ends(change.site, rows) else self.whole[name]
         return Packed({"weight": whole[rows]})
 
     def _told(self, change: Change, rows: slice, started: Started) -> tuple[Change, Started]:
@@ -177,75 +116,6 @@ class Merged:
             raise ValueRangeError(f"{printable(change.site.name)}: {error}") from error
         layers = [one._replace(sums=found.sums) for one, (found, _) in zip(change.layers, started, strict=True)]
         return replace(change, layers=tuple(layers)), started
-
-
-@dataclass(frozen=True)
-class Undo:
-    """What one weight needs to come back: index streams by bits each, or the original itself."""
-
-    dtype: torch.dtype
-    streams: Mapping[int, bytes] | None = None
-    kept: Tensor | None = None
-
-
-class Unmerged:
-    """The weights of `source`, a merged host, as they were before `changes`; each is read once, in order."""
-
-    def __init__(self, source: Source, changes: Iterable[Change], undo: Callable[[Change], Undo]) -> None:
-        self.source, self.undo = source, undo
-        self.changes = {change.site.name: change for change in changes}
-        self.begun: dict[str, tuple[Undo, Restorer, Started]] = {}  # where some tiles are read
-
-    def sites(self) -> Iterable[Site]:
-        return [change.site for change in self.changes.values()]
-
-    def reads(self, tensor: str) -> Sequence[str]:
-        """The tensors of the source that one of the outcome depends on."""
-        return _reads(self.changes, tensor)
-
-    def load(self, site: Site, rows: slice | None = None) -> Packed:
-        """CheckError where the record does not fit the merged weight."""
-        change, rows = self.changes[site.name], site.rows(rows)
-        merged = None if change.new else self.source.load(site, rows).tensors["weight"]
-        if site.name not in self.begun:
-            undo = self.undo(change)
-            self.begun[site.name] = undo, Restorer(undo.streams or {}), change.started()
-        undo, restorer, started = self.begun[site.name]
-        if _last(site, rows):
-            del self.begun[site.name]
-        if undo.kept is not None:
-            return Packed({"weight": undo.kept[rows if site.weight.shape else ...]})
-        steps = elementwise(change, rows, started)
-        assert merged is not None
-        assert steps is not None  # what has no steps is kept
-        return Packed({"weight": restorer.restore(merged, steps, undo.dtype)})
-
-
-def _reads(changes: Mapping[str, Change], tensor: str) -> Sequence[str]:
-    change = changes.get(tensor)
-    origin = None if change is None else change.origin
-    return (tensor,) if change is None else () if origin is None else (origin.weight.name,)
-
-
-def elementwise(change: Change, rows: slice, started: Started | None = None) -> list[Elementwise] | None:
-    """The layers as steps over `rows` of the stored weight; None if one of them is not elementwise."""
-    steps = []
-    shape = change.site.laid(change.site.weight).rows(rows).shape
-    for layer, product in started or change.started():
-        op = change.site.acting
-        try:
-            step = layer.method.steps(layer.told, op.tile(rows), product)
-        except ValueRangeError as error:
-            raise ValueRangeError(f"{printable(change.site.name)}: {error}") from error
-        if step is None:
-            return None
-        steps.append(_stored(step, op, shape))
-    return steps
-
-
-def _stored(step: Elementwise, op: Op, shape: tuple[int, ...]) -> Elementwise:
-    """A step of a tile of the matrix, for the same tile as it is stored."""
-    return step.seen(lambda values: op.stored(values).expand(shape))
 
 
 def told(source: Source, change: Change) -> Change:
@@ -280,12 +150,6 @@ def _begin(change: Change, original: Packed | None, rows: slice) -> Packed:
         return original
     shape = change.site.laid(change.site.weight).shape
     return Packed({"weight": change.saved.view(shape)[rows if shape else ...]})
-
-
-def _last(site: Site, rows: slice) -> bool:
-    """Do `rows` end the weight?"""
-    shape = site.laid(site.weight).shape
-    return not shape or bool(rows.stop >= shape[0])
 
 
 def _lay(change: Change, rows: slice, weight: Tensor, started: Started) -> tuple[Tensor, list[Elementwise] | None]:

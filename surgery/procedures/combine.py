@@ -1,7 +1,7 @@
 """combine: several LoRA adapters as one adapter folder in PEFT's format, and how far it is from their exact sum."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes
+from surgery.adapters.peft import CONFIG
+from surgery.adapters.spill import Spill
 from surgery.core.adapter import Weighted
 from surgery.errors import InputError, ShapeError, UsageError, ValueRangeError, printable
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
@@ -46,24 +47,31 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
     refuse_overlap(out, [Path(one.adapter.where) for one in given])
     configs = [_lora(one) for one in given]
     ops = _united(given, "the op of", lambda one: one.adapter.ops, lambda op: op)
-    tensors: dict[str, Tensor] = dict(_united(given, "the saved", lambda one: one.adapter.saved, _content))
+    saved = _united(given, "the saved", lambda one: one.adapter.saved, _content)
     copies = _united(given, "the copy of", lambda one: one.adapter.copies, _content)
     trained_on = _united(given, "the base's", lambda one: one.adapter.trained_on, lambda told: told)
-    sites, draws = {}, recipe.draws()
-    for name in sorted({name for one in given for name in one.adapter.sites}):
-        made, sites[name] = _at(name, given, recipe, draws)
-        prefix, suffix = ("lora_embedding_", "") if ops.get(name) == "embedding" else ("lora_", ".weight")
-        tensors |= {f"{name}.{prefix}A{suffix}": made.A, f"{name}.{prefix}B{suffix}": made.B}
-    for name, values in copies.items():
-        site = name.removesuffix(".weight")
-        tensors[f"{site}.base_layer.weight" if site in sites else name] = values
-    config = _config(configs, {name: one.r for name, one in sites.items()})
-    with Staging(out, overwrite=overwrite) as staging:
-        staging.write(TENSORS, adapter_bytes(tensors))
+    sites: dict[str, Fidelity] = {}
+    with Staging(out, overwrite=overwrite) as staging, Spill(staging) as spill:
+        draws = recipe.draws()
+        for name in sorted({name for one in given for name in one.adapter.sites}):
+            made, sites[name] = _at(name, given, recipe, draws)
+            prefix, suffix = ("lora_embedding_", "") if ops.get(name) == "embedding" else ("lora_", ".weight")
+            spill.add(f"{name}.{prefix}A{suffix}", made.A)
+            spill.add(f"{name}.{prefix}B{suffix}", made.B)
+        for name, values in (saved | _placed(copies, sites)).items():
+            spill.add(name, values)
+        config = _config(configs, {name: one.r for name, one in sites.items()})
+        spill.write()
         if trained_on:
             staging.write(BASE_PRINT, base_print_bytes(trained_on))
         staging.write(CONFIG, json_bytes(config.to_json()))
     return CombineReport(out, recipe.method, sites)
+
+
+def _placed(copies: Mapping[str, Tensor], sites: Container[str]) -> dict[str, Tensor]:
+    """Copies of the base's own weights, as they are named under a layer that is adapted, or beside."""
+    sited = {name: name.removesuffix(".weight") for name in copies}
+    return {f"{sited[name]}.base_layer.weight" if sited[name] in sites else name: copies[name] for name in copies}
 
 
 def _lora(one: Weighted) -> LoraConfig:

@@ -12,8 +12,9 @@ from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
 from surgery.core.names import Prefix, suffix_hits
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import ConfigError, FormatError, InputError, MatchError, UsageError, printable
+from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.views import Change, plainly
+from surgery.hosts.views import plainly
 from surgery.io.header import DTYPES
 from surgery.procedures.join import Joined, Whole
 from surgery.procedures.true_config import Outcome

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import permutations
 from typing import NamedTuple
@@ -12,7 +12,6 @@ from torch import Tensor
 from surgery.adapters.peft import check_shapes
 from surgery.core.adapter import Adapter, Stored, shape_of
 from surgery.core.method import Params
-from surgery.core.name_map import Part, Stack
 from surgery.core.names import Prefix, in_base, prefix_between
 from surgery.core.op import Op
 from surgery.core.select import Number, pattern_value
@@ -23,50 +22,11 @@ from surgery.methods.lora import LoraConfig
 from surgery.methods.stacks import by_expert
 from surgery.ops.experts import Experts, parameter_op
 from surgery.procedures.parameters import assigned, module_of, targeted
+from surgery.procedures.pieces import Pieces
 
 KEPT = 8  # tensors of an adapter at a time that are read once for all their experts
 _ORDER = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
 """In which transformers' modules hold these, whichever they have."""
-
-
-@dataclass
-class Pieces:
-    """What files hold of a stack, by expert and place."""
-
-    stack: Stack
-    held: dict[tuple[int, int], TensorInfo] = field(default_factory=dict)
-
-    @property
-    def experts(self) -> int:
-        return 1 + max(expert for expert, _ in self.held)
-
-    def rows(self) -> Iterator[tuple[int, slice, TensorInfo]]:
-        """Of each expert the pieces, and which of its rows each is."""
-        for expert in range(self.experts):
-            at = 0
-            for place in range(len(self.stack.parts)):
-                info = self.held[expert, place]
-                yield expert, slice(at, at + info.shape[0]), info
-                at += info.shape[0]
-
-    def whole(self, name: str) -> TensorInfo:
-        """The parameter in memory. MatchError where the pieces do not make one."""
-        places = range(len(self.stack.parts))
-        first = [self.held.get((0, place)) for place in places]
-        for expert in range(self.experts):
-            for place in places:
-                one, like = self.held.get((expert, place)), first[place]
-                if one is None or like is None or (one.shape, one.dtype) != (like.shape, like.dtype):
-                    found = "is missing" if one is None else f"is {list(one.shape)} in {one.dtype}"
-                    raise MatchError(
-                        f"{printable(name)}: {printable(self.stack.parts[place])} of expert {expert} {found}; one of "
-                        "each expert, all alike, is wanted; the base is damaged"
-                    )
-        shapes = [one.shape for one in first if one is not None]
-        if {len(shape) for shape in shapes} != {2} or len({shape[1] for shape in shapes}) != 1:
-            raise MatchError(f"{printable(name)}: its pieces are {shapes}; matrices of as many columns are wanted")
-        rows = sum(shape[0] for shape in shapes)
-        return TensorInfo(name, self.held[0, 0].dtype, (self.experts, rows, shapes[0][1]))
 
 
 class Laid(NamedTuple):
@@ -99,7 +59,7 @@ class _Laying:
             if part is None:
                 self.single[name] = info
             else:
-                self._add(part, info)
+                self.pieces.setdefault(part.whole, Pieces(part.stack)).add(part, info)
             owner, _, own = (name if part is None else part.whole).rpartition(".")
             self.modules.setdefault(owner, {})[own] = None
         known = {*self.modules, *(site.name for site in base.sites()), *self.single}
@@ -138,15 +98,6 @@ class _Laying:
                 "which that is a part; one of the two is wanted; was it put together from two adapters?"
             )
         sites[name] = params
-
-    def _add(self, part: Part, info: TensorInfo) -> None:
-        pieces = self.pieces.setdefault(part.whole, Pieces(part.stack))
-        if pieces.stack != part.stack or (part.expert, part.place) in pieces.held:
-            raise MatchError(
-                f"{printable(info.name)}: another tensor is the same part of {printable(part.whole)}; one is wanted; "
-                "the base is damaged"
-            )
-        pieces.held[part.expert, part.place] = info
 
     def _already(self, name: str) -> str | None:
         """Is a site named as a parameter is in memory?"""

@@ -1,21 +1,20 @@
 """extract: what a tuned checkpoint has over its base, as a LoRA adapter of low rank, site by site."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes
+from surgery.adapters.peft import CONFIG
+from surgery.adapters.spill import Spill
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.arithmetic import all_finite
 from surgery.core.names import nearest, suffix_hits
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
-from surgery.core.source import TILE_ELEMENTS, row_tiles
-from surgery.errors import FormatError, InputError, MatchError, ShapeError, UsageError, ValueRangeError, printable
+from surgery.errors import InputError, MatchError, UsageError, ValueRangeError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.staging import Staging, refuse_overlap
@@ -27,6 +26,7 @@ from surgery.procedures.fidelity import Fidelity, FidelityReport
 from surgery.procedures.low_rank import Truncation, low_rank, residual_norm
 from surgery.procedures.op_choice import layout_by_name
 from surgery.procedures.ranked_config import ranked_config
+from surgery.procedures.tuning import changed_modules, check_alike, is_own, of_module, whole
 from surgery.procedures.tying import is_embedding, tying_of
 
 Rest = Literal["refuse", "save", "drop"]
@@ -90,79 +90,41 @@ def extract(
     InputError for checkpoints of other names or shapes, and for changes that no LoRA stands for.
     """
     refuse_overlap(out, [base.path, tuned.path])
-    _check_alike(base, tuned)
+    check_alike(base, tuned)
     readings = base.hash_reads()
     found = _sorted_out(base, tuned, extraction)
     _check_rest(base, found, extraction)
-    tensors, sites, ops = _factors(base, tuned, found, extraction)
+    ops = {name: _op(base, name, info, extraction.ops) for name, info in found.sites.items()}
     saved = sorted(found.rest) if extraction.rest == "save" else []
-    for module in saved:
-        tensors |= {info.name: _whole(tuned, info) for info in _of_module(tuned, module)}
-    config = ranked_config(
-        {name: one.r for name, one in sites.items()},
-        modules_to_save=saved or None,
-        fan_in_fan_out="conv1d" in ops,
-        base_model_name_or_path=base.hub_id or str(base.path),
-        revision=base.commit,
-    )
-    digests = {info.name: readings[base.file_of(info.name)].tensors[info.name] for info in found.sites.values()}
-    base.check_unchanged()
-    tuned.check_unchanged()
-    with Staging(out, overwrite=overwrite) as staging:
-        staging.write(TENSORS, adapter_bytes(tensors))
-        staging.write(
-            BASE_PRINT, base_print_bytes({one.name: (one, digests[one.name]) for one in found.sites.values()})
+    sites: dict[str, Fidelity] = {}
+    with Staging(out, overwrite=overwrite) as staging, Spill(staging) as spill:
+        for name, info in found.sites.items():
+            made, sites[name] = _at(base, tuned, info, ops[name], extraction.truncation)
+            specs = Lora(scaling=1.0, r=sites[name].r).tensors(Site(name, {"weight": info}, ops[name]))
+            for role, spec in specs.items():
+                spill.add(f"{name}.{spec.spelling}", made[role])
+        for info in (info for module in saved for info in of_module(tuned, module)):
+            spill.add(info.name, whole(tuned, info))
+        base.check_unchanged()
+        tuned.check_unchanged()
+        spill.write()
+        digests = {info.name: readings[base.file_of(info.name)].tensors[info.name] for info in found.sites.values()}
+        hashed = {info.name: (info, digests[info.name]) for info in found.sites.values()}
+        staging.write(BASE_PRINT, base_print_bytes(hashed))
+        config = ranked_config(
+            {name: one.r for name, one in sites.items()},
+            modules_to_save=saved or None,
+            fan_in_fan_out=any(op.name == "conv1d" for op in ops.values()),
+            base_model_name_or_path=base.hub_id or str(base.path),
+            revision=base.commit,
         )
         staging.write(CONFIG, json_bytes(config.to_json()))
     return ExtractReport(out, "low rank", sites, saved, sorted(found.rest) if extraction.rest == "drop" else [])
 
 
-def _factors(
-    base: Checkpoint, tuned: Checkpoint, found: _Sorted, extraction: Extraction
-) -> tuple[dict[str, Tensor], Mapping[str, Fidelity], set[str]]:
-    """The factors of all sites as PEFT names them, how near each comes, and the ops that there are."""
-    ops = {name: _op(base, name, info, extraction.ops) for name, info in found.sites.items()}
-    tensors: dict[str, Tensor] = {}
-    sites = {}
-    for name, info in found.sites.items():
-        made, sites[name] = _at(base, tuned, info, ops[name], extraction.truncation)
-        specs = Lora(scaling=1.0, r=sites[name].r).tensors(Site(name, {"weight": info}, ops[name]))
-        tensors |= {f"{name}.{spec.spelling}": made[role] for role, spec in specs.items()}
-    return tensors, sites, {op.name for op in ops.values()}
-
-
-def _check_alike(base: Checkpoint, tuned: Checkpoint) -> None:
-    """MatchError for names that only one has, ShapeError for another shape, FormatError for quantized weights."""
-    for one in (base, tuned):
-        for name in one.packed:
-            raise FormatError(
-                f"{printable(one.path)}: {printable(name)} is quantized; plain weights are wanted; "
-                "extract from checkpoints in 16 or 32 bits"
-            )
-    for name in sorted(base.at.keys() ^ tuned.at.keys()):
-        here, other = (base, tuned) if name in base.at else (tuned, base)
-        near = ", ".join(map(printable, nearest(name, other.at)))
-        raise MatchError(
-            f"{printable(other.path)}: it has no {printable(name)}, as {printable(here.path)} has; checkpoints of the "
-            f"same names are wanted; nearest are {near}"
-        )
-    for info in base.tensors():
-        there = tuned.at[info.name][1].info
-        if there.shape != info.shape:
-            raise ShapeError(
-                f"{printable(tuned.path)}: {printable(info.name)} is {list(there.shape)}, {list(info.shape)} in the "
-                "base; equal shapes are wanted; a resized vocabulary cannot be extracted"
-            )
-
-
 def _sorted_out(base: Checkpoint, tuned: Checkpoint, extraction: Extraction) -> _Sorted:
     """InputError where nothing changed, UsageError for a target that hits no change."""
-    changed = [info for info in base.tensors() if _changed(base, tuned, info)]
-    if not changed:
-        raise InputError(f"{printable(tuned.path)}: every tensor is as in the base; nothing can be extracted")
-    modules: dict[str, list[TensorInfo]] = {}
-    for info in changed:
-        modules.setdefault(info.name.rpartition(".")[0], []).append(info)
+    modules = changed_modules(base, tuned)
     for target in extraction.targets or ():
         if not any(suffix_hits([target], module) for module in modules):
             near = ", ".join(map(printable, nearest(target, modules)))
@@ -170,22 +132,11 @@ def _sorted_out(base: Checkpoint, tuned: Checkpoint, extraction: Extraction) -> 
     sites = {
         module: infos[0]
         for module, infos in modules.items()
-        if extraction.takes(module) and len(infos) == 1 and _has_matrix(infos[0]) and _is_own(base, infos[0].name)
+        if extraction.takes(module) and len(infos) == 1 and _has_matrix(infos[0]) and is_own(base, infos[0].name)
     }
     if not sites:
         raise InputError(f"{printable(tuned.path)}: no matrix changed that is to be taken; a LoRA needs one")
     return _Sorted(sites, [module for module in modules if module not in sites])
-
-
-def _changed(base: Checkpoint, tuned: Checkpoint, info: TensorInfo) -> bool:
-    there = tuned.at[info.name][1].info
-    if {info.dtype, there.dtype} <= set(PLAIN_DTYPES):
-        # All rows are read, so that the base's are hashed.
-        tiles = row_tiles(info.shape, TILE_ELEMENTS)
-        equal = [torch.equal(_rows(base, info, one).double(), _rows(tuned, there, one).double()) for one in tiles]
-        return not all(equal)
-    pairs = zip(base.read(info.name), tuned.read(info.name), strict=False)
-    return info.dtype != there.dtype or any(one != other for one, other in pairs)
 
 
 def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction) -> None:
@@ -203,7 +154,7 @@ def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction) -> Non
             "stands for it in the model's own modules; save it whole with --rest save, or leave it out with --rest drop"
         )
     for module in found.rest if extraction.rest == "save" else ():
-        if not all(_is_own(base, info.name) for info in _of_module(base, module)):
+        if not all(is_own(base, info.name) for info in of_module(base, module)):
             raise MatchError(
                 f"{printable(module)}: it changed, and the model in memory calls it otherwise, or holds it in a stack; "
                 "no adapter has a place for it; leave it out with --rest drop"
@@ -230,12 +181,6 @@ _EMBEDDINGS = frozenset({"wpe", "position_embeddings", "token_type_embeddings"})
 _UNSURE = frozenset({"embed", "embedding", "embeddings", "bias"})  # words in names of embeddings, and of linear maps
 
 
-def _is_own(base: Checkpoint, name: str) -> bool:
-    """Does the model in memory call it so too? An adapter's names are those of its modules."""
-    names = base.names()
-    return names.rename(name) == name and names.part(name) is None
-
-
 def _has_matrix(info: TensorInfo) -> bool:
     return info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype in PLAIN_DTYPES
 
@@ -244,7 +189,7 @@ def _at(
     base: Checkpoint, tuned: Checkpoint, info: TensorInfo, op: Op, truncation: Truncation
 ) -> tuple[Mapping[str, Tensor], Fidelity]:
     """One site: its float32 factors by role, and their error against the change in float64."""
-    before, after = _whole(base, info), _whole(tuned, tuned.at[info.name][1].info)
+    before, after = whole(base, info), whole(tuned, tuned.at[info.name][1].info)
     for where, values in ((base, before), (tuned, after)):
         if not all_finite(values):
             raise ValueRangeError(
@@ -254,15 +199,3 @@ def _at(
     made = low_rank(delta, truncation)
     fidelity = Fidelity(len(made.A), float(delta.norm()), residual_norm(delta, made))
     return {"A": made.A, "B": made.B}, fidelity
-
-
-def _whole(source: Checkpoint, info: TensorInfo) -> Tensor:
-    return _rows(source, info, None)
-
-
-def _rows(source: Checkpoint, info: TensorInfo, rows: slice | None) -> Tensor:
-    return source.load(Site(info.name, {"weight": info}), rows).tensors["weight"]
-
-
-def _of_module(source: Checkpoint, module: str) -> Iterable[TensorInfo]:
-    return [info for info in source.tensors() if info.name.rpartition(".")[0] == module]

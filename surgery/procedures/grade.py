@@ -19,8 +19,9 @@ from surgery.core.method import Elementwise
 from surgery.core.source import Source
 from surgery.core.survival import Survival
 from surgery.errors import ValueRangeError
+from surgery.hosts.change import Change, MergedTile, elementwise
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.views import Change, Merged, MergedTile, elementwise
+from surgery.hosts.views import Merged
 from surgery.procedures.spans import read_span
 
 GRADES = ("bits", "rounding", "untouched", "recorded", "different")

@@ -13,10 +13,12 @@ from surgery.core.sharded import is_sharded, rest, whole
 from surgery.core.source import copy
 from surgery.core.undo import Recorder
 from surgery.errors import MatchError, StateError, printable
+from surgery.hosts.change import Change, MergedTile
 from surgery.hosts.model import LiveWeights, live_site
 from surgery.hosts.quantized import is_quantized
 from surgery.hosts.tree import adapted_layers, state_of
-from surgery.hosts.views import Change, Merged, MergedTile, Undo, Unmerged
+from surgery.hosts.unmerged import Undo, Unmerged
+from surgery.hosts.views import Merged
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
 from surgery.ops.bias import Bias, bias_site

@@ -11,11 +11,12 @@ from typing import Any
 from surgery.core.adapter import Weighted
 from surgery.core.survival import Survival
 from surgery.errors import CheckError, EnvironmentFault, InputError, UsageError, printable
+from surgery.hosts.change import MergedTile
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.layout import Layout, layout_like
 from surgery.hosts.reading import Reading
 from surgery.hosts.shards import FilePart
-from surgery.hosts.views import Merged, MergedTile
+from surgery.hosts.views import Merged
 from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.regular import file_sha256
 from surgery.io.staging import Staging, refuse_overlap

@@ -15,9 +15,9 @@ from surgery.core.select import matched_by, unmatched
 from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source
 from surgery.errors import ConfigError, InputError, UsageError, printable
+from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.through import Through
-from surgery.hosts.views import Change
 from surgery.methods.lora import TWICE
 from surgery.ops.linear import LAYOUTS
 from surgery.procedures.draft import Draft

@@ -13,10 +13,10 @@ from surgery.core.adapter import Adapter, Weighted
 from surgery.core.arithmetic import largest_change
 from surgery.core.survival import Survival
 from surgery.errors import FormatError, InputError, printable
+from surgery.hosts.change import Change, MergedTile
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.reading import Reading
 from surgery.hosts.shards import Written
-from surgery.hosts.views import Change, MergedTile
 from surgery.io.fingerprint import fingerprint
 from surgery.io.strict_json import read_json
 from surgery.procedures.plan import Plan, Treatment, describe
@@ -58,7 +58,7 @@ class Receipt:
         base_sha256 = base_fingerprint(self.base, readings)
         before = {name: digest for one in readings for name, digest in one.tensors.items()}
         after = {name: digest for one in written.values() for name, digest in one.tensors.items()}
-        changed = {one.site.weight.name: self._changed(one, before, after) for one in self.plan.changes}
+        changed = {one.site.written: self._changed(one, before, after) for one in self.plan.changes}
         named = zip(map(self.base.written_name, self.base.files), readings, strict=True)
         return {
             "format": FORMAT,
@@ -86,7 +86,7 @@ class Receipt:
 
     def _changed(self, change: Change, before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
         name = change.site.weight.name
-        hashes = {"base_sha256": self._origin_sha256(change, before), "sha256": after[name]}
+        hashes = {"base_sha256": self._origin_sha256(change, before), "sha256": after[change.site.written]}
         survived = self.survival[name].to_json() if name in self.survival else {}
         return {**describe(change), "largest_change": self.largest.get(name, 0.0).hex(), **hashes, **survived}
 

@@ -22,9 +22,10 @@ from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
 from surgery.core.undo import Recorder
 from surgery.errors import CheckError, FormatError, printable
+from surgery.hosts.change import Change, MergedTile
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout, layout_of
-from surgery.hosts.views import Change, MergedTile, Undo
+from surgery.hosts.unmerged import Undo
 from surgery.io.octets import octets, tensor_from
 from surgery.io.regular import file_sha256
 from surgery.io.staging import StagedFile, Staging
@@ -54,7 +55,7 @@ class UndoWriter:
             file.context.__exit__(kind, value, trace)
 
     def __call__(self, tile: MergedTile) -> None:
-        self.files[self.file_of[tile.change.site.weight.name]](tile)
+        self.files[self.file_of[tile.change.site.written]](tile)
 
     def close(self, part: str) -> "FileUndo":
         """What was recorded of one file, its streams on the disk."""
@@ -120,7 +121,7 @@ class FileUndo:
             self.file = self.context.enter_context(self.staging.file(f"{FOLDER}/{self.name}"))
         size = self.base.at[name][1].info.nbytes if name in self.base.at else 0
         if streams is None or sum(map(len, streams.values())) >= size:
-            for one in [name] if change.keep else self.base.holding(name):
+            for one in [change.site.written] if change.keep else self.base.holding(name):
                 self._keep(self.file, self.base.at[one][1].info)
         else:
             field: dict[str, Any] = {"file": self.name}

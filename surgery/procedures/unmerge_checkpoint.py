@@ -9,7 +9,7 @@ from typing import Any
 from surgery.errors import CheckError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.shards import FilePart
-from surgery.hosts.views import Unmerged
+from surgery.hosts.unmerged import Unmerged
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
 from surgery.procedures.filling import Pace, fill

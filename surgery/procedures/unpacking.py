@@ -8,25 +8,17 @@ import torch
 
 from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
-from surgery.core.site import RawDtype, Site, TensorInfo
+from surgery.codecs.methods import refuse_unread
+from surgery.core.site import CODES, RawDtype, Site, TensorInfo
 from surgery.errors import FormatError, InputError, UsageError, printable
+from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.packing import Held, model_dtype, quantization_of
-from surgery.hosts.views import Change
+from surgery.hosts.packing import BESIDE, Held, model_dtype, quantization_of
 from surgery.ops.linear import Conv1D, Linear
 from surgery.procedures.draft import Draft
 from surgery.procedures.op_choice import CONV1D_FAMILIES, CONV1D_NAMES, families
 from surgery.procedures.tying import vocabulary
 
-# What config.json calls the formats that are read, and what to do about others.
-METHODS = frozenset({"bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4"})
-_OTHERS = {
-    "gptq": "merge into the base that it was quantized from, and quantize that anew with GPTQModel",
-    "awq": "merge into the base that it was quantized from, and quantize that anew with llm-compressor",
-    "hqq": "merge into the base that it was quantized from, and quantize that anew with hqq",
-    "compressed-tensors": "load it with transformers and run_compressed=False, and save it plainly",
-    "torchao": "load it with transformers, dequantize() it, and save it plainly",
-}
 _CODES = frozenset({torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2})
 
 
@@ -63,7 +55,7 @@ def keep(draft: Draft, dtype: torch.dtype | None) -> None:
         raise UsageError("into keep: weights keep the dtypes that they have; leave dtype and compute_dtype out")
     for name in [name for name in draft.changes if name in draft.base.packed]:
         change, held = draft.changes[name], draft.base.packed[name]
-        if change.saved is not None or held.first.name != name:
+        if change.saved is not None or change.site.acting.stack:
             what = "replaced by the adapter" if change.saved is not None else f"held as {held.codec.name}"
             draft.refusals.append(
                 FormatError(f"{printable(name)}: {what}, which cannot keep its format; merge into 16bit instead")
@@ -71,7 +63,8 @@ def keep(draft: Draft, dtype: torch.dtype | None) -> None:
             continue
         together = held.codec.step(held.headers, held.settings)
         weight = change.site.weight._replace(dtype=torch.float32)  # what its codes and scales are multiplied in
-        site = replace(change.site, tensors={**change.site.tensors, "weight": weight}, together=together)
+        tensors = {**change.site.tensors, "weight": weight, CODES: held.first}
+        site = replace(change.site, tensors=tensors, together=together)
         draft.changes[name] = replace(change, site=site, dtype=torch.float32, held=held.codec.name, keep=True)
 
 
@@ -105,8 +98,11 @@ def pass_through(draft: Draft, form: str, dtype: torch.dtype | None) -> None:
 def _known(draft: Draft) -> bool:
     """Whether the base is held in formats that are read; if not, it is refused."""
     told, base = quantization_of(draft.base.config), draft.base
-    if told and told.get("quant_method") not in METHODS:
-        draft.refusals.insert(0, _unknown(base, told.get("quant_method")))
+    try:
+        if told:
+            refuse_unread(told)
+    except FormatError as error:
+        draft.refusals.insert(0, FormatError(f"{printable(base.path)}: {error}"))
         return False
     draft.refusals += _refusals(base)
     return True
@@ -137,23 +133,14 @@ def _refusals(base: Checkpoint) -> Iterator[InputError]:
             )
     if base.packed or quantization_of(base.config):
         for info in base.weights():
-            if isinstance(info.dtype, RawDtype) or info.dtype in _CODES:
+            if isinstance(info.dtype, RawDtype) or info.dtype in _CODES or info.name.endswith(BESIDE):
                 yield _unclaimed(info)
 
 
 def _unclaimed(info: TensorInfo) -> FormatError:
     return FormatError(
-        f"{printable(info.name)}: {_word(info.dtype)} {list(info.shape)}, and no scales beside it that tell what it "
-        "means; a base whose quantized weights are all known is wanted; dequantize it first"
-    )
-
-
-def _unknown(base: Checkpoint, method: object) -> FormatError:
-    step = _OTHERS.get(str(method), "dequantize it first")
-    known = ", ".join(sorted(METHODS))
-    return FormatError(
-        f"{printable(base.path)}: quantized with {printable(method)}, which is not supported; {known} or a plain base "
-        f"is wanted; {step}"
+        f"{printable(info.name)}: {_word(info.dtype)} {list(info.shape)}, and no scales or codes beside it that "
+        "tell what it means; a base whose quantized weights are all known is wanted; dequantize it first"
     )
 
 

@@ -19,9 +19,10 @@ from surgery.core.survival import Survival
 from surgery.core.workers import default_workers, in_order
 from surgery.errors import CheckError, printable
 from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
+from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.packing import quantization_of
-from surgery.hosts.views import Change, told
+from surgery.hosts.views import told
 from surgery.io.octets import Tally
 from surgery.io.regular import file_sha256
 from surgery.io.tensor_file import TensorFile
@@ -249,7 +250,7 @@ def _packed_pieces(base: Checkpoint, out: Checkpoint, name: str, change: Change 
         change = told(base, change)
         started = change.started()
         for rows in row_tiles(change.site.weight.shape, TILE_ELEMENTS, change.site.together):
-            yield Piece(name, partial(kept, base, out, change, started, rows))
+            yield Piece(change.site.written, partial(kept, base, out, change, started, rows))
 
 
 def _refused(info: TensorInfo, there: TensorInfo | None, change: Change | None) -> str:

@@ -11,8 +11,10 @@ from torch import Tensor
 from surgery.codecs import CODECS, FORMS, codec_of, cut, packed_of
 from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
+from surgery.codecs.compressed_ints import IntQuantized, PackQuantized
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.mxfp4 import Mxfp4
+from surgery.codecs.nvfp4 import Nvfp4
 from surgery.core.codec import Codec, Packed, differs
 from surgery.errors import ConfigError, FormatError, ValueRangeError
 
@@ -115,7 +117,55 @@ def mxfp4() -> Mapping[str, Packed]:
     return {"experts": Packed({"blocks": blocks, "scales": scales}), "fresh": fresh}
 
 
-EXAMPLES = {"plain": plain(), "bnb4": bnb4(), "bnb8": bnb8(), "fp8_block": fp8_block(), "mxfp4": mxfp4()}  # by codec
+def pack_quantized() -> Mapping[str, Packed]:
+    make, uneven = PackQuantized().fresh, {"symmetric": False}
+    fresh = {
+        "groups": make(weights(12, 64, torch.bfloat16), {"group_size": 16}),
+        "uneven": make(weights(21, 64), {"group_size": 32} | uneven),
+        "uneven-rows": make(weights(9, 50, torch.float16), {"group_size": -1} | uneven),
+        "bytes": make(weights(12, 64), {"num_bits": 8, "group_size": 64}),
+        "uneven-bytes": make(weights(11, 30), {"num_bits": 8, "group_size": -1} | uneven),
+    }
+    one = fresh["groups"].tensors | {"weight_scale": torch.tensor([0.3]), "input_scale": torch.ones(1)}
+    words = torch.randint(-(2**31), 2**31, (7, 3), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    every = {"weight_packed": words, "weight_scale": -torch.logspace(-3, 3, 7).unsqueeze(1)}
+    filled = every | {"weight_shape": torch.tensor([7, 19])}  # what fills the last word is not zero
+    return fresh | {"one": packed_of(one, "one scale"), "filled": packed_of(filled, "scales below zero")}
+
+
+def int_quantized() -> Mapping[str, Packed]:
+    every = torch.arange(-128, 128).to(torch.int8).repeat(6, 1)
+    rows = torch.logspace(-3, 3, 6).unsqueeze(1)
+    zeros = torch.tensor([-128, 127, 0, 1, -1, 5], dtype=torch.int8).unsqueeze(1)
+    one = {"weight": every, "weight_scale": torch.tensor([0.3]), "input_zero_point": torch.zeros(1, dtype=torch.int8)}
+    return {
+        "rows": IntQuantized().fresh(weights(12, 10, torch.bfloat16), {}),
+        "groups": IntQuantized().fresh(weights(12, 64), {"group_size": 16, "symmetric": False}),
+        "nibbles": IntQuantized().fresh(weights(12, 10), {"num_bits": 4}),
+        "uneven": packed_of({"weight": every, "weight_scale": rows, "weight_zero_point": zeros}, "rows"),
+        "one": packed_of(one, "one scale"),
+    }
+
+
+def nvfp4() -> Mapping[str, Packed]:
+    drawn = torch.Generator().manual_seed(0)
+    octets = torch.randint(0, 256, (128, 16), dtype=torch.uint8, generator=drawn)
+    scales = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(128, 2)  # every scale, NaN too
+    held = {"weight_packed": octets, "weight_scale": scales, "weight_global_scale": torch.tensor([3.0])}
+    fresh = Nvfp4().fresh(weights(12, 64, torch.bfloat16), {})
+    return {"fresh": fresh, "every-scale": packed_of(held, "every scale")}
+
+
+EXAMPLES = {  # by codec
+    "plain": plain(),
+    "bnb4": bnb4(),
+    "bnb8": bnb8(),
+    "fp8_block": fp8_block(),
+    "mxfp4": mxfp4(),
+    "pack-quantized": pack_quantized(),
+    "int-quantized": int_quantized(),
+    "nvfp4-pack-quantized": nvfp4(),
+}
 CASES = [pytest.param(codec, name, id=f"{codec.name}-{name}") for codec in CODECS for name in EXAMPLES[codec.name]]
 
 
@@ -351,8 +401,13 @@ def test_an_fp8_or_mxfp4_weight_of_another_layout_is_refused(case: str):
         packed_of(LAYOUTS[case], "layers.0", {"weight_block_size": [128, "x"]})
 
 
-def test_fresh_fp8_and_mxfp4_weights_of_other_shapes_are_refused():
+def test_fresh_weights_of_other_shapes_are_refused():
     with pytest.raises(ConfigError, match="fp8"):
         Fp8Block().fresh(torch.ones(2, 2, 2), {})
     with pytest.raises(ConfigError, match="mxfp4"):
         Mxfp4().fresh(torch.ones(2, 33, 2), {})
+    for codec, wrong in ((PackQuantized(), {"group_size": 7}), (IntQuantized(), {"num_bits": 3})):
+        with pytest.raises(ConfigError, match=r"int\d"):
+            codec.fresh(torch.ones(2, 32), wrong)
+    with pytest.raises(ConfigError, match="nvfp4"):
+        Nvfp4().fresh(torch.ones(2, 24), {})

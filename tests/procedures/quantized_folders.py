@@ -10,6 +10,7 @@ from torch import Tensor
 from surgery.codecs import packed_of
 from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
+from surgery.codecs.compressed_ints import IntQuantized, PackQuantized
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.mxfp4 import Mxfp4
 from surgery.core.codec import Codec, Packed
@@ -18,6 +19,17 @@ SITES = ("model.layers.0.q_proj", "model.layers.0.up_proj", "model.layers.1.q_pr
 SHAPES = {"q_proj": (48, 70), "up_proj": (33, 48)}  # rows that are no multiple of a block
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+
+
+def _compressed(form: str, **weights: object) -> dict[str, object]:
+    """As compressed-tensors writes it."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "format": form}
+    told = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
+    return told | {"config_groups": {"group_0": group}, "ignore": ["lm_head"], "kv_cache_scheme": None}
+
+
+INT4 = {"num_bits": 4, "group_size": 2, "symmetric": True}  # of 70 and 48 inputs
+UNEVEN = {"num_bits": 8, "group_size": -1, "symmetric": False}
 
 
 def _rows(weight: Tensor) -> Packed:
@@ -32,6 +44,9 @@ FORMATS: Mapping[str, tuple[Codec, Callable[[Tensor], Packed], Mapping[str, obje
     "int8": (Bnb8(), lambda w: Bnb8().fresh(w, {}), {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "fp8": (Fp8Block(), lambda w: Fp8Block().fresh(w, FP8), FP8),
     "fp8-rows": (Fp8Block(), _rows, {"quant_method": "fbgemm_fp8"}),
+    "w4a16": (PackQuantized(), lambda w: PackQuantized().fresh(w, INT4), _compressed("pack-quantized", **INT4)),
+    "w8a16": (PackQuantized(), lambda w: PackQuantized().fresh(w, UNEVEN), _compressed("pack-quantized", **UNEVEN)),
+    "w8a8": (IntQuantized(), lambda w: IntQuantized().fresh(w, {}), _compressed("int-quantized", num_bits=8)),
 }
 
 

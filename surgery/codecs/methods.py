@@ -1,0 +1,28 @@
+"""What quantization_config.quant_method calls the formats that are read, and what to do about others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.codecs.compressed_config import METHOD, refuse_unsupported
+from surgery.errors import FormatError, printable
+
+METHODS = frozenset({"bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", METHOD})
+_OTHERS = {
+    "gptq": "merge into the base that it was quantized from, and quantize that anew with GPTQModel",
+    "awq": "merge into the base that it was quantized from, and quantize that anew with llm-compressor",
+    "hqq": "merge into the base that it was quantized from, and quantize that anew with hqq",
+    "torchao": "load it with transformers, dequantize() it, and save it plainly",
+}
+
+
+def refuse_unread(told: Mapping[str, Any]) -> None:
+    """FormatError, with the next step, where a quantization_config is of a format that no codec reads."""
+    method = told.get("quant_method")
+    if method not in METHODS:
+        step = _OTHERS.get(str(method), "dequantize it first")
+        raise FormatError(
+            f"quantized with {printable(method)}, which is not supported; {', '.join(sorted(METHODS))} or a plain base "
+            f"is wanted; {step}"
+        )
+    if method == METHOD:
+        refuse_unsupported(told)

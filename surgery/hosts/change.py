@@ -1,0 +1,111 @@
+"""Change: what becomes of one weight; and the tiles of it that a merge tells of."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from surgery.core.adapter import Layer, Started
+from surgery.core.arithmetic import ExactProduct
+from surgery.core.as_peft import PeftMerge
+from surgery.core.method import Elementwise
+from surgery.core.op import Op
+from surgery.core.site import Site
+from surgery.core.survival import Survival
+from surgery.errors import ValueRangeError, printable
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one weight: it begins as it is, or as another, and layers are laid over it in their order.
+
+    What is not held plainly is decoded to the dtype of its site first.
+    """
+
+    site: Site
+    dtype: torch.dtype  # of the outcome
+    layers: tuple[Layer, ...] = ()
+    saved: Tensor | None = None  # what it begins as instead
+    begins: Site | None = None  # the weight of the host that it begins as instead
+    new: bool = False  # the host has no weight of this name and shape
+    held: str = ""  # the codec by which the host holds the weight, where that is not plain
+    through: str = ""  # the form that the host's plain weight was held in while its layers were trained
+    keep: bool = False  # by that codec and its scales the outcome is held too; `dtype` is then not its own
+    as_peft: PeftMerge | None = None  # how the layers are merged, where that is not exactly
+
+    @property
+    def origin(self) -> Site | None:
+        """The host's weight that the outcome is compared with; None if there is none."""
+        return self.begins or (None if self.new else self.site)
+
+    def started(self) -> Started:
+        """Its layers with their tensors in memory, as matrices, and what the tiles of the weight share."""
+        held = (one._replace(params=one.method.matrices(dict(one.params), self.site)) for one in self.layers)
+        return tuple((one, ExactProduct()) for one in held)
+
+
+class MergedTile(NamedTuple):
+    """Some rows of a weight as they were and as they became."""
+
+    change: Change
+    rows: slice  # of the stored weight
+    original: Tensor | None  # None where the host has no weight of this shape
+    merged: Tensor
+    steps: Sequence[Elementwise] | None  # None where no chain of elementwise steps leads from one to the other
+    laid: Tensor | None = None  # what was wanted, in float64, where the outcome's format cannot hold all of it
+
+    @property
+    def survival(self) -> Survival | None:
+        """What is left of the change, where that is not all."""
+        if self.laid is None or self.original is None:
+            return None
+        return Survival.of(self.original, self.laid, self.merged)
+
+    @property
+    def first(self) -> bool:
+        """Is it the weight's first tile?"""
+        return bool(self.rows.start == 0)
+
+    @property
+    def last(self) -> bool:
+        """Is it the weight's last tile?"""
+        return ends(self.change.site, self.rows)
+
+
+Watch = Callable[[MergedTile], None]  # sees each tile of a merge, in order
+
+
+def elementwise(change: Change, rows: slice, started: Started | None = None) -> list[Elementwise] | None:
+    """The layers as steps over `rows` of the stored weight; None if one of them is not elementwise."""
+    steps = []
+    shape = change.site.laid(change.site.weight).rows(rows).shape
+    for layer, product in started or change.started():
+        op = change.site.acting
+        try:
+            step = layer.method.steps(layer.told, op.tile(rows), product)
+        except ValueRangeError as error:
+            raise ValueRangeError(f"{printable(change.site.name)}: {error}") from error
+        if step is None:
+            return None
+        steps.append(_stored(step, op, shape))
+    return steps
+
+
+def _stored(step: Elementwise, op: Op, shape: tuple[int, ...]) -> Elementwise:
+    """A step of a tile of the matrix, for the same tile as it is stored."""
+    return step.seen(lambda values: op.stored(values).expand(shape))
+
+
+def reads_of(written: Mapping[str, Change], tensor: str) -> Sequence[str]:
+    """The tensors of the source that one of the outcome depends on; `written` are the changes by what is written."""
+    change = written.get(tensor)
+    origin = None if change is None else change.origin
+    return (tensor,) if change is None else () if origin is None else (origin.weight.name,)
+
+
+def ends(site: Site, rows: slice) -> bool:
+    """Do `rows` end the weight?"""
+    shape = site.laid(site.weight).shape
+    return not shape or bool(rows.stop >= shape[0])

@@ -1,0 +1,139 @@
+"""Models that compressed-tensors has compressed: merged as transformers reads them, kept in their format, undone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
+
+import surgery
+
+compressed_tensors = pytest.importorskip("compressed_tensors")
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 32,
+}
+# By name: the dtype of the model, in which scales are then, too.
+SCHEMES = {
+    "W4A16": torch.bfloat16,
+    "W4A16_ASYM": torch.float16,
+    "W8A16": torch.float16,
+    "W8A8": torch.bfloat16,
+    "FP8": torch.bfloat16,
+    "FP8_DYNAMIC": torch.bfloat16,
+    "FP8_BLOCK": torch.bfloat16,
+    "NVFP4A16": torch.bfloat16,
+    "NVFP4": torch.bfloat16,
+}
+FILE = "model.safetensors"
+
+
+def compressed_model(folder: Path, scheme: str) -> Path:
+    """By compressed-tensors, with its scales for the least and the largest weights."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam, is_module_quantized
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, dtype=SCHEMES[scheme], initializer_range=0.1, tie_word_embeddings=False)
+    model = LlamaForCausalLM(config).to(SCHEMES[scheme])
+    apply_quantization_config(model, QuantizationConfig(config_groups={scheme: ["Linear"]}, ignore=["lm_head"]))
+    for module in filter(is_module_quantized, model.modules()):
+        args, weight = module.quantization_scheme.weights, module.weight.data
+        whole = generate_gparam(weight.min(), weight.max()) if args.strategy == "tensor_group" else None
+        if whole is not None:
+            module.weight_global_scale.data.copy_(whole)
+        scale, zero = calculate_qparams(*ends(weight, args), args, whole)
+        module.weight_scale.data.copy_(scale)
+        if "weight_zero_point" in module._parameters:
+            module.weight_zero_point.data.copy_(zero)
+        for name in ("input_scale", "input_global_scale"):
+            if name in module._parameters:
+                module._parameters[name].data.fill_(1.0)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+    return folder
+
+
+def ends(weight: Tensor, args) -> tuple[Tensor, Tensor]:
+    if args.strategy == "block":
+        height, width = args.block_structure
+        parts = weight.view(len(weight) // height, height, -1, width).transpose(1, 2).flatten(2)
+    elif args.strategy in {"group", "tensor_group"}:
+        parts = weight.view(len(weight), -1, args.group_size)
+    else:
+        parts = (weight if args.strategy == "channel" else weight.flatten()).unsqueeze(-2)
+    return parts.amin(dim=-1), parts.amax(dim=-1)
+
+
+def adapter(folder: Path, size: float) -> Path:
+    drawn, names = torch.Generator().manual_seed(1), ("self_attn.q_proj", "mlp.down_proj")
+    tensors = {}
+    for name, (out, in_) in zip(names, ((128, 128), (128, 256)), strict=True):
+        stem = f"base_model.model.model.layers.0.{name}"
+        tensors[f"{stem}.lora_A.weight"] = torch.randn(4, in_, generator=drawn)
+        tensors[f"{stem}.lora_B.weight"] = torch.randn(out, 4, generator=drawn) * size
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def dequantized(base: Path, folder: Path) -> Path:
+    """By transformers, saved plainly."""
+    asked = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=asked)
+    LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict()).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def hashes(folder: Path) -> dict[str, bytes]:
+    return {
+        name: one.contiguous().view(torch.uint8).numpy().tobytes() for name, one in load_file(folder / FILE).items()
+    }
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_merge_is_that_into_what_transformers_dequantizes_and_is_undone(scheme: str, tmp_path: Path):
+    base, given = compressed_model(tmp_path / "base", scheme), adapter(tmp_path / "a", 0.02)
+    surgery.merge_checkpoint(base, given, tmp_path / "out", reversible=True)
+    surgery.merge_checkpoint(dequantized(base, tmp_path / "plain"), given, tmp_path / "wanted")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "wanted")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert surgery.verify_checkpoint(base, given, tmp_path / "out").ok
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / FILE).read_bytes() == (base / FILE).read_bytes()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_merge_that_keeps_the_format_is_loaded_by_transformers(scheme: str, tmp_path: Path):
+    """Each weight is as near to the exact merge as the neighbours of its value allow."""
+    base, given = compressed_model(tmp_path / "base", scheme), adapter(tmp_path / "a", 0.05)
+    surgery.merge_checkpoint(base, given, tmp_path / "out", into="keep", reversible=True)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert surgery.verify_checkpoint(base, given, tmp_path / "out").ok
+    kept, before = (
+        load_file(dequantized(one, tmp_path / f"{one.name}-plain") / FILE) for one in (tmp_path / "out", base)
+    )
+    surgery.merge_checkpoint(tmp_path / "base-plain", given, tmp_path / "wanted", dtype="float32")
+    wanted = load_file(tmp_path / "wanted" / FILE)
+    for name, one in kept.items():
+        moved, asked = one.double() - before[name].double(), wanted[name].double() - before[name].double()
+        changed = name.endswith(("q_proj.weight", "down_proj.weight"))
+        assert bool(moved.any()) == changed, name
+        assert not changed or float((moved * asked).sum() / (asked * asked).sum()) > 0.5
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / FILE).read_bytes() == (base / FILE).read_bytes()
