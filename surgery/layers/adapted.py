@@ -15,11 +15,10 @@ from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site
 from surgery.core.sums import sum_rows
 from surgery.layers.aware import Holding, held_merge
+from surgery.layers.bare import Bare
 from surgery.layers.mixed import Mixed, Rows
 from surgery.layers.plain import is_plain_linear
-from surgery.layers.slot import Slot
-
-Holder = tuple[dict[str, nn.Parameter | None], str]
+from surgery.layers.slot import Holder, Slot
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +104,7 @@ class Over:
         return on_bias.merge(column, self.one.params, WHOLE, float_product).weight.squeeze(1)  # [out]
 
 
-class Adapted(nn.Module):
+class Adapted(Bare):
     """Runs `base_layer` with the active adapters in their order; `weight` and `bias` are the effective ones.
 
     The outcome has the dtype that the base layer alone would give. What is not found here is looked up in
@@ -139,8 +138,7 @@ class Adapted(nn.Module):
             if not isinstance(slot, Slot):
                 slot = Slot()
                 self._modules[name] = slot
-            slot.put(adapter, leaf, params[role], trainable)
-            slots[role], holders[role] = slot, slot.holder(adapter, leaf)
+            slots[role], holders[role] = slot, slot.put(adapter, leaf, params[role], trainable)
         self.fitted[adapter] = Fitted(method, holders, slots, aware)
 
     def unfit(self, adapter: str) -> None:
