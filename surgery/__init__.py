@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from surgery.procedures.plan import Plan
     from surgery.procedures.publish import PushReport
     from surgery.procedures.unmerge_checkpoint import UnmergeReport
-    from surgery.procedures.verify import VerifyReport
+    from surgery.procedures.verify_report import VerifyReport
 
 _HOMES = {
     "AbsentError": "errors",

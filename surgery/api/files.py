@@ -30,6 +30,7 @@ from surgery.procedures.combinations import Recipe
 from surgery.procedures.filling import OnProgress, Pace
 from surgery.procedures.low_rank import Truncation
 from surgery.procedures.outputs import Inputs
+from surgery.procedures.verify_report import VerifyReport
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
 Adapters = Where | Sequence[Where | tuple[Where, float]]  # one, or several in their order, each with a weight
@@ -169,7 +170,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     outputs: bool = False,
     inputs: Inputs | None = None,
     layers: bool = False,
-) -> verifying.VerifyReport:
+) -> VerifyReport:
     """Grade each tensor of `out` against `adapters` merged over `base`, whichever tool made it.
 
     With one argument, a merged folder, check its files against its receipt. `report.ok` is false where

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from surgery.codecs.formats import format_of
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
-from surgery.procedures import adalora, adapter_files, switch
+from surgery.procedures import adalora, switch
 from surgery.procedures import inject as injection
+from surgery.procedures import load as loading
 from surgery.procedures import merge as merging
 from surgery.procedures import mixed_batch as mixing
 from surgery.procedures import quantize as quantizing
+from surgery.procedures import save as saving
 from surgery.procedures.configs import config_of
 from surgery.procedures.plan import check_arithmetic
 
@@ -58,7 +60,7 @@ def load(model: Model, path: Where, *, adapter_name: str = "default", trainable:
     `path` is a folder, a file, or owner/name[@revision] on the Hub. The first adapter is active, later ones
     are not. Raises InputError unless every tensor of the adapter finds its place.
     """
-    adapter_files.load(model, locate(path), adapter_name, trainable)
+    loading.load(model, locate(path), adapter_name, trainable)
     hugging.attach(model)
     return model
 
@@ -88,7 +90,7 @@ def load_model(  # noqa: PLR0913  # as transformers' from_pretrained
 
 def save(model: nn.Module, folder: Where, *, adapter_name: str | None = None) -> None:
     """Write the model's adapters as PEFT does: "default" into `folder`, others into sub-folders of their name."""
-    adapter_files.save(model, Path(folder), None if adapter_name is None else [adapter_name])
+    saving.save(model, Path(folder), None if adapter_name is None else [adapter_name])
 
 
 def save_merged(model: nn.Module, folder: Where, *, overwrite: bool = False, **options: Any) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from surgery.core.arithmetic import round_once
-from surgery.core.method import Elementwise, Scale
+from surgery.core.elementwise import Elementwise, Scale
 
 _INTEGER = {
     torch.float64: torch.int64,

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from surgery.core.elementwise import Elementwise, Shift
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 
@@ -52,130 +53,6 @@ class Spec(NamedTuple):
         """In a model: the name above the adapter's, and the one below it, if there is one."""
         name, _, leaf = (self.live or self.spelling).partition(".")
         return name, leaf
-
-
-@dataclass(frozen=True)
-class Elementwise(ABC):
-    """What a merge does to each element by itself; `values` are [out, in] of a tile, or broadcast over it.
-
-    It never decreases in w, or where `falls` never increases. Zeros count by their sign.
-    """
-
-    values: Tensor
-
-    adds: ClassVar[bool] = False  # is it w + values?
-
-    @abstractmethod
-    def apply(self, w: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def undo(self, w: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def falls(self) -> Tensor | None:
-        """Where it turns the order round; None where nowhere."""
-
-    @abstractmethod
-    def reach(self, size: Tensor) -> Tensor:
-        """Before the step, of what is at most `size` after it: bounds all that float64 rounds, times 2^53."""
-
-    @abstractmethod
-    def carried(self, error: Tensor) -> Tensor:
-        """What an error of its input becomes."""
-
-    @abstractmethod
-    def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """What a plain merge rounds, by magnitude: what it holds in the weight's dtype, and its outcome."""
-
-    def seen(self, view: Callable[[Tensor], Tensor]) -> Self:
-        """The same with another view of its values."""
-        return replace(self, values=view(self.values))
-
-    def at(self, where: Tensor) -> Self:
-        """The same for the elements at flat positions `where`."""
-        return self.seen(lambda values: values.flatten().index_select(0, where))
-
-
-@dataclass(frozen=True)
-class Shift(Elementwise):
-    """w + values."""
-
-    adds = True
-
-    def apply(self, w: Tensor) -> Tensor:
-        return w + self.values
-
-    def undo(self, w: Tensor) -> Tensor:
-        return w - self.values
-
-    def falls(self) -> None:
-        return None
-
-    def reach(self, size: Tensor) -> Tensor:
-        return size.add_(self.values.abs())
-
-    def carried(self, error: Tensor) -> Tensor:
-        return error
-
-    def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        return self.values, before.abs().maximum(after.abs())
-
-
-@dataclass(frozen=True)
-class Scale(Elementwise):
-    """w * values. Where a value is zero, nothing but its sign is left of w."""
-
-    def apply(self, w: Tensor) -> Tensor:
-        return w * self.values
-
-    def undo(self, w: Tensor) -> Tensor:
-        return w / self.values
-
-    def falls(self) -> Tensor | None:
-        falls = torch.signbit(self.values)
-        return falls if bool(falls.any()) else None
-
-    def reach(self, size: Tensor) -> Tensor:
-        # The floor stands for what float64 rounds below its normal range.
-        return size.add_(_FLOOR).div_(self.values.abs()).add_(_FLOOR)
-
-    def carried(self, error: Tensor) -> Tensor:
-        return error * self.values.abs()
-
-    def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002  # as Shift's
-        return after, after
-
-
-@dataclass(frozen=True)
-class Affine(Elementwise):
-    """w * values + added. Where a value is zero, nothing is left of w."""
-
-    added: Tensor
-
-    def apply(self, w: Tensor) -> Tensor:
-        return w * self.values + self.added
-
-    def undo(self, w: Tensor) -> Tensor:
-        return (w - self.added) / self.values
-
-    def falls(self) -> Tensor | None:
-        return Scale(self.values).falls()
-
-    def reach(self, size: Tensor) -> Tensor:
-        return Scale(self.values).reach(size.add_(self.added.abs())).mul_(2)  # of two operations
-
-    def carried(self, error: Tensor) -> Tensor:
-        return error * self.values.abs()
-
-    def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        # Half an ulp of four times as much is what rounding both, and their product, may come to.
-        return 4 * ((before * self.values).abs() + self.added.abs()), after
-
-    def seen(self, view: Callable[[Tensor], Tensor]) -> Self:
-        return replace(self, values=view(self.values), added=view(self.added))
-
-
-_FLOOR = 2.0**-1000
 
 
 @dataclass(frozen=True)

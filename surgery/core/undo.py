@@ -14,7 +14,7 @@ from torch import Tensor
 
 from surgery.core.bits import BitReader, BitWriter
 from surgery.core.candidates import Survey, accumulate, candidates, from_order, merged_value, order
-from surgery.core.method import Elementwise
+from surgery.core.elementwise import Elementwise
 from surgery.errors import CheckError
 
 __all__ = ["Recorder", "Restorer", "accumulate", "from_order", "merged_value", "order"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from surgery.core.adapter import Layer, Started
 from surgery.core.arithmetic import ExactProduct
 from surgery.core.as_peft import PeftMerge
-from surgery.core.method import Elementwise
+from surgery.core.elementwise import Elementwise
 from surgery.core.op import Op
 from surgery.core.site import Site
 from surgery.core.survival import Survival

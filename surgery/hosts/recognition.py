@@ -103,6 +103,6 @@ def unfit(module: nn.Module) -> str | None:
         return "its weight is computed from other tensors; remove the parametrization first"
     if isinstance(weight, nn.UninitializedParameter):
         return "its weight has no shape yet; call the model once first"
-    if getattr(module, "max_norm", None) is not None:
+    if module.__dict__.get("max_norm") is not None:  # to ask a module for what it lacks takes long
         return "its max_norm changes the weight in each forward, so that no merge holds; set it to None first"
     return None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from surgery.core.config import AdapterConfig
-from surgery.errors import StateError
+from surgery.errors import StateError, printable
 from surgery.layers import Adapted, Replaced
 from surgery.methods.adalora_ranks import Importance
 
@@ -34,6 +34,12 @@ class State:
     mixed: tuple[str, ...] = ()  # the adapter of each row, while a batch is mixed
     importance: dict[str, Mapping[str, Importance]] = field(default_factory=dict)  # by adapter whose ranks are allotted
     regularized: bool = False  # did the model itself put AdaLoRA's regularizer into its last loss?
+
+    def require(self, adapter: str) -> None:
+        """StateError if the model has no adapter of that name."""
+        if adapter not in self.configs:
+            there = ", ".join(map(printable, self.configs))
+            raise StateError(f"adapter {printable(adapter)!r} is not in the model; there are: {there}")
 
 
 def state_of(root: nn.Module) -> State | None:

@@ -11,7 +11,8 @@ from surgery.core.adapter import Started
 from surgery.core.arithmetic import all_finite, round_once
 from surgery.core.as_peft import PeftMerge
 from surgery.core.codec import Packed
-from surgery.core.method import Dense, Elementwise
+from surgery.core.elementwise import Elementwise
+from surgery.core.method import Dense
 from surgery.core.site import Site
 from surgery.core.source import Source
 from surgery.core.undo import accumulate

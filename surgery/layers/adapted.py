@@ -1,111 +1,26 @@
 """Adapted: a layer with adapters over it; any method, any op."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from surgery.core.adapter import Layer
 from surgery.core.arithmetic import float_product
-from surgery.core.method import Dense, Method, Params, Product, Run
+from surgery.core.method import Dense, Method, Params, Product
 from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site
 from surgery.core.sums import sum_rows
 from surgery.layers.aware import Holding, held_merge
+from surgery.layers.bare import Bare
 from surgery.layers.mixed import Mixed, Rows
-from surgery.layers.plain import is_plain_linear
+from surgery.layers.running import Below, Fitted, Over
 from surgery.layers.slot import Slot
 
-Holder = tuple[dict[str, nn.Parameter | None], str]
 
-
-@dataclass(frozen=True, eq=False)
-class Fitted:
-    """One adapter at this layer: its method, and where each tensor is held.
-
-    No tuple: torch.export copies those that a module has, with all that they hold, and leaves the copies there.
-    """
-
-    method: Method
-    holders: Mapping[str, Holder]
-    slots: Mapping[str, Slot]
-    aware: Holding | None = None  # of what it is trained to become
-
-    @property
-    def params(self) -> Params:
-        found = {}
-        for role, (held, key) in self.holders.items():
-            values = held[key]
-            assert values is not None
-            found[role] = values
-        return found
-
-    def branch(self, x: Tensor, below: Run, op: Op, training: bool) -> Tensor:
-        """The adapted output, over the layer below."""
-        params: Any = {role: held[key] for role, (held, key) in self.holders.items()}
-        return self.method.branch(x, below, op, params, training)
-
-
-class Below:
-    """What lies under an adapter, as its branch sees it (core.method.Run): here the base layer alone."""
-
-    __slots__ = ("args", "dtype", "kwargs", "layer")
-
-    def __init__(self, layer: "Adapted", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.layer, self.args, self.kwargs = layer, args, kwargs
-        self.dtype: torch.dtype | None = None  # of what the base layer gave
-
-    def __call__(self, x: Tensor, /) -> Tensor:
-        base_layer: Any = self.layer._modules["base_layer"]
-        below: Tensor = base_layer(x, *self.args, **self.kwargs)
-        self.dtype = below.dtype
-        return below
-
-    def base(self) -> Dense:
-        return self.layer.dense()
-
-    def plain(self) -> Dense | None:
-        base_layer: Any = self.layer._modules["base_layer"]
-        given = self.args or self.kwargs
-        return self.layer.dense() if not given and is_plain_linear(base_layer) else None
-
-    def bias(self) -> Tensor | None:
-        return self.layer.dense().bias
-
-
-class Over:
-    """The same where other adapters lie between: the last of them, over what is below it."""
-
-    __slots__ = ("below", "one")
-
-    def __init__(self, one: Fitted | Mixed, below: "Below | Over") -> None:
-        self.one, self.below = one, below
-
-    @property
-    def layer(self) -> "Adapted":
-        return self.below.layer
-
-    def __call__(self, x: Tensor, /) -> Tensor:
-        return self.one.branch(x, self.below, self.layer.op, self.layer.training)
-
-    def base(self) -> Dense:
-        return self.layer.dense()
-
-    def plain(self) -> None:
-        return None
-
-    def bias(self) -> Tensor | None:
-        bias, on_bias = self.below.bias(), self.one.method.for_bias()
-        if bias is None or on_bias is None:
-            return bias
-        column = Dense(bias.unsqueeze(1))  # [out, 1]
-        return on_bias.merge(column, self.one.params, WHOLE, float_product).weight.squeeze(1)  # [out]
-
-
-class Adapted(nn.Module):
+class Adapted(Bare):
     """Runs `base_layer` with the active adapters in their order; `weight` and `bias` are the effective ones.
 
     The outcome has the dtype that the base layer alone would give. What is not found here is looked up in
@@ -139,8 +54,7 @@ class Adapted(nn.Module):
             if not isinstance(slot, Slot):
                 slot = Slot()
                 self._modules[name] = slot
-            slot.put(adapter, leaf, params[role], trainable)
-            slots[role], holders[role] = slot, slot.holder(adapter, leaf)
+            slots[role], holders[role] = slot, slot.put(adapter, leaf, params[role], trainable)
         self.fitted[adapter] = Fitted(method, holders, slots, aware)
 
     def unfit(self, adapter: str) -> None:

@@ -2,19 +2,24 @@
 
 from torch import Tensor, nn
 
+from surgery.layers.bare import Bare
 
-class Slot(nn.Module):
+Holder = tuple[dict[str, nn.Parameter | None], str]  # where a parameter is held, and its key there
+
+
+class Slot(Bare):
     """Spelled as PEFT does: `lora_B.default.weight` and `.bias`, or `lora_embedding_A.default`, without a leaf."""
 
-    def put(self, adapter: str, leaf: str, values: Tensor, trainable: bool) -> None:
-        """Hold an adapter's tensor, under a name of its own if there is a `leaf`."""
+    def put(self, adapter: str, leaf: str, values: Tensor, trainable: bool) -> Holder:
+        """Hold an adapter's tensor, under a name of its own if there is a `leaf`; returns what `holder` does."""
         parameter = nn.Parameter(values, requires_grad=trainable)
         if leaf and adapter not in self._modules:
             self._modules[adapter] = Slot()
         held, key = self.holder(adapter, leaf)
         held[key] = parameter
+        return held, key
 
-    def holder(self, adapter: str, leaf: str) -> tuple[dict[str, nn.Parameter | None], str]:
+    def holder(self, adapter: str, leaf: str) -> Holder:
         """The dict that holds the adapter's parameter, and its key there; both stay as the model moves."""
         if not leaf:
             return self._parameters, adapter

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import all_finite, exact_float64, exact_product
-from surgery.core.method import Affine, Dense, Method, Params, Product, Run, Spec
+from surgery.core.elementwise import Affine
+from surgery.core.method import Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.core.source import TILE_ELEMENTS, row_tiles

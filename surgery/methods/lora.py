@@ -4,6 +4,8 @@ import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -118,11 +120,16 @@ class LoraConfig(AdapterConfig):
         r, alpha = self._numbers(name)
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         twice = name.endswith(TWICE)
-        plain = Lora(r=r, scaling=2 * scaling if twice else scaling, start=self.init_lora_weights, twice=twice)
+        lora = Lora(
+            r=r,
+            scaling=2 * scaling if twice else scaling,
+            dropout=0.0 if self.use_dora else self.lora_dropout,
+            start=self.init_lora_weights,
+            twice=twice,
+        )
         if self.use_dora:
-            return Dora(plain, self.lora_dropout)
-        dropping = replace(plain, dropout=self.lora_dropout)
-        return LoraBias(dropping) if self.lora_bias else dropping
+            return Dora(lora, self.lora_dropout)
+        return LoraBias(lora) if self.lora_bias else lora
 
     def _numbers(self, name: str) -> tuple[int, float]:
         """r and alpha of a site."""
@@ -144,7 +151,7 @@ class Lora(Additive, AsPeft):
     twice: bool = False  # its scaling is twice what the config says: see TWICE
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        op, (out_features, in_features) = site.acting, site.shape
+        op = site.acting
         if op.stack:
             return {role: Spec(f"lora_{role}.weight", shape) for role, shape in stacks.shapes(site, self.r).items()}
         if self.r % op.groups:
@@ -152,12 +159,7 @@ class Lora(Additive, AsPeft):
                 f"{printable(site.name)}: a convolution in {op.groups} groups, which r = {self.r} is no multiple of, "
                 "as PEFT asks; choose another r (rank_pattern), or exclude it"
             )
-        prefix, suffix = ("lora_embedding_", "") if op.name == "embedding" else ("lora_", ".weight")
-        ones = (1,) * len(op.kernel)
-        return {
-            "A": Spec(f"{prefix}A{suffix}", (self.r, op.channels(in_features), *op.kernel)),
-            "B": Spec(f"{prefix}B{suffix}", (out_features, self.r // op.groups, *ones)),
-        }
+        return _specs(op, self.r, *site.shape)
 
     def matrices(self, p: Params, site: Site) -> Params:
         if site.acting.stack:
@@ -238,6 +240,18 @@ class Lora(Additive, AsPeft):
             if training and self.dropout:
                 x = F.dropout(x, self.dropout)
         return op.mix_onto(below, op.apply(x, A), B, self.scaling)
+
+
+@lru_cache
+def _specs(op: Op, r: int, out_features: int, in_features: int) -> Mapping[str, Spec]:
+    """Kept: a model has thousands of sites of few shapes."""
+    prefix, suffix = ("lora_embedding_", "") if op.name == "embedding" else ("lora_", ".weight")
+    ones = (1,) * len(op.kernel)
+    found = {
+        "A": Spec(f"{prefix}A{suffix}", (r, op.channels(in_features), *op.kernel)),
+        "B": Spec(f"{prefix}B{suffix}", (out_features, r // op.groups, *ones)),
+    }
+    return MappingProxyType(found)
 
 
 def _as_matrix(values: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from surgery.core.arithmetic import all_finite, exact_float64
 from surgery.core.as_peft import AsPeft
-from surgery.core.method import Additive, Dense, Method, Params, Product, Run, Shift, Spec
+from surgery.core.elementwise import Shift
+from surgery.core.method import Additive, Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.errors import MatchError, ValueRangeError, printable

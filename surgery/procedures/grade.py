@@ -15,7 +15,7 @@ from torch import Tensor
 from surgery.codecs import codec_of
 from surgery.core.adapter import Started
 from surgery.core.arithmetic import exact_float64, ulp
-from surgery.core.method import Elementwise
+from surgery.core.elementwise import Elementwise
 from surgery.core.source import Source
 from surgery.core.survival import Survival
 from surgery.errors import ValueRangeError

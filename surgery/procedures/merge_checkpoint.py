@@ -25,7 +25,8 @@ from surgery.procedures.filling import Pace, fill
 from surgery.procedures.plan import Plan, Treatment, describe, make_plan
 from surgery.procedures.receipt import VERSION, Receipt, base_fingerprint
 from surgery.procedures.small_files import RECEIPT, SmallFiles, small_files
-from surgery.procedures.undo_record import FOLDER, UndoWriter
+from surgery.procedures.undo_record import FOLDER
+from surgery.procedures.undo_writer import UndoWriter
 
 
 @dataclass(frozen=True)

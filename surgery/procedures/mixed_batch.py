@@ -10,7 +10,6 @@ from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.tree import State, adapted_layers, injected, replaced_modules, state_of
 from surgery.layers import BASE, Rows
 from surgery.procedures.adalora import trained_of
-from surgery.procedures.adapter_files import known
 from surgery.procedures.inject import activate
 from surgery.procedures.merge import refuse_merged
 
@@ -69,7 +68,7 @@ def _checked(root: nn.Module, adapter_names: Sequence[str]) -> tuple[str, ...]:
     names = tuple(adapter_names)
     for name in dict.fromkeys(names):
         if name != BASE:
-            known(state, name)
+            state.require(name)
     refuse_merged(root, "mix a batch")
     if not state.enabled:
         raise StateError("adapter_names: the adapters are disabled; enable_adapters first")

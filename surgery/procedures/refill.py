@@ -10,8 +10,8 @@ from surgery.core.adapter import Adapter
 from surgery.errors import MatchError, ShapeError, printable
 from surgery.hosts.tree import adapted_layers, injected, replaced_modules
 from surgery.layers import Adapted, Replaced
-from surgery.procedures.adapter_files import fitting_of, known
 from surgery.procedures.inject import Fitting
+from surgery.procedures.load import fitting_of
 from surgery.procedures.merge import refuse_merged
 from surgery.procedures.model_tree import Tree
 
@@ -22,7 +22,7 @@ def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     Nothing changes unless all fits: MatchError if it lies over other modules, ShapeError for another rank.
     """
     state = injected(root)
-    known(state, adapter_name)
+    state.require(adapter_name)
     refuse_merged(root, "load into an adapter")
     fitting = fitting_of(Tree(root), adapter)
     layers = {name: layer for name, layer in adapted_layers(root).items() if adapter_name in layer.fitted}

@@ -6,7 +6,6 @@ from torch import nn
 
 from surgery.hosts.tree import Place, injected, places
 from surgery.layers import Adapted, Replaced
-from surgery.procedures.adapter_files import known
 from surgery.procedures.inject import activate
 from surgery.procedures.merge import refuse_merged
 
@@ -18,7 +17,7 @@ def remove(root: nn.Module, adapters: Sequence[str]) -> None:
     """
     state = injected(root)
     for adapter in adapters:
-        known(state, adapter)
+        state.require(adapter)
     refuse_merged(root, "delete an adapter")
     for place in reversed(list(places(root))):  # of wrappers in wrappers, the inner ones first
         if isinstance(place.module, Adapted):

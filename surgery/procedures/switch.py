@@ -6,7 +6,6 @@ from torch import nn
 
 from surgery.errors import UsageError
 from surgery.hosts.tree import adapted_layers, injected, replaced_modules
-from surgery.procedures.adapter_files import known
 from surgery.procedures.inject import activate
 from surgery.procedures.merge import refuse_merged
 
@@ -29,7 +28,7 @@ def set_adapter(root: nn.Module, adapters: str | Sequence[str]) -> Switched:
     chosen = (adapters,) if isinstance(adapters, str) else tuple(adapters)
     state = injected(root)
     for adapter in chosen:
-        known(state, adapter)
+        state.require(adapter)
     if len(set(chosen)) != len(chosen):
         raise UsageError(f"set_adapter: {list(chosen)}; each adapter may stand once")
     for name, module in replaced_modules(root).items():

@@ -2,22 +2,19 @@
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial, reduce
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
 
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Weighted
-from surgery.core.agreement import Agreements, in_words
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
-from surgery.core.survival import Survival
 from surgery.core.workers import default_workers, in_order
-from surgery.errors import CheckError, printable
+from surgery.errors import printable
 from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
@@ -26,83 +23,13 @@ from surgery.hosts.views import told
 from surgery.io.octets import Tally
 from surgery.io.regular import file_sha256
 from surgery.io.tensor_file import TensorFile
-from surgery.procedures.grade import GRADES, Grade, carried, derived, kept
+from surgery.procedures.grade import Grade, carried, derived, kept
 from surgery.procedures.plan import Into, Treatment, make_plan
 from surgery.procedures.receipt import read_receipt
-from surgery.procedures.report import Case
 from surgery.procedures.small_files import CARD, RECEIPT
 from surgery.procedures.spans import spans
 from surgery.procedures.tying import text_config
-
-_LISTED = frozenset({"rounding", "different"})
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """A grade for every tensor of base and output; and how far the outputs of both models agree, if it was asked."""
-
-    out: Path
-    tensors: Mapping[str, Grade]
-    outputs: Agreements | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Nothing is different."""
-        same = all(one.grade != "different" for one in self.tensors.values())
-        return same and (self.outputs is None or self.outputs.ok)
-
-    def require(self) -> None:
-        """CheckError naming the first tensor that is different, or the first output."""
-        wrong = [(name, one.why) for name, one in self.tensors.items() if one.grade == "different"]
-        if wrong:
-            name, why = wrong[0]
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise CheckError(f"{printable(self.out)}: {printable(name)} is different{more}: {why}; merge it anew")
-        if self.outputs is not None and not self.outputs.ok:
-            raise CheckError(
-                f"{printable(self.out)}: outputs: {printable(self.outputs.why)}; the table has the figures"
-            )
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Tensors by grade, and outputs."""
-        found = Counter(one.grade for one in self.tensors.values())
-        told = {} if self.outputs is None else Counter(_verdict(one.ok) for one in self.outputs.outputs)
-        return {grade: found[grade] for grade in GRADES} | {verdict: told[verdict] for verdict in told}
-
-    def summary(self) -> str:
-        """One line."""
-        counts = ", ".join(f"{count} {grade}" for grade, count in self.counts.items() if count or grade == "different")
-        survived = [one.survival for one in self.tensors.values() if one.survival is not None]
-        told = f"{counts}; {reduce(Survival.plus, survived)}" if survived else counts
-        return f"{told}; outputs: {self.outputs.why}" if self.outputs is not None and self.outputs.why else told
-
-    @property
-    def title(self) -> str:
-        return f"surgery verify {self.out}"
-
-    @property
-    def columns(self) -> Sequence[str]:
-        return "tensor", "grade", "max abs error", "why"
-
-    def cases(self) -> Iterator[Case]:
-        """The tensors, of which those are listed that are not as good as can be; then the outputs."""
-        for name, one in self.tensors.items():
-            failure = (one.why or one.grade) if one.grade == "different" else ""
-            yield Case(name, one.grade, (f"{one.max_abs_error:.3g}", one.why), one.grade in _LISTED, failure)
-        for output in () if self.outputs is None else self.outputs.outputs:
-            error = f"{output.found.error:.3g} of the largest"
-            name, verdict = f"output {output.name}", _verdict(output.ok)
-            yield Case(name, verdict, (error, in_words(output)), True, output.why)
-        if self.outputs is not None and not self.outputs.ok and all(one.ok for one in self.outputs.outputs):
-            yield Case("outputs", _verdict(False), ("", self.outputs.why), True, self.outputs.why)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "ok": self.ok,
-            "counts": self.counts,
-            "tensors": {name: one.to_json() for name, one in self.tensors.items()},
-        } | ({} if self.outputs is None else {"outputs": self.outputs.to_json()})
+from surgery.procedures.verify_report import VerifyReport
 
 
 class Piece(NamedTuple):
@@ -197,10 +124,6 @@ def _config_differs(base: Mapping[str, Any], wanted: Mapping[str, Any], found: M
         if told is not None and here != told:
             return f"{key} is {printable(here)}, {printable(told)} is wanted"
     return ""
-
-
-def _verdict(agrees: bool) -> str:
-    return "equivalent" if agrees else "apart"
 
 
 def _graded(piece: Piece) -> tuple[str, Grade]:

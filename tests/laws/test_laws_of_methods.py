@@ -11,7 +11,8 @@ from rational import same_bits
 from torch import Tensor
 
 from surgery.core.arithmetic import exact_product, float_product, round_once, ulp
-from surgery.core.method import Additive, Dense, Elementwise, Method, Params, Spec
+from surgery.core.elementwise import Elementwise
+from surgery.core.method import Additive, Dense, Method, Params, Spec
 from surgery.core.op import WHOLE, Op
 from surgery.core.sums import sum_rows
 from surgery.core.undo import Recorder, Restorer, accumulate

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.core import bits, undo
 from surgery.core.arithmetic import exact_product
-from surgery.core.method import Elementwise, Scale, Shift
+from surgery.core.elementwise import Elementwise, Scale, Shift
 from surgery.core.undo import Recorder, Restorer, from_order, merged_value, order
 from surgery.errors import CheckError
 

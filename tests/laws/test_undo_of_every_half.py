@@ -6,7 +6,7 @@ import torch
 from rational import same_bits
 from torch import Tensor
 
-from surgery.core.method import Scale, Shift
+from surgery.core.elementwise import Scale, Shift
 from surgery.core.undo import Recorder, Restorer, from_order, merged_value, order
 
 BFLOAT, HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64

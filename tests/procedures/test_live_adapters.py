@@ -207,3 +207,11 @@ def test_weight_is_effective_and_differentiable(x: Tensor) -> None:
         assert layer.weight is layer.base_layer.weight
     assert layer.bias is layer.base_layer.bias
     assert layer.in_features == WIDTH
+
+
+def test_the_modules_put_in_hold_what_any_module_holds_and_share_none_of_it() -> None:
+    net, made = _with(_net()), vars(nn.Module())
+    for module in (net[0], net[0].lora_A, net[2].lora_A):
+        held = vars(module)
+        assert {name: type(held[name]) for name in made} == {name: type(value) for name, value in made.items()}
+    assert not any(value is vars(net[2].lora_A)[name] for name, value in vars(net[0].lora_A).items() if value == {})

@@ -16,6 +16,7 @@ from surgery.errors import InputError, printable
 from surgery.formats.onnx.example import BATCH, CACHE, Axes, Decoding, Example
 from surgery.hosts.twin import Weightless
 from surgery.integrations.transformers.examples import SEQ
+from surgery.integrations.transformers.exporting import Pretrained
 
 PAST, TOTAL = "past_sequence", "total_sequence"
 _SIZES = {BATCH: 2, SEQ: 3, PAST: 5}
@@ -33,6 +34,7 @@ def cached_example(plain: Weightless) -> Example:
             f"a {printable(type(model).__name__)}: no decoder of text, and has no cache that a graph could take; "
             "export it without --kv"
         )
+    Pretrained().prepare(plain.module)  # grouped products of experts have no shapes of their own
     shapes = _shapes(plain)
     axes: dict[str, Mapping[int, str]] = {"input_ids": {0: BATCH, 1: SEQ}, "attention_mask": {0: BATCH, 1: TOTAL}}
     if "position_ids" in takes:

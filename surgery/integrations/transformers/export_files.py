@@ -26,11 +26,12 @@ from surgery.integrations.transformers.loading import Wanted, base_model, class_
 from surgery.io.hub import Located
 from surgery.io.memory import available_bytes
 from surgery.io.staging import Staging
-from surgery.procedures.adapter_files import DEFAULT, lay
 from surgery.procedures.export import ExportReport, Manner, traced, write_graph
 from surgery.procedures.export_readme import write_readme
+from surgery.procedures.load import lay
 from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
 from surgery.procedures.proof import Proof, Reference, prove, reference_of
+from surgery.procedures.save import DEFAULT
 from surgery.procedures.switch import set_adapter
 
 _PROOF_BYTES = 16  # for each weight: one as it is stored, one in float64, and what running them takes

@@ -20,13 +20,14 @@ from surgery.integrations.transformers.model import output_heads
 from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.sources import given
 from surgery.procedures import switch
-from surgery.procedures.adapter_files import DEFAULT, active_folders, known, lay, tensors_of, write
 from surgery.procedures.configs import config_of
 from surgery.procedures.inject import inject
+from surgery.procedures.load import lay
 from surgery.procedures.merge import UndoKind, merge, unmerge
 from surgery.procedures.mixed_batch import mixed_batch
 from surgery.procedures.refill import refill
 from surgery.procedures.remove import remove
+from surgery.procedures.save import DEFAULT, active_folders, tensors_of, write
 
 LOADED = "_hf_peft_config_loaded"  # by it transformers and its Trainer know a model with adapters
 
@@ -125,7 +126,7 @@ class AdapterMethods(nn.Module):
         name = adapter_name or next(iter(injected(self).active), None)
         if name is None:
             raise StateError("no adapter is active; name one, or set_adapter first")
-        known(injected(self), name)
+        injected(self).require(name)
         return {key: values.detach() for key, values in tensors_of(self, name, state_dict).items()}
 
     def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:

@@ -1,0 +1,111 @@
+"""What runs at a layer: adapters over one another, the lowest over the base layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.arithmetic import float_product
+from surgery.core.method import Dense, Method, Params, Run
+from surgery.core.op import WHOLE, Op
+from surgery.layers.aware import Holding
+from surgery.layers.mixed import Mixed
+from surgery.layers.plain import is_plain_linear
+from surgery.layers.slot import Holder, Slot
+
+
+class Under(Protocol):
+    """The layer that the adapters lie over."""
+
+    op: Op
+    training: bool
+    _modules: dict[str, nn.Module | None]
+
+    def dense(self) -> Dense:
+        """The base layer's weight as a matrix, and its bias."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """One adapter at this layer: its method, and where each tensor is held.
+
+    No tuple: torch.export copies those that a module has, with all that they hold, and leaves the copies there.
+    """
+
+    method: Method
+    holders: Mapping[str, Holder]
+    slots: Mapping[str, Slot]
+    aware: Holding | None = None  # of what it is trained to become
+
+    @property
+    def params(self) -> Params:
+        found = {}
+        for role, (held, key) in self.holders.items():
+            values = held[key]
+            assert values is not None
+            found[role] = values
+        return found
+
+    def branch(self, x: Tensor, below: Run, op: Op, training: bool) -> Tensor:
+        """The adapted output, over the layer below."""
+        params: Any = {role: held[key] for role, (held, key) in self.holders.items()}
+        return self.method.branch(x, below, op, params, training)
+
+
+class Below:
+    """What lies under an adapter, as its branch sees it (core.method.Run): here the base layer alone."""
+
+    __slots__ = ("args", "dtype", "kwargs", "layer")
+
+    def __init__(self, layer: Under, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layer, self.args, self.kwargs = layer, args, kwargs
+        self.dtype: torch.dtype | None = None  # of what the base layer gave
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        base_layer: Any = self.layer._modules["base_layer"]
+        below: Tensor = base_layer(x, *self.args, **self.kwargs)
+        self.dtype = below.dtype
+        return below
+
+    def base(self) -> Dense:
+        return self.layer.dense()
+
+    def plain(self) -> Dense | None:
+        base_layer: Any = self.layer._modules["base_layer"]
+        given = self.args or self.kwargs
+        return self.layer.dense() if not given and is_plain_linear(base_layer) else None
+
+    def bias(self) -> Tensor | None:
+        return self.layer.dense().bias
+
+
+class Over:
+    """The same where other adapters lie between: the last of them, over what is below it."""
+
+    __slots__ = ("below", "one")
+
+    def __init__(self, one: Fitted | Mixed, below: "Below | Over") -> None:
+        self.one, self.below = one, below
+
+    @property
+    def layer(self) -> Under:
+        return self.below.layer
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return self.one.branch(x, self.below, self.layer.op, self.layer.training)
+
+    def base(self) -> Dense:
+        return self.layer.dense()
+
+    def plain(self) -> None:
+        return None
+
+    def bias(self) -> Tensor | None:
+        bias, on_bias = self.below.bias(), self.one.method.for_bias()
+        if bias is None or on_bias is None:
+            return bias
+        column = Dense(bias.unsqueeze(1))  # [out, 1]
+        return on_bias.merge(column, self.one.params, WHOLE, float_product).weight.squeeze(1)  # [out]

@@ -1,0 +1,139 @@
+"""save: a live model's adapters to PEFT's files."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from surgery.adapters.peft import CONFIG, PREFIX, TENSORS, adapter_bytes
+from surgery.core.config import AdapterConfig
+from surgery.core.method import Params, Spec
+from surgery.core.sharded import rest
+from surgery.core.site import TensorInfo
+from surgery.errors import MatchError, StateError, printable
+from surgery.hosts.tree import adapted_layers, injected, live_path, replaced_modules, spelled
+from surgery.io.durable import write_file
+from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
+from surgery.io.strict_json import json_bytes
+from surgery.layers import Adapted
+from surgery.procedures.merge import base_sha256, own_weight
+
+DEFAULT = "default"
+
+
+def save(root: nn.Module, folder: Path, adapters: Iterable[str] | None = None) -> None:
+    """Write adapters, all if None: "default" into `folder` itself, each other into a sub-folder of its name.
+
+    StateError if the model has none, or not that one.
+    """
+    state = injected(root)
+    for adapter in state.configs if adapters is None else adapters:
+        state.require(adapter)
+        write(root, folder if adapter == DEFAULT else folder / adapter, adapter)
+
+
+def write(
+    root: nn.Module,
+    folder: Path,
+    adapter: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    prefix: str = PREFIX,
+) -> None:
+    """One adapter's files into `folder`, as `tensors_of` gives its tensors, whose names begin with `prefix` there."""
+    rest(root)
+    config, tensors = _written(root, adapter, state_dict)
+    config = _resolved(root, config, adapter)
+    write_file(folder / TENSORS, adapter_bytes(tensors, prefix))
+    write_file(folder / BASE_PRINT, base_print_bytes(_base_print(root, adapter)))
+    write_file(folder / CONFIG, json_bytes(config.to_json()))
+
+
+def active_folders(root: nn.Module, folder: Path) -> dict[str, Path]:
+    """Where each active adapter is written: one into `folder` itself, several into sub-folders of their names."""
+    active = injected(root).active
+    if not active:
+        raise StateError("no adapter is active, so that none is saved or loaded; set_adapter first")
+    return {active[0]: folder} if len(active) == 1 else {name: folder / name for name in active}
+
+
+def tensors_of(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """An adapter's tensors, named as PEFT ends them; out of `state_dict`, named as in the model, if it is given."""
+    return _written(root, adapter, state_dict)[1]
+
+
+def _written(
+    root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Config and tensors, as files hold them."""
+    specs: dict[str, Mapping[str, Spec]] = {}
+    sites: dict[str, Params] = {}
+    layers = adapted_layers(root)
+    for name, layer in layers.items():
+        if adapter in layer.fitted:
+            one = layer.fitted[adapter]
+            there, held = spelled(layers, name, adapter), one.method.tensors(layer.site)
+            specs[there] = held
+            sites[there] = (
+                one.params if state_dict is None else _picked(state_dict, live_path(layers, name), adapter, held)
+            )
+    config, kept = injected(root).configs[adapter].written(sites)
+    found = {f"{name}.{spec.spelling}": kept[name][role] for name in kept for role, spec in specs[name].items()}
+    return config, found | _replacements(root, adapter, state_dict)
+
+
+def _picked(state_dict: Mapping[str, Tensor], path: str, adapter: str, specs: Mapping[str, Spec]) -> Params:
+    """The tensors of a layer, by role, out of a model's state_dict."""
+    picked = {}
+    for role, spec in specs.items():
+        slot, leaf = spec.held
+        picked[role] = _held(state_dict, f"{path}.{slot}.{adapter}.{leaf}".rstrip("."))
+    return picked
+
+
+def _replacements(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors of `modules_to_save`."""
+    found = {}
+    for name, module in replaced_modules(root).items():
+        if adapter in module.modules_to_save:
+            for key, values in module.modules_to_save[adapter].state_dict().items():
+                live = f"{name}.modules_to_save.{adapter}.{key}"
+                found[f"{name}.{key}"] = values if state_dict is None else _held(state_dict, live)
+    return found
+
+
+def _held(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in state_dict:
+        raise MatchError(f"state_dict: it has no {printable(name)}; a state_dict of this model is wanted")
+    return state_dict[name]
+
+
+def _base_print(root: nn.Module, adapter: str) -> Hashed:
+    """The base's weights under the adapter, each with its sha256."""
+    layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
+    infos = {layer.site.weight.name: _held_as(layer) for layer in layers.values()}
+    hashes = map(base_sha256, layers.values())
+    return {
+        name: (info._replace(name=name), digest) for (name, info), digest in zip(infos.items(), hashes, strict=True)
+    }
+
+
+def _held_as(layer: Adapted) -> TensorInfo:
+    """The base's parameter as a file would list it: of a quantized weight, its codes."""
+    held = own_weight(layer)
+    return layer.site.weight._replace(dtype=held.dtype, shape=tuple(held.shape))
+
+
+def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterConfig:
+    """The config with the paths it stands for, so that a reader needs no matching."""
+    layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
+    alone = [name for name, layer in layers.items() if layer.parameter is not None]
+    resolved = replace(
+        config.named(sorted(name for name in layers if spelled(layers, name, adapter) == name)).with_parameters(alone),
+        inference_mode=True,
+        base_model_name_or_path=config.base_model_name_or_path or getattr(root, "name_or_path", None) or None,
+    )
+    if any(field.name == "fan_in_fan_out" for field in fields(config)):
+        transposed = any(layer.op.name == "conv1d" for layer in layers.values())
+        return replace(resolved, **{"fan_in_fan_out": transposed})  # type: ignore[arg-type]  # known only here
+    return resolved
