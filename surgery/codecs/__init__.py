@@ -11,10 +11,16 @@ from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.mxfp4 import Mxfp4
 from surgery.codecs.nvfp4 import Nvfp4
 from surgery.codecs.plain import Plain
+from surgery.codecs.torchao import TorchaoFp8, TorchaoInt8
 from surgery.core.codec import Codec, Packed, Settings
 from surgery.errors import FormatError
 
-CODECS: tuple[Codec, ...] = (Bnb4(), Bnb8(), Fp8Block(), Mxfp4(), PackQuantized(), IntQuantized(), Nvfp4(), Plain())
+CODECS: tuple[Codec, ...] = (
+    *(Bnb4(), Bnb8(), Fp8Block(), Mxfp4()),
+    *(PackQuantized(), IntQuantized(), Nvfp4()),
+    *(TorchaoInt8(), TorchaoFp8()),
+    Plain(),
+)
 # Formats by name, with the settings of fresh weights in them.
 FORMS: Mapping[str, tuple[Codec, Settings]] = {
     "nf4": (Bnb4(), {"quant_type": "nf4"}),

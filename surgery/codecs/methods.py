@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.codecs.compressed_config import METHOD, refuse_unsupported
+from surgery.codecs import compressed_config, torchao
 from surgery.errors import FormatError, printable
 
-METHODS = frozenset({"bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", METHOD})
+METHODS = frozenset({"bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", compressed_config.METHOD, torchao.METHOD})
 _OTHERS = {
     "gptq": "merge into the base that it was quantized from, and quantize that anew with GPTQModel",
     "awq": "merge into the base that it was quantized from, and quantize that anew with llm-compressor",
     "hqq": "merge into the base that it was quantized from, and quantize that anew with hqq",
-    "torchao": "load it with transformers, dequantize() it, and save it plainly",
 }
 
 
@@ -24,5 +23,7 @@ def refuse_unread(told: Mapping[str, Any]) -> None:
             f"quantized with {printable(method)}, which is not supported; {', '.join(sorted(METHODS))} or a plain base "
             f"is wanted; {step}"
         )
-    if method == METHOD:
-        refuse_unsupported(told)
+    if method == compressed_config.METHOD:
+        compressed_config.refuse_unsupported(told)
+    if method == torchao.METHOD:
+        torchao.refuse_unsupported(told)

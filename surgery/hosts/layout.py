@@ -122,7 +122,15 @@ def _file(base: Checkpoint, name: str, infos: Sequence[TensorInfo]) -> OutFile:
         if base.written_name(file) == name and [entry.info for entry in file.header.entries] == list(infos):
             return OutFile(name, file.header.raw, tuple(infos))
     same = next((file for file in base.files if base.written_name(file) == name), base.files[0])
-    return OutFile(name, encode_header(infos, same.header.metadata), tuple(infos))
+    return OutFile(name, encode_header(infos, _told(base, same.header.metadata, infos)), tuple(infos))
+
+
+def _told(base: Checkpoint, metadata: Mapping[str, str], infos: Sequence[TensorInfo]) -> Mapping[str, str]:
+    """The metadata; without what torchao tells there of each tensor, where some that it holds are plain now."""
+    if not any(info.name in base.packed and info.name in metadata for info in infos):
+        return metadata
+    names = {info.name for info in base.weights()} | {"tensor_names"}
+    return {key: value for key, value in metadata.items() if key not in names}
 
 
 def _index(base: Checkpoint, files: Sequence[OutFile]) -> bytes | None:

@@ -15,6 +15,7 @@ from surgery.codecs.compressed_ints import IntQuantized, PackQuantized
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.mxfp4 import Mxfp4
 from surgery.codecs.nvfp4 import Nvfp4
+from surgery.codecs.torchao import TorchaoFp8, TorchaoInt8
 from surgery.core.codec import Codec, Packed, differs
 from surgery.errors import ConfigError, FormatError, ValueRangeError
 
@@ -156,6 +157,16 @@ def nvfp4() -> Mapping[str, Packed]:
     return {"fresh": fresh, "every-scale": packed_of(held, "every scale")}
 
 
+def torchao_int8() -> Mapping[str, Packed]:
+    make = TorchaoInt8().fresh
+    return {"rows": make(weights(12, 10), {}), "groups": make(weights(12, 64), {"group_size": 16})}
+
+
+def torchao_fp8() -> Mapping[str, Packed]:
+    one = {"qdata": torch.ones(6, 5).to(torch.float8_e4m3fn), "scale": torch.tensor([[0.3]])}
+    return {"rows": TorchaoFp8().fresh(weights(12, 10), {}), "one": packed_of(one, "one scale")}
+
+
 EXAMPLES = {  # by codec
     "plain": plain(),
     "bnb4": bnb4(),
@@ -165,6 +176,8 @@ EXAMPLES = {  # by codec
     "pack-quantized": pack_quantized(),
     "int-quantized": int_quantized(),
     "nvfp4-pack-quantized": nvfp4(),
+    "torchao-int8": torchao_int8(),
+    "torchao-fp8": torchao_fp8(),
 }
 CASES = [pytest.param(codec, name, id=f"{codec.name}-{name}") for codec in CODECS for name in EXAMPLES[codec.name]]
 

@@ -184,7 +184,7 @@ REFUSED = {
     "awq": ({"quant_method": "awq"}, "llm-compressor"),
     "hqq": ({"quant_method": "hqq"}, "hqq"),
     "compressed": ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "marlin"}}, "dequantize=True"),
-    "torchao": ({"quant_method": "torchao"}, "dequantize"),
+    "torchao": ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "dequantize"),
     "another": ({"quant_method": "quanto"}, "dequantize"),
     "none": ({"bits": 4}, "dequantize"),
 }
