@@ -16,11 +16,11 @@ from surgery.hosts.layout import shard_bytes
 from surgery.hosts.twin import weightless
 from surgery.integrations import transformers as hugging
 from surgery.io.staging import refuse_overlap
-from surgery.procedures import plan as planning
 from surgery.procedures.export import AnyModule, ExportReport, Kind, Manner, export_model
 from surgery.procedures.export_swappable import export_swappable
 from surgery.procedures.filling import OnProgress, Pace
 from surgery.procedures.merge_checkpoint import Options
+from surgery.procedures.treatment import Treatment
 
 
 def export_onnx(  # noqa: PLR0913  # three things and their options
@@ -78,7 +78,7 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
         return export_model(model, example, Path(out), kind, how)
     if inputs is not None or dynamic_axes is not None:
         raise UsageError("export_onnx: of files, inputs are made of the config; load the model to give others")
-    options = Options(planning.treatment(dtype, tied, ops), overwrite=overwrite, pace=Pace(progress=progress))
+    options = Options(Treatment.of(dtype, tied, ops), overwrite=overwrite, pace=Pace(progress=progress))
     with checkpoint(model) as source:
         found = weighted([] if adapters is None else adapters)
         if not swappable:
@@ -109,5 +109,5 @@ def _refuse_for_slots(adapters: Sequence[Weighted], options: Options) -> None:
         raise UsageError("export: there is no adapter to be swapped; name some, or leave swappable away")
     if any(weight != 1 for _, weight in adapters):
         raise UsageError("export: a swappable adapter has no weight; `surgery combine` writes one that has it in it")
-    if options.treatment != planning.Treatment():
+    if options.treatment != Treatment():
         raise UsageError("export: dtype, tied and ops are of merges, and swappable adapters are not merged")

@@ -30,6 +30,7 @@ from surgery.procedures.combinations import Recipe
 from surgery.procedures.filling import OnProgress, Pace
 from surgery.procedures.low_rank import Truncation
 from surgery.procedures.outputs import Inputs
+from surgery.procedures.treatment import Treatment
 from surgery.procedures.verify_report import VerifyReport
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
@@ -64,7 +65,7 @@ def plan(  # noqa: PLR0913  # the options of a merge
 ) -> planning.Plan:
     """What a merge with these options would do, and all that stands against it. Writes nothing."""
     with checkpoint(base) as source:
-        treatment = planning.treatment(dtype, tied, ops, compute_dtype, into, base_as, arithmetic)
+        treatment = Treatment.of(dtype, tied, ops, compute_dtype, into, base_as, arithmetic)
         return planning.make_plan(source, weighted(adapters), treatment)
 
 
@@ -117,7 +118,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     merging.check_adapters(found, expect_adapter_sha256)
     merging.check_sha256(expect_base_sha256)
     options = merging.Options(
-        planning.treatment(dtype, tied, ops, compute_dtype, into, base_as, arithmetic),
+        Treatment.of(dtype, tied, ops, compute_dtype, into, base_as, arithmetic),
         shard_bytes(max_shard_size),
         reversible=reversible,
         overwrite=overwrite,
@@ -193,7 +194,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
         return verifying.verify_receipt(locate(base))
     with checkpoint(base) as source, Checkpoint(locate(out)) as found:
         told = arithmetic or verifying.recorded_arithmetic(found.folder)
-        treatment = planning.treatment(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=told)
+        treatment = Treatment.of(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=told)
         report = verifying.verify_checkpoint(source, given := weighted(adapters), found, treatment)
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 

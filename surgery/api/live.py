@@ -20,7 +20,7 @@ from surgery.procedures import mixed_batch as mixing
 from surgery.procedures import quantize as quantizing
 from surgery.procedures import save as saving
 from surgery.procedures.configs import config_of
-from surgery.procedures.plan import check_arithmetic
+from surgery.procedures.treatment import check_arithmetic
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub

@@ -22,9 +22,10 @@ from surgery.io.regular import file_sha256
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
 from surgery.procedures.filling import Pace, fill
-from surgery.procedures.plan import Plan, Treatment, describe, make_plan
+from surgery.procedures.plan import Plan, describe, make_plan
 from surgery.procedures.receipt import VERSION, Receipt, base_fingerprint
 from surgery.procedures.small_files import RECEIPT, SmallFiles, small_files
+from surgery.procedures.treatment import Treatment
 from surgery.procedures.undo_record import FOLDER
 from surgery.procedures.undo_writer import UndoWriter
 

@@ -2,51 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
-
-from surgery.codecs import FORMS
-from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter, Layer, Weighted, nbytes_of
-from surgery.core.as_peft import Arithmetic
 from surgery.core.names import Prefix, in_base
 from surgery.core.select import matched_by, unmatched
 from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source
-from surgery.errors import ConfigError, InputError, UsageError, printable
+from surgery.errors import ConfigError, InputError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.through import Through
 from surgery.methods.lora import TWICE
-from surgery.ops.linear import LAYOUTS
 from surgery.procedures.draft import Draft
+from surgery.procedures.treatment import Treatment
 from surgery.procedures.true_config import true_config
 from surgery.procedures.unpacking import keep, pass_through, unpack
 
-Into = Literal["16bit", "keep"]
-INTO: tuple[Into, ...] = ("16bit", "keep")
 _RUNTIME_BYTES = 300_000_000  # Python and torch themselves
 _TILE_COPIES = 12  # float64 tensors of a tile's size alive at once
-
-
-@dataclass(frozen=True)
-class Treatment:
-    """What is done to a base besides laying adapters over it; all of it affects the bytes."""
-
-    dtype: torch.dtype | None = None  # None keeps each tensor's own
-    tied: Literal["refuse", "untie"] = "refuse"  # where an adapter changes one of two tied tensors
-    ops: Mapping[str, str] = field(default_factory=dict)  # by the end of a site's name: linear or conv1d
-    compute_dtype: torch.dtype | None = None  # what quantized weights are decoded to; None: as they are computed with
-    into: Into | None = None  # what quantized weights are written as; None: 16bit
-    base_as: str | None = None  # the form in which the adapters were trained over this plain base
-    arithmetic: Arithmetic = "exact"
-
-    def to_json(self) -> dict[str, Any]:
-        told = {"arithmetic": self.arithmetic, "dtype": _word(self.dtype), "tied": self.tied}
-        more = {"compute_dtype": _word(self.compute_dtype), "into": self.into, "base_as": self.base_as}
-        kept = {key: value for key, value in more.items() if value is not None}
-        return told | {"ops": dict(sorted(self.ops.items()))} | kept
 
 
 @dataclass(frozen=True)
@@ -159,56 +133,6 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     draft.follow(treatment.arithmetic)
     config = true_config(base.config, treatment.dtype, draft.outcome())
     return _costed(base, adapters, draft, config)
-
-
-def treatment(  # noqa: PLR0913, PLR0917  # one argument an option
-    dtype: str | torch.dtype | None = None,
-    tied: str = "refuse",
-    ops: Mapping[str, str] | None = None,
-    compute_dtype: str | torch.dtype | None = None,
-    into: str | None = None,
-    base_as: str | None = None,
-    arithmetic: str = "exact",
-) -> Treatment:
-    """UsageError for a value that is none."""
-    if tied not in ("refuse", "untie"):
-        raise UsageError(f"tied is {printable(tied)!r}; refuse or untie is wanted")
-    for name, op in (ops or {}).items():
-        if op not in LAYOUTS:
-            raise UsageError(f"op of {printable(name)} is {printable(op)!r}; one of {', '.join(LAYOUTS)} is wanted")
-    untie: Literal["refuse", "untie"] = "untie" if tied == "untie" else "refuse"
-    if into not in (None, *INTO):
-        raise UsageError(f"into is {printable(into)!r}; one of {', '.join(INTO)} is wanted")
-    if base_as not in (None, *FORMS):
-        raise UsageError(f"base_as is {printable(base_as)!r}; one of {', '.join(FORMS)} is wanted")
-    form = next((one for one in INTO if one == into), None)
-    how = check_arithmetic(arithmetic)
-    if base_as is not None and how != "exact":
-        raise UsageError(f"base_as is given, and arithmetic is {how!r}; PEFT merges no such base so; leave one out")
-    return Treatment(check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype), form, base_as, how)
-
-
-def check_arithmetic(arithmetic: object) -> Arithmetic:
-    """UsageError for one that is not known."""
-    known: tuple[Arithmetic, ...] = get_args(Arithmetic)
-    for one in known:
-        if one == arithmetic:
-            return one
-    raise UsageError(f"arithmetic is {printable(arithmetic)!r}; one of {', '.join(known)} is wanted")
-
-
-def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    """The plain dtype of that name. UsageError for another."""
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in PLAIN_DTYPES}
-    if name is None or name in PLAIN_DTYPES:
-        return name if isinstance(name, torch.dtype) else None
-    if name not in known:
-        raise UsageError(f"dtype {printable(name)!r} is not known; one of {', '.join(known)} is wanted")
-    return known[str(name)]
-
-
-def _word(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _notes(adapter: Adapter) -> list[str]:

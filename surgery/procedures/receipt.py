@@ -19,8 +19,9 @@ from surgery.hosts.reading import Reading
 from surgery.hosts.shards import Written
 from surgery.io.fingerprint import fingerprint
 from surgery.io.strict_json import read_json
-from surgery.procedures.plan import Plan, Treatment, describe
+from surgery.procedures.plan import Plan, describe
 from surgery.procedures.small_files import RECEIPT, SmallFiles
+from surgery.procedures.treatment import Treatment
 
 FORMAT = 2
 VERSION = version("model-surgery")  # read early: where memory is lacking, it says that there is no such package

@@ -24,10 +24,11 @@ from surgery.io.octets import Tally
 from surgery.io.regular import file_sha256
 from surgery.io.tensor_file import TensorFile
 from surgery.procedures.grade import Grade, carried, derived, kept
-from surgery.procedures.plan import Into, Treatment, make_plan
+from surgery.procedures.plan import make_plan
 from surgery.procedures.receipt import read_receipt
 from surgery.procedures.small_files import CARD, RECEIPT
 from surgery.procedures.spans import spans
+from surgery.procedures.treatment import Into, Treatment
 from surgery.procedures.tying import text_config
 from surgery.procedures.verify_report import VerifyReport
 

@@ -15,7 +15,7 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.octets import sha256_of
 from surgery.procedures.filling import Pace
 from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
-from surgery.procedures.plan import treatment
+from surgery.procedures.treatment import treatment
 
 # In float32 PEFT's product is rounded otherwise than an exact one; in bfloat16 only a safe merge rounds twice.
 UNLIKE = [("peft", torch.float32), ("peft-safe", torch.bfloat16)]

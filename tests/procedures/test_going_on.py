@@ -25,7 +25,7 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.staging import Staging
 from surgery.procedures.filling import Pace
 from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
-from surgery.procedures.plan import Treatment
+from surgery.procedures.treatment import Treatment
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
 SQUARE = ("model.layers.0.q_proj", "model.layers.1.q_proj")

@@ -20,7 +20,7 @@ from surgery.core.codec import Packed
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.procedures.filling import Pace
 from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
-from surgery.procedures.plan import Treatment
+from surgery.procedures.treatment import Treatment
 
 RECEIPT = "surgery.receipt.json"
 each_form = pytest.mark.parametrize("form", FORMATS)
