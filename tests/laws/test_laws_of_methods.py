@@ -56,7 +56,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
 ONLY = {  # settings that are refused over other ops
     "lora_dropout": {"linear", "conv1d", "embedding", "convolution"},
     "use_dora": {"linear", "conv1d", "embedding"},
-    "lora_bias": {"linear", "conv1d"},
+    "lora_bias": {"linear", "conv1d", "convolution"},
 }
 
 

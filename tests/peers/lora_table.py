@@ -77,7 +77,7 @@ FORMS: Mapping[str, Form] = {
     ),
     "`lora_bias`": Form(
         {"lora_bias": True},
-        dict.fromkeys(("nn.Embedding", *CONVOLUTIONS, "nn.MultiheadAttention"), "bias")
+        dict.fromkeys(("nn.Embedding", "nn.MultiheadAttention"), "lora_bias is supported over")
         | dict.fromkeys(PARAMETERS, "lora_bias"),
     ),
     "patterns": Form({"rank_pattern": {".*layer.*": 2}, "alpha_pattern": {".*layer.*": 7}}),
