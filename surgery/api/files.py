@@ -99,9 +99,10 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     head apart where an adapter changes it or the embedding; `ops` says by the end of a name whether a square weight
     is "linear" or "conv1d"; `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
     Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
-    bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales, and
-    raises CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is
-    more than `max_noise` of it. `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8",
+    bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales; "nf4",
+    "fp4", "int8" or "fp8_block" all that transformers would quantize, of a plain base too, by new ones. Either raises
+    CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is more
+    than `max_noise` of it. `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8",
     "fp8_block") in which the adapters were trained over this plain base: the weights of their linear maps are merged
     as they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
     `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, without or with its `safe_merge`, for LoRA without
@@ -285,5 +286,5 @@ def checkpoint(where: Where) -> Checkpoint:
     place = located(where)
     found = Checkpoint(place.path)
     found.hub_id, found.commit = place.hub_id, place.commit
-    found.names = partial(hugging.name_map, found.config)
+    found.names, found.linears = partial(hugging.name_map, found.config), partial(hugging.linears_of, found)
     return found

@@ -16,7 +16,6 @@ from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.layout import Layout, layout_like
 from surgery.hosts.reading import Reading
 from surgery.hosts.shards import FilePart
-from surgery.hosts.views import Merged
 from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.regular import file_sha256
 from surgery.io.staging import Staging, refuse_overlap
@@ -94,8 +93,7 @@ def merge_checkpoint(
     with Staging(out, overwrite=options.overwrite, key=key, resume=options.resume) as staging, ExitStack() as stack:
         undo = stack.enter_context(UndoWriter(base, staging, layout)) if options.reversible else None
         books = _Books(Receipt(base, adapters, plan), undo)
-        view = Merged(plan.source(base), plan.changes, books)
-        readings, written = fill(base, view, staging, layout, books, options.paced())
+        readings, written = fill(base, plan.view(base, books), staging, layout, books, options.paced())
         _check_base(base, adapters, plan, readings, options)
         _check_survival(books.receipt, options)
         _write_small(files, plan, layout, staging)
@@ -149,9 +147,9 @@ def _check_survival(receipt: Receipt, options: Options) -> None:
     worst = sorted(receipt.survival.items(), key=lambda item: item[1].retained)[:3]
     told = ", ".join(f"{printable(name)} ({one})" for name, one in worst)
     raise CheckError(
-        f"merge into keep: {survived} of the adapters' change in all; retained from {options.min_retained:g} on and "
-        f"noise up to {options.max_noise:g} are wanted; least is left at {told}; --into 16bit keeps all of it, and "
-        "--min-retained and --max-noise let it pass"
+        f"merge into {options.treatment.into}: {survived} of the adapters' change in all; retained from "
+        f"{options.min_retained:g} on and noise up to {options.max_noise:g} are wanted; least is left at {told}; "
+        "--into 16bit keeps all of it, and --min-retained and --max-noise let it pass"
     )
 
 

@@ -12,8 +12,8 @@ from surgery.core.as_peft import Arithmetic
 from surgery.errors import UsageError, printable
 from surgery.ops.linear import LAYOUTS
 
-Into = Literal["16bit", "keep"]
-INTO: tuple[Into, ...] = ("16bit", "keep")
+HELD_IN = ("nf4", "fp4", "int8", "fp8_block")  # the forms whose tensors' sizes no values decide
+INTO = ("16bit", "keep", *HELD_IN)
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Treatment:
     tied: Literal["refuse", "untie"] = "refuse"  # where an adapter changes one of two tied tensors
     ops: Mapping[str, str] = field(default_factory=dict)  # by the end of a site's name: linear or conv1d
     compute_dtype: torch.dtype | None = None  # what quantized weights are decoded to; None: as they are computed with
-    into: Into | None = None  # what quantized weights are written as; None: 16bit
+    into: str | None = None  # one of INTO: what weights are written as; None: 16bit where they are quantized
     base_as: str | None = None  # the form in which the adapters were trained over this plain base
     arithmetic: Arithmetic = "exact"
 
@@ -50,11 +50,12 @@ class Treatment:
             raise UsageError(f"into is {printable(into)!r}; one of {', '.join(INTO)} is wanted")
         if base_as not in (None, *FORMS):
             raise UsageError(f"base_as is {printable(base_as)!r}; one of {', '.join(FORMS)} is wanted")
-        form = next((one for one in INTO if one == into), None)
         how = check_arithmetic(arithmetic)
+        if into in HELD_IN and (how != "exact" or base_as is not None):
+            raise UsageError(f"into is {into!r}: it takes no base_as, and exact arithmetic alone; leave the others out")
         if base_as is not None and how != "exact":
             raise UsageError(f"base_as is given, and arithmetic is {how!r}; PEFT merges no such base so; leave one out")
-        return cls(check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype), form, base_as, how)
+        return cls(check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype), into, base_as, how)
 
     def to_json(self) -> dict[str, Any]:
         told = {"arithmetic": self.arithmetic, "dtype": _word(self.dtype), "tied": self.tied}

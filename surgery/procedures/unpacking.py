@@ -41,8 +41,6 @@ def unpack(draft: Draft, compute_dtype: torch.dtype | None, asked: bool) -> None
         written[held.codec.name, *(_word(one) for one in (dtype, draft.changes[name].dtype))] += 1
     for (codec, computed, outcome), count in written.items():
         draft.notes.append(f"{count} weights held as {codec} are decoded to {computed} and written in {outcome}")
-    if told:
-        draft.notes.append("config.json loses its quantization_config")
     draft.plain = bool(told)
 
 
