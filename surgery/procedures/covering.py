@@ -1,6 +1,6 @@
 """Covering: which weights a form holds where a merge goes into it, so that loaders find what config.json says."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from surgery.core.site import Site, TensorInfo
 from surgery.errors import FormatError, MatchError, UsageError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.packing import Held
+from surgery.hosts.packing import Held, quantization_of
 from surgery.ops.linear import Linear
 from surgery.procedures.draft import Draft
 from surgery.procedures.quantize import OUTLIERS
@@ -21,8 +21,15 @@ _HALVES = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHT = ".weight"
 
 
-def cover(draft: Draft, form: str) -> None:
-    """The weights that loaders take for quantized ones go into `form`, adapted or not.
+_PLAIN = {  # where each kind of quantization_config lists the modules that are held plainly
+    "bitsandbytes": "llm_int8_skip_modules",
+    "fp8": "modules_to_not_convert",
+    "compressed-tensors": "ignore",
+}
+
+
+def cover(draft: Draft, form: str, plainly: Collection[str] = ()) -> None:
+    """The weights that loaders take for quantized ones go into `form`, adapted or not, but for those of `plainly`.
 
     Where no model tells which these are, the linear maps that the adapters change. MatchError where there are none.
     """
@@ -32,7 +39,7 @@ def cover(draft: Draft, form: str) -> None:
             f"into {form}: {printable(held[0])} is held so already; into 'keep' keeps its scales, '16bit' writes it "
             "plainly"
         )
-    modules, others = _modules(draft)
+    modules, others = _modules(draft, plainly)
     covered = [info for info in draft.base.weights() if info.name in modules]
     for info in covered:
         change = draft.changes.get(info.name) or Change(Site(info.name, {"weight": info}), info.torch_dtype)
@@ -40,9 +47,32 @@ def cover(draft: Draft, form: str) -> None:
         draft.refusals += refused
         draft.changes[info.name] = change if refused else replace(change, into=form)
     if not covered:
-        raise MatchError(f"into {form}: {printable(draft.base.path)} has no linear weight that it could hold")
+        left = " but those that would keep too little there" if plainly else ""
+        raise MatchError(
+            f"into {form}: {printable(draft.base.path)} has no linear weight{left} that it could hold; give into 16bit"
+        )
     draft.notes.append(f"{len(covered)} weights are held in {form}, and {len(others)} other linear ones are not")
     draft.quantization = quantization(form, draft.changes[covered[0].name].dtype, others)
+
+
+def leave_plain(draft: Draft, plainly: Collection[str]) -> None:
+    """Let config.json tell that these weights of a quantized base are written plainly now."""
+    base, told = draft.base, quantization_of(draft.base.config)
+    if not plainly or not told:
+        return
+    key = _PLAIN.get(str(told.get("quant_method")))
+    if key is None:
+        draft.refusals.append(
+            FormatError(
+                f"{printable(base.path)}: held by {printable(told.get('quant_method'))}, in which single weights are "
+                "not known to be left plain; merge into 16bit, or without fallback"
+            )
+        )
+        return
+    rename, linears = base.names().rename, base.linears()
+    here = {_module(rename(info.name)) for info in base.weights() if _is_matrix(info) and info.name not in base.packed}
+    skipped = {*(told.get(key) or here), *(() if linears is None else linears.others)}
+    draft.quantization = {**told, key: sorted(skipped | {_module(rename(name)) for name in plainly})}
 
 
 def form_of(held: Held) -> str | None:
@@ -84,14 +114,15 @@ def _in_blocks(held: Held) -> bool:
     return scales == (torch.float32, wanted) and codes is not None and codes[0] == torch.float8_e4m3fn
 
 
-def _modules(draft: Draft) -> tuple[set[str], list[str]]:
+def _modules(draft: Draft, plainly: Collection[str]) -> tuple[set[str], list[str]]:
     """The weights to cover, and the other linear modules as they are called in memory."""
     base, linears, rename = draft.base, draft.base.linears(), draft.base.names().rename
     matrices = {info.name: _module(rename(info.name)) for info in base.weights() if _is_matrix(info)}
     chosen = {name for name, module in matrices.items() if linears is not None and module in linears.quantized}
     if linears is None or not chosen:
-        chosen = {name for name, change in draft.changes.items() if _is_linear_map(change, base)}
+        chosen = {name for name, change in draft.changes.items() if _is_linear_map(change, base)} - {*plainly}
         return chosen, sorted(module for name, module in matrices.items() if name not in chosen)
+    chosen -= {*plainly}
     return chosen, sorted((linears.quantized | linears.others) - {matrices[name] for name in chosen})
 
 

@@ -1,6 +1,6 @@
 """plan: what a merge would do to each weight of a checkpoint, and all that stands against it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.encoded import Encoded, standing
 from surgery.hosts.through import Through
 from surgery.methods.lora import TWICE
-from surgery.procedures.covering import cover
+from surgery.procedures.covering import cover, leave_plain
 from surgery.procedures.draft import Draft
 from surgery.procedures.treatment import HELD_IN, Treatment
 from surgery.procedures.true_config import true_config
@@ -112,8 +112,10 @@ def describe(change: Change) -> dict[str, Any]:
     }
 
 
-def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatment | None = None) -> Plan:
-    """The plan of laying `adapters`, in this order, over `base`."""
+def make_plan(
+    base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatment | None = None, plainly: Collection[str] = ()
+) -> Plan:
+    """The plan of laying `adapters`, in this order, over `base`; weights of `plainly` go into no format."""
     treatment = treatment or Treatment()
     draft = Draft(base, treatment.ops)
     for index, given in enumerate(adapters):
@@ -121,7 +123,8 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     if treatment.base_as is not None:
         pass_through(draft, treatment.base_as, treatment.compute_dtype)
     elif treatment.into == "keep":
-        keep(draft, treatment.dtype or treatment.compute_dtype)
+        keep(draft, treatment.dtype or treatment.compute_dtype, plainly)
+        leave_plain(draft, plainly)
     else:
         unpack(draft, treatment.compute_dtype, treatment.into == "16bit")
     draft.settle(treatment.tied)
@@ -133,7 +136,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     if treatment.dtype is not None:
         draft.cast(treatment.dtype)
     if treatment.into in HELD_IN:
-        cover(draft, treatment.into)
+        cover(draft, treatment.into, plainly)
     elif draft.plain:
         draft.notes.append("config.json loses its quantization_config")
     for one in adapters:

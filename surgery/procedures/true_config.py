@@ -48,7 +48,10 @@ def true_config(config: Mapping[str, Any], dtype: torch.dtype | None, outcome: O
     if outcome.vocab_size is not None and isinstance(text, dict):
         text["vocab_size"] = outcome.vocab_size
     if outcome.quantization is not None:
-        told["quantization_config"] = outcome.quantization
+        inner = (part for part in (text, told.get("text_config")) if isinstance(part, dict))
+        next((part for part in inner if "quantization_config" in part), told)["quantization_config"] = (
+            outcome.quantization
+        )
     if outcome.task_type in _TASKS:
         told |= _of_task(config, outcome.heads, outcome.task_type)
     return None if told == config else told

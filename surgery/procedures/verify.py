@@ -50,7 +50,10 @@ def verify_checkpoint(
 ) -> VerifyReport:
     """Grade every tensor of `out` against `adapters` merged over `base`, by any tool; `workers` tiles at once."""
     # What is right where two were tied.
-    plan = make_plan(base, adapters, replace(treatment or Treatment(), tied="untie", into=_into(base, out)))
+    treatment = replace(treatment or Treatment(), tied="untie", into=_into(base, out))
+    plan = make_plan(
+        base, adapters, treatment, () if treatment.into != "keep" else base.packed.keys() - out.packed.keys()
+    )
     plan.require()
     grades: dict[str, Grade] = {}
     pieces = _pieces(base, plan.source(base), out, plan.changes)

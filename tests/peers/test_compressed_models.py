@@ -137,3 +137,19 @@ def test_a_merge_that_keeps_the_format_is_loaded_by_transformers(scheme: str, tm
         assert not changed or float((moved * asked).sum() / (asked * asked).sum()) > 0.5
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert (tmp_path / "back" / FILE).read_bytes() == (base / FILE).read_bytes()
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "FP8_DYNAMIC"])
+def test_what_falls_back_to_16_bits_is_loaded_beside_compressed_weights(scheme: str, tmp_path: Path):
+    base, given, out = compressed_model(tmp_path / "base", scheme), adapter(tmp_path / "a", 0.05), tmp_path / "out"
+    surgery.merge_checkpoint(base, given, tmp_path / "wanted")
+    kept = surgery.merge_checkpoint(base, given, tmp_path / "kept", into="keep").receipt
+    noise = [one["noise"] for one in kept["changed"].values()]
+    bounds = {"min_retained": 0.0, "max_noise": sum(noise) / 2}
+    fallen = surgery.merge_checkpoint(base, given, out, into="keep", fallback="16bit", **bounds).receipt["fallback"]
+    assert len(fallen) == 1
+    found, in_format, plain = (
+        load_file(dequantized(one, tmp_path / f"{one.name}-plain") / FILE) for one in (out, tmp_path / "kept", base)
+    )
+    plain |= load_file(tmp_path / "wanted" / FILE)
+    assert all(torch.equal(one, (plain if name in fallen else in_format)[name]) for name, one in found.items())

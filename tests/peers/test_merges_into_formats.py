@@ -67,3 +67,22 @@ def test_it_is_what_quantize_makes_of_the_merged_model_to_the_byte(form, merged:
 def test_verify_grades_all_of_it_bits(form, merged: Path):
     report = surgery.verify_checkpoint(merged / "base", merged / "adapter", merged / form)
     assert report.counts == {"bits": 14, "rounding": 0, "untouched": 7, "recorded": 0, "different": 0}
+
+
+@pytest.mark.parametrize("base", ["base", "nf4"])
+def test_transformers_loads_what_fell_back_to_16_bits_beside_4_bit_layers(base, merged: Path, tmp_path: Path):
+    """Those whose noise is above the middle one, of a plain base that goes into nf4, and of one that keeps it."""
+    into, out = ("nf4" if base == "base" else "keep"), tmp_path / "out"
+    adapter = merged / "adapter"
+    receipt = surgery.merge_checkpoint(merged / base, adapter, tmp_path / "all", into=into, **ANY).receipt
+    noise = sorted(one["noise"] for one in receipt["changed"].values() if "noise" in one)
+    bounds = {"min_retained": 0.0, "max_noise": sum(noise[1:3]) / 2}
+    fallen = surgery.merge_checkpoint(merged / base, adapter, out, into=into, fallback="16bit", **bounds).receipt
+    assert len(fallen["fallback"]) == 2
+    model = loaded(out, torch.bfloat16)
+    kinds = {f"{name}.weight": type(one) for name, one in model.named_modules() if name.endswith(("_proj", "lm_head"))}
+    assert {name for name, kind in kinds.items() if kind is nn.Linear} == {*fallen["fallback"], "lm_head.weight"}
+    surgery.merge_checkpoint(merged / base, adapter, tmp_path / "16bit")
+    wanted, found = load_file(tmp_path / "16bit" / FILE), dict(model.named_parameters())
+    assert all(torch.equal(found[name], wanted[name]) for name in fallen["fallback"])
+    assert surgery.verify_checkpoint(merged / base, adapter, out).ok

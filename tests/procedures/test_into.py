@@ -16,7 +16,7 @@ from surgery.adapters.peft import open_adapter
 from surgery.codecs import FORMS
 from surgery.core.adapter import Weighted
 from surgery.core.arithmetic import exact_product
-from surgery.core.survival import Survival
+from surgery.core.survival import Bounds, Survival
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.procedures.filling import Pace
 from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
@@ -110,7 +110,7 @@ def test_a_changed_code_or_scale_is_different(form: str, adapter: Path, tmp_path
 def test_tiles_workers_and_shards_change_no_bit_and_a_weight_is_never_cut(adapter: Path, tmp_path: Path):
     surgery.merge_checkpoint(plain_base(tmp_path / "whole"), adapter, tmp_path / "out", into="nf4", **ANY)
     treatment = Treatment(into="nf4")
-    options = Options(treatment, max_shard_bytes=3000, pace=Pace(workers=3, tile_elements=1), **ANY)
+    options = Options(treatment, max_shard_bytes=3000, pace=Pace(workers=3, tile_elements=1), bounds=Bounds(**ANY))
     with Checkpoint(plain_base(tmp_path / "base", 5)) as base:
         merge_checkpoint(base, [Weighted(open_adapter(adapter))], tmp_path / "rows", options)
     assert tensor_hashes(read_tensors(tmp_path / "rows")) == tensor_hashes(read_tensors(tmp_path / "out"))
@@ -143,9 +143,45 @@ def test_an_adapter_that_is_drowned_there_fails_with_the_option_that_would_keep_
     assert not (tmp_path / "out").exists()
 
 
+def uneven(folder: Path) -> Path:
+    """Of which one site is lost in 4 bits."""
+    size = {True: 2.0**-9, False: 8.0}
+    return write_adapter(folder, {k: v * size[SITES[2] in k] if "lora_B" in k else v for k, v in factors().items()})
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp8_block", "keep"])
+def test_what_would_be_lost_falls_back_to_16_bits_site_by_site(form: str, tmp_path: Path):
+    base = plain_base(tmp_path / "base") if form != "keep" else quantized_base(tmp_path / "base", "nf4")
+    adapter, out = uneven(tmp_path / "adapter"), tmp_path / "out"
+    loose = {"min_retained": 0.3, "max_noise": 1.5}
+    receipt = surgery.merge_checkpoint(
+        base, adapter, out, into=form, fallback="16bit", reversible=True, **loose
+    ).receipt
+    surgery.merge_checkpoint(base, adapter, tmp_path / "16bit")
+    surgery.merge_checkpoint(base, adapter, tmp_path / "in", into=form, **ANY)
+    assert receipt["fallback"].keys() == {f"{SITES[2]}.weight"}
+    plain, held, found = (read_tensors(tmp_path / one) for one in ("16bit", "in", "out"))
+    wanted = {k: v for k, v in held.items() if not k.startswith(SITES[2])}
+    wanted[f"{SITES[2]}.weight"] = plain[f"{SITES[2]}.weight"]
+    assert tensor_hashes(found) == tensor_hashes(wanted)
+    told = json.loads((out / "config.json").read_text())["quantization_config"]
+    skipped = told.get("llm_int8_skip_modules", told.get("modules_to_not_convert"))
+    assert {SITES[2], "lm_head"} <= set(skipped)
+    assert not {*SITES[:2], SITES[3]} & set(skipped)
+    report = surgery.verify_checkpoint(base, adapter, out)
+    assert report.ok
+    assert report.counts["bits"] == len(SITES)
+    surgery.unmerge_checkpoint(out, tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
 @pytest.mark.parametrize(
     ("base", "options", "error", "why"),
     [
+        ("plain", {"into": "nf4", "fallback": "int8"}, UsageError, "no loader reads int8 beside nf4"),
+        ("plain", {"fallback": "16bit"}, UsageError, "give into"),
+        ("fp8-rows", {"into": "keep", "fallback": "16bit", "min_retained": 1.1}, FormatError, "fbgemm_fp8"),
+        ("plain", {"into": "nf4", "fallback": "16bit", "min_retained": 1.1}, MatchError, "too little there"),
         ("plain", {"into": "nf4-double"}, UsageError, "one of"),
         ("plain", {"into": "nf4", "base_as": "nf4"}, UsageError, "base_as"),
         ("plain", {"into": "nf4", "arithmetic": "peft"}, UsageError, "exact"),
