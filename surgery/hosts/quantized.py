@@ -1,11 +1,7 @@
-"""Linear layers of bitsandbytes in a live model: how each holds its weight, as the codecs read it.
+"""Quantized layers of a live model: how each holds its weight, as the codecs read it."""
 
-bitsandbytes is never imported here: where such a layer is, it is there already.
-"""
-
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,64 +9,81 @@ from torch import Tensor, nn
 from surgery.codecs import codec_of, packed_of
 from surgery.core.codec import Packed
 from surgery.errors import StateError, printable
+from surgery.hosts.bitsandbytes_layers import BitsandbytesLayers
+from surgery.hosts.fp8_layers import Fp8Layers
 
-_PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of what `keep_scales` is about
-_PACKED_BEFORE = "surgery_packed_before"
+
+class Kind(Protocol):
+    """One library's quantized linear layers."""
+
+    def classes(self) -> tuple[type[nn.Module], ...]:
+        """Of its layers; none where the library is not imported."""
+        ...
+
+    def unready(self, module: Any) -> str | None:
+        """Why such a layer cannot bear an adapter as it is, and the next step; None if it can."""
+        ...
+
+    def tensors(self, module: Any) -> Mapping[str, Tensor]:
+        """What holds the weight of one that is ready, named as a file names it."""
+        ...
+
+    def settings(self, module: Any) -> Mapping[str, Any]:
+        """What a quantization_config would say of it, beside."""
+        ...
+
+    def shape(self, module: Any) -> tuple[int, int]:
+        """(out, in) of the weight, whatever the shape of its codes."""
+        ...
+
+    def compute_dtype(self, module: Any) -> torch.dtype:
+        """What its weight is decoded to when it runs."""
+        ...
+
+    def hold(self, module: Any) -> None:
+        """Let it run under adapters, with its bytes as they are."""
+        ...
+
+    def release(self, module: Any) -> None:
+        """It is as before `hold`."""
+        ...
+
+
+KINDS: tuple[Kind, ...] = (BitsandbytesLayers(), Fp8Layers())
 
 
 def quantized_kinds() -> Iterator[type[nn.Module]]:
-    """The classes of bitsandbytes' linear layers; none where it is not imported."""
-    loaded: Any = sys.modules.get("bitsandbytes.nn")
-    if loaded is not None:
-        yield loaded.Linear4bit
-        yield loaded.Linear8bitLt
+    """The classes of quantized linear layers, of the libraries that are imported."""
+    for kind in KINDS:
+        yield from kind.classes()
 
 
 def is_quantized(module: nn.Module) -> bool:
-    return type(module) is not nn.Linear and isinstance(module, tuple(quantized_kinds()))
+    return _kind(module) is not None
 
 
 def unready(module: Any) -> str | None:
-    """Why such a layer cannot bear an adapter as it is, and the next step; None if it can."""
-    if _is_8bit(module):
-        if module.state.has_fp16_weights:
-            return "it quantizes 16-bit weights anew in each forward; make it with has_fp16_weights=False"
-        return None if _scales(module) is not None else "it is not quantized yet; move it to its device first"
-    state = _quant_state(module)
-    if state is None:
-        return "it is not quantized yet; move it to its device first"
-    if getattr(state, "packing_format_for_cpu", False):
-        return (
-            "bitsandbytes has rounded its scales when it ran in eval mode on this CPU; load the model again, and add "
-            "the adapter before it runs"
-        )
-    return None
+    """Why a quantized layer cannot bear an adapter as it is, and the next step; None if it can."""
+    return _of(module).unready(module)
 
 
 def packed_of_layer(module: Any, where: str = "") -> Packed:
     """The tensors that hold its weight, named as a file names them. StateError where `unready` has something to say."""
-    why = unready(module)
+    kind = _of(module)
+    why = kind.unready(module)
     if why is not None:
         raise StateError(f"{printable(where)}: {why}")
-    beside: Mapping[str, Tensor]
-    if _is_8bit(module):
-        beside = {"SCB": _scales(module)}
-    else:
-        beside = {f"weight.{part}": values for part, values in _quant_state(module).as_dict(packed=True).items()}
-    return packed_of({"weight": module.weight.detach().as_subclass(torch.Tensor), **beside}, printable(where))
+    return packed_of(kind.tensors(module), printable(where), kind.settings(module))
 
 
 def shape_of_layer(module: Any) -> tuple[int, int]:
     """(out, in) of the weight, whatever the shape of its codes."""
-    return module.out_features, module.in_features
+    return _of(module).shape(module)
 
 
 def compute_dtype(module: Any) -> torch.dtype:
-    """What its weight is decoded to when it runs. The kernels of 8 bits never round it, so that it is float32."""
-    dtype: torch.dtype = torch.float32
-    if not _is_8bit(module):
-        dtype = module.compute_dtype or _quant_state(module).dtype
-    return dtype
+    """What its weight is decoded to when it runs."""
+    return _of(module).compute_dtype(module)
 
 
 def own_dtype(module: Any) -> torch.dtype | None:
@@ -99,35 +112,27 @@ def decoder(module: nn.Module) -> Callable[[nn.Module], Tensor] | None:
     return decoded if is_quantized(module) else None
 
 
-def keep_scales(module: nn.Module) -> None:
-    """From now on it runs in eval mode as in training: on some CPUs bitsandbytes would round its scales, in place."""
-    if module.__dict__.get(_PACKS):
-        module.__dict__.update({_PACKS: False, _PACKED_BEFORE: module.__dict__[_PACKS]})
+def hold(module: nn.Module) -> None:
+    """Let a quantized layer run under adapters, with its bytes as they are."""
+    kind = _kind(module)
+    if kind is not None:
+        kind.hold(module)
 
 
-def release_scales(module: nn.Module) -> None:
-    """It runs as before `keep_scales`."""
-    before = module.__dict__.pop(_PACKED_BEFORE, None)
-    if before is not None:
-        module.__dict__[_PACKS] = before
+def release(module: nn.Module) -> None:
+    """It is as before `hold`."""
+    kind = _kind(module)
+    if kind is not None:
+        kind.release(module)
 
 
-def never_round_scales(module: nn.Module) -> None:
-    """The same for good."""
-    if module.__dict__.get(_PACKS):
-        module.__dict__[_PACKS] = False
+def _kind(module: nn.Module) -> Kind | None:
+    if type(module) is nn.Linear:
+        return None
+    return next((kind for kind in KINDS if isinstance(module, kind.classes())), None)
 
 
-def _is_8bit(module: Any) -> bool:
-    return isinstance(module, sys.modules["bitsandbytes.nn"].Linear8bitLt)
-
-
-def _scales(module: Any) -> Any:
-    """SCB, which the first forward moves."""
-    found = getattr(module.weight, "SCB", None)
-    return found if found is not None else module.state.SCB
-
-
-def _quant_state(module: Any) -> Any:
-    found = getattr(module.weight, "quant_state", None)
-    return found if found is not None else module.quant_state
+def _of(module: nn.Module) -> Kind:
+    kind = _kind(module)
+    assert kind is not None
+    return kind

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.core.op import Op
+from surgery.hosts.foreign_layers import held_by_another
 from surgery.hosts.quantized import is_quantized, quantized_kinds, unready
 from surgery.ops import OPS
 from surgery.ops.convolution import Convolution
@@ -96,8 +97,10 @@ def unfit(module: nn.Module) -> str | None:
     """Why a module of a known kind can bear no adapter all the same, and the next step; None if it can."""
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None:
         return "its query, key and value have weights of their own, for which PEFT has no spelling; adapt its out_proj"
-    if is_quantized(module):
-        return unready(module)
+    return unready(module) if is_quantized(module) else held_by_another(module) or _unfit_weight(module)
+
+
+def _unfit_weight(module: nn.Module) -> str | None:
     weight = module._parameters.get(OPS["attention"].roles["weight"], module._parameters.get("weight"))
     if weight is None:
         return "its weight is computed from other tensors; remove the parametrization first"

@@ -19,7 +19,7 @@ from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
 from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, UsageError, printable
-from surgery.hosts.quantized import is_quantized, keep_scales, release_scales
+from surgery.hosts.quantized import hold, is_quantized, release
 from surgery.hosts.tree import State, places, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
 from surgery.layers.aware import Holding
@@ -100,7 +100,7 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     refuse_nested(tree, {name: site for name, (site, _, _) in fitting.sites.items()}, fitting.saved)
     state = state_of(root) or _frozen(tree)
     for place in tree.places:
-        keep_scales(place.module)
+        hold(place.module)
     touched: list[Adapted | Replaced] = []
     for name, (site, method, params) in _outer_first(tree, fitting.sites):
         layer = tree.layer(name, site)
@@ -183,7 +183,7 @@ def eject(root: nn.Module, keep_merged: bool = False) -> None:
             kept = place.module.running if keep_merged else place.module.original_module
             place.parent._modules[place.key] = kept
     for module in root.modules():
-        release_scales(module)
+        release(module)
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in state.trainable)
     set_state(root, None)

@@ -10,7 +10,7 @@ from torch import nn
 from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched
 from surgery.errors import EnvironmentFault, MatchError, StateError, UsageError, ValueRangeError, printable
-from surgery.hosts.quantized import never_round_scales
+from surgery.hosts.bitsandbytes_layers import never_round_scales
 from surgery.hosts.tree import state_of
 from surgery.procedures.model_tree import Tree
 

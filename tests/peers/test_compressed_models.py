@@ -153,3 +153,20 @@ def test_what_falls_back_to_16_bits_is_loaded_beside_compressed_weights(scheme: 
     )
     plain |= load_file(tmp_path / "wanted" / FILE)
     assert all(torch.equal(one, (plain if name in fallen else in_format)[name]) for name, one in found.items())
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8_DYNAMIC", "NVFP4A16"])
+def test_a_live_model_is_adapted_where_it_is_dequantized_and_refused_by_name_where_it_is_not(
+    scheme: str, tmp_path: Path
+):
+    base, given = compressed_model(tmp_path / "base", scheme), adapter(tmp_path / "a", 0.02)
+    compressed = AutoModelForCausalLM.from_pretrained(base)
+    for _ in ("compressed", "decompressed as it first runs"):
+        with pytest.raises(surgery.MatchError, match=r"down_proj.*compressed-tensors.*dequantize=True"):
+            surgery.load(compressed, given)
+        compressed(torch.arange(5)[None])
+    plain = AutoModelForCausalLM.from_pretrained(base, quantization_config=CompressedTensorsConfig(dequantize=True))
+    surgery.load(plain, given).save_merged(tmp_path / "live")
+    surgery.merge_checkpoint(base, given, tmp_path / "files")
+    assert hashes(tmp_path / "live") == hashes(tmp_path / "files")
+    assert "quantization_config" not in json.loads((tmp_path / "live" / "config.json").read_text())

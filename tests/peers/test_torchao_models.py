@@ -105,6 +105,13 @@ def test_a_merge_that_keeps_the_format_is_loaded_by_transformers(kind: str, adap
     assert (tmp_path / "back" / FILE).read_bytes() == (base / FILE).read_bytes()
 
 
+@each_kind
+def test_a_live_model_is_refused_by_name(kind: str, adapter: Path, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(quantized(tmp_path, kind))
+    with pytest.raises(surgery.MatchError, match=r"down_proj.*torchao.*merge the checkpoint"):
+        surgery.load(model, adapter)
+
+
 @pytest.mark.parametrize("held", ["act_pre_scale", "per_tensor_scale", "scale_and_zero"])
 def test_what_scales_inputs_or_is_packed_otherwise_is_refused(held: str):
     tensors = TorchaoInt8().fresh(torch.ones(4, 8), {}).tensors | {held: torch.ones(1)}

@@ -14,7 +14,7 @@ from torch import nn
 from surgery.adapters.peft import CONFIG, read_adapter
 from surgery.core.adapter import Adapter
 from surgery.errors import AbsentError, EnvironmentFault, InputError, MatchError, printable
-from surgery.hosts.quantized import never_round_scales
+from surgery.hosts.bitsandbytes_layers import never_round_scales
 from surgery.integrations.transformers.quantizing import load_settings
 from surgery.integrations.transformers.subclass import attach
 from surgery.io.hub import Located, located

@@ -7,10 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.errors import UsageError, printable
+from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.quantized import is_quantized
 from surgery.integrations.transformers.model import is_pretrained
 from surgery.procedures.quantize import BITS, OUTLIERS, Quantization, import_bitsandbytes
+
+# By quant_method, what its config calls the modules that are left plain.
+_SKIPPED = {"bitsandbytes": "llm_int8_skip_modules", "fp8": "modules_to_not_convert"}
+# The modules of transformers that decode weights, and encode them again.
+_OPERATIONS = (".bitsandbytes", ".finegrained_fp8", ".compressed_tensors", ".torchao", ".mxfp4")
 
 
 def settings_of(wanted: Quantization, dtype: torch.dtype, skipped: Sequence[str] | None = None) -> Any:
@@ -46,37 +51,54 @@ def tell_quantized(root: nn.Module, wanted: Quantization, skipped: Sequence[str]
 def tell_ejected(root: nn.Module) -> None:
     """Let a model that was quantized know which of its layers are plain now."""
     model: Any = root
-    if not is_pretrained(root) or not is_bitsandbytes(model):
+    if not is_pretrained(root):
         return
     if not any(is_quantized(module) for module in root.modules()):
         forget_quantization(model)
         return
-    plain = [name for name, module in root.named_modules() if type(module) is nn.Linear]
-    model.config.quantization_config.llm_int8_skip_modules = plain
-    model.hf_quantizer.modules_to_not_convert = plain
+    skipped = _SKIPPED.get(quantization_of(model))
+    if skipped is not None:
+        plain = [name for name, module in root.named_modules() if type(module) is nn.Linear]
+        setattr(model.config.quantization_config, skipped, plain)
+        model.hf_quantizer.modules_to_not_convert = plain
 
 
-def is_bitsandbytes(model: Any) -> bool:
-    """Has transformers, or surgery, told it of a quantization by bitsandbytes?"""
+def quantization_of(model: Any) -> str:
+    """By what transformers, or surgery, has told it that it is quantized; empty where that is nothing known here."""
     quantizer = model.__dict__.get("hf_quantizer")
-    return quantizer is not None and bool(quantizer.quantization_config.quant_method == "bitsandbytes")
+    told = None if quantizer is None else quantizer.quantization_config.quant_method
+    return next((method for method in _SKIPPED if told == method), "")  # it is an enum of strings
 
 
 def forget_quantization(model: Any) -> None:
-    """Let a model that is written plainly say nothing of its quantization; it may share all else with another."""
-    if not is_bitsandbytes(model):
+    """Let a model that is written plainly say nothing of its quantization; it may share all else with another.
+
+    What transformers has decoded as it was loaded, it would encode again as it is saved, with no word of it.
+    """
+    conversions = model.__dict__.get("_weight_conversions")
+    if conversions:
+        model._weight_conversions = [one for one in conversions if not 0 < _decoding(one) == len(one.operations)]
+    if not quantization_of(model):
         return
-    conversions = model.__dict__.get("_weight_conversions") or ()
     model.hf_quantizer, model.is_quantized = None, False
     model.__dict__.pop("quantization_method", None)
     for config in (model.config, model.config.get_text_config()):
         config.__dict__.pop("quantization_config", None)
-    model._weight_conversions = [one for one in conversions if not _quantizes(one)]
 
 
-def _quantizes(conversion: Any) -> bool:
-    operations = getattr(conversion, "operations", ())
-    return any(type(one).__module__.endswith(".bitsandbytes") for one in operations)
+def refuse_joined(model: Any) -> None:
+    """StateError where transformers has decoded weights and made experts of them, in one step that is undone whole."""
+    for one in model.__dict__.get("_weight_conversions") or ():
+        if _decoding(one):
+            raise StateError(
+                f"save_merged: {', '.join(map(printable, one.target_patterns))}: decoded and joined as they were "
+                "loaded, which transformers would encode again; save the adapter, and merge the checkpoint"
+            )
+
+
+def _decoding(conversion: Any) -> int:
+    """How many of its operations decode weights; 0 of what only renames."""
+    return sum(type(one).__module__.endswith(_OPERATIONS) for one in getattr(conversion, "operations", ()))
 
 
 def load_settings(kind: str | None, config: Any, dtype: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from surgery.errors import UsageError
 from surgery.integrations.transformers.model import is_pretrained
-from surgery.integrations.transformers.quantizing import forget_quantization
+from surgery.integrations.transformers.quantizing import forget_quantization, refuse_joined
 from surgery.io.staging import Staging
 from surgery.procedures.merged_state import merged_state
 
@@ -32,6 +32,7 @@ def write_merged(root: nn.Module, state: dict[str, Tensor], staging: Staging, **
     """The model's `state`, without adapters, as its own class saves it."""
     plain = _twin(root)
     forget_quantization(plain)
+    refuse_joined(plain)
     _untie(plain, state)
     plain.save_pretrained(staging.folder, state_dict=state, **options)
     staging.adopt()
