@@ -71,8 +71,8 @@ compute_dtype = click.option(
 )
 into = click.option(
     "--into",
-    type=click.Choice(["16bit", "keep"]),
-    help="What the weights of a quantized base become: plain, as by default, or codes of the base's own scales.",
+    type=click.Choice(["16bit", "keep", "nf4", "fp4", "int8", "fp8_block"]),
+    help="What weights become: plain, as by default; codes by a quantized base's own scales; or a format, by new ones.",
 )
 base_as = click.option(
     "--base-as",
