@@ -102,10 +102,10 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales, and
     raises CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is
     more than `max_noise` of it. `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8",
-    "fp8_block") in which the adapters were trained over this plain base: the weights of their linear maps are merged
-    as they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
-    `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, without or with its `safe_merge`, for LoRA without
-    DoRA, (IA)^3 and AdaLoRA; memory then grows with the largest weight. Raises ConfigError for others.
+    "fp8_block", "w4a16", "w4a16-asym", "nvfp4") in which the adapters were trained over this plain base: the weights
+    of their linear maps are merged as they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT
+    0.21.2's `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, without or with its `safe_merge`, for LoRA
+    without DoRA, (IA)^3 and AdaLoRA; memory then grows with the largest weight. Raises ConfigError for others.
     A run that was cut short is gone on with, unless `resume` is false. `progress` is called with a Progress as
     bytes are written, one call at a time. The expected hashes are those that the receipt and `inspect` tell.
     `push_to_hub` names a repository that OUT is then uploaded to, as the function of that name does.
