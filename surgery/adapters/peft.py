@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from surgery.adapters import out_proj
+from surgery.adapters.out_proj import Scale
 from surgery.core.adapter import Adapter, Stored, shape_of
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params
@@ -59,16 +60,17 @@ class Found(NamedTuple):
         return self.load(self.info.name)
 
 
-def read_adapter(path: Path, config_name: str = CONFIG) -> Adapter:
+def read_adapter(path: Path, scale: Scale | None = None) -> Adapter:
     """The adapter in a folder, or in one file beside its config. Every tensor has its place, or InputError."""
-    adapter = open_adapter(path, config_name)
+    adapter = open_adapter(path, scale=scale)
     return replace(adapter, sites={name: dict(params) for name, params in adapter.sites.items()})
 
 
-def open_adapter(path: Path, config_name: str = CONFIG) -> Adapter:
+def open_adapter(path: Path, config_name: str = CONFIG, scale: Scale | None = None) -> Adapter:
     """The same, but the tensors of its sites stay in the file, to be read when they are asked for.
 
-    Each has the bytes that it had at first, or is refused.
+    Each has the bytes that it had at first, or is refused. `scale` is how often a delta of an attention layer's
+    out_proj counts, if that is not left to the file's `peft_version`.
     """
     folder, file = (path, contained(path, TENSORS)) if path.is_dir() else (path.parent, path)
     if config_name == CONFIG:
@@ -80,7 +82,7 @@ def open_adapter(path: Path, config_name: str = CONFIG) -> Adapter:
     tensors, sha256 = _read_tensors(file)
     sha256[config_name] = hashlib.sha256(told).hexdigest()
     found = _sorted_out(config, tensors, str(path), sha256)
-    _check_attention(found, parsed.get("peft_version"))
+    found = _counted(found, parsed.get("peft_version"), scale)
     return replace(found, files=(config_name, file.name), trained_on=read_base_print(folder))
 
 
@@ -106,7 +108,7 @@ def adapter_of(config: AdapterConfig, tensors: Mapping[str, Tensor], where: str)
         Found(TensorInfo(key, values.dtype, tuple(values.shape)), tensors.__getitem__)
         for key, values in tensors.items()
     ]
-    adapter = _sorted_out(config, found, where, {})
+    adapter = _counted(_sorted_out(config, found, where, {}), None, None)
     return replace(adapter, sites={name: dict(params) for name, params in adapter.sites.items()})
 
 
@@ -208,6 +210,13 @@ def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256:
     return Adapter(config, {name: _stored(held) for name, held in sites.items()}, saved, copies, ops, where, sha256)
 
 
+def _counted(adapter: Adapter, version: object, told: Scale | None) -> Adapter:
+    """The adapter of a file, each of whose deltas counts once."""
+    out_proj.check_pairs(adapter.sites, adapter.where)
+    scale = out_proj.scale_of(list(adapter.sites), version, told, adapter.where)
+    return replace(adapter, sites=out_proj.counted(adapter.sites, scale), mha_out_proj_scale=scale)
+
+
 def _stored(held: Mapping[str, Found]) -> Params:
     load = next(iter(held.values())).load
     return Stored({role: found.info for role, found in held.items()}, load)
@@ -237,29 +246,6 @@ def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Foun
                 f"{printable(where)}: {printable(site)} has no tensor {role}, only {', '.join(sorted(held))}; "
                 "the file is incomplete; save or download it again"
             )
-
-
-def _check_attention(adapter: Adapter, version: object) -> None:
-    """FormatError where it cannot be told what the out_proj of an attention layer means.
-
-    Up to 0.21.2 PEFT counts its delta twice, see methods/lora; of a later version that is not known.
-    """
-    where, known = printable(adapter.where), (0, 21, 2)
-    for site in adapter.sites:
-        owner, _, inner = site.partition(".base_layer.")
-        if f"{site}.out_proj" in adapter.sites or (inner and owner not in adapter.sites):
-            raise FormatError(
-                f"{where}: {printable(site)}: an attention layer and its out_proj are wanted as PEFT spells them, "
-                "X and X.base_layer.out_proj; the file is incomplete; save it again"
-            )
-        if inner and tuple(int(number) for number in _NUMBER.findall(str(version))[:3]) > known:
-            raise FormatError(
-                f"{where}: {printable(site)}: its delta counts twice up to peft_version 0.21.2, and whether it does in "
-                f"{printable(version)} is not known; save it with 0.21.2"
-            )
-
-
-_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 def _resolve(config: AdapterConfig, sites: Iterable[str], where: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import open_adapter
 from surgery.core.adapter import Weighted
 from surgery.errors import UsageError, printable
@@ -62,11 +63,12 @@ def plan(  # noqa: PLR0913  # the options of a merge
     into: str | None = None,
     base_as: str | None = None,
     arithmetic: str = "exact",
+    mha_out_proj_scale: int | None = None,
 ) -> planning.Plan:
     """What a merge with these options would do, and all that stands against it. Writes nothing."""
     with checkpoint(base) as source:
         treatment = Treatment.of(dtype, tied, ops, compute_dtype, into, base_as, arithmetic)
-        return planning.make_plan(source, weighted(adapters), treatment)
+        return planning.make_plan(source, weighted(adapters, mha_out_proj_scale), treatment)
 
 
 def merge_checkpoint(  # noqa: PLR0913  # three things and their options
@@ -84,6 +86,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     min_retained: float = 0.5,
     max_noise: float = 1.0,
     arithmetic: str = "exact",
+    mha_out_proj_scale: int | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     resume: bool | None = None,
@@ -106,6 +109,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     of their linear maps are merged as they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT
     0.21.2's `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, without or with its `safe_merge`, for LoRA
     without DoRA, (IA)^3 and AdaLoRA; memory then grows with the largest weight. Raises ConfigError for others.
+    `mha_out_proj_scale` 1 or 2 says how often the delta of an attention layer's out_proj counts that a file holds;
+    by default 2 up to its `peft_version` 0.21.2, with which such adapters were trained.
     A run that was cut short is gone on with, unless `resume` is false. `progress` is called with a Progress as
     bytes are written, one call at a time. The expected hashes are those that the receipt and `inspect` tell.
     `push_to_hub` names a repository that OUT is then uploaded to, as the function of that name does.
@@ -114,7 +119,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         publish.check_hub_id(push_to_hub)
     elif private:
         raise UsageError("private: there is nothing to be private; push_to_hub names a repository")
-    found = weighted(adapters)
+    found = weighted(adapters, mha_out_proj_scale)
     merging.check_adapters(found, expect_adapter_sha256)
     merging.check_sha256(expect_base_sha256)
     options = merging.Options(
@@ -168,6 +173,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     compute_dtype: str | torch.dtype | None = None,
     base_as: str | None = None,
     arithmetic: str | None = None,
+    mha_out_proj_scale: int | None = None,
     outputs: bool = False,
     inputs: Inputs | None = None,
     layers: bool = False,
@@ -175,9 +181,9 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     """Grade each tensor of `out` against `adapters` merged over `base`, whichever tool made it.
 
     With one argument, a merged folder, check its files against its receipt. `report.ok` is false where
-    anything is different. `ops`, `compute_dtype` and `base_as` as in `merge_checkpoint`; `arithmetic` too, by default
-    the one that the receipt of `out` tells, if it has one. Raises InputError for what cannot be read, or has no
-    receipt.
+    anything is different. `ops`, `compute_dtype` and `base_as` as in `merge_checkpoint`; `arithmetic` and
+    `mha_out_proj_scale` too, by default those that the receipt of `out` tells, if it has one. Raises InputError for
+    what cannot be read, or has no receipt.
 
     `outputs` also runs both as models of transformers, one at a time, in float64, on `inputs` (keyword arguments of
     forward; by default made from the config, seeded), and compares what they give with the noise of a run of `out`
@@ -193,9 +199,11 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
             raise UsageError("verify_checkpoint: outputs are compared with those of adapters over a base; name both")
         return verifying.verify_receipt(locate(base))
     with checkpoint(base) as source, Checkpoint(locate(out)) as found:
-        told = arithmetic or verifying.recorded_arithmetic(found.folder)
-        treatment = Treatment.of(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=told)
-        report = verifying.verify_checkpoint(source, given := weighted(adapters), found, treatment)
+        told = verifying.recorded(found.folder)
+        how = arithmetic or told.arithmetic
+        treatment = Treatment.of(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=how)
+        given = weighted(adapters, mha_out_proj_scale or told.mha_out_proj_scale)
+        report = verifying.verify_checkpoint(source, given, found, treatment)
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 
 
@@ -267,15 +275,15 @@ def diff(a: Where, b: Where) -> differing.DiffReport:
         return differing.diff(one, other)
 
 
-def weighted(adapters: Adapters) -> list[Weighted]:
+def weighted(adapters: Adapters, mha_out_proj_scale: int | None = None) -> list[Weighted]:
     """UsageError for a weight that is no finite number."""
-    found = []
+    found, scale = [], check_scale(mha_out_proj_scale)
     for one in [adapters] if isinstance(adapters, str | PathLike) else adapters:
         where, weight = one if isinstance(one, tuple) else (one, 1.0)
         if not isinstance(weight, int | float) or not math.isfinite(weight):
             raise UsageError(f"{printable(where)}: its weight is {printable(weight)}; a finite number is wanted")
         place = located(where)
-        adapter = replace(open_adapter(place.path), hub_id=place.hub_id, commit=place.commit)
+        adapter = replace(open_adapter(place.path, scale=scale), hub_id=place.hub_id, commit=place.commit)
         found.append(Weighted(adapter, float(weight)))
     return found
 

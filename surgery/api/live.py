@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from surgery.adapters.out_proj import check_scale
 from surgery.codecs.formats import format_of
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
@@ -54,13 +55,21 @@ def inject(
     return model
 
 
-def load(model: Model, path: Where, *, adapter_name: str = "default", trainable: bool = False) -> Model:
+def load(
+    model: Model,
+    path: Where,
+    *,
+    adapter_name: str = "default",
+    trainable: bool = False,
+    mha_out_proj_scale: int | None = None,
+) -> Model:
     """Lay a saved adapter over the model, in place; returns the model.
 
     `path` is a folder, a file, or owner/name[@revision] on the Hub. The first adapter is active, later ones
-    are not. Raises InputError unless every tensor of the adapter finds its place.
+    are not. `mha_out_proj_scale` as in `merge_checkpoint`; what was chosen is a UserWarning where it matters. Raises
+    InputError unless every tensor of the adapter finds its place.
     """
-    loading.load(model, locate(path), adapter_name, trainable)
+    loading.load(model, locate(path), adapter_name, trainable, check_scale(mha_out_proj_scale))
     hugging.attach(model)
     return model
 

@@ -88,11 +88,16 @@ arithmetic = click.option(
     show_default=True,
     help="Peft: the bits that PEFT 0.21.2's merge_and_unload gives; peft-safe: with its safe_merge.",
 )
+mha_out_proj_scale = click.option(
+    "--mha-out-proj-scale",
+    type=click.IntRange(1, 2),
+    help="How often a file's delta of an attention layer's out_proj counts. By default 2 up to peft_version 0.21.2.",
+)
 
 
 def treatment(command: Command) -> Command:
     """The options that say what is done to a base besides laying adapters over it, as `plan` and `merge` take them."""
-    for option in reversed((dtype, tied, ops, compute_dtype, into, base_as, arithmetic)):
+    for option in reversed((dtype, tied, ops, compute_dtype, into, base_as, arithmetic, mha_out_proj_scale)):
         command = option(command)
     return command
 

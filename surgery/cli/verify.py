@@ -1,6 +1,7 @@
 """surgery verify OUT, or surgery verify BASE ADAPTER... OUT."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,6 +12,7 @@ from surgery.cli.arguments import (
     base_as,
     compute_dtype,
     conclude,
+    mha_out_proj_scale,
     ops,
     reports,
 )
@@ -28,6 +30,7 @@ from surgery.cli.arguments import (
     type=click.Choice(arithmetics),
     help="Derive the merge by this arithmetic. By default by the one that OUT's receipt tells, or exact.",
 )
+@mha_out_proj_scale
 @click.option("--outputs", is_flag=True, help="Also run both models, and compare what they give.")
 @click.option("--layers", is_flag=True, help="With --outputs: also what each adapted module gives.")
 @as_json
@@ -36,14 +39,11 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     paths: tuple[str, ...],
     base: str | None,
     adapters: tuple[str, ...],
-    ops: dict[str, str],
-    compute_dtype: str | None,
-    base_as: str | None,
-    arithmetic: str | None,
     outputs: bool,
     layers: bool,
     as_json: bool,
     reports: tuple[Path, ...],
+    **derivation: Any,
 ) -> None:
     """Grade every tensor of OUT. Exit code 4 if any is different.
 
@@ -59,12 +59,12 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
 
     if len(paths) == 2 or (len(paths) > 2 and (base or adapters)) or bool(base) != bool(adapters):
         raise click.UsageError("name OUT; or OUT with --base and --adapter; or BASE ADAPTER... OUT")
-    if (ops or compute_dtype or base_as or arithmetic) and len(paths) == 1 and not base:
+    if any(derivation.values()) and len(paths) == 1 and not base:
         raise click.UsageError(
-            "--op, --compute-dtype, --base-as and --arithmetic are for a merge that is derived anew; "
-            "name base and adapters too"
+            "--op, --compute-dtype, --base-as, --arithmetic and --mha-out-proj-scale are for a merge that is derived "
+            "anew; name base and adapters too"
         )
-    if outputs and base_as:
+    if outputs and derivation["base_as"]:
         raise click.UsageError("--outputs runs plain models, and --base-as makes BASE none; give one of the two")
     if layers and not outputs:
         raise click.UsageError("--layers is for a run of the models; give --outputs too")
@@ -74,14 +74,6 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
         base, adapters = paths[0], paths[1:-1]
     out = paths[-1]
     given = (base, adapters_of(adapters), out) if base else (out,)
-    report = files.verify_checkpoint(
-        *given,
-        ops=ops,
-        compute_dtype=compute_dtype,
-        base_as=base_as,
-        arithmetic=arithmetic,
-        outputs=outputs,
-        layers=layers,
-    )
+    report = files.verify_checkpoint(*given, outputs=outputs, layers=layers, **derivation)
     conclude(report, as_json, reports)
     report.require()

@@ -16,10 +16,10 @@ class Stored(Mapping[str, Tensor]):
     """Params that lie in a file: each is read whenever it is asked for, by its name there, and not kept."""
 
     def __init__(self, infos: Mapping[str, TensorInfo], load: Callable[[str], Tensor]) -> None:
-        self.infos, self._load = infos, load  # infos by role
+        self.infos, self.load = infos, load  # infos by role; load by a name in the file
 
     def __getitem__(self, role: str) -> Tensor:
-        return self._load(self.infos[role].name)
+        return self.load(self.infos[role].name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
@@ -85,6 +85,7 @@ class Adapter:
     commit: str | None = None
     files: tuple[str, ...] = ()  # those of `sha256` that are files
     trained_on: Mapping[str, tuple[TensorInfo, str]] = field(default_factory=dict)  # base tensors, with their sha256
+    mha_out_proj_scale: int | None = None  # how often a delta of out_proj in its files counts, if there is one
 
     @property
     def digest(self) -> str:

@@ -29,9 +29,8 @@ from surgery.methods.lora_fields import NEUTRAL, REASONS
 
 _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
-TWICE = ".base_layer.out_proj"
-"""How the file spells the out_proj of an adapted nn.MultiheadAttention, whose delta PEFT counts twice, in forward and
-merge, up to 0.21.2: so its adapters were trained, and are meant."""
+OUT_PROJ = ".base_layer.out_proj"
+"""How PEFT spells the out_proj of an adapted nn.MultiheadAttention, whose delta it adds twice."""
 
 Init = bool | Literal["gaussian", "orthogonal"]
 
@@ -118,14 +117,12 @@ class LoraConfig(AdapterConfig):
 
     def method(self, name: str) -> "Lora | LoraBias | Dora":
         r, alpha = self._numbers(name)
-        scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        twice = name.endswith(TWICE)
         lora = Lora(
             r=r,
-            scaling=2 * scaling if twice else scaling,
+            scaling=alpha / math.sqrt(r) if self.use_rslora else alpha / r,
             dropout=0.0 if self.use_dora else self.lora_dropout,
             start=self.init_lora_weights,
-            twice=twice,
+            halves=name.endswith(OUT_PROJ),
         )
         if self.use_dora:
             return Dora(lora, self.lora_dropout)
@@ -148,7 +145,7 @@ class Lora(Additive, AsPeft):
     r: int
     dropout: float = 0.0
     start: Init = True
-    twice: bool = False  # its scaling is twice what the config says: see TWICE
+    halves: bool = False  # PEFT adds half of its delta, twice: see OUT_PROJ
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         op = site.acting
@@ -195,9 +192,9 @@ class Lora(Additive, AsPeft):
         return stacks.delta(p, tile, product) if p["A"].dim() > 2 else product(p["B"], p["A"], tile)
 
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:
-        delta = delta_as_peft(p, site.acting, self.scaling / 2 if self.twice else self.scaling)
+        delta = delta_as_peft(p, site.acting, self.scaling / 2 if self.halves else self.scaling)
         rounded = delta.to(stored.dtype)
-        if self.twice:  # the attention layer adds it, then its out_proj once more, which is never told to be safe
+        if self.halves:  # the attention layer adds it, then its out_proj once more, which is never told to be safe
             return (stored + rounded + delta).to(stored.dtype)
         return (stored + (rounded if safe or rounds_first(site.acting) else delta)).to(stored.dtype)
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from surgery.adapters import out_proj
 from surgery.adapters.peft import CONFIG
 from surgery.adapters.spill import Spill
 from surgery.core.adapter import Weighted
@@ -18,7 +19,7 @@ from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.octets import octets
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
-from surgery.methods.lora import TWICE, Lora, LoraConfig
+from surgery.methods.lora import Lora, LoraConfig
 from surgery.procedures.combinations import COMBINATIONS, Factors, Recipe, norm
 from surgery.procedures.fidelity import Fidelity, FidelityReport
 from surgery.procedures.ranked_config import ranked_config
@@ -57,7 +58,7 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
             made, sites[name] = _at(name, given, recipe, draws)
             prefix, suffix = ("lora_embedding_", "") if ops.get(name) == "embedding" else ("lora_", ".weight")
             spill.add(f"{name}.{prefix}A{suffix}", made.A)
-            spill.add(f"{name}.{prefix}B{suffix}", made.B)
+            spill.add(f"{name}.{prefix}B{suffix}", out_proj.written(name, "B", made.B))
         for name, values in (saved | _placed(copies, sites)).items():
             spill.add(name, values)
         config = _config(configs, {name: one.r for name, one in sites.items()})
@@ -105,13 +106,12 @@ def _at(name: str, given: Sequence[Weighted], recipe: Recipe, draws: torch.Gener
     if not math.isfinite(whole):
         raise ValueRangeError(f"{printable(name)}: the sum overflows float64; take smaller weights")
     made = COMBINATIONS[recipe.method](found, recipe, draws)
-    scaling = 2.0 if name.endswith(TWICE) else 1.0  # with which the outcome will be read, see LoraConfig.method
-    written = Factors((made.A / scaling).to(dtype).contiguous(), made.B.to(dtype).contiguous())
+    written = Factors(made.A.to(dtype).contiguous(), made.B.to(dtype).contiguous())
     if not (written.A.isfinite().all() and written.B.isfinite().all()):
         raise ValueRangeError(
             f"{printable(name)}: the outcome overflows {dtype}; finite numbers are wanted; take smaller weights"
         )
-    error = norm([*found, Factors(written.A.double(), written.B.double(), -scaling)])
+    error = norm([*found, Factors(written.A.double(), written.B.double(), -1.0)])
     return written, Fidelity(len(written.A), whole, error)
 
 

@@ -1,11 +1,13 @@
 """load: an adapter of PEFT's files laid over a live model, each tensor at its place."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from surgery.adapters import out_proj
 from surgery.adapters.peft import check_shapes, read_adapter
 from surgery.core.adapter import Adapter
 from surgery.core.method import Method, Params
@@ -25,16 +27,24 @@ from surgery.procedures.save import DEFAULT
 _HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
 
 
-def load(root: nn.Module, path: Path, adapter_name: str = DEFAULT, trainable: bool = False) -> None:
+def load(
+    root: nn.Module,
+    path: Path,
+    adapter_name: str = DEFAULT,
+    trainable: bool = False,
+    scale: out_proj.Scale | None = None,
+) -> None:
     """Lay the adapter at `path` over the model; every tensor finds its place, or nothing changes."""
     check_name(root, adapter_name)
-    lay(root, read_adapter(path), adapter_name, trainable)
+    lay(root, read_adapter(path, scale), adapter_name, trainable)
 
 
 def lay(root: nn.Module, adapter: Adapter, adapter_name: str = DEFAULT, trainable: bool = False) -> None:
     """Lay an adapter that has been read over the model, as `load` does."""
     check_name(root, adapter_name)
     tree = Tree(root)
+    for note in out_proj.notes(adapter):
+        warnings.warn(note, stacklevel=2)
     fit(tree, adapter_name, fitting_of(tree, adapter), trainable)
 
 

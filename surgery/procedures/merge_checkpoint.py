@@ -160,7 +160,7 @@ def _key(base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, layout: Lay
     decided = {
         "surgery": VERSION,
         "base": {file.path.name: hashlib.sha256(file.header.raw).hexdigest() for file in base.files},
-        "adapters": [[dict(one.sha256), weight.hex()] for one, weight in adapters],
+        "adapters": [[dict(one.sha256), weight.hex(), one.mha_out_proj_scale] for one, weight in adapters],
         "changes": [describe(change) for change in plan.changes],
         "files": {file.name: hashlib.sha256(file.raw).hexdigest() for file in layout.files},
         "treatment": options.treatment.to_json(),

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from surgery.adapters import out_proj
 from surgery.core.adapter import Adapter, Layer, Weighted, nbytes_of
 from surgery.core.names import Prefix, in_base
 from surgery.core.select import matched_by, unmatched
@@ -13,7 +14,6 @@ from surgery.errors import ConfigError, InputError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.through import Through
-from surgery.methods.lora import TWICE
 from surgery.procedures.draft import Draft
 from surgery.procedures.treatment import Treatment
 from surgery.procedures.true_config import true_config
@@ -127,6 +127,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     if treatment.dtype is not None:
         draft.cast(treatment.dtype)
     for one in adapters:
+        out_proj.refuse_other(one.adapter, treatment.arithmetic)
         if treatment.arithmetic != "exact" and one.adapter.config.parameters():
             where = printable(one.adapter.where)
             raise ConfigError(f"{where}: PEFT's merge of target_parameters is not known; leave arithmetic 'exact'")
@@ -146,11 +147,7 @@ def _notes(adapter: Adapter) -> list[str]:
         for field, entries in ({} if config.parameters() else config.unused(adapter.sites.keys())).items()
         for entry in entries  # of parameters, whose sites the files name otherwise, nothing is said
     ]
-    notes += [
-        f"{where}: {printable(site)}: its delta counts twice, as in PEFT up to 0.21.2, with which it was trained"
-        for site in adapter.sites
-        if site.endswith(TWICE)
-    ]
+    notes += out_proj.notes(adapter)
     for entry in sorted(config.modules_to_save or ()):
         if not any(f".{entry}." in f".{name}" for name in adapter.saved):
             notes.append(f"{where}: modules_to_save entry {printable(entry)!r} has no tensors")

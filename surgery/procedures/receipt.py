@@ -68,10 +68,7 @@ class Receipt:
                 "files": {name: one.whole() for name, one in named},
                 "fingerprint": base_sha256,
             },
-            "adapters": [
-                {**_origin(one), "sha256": dict(one.sha256), "digest": one.digest, "weight": weight.hex()}
-                for one, weight in self.adapters
-            ],
+            "adapters": [_told_of(one) for one in self.adapters],
             "options": treatment.to_json(),
             "changed": changed,
             "untouched": {name: digest for name, digest in after.items() if name not in changed},
@@ -102,6 +99,14 @@ class Receipt:
 def _origin(one: Checkpoint | Adapter) -> dict[str, Any]:
     """Repository and commit, of what came from the Hub."""
     return {} if one.hub_id is None else {"hub_id": one.hub_id, "commit": one.commit}
+
+
+def _told_of(one: Weighted) -> dict[str, Any]:
+    """Where an adapter came from, its hashes, and how it was read where there is a choice."""
+    adapter, weight = one
+    hashes = {"sha256": dict(adapter.sha256), "digest": adapter.digest}
+    chosen = {} if adapter.mha_out_proj_scale is None else {"mha_out_proj_scale": adapter.mha_out_proj_scale}
+    return {**_origin(adapter), **hashes, "weight": weight.hex(), **chosen}
 
 
 def base_fingerprint(base: Checkpoint, readings: Sequence[Reading]) -> str:

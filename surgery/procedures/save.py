@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from surgery.adapters import out_proj
 from surgery.adapters.peft import CONFIG, PREFIX, TENSORS, adapter_bytes
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params, Spec
@@ -78,7 +79,11 @@ def _written(
                 one.params if state_dict is None else _picked(state_dict, live_path(layers, name), adapter, held)
             )
     config, kept = injected(root).configs[adapter].written(sites)
-    found = {f"{name}.{spec.spelling}": kept[name][role] for name in kept for role, spec in specs[name].items()}
+    found = {
+        f"{name}.{spec.spelling}": out_proj.written(name, role, kept[name][role])
+        for name in kept
+        for role, spec in specs[name].items()
+    }
     return config, found | _replacements(root, adapter, state_dict)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from surgery.adapters import out_proj
 from surgery.adapters.peft import adapter_bytes
 from surgery.core.adapter import Adapter, Layer, Weighted
 from surgery.core.site import TensorInfo
@@ -146,5 +147,5 @@ def _spelled(adapter: Adapter) -> dict[str, Tensor]:
     for site, params in adapter.sites.items():
         for role, values in params.items():
             ending = spelled.get((role, adapter.ops.get(site))) or spelled[role, None]
-            found[f"{site}.{ending}"] = values
+            found[f"{site}.{ending}"] = out_proj.written(site, role, values)
     return found

@@ -64,12 +64,22 @@ def verify_checkpoint(
     return VerifyReport(out.path, _links(out.folder) | grades)
 
 
-def recorded_arithmetic(folder: Path) -> str:
-    """What a merge by surgery says that it was made with; "exact" of what has no receipt."""
+class Recorded(NamedTuple):
+    """What a merge by surgery says that it was made with."""
+
+    arithmetic: str = "exact"
+    mha_out_proj_scale: int | None = None
+
+
+def recorded(folder: Path) -> Recorded:
+    """The defaults of what has no receipt."""
     if not (folder / RECEIPT).is_file():
-        return "exact"
-    options = read_receipt(folder).get("options")
-    return str(options.get("arithmetic", "exact")) if isinstance(options, dict) else "exact"
+        return Recorded()
+    receipt = read_receipt(folder)
+    options = receipt.get("options")
+    arithmetic = options.get("arithmetic", "exact") if isinstance(options, dict) else "exact"
+    scales = [one.get("mha_out_proj_scale") for one in receipt["adapters"] if isinstance(one, dict)]
+    return Recorded(str(arithmetic), next((one for one in scales if one is not None), None))
 
 
 def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import surgery
-from surgery.errors import ConfigError, FormatError, MatchError
+from surgery.errors import ConfigError, FormatError, MatchError, UsageError
 from surgery.procedures.merged_state import merged_state
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -116,8 +116,8 @@ def test_gradients_are_those_of_peft_but_for_out_proj_where_they_are_those_of_th
         found.append({name.removeprefix("base_model.model."): values for name, values in grads.items()})
     assert found[1].keys() == found[0].keys()
     for name, values in found[0].items():
-        # Of the two times that peft adds the delta of out_proj, autograd sees one.
-        wanted = values * 2 if "out_proj" in name else values
+        # Of the two times that peft adds the delta of out_proj, autograd sees one; here B is twice that of the file.
+        wanted = values * 2 if "out_proj.lora_A" in name else values
         torch.testing.assert_close(found[1][name], wanted, **near(wanted, torch.finfo(torch.float32).eps))
 
 
@@ -222,8 +222,65 @@ def test_what_an_attention_layer_cannot_bear_is_refused_by_name(tmp_path: Path) 
     (tmp_path / CONFIG).write_text(json.dumps(config | {"peft_version": "0.22.0"}))
     with pytest.raises(FormatError, match=r"out_proj: its delta counts twice up to peft_version 0\.21\.2"):
         surgery.load(made(), tmp_path)
+    for scale in (0, 3, 2.5, True):
+        with pytest.raises(UsageError, match="1 or 2 is wanted"):
+            surgery.load(made(), tmp_path, mha_out_proj_scale=scale)
     (tmp_path / CONFIG).write_text(json.dumps(config))
     tensors = load_file(tmp_path / TENSORS)
     save_file({name: values for name, values in tensors.items() if ".attn.lora_" not in name}, tmp_path / TENSORS)
     with pytest.raises(FormatError, match="the file is incomplete"):
         surgery.load(made(), tmp_path)
+
+
+def merged_by(folder: Path, scale: int | None) -> Tensor:
+    """The weight of out_proj after a live merge."""
+    ours = surgery.load(made(), folder, mha_out_proj_scale=scale)
+    return surgery.eject(surgery.merge(ours), keep_merged=True).attn.out_proj.weight.detach()
+
+
+def test_how_often_a_delta_of_out_proj_counts_can_be_said_and_is_told(tmp_path: Path) -> None:
+    by_peft(tmp_path / "adapter")
+    bare, eps = made().attn.out_proj.weight.detach(), torch.finfo(torch.float32).eps
+    with pytest.warns(UserWarning, match=r"attn\.base_layer\.out_proj: its delta counts twice, as in PEFT up to 0\.21"):
+        twice = merged_by(tmp_path / "adapter", None) - bare
+    with pytest.warns(UserWarning, match=r"its delta counts once \(mha_out_proj_scale=1\)"):
+        once = merged_by(tmp_path / "adapter", 1) - bare
+    largest = float((bare.abs() + twice.abs()).max())  # three sums are rounded, one of them counted twice
+    torch.testing.assert_close(twice, 2 * once, rtol=0.0, atol=2 * eps * largest)
+    config = tmp_path / "adapter" / CONFIG
+    config.write_text(config.read_text().replace('"peft_version": "0.21.2"', '"peft_version": "0.22.0"'))
+    assert torch.equal(merged_by(tmp_path / "adapter", 1) - bare, once)
+
+
+def test_an_adapter_of_ours_counts_once_and_peft_gives_its_outputs(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    ours = surgery.inject(made(), surgery.LoraConfig(**FIELDS))
+    out_proj, p = ours.attn.out_proj, dict(ours.attn.out_proj.named_parameters())
+    A, B = p["lora_A.default.weight"], p["lora_B.default.weight"]
+    eps, before = torch.finfo(torch.float32).eps, out_proj.base_layer.weight
+    torch.testing.assert_close(out_proj.weight, before + 8 / len(A) * (B @ A), rtol=0.0, atol=8 * eps)
+    surgery.save(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(made(), tmp_path).eval()
+    with slow_path():
+        wanted = theirs(given()).detach()
+    torch.testing.assert_close(ours(given()), wanted, **near(wanted, eps))
+    again = surgery.load(made(), tmp_path, trainable=True)
+    mine = ours.state_dict()
+    assert all(torch.equal(values, mine[name]) for name, values in again.state_dict().items())
+
+
+def test_a_merge_on_files_follows_what_is_said_and_verify_its_receipt(tmp_path: Path) -> None:
+    by_peft(tmp_path / "adapter")
+    base = saved(made(), tmp_path / "base")
+    here = [base, tmp_path / "adapter", tmp_path / "out"]
+    report = surgery.merge_checkpoint(*here, mha_out_proj_scale=1, reversible=True)
+    assert any("its delta counts once" in note for note in report.receipt["notes"])
+    assert report.receipt["adapters"][0]["mha_out_proj_scale"] == 1
+    surgery.verify_checkpoint(*here).require()
+    other = surgery.verify_checkpoint(*here, mha_out_proj_scale=2)
+    wrong = {name for name, one in other.tensors.items() if one.grade == "different"}
+    assert wrong == {"attn.out_proj.weight", "layer.self_attn.out_proj.weight"}
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="PEFT counts the delta of out_proj twice"):
+        surgery.merge_checkpoint(*here[:2], tmp_path / "c", mha_out_proj_scale=1, arithmetic="peft")

@@ -19,7 +19,7 @@ import surgery
 from surgery.io.octets import sha256_of
 
 ELSEWHERE = {
-    "out_proj of attention counts twice": "test_attention_of_peft: so its adapters were trained; ours counts it so too",
+    "out_proj of attention counts twice": "test_attention_of_peft: once here, and files are read as PEFT meant them",
     "OFT over convolutions is not the identity when fresh": "OFT is no method here: refused by name",
     "RandLoRA's shared bases are saved for every layer": "RandLoRA is no method here: refused by name",
     "the bias of LoRA over bitsandbytes is not scaled": "needs bitsandbytes on a GPU; shown in its source alone",
