@@ -192,6 +192,9 @@ class Lora(Additive, AsPeft):
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
         return stacks.delta(p, tile, product) if p["A"].dim() > 2 else product(p["B"], p["A"], tile)
 
+    def directions(self, p: Params) -> Tensor | None:
+        return p["A"] if p["A"].dim() == 2 else None
+
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:
         delta = delta_as_peft(p, site.acting, self.scaling / 2 if self.halves else self.scaling)
         rounded = delta.to(stored.dtype)
