@@ -13,6 +13,7 @@ from torch import nn
 from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import open_adapter
 from surgery.core.adapter import Weighted
+from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import shard_bytes
@@ -83,6 +84,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     compute_dtype: str | torch.dtype | None = None,
     into: str | None = None,
     base_as: str | None = None,
+    fallback: str | None = None,
     min_retained: float = 0.5,
     max_noise: float = 1.0,
     arithmetic: str = "exact",
@@ -102,11 +104,13 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     head apart where an adapter changes it or the embedding; `ops` says by the end of a name whether a square weight
     is "linear" or "conv1d"; `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
     Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
-    bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales, and
-    raises CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is
-    more than `max_noise` of it. `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8",
-    "fp8_block") in which the adapters were trained over this plain base: the weights of their linear maps are merged
-    as they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
+    bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales; "nf4",
+    "fp4", "int8" or "fp8_block" all that transformers would quantize, of a plain base too, by new ones. Either raises
+    CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is more
+    than `max_noise` of it; with `fallback` "16bit" those weights of which that is so are written plainly instead.
+    `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym",
+    "nvfp4") in which the adapters were trained over this plain base: the weights of their linear maps are merged as
+    they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
     `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, without or with its `safe_merge`, for LoRA without
     DoRA, (IA)^3 and AdaLoRA; memory then grows with the largest weight. Raises ConfigError for others.
     `mha_out_proj_scale` 1 or 2 says how often the delta of an attention layer's out_proj counts that a file holds;
@@ -123,14 +127,13 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     merging.check_adapters(found, expect_adapter_sha256)
     merging.check_sha256(expect_base_sha256)
     options = merging.Options(
-        Treatment.of(dtype, tied, ops, compute_dtype, into, base_as, arithmetic),
+        Treatment.of(dtype, tied, ops, compute_dtype, into, base_as, arithmetic, fallback),
         shard_bytes(max_shard_size),
         reversible=reversible,
         overwrite=overwrite,
         resume=resume,
         expect_base_sha256=expect_base_sha256,
-        min_retained=min_retained,
-        max_noise=max_noise,
+        bounds=Bounds(min_retained, max_noise),
         pace=Pace(progress=progress),
     )
     with checkpoint(base) as source:
@@ -293,5 +296,5 @@ def checkpoint(where: Where) -> Checkpoint:
     place = located(where)
     found = Checkpoint(place.path)
     found.hub_id, found.commit = place.hub_id, place.commit
-    found.names = partial(hugging.name_map, found.config)
+    found.names, found.linears = partial(hugging.name_map, found.config), partial(hugging.linears_of, found)
     return found

@@ -71,12 +71,12 @@ compute_dtype = click.option(
 )
 into = click.option(
     "--into",
-    type=click.Choice(["16bit", "keep"]),
-    help="What the weights of a quantized base become: plain, as by default, or codes of the base's own scales.",
+    type=click.Choice(["16bit", "keep", "nf4", "fp4", "int8", "fp8_block"]),
+    help="What weights become: plain, as by default; codes by a quantized base's own scales; or a format, by new ones.",
 )
 base_as = click.option(
     "--base-as",
-    type=click.Choice(["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block"]),
+    type=click.Choice(["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym", "nvfp4"]),
     help="The form in which the adapters were trained over this plain base, such as nf4 for QLoRA.",
 )
 

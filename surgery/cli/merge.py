@@ -16,7 +16,12 @@ from surgery.cli.push import private
 @click.option("--reversible", is_flag=True, help="Write what `surgery unmerge` needs, into OUT/surgery.undo.")
 @treatment
 @click.option(
-    "--min-retained", default=0.5, show_default=True, help="Fail if --into keep leaves less of the adapters' change."
+    "--fallback",
+    type=click.Choice(["16bit", "int8"]),
+    help="What weights become instead that would be under --min-retained, or over --max-noise, there.",
+)
+@click.option(
+    "--min-retained", default=0.5, show_default=True, help="Fail if --into leaves less of the adapters' change."
 )
 @click.option(
     "--max-noise", default=1.0, show_default=True, help="Fail if more comes beside it, in proportion to the change."
@@ -39,6 +44,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     adapters: tuple[str, ...],
     out: str,
     reversible: bool,
+    fallback: str | None,
     min_retained: float,
     max_noise: float,
     max_shard_size: str | None,
@@ -64,6 +70,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
             adapters_of(adapters),
             out,
             reversible=reversible,
+            fallback=fallback,
             min_retained=min_retained,
             max_noise=max_noise,
             max_shard_size=max_shard_size,

@@ -44,6 +44,7 @@ def plan(base: str, adapters: tuple[str, ...], as_json: bool, **treatment: Any) 
 def _what(change: Mapping[str, Any]) -> str:
     """What becomes of a weight, in words."""
     done = [f"{'in' if 'kept' in change else 'from'} {change['held']}"] if "held" in change else []
+    done += [f"into {change['into']}"] if "into" in change else []
     layers = zip(change["methods"], change["matched"], strict=True)
     done += ["replaced"] if change["replaced"] else [_laid(method, matched) for method, matched in layers]
     return ", ".join(done) or "cast"

@@ -12,6 +12,19 @@ from torch import Tensor
 from surgery.core.arithmetic import tree_sum
 
 
+class Bounds(NamedTuple):
+    """How much of a change has to be left, and how much may come beside it."""
+
+    min_retained: float = 0.5
+    max_noise: float = 1.0
+
+    def admit(self, survival: "Survival") -> bool:
+        return survival.retained >= self.min_retained and survival.noise <= self.max_noise
+
+    def __str__(self) -> str:
+        return f"retained from {self.min_retained:g} on and noise up to {self.max_noise:g}"
+
+
 class Survival(NamedTuple):
     """Three sums over elements, which add up over tiles and over weights."""
 

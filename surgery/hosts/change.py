@@ -33,6 +33,7 @@ class Change:
     held: str = ""  # the codec by which the host holds the weight, where that is not plain
     through: str = ""  # the form that the host's plain weight was held in while its layers were trained
     keep: bool = False  # by that codec and its scales the outcome is held too; `dtype` is then not its own
+    into: str = ""  # the form that the outcome, in `dtype`, is held in, by scales of its own
     as_peft: PeftMerge | None = None  # how the layers are merged, where that is not exactly
 
     @property

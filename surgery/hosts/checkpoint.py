@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from surgery.core.codec import Packed
+from surgery.core.linears import Linears
 from surgery.core.name_map import USUAL, NameMap
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import FormatError, InputError, printable
@@ -52,6 +53,7 @@ class Checkpoint:
         self.hub_id: str | None = None  # the repository of the Hub that it came from, and the commit
         self.commit: str | None = None
         self.names: Callable[[], NameMap] = lambda: USUAL  # of the model in memory, asked for where they matter
+        self.linears: Callable[[], Linears | None] = lambda: None  # the same; None where nothing tells
 
     def __enter__(self) -> "Checkpoint":
         return self

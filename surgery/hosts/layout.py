@@ -50,17 +50,21 @@ class Layout:
             yield from file.infos
 
 
-def layout_like(base: Checkpoint, written: Mapping[str, TensorInfo], max_shard_bytes: int | None = None) -> Layout:
-    """The base's files, with the tensors of `written` as they stand there; those the base lacks come last.
+Together = Sequence[TensorInfo]  # the tensors of one weight, which stand in one file, one after another
+
+
+def layout_like(base: Checkpoint, written: Mapping[str, Together], max_shard_bytes: int | None = None) -> Layout:
+    """The base's files, with the weights of `written` as they stand there; those the base lacks come last.
 
     One that several tensors of the base hold together stands in the place of their first; the others are gone.
-    With `max_shard_bytes` the tensors go, in the same order, into new files of at most that size; a tensor
-    that is larger has a file for itself.
+    With `max_shard_bytes` the weights go, in the same order, into new files of at most that size; one that is larger
+    has a file for itself.
     """
-    grouped = [list(_standing(base, file, written)) for file in base.files]
-    grouped[-1] += [info for name, info in written.items() if base.info(name) is None]
+    standing = [list(_standing(base, file, written)) for file in base.files]
+    standing[-1] += [infos for name, infos in written.items() if base.info(name) is None]
     if max_shard_bytes is not None:
-        grouped = list(_packed((info for group in grouped for info in group), max_shard_bytes))
+        standing = list(_packed((one for group in standing for one in group), max_shard_bytes))
+    grouped = [[info for one in group for info in one] for group in standing]
     emptied = any(file.header.entries and not group for file, group in zip(base.files, grouped, strict=False))
     if max_shard_bytes is None and not emptied:
         names = [base.written_name(file) for file in base.files]
@@ -92,27 +96,28 @@ def shard_bytes(size: int | str | None) -> int | None:
     return count
 
 
-def _standing(base: Checkpoint, file: TensorFile, written: Mapping[str, TensorInfo]) -> Iterator[TensorInfo]:
+def _standing(base: Checkpoint, file: TensorFile, written: Mapping[str, Together]) -> Iterator[Together]:
     """What stands in a file now."""
     gone = {name for one in written for name in base.holding(one) if one in base.packed}
-    firsts = {base.packed[one].first.name: info for one, info in written.items() if one in base.packed}
+    firsts = {base.packed[one].first.name: infos for one, infos in written.items() if one in base.packed}
     for entry in file.header.entries:
         name = entry.info.name
         if name in firsts:
             yield firsts[name]
         elif name not in gone:
-            yield written.get(name, entry.info)
+            yield written.get(name, (entry.info,))
 
 
-def _packed(infos: Iterable[TensorInfo], max_shard_bytes: int) -> Iterator[list[TensorInfo]]:
-    group: list[TensorInfo] = []
+def _packed(weights: Iterable[Together], max_shard_bytes: int) -> Iterator[list[Together]]:
+    group: list[Together] = []
     size = 0
-    for info in infos:
-        if group and size + info.nbytes > max_shard_bytes:
+    for infos in weights:
+        nbytes = sum(info.nbytes for info in infos)
+        if group and size + nbytes > max_shard_bytes:
             yield group
             group, size = [], 0
-        group.append(info)
-        size += info.nbytes
+        group.append(infos)
+        size += nbytes
     yield group
 
 

@@ -70,6 +70,15 @@ class Merged:
             self.watch(MergedTile(change, rows, before, merged, chained))
         return outcome
 
+    def exact(self, site: Site, rows: slice) -> tuple[Tensor, Tensor]:
+        """Rows of a weight as it was, and of the merge before any rounding, in float64; rows are asked for in order."""
+        change, started = self._begun(self.changes[site.name], rows)
+        original, begin = _opened(self.source, change, rows)
+        laid, _ = _lay(change, rows, _decoded(change, begin), started)
+        if not all_finite(laid):
+            raise _non_finite(site, begin.tensors["weight"], laid)
+        return _decoded(change, begin if original is None else original), laid.to(torch.float64)
+
     def _kept(self, change: Change, rows: slice, started: Started) -> Packed:
         """The codes alone: what else holds the weight stays as it is."""
         packed = self.source.load(change.site, rows)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class Draft:
         self.heads: dict[str, tuple[int, ...]] = {}  # shapes of what only an adapter brings
         self.task_type: str | None = None  # of the adapter that brings them
         self.untied = False
-        self.plain = False  # are weights written plainly that config.json says are quantized?
+        self.plain = False  # are weights written otherwise that config.json says are quantized?
+        self.quantization: Mapping[str, Any] | None = None  # what config.json is to say of that instead
         self.prefixes: list[Prefix] = []  # by adapter
         self.laid: list[Weighted] = []  # the adapters, with the base's own tensors for sites
         self._begun: set[str] = set()  # tensors that begin as an adapter's copy of the resized base
@@ -114,7 +116,7 @@ class Draft:
     def outcome(self) -> Outcome:
         """What config.json has to tell of."""
         sizes = {self.changes[name].site.weight.shape[0] for name in self._grown()}
-        return Outcome(max(sizes, default=None), self.untied, self.heads, self.task_type, self.plain)
+        return Outcome(max(sizes, default=None), self.untied, self.heads, self.task_type, self.plain, self.quantization)
 
     def _replace(self, name: str, whole: Whole) -> None:
         before = self.changes.get(name)

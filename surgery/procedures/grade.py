@@ -18,10 +18,12 @@ from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.elementwise import Elementwise
 from surgery.core.source import Source
 from surgery.core.survival import Survival
-from surgery.errors import ValueRangeError
+from surgery.errors import ValueRangeError, printable
 from surgery.hosts.change import Change, MergedTile, elementwise
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.encoded import Encoded, named
 from surgery.hosts.views import Merged
+from surgery.io.octets import octets
 from surgery.procedures.spans import read_span
 
 GRADES = ("bits", "rounding", "untouched", "recorded", "different")
@@ -87,6 +89,19 @@ def kept(base: Checkpoint, out: Checkpoint, change: Change, started: Started, ro
     why = "" if same else "its codes are not the nearest ones by the base's scales"
     apart = float((after - tile.merged).abs().max())
     return Grade("bits" if same else "different", apart, why, survival)
+
+
+def encoded(base: Source, out: Checkpoint, change: Change) -> Grade:
+    """Grade a weight that went into a form, whole, by the bytes of its tensors; and what is left there of adapters."""
+    survived: list[Survival | None] = []
+    try:
+        wanted = Encoded(base, [change], lambda tile: survived.append(tile.survival)).encoded(change)
+    except ValueRangeError as error:
+        return Grade("different", why=f"it cannot be derived: {error}")
+    for name, values in named(change, wanted):
+        if name not in out.at or b"".join(out.read(name)) != octets(values.contiguous()):
+            return Grade("different", why=f"{printable(name)} is not what the merge gives in {change.into}")
+    return Grade("bits", survival=reduce(Survival.plus, told) if (told := [one for one in survived if one]) else None)
 
 
 def _integers(values: Tensor) -> Tensor:

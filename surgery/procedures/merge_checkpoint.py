@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from surgery.core.adapter import Weighted
-from surgery.core.survival import Survival
+from surgery.core.survival import Bounds, Survival
 from surgery.errors import CheckError, EnvironmentFault, InputError, UsageError, printable
 from surgery.hosts.change import MergedTile
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.layout import Layout, layout_like
 from surgery.hosts.reading import Reading
 from surgery.hosts.shards import FilePart
-from surgery.hosts.views import Merged
 from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.regular import file_sha256
 from surgery.io.staging import Staging, refuse_overlap
@@ -25,6 +24,7 @@ from surgery.procedures.filling import Pace, fill
 from surgery.procedures.plan import Plan, describe, make_plan
 from surgery.procedures.receipt import VERSION, Receipt, base_fingerprint
 from surgery.procedures.small_files import RECEIPT, SmallFiles, small_files
+from surgery.procedures.surviving import survivals
 from surgery.procedures.treatment import Treatment
 from surgery.procedures.undo_record import FOLDER
 from surgery.procedures.undo_writer import UndoWriter
@@ -34,8 +34,7 @@ from surgery.procedures.undo_writer import UndoWriter
 class Options:
     """How a merge is made. `treatment` and `max_shard_bytes` affect the bytes, `reversible` adds files.
 
-    Where a format cannot hold all of the change, at least `min_retained` of it has to be left, and what comes beside
-    it may be `max_noise` of it at most.
+    `bounds` are for what is left of the change where a format cannot hold all of it.
     `beside` writes other files into the folder, once the weights lie there, and returns their sha256 by name.
     `resume` false starts anew where a run was cut short, true asks that there be one to go on with.
     """
@@ -46,8 +45,7 @@ class Options:
     overwrite: bool = False
     resume: bool | None = None
     expect_base_sha256: str | None = None
-    min_retained: float = 0.5
-    max_noise: float = 1.0
+    bounds: Bounds = field(default_factory=Bounds)
     pace: Pace = field(default_factory=Pace)
     beside: Callable[[Staging], Mapping[str, str]] | None = None
 
@@ -86,16 +84,14 @@ def merge_checkpoint(
     """
     options = options or Options()
     refuse_overlap(out, [base.path, *(Path(one.adapter.where) for one in adapters)])
-    plan = make_plan(base, adapters, options.treatment)
-    plan.require()
+    plan, fallen = _settled(base, adapters, options)
     layout = layout_like(base, plan.written(), options.max_shard_bytes)
     files = small_files(base, [Path(one.adapter.where) for one in adapters])
     key = _key(base, adapters, plan, layout, options)
     with Staging(out, overwrite=options.overwrite, key=key, resume=options.resume) as staging, ExitStack() as stack:
         undo = stack.enter_context(UndoWriter(base, staging, layout)) if options.reversible else None
         books = _Books(Receipt(base, adapters, plan), undo)
-        view = Merged(plan.source(base), plan.changes, books)
-        readings, written = fill(base, view, staging, layout, books, options.paced())
+        readings, written = fill(base, plan.view(base, books), staging, layout, books, options.paced())
         _check_base(base, adapters, plan, readings, options)
         _check_survival(books.receipt, options)
         _write_small(files, plan, layout, staging)
@@ -103,9 +99,23 @@ def merge_checkpoint(
             files.sha256 |= options.beside(staging)
         record = undo.finish(plan.laid, _originals(base, readings, files), files.displaced) if undo else None
         told = books.receipt.finish(readings, written, files, options.treatment, record)
+        told |= {"fallback": {name: one.to_json() for name, one in fallen.items()}} if fallen else {}
         staging.write(RECEIPT, json_bytes(told))
         _reopen(staging, layout)
     return MergeReport(out, plan, told)
+
+
+def _settled(base: Checkpoint, adapters: Sequence[Weighted], options: Options) -> tuple[Plan, Mapping[str, Survival]]:
+    """The plan, and what would have been left of the weights that fall back. What was refused is raised."""
+    plan = make_plan(base, adapters, options.treatment)
+    plan.require()
+    if options.treatment.fallback is None:
+        return plan, {}
+    told = survivals(plan.source(base), plan.changes, options.paced().workers)
+    fallen = {name: one for name, one in told if not options.bounds.admit(one)}
+    plan = make_plan(base, adapters, options.treatment, fallen)
+    plan.require()
+    return plan, fallen
 
 
 class _Books:
@@ -144,13 +154,13 @@ class _Books:
 def _check_survival(receipt: Receipt, options: Options) -> None:
     """CheckError where too little of the adapters is left, or too much came beside it."""
     survived = receipt.survived()
-    if survived is None or (survived.retained >= options.min_retained and survived.noise <= options.max_noise):
+    if survived is None or options.bounds.admit(survived):
         return
     worst = sorted(receipt.survival.items(), key=lambda item: item[1].retained)[:3]
     told = ", ".join(f"{printable(name)} ({one})" for name, one in worst)
     raise CheckError(
-        f"merge into keep: {survived} of the adapters' change in all; retained from {options.min_retained:g} on and "
-        f"noise up to {options.max_noise:g} are wanted; least is left at {told}; --into 16bit keeps all of it, and "
+        f"merge into {options.treatment.into}: {survived} of the adapters' change in all; {options.bounds} are "
+        f"wanted; least is left at {told}; --into 16bit keeps all of it, --fallback 16bit does where it is needed, and "
         "--min-retained and --max-noise let it pass"
     )
 

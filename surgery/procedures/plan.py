@@ -1,6 +1,6 @@
 """plan: what a merge would do to each weight of a checkpoint, and all that stands against it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,13 @@ from surgery.core.select import matched_by, unmatched
 from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source
 from surgery.errors import ConfigError, InputError, printable
-from surgery.hosts.change import Change
+from surgery.hosts.change import Change, Watch
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.encoded import Encoded, standing
 from surgery.hosts.through import Through
+from surgery.procedures.covering import cover, leave_plain
 from surgery.procedures.draft import Draft
-from surgery.procedures.treatment import Treatment
+from surgery.procedures.treatment import HELD_IN, Treatment
 from surgery.procedures.true_config import true_config
 from surgery.procedures.unpacking import keep, pass_through, unpack
 
@@ -56,10 +58,13 @@ class Plan:
         forms = {one.site.weight.name: one.through for one in self.changes if one.through}
         return Through(base, forms) if forms else base
 
-    def written(self) -> dict[str, TensorInfo]:
-        """The tensors that change, as they stand in the output; those that keep their format aside."""
-        plain = (one for one in self.changes if not one.keep)
-        return {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in plain}
+    def view(self, base: Checkpoint, watch: Watch) -> Encoded:
+        """The base as it reads afterwards; `watch` sees its tiles."""
+        return Encoded(self.source(base), self.changes, watch)
+
+    def written(self) -> dict[str, list[TensorInfo]]:
+        """The weights that change, as their tensors stand in the output; those that keep their format aside."""
+        return _written(self.changes)
 
     def summary(self) -> str:
         """One line."""
@@ -102,12 +107,15 @@ def describe(change: Change) -> dict[str, Any]:
         "replaced": change.saved is not None,
         **({"held": change.held} if change.held else {}),
         **({"kept": True} if change.keep else {}),
+        **({"into": change.into} if change.into else {}),
         **({"base_as": change.through} if change.through else {}),
     }
 
 
-def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatment | None = None) -> Plan:
-    """The plan of laying `adapters`, in this order, over `base`."""
+def make_plan(
+    base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatment | None = None, plainly: Collection[str] = ()
+) -> Plan:
+    """The plan of laying `adapters`, in this order, over `base`; weights of `plainly` go into no format."""
     treatment = treatment or Treatment()
     draft = Draft(base, treatment.ops)
     for index, given in enumerate(adapters):
@@ -115,9 +123,10 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     if treatment.base_as is not None:
         pass_through(draft, treatment.base_as, treatment.compute_dtype)
     elif treatment.into == "keep":
-        keep(draft, treatment.dtype or treatment.compute_dtype)
+        keep(draft, treatment.dtype or treatment.compute_dtype, plainly)
+        leave_plain(draft, plainly)
     else:
-        unpack(draft, treatment.compute_dtype, treatment.into is not None)
+        unpack(draft, treatment.compute_dtype, treatment.into == "16bit")
     draft.settle(treatment.tied)
     draft.notes += [
         note
@@ -126,6 +135,10 @@ def make_plan(base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatme
     ]
     if treatment.dtype is not None:
         draft.cast(treatment.dtype)
+    if treatment.into in HELD_IN:
+        cover(draft, treatment.into, plainly)
+    elif draft.plain:
+        draft.notes.append("config.json loses its quantization_config")
     for one in adapters:
         out_proj.refuse_other(one.adapter, treatment.arithmetic)
         if treatment.arithmetic != "exact" and one.adapter.config.parameters():
@@ -176,14 +189,21 @@ def _whole_bytes(change: Change) -> int:
     """Of a weight that is merged whole: twice itself, and its change three times in float32 or wider."""
     weight = change.site.weight
     wide = max(4, weight.torch_dtype.itemsize)
+    if change.into:  # as it was and as it becomes, each plain and held
+        return 4 * weight._replace(dtype=change.dtype).nbytes
     return 0 if change.as_peft is None else 2 * weight.nbytes + 3 * wide * weight.nbytes // weight.torch_dtype.itemsize
+
+
+def _written(changes: Sequence[Change]) -> dict[str, list[TensorInfo]]:
+    return {one.site.weight.name: standing(one) for one in changes if not one.keep}
 
 
 def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config: Mapping[str, Any] | None) -> Plan:
     changes = draft.ordered()
-    plain = {one.site.weight.name: one.site.weight._replace(dtype=one.dtype) for one in changes if not one.keep}
-    gone = {held for name in plain if name in base.packed for held in base.holding(name)}
-    infos = {info.name: info for info in base.tensors() if info.name not in gone} | plain
+    written = _written(changes)
+    gone = {held for name in written if name in base.packed for held in base.holding(name)}
+    infos = {info.name: info for info in base.tensors() if info.name not in gone}
+    infos |= {info.name: info for one in written.values() for info in one}
     tile = max((min(TILE_ELEMENTS, info.nbytes) for info in infos.values()), default=0)
     sites = [nbytes_of(params) for one in adapters for params in one.adapter.sites.values()]
     whole = [v.nbytes for one in adapters for v in (*one.adapter.saved.values(), *one.adapter.copies.values())]

@@ -15,6 +15,7 @@ from surgery.core.survival import Survival
 from surgery.errors import FormatError, InputError, printable
 from surgery.hosts.change import Change, MergedTile
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.encoded import standing
 from surgery.hosts.reading import Reading
 from surgery.hosts.shards import Written
 from surgery.io.fingerprint import fingerprint
@@ -60,6 +61,12 @@ class Receipt:
         before = {name: digest for one in readings for name, digest in one.tensors.items()}
         after = {name: digest for one in written.values() for name, digest in one.tensors.items()}
         changed = {one.site.written: self._changed(one, before, after) for one in self.plan.changes}
+        changed |= {
+            info.name: {"beside": one.site.written, "sha256": after[info.name]}
+            for one in self.plan.changes
+            for info in (standing(one) if one.into else ())
+            if info.name != one.site.written
+        }
         named = zip(map(self.base.written_name, self.base.files), readings, strict=True)
         return {
             "format": FORMAT,

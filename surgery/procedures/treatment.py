@@ -12,8 +12,8 @@ from surgery.core.as_peft import Arithmetic
 from surgery.errors import UsageError, printable
 from surgery.ops.linear import LAYOUTS
 
-Into = Literal["16bit", "keep"]
-INTO: tuple[Into, ...] = ("16bit", "keep")
+HELD_IN = ("nf4", "fp4", "int8", "fp8_block")  # the forms whose tensors' sizes no values decide
+INTO = ("16bit", "keep", *HELD_IN)
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Treatment:
     tied: Literal["refuse", "untie"] = "refuse"  # where an adapter changes one of two tied tensors
     ops: Mapping[str, str] = field(default_factory=dict)  # by the end of a site's name: linear or conv1d
     compute_dtype: torch.dtype | None = None  # what quantized weights are decoded to; None: as they are computed with
-    into: Into | None = None  # what quantized weights are written as; None: 16bit
+    into: str | None = None  # one of INTO: what weights are written as; None: 16bit where they are quantized
+    fallback: str | None = None  # "16bit": so written is what would keep too little of its change there
     base_as: str | None = None  # the form in which the adapters were trained over this plain base
     arithmetic: Arithmetic = "exact"
 
@@ -38,6 +39,7 @@ class Treatment:
         into: str | None = None,
         base_as: str | None = None,
         arithmetic: str = "exact",
+        fallback: str | None = None,
     ) -> "Treatment":
         """What the options of a call say. UsageError for a value that is none."""
         if tied not in ("refuse", "untie"):
@@ -50,17 +52,35 @@ class Treatment:
             raise UsageError(f"into is {printable(into)!r}; one of {', '.join(INTO)} is wanted")
         if base_as not in (None, *FORMS):
             raise UsageError(f"base_as is {printable(base_as)!r}; one of {', '.join(FORMS)} is wanted")
-        form = next((one for one in INTO if one == into), None)
         how = check_arithmetic(arithmetic)
+        if into in HELD_IN and (how != "exact" or base_as is not None):
+            raise UsageError(f"into is {into!r}: it takes no base_as, and exact arithmetic alone; leave the others out")
         if base_as is not None and how != "exact":
             raise UsageError(f"base_as is given, and arithmetic is {how!r}; PEFT merges no such base so; leave one out")
-        return cls(check_dtype(dtype), untie, dict(ops or {}), check_dtype(compute_dtype), form, base_as, how)
+        _check_fallback(fallback, into)
+        dtypes = {"dtype": check_dtype(dtype), "compute_dtype": check_dtype(compute_dtype)}
+        return cls(
+            **dtypes, tied=untie, ops=dict(ops or {}), into=into, fallback=fallback, base_as=base_as, arithmetic=how
+        )
 
     def to_json(self) -> dict[str, Any]:
         told = {"arithmetic": self.arithmetic, "dtype": _word(self.dtype), "tied": self.tied}
         more = {"compute_dtype": _word(self.compute_dtype), "into": self.into, "base_as": self.base_as}
+        more |= {"fallback": self.fallback}
         kept = {key: value for key, value in more.items() if value is not None}
         return told | {"ops": dict(sorted(self.ops.items()))} | kept
+
+
+def _check_fallback(fallback: str | None, into: str | None) -> None:
+    if fallback == "int8":
+        raise UsageError(
+            f"fallback int8: a config.json names one format, and no loader reads int8 beside {printable(into)}; "
+            "give fallback 16bit, or into int8"
+        )
+    if fallback not in (None, "16bit"):
+        raise UsageError(f"fallback is {printable(fallback)!r}; 16bit is wanted")
+    if fallback is not None and into in (None, "16bit"):
+        raise UsageError("fallback is for merges into a format; give into, or leave it out")
 
 
 def check_arithmetic(arithmetic: object) -> Arithmetic:

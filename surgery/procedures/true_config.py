@@ -26,7 +26,8 @@ class Outcome(NamedTuple):
     untied: bool = False
     heads: Mapping[str, tuple[int, ...]] = {}  # tensors that the base lacks
     task_type: str | None = None  # of the adapter that brings them
-    plain: bool = False  # no weight is quantized any more
+    plain: bool = False  # no weight is held any more as the base says
+    quantization: Mapping[str, Any] | None = None  # how weights are held now
 
 
 def true_config(config: Mapping[str, Any], dtype: torch.dtype | None, outcome: Outcome) -> Mapping[str, Any] | None:
@@ -46,6 +47,11 @@ def true_config(config: Mapping[str, Any], dtype: torch.dtype | None, outcome: O
             part["tie_word_embeddings"] = False
     if outcome.vocab_size is not None and isinstance(text, dict):
         text["vocab_size"] = outcome.vocab_size
+    if outcome.quantization is not None:
+        inner = (part for part in (text, told.get("text_config")) if isinstance(part, dict))
+        next((part for part in inner if "quantization_config" in part), told)["quantization_config"] = (
+            outcome.quantization
+        )
     if outcome.task_type in _TASKS:
         told |= _of_task(config, outcome.heads, outcome.task_type)
     return None if told == config else told

@@ -1,7 +1,7 @@
 """Unpacking: the quantized weights of a base become plain ones, or it is refused by name."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import torch
@@ -41,13 +41,14 @@ def unpack(draft: Draft, compute_dtype: torch.dtype | None, asked: bool) -> None
         written[held.codec.name, *(_word(one) for one in (dtype, draft.changes[name].dtype))] += 1
     for (codec, computed, outcome), count in written.items():
         draft.notes.append(f"{count} weights held as {codec} are decoded to {computed} and written in {outcome}")
-    if told:
-        draft.notes.append("config.json loses its quantization_config")
     draft.plain = bool(told)
 
 
-def keep(draft: Draft, dtype: torch.dtype | None) -> None:
-    """The changes of quantized weights are held as these are, by their own scales. UsageError for a `dtype`."""
+def keep(draft: Draft, dtype: torch.dtype | None, plainly: Collection[str] = ()) -> None:
+    """The changes of quantized weights are held as these are, by their own scales; those of `plainly` in 16 bits.
+
+    UsageError for a `dtype`.
+    """
     if not _known(draft):
         return
     _require_packed(draft.base, "into")
@@ -55,6 +56,9 @@ def keep(draft: Draft, dtype: torch.dtype | None) -> None:
         raise UsageError("into keep: weights keep the dtypes that they have; leave dtype and compute_dtype out")
     for name in [name for name in draft.changes if name in draft.base.packed]:
         change, held = draft.changes[name], draft.base.packed[name]
+        if name in plainly:
+            draft.changes[name] = _plain(change, held, held.plain.torch_dtype, draft.base)
+            continue
         if change.saved is not None or change.site.acting.stack:
             what = "replaced by the adapter" if change.saved is not None else f"held as {held.codec.name}"
             draft.refusals.append(

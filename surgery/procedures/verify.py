@@ -18,17 +18,18 @@ from surgery.errors import printable
 from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.packing import quantization_of
+from surgery.hosts.packing import Held, quantization_of
 from surgery.hosts.views import told
 from surgery.io.octets import Tally
 from surgery.io.regular import file_sha256
 from surgery.io.tensor_file import TensorFile
-from surgery.procedures.grade import Grade, carried, derived, kept
+from surgery.procedures.covering import form_of
+from surgery.procedures.grade import Grade, carried, derived, encoded, kept
 from surgery.procedures.plan import make_plan
 from surgery.procedures.receipt import read_receipt
 from surgery.procedures.small_files import CARD, RECEIPT
 from surgery.procedures.spans import spans
-from surgery.procedures.treatment import Into, Treatment
+from surgery.procedures.treatment import Treatment
 from surgery.procedures.tying import text_config
 from surgery.procedures.verify_report import VerifyReport
 
@@ -48,9 +49,11 @@ def verify_checkpoint(
     workers: int | None = None,
 ) -> VerifyReport:
     """Grade every tensor of `out` against `adapters` merged over `base`, by any tool; `workers` tiles at once."""
-    into: Into | None = "keep" if out.packed and base.packed else None
     # What is right where two were tied.
-    plan = make_plan(base, adapters, replace(treatment or Treatment(), tied="untie", into=into))
+    treatment = replace(treatment or Treatment(), tied="untie", into=_into(base, out))
+    plan = make_plan(
+        base, adapters, treatment, () if treatment.into != "keep" else base.packed.keys() - out.packed.keys()
+    )
     plan.require()
     grades: dict[str, Grade] = {}
     pieces = _pieces(base, plan.source(base), out, plan.changes)
@@ -62,6 +65,20 @@ def verify_checkpoint(
     base.check_unchanged()
     out.check_unchanged()
     return VerifyReport(out.path, _links(out.folder) | grades)
+
+
+def _into(base: Checkpoint, out: Checkpoint) -> str | None:
+    """What the weights went into, as their tensors tell."""
+    anew = [one for name, one in out.packed.items() if not _is_kept(base, name, one)]
+    forms = {form_of(one) for one in anew}
+    if anew:
+        return forms.pop() if len(forms) == 1 else None
+    return "keep" if out.packed else None
+
+
+def _is_kept(base: Checkpoint, name: str, held: Held) -> bool:
+    """Is it held by such tensors as the base's?"""
+    return name in base.packed and base.packed[name].tensors == held.tensors
 
 
 class Recorded(NamedTuple):
@@ -156,12 +173,13 @@ def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable
         if there is None or refused:
             yield Piece(name, partial(Grade, "different", why=refused))
         elif name in out.packed:
-            yield from _packed_pieces(base, out, name, change)
+            kept = _is_kept(base, name, out.packed[name])
+            yield from _kept_pieces(base, out, name, change) if kept else _anew_pieces(source, out, info, change)
         elif change is None and there.dtype == info.dtype and name not in base.packed:
             yield from (Piece(name, partial(carried, base, out, name, span)) for span in spans(info))
         else:
             change = change or Change(Site(name, {"weight": info}), info.torch_dtype)
-            change = replace(change, dtype=there.torch_dtype, keep=False)
+            change = replace(change, dtype=there.torch_dtype, keep=False, into="")
             change = told(source, change)
             started = change.started()
             shape = change.site.laid(info).shape
@@ -171,12 +189,20 @@ def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable
         yield Piece(name, partial(Grade, "different", why="it is not in the base"))
 
 
-def _packed_pieces(base: Checkpoint, out: Checkpoint, name: str, change: Change | None) -> Iterator[Piece]:
-    """Of a weight that keeps its format: the codes, where an adapter changes them, and all else by its bytes."""
-    held = base.packed.get(name)
-    if held is None or out.packed[name].tensors != held.tensors:
-        yield Piece(name, partial(Grade, "different", why="it is held by other tensors than the base's"))
+def _anew_pieces(source: Source, out: Checkpoint, info: TensorInfo, change: Change | None) -> Iterator[Piece]:
+    """Of a weight that went into a form: whole, for its scales are of all of it."""
+    found = out.packed[info.name]
+    form, dtype = form_of(found), found.codec.dtype(found.settings) or found.plain.torch_dtype
+    if form is None:
+        yield Piece(info.name, partial(Grade, "different", why="it is held in a form that no merge goes into"))
         return
+    change = change or Change(Site(info.name, {"weight": info}), dtype)
+    yield Piece(info.name, partial(encoded, source, out, replace(change, dtype=dtype, keep=False, into=form)))
+
+
+def _kept_pieces(base: Checkpoint, out: Checkpoint, name: str, change: Change | None) -> Iterator[Piece]:
+    """Of a weight that keeps its format: the codes, where an adapter changes them, and all else by its bytes."""
+    held = base.packed[name]
     for info in held.tensors.values():
         if change is None or info != held.first:
             yield from (Piece(info.name, partial(carried, base, out, info.name, span)) for span in spans(info))

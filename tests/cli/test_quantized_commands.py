@@ -31,8 +31,9 @@ def laid(folder: Path, size: float) -> Path:
         ([], {}),
         (["--into", "16bit", "--compute-dtype", "float16"], {"into": "16bit", "compute_dtype": "float16"}),
         (["--into", "keep"], {"into": "keep"}),
+        (["--into", "int8"], {"into": "int8"}),
     ],
-    ids=["default", "16bit", "keep"],
+    ids=["default", "16bit", "keep", "int8"],
 )
 def test_the_options_of_a_merge_are_those_of_the_function(
     options: list[str], arguments: dict[str, str], base: Path, tmp_path: Path, run: Run
@@ -40,7 +41,7 @@ def test_the_options_of_a_merge_are_those_of_the_function(
     adapter = laid(tmp_path / "a", 0.2)
     found = run("merge", base, adapter, tmp_path / "cli", *options)
     assert found.code == 0
-    assert ("retained" in found.out) == ("keep" in options)
+    assert ("retained" in found.out) == bool({"keep", "int8"} & set(options))
     surgery.merge_checkpoint(base, adapter, tmp_path / "python", **arguments)
     assert file_hashes(tmp_path / "cli") == file_hashes(tmp_path / "python")
     judged = run("verify", base, adapter, tmp_path / "cli", *options[2:])

@@ -139,6 +139,22 @@ def test_a_merge_that_keeps_the_format_is_loaded_by_transformers(scheme: str, tm
     assert (tmp_path / "back" / FILE).read_bytes() == (base / FILE).read_bytes()
 
 
+@pytest.mark.parametrize("scheme", ["W4A16", "FP8_DYNAMIC"])
+def test_what_falls_back_to_16_bits_is_loaded_beside_compressed_weights(scheme: str, tmp_path: Path):
+    base, given, out = compressed_model(tmp_path / "base", scheme), adapter(tmp_path / "a", 0.05), tmp_path / "out"
+    surgery.merge_checkpoint(base, given, tmp_path / "wanted")
+    kept = surgery.merge_checkpoint(base, given, tmp_path / "kept", into="keep").receipt
+    noise = [one["noise"] for one in kept["changed"].values()]
+    bounds = {"min_retained": 0.0, "max_noise": sum(noise) / 2}
+    fallen = surgery.merge_checkpoint(base, given, out, into="keep", fallback="16bit", **bounds).receipt["fallback"]
+    assert len(fallen) == 1
+    found, in_format, plain = (
+        load_file(dequantized(one, tmp_path / f"{one.name}-plain") / FILE) for one in (out, tmp_path / "kept", base)
+    )
+    plain |= load_file(tmp_path / "wanted" / FILE)
+    assert all(torch.equal(one, (plain if name in fallen else in_format)[name]) for name, one in found.items())
+
+
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8_DYNAMIC", "NVFP4A16"])
 def test_a_live_model_is_adapted_where_it_is_dequantized_and_refused_by_name_where_it_is_not(
     scheme: str, tmp_path: Path

@@ -4,6 +4,7 @@ from surgery.integrations.transformers.cached import cached_example
 from surgery.integrations.transformers.examples import example_for
 from surgery.integrations.transformers.export_files import Export, export_checkpoint, live_model
 from surgery.integrations.transformers.exporting import Pretrained
+from surgery.integrations.transformers.linears import linears_of
 from surgery.integrations.transformers.loading import Wanted, load_model
 from surgery.integrations.transformers.model import is_pretrained, output_heads
 from surgery.integrations.transformers.names import name_map
@@ -25,6 +26,7 @@ __all__ = [
     "example_for",
     "export_checkpoint",
     "is_pretrained",
+    "linears_of",
     "live_model",
     "load_model",
     "name_map",

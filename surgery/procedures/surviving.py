@@ -1,0 +1,28 @@
+"""Surviving: what a merge into a format would leave of each change, before anything is written."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial, reduce
+
+from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
+from surgery.core.survival import Survival
+from surgery.core.workers import in_order
+from surgery.hosts.change import Change
+from surgery.hosts.encoded import Encoded
+from surgery.hosts.views import Merged
+
+
+def survivals(source: Source, changes: Iterable[Change], workers: int) -> Iterator[tuple[str, Survival]]:
+    """By the weight, of those that a format cannot hold all of; up to `workers` of them at once."""
+    adapted = (one for one in changes if (one.into or one.keep) and (one.layers or one.saved is not None))
+    return in_order(partial(_survival, source), adapted, workers)
+
+
+def _survival(source: Source, change: Change) -> tuple[str, Survival]:
+    told: list[Survival | None] = []
+    if change.into:
+        Encoded(source, [change], lambda tile: told.append(tile.survival)).encoded(change)
+    else:
+        view, shape = Merged(source, [change], lambda tile: told.append(tile.survival)), change.site.weight.shape
+        for rows in row_tiles(shape, TILE_ELEMENTS, change.site.together):
+            view.load(change.site, rows)
+    return change.site.weight.name, reduce(Survival.plus, [one for one in told if one is not None], Survival())

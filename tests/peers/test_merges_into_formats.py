@@ -1,0 +1,88 @@
+"""Merges into a format, as transformers and bitsandbytes load them: every linear layer but the head."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_quantized_bases_of_transformers import FILE, loaded, near, outputs, plain_base, trained
+from torch import nn
+
+import surgery
+from surgery.codecs import CODECS
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.procedures.treatment import HELD_IN
+
+ANY = {"min_retained": 0.0, "max_noise": 99.0}
+HELD = {"nf4": "Linear4bit", "fp4": "Linear4bit", "int8": "Linear8bitLt", "fp8_block": "Linear"}  # fp8: on a CPU
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, an adapter of two of its kinds of layers, and their merge in 16 bits."""
+    folder = tmp_path_factory.mktemp("into")
+    base = plain_base(folder / "base", torch.bfloat16)
+    trained(loaded(base, torch.bfloat16), ["q_proj", "down_proj"]).save_pretrained(folder / "adapter")
+    surgery.merge_checkpoint(base, folder / "adapter", folder / "16bit")
+    for form in HELD_IN:
+        surgery.merge_checkpoint(base, folder / "adapter", folder / form, into=form, **ANY)
+    return folder
+
+
+@pytest.mark.parametrize("form", HELD_IN)
+def test_transformers_loads_every_linear_layer_in_the_format_and_computes_with_what_it_decodes_to(form, merged: Path):
+    model = loaded(merged / form, torch.bfloat16)
+    assert {type(one).__name__ for name, one in model.named_modules() if name.endswith("_proj")} == {HELD[form]}
+    assert type(model.lm_head) is nn.Linear
+    plain = loaded(merged / "16bit", torch.bfloat16)
+    with Checkpoint(merged / form) as files:
+        assert len(files.packed) == 14
+        for site in files.sites():
+            if site.name.endswith("_proj"):
+                packed = files.load(site)
+                codec = next(one for one in CODECS if one.claims(packed.headers))
+                plain.get_submodule(site.name).weight.data = codec.decode(packed, torch.bfloat16)
+    wanted = outputs(plain)
+    if form == "int8":  # which rounds its inputs to 127 steps each way, in each of 14 layers
+        assert float((outputs(model) - wanted).norm() / wanted.norm()) < 14 / 127
+    else:
+        assert near(outputs(model), wanted, torch.bfloat16)
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp4", "int8"])
+def test_it_is_what_quantize_makes_of_the_merged_model_to_the_byte(form, merged: Path, tmp_path: Path):
+    surgery.quantize(loaded(merged / "16bit", torch.bfloat16), form).save_pretrained(tmp_path / "saved")
+    wanted, found = load_file(tmp_path / "saved" / FILE), load_file(merged / form / FILE)
+    assert found.keys() == wanted.keys()
+    assert all(found[name].dtype == one.dtype and torch.equal(found[name], one) for name, one in wanted.items())
+    ours, theirs = (
+        json.loads((one / "config.json").read_text())["quantization_config"]
+        for one in (merged / form, tmp_path / "saved")
+    )
+    assert ours.items() <= theirs.items()
+
+
+@pytest.mark.parametrize("form", HELD_IN)
+def test_verify_grades_all_of_it_bits(form, merged: Path):
+    report = surgery.verify_checkpoint(merged / "base", merged / "adapter", merged / form)
+    assert report.counts == {"bits": 14, "rounding": 0, "untouched": 7, "recorded": 0, "different": 0}
+
+
+@pytest.mark.parametrize("base", ["base", "nf4"])
+def test_transformers_loads_what_fell_back_to_16_bits_beside_4_bit_layers(base, merged: Path, tmp_path: Path):
+    """Those whose noise is above the middle one, of a plain base that goes into nf4, and of one that keeps it."""
+    into, out = ("nf4" if base == "base" else "keep"), tmp_path / "out"
+    adapter = merged / "adapter"
+    receipt = surgery.merge_checkpoint(merged / base, adapter, tmp_path / "all", into=into, **ANY).receipt
+    noise = sorted(one["noise"] for one in receipt["changed"].values() if "noise" in one)
+    bounds = {"min_retained": 0.0, "max_noise": sum(noise[1:3]) / 2}
+    fallen = surgery.merge_checkpoint(merged / base, adapter, out, into=into, fallback="16bit", **bounds).receipt
+    assert len(fallen["fallback"]) == 2
+    model = loaded(out, torch.bfloat16)
+    kinds = {f"{name}.weight": type(one) for name, one in model.named_modules() if name.endswith(("_proj", "lm_head"))}
+    assert {name for name, kind in kinds.items() if kind is nn.Linear} == {*fallen["fallback"], "lm_head.weight"}
+    surgery.merge_checkpoint(merged / base, adapter, tmp_path / "16bit")
+    wanted, found = load_file(tmp_path / "16bit" / FILE), dict(model.named_parameters())
+    assert all(torch.equal(found[name], wanted[name]) for name in fallen["fallback"])
+    assert surgery.verify_checkpoint(merged / base, adapter, out).ok

@@ -1,0 +1,207 @@
+"""Merges into a format: the codes and scales that the merged weights would be given, verified, and undone."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_folders import INDEX, file_hashes, read_tensors, rewrite, tensor_hashes, write_adapter, write_base
+from quantized_folders import SHAPES, SITES, plain_weights, quantized_base
+from torch import Tensor
+
+import surgery
+from surgery import CheckError, FormatError, MatchError, UsageError
+from surgery.adapters.peft import open_adapter
+from surgery.codecs import FORMS
+from surgery.core.adapter import Weighted
+from surgery.core.arithmetic import exact_product
+from surgery.core.survival import Bounds, Survival
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.procedures.filling import Pace
+from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
+from surgery.procedures.treatment import HELD_IN, Treatment
+
+ANY = {"min_retained": 0.0, "max_noise": math.inf}
+each_form = pytest.mark.parametrize("form", HELD_IN)
+
+
+def plain_base(folder: Path, shards: int = 1, dtype: torch.dtype = torch.bfloat16) -> Path:
+    weights = {f"{site}.weight": weight for site, weight in plain_weights(dtype).items()}
+    tensors = {"model.embed_tokens.weight": torch.arange(770.0).view(11, 70).to(dtype), **weights}
+    tensors |= {"model.norm.weight": torch.ones(48).to(dtype), "lm_head.weight": torch.ones(11, 70).to(dtype)}
+    return write_base(folder, tensors, shards, {"model_type": "llama", "dtype": "bfloat16"})
+
+
+def factors() -> dict[str, Tensor]:
+    drawn, found = torch.Generator().manual_seed(1), {}
+    for site in SITES:
+        out, in_features = SHAPES[site.rpartition(".")[2]]
+        found[f"{site}.lora_A.weight"] = torch.randn(4, in_features, generator=drawn)
+        found[f"{site}.lora_B.weight"] = torch.randn(out, 4, generator=drawn) / 64
+    return found
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "adapter", factors())
+
+
+@pytest.mark.parametrize("base", ["plain", "fp8-rows"])
+@each_form
+def test_it_is_the_merge_in_16_bits_held_so_by_fresh_scales(form: str, base: str, adapter: Path, tmp_path: Path):
+    begun = plain_base(tmp_path / "base") if base == "plain" else quantized_base(tmp_path / "base", base)
+    surgery.merge_checkpoint(begun, adapter, tmp_path / "16bit")
+    report = surgery.merge_checkpoint(begun, adapter, tmp_path / "out", into=form, **ANY)
+    wanted, (codec, settings) = read_tensors(tmp_path / "16bit"), FORMS[form]
+    for site in SITES:
+        packed = codec.fresh(wanted.pop(f"{site}.weight"), settings)
+        wanted |= {site + codec.endings[role]: values for role, values in packed.tensors.items()}
+    assert tensor_hashes(read_tensors(tmp_path / "out")) == tensor_hashes(wanted)
+    assert report.receipt["options"]["into"] == form
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    skipped = told.get("llm_int8_skip_modules", told.get("modules_to_not_convert"))
+    assert skipped == ["lm_head", "model.embed_tokens"]
+    assert surgery.verify_checkpoint(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@each_form
+def test_verify_grades_it_bits_and_an_unmerge_gives_the_base_back(
+    form: str, shards: int, adapter: Path, tmp_path: Path
+):
+    base, out = plain_base(tmp_path / "base", shards), tmp_path / "out"
+    receipt = surgery.merge_checkpoint(base, adapter, out, into=form, reversible=True, **ANY).receipt
+    report = surgery.verify_checkpoint(base, adapter, out)
+    assert report.counts["bits"] == len(SITES)
+    assert report.ok
+    for site in SITES:
+        survival = report.tensors[f"{site}.weight"].survival
+        assert survival is not None
+        assert survival.to_json().items() <= receipt["changed"][f"{site}.weight"].items()
+    surgery.unmerge_checkpoint(out, tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
+@pytest.mark.parametrize("before", ["nf4", "int8", "w4a16"])
+def test_a_quantized_base_goes_into_another_format_and_comes_back(before: str, adapter: Path, tmp_path: Path):
+    base, out = quantized_base(tmp_path / "base", before, 4), tmp_path / "out"
+    surgery.merge_checkpoint(base, adapter, out, into="fp4", reversible=True, **ANY)
+    assert surgery.verify_checkpoint(base, adapter, out).counts["bits"] == len(SITES)
+    surgery.unmerge_checkpoint(out, tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
+@each_form
+def test_a_changed_code_or_scale_is_different(form: str, adapter: Path, tmp_path: Path):
+    base, out = plain_base(tmp_path / "base"), tmp_path / "out"
+    surgery.merge_checkpoint(base, adapter, out, into=form, **ANY)
+    codec, _ = FORMS[form]
+    written = read_tensors(out)
+    for site, ending in zip(SITES, list(codec.endings.values())[:2], strict=False):
+        if f"{site}{ending}" in written:
+            written[f"{site}{ending}"].view(torch.uint8).view(-1)[-1] ^= 1
+    rewrite(out / "model.safetensors", written)
+    report = surgery.verify_checkpoint(base, adapter, out)
+    different = {name for name, one in report.tensors.items() if one.grade == "different"}
+    assert different == {f"{site}.weight" for site in SITES[:2]}
+
+
+def test_tiles_workers_and_shards_change_no_bit_and_a_weight_is_never_cut(adapter: Path, tmp_path: Path):
+    surgery.merge_checkpoint(plain_base(tmp_path / "whole"), adapter, tmp_path / "out", into="nf4", **ANY)
+    treatment = Treatment(into="nf4")
+    options = Options(treatment, max_shard_bytes=3000, pace=Pace(workers=3, tile_elements=1), bounds=Bounds(**ANY))
+    with Checkpoint(plain_base(tmp_path / "base", 5)) as base:
+        merge_checkpoint(base, [Weighted(open_adapter(adapter))], tmp_path / "rows", options)
+    assert tensor_hashes(read_tensors(tmp_path / "rows")) == tensor_hashes(read_tensors(tmp_path / "out"))
+    files = json.loads((tmp_path / "rows" / INDEX).read_text())["weight_map"]
+    assert len({file for name, file in files.items() if name.startswith(f"{SITES[0]}.weight")}) == 1
+    assert len(set(files.values())) > 3
+
+
+def test_what_is_retained_is_measured_against_the_base_held_in_that_format(adapter: Path, tmp_path: Path):
+    receipt = surgery.merge_checkpoint(
+        plain_base(tmp_path / "base"), adapter, tmp_path / "out", into="nf4", **ANY
+    ).receipt
+    (codec, settings), given, total = FORMS["nf4"], factors(), Survival()
+    for site, weight in plain_weights().items():
+        B, A = (given[f"{site}.lora_{letter}.weight"] for letter in "BA")
+        delta = exact_product(B, A) * (6 / 4)
+        became = (weight.double() + delta).float().bfloat16()
+        before, after = (codec.decode(codec.fresh(one, settings), torch.float64) for one in (weight, became))
+        total = total.plus(Survival.of(before, before + delta, after))
+    wanted, found = total.to_json(), receipt["survived"]
+    assert found["retained"] == pytest.approx(wanted["retained"], rel=1e-3)  # one rounding more, of few elements
+    assert found["noise"] == pytest.approx(wanted["noise"], rel=1e-3)
+
+
+def test_an_adapter_that_is_drowned_there_fails_with_the_option_that_would_keep_it(tmp_path: Path):
+    small = {name: one / (64 if "lora_B" in name else 1) for name, one in factors().items()}
+    adapter = write_adapter(tmp_path / "small", small)
+    with pytest.raises(CheckError, match=r"into nf4: .*--into 16bit keeps all"):
+        surgery.merge_checkpoint(plain_base(tmp_path / "base"), adapter, tmp_path / "out", into="nf4")
+    assert not (tmp_path / "out").exists()
+
+
+def uneven(folder: Path) -> Path:
+    """Of which one site is lost in 4 bits."""
+    size = {True: 2.0**-9, False: 8.0}
+    return write_adapter(folder, {k: v * size[SITES[2] in k] if "lora_B" in k else v for k, v in factors().items()})
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp8_block", "keep"])
+def test_what_would_be_lost_falls_back_to_16_bits_site_by_site(form: str, tmp_path: Path):
+    base = plain_base(tmp_path / "base") if form != "keep" else quantized_base(tmp_path / "base", "nf4")
+    adapter, out = uneven(tmp_path / "adapter"), tmp_path / "out"
+    loose = {"min_retained": 0.3, "max_noise": 1.5}
+    receipt = surgery.merge_checkpoint(
+        base, adapter, out, into=form, fallback="16bit", reversible=True, **loose
+    ).receipt
+    surgery.merge_checkpoint(base, adapter, tmp_path / "16bit")
+    surgery.merge_checkpoint(base, adapter, tmp_path / "in", into=form, **ANY)
+    assert receipt["fallback"].keys() == {f"{SITES[2]}.weight"}
+    plain, held, found = (read_tensors(tmp_path / one) for one in ("16bit", "in", "out"))
+    wanted = {k: v for k, v in held.items() if not k.startswith(SITES[2])}
+    wanted[f"{SITES[2]}.weight"] = plain[f"{SITES[2]}.weight"]
+    assert tensor_hashes(found) == tensor_hashes(wanted)
+    told = json.loads((out / "config.json").read_text())["quantization_config"]
+    skipped = told.get("llm_int8_skip_modules", told.get("modules_to_not_convert"))
+    assert {SITES[2], "lm_head"} <= set(skipped)
+    assert not {*SITES[:2], SITES[3]} & set(skipped)
+    report = surgery.verify_checkpoint(base, adapter, out)
+    assert report.ok
+    assert report.counts["bits"] == len(SITES)
+    surgery.unmerge_checkpoint(out, tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "error", "why"),
+    [
+        ("plain", {"into": "nf4", "fallback": "int8"}, UsageError, "no loader reads int8 beside nf4"),
+        ("plain", {"fallback": "16bit"}, UsageError, "give into"),
+        ("fp8-rows", {"into": "keep", "fallback": "16bit", "min_retained": 1.1}, FormatError, "fbgemm_fp8"),
+        ("plain", {"into": "nf4", "fallback": "16bit", "min_retained": 1.1}, MatchError, "too little there"),
+        ("plain", {"into": "nf4-double"}, UsageError, "one of"),
+        ("plain", {"into": "nf4", "base_as": "nf4"}, UsageError, "base_as"),
+        ("plain", {"into": "nf4", "arithmetic": "peft"}, UsageError, "exact"),
+        ("plain", {"into": "nf4", "dtype": "float64"}, FormatError, "--dtype bfloat16"),
+        ("int8", {"into": "int8"}, UsageError, "held so already"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(base: str, options: dict, error: type, why: str, adapter: Path, tmp_path: Path):
+    begun = plain_base(tmp_path / "base") if base == "plain" else quantized_base(tmp_path / "base", base)
+    with pytest.raises(error, match=why):
+        surgery.merge_checkpoint(begun, adapter, tmp_path / "out", **options)
+
+
+def test_a_base_without_a_linear_weight_is_refused(tmp_path: Path):
+    base = write_base(tmp_path / "base", {"wte.weight": torch.ones(11, 8)}, config={"model_type": "gpt2"})
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        {"wte.lora_embedding_A": torch.ones(4, 11), "wte.lora_embedding_B": torch.ones(8, 4)},
+        target_modules=["wte"],
+    )
+    with pytest.raises(MatchError, match="no linear weight"):
+        surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="nf4")
