@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from surgery.adapters.out_proj import check_scale
 from surgery.codecs.formats import format_of
+from surgery.errors import UsageError, printable
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
 from surgery.procedures import adalora, switch
@@ -20,28 +22,33 @@ from surgery.procedures import merge as merging
 from surgery.procedures import mixed_batch as mixing
 from surgery.procedures import quantize as quantizing
 from surgery.procedures import save as saving
-from surgery.procedures.configs import config_of
+from surgery.procedures.configs import config_of, is_peft_s
 from surgery.procedures.treatment import check_arithmetic
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
 
 
-def inject(
+def inject(  # noqa: PLR0913  # what is laid over what, and how
     model: Model,
     config: object,
     *,
     adapter_name: str = "default",
     trainable: bool = True,
+    matching: Literal["strict", "peft"] | None = None,
     quantization_aware: str | None = None,
 ) -> Model:
     """Lay a fresh adapter over the modules that `config` names, in place; returns the model.
 
     `config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter. The rest
-    of the model is frozen. The first adapter is active. With `quantization_aware` "nf4", "nf4-double", "fp4",
-    "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym" or "nvfp4" its layers run, and it is trained, as they will
-    once it is merged and their weights are held so: the base's own scales are kept where it is held in that format
-    already. Raises MatchError for an entry of target_modules that matches nothing, ConfigError, StateError.
+    of the model is frozen. The first adapter is active.
+
+    `matching` "strict" takes the dots of names as dots, globs such as "layers.*.q_proj", and regular expressions after
+    "re:" in lists and keys of patterns; each entry has to match. "peft" matches as PEFT does, by default where the
+    config is one of peft or lies in a file. With `quantization_aware` "nf4", "nf4-double", "fp4", "fp4-double", "int8",
+    "fp8_block", "w4a16", "w4a16-asym" or "nvfp4" its layers run, and it is trained, as they will once it is merged and
+    their weights are held so: the base's own scales are kept where it is held in that format already. Raises
+    MatchError for an entry that matches nothing, ConfigError, StateError.
 
     >>> import surgery, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -50,7 +57,11 @@ def inject(
     ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
     form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
-    injection.inject(model, config_of(config), adapter_name, lambda: hugging.output_heads(model), trainable, form)
+    if matching not in (None, "strict", "peft"):
+        raise UsageError(f"matching is {printable(matching)!r}; strict or peft is wanted")
+    as_peft = is_peft_s(config) if matching is None else matching == "peft"
+    heads = partial(hugging.output_heads, model)
+    injection.inject(model, config_of(config), adapter_name, heads, trainable, form, as_peft)
     hugging.attach(model)
     return model
 

@@ -26,6 +26,8 @@ LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # PEFT's form for layers_pattern
 SAVED = r"(^|.*\.){}($|\..*)"  # PEFT's form for what lies in an entry of modules_to_save
 
 _NAME = re.compile(r"[\w.-]*")  # always a regular expression
+GLOB = re.compile(r"(?=[^*?]*[*?])(?=.*\w)[\w*?-]+(?:\.[\w*?-]+)*")  # parts with `*` or `?` in them
+_GLOB_ALONE = re.compile(r"^[*?]|[*?]\*")  # what no expression has
 _FORK = re.compile(r"[*+?{|(]")
 _COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 _CASELESS = re.compile(r"\(\?[a-zA-Z]*i")
@@ -105,6 +107,8 @@ class PatternTable(dict[str, Any]):
     def check(self, field: str) -> None:
         """ConfigError naming the field, for a key that cannot be."""
         for key in self:
+            if GLOB.fullmatch(key) and _GLOB_ALONE.search(key):  # put into PEFT's terms before it is matched
+                continue
             try:
                 self.patience.check(key, ENDING)
             except ConfigError as error:

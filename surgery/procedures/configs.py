@@ -23,6 +23,11 @@ def config_of(value: object) -> AdapterConfig:
     return config_from({key: _plain(field) for key, field in spelled.items()}, "config")
 
 
+def is_peft_s(value: object) -> bool:
+    """Is it a config of peft, or a file of its format? Those are read by PEFT's own rules of matching."""
+    return isinstance(value, str | PathLike) or type(value).__module__.partition(".")[0] == "peft"
+
+
 def _plain(field: Any) -> Any:
     if isinstance(field, Enum):
         return field.value

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from surgery.codecs.formats import Format
 from surgery.core.config import AdapterConfig
+from surgery.core.entries import InPeftTerms, in_peft_terms
 from surgery.core.method import Dense, Method, Params
 from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
@@ -62,10 +63,12 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
     output_heads: Callable[[], Collection[str]] = tuple,
     trainable: bool = True,
     form: Format | None = None,
+    as_peft: bool = False,
 ) -> None:
     """Lay a fresh adapter over the modules that `config` selects; `output_heads` finds what "all-linear" leaves out.
 
-    With a format it runs as it will once it is merged and held so.
+    With a format it runs as it will once it is merged and held so. `as_peft` reads the config by PEFT's own rules,
+    by which an entry that hits nothing is none.
     Raises MatchError for an entry that hits nothing, StateError if `adapter` is there or a merge is.
     """
     check_name(root, adapter)
@@ -73,13 +76,15 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
     tree = Tree(root)
     config = with_task_heads(config, tree)
     names = list(tree.modules)
+    config, spelled = InPeftTerms(config, {}) if as_peft else in_peft_terms(config, names)
     parameters = targeted_parameters(config, tree)
     chosen = select(config, names, lambda: {name for name in names if tree.is_linear(name)} - {*output_heads()})
-    refuse_unmatched("target_modules", unmatched(config, chosen), names)
+    if not as_peft or (not chosen and not parameters):
+        refuse_unmatched("target_modules", unmatched(config, chosen), names)
     first = dict.fromkeys(tree.first_name(name) for name in chosen)
     adapted = [*first, *parameters]
-    for field, entries in config.unused(adapted).items():
-        refuse_unmatched(field, entries, adapted)
+    for field, entries in () if as_peft else config.unused(adapted).items():
+        refuse_unmatched(field, [spelled.get(entry, entry) for entry in entries], adapted)
     sites = {}
     for name, spelling in tree.spelled(first).items():
         site, method = tree.site(name), config.method(spelling)

@@ -1,6 +1,6 @@
 """save: a live model's adapters to PEFT's files."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from surgery.adapters import out_proj
 from surgery.adapters.peft import CONFIG, PREFIX, TENSORS, adapter_bytes
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params, Spec
+from surgery.core.names import suffix_hits
 from surgery.core.sharded import rest
 from surgery.core.site import TensorInfo
 from surgery.errors import MatchError, StateError, printable
@@ -133,8 +134,10 @@ def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterCo
     """The config with the paths it stands for, so that a reader needs no matching."""
     layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
     alone = [name for name, layer in layers.items() if layer.parameter is not None]
+    names = sorted(name for name in layers if spelled(layers, name, adapter) == name)
     resolved = replace(
-        config.named(sorted(name for name in layers if spelled(layers, name, adapter) == name)).with_parameters(alone),
+        config.named(names).with_parameters(alone),
+        exclude_modules=_ended(root, names) or None,
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path or getattr(root, "name_or_path", None) or None,
     )
@@ -142,3 +145,10 @@ def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterCo
         transposed = any(layer.op.name == "conv1d" for layer in layers.values())
         return replace(resolved, **{"fan_in_fan_out": transposed})  # type: ignore[arg-type]  # known only here
     return resolved
+
+
+def _ended(root: nn.Module, names: Sequence[str]) -> list[str]:
+    """Other modules whose names end in one of these, which PEFT would adapt too."""
+    chosen = frozenset(names)
+    places = (name for name, _ in root.named_modules() if name not in chosen)
+    return [name for name in places if suffix_hits(chosen, name)]

@@ -1,5 +1,6 @@
 """What a config selects is what peft's own matcher selects, on random module trees and patterns."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import surgery
 from surgery.core.names import suffixes
+from surgery.core.patterns import GLOB
 from surgery.core.select import pattern_value, select
 
 PARTS = ("q", "k_proj", "proj", "layers", "h", "0", "1", "12", "experts", "qXk")
@@ -66,7 +68,12 @@ def test_the_modules_that_a_config_selects_are_those_that_peft_selects(drawn: tu
     fields, tree = drawn
     config = ours(fields)
     theirs = peft.LoraConfig(**fields)
-    assert chosen_of(config, tree) == [name for name in tree if check_target_module_exists(theirs, name)]
+    try:
+        wanted = [name for name in tree if check_target_module_exists(theirs, name)]
+    except re.error:  # it matches with expressions that ours has no need to look at
+        assume(False)
+        raise
+    assert chosen_of(config, tree) == wanted
 
 
 LAYERED = [f"{head}{stack}.{number}.{leaf}" for head in ("", "a.", "0.", "a.1.") for stack in ("h", "layers", "1")
@@ -85,6 +92,7 @@ def test_the_layers_that_a_config_chooses_are_those_of_peft(chosen: Any, pattern
 @given(ranks=some.dictionaries(patterns, some.integers(1, 9), max_size=4), name=names)
 def test_the_rank_and_alpha_of_a_module_are_those_of_peft(ranks: dict[str, int], name: str) -> None:
     config = ours({"target_modules": ["q"], "rank_pattern": ranks, "alpha_pattern": ranks})
+    assume(not any(GLOB.fullmatch(key) for key in ranks))  # which peft takes for expressions that are none
     wanted = ranks.get(get_pattern_key(list(ranks), name), 10)
     assert pattern_value(config.rank_pattern, name, 10) == wanted
     assert pattern_value(config.alpha_pattern, name, 10.0) == wanted

@@ -20,7 +20,7 @@ from surgery.integrations.transformers.model import output_heads
 from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.sources import given
 from surgery.procedures import switch
-from surgery.procedures.configs import config_of
+from surgery.procedures.configs import config_of, is_peft_s
 from surgery.procedures.inject import inject
 from surgery.procedures.load import lay
 from surgery.procedures.merge import UndoKind, merge, unmerge
@@ -69,7 +69,7 @@ class AdapterMethods(nn.Module):
         `adapter_config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter.
         """
         name, config = adapter_name or DEFAULT, config_of(adapter_config)
-        inject(self, config, name, lambda: output_heads(self))
+        inject(self, config, name, lambda: output_heads(self), as_peft=is_peft_s(adapter_config))
         self.set_adapter(name)
 
     def load_adapter(  # noqa: PLR0913, PLR0917  # transformers' arguments

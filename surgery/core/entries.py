@@ -1,0 +1,92 @@
+"""Entries: how a new config names modules, put into PEFT's terms, in which it is matched and saved.
+
+An entry is the end of a name, from a whole part on, whose dots are dots; a glob of parts, in which `*` is anything
+within a part and `**` any parts; or `re:` before a regular expression of the whole name. To PEFT a dot in a pattern is
+any character, and a list holds neither globs nor expressions.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from surgery.core.config import AdapterConfig
+from surgery.core.names import suffix_hits
+from surgery.core.patterns import GLOB, Patience, PatternTable
+from surgery.core.select import refuse_unmatched
+
+RE = "re:"
+_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
+_NAME = re.compile(r"[\w.-]*")
+
+
+class InPeftTerms(NamedTuple):
+    """A config that PEFT's rules read as it was meant, and how its entries were spelled."""
+
+    config: AdapterConfig
+    spelled: Mapping[str, str]
+
+
+def in_peft_terms(config: AdapterConfig, names: Collection[str]) -> InPeftTerms:
+    """The config for a model whose modules are `names`. MatchError for an entry that hits none of them."""
+    found: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if not value:
+            continue
+        if field.name in _LISTS:
+            found[field.name] = _named(field.name, value, names)
+        elif field.name == "layers_pattern":
+            given = [value] if isinstance(value, str) else value
+            found[field.name] = [_expression(entry) for entry in given]
+        elif field.name.endswith("_pattern") and isinstance(value, PatternTable):
+            keys = {key: _expression(key) for key in value}
+            spelled |= {after: before for before, after in keys.items()}
+            found[field.name] = {keys[key]: one for key, one in value.items()}
+    changed = {name: value for name, value in found.items() if value != getattr(config, name)}
+    return InPeftTerms(replace(config, **changed) if changed else config, spelled)
+
+
+def _named(field: str, value: str | Sequence[str], names: Collection[str]) -> str | Sequence[str]:
+    """Names in place of globs and expressions; one string is an expression, as in PEFT, or a name."""
+    if isinstance(value, str):
+        told = value.removeprefix(RE)
+        return re.escape(told) if "." in told and told == value and _NAME.fullmatch(told) else told
+    patience, hits = Patience(), {}
+    for entry in value:
+        if field == "exclude_modules" or entry.startswith(RE) or GLOB.fullmatch(entry):
+            test = _test(entry, patience)
+            hits[entry] = [name for name in names if test(name)]
+    refuse_unmatched(field, [entry for entry, there in hits.items() if not there], names)
+    wide = [entry for entry in value if entry.startswith(RE) or GLOB.fullmatch(entry)]
+    kept = [entry for entry in value if entry not in wide]
+    return list(dict.fromkeys([*kept, *(name for entry in wide for name in hits[entry])])) if wide else value
+
+
+def _test(entry: str, patience: Patience) -> Callable[[str], bool]:
+    if entry.startswith(RE):
+        return lambda name: patience.fullmatch(entry.removeprefix(RE), name) is not None
+    if GLOB.fullmatch(entry):
+        return lambda name: patience.fullmatch(rf"(?:.*\.)?{_translated(entry)}", name) is not None
+    return partial(_ends, (entry,))
+
+
+def _ends(entries: Collection[str], name: str) -> bool:
+    return bool(suffix_hits(entries, name))
+
+
+def _expression(entry: str) -> str:
+    """Of a pattern that PEFT matches with the end of a name: what no name or glob can be is an expression as it is."""
+    if entry.startswith(RE):
+        return entry.removeprefix(RE)
+    if GLOB.fullmatch(entry):
+        return _translated(entry)
+    return re.escape(entry).replace(r"\-", "-") if _NAME.fullmatch(entry) else entry
+
+
+def _translated(glob: str) -> str:
+    pieces = re.split(r"(\*\*|\*|\?)", glob)
+    wild = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    return "".join(wild[piece] if piece in wild else re.escape(piece) for piece in pieces)
