@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from surgery.core.adapter import Weighted
-from surgery.errors import AbsentError, InputError, printable
+from surgery.errors import AbsentError, InputError, UsageError, printable
 from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.links import GRAPH
 from surgery.formats.onnx.runtime import check
@@ -59,18 +59,23 @@ def export_checkpoint(
     if not (base.folder / "config.json").is_file():
         raise AbsentError(f"{printable(base.path)}: no config.json in it; a model of transformers is wanted")
     treatment = _treatment(base, adapters, options.treatment)
-    writer = _Graph(base, adapters, out, export, treatment.into == "keep")
+    writer = _Graph(base, adapters, out, export, treatment.into not in (None, "16bit"))
     merge_checkpoint(base, adapters, out, replace(options, treatment=treatment, beside=writer))
     assert writer.report is not None
     return writer.report
 
 
 def _treatment(base: Checkpoint, adapters: Sequence[Weighted], asked: Treatment) -> Treatment:
-    """Codes are kept where nothing is merged into them and nothing else is asked for. FormatError where they cannot."""
+    """Codes are kept where nothing is merged into them and nothing else is asked for.
+
+    FormatError or UsageError for codes that no graph can hold.
+    """
     if asked.into is None and asked.dtype is None and not adapters and is_of_bitsandbytes(base):
         return replace(asked, into="keep")
     if asked.into == "keep":
         refuse_kept(base.packed)
+    if asked.into == "fp8_block":
+        raise UsageError("export: into fp8_block, which no operator of ONNX decodes; 16bit, nf4, fp4 or int8 is wanted")
     return asked
 
 
@@ -82,7 +87,7 @@ class _Graph:
     adapters: Sequence[Weighted]
     out: Path
     export: Export
-    kept: bool  # are the adapters merged into the base's own codes?
+    coded: bool  # are the merged weights held in codes?
     report: ExportReport | None = None
 
     def __call__(self, staging: Staging) -> Mapping[str, str]:
@@ -116,7 +121,7 @@ class _Graph:
         """The base under its adapters, live; or why there is none to compare with."""
         if not self.adapters:
             return None, ""
-        if self.kept:
+        if self.coded:
             return None, "compared with the merged weights alone: the receipt tells what their codes hold of the change"
         if any(weight != 1 for _, weight in self.adapters):
             return None, "compared with the merged weights alone: a live adapter has no weight"
