@@ -56,7 +56,7 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
 
     `model` a folder or owner/name[@revision] on the Hub, of transformers: `adapters`, `dtype`, `tied`, `ops` and
     `progress` as in `merge_checkpoint`, which merges, streaming; the graph is traced without weights. Where the model
-    does not fit `max_memory`, in bytes or such as "16GB", it is not compared, and the report says so.
+    does not fit `max_memory`, in bytes or such as "16GB", it is compared layer by layer, and the report says so.
 
     `kv` is for decoders of transformers: one graph for prompts and for single tokens, with inputs
     past_key_values.N.key and .value, and outputs present.N.key and .value; its greedy tokens are compared too.

@@ -21,17 +21,18 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.twin import weightless
 from surgery.integrations.transformers.cached import cached_example
 from surgery.integrations.transformers.examples import example_for
-from surgery.integrations.transformers.exporting import Pretrained, without_weights
+from surgery.integrations.transformers.exporting import Pretrained, sources_of, without_weights
 from surgery.integrations.transformers.loading import Wanted, base_model, class_of, transformers_package
 from surgery.io.hub import Located
 from surgery.io.memory import available_bytes
 from surgery.io.staging import Staging
-from surgery.procedures.export import ExportReport, Manner, traced, write_graph
+from surgery.procedures.export import ExportReport, Manner, names_in_files, traced, write_graph
 from surgery.procedures.export_readme import write_readme
 from surgery.procedures.kept import is_of_bitsandbytes, refuse_kept
 from surgery.procedures.load import lay
 from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
-from surgery.procedures.proof import Proof, Reference, prove, reference_of
+from surgery.procedures.proof import Claim, Proof, Reference, prove, reference_of
+from surgery.procedures.proof_by_layers import Files, bytes_by_layers, prove_by_layers
 from surgery.procedures.save import DEFAULT
 from surgery.procedures.switch import set_adapter
 from surgery.procedures.treatment import Treatment
@@ -99,23 +100,35 @@ class _Graph:
         graph = traced(plain, example)
         sizes, written = write_graph(graph, plain.module, kind, staging, self.export.how)
         written |= write_readme(staging, sizes)
-        proof = self._proof(model, example, staging.folder)
+        proof = self._proof(model, Claim(staging.folder / GRAPH, example, kind.prepare), plain.module)
         proof.require(self.out)
         self.report = ExportReport(self.out, sizes.pop(GRAPH), sizes, proof)
         return written
 
-    def _proof(self, model: nn.Module, example: Example, folder: Path) -> Proof:
-        """Of the graph in the folder; without a run where the model does not fit into memory."""
+    def _proof(self, model: nn.Module, claim: Claim, plain: nn.Module) -> Proof:
+        """Layer by layer, or without a run, where the model does not fit into memory."""
         needed = _PROOF_BYTES * sum(held.numel() for held in model.parameters())
         most = available_bytes() if self.export.max_memory is None else self.export.max_memory
+        told = f"{needed:,} bytes of memory are needed for that, {most:,} may be taken"
+        if needed > most and bytes_by_layers(model) > most:
+            check(claim.graph)
+            return Proof((), f"not run against the model: {told}; {bytes_by_layers(model):,} layer by layer")
         if needed > most:
-            check(folder / GRAPH)
-            told = f"not run against the model: {needed:,} bytes of memory are needed for that, {most:,} may be taken"
-            return Proof((), told)
-        adapted, left_out = self._adapted(type(model), example)
-        merged = base_model(Located(folder), Wanted(type(model)), None)
-        proof = prove(merged, example, folder / GRAPH, Pretrained().prepare, adapted)
-        return replace(proof, left_out=left_out)
+            proof = self._by_layers(model, claim, plain)
+            return replace(proof, left_out=f"not with the whole model in memory: {told}")
+        adapted, left_out = self._adapted(type(model), claim.example)
+        merged = base_model(Located(claim.graph.parent), Wanted(type(model)), None)
+        return replace(prove(merged, claim, adapted), left_out=left_out)
+
+    def _by_layers(self, model: nn.Module, claim: Claim, plain: nn.Module) -> Proof:
+        with Checkpoint(claim.graph.parent) as files, Checkpoint(self.base.path) as base:
+            before = self._files(plain, base) if self.adapters else None
+            return prove_by_layers(model, claim, self._files(plain, files), before)
+
+    @staticmethod
+    def _files(plain: nn.Module, files: Checkpoint) -> Files:
+        sources = sources_of(plain, files)
+        return Files(files, names_in_files(plain, sources), sources.made)
 
     def _adapted(self, kind: type[nn.Module], example: Example) -> tuple[Reference | None, str]:
         """The base under its adapters, live; or why there is none to compare with."""
