@@ -7,11 +7,19 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import surgery
 from surgery.cli import main
+from surgery.codecs.bnb8 import Bnb8
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 99}
 KINDS = {
@@ -110,3 +118,18 @@ def test_formats_that_no_graph_holds_are_refused(base: Path, tmp_path: Path) -> 
     with pytest.raises(surgery.UsageError, match="fp8_block, which no operator of ONNX decodes"):
         surgery.export_onnx(base.parent / "plain", None, tmp_path / "out", into="fp8_block")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_of_experts_that_transformers_joins_are_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_hidden_layers=1, vocab_size=9, num_local_experts=2))
+    model.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(one for one in tensors if ".experts.1." in one)
+    codes = Bnb8().fresh(tensors.pop(name), {}).tensors
+    tensors |= {name.removesuffix(".weight") + Bnb8.endings[role]: values for role, values in codes.items()}
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(surgery.FormatError, match=rf"^{name}: held in codes, .* merge the base alone first"):
+        surgery.export_onnx(tmp_path / "base", None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
