@@ -1,6 +1,7 @@
 """Exports of models of transformers that bitsandbytes has quantized: from files and in memory, and under adapters."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
 import surgery
 from surgery.cli import main
 from surgery.codecs.bnb8 import Bnb8
+from surgery.integrations.transformers import export_files
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 99}
 KINDS = {
@@ -133,3 +135,16 @@ def test_codes_of_experts_that_transformers_joins_are_refused(tmp_path: Path) ->
     with pytest.raises(surgery.FormatError, match=rf"^{name}: held in codes, .* merge the base alone first"):
         surgery.export_onnx(tmp_path / "base", None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("into", [None, "16bit"])
+def test_no_bitsandbytes_is_needed(
+    base: Path, into: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stays in codes is compared layer by layer then, and what is merged with the merged weights alone."""
+    monkeypatch.setattr(export_files, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    path = None if into is None else base.parent / "adapter"
+    proof = surgery.export_onnx(base, path, tmp_path / "out", into=into).proof
+    assert proof.by_layers == (into is None)
+    assert "bitsandbytes is missing" in proof.left_out

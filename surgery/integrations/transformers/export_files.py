@@ -7,6 +7,7 @@ fits into memory.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.links import GRAPH
 from surgery.formats.onnx.runtime import check
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.packing import quantization_of
 from surgery.hosts.twin import weightless
 from surgery.integrations.transformers.cached import cached_example
 from surgery.integrations.transformers.examples import example_for
@@ -26,6 +28,7 @@ from surgery.integrations.transformers.loading import Wanted, base_model, class_
 from surgery.io.hub import Located
 from surgery.io.memory import available_bytes
 from surgery.io.staging import Staging
+from surgery.io.strict_json import read_json
 from surgery.procedures.export import ExportReport, Manner, names_in_files, traced, write_graph
 from surgery.procedures.export_readme import write_readme
 from surgery.procedures.kept import is_of_bitsandbytes, refuse_kept
@@ -106,19 +109,19 @@ class _Graph:
         return written
 
     def _proof(self, model: nn.Module, claim: Claim, plain: nn.Module) -> Proof:
-        """Layer by layer, or without a run, where the model does not fit into memory."""
+        """Layer by layer, or without a run, where the model does not fit into memory; so where it cannot be loaded."""
         needed = _PROOF_BYTES * sum(held.numel() for held in model.parameters())
         most = available_bytes() if self.export.max_memory is None else self.export.max_memory
-        told = f"{needed:,} bytes of memory are needed for that, {most:,} may be taken"
-        if needed > most and bytes_by_layers(model) > most:
+        told = f"{needed:,} bytes of memory are needed for that, {most:,} may be taken" if needed > most else ""
+        told = told or _unloadable(claim.graph.parent)
+        if not told:
+            adapted, left_out = self._adapted(type(model), claim.example)
+            merged = base_model(Located(claim.graph.parent), Wanted(type(model)), None)
+            return replace(prove(merged, claim, adapted), left_out=left_out)
+        if bytes_by_layers(model) > most:
             check(claim.graph)
             return Proof((), f"not run against the model: {told}; {bytes_by_layers(model):,} layer by layer")
-        if needed > most:
-            proof = self._by_layers(model, claim, plain)
-            return replace(proof, left_out=f"not with the whole model in memory: {told}")
-        adapted, left_out = self._adapted(type(model), claim.example)
-        merged = base_model(Located(claim.graph.parent), Wanted(type(model)), None)
-        return replace(prove(merged, claim, adapted), left_out=left_out)
+        return replace(self._by_layers(model, claim, plain), left_out=f"not with the whole model in memory: {told}")
 
     def _by_layers(self, model: nn.Module, claim: Claim, plain: nn.Module) -> Proof:
         with Checkpoint(claim.graph.parent) as files, Checkpoint(self.base.path) as base:
@@ -136,6 +139,8 @@ class _Graph:
             return None, ""
         if self.coded:
             return None, "compared with the merged weights alone: the receipt tells what their codes hold of the change"
+        if why := _unloadable(self.base.folder):
+            return None, f"compared with the merged weights alone: {why}"
         if any(weight != 1 for _, weight in self.adapters):
             return None, "compared with the merged weights alone: a live adapter has no weight"
         try:
@@ -157,6 +162,12 @@ def live_model(base: Checkpoint, adapters: Sequence[Weighted], kind: Any = None)
     if names:
         set_adapter(found, names)
     return found.eval()
+
+
+def _unloadable(folder: Path) -> str:
+    """Why transformers could not load the model there; nothing if it could."""
+    method = quantization_of(read_json(folder / "config.json")).get("quant_method")
+    return "bitsandbytes is missing" if method == "bitsandbytes" and find_spec("bitsandbytes") is None else ""
 
 
 def _built(folder: Path, base: Path, adapter: Any) -> nn.Module:
