@@ -16,6 +16,7 @@ from surgery.hosts.twin import twin
 
 Read = Callable[[str, slice | None], Tensor]  # a tensor of the model by its name, or rows of it
 Values = Callable[..., Tensor]  # the same, cast
+_READING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they read the weights of layers within them
 _ELEMENTS = 1 << 22  # of a weight at a time
 
 
@@ -32,8 +33,11 @@ def streamed(root: nn.Module, read: Read, dtype: torch.dtype) -> nn.Module:
     for name in found.state_dict().keys() - dict(found.named_parameters(remove_duplicate=False)).keys():
         owner, _, own = name.rpartition(".")
         found.get_submodule(owner)._buffers[own] = values(name)
+    whole = ""
     for name, module in found.named_modules():
-        _stream(name, module, values)
+        if not (whole and name.startswith(whole)):
+            _stream(name, module, values)
+            whole = f"{name}." if isinstance(module, _READING) else ""
     return found
 
 
@@ -55,32 +59,38 @@ def _looked_up(name: str, read: Values, ids: Tensor) -> Tensor:
     return torch.cat([read(f"{name}.weight", slice(one, one + 1)) for one in chosen.tolist()])[places]
 
 
-def _held(module: nn.Module) -> int:
-    own = sum(held.numel() for held in module._parameters.values() if held is not None)
-    return min(own, _ELEMENTS) if type(module) in (nn.Linear, nn.Embedding) else own
-
-
 def _stream(name: str, module: nn.Module, read: Values) -> None:
     """Others may ask for its weight's dtype, so that it stays what it is."""
     if type(module) is nn.Linear:
         module.__dict__["forward"] = partial(_in_rows, name, module, read)
     elif type(module) is nn.Embedding:
         module.__dict__["forward"] = partial(_looked_up, name, read)
-    elif module._parameters:
+    else:
         _stream_whole(name, module, read)
 
 
 def _stream_whole(name: str, module: nn.Module, read: Values) -> None:
-    """Its own parameters are there while it runs."""
-    away = dict(module._parameters)
+    """Its own parameters are there while it runs, or all that are within it if it reads them."""
+    away = dict(module.named_parameters(recurse=isinstance(module, _READING)))
 
     def take(*_: Any) -> None:
-        for own, held in away.items():
-            if held is not None:
-                module._parameters[own] = nn.Parameter(read(f"{name}.{own}".lstrip(".")), requires_grad=False)
+        for own in away:
+            _put(module, own, nn.Parameter(read(f"{name}.{own}".lstrip(".")), requires_grad=False))
 
     def let_go(*_: Any) -> None:
-        module._parameters.update(away)
+        for own, held in away.items():
+            _put(module, own, held)
 
-    module.register_forward_pre_hook(take)
-    module.register_forward_hook(let_go)
+    if away:
+        module.register_forward_pre_hook(take)
+        module.register_forward_hook(let_go)
+
+
+def _put(module: nn.Module, name: str, held: nn.Parameter) -> None:
+    owner, _, own = name.rpartition(".")
+    module.get_submodule(owner)._parameters[own] = held
+
+
+def _held(module: nn.Module) -> int:
+    own = sum(held.numel() for held in module.parameters(recurse=isinstance(module, _READING)))
+    return min(own, _ELEMENTS) if type(module) in (nn.Linear, nn.Embedding) else own

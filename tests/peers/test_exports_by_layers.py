@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from torch import nn
 
 import surgery
 from surgery.formats.onnx.stored import Weights
@@ -59,6 +60,21 @@ def test_a_model_read_from_its_files_gives_the_outputs_of_one_in_memory(name: st
     for output, values in wanted.items():
         shown = values.isfinite()
         assert torch.equal(found[output][shown], values[shown]), output
+
+
+def test_layers_that_read_the_weights_of_others_have_them() -> None:
+    """Within the order of sums: with hooks upon it, torch computes such a layer in other kernels."""
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(16, 16), *layers, nn.BatchNorm1d(5), nn.Linear(16, 4)).eval()
+    state, x = model.state_dict(), torch.randn(2, 5, 16).double()
+    empty = twin(model, lambda held: held.to("meta"))
+    lean = streamed(empty, lambda name, rows: state[name] if rows is None else state[name][rows], torch.float64)
+    with torch.no_grad():
+        found, wanted = lean(x), twin(model, doubled)(x)
+    terms, products = 32, 12  # at most so many in a sum, and sums one after the other
+    assert (found - wanted).abs().max() <= terms * products * torch.finfo(torch.float64).eps * wanted.abs().max()
+    assert all(held.is_meta for held in lean.parameters())
 
 
 def test_an_export_is_compared_layer_by_layer_where_the_model_does_not_fit(base: Path, tmp_path: Path) -> None:
