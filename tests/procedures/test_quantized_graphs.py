@@ -27,6 +27,7 @@ CASES = [
         *(("fp4", 64, False, 33), ("fp4", 128, True, 64), ("fp4", 512, True, 33)),
     ]
 ] + [(Bnb8(), {}, 33)]
+WIDE = 64  # of so many outputs the codes lie in elements of two bytes
 NATIVE = sum(settings.get("blocksize", 4096) <= 256 for _, settings, _ in CASES)
 
 
@@ -48,7 +49,10 @@ class Layers(nn.Module):
 
 def packed(codec: Codec, settings: dict[str, Any], outputs: int) -> Packed:
     weight = torch.randn(outputs, INPUTS, generator=torch.Generator().manual_seed(outputs))
-    return codec.fresh(weight, settings)
+    held = codec.fresh(weight, settings)
+    if outputs != WIDE:
+        return held
+    return held._replace(tensors={**held.tensors, "weight": held.tensors["weight"].flatten().view(torch.bfloat16)})
 
 
 def exported(out: Path, how: Manner) -> tuple[Path, dict[str, Tensor]]:
