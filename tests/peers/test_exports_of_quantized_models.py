@@ -134,7 +134,7 @@ def test_codes_of_experts_that_transformers_joins_are_refused(tmp_path: Path) ->
     codes = Bnb8().fresh(tensors.pop(name), {}).tensors
     tensors |= {name.removesuffix(".weight") + Bnb8.endings[role]: values for role, values in codes.items()}
     save_file(tensors, path, {"format": "pt"})
-    wrong = pytest.raises(surgery.FormatError, match=rf"^{name}: held in codes, .* merge the base alone first")
+    wrong = pytest.raises(surgery.FormatError, match=rf"^{name}: held in codes, .* export it into 16bit")
     with Checkpoint(tmp_path / "base") as files, wrong:
         sources_of(model, files)
 

@@ -79,8 +79,8 @@ def sources_of(plain: nn.Module, files: Checkpoint) -> Sources:
             renamed[target] = name
         elif name in codes:
             raise FormatError(
-                f"{printable(name)}: held in codes, of which transformers makes one tensor with others; merge the base "
-                "alone first, which decodes it, and export what that has written"
+                f"{printable(name)}: held in codes, of which transformers makes one tensor with others; export it "
+                "into 16bit, or, with adapters, merge first, and export what that has written"
             )
         else:
             parts.setdefault(target, []).append((name, pattern))
