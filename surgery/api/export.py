@@ -46,30 +46,23 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
 ) -> ExportReport:
     """Write the model with its adapters merged to the new folder `out`: safetensors, and an ONNX graph over them.
 
-    `model.onnx` has no weights of its own; its initializers are the bytes of the safetensors files beside it. Halves
-    are stored as they are, and computed in float32. Before anything is at its place, onnxruntime runs the graph on
-    several shapes, and its outputs are compared with the model's.
+    `model.onnx` has no weights of its own; its initializers are the bytes of the files beside it. Before anything is
+    at its place, onnxruntime runs the graph on several shapes, and its outputs are compared with the model's.
 
     `model` in memory: `adapters` is None, for the active ones are meant; `inputs` are an example as forward takes
     them, a tensor, several, or by name (models of transformers need none); `dynamic_axes` names, for each input, the
     axes that may have any size, by default the first as "batch". The model stays as it is, to the bit.
 
-    `model` a folder or owner/name[@revision] on the Hub, of transformers: `adapters`, `dtype`, `tied`, `ops` and
-    `progress` as in `merge_checkpoint`, which merges, streaming; the graph is traced without weights. Where the model
-    does not fit `max_memory`, in bytes or such as "16GB", it is not compared, and the report says so.
+    `model` a folder or owner/name[@revision] on the Hub, of transformers: `adapters`, `dtype`, `tied`, `ops`, `into`
+    and `progress` as in `merge_checkpoint`, which merges, streaming. Where the model does not fit `max_memory`, in
+    bytes or such as "16GB", it is compared layer by layer, and the report says so.
 
-    `kv` is for decoders of transformers: one graph for prompts and for single tokens, with inputs
-    past_key_values.N.key and .value, and outputs present.N.key and .value; its greedy tokens are compared too.
+    `kv` gives a decoder of transformers its cache: past_key_values.N.key in, present.N.key out, and so with .value.
+    `swappable` writes the base with a slot at each adapted linear layer, called as `names` says ("hf" or "genai"), and
+    an .onnx_adapter file for each LoRA. `weights` "copy" gives the graph a file of its own, model.onnx.data.
 
-    `swappable` writes the base, in whose graph each adapted layer has a slot, and an .onnx_adapter file for each
-    adapter, which onnxruntime puts into the slots; without one the graph is the base. It takes LoRA over linear layers
-    alone. `names` says how the slots are called, "hf" or "genai". Of files, the base is loaded into memory for it.
-
-    Weights of bitsandbytes stay as they are where nothing is merged, and under `swappable`: 4 bits as MatMulBnb4, or,
-    with `portable`, as operators of ONNX alone, int8 as DequantizeLinear. What is merged is 16-bit, or with `into`
-    "keep" the base's own codes, as in `merge_checkpoint`.
-
-    `weights` "copy" gives the graph a file of its own, model.onnx.data, with which it can be shipped alone.
+    Weights of bitsandbytes stay as they are where nothing is merged: 4 bits as MatMulBnb4, or, with `portable`, as
+    operators of ONNX alone, int8 as DequantizeLinear.
 
     Raises CheckError where the outputs differ, InputError, naming the module, for what has no graph, EnvironmentFault
     without `model-surgery[onnx]`, OutputExistsError, and as `merge` and `merge_checkpoint` do; nothing is written then.

@@ -30,7 +30,7 @@ from surgery.procedures.export_readme import write_readme
 from surgery.procedures.kept import kept_weights
 from surgery.procedures.lazy import Lazy, read_tensor, write_state, write_tensors
 from surgery.procedures.merged_state import merged_state, plain_state
-from surgery.procedures.proof import Proof, prove, reference_of
+from surgery.procedures.proof import Claim, Proof, prove, reference_of
 from surgery.procedures.standing_in import as_plain, dtype_of_model
 
 State = Mapping[str, Tensor]
@@ -130,7 +130,7 @@ def export_model(
             kind.write(root, staging, state)
             sizes, _ = write_graph(graph, plain.module, kind, staging, how)
             write_readme(staging, sizes)
-            proof = prove(root, example, staging.folder / GRAPH, kind.prepare, adapted, _decoded(root))
+            proof = prove(root, Claim(staging.folder / GRAPH, example, kind.prepare), adapted, _decoded(root))
         proof.require(out)
     return ExportReport(out, sizes.pop(GRAPH), sizes, proof)
 
@@ -158,7 +158,7 @@ def write_graph(
     with Checkpoint(staging.folder) as files:
         sources, kept, weights = kind.sources(plain, files), kept_weights(files), weights_of(*files.files)
         sizes = {} if copied else {file.path.name: file.state.st_size for file in files.files}
-        names = _names(plain, sources)
+        names = names_in_files(plain, sources)
         own = {**sources.made, **{one.scales: one.made for one in kept.values() if one.made is not None}}
         if copied:
             own |= _copies(files, (*_stored(names, weights), *(one.scales for one in kept.values())))
@@ -174,8 +174,8 @@ def write_graph(
     return {**sizes, GRAPH: len(data)}, written
 
 
-def _names(plain: nn.Module, sources: Sources) -> dict[str, Sequence[str]]:
-    """Of each tensor of the model, what it may be called in the files."""
+def names_in_files(plain: nn.Module, sources: Sources) -> dict[str, Sequence[str]]:
+    """What each tensor of the model may be called in the files."""
     return {
         name: (*group, *(sources.renamed[one] for one in group if one in sources.renamed))
         for name, group in aliases(plain).items()

@@ -24,8 +24,8 @@ options.add_session_config_entry("session.disable_prepacking", "1")
 session = onnxruntime.InferenceSession("{GRAPH}", options, disabled_optimizers=["ConstantFolding"])
 ```
 
-Opened so, a float32 model takes milliseconds and no memory until it runs. Halves are then cast to float32 at each \
-run; where speed matters more than memory, leave the options away.
+Opened so, a float32 model takes milliseconds and no memory until it runs. Halves, and codes that operators of ONNX \
+decode, become float32 at each run; where speed matters more than memory, leave the options away.
 """
 _ADAPTER = """
 An adapter is put into the slots of the graph for a run; without one it is the base. At most one at a time: of two \

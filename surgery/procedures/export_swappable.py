@@ -20,7 +20,7 @@ from surgery.procedures.export import ExportReport, Kind, Manner, traced, write_
 from surgery.procedures.export_readme import write_readme
 from surgery.procedures.merge import refuse_merged
 from surgery.procedures.merged_state import plain_state
-from surgery.procedures.proof import Proof, prove, reference_of, trials_of
+from surgery.procedures.proof import Claim, Proof, prove, reference_of, trials_of
 from surgery.procedures.switch import set_adapter
 
 _INSTEAD = "export it merged"
@@ -42,7 +42,7 @@ def export_swappable(root: nn.Module, example: Example, out: Path, kind: Kind, h
     with Staging(out, overwrite=how.overwrite) as staging:
         kind.write(root, staging, plain_state(root))
         sizes, _ = write_graph(graph, plain.module, kind, staging, how)
-        proof = prove(root, example, staging.folder / GRAPH, kind.prepare, None)
+        proof = prove(root, Claim(staging.folder / GRAPH, example, kind.prepare), None)
         trials = list(proof.trials)
         for adapter in injected(root).configs:
             path = staging.folder / f"{adapter}.onnx_adapter"

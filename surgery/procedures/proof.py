@@ -57,6 +57,7 @@ class Proof:
 
     trials: Sequence[Trial]
     left_out: str = ""
+    by_layers: bool = False  # the model's weights were read as its layers ran, for it did not fit into memory
 
     @property
     def ok(self) -> bool:
@@ -77,12 +78,13 @@ class Proof:
         if not self.trials:
             return self.left_out
         error = max(one.found.error for trial in self.trials for one in trial.compared[0].outputs)
-        return f"equal to the model within {error:.2g} of the largest output, in {len(self.trials)} runs" + (
-            f"; {self.left_out}" if self.left_out else ""
-        )
+        how = " layer by layer" if self.by_layers else ""
+        told = f"equal to the model within {error:.2g} of the largest output, in {len(self.trials)} runs{how}"
+        return f"{told}; {self.left_out}" if self.left_out else told
 
     def to_json(self) -> dict[str, Any]:
-        return {"ok": self.ok, "trials": [one.to_json() for one in self.trials], "left_out": self.left_out}
+        how = {"by_layers": self.by_layers, "left_out": self.left_out}
+        return {"ok": self.ok, "trials": [one.to_json() for one in self.trials], **how}
 
 
 class Reference(NamedTuple):
@@ -111,15 +113,17 @@ def reference_of(root: nn.Module, example: Example, prepare: Prepare) -> Referen
     return Reference(exact, own, base)
 
 
-def prove(  # noqa: PLR0913, PLR0917  # a graph, and what it is of
-    model: nn.Module,
-    example: Example,
-    graph: Path,
-    prepare: Prepare,
-    adapted: Reference | None,
-    decoded: Decoded = exactly,
-) -> Proof:
-    """Of a graph, by the plain model that it is of; its quantized weights are as `decoded` gives them."""
+class Claim(NamedTuple):
+    """That a graph computes what a model does, on such inputs."""
+
+    graph: Path
+    example: Example
+    prepare: Prepare  # so that the model runs as it was traced
+
+
+def prove(model: nn.Module, claim: Claim, adapted: Reference | None, decoded: Decoded = exactly) -> Proof:
+    """By the plain model that the graph is of; its quantized weights are as `decoded` gives them."""
+    graph, example, prepare = claim
     check(graph)
     inputs, plain = example.trials(), prepared(twin(model, as_computed, decoded), prepare)
     own = runs(plain, inputs, example)
@@ -127,18 +131,18 @@ def prove(  # noqa: PLR0913, PLR0917  # a graph, and what it is of
     found = run(graph, inputs)
     if example.decoding is not None:
         _require_tokens(plain, graph, example.decoding)
-    merged = _judged(inputs, found, Reference(exact, own, None))
-    over = [None] * len(inputs) if adapted is None else _judged(inputs, found, adapted)
-    return Proof([Trial(_shapes(feeds), one, other) for feeds, one, other in zip(inputs, merged, over, strict=True)])
+    merged = judged(inputs, found, Reference(exact, own, None))
+    over = [None] * len(inputs) if adapted is None else judged(inputs, found, adapted)
+    return Proof([Trial(shapes(feeds), one, other) for feeds, one, other in zip(inputs, merged, over, strict=True)])
 
 
 def trials_of(inputs: Sequence[Inputs], found: Sequence[Outputs], by: Reference, adapter: str) -> list[Trial]:
     """Runs with an adapter in the slots."""
-    judged = _judged(inputs, found, by)
-    return [Trial(_shapes(feeds), None, one, adapter) for feeds, one in zip(inputs, judged, strict=True)]
+    told = judged(inputs, found, by)
+    return [Trial(shapes(feeds), None, one, adapter) for feeds, one in zip(inputs, told, strict=True)]
 
 
-def _shapes(inputs: Inputs) -> dict[str, tuple[int, ...]]:
+def shapes(inputs: Inputs) -> dict[str, tuple[int, ...]]:
     return {name: tuple(values.shape) for name, values in inputs.items()}
 
 
@@ -167,7 +171,7 @@ def _require_tokens(model: nn.Module, graph: Path, decoding: Decoding) -> None:
         )
 
 
-def _judged(inputs: Sequence[Inputs], found: Sequence[Outputs], by: Reference) -> list[Agreements]:
+def judged(inputs: Sequence[Inputs], found: Sequence[Outputs], by: Reference) -> list[Agreements]:
     """Each run. Where float64 gives no finite numbers (BLOOM's, where a row is padded), the model's own dtype does
     in its place, with the noise floor of another run."""
     masks = [feeds.get(MASK) for feeds in inputs]

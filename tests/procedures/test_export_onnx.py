@@ -116,10 +116,10 @@ def test_onnxruntime_computes_what_the_adapted_model_does(exported: tuple[nn.Mod
 def test_a_graph_that_computes_otherwise_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link = export.link
 
-    def wrong(graph: Any, weights: Weights, names: Any) -> None:
+    def wrong(graph: Any, weights: Weights, *others: Any) -> None:
         stored = dict(weights.stored)
         stored["norm.weight"], stored["norm.bias"] = stored["norm.bias"], stored["norm.weight"]
-        link(graph, weights._replace(stored=stored), names)
+        link(graph, weights._replace(stored=stored), *others)
 
     monkeypatch.setattr(export, "link", wrong)
     with pytest.raises(surgery.CheckError, match=r"onnxruntime computes otherwise than the model, for ids \[1, 6\]"):
@@ -146,7 +146,7 @@ def test_a_weight_that_cannot_be_linked_is_named(
     change: Callable[[Any], Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link = export.link
-    monkeypatch.setattr(export, "link", lambda g, w, n: link(g, w._replace(stored=change(w.stored)), n))
+    monkeypatch.setattr(export, "link", lambda g, w, *others: link(g, w._replace(stored=change(w.stored)), *others))
     with pytest.raises(surgery.FormatError, match=told):
         surgery.export_onnx(adapted(), None, tmp_path / "out", inputs=INPUTS, dynamic_axes=AXES)
     assert list(tmp_path.iterdir()) == []

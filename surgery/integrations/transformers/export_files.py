@@ -7,31 +7,35 @@ fits into memory.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from surgery.core.adapter import Weighted
-from surgery.errors import AbsentError, InputError, printable
+from surgery.errors import AbsentError, InputError, UsageError, printable
 from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.links import GRAPH
 from surgery.formats.onnx.runtime import check
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.packing import quantization_of
 from surgery.hosts.twin import weightless
 from surgery.integrations.transformers.cached import cached_example
 from surgery.integrations.transformers.examples import example_for
-from surgery.integrations.transformers.exporting import Pretrained, without_weights
+from surgery.integrations.transformers.exporting import Pretrained, sources_of, without_weights
 from surgery.integrations.transformers.loading import Wanted, base_model, class_of, transformers_package
 from surgery.io.hub import Located
 from surgery.io.memory import available_bytes
 from surgery.io.staging import Staging
-from surgery.procedures.export import ExportReport, Manner, traced, write_graph
+from surgery.io.strict_json import read_json
+from surgery.procedures.export import ExportReport, Manner, names_in_files, traced, write_graph
 from surgery.procedures.export_readme import write_readme
 from surgery.procedures.kept import is_of_bitsandbytes, refuse_kept
 from surgery.procedures.load import lay
 from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
-from surgery.procedures.proof import Proof, Reference, prove, reference_of
+from surgery.procedures.proof import Claim, Proof, Reference, prove, reference_of
+from surgery.procedures.proof_by_layers import Files, bytes_by_layers, prove_by_layers
 from surgery.procedures.save import DEFAULT
 from surgery.procedures.switch import set_adapter
 from surgery.procedures.treatment import Treatment
@@ -59,18 +63,23 @@ def export_checkpoint(
     if not (base.folder / "config.json").is_file():
         raise AbsentError(f"{printable(base.path)}: no config.json in it; a model of transformers is wanted")
     treatment = _treatment(base, adapters, options.treatment)
-    writer = _Graph(base, adapters, out, export, treatment.into == "keep")
+    writer = _Graph(base, adapters, out, export, treatment.into not in (None, "16bit"))
     merge_checkpoint(base, adapters, out, replace(options, treatment=treatment, beside=writer))
     assert writer.report is not None
     return writer.report
 
 
 def _treatment(base: Checkpoint, adapters: Sequence[Weighted], asked: Treatment) -> Treatment:
-    """Codes are kept where nothing is merged into them and nothing else is asked for. FormatError where they cannot."""
+    """Codes are kept where nothing is merged into them and nothing else is asked for.
+
+    FormatError or UsageError for codes that no graph can hold.
+    """
     if asked.into is None and asked.dtype is None and not adapters and is_of_bitsandbytes(base):
         return replace(asked, into="keep")
     if asked.into == "keep":
         refuse_kept(base.packed)
+    if asked.into == "fp8_block":
+        raise UsageError("export: into fp8_block, which no operator of ONNX decodes; 16bit, nf4, fp4 or int8 is wanted")
     return asked
 
 
@@ -82,7 +91,7 @@ class _Graph:
     adapters: Sequence[Weighted]
     out: Path
     export: Export
-    kept: bool  # are the adapters merged into the base's own codes?
+    coded: bool  # are the merged weights held in codes?
     report: ExportReport | None = None
 
     def __call__(self, staging: Staging) -> Mapping[str, str]:
@@ -94,30 +103,44 @@ class _Graph:
         graph = traced(plain, example)
         sizes, written = write_graph(graph, plain.module, kind, staging, self.export.how)
         written |= write_readme(staging, sizes)
-        proof = self._proof(model, example, staging.folder)
+        proof = self._proof(model, Claim(staging.folder / GRAPH, example, kind.prepare), plain.module)
         proof.require(self.out)
         self.report = ExportReport(self.out, sizes.pop(GRAPH), sizes, proof)
         return written
 
-    def _proof(self, model: nn.Module, example: Example, folder: Path) -> Proof:
-        """Of the graph in the folder; without a run where the model does not fit into memory."""
+    def _proof(self, model: nn.Module, claim: Claim, plain: nn.Module) -> Proof:
+        """Layer by layer, or without a run, where the model does not fit into memory; so where it cannot be loaded."""
         needed = _PROOF_BYTES * sum(held.numel() for held in model.parameters())
         most = available_bytes() if self.export.max_memory is None else self.export.max_memory
-        if needed > most:
-            check(folder / GRAPH)
-            told = f"not run against the model: {needed:,} bytes of memory are needed for that, {most:,} may be taken"
-            return Proof((), told)
-        adapted, left_out = self._adapted(type(model), example)
-        merged = base_model(Located(folder), Wanted(type(model)), None)
-        proof = prove(merged, example, folder / GRAPH, Pretrained().prepare, adapted)
-        return replace(proof, left_out=left_out)
+        told = f"{needed:,} bytes of memory are needed for that, {most:,} may be taken" if needed > most else ""
+        told = told or _unloadable(claim.graph.parent)
+        if not told:
+            adapted, left_out = self._adapted(type(model), claim.example)
+            merged = base_model(Located(claim.graph.parent), Wanted(type(model)), None)
+            return replace(prove(merged, claim, adapted), left_out=left_out)
+        if bytes_by_layers(model) > most:
+            check(claim.graph)
+            return Proof((), f"not run against the model: {told}; {bytes_by_layers(model):,} layer by layer")
+        return replace(self._by_layers(model, claim, plain), left_out=f"not with the whole model in memory: {told}")
+
+    def _by_layers(self, model: nn.Module, claim: Claim, plain: nn.Module) -> Proof:
+        with Checkpoint(claim.graph.parent) as files, Checkpoint(self.base.path) as base:
+            before = self._files(plain, base) if self.adapters else None
+            return prove_by_layers(model, claim, self._files(plain, files), before)
+
+    @staticmethod
+    def _files(plain: nn.Module, files: Checkpoint) -> Files:
+        sources = sources_of(plain, files)
+        return Files(files, names_in_files(plain, sources), sources.made)
 
     def _adapted(self, kind: type[nn.Module], example: Example) -> tuple[Reference | None, str]:
         """The base under its adapters, live; or why there is none to compare with."""
         if not self.adapters:
             return None, ""
-        if self.kept:
+        if self.coded:
             return None, "compared with the merged weights alone: the receipt tells what their codes hold of the change"
+        if why := _unloadable(self.base.folder):
+            return None, f"compared with the merged weights alone: {why}"
         if any(weight != 1 for _, weight in self.adapters):
             return None, "compared with the merged weights alone: a live adapter has no weight"
         try:
@@ -139,6 +162,12 @@ def live_model(base: Checkpoint, adapters: Sequence[Weighted], kind: Any = None)
     if names:
         set_adapter(found, names)
     return found.eval()
+
+
+def _unloadable(folder: Path) -> str:
+    """Why transformers could not load the model there; nothing if it could."""
+    method = quantization_of(read_json(folder / "config.json")).get("quant_method")
+    return "bitsandbytes is missing" if method == "bitsandbytes" and find_spec("bitsandbytes") is None else ""
 
 
 def _built(folder: Path, base: Path, adapter: Any) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.site import TensorInfo
+from surgery.errors import FormatError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.integrations.transformers.saving import write_merged
 from surgery.integrations.transformers.subclass import detach
@@ -69,13 +70,18 @@ def sources_of(plain: nn.Module, files: Checkpoint) -> Sources:
     renamings = [one for one in rules if isinstance(one, WeightRenaming)]
     converters = [one for one in rules if isinstance(one, WeightConverter)]
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
-    wanted = model.state_dict()
+    wanted, codes = model.state_dict(), {one for plain in files.packed for one in files.holding(plain)}
     renamed: dict[str, str] = {}
     parts: dict[str, list[tuple[str, str]]] = {}
     for name in sorted(files.at, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
         if pattern is None:
             renamed[target] = name
+        elif name in codes:
+            raise FormatError(
+                f"{printable(name)}: held in codes, of which transformers makes one tensor with others; export it "
+                "into 16bit, or, with adapters, merge first, and export what that has written"
+            )
         else:
             parts.setdefault(target, []).append((name, pattern))
     made: dict[str, Lazy] = {}
