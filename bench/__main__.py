@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-BENCHMARKS = ("inject", "load", "forward", "train", "step", "merge", "quantized")
+BENCHMARKS = ("inject", "load", "forward", "train", "step", "quantized_step", "merge", "quantized")
 RESULTS = Path(__file__).parent / "RESULTS.md"
 README = RESULTS.parents[1] / "README.md"
 MARKS = "<!-- figures: written by `make bench` -->", "<!-- end of figures -->"

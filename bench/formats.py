@@ -1,19 +1,20 @@
-"""Writes the table of docs/quantization.md: each format decoded, merged, kept and undone, beside its library.
+"""Writes the table of docs/quantization.md: what becomes of each format, measured, beside its own library.
 
 python -m bench.formats
 """
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import surgery
-from surgery.codecs import FORMS
-from surgery.codecs.mxfp4 import Mxfp4
+from surgery.codecs import CODECS, FORMS
+from surgery.codecs.fp8_block import Fp8Block
 from surgery.core.codec import Codec, Packed
 from surgery.core.survival import Survival
 
@@ -21,16 +22,55 @@ PAGE = Path(__file__).parents[1] / "docs" / "quantization.md"
 MARKS = "<!-- table: written by `python -m bench.formats` -->", "<!-- end of table -->"
 SIZE, SITE = 1024, "model.layers.0.q_proj"
 SHARES = (0.01, 0.03, 0.1)  # |delta| / |W|
-CONFIGS = {
-    "bnb4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"},
-    "bnb8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
-    "fp8_block": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    "mxfp4": {"quant_method": "mxfp4"},
-}
 HEAD = (
     *("format", "decoded as by its library", "merged to 16 bit, verified", "undone"),
     *(f"kept, delta of {share:.0%}" for share in SHARES),
+    *("live layers", "quantization-aware"),
 )
+CODEC = {codec.name: codec for codec in CODECS}
+
+
+class Example(NamedTuple):
+    """A format: its codec, the settings of a weight with fresh scales, and its config.json's quantization_config."""
+
+    codec: Codec
+    settings: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    def fresh(self, weight: Tensor) -> Packed:
+        stacked = weight.unsqueeze(0) if self.codec.name == "mxfp4" else weight
+        rows = {"weight_block_size": (1, weight.shape[1])} if "format" in self.config else {}
+        return self.codec.fresh(stacked, {**self.settings, **rows})
+
+
+def compressed(codec: str, form: str, **weights: Any) -> Example:
+    """As compressed-tensors has it."""
+    told = {"symmetric": True, **weights}
+    group = {"targets": ["Linear"], "weights": told, "input_activations": None, "format": form}
+    config = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+    return Example(CODEC[codec], {"group_size": -1, **told}, config)
+
+
+def torchao(codec: str, kind: str) -> Example:
+    return Example(CODEC[codec], {}, {"quant_method": "torchao", "quant_type": {"default": {"_type": kind}}})
+
+
+BITSANDBYTES = {"quant_method": "bitsandbytes", "bnb_4bit_compute_dtype": "bfloat16"}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+ROWS = {"num_bits": 8, "strategy": "channel"}
+EXAMPLES: Mapping[str, Example] = {
+    **{form: Example(*FORMS[form], BITSANDBYTES) for form in ("nf4", "nf4-double", "fp4", "fp4-double", "int8")},
+    "fp8_block": Example(*FORMS["fp8_block"], {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    "mxfp4": Example(CODEC["mxfp4"], {}, {"quant_method": "mxfp4"}),
+    "w4a16": compressed("pack-quantized", "pack-quantized", **INT4),
+    "w4a16-asym": compressed("pack-quantized", "pack-quantized", **INT4, symmetric=False),
+    "nvfp4": compressed("nvfp4-pack-quantized", "nvfp4-pack-quantized", **FP4),
+    "compressed-tensors int8": compressed("int-quantized", "int-quantized", **ROWS, type="int"),
+    "compressed-tensors fp8": compressed("fp8_block", "float-quantized", **ROWS, type="float"),
+    "torchao int8": torchao("torchao-int8", "Int8WeightOnlyConfig"),
+    "torchao fp8": torchao("torchao-fp8", "Float8WeightOnlyConfig"),
+}
 
 
 def main() -> None:
@@ -43,32 +83,85 @@ def main() -> None:
 
 
 def rows() -> Iterator[list[str]]:
-    for form, (codec, settings) in FORMS.items():
-        packed = codec.fresh(weight(), settings)
-        kept = [str(survived(codec, packed, share)) for share in SHARES]
-        yield [form, compared(codec, packed), *merged(codec, packed), *kept]
-    packed = Mxfp4().fresh(weight().view(1, SIZE, SIZE), {})
-    yield ["mxfp4", compared(Mxfp4(), packed), *merged(Mxfp4(), packed), *["refused"] * len(SHARES)]
+    for name, example in EXAMPLES.items():
+        drawn = weight()
+        packed = example.fresh(drawn)
+        left = [kept(example, packed, share) for share in SHARES]
+        yield [name, compared(example, packed), *merged(example, packed, drawn), *left, live(name), aware(name)]
 
 
-def weight() -> Tensor:
-    return (torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+def weight(size: int = SIZE) -> Tensor:
+    return (torch.randn(size, size, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 
 
-def survived(codec: Codec, packed: Packed, share: float) -> Survival:
-    """Of a delta of rank 16 and random directions."""
-    drawn = torch.Generator().manual_seed(1)
+def kept(example: Example, packed: Packed, share: float) -> str:
+    """What is left of a delta of rank 16 and random directions."""
+    if example.codec.name == "mxfp4":  # a stack of experts, of which no single matrix keeps it
+        return "refused"
+    drawn, codec = torch.Generator().manual_seed(1), example.codec
     before = codec.decode(packed, torch.float64)
-    delta = torch.randn(SIZE, 16, generator=drawn).double() @ torch.randn(16, SIZE, generator=drawn).double()
+    size = len(before)
+    delta = torch.randn(size, 16, generator=drawn).double() @ torch.randn(16, size, generator=drawn).double()
     wanted = before + delta * (share * before.norm() / delta.norm())
-    return Survival.of(before, wanted, codec.decode(codec.encode(wanted, like=packed), torch.float64))
+    return str(Survival.of(before, wanted, codec.decode(codec.encode(wanted, like=packed), torch.float64)))
 
 
-def compared(codec: Codec, packed: Packed) -> str:
+def compared(example: Example, packed: Packed) -> str:
     """The elements that differ from what the format's own library decodes, of all."""
-    found, wanted = codec.decode(packed, torch.bfloat16), LIBRARIES[codec.name](packed)
+    compressor = example.config.get("format")
+    found = example.codec.decode(packed, torch.bfloat16)
+    wanted = by_compressed_tensors(example, packed) if compressor else LIBRARIES[example.codec.name](packed)
     differ = int((found.view(torch.int16) != wanted.view(torch.int16)).sum())
     return f"{differ} of {found.numel():,} elements differ"
+
+
+def live(name: str) -> str:
+    """Whether adapters run over the layers that hold a weight so: "yes" if one does here, by what they compute."""
+    made = LAYERS.get(name)
+    if made is None:
+        return "no"
+    net = nn.Sequential(made())
+    surgery.inject(net, surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = nn.functional.linear(x, net[0].weight.to(torch.bfloat16))
+    return "yes" if torch.allclose(net(x).float(), wanted.float(), rtol=0.1, atol=0.1) else "no"
+
+
+def aware(name: str) -> str:
+    """Whether an adapter is trained as its merge will be held so: "yes" where it runs that weight, to the bit."""
+    if name not in FORMS:
+        return "no"
+    codec, told = FORMS[name]
+    nets = [nn.Sequential(nn.Linear(128, 128)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, form in zip(nets, (name, None), strict=True):
+        torch.manual_seed(1)
+        config = surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        surgery.inject(net, config, quantization_aware=form)
+    merged = surgery.eject(surgery.merge(nets[1]), keep_merged=True)[0].weight.detach()
+    held = codec.decode(codec.fresh(merged, told), merged.dtype)
+    return "yes" if torch.equal(nets[0][0].weight.detach(), held) else "no"
+
+
+def of_bitsandbytes(kind: str, double_quant: bool = False) -> nn.Module:
+    layer = nn.Sequential(nn.Linear(128, 128, bias=False, dtype=torch.bfloat16))
+    return surgery.quantize(layer, kind, double_quant=double_quant)[0]
+
+
+def of_transformers() -> nn.Module:
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    layer, packed = FP8Linear(128, 128, (128, 128)), Fp8Block().fresh(torch.randn(128, 128), {})
+    for role, values in packed.tensors.items():
+        setattr(layer, role, nn.Parameter(values, requires_grad=False))
+    return layer
+
+
+LAYERS: Mapping[str, Callable[[], nn.Module]] = {
+    **{kind: lambda kind=kind: of_bitsandbytes(kind) for kind in ("nf4", "fp4", "int8")},
+    **{f"{kind}-double": lambda kind=kind: of_bitsandbytes(kind, True) for kind in ("nf4", "fp4")},
+    "fp8_block": of_transformers,
+}
 
 
 def by_bitsandbytes4(packed: Packed) -> Tensor:
@@ -97,15 +190,46 @@ def by_transformers_mxfp4(packed: Packed) -> Tensor:
     return convert_moe_packed_tensors(packed.tensors["blocks"], packed.tensors["scales"], dtype=torch.bfloat16)
 
 
-LIBRARIES: dict[str, Callable[[Packed], Tensor]] = {
+def by_torchao_int8(packed: Packed) -> Tensor:
+    from torchao.quantization.quant_primitives import dequantize_affine
+
+    qdata, scale, zero_point = (packed.tensors[role] for role in ("qdata", "scale", "zero_point"))
+    return dequantize_affine(qdata, [1, qdata.shape[1]], scale, zero_point, torch.int8, output_dtype=torch.bfloat16)
+
+
+def by_torchao_fp8(packed: Packed) -> Tensor:
+    from torchao.quantization.quant_primitives import _dequantize_affine_float8
+
+    return _dequantize_affine_float8(packed.tensors["qdata"], packed.tensors["scale"], torch.bfloat16)
+
+
+def by_compressed_tensors(example: Example, packed: Packed) -> Tensor:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    group = example.config["config_groups"]["group_0"]
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**group["weights"]))
+    compressor = BaseCompressor.get_value_from_registry(example.config["format"])
+    return compressor.decompress(as_compressed(packed), scheme)["weight"].bfloat16()
+
+
+def as_compressed(packed: Packed) -> dict[str, Tensor]:
+    """fp8's scales are called otherwise there."""
+    renamed = {"weight_scale_inv": "weight_scale"}
+    return {renamed.get(role, role): one for role, one in packed.tensors.items()}
+
+
+LIBRARIES: Mapping[str, Callable[[Packed], Tensor]] = {
     "bnb4": by_bitsandbytes4,
     "bnb8": by_bitsandbytes8,
     "fp8_block": by_transformers_fp8,
     "mxfp4": by_transformers_mxfp4,
+    "torchao-int8": by_torchao_int8,
+    "torchao-fp8": by_torchao_fp8,
 }
 
 
-def merged(codec: Codec, packed: Packed) -> list[str]:
+def merged(example: Example, packed: Packed, weight: Tensor) -> list[str]:
     """What verify says of a reversible merge, and whether unmerge brings the very file back."""
     from safetensors.torch import save_file
 
@@ -113,14 +237,16 @@ def merged(codec: Codec, packed: Packed) -> list[str]:
         folder = Path(name)
         for part in ("base", "adapter"):
             (folder / part).mkdir()
-        plain = {f"{SITE}.weight": weight()} if codec.name == "mxfp4" else {}  # its stack has no linear map beside it
+        plain = (
+            {f"{SITE}.weight": weight} if example.codec.name == "mxfp4" else {}
+        )  # its stack has no linear map beside it
         stem = "model.layers.0.mlp.experts.gate_up_proj" if plain else SITE
-        held = {stem + codec.endings[role]: one for role, one in packed.tensors.items()}
+        held = {stem + example.codec.endings[role]: one for role, one in packed.tensors.items()}
         save_file(held | plain, folder / "base" / "model.safetensors", {"format": "pt"})
-        config = {"model_type": "llama", "dtype": "bfloat16", "quantization_config": CONFIGS[codec.name]}
+        config = {"model_type": "llama", "dtype": "bfloat16", "quantization_config": dict(example.config)}
         (folder / "base" / "config.json").write_text(json.dumps(config))
-        factors = {f"base_model.model.{SITE}.lora_{one}.weight": torch.randn(16, SIZE) / 100 for one in "AB"}
-        factors[f"base_model.model.{SITE}.lora_B.weight"] = torch.randn(SIZE, 16) / 100
+        factors = {f"base_model.model.{SITE}.lora_{one}.weight": torch.randn(16, len(weight)) / 100 for one in "AB"}
+        factors[f"base_model.model.{SITE}.lora_B.weight"] = torch.randn(len(weight), 16) / 100
         save_file(factors, folder / "adapter" / "adapter_model.safetensors")
         told = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["q_proj"]}
         (folder / "adapter" / "adapter_config.json").write_text(json.dumps(told))

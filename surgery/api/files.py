@@ -111,11 +111,11 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     than `max_noise` of it; with `fallback` "16bit" those weights of which that is so are written plainly instead.
     `rounding` "feedback" looks for other codes than the nearest, where a LoRA looks at its inputs along few directions:
     more of its change is retained there, and more comes beside it elsewhere.
-    `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block") in which the adapters were
-    trained over this plain base: the weights of their linear maps are merged as they read from it. `arithmetic` "peft"
-    or "peft-safe" gives the bits of PEFT 0.21.2's `PeftModel.from_pretrained(base, adapter).merge_and_unload()`,
-    without or with its `safe_merge`, for LoRA without DoRA, (IA)^3 and AdaLoRA; memory then grows with the largest
-    weight. Raises ConfigError for others.
+    `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym",
+    "nvfp4") in which the adapters were trained over this plain base: the weights of their linear maps are merged as
+    they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
+    `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, without or with its `safe_merge`, for LoRA without
+    DoRA, (IA)^3 and AdaLoRA; memory then grows with the largest weight. Raises ConfigError for others.
     `mha_out_proj_scale` 1 or 2 says how often the delta of an attention layer's out_proj counts that a file holds;
     by default 2 up to its `peft_version` 0.21.2, with which such adapters were trained.
     A run that was cut short is gone on with, unless `resume` is false. `progress` is called with a Progress as

@@ -39,9 +39,9 @@ def inject(
 
     `config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter. The rest
     of the model is frozen. The first adapter is active. With `quantization_aware` "nf4", "nf4-double", "fp4",
-    "fp4-double", "int8" or "fp8_block" its layers run, and it is trained, as they will once it is merged and their
-    weights are held so: the base's own scales are kept where it is held in that format already. Raises MatchError for
-    an entry of target_modules that matches nothing, ConfigError, StateError.
+    "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym" or "nvfp4" its layers run, and it is trained, as they will
+    once it is merged and their weights are held so: the base's own scales are kept where it is held in that format
+    already. Raises MatchError for an entry of target_modules that matches nothing, ConfigError, StateError.
 
     >>> import surgery, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))

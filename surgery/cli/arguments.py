@@ -76,7 +76,7 @@ into = click.option(
 )
 base_as = click.option(
     "--base-as",
-    type=click.Choice(["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block"]),
+    type=click.Choice(["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym", "nvfp4"]),
     help="The form in which the adapters were trained over this plain base, such as nf4 for QLoRA.",
 )
 

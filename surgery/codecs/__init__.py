@@ -29,6 +29,9 @@ FORMS: Mapping[str, tuple[Codec, Settings]] = {
     "fp4-double": (Bnb4(), {"quant_type": "fp4", "double_quant": True}),
     "int8": (Bnb8(), {}),
     "fp8_block": (Fp8Block(), {}),
+    "w4a16": (PackQuantized(), {"num_bits": 4, "group_size": 128}),
+    "w4a16-asym": (PackQuantized(), {"num_bits": 4, "group_size": 128, "symmetric": False}),
+    "nvfp4": (Nvfp4(), {}),
 }
 
 

@@ -17,7 +17,7 @@ def told_values(config: Mapping[str, Any], key: str, form: str) -> list[Any]:
 
     The settings of a weight, which have no groups, say it themselves.
     """
-    groups = [one for one in _groups(config) if one.get("format") in {None, form}]
+    groups = [one for one in _groups(config) if one.get("format") in (None, form)]
     args = [one["weights"] for one in groups if isinstance(one.get("weights"), dict)]
     return [one[key] for one in [*args, config] if one.get(key) is not None]
 
@@ -32,7 +32,7 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
 def _unsupported(config: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
     sparsity, status = config.get("sparsity_config") or {}, config.get("quantization_status")
     sparse = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
-    yield sparse not in {None, "dense"}, f"sparsity {printable(sparse)}"
+    yield sparse not in (None, "dense"), f"sparsity {printable(sparse)}"
     yield bool(config.get("kv_cache_scheme")), "quantization of the KV cache (kv_cache_scheme)"
     yield bool(config.get("transform_config")), "rotation of weights (transform_config)"
     yield status not in _COMPRESSED, f"quantization_status {printable(status)}, of weights that are not packed yet,"
@@ -43,7 +43,7 @@ def _unsupported(config: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
         weights = group.get("weights")
         yield not isinstance(weights, dict), "quantization of activations alone"
         order = weights.get("actorder") if isinstance(weights, dict) else None
-        yield order in {True, "group", "dynamic"}, f"actorder {printable(order)}, with columns out of order,"
+        yield order in (True, "group", "dynamic"), f"actorder {printable(order)}, with columns out of order,"
 
 
 def _groups(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

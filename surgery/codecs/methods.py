@@ -6,7 +6,7 @@ from typing import Any
 from surgery.codecs import compressed_config, torchao
 from surgery.errors import FormatError, printable
 
-METHODS = frozenset({"bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", compressed_config.METHOD, torchao.METHOD})
+METHODS = ("bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", compressed_config.METHOD, torchao.METHOD)
 _OTHERS = {
     "gptq": "merge into the base that it was quantized from, and quantize that anew with GPTQModel",
     "awq": "merge into the base that it was quantized from, and quantize that anew with llm-compressor",
@@ -20,7 +20,7 @@ def refuse_unread(told: Mapping[str, Any]) -> None:
     if method not in METHODS:
         step = _OTHERS.get(str(method), "dequantize it first")
         raise FormatError(
-            f"quantized with {printable(method)}, which is not supported; {', '.join(sorted(METHODS))} or a plain base "
+            f"quantized with {printable(method)}, which is not supported; {', '.join(METHODS)} or a plain base "
             f"is wanted; {step}"
         )
     if method == compressed_config.METHOD:

@@ -33,7 +33,7 @@ class Nvfp4(Codec):
     def read(self, headers: Headers, config: Settings, load: Callable[[str], Tensor]) -> Settings:  # noqa: ARG002
         shape, scales = headers["weight_packed"][1], headers.get("weight_scale", (None, ()))
         blocks = (*shape[:1], shape[-1] * 2 // BLOCK) if len(shape) == 2 and shape[1] * 2 % BLOCK == 0 else None
-        if scales != (_FLOAT, blocks) or headers["weight_global_scale"] != (torch.float32, (1,)):
+        if not all(shape) or scales != (_FLOAT, blocks) or headers["weight_global_scale"] != (torch.float32, (1,)):
             raise FormatError(
                 f"nvfp4 codes {list(shape)} with scales {list(scales[1])}; a matrix with a scale in float8_e4m3fn for "
                 f"each {BLOCK} inputs, and one for all in float32, is wanted; this layout is not supported"

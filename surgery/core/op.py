@@ -80,6 +80,10 @@ class Op(ABC):
         """A number for each channel, [channels], laid over the matrix of this shape: [1, in] or [out, in]."""
         return values.unsqueeze(0)
 
+    def beside(self, values: Tensor) -> Tensor:
+        """A number for each output, [out], as it broadcasts over what `apply` gives."""
+        return values
+
     def mix_onto(self, below: Tensor, h: Tensor, matrix: Tensor, scaling: float) -> Tensor:
         """below + scaling * mix(h, matrix)"""
         return torch.add(below, self.mix(h, matrix), alpha=scaling)

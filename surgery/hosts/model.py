@@ -5,13 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.codec import Packed
 from surgery.core.op import Op
 from surgery.core.sharded import fill, is_sharded, whole
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, row_tiles
 from surgery.errors import MatchError, printable
-from surgery.hosts.quantized import compute_dtype, decoded, is_quantized, shape_of_layer
+from surgery.hosts.quantized import compute_dtype, decoded, is_quantized, packed_of_layer, shape_of_layer
 from surgery.hosts.recognition import op_of, unfit
 from surgery.ops.experts import parameter_op
 
@@ -29,9 +30,11 @@ def parameter_site(name: str, module: nn.Module) -> Site:
     assert values is not None
     if isinstance(values, nn.UninitializedParameter):
         raise MatchError(f"{printable(name)}: it has no shape yet; call the model once first")
-    if values.dim() not in (2, 3) or not values.is_floating_point():
+    if values.dim() not in (2, 3) or values.dtype not in PLAIN_DTYPES:
         found = f"{list(values.shape)} in {str(values.dtype).removeprefix('torch.')}"
-        raise MatchError(f"{printable(name)}: {found}; floats of two or three axes can be adapted; name others")
+        raise MatchError(
+            f"{printable(name)}: {found}; floats of two or three axes, of 16 bits or more, can be adapted; name others"
+        )
     if values.dim() == 3 and not values.is_contiguous():
         raise MatchError(f"{printable(name)}: its memory is in another order than its axes; make it contiguous first")
     op = parameter_op(own, tuple(values.shape), getattr(module, "is_transposed", False) is True)
@@ -124,6 +127,8 @@ def _infos(name: str, module: nn.Module) -> dict[str, TensorInfo]:
         if values is not None
     }
     if is_quantized(module) and unfit(module) is None:
+        beside = packed_of_layer(module, name).tensors.keys() - {"weight"}
+        infos = {own: info for own, info in infos.items() if own not in beside}
         infos["weight"] = infos["weight"]._replace(dtype=compute_dtype(module), shape=shape_of_layer(module))
     return infos
 

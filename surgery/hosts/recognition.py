@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.op import Op
 from surgery.hosts.foreign_layers import held_by_another
 from surgery.hosts.quantized import is_quantized, quantized_kinds, unready
@@ -106,6 +107,9 @@ def _unfit_weight(module: nn.Module) -> str | None:
         return "its weight is computed from other tensors; remove the parametrization first"
     if isinstance(weight, nn.UninitializedParameter):
         return "its weight has no shape yet; call the model once first"
+    if weight.dtype not in PLAIN_DTYPES:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return f"its weight is in {dtype}; floats of 16 bits or more are wanted; load the model dequantized"
     if module.__dict__.get("max_norm") is not None:  # to ask a module for what it lacks takes long
         return "its max_norm changes the weight in each forward, so that no merge holds; set it to None first"
     return None

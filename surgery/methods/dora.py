@@ -20,13 +20,14 @@ from surgery.errors import MatchError, StateError, ValueRangeError, printable
 if TYPE_CHECKING:
     from surgery.methods.lora import Lora
 
-_OPS = frozenset({"linear", "conv1d", "embedding"})
+_OPS = frozenset({"linear", "conv1d", "embedding", "convolution"})
 _LEAST, _SMALLEST = 2.0**-1022, 2.0**-800  # of a square that counts, of a sum that has lost nothing
 
 
 @dataclass(frozen=True)
 class Dora(Method):
-    """A and B are LoRA's, m is [out]. The norm counts as a constant: no gradient passes through it.
+    """A and B are LoRA's, m is [out], or [1, out, 1, ...] over a convolution. The norm counts as a constant: no
+    gradient passes through it.
 
     Over other adapters it scales what they have made of W, by the norm of W + scaling * B A alone, as in PEFT.
     At another strength it goes so much of the way from there to its merge.
@@ -41,14 +42,20 @@ class Dora(Method):
     couples = frozenset({"in"})
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        if site.acting.name not in _OPS:
+        op, out_features = site.acting, site.shape[0]
+        if op.name not in _OPS or op.groups > 1:
+            found = f"its op is {op.name}" if op.groups == 1 else f"it is a convolution in {op.groups} groups"
             raise MatchError(
-                f"{printable(site.name)}: its op is {site.acting.name}; DoRA is supported over Linear, Conv1D and "
-                "Embedding; exclude it, or leave use_dora out"
+                f"{printable(site.name)}: {found}; DoRA is supported over Linear, Conv1D, Embedding and convolutions "
+                "in one group; exclude it, or leave use_dora out"
             )
+        shape = (1, out_features, *(1 for _ in op.kernel)) if op.kernel else (out_features,)
         # PEFT's files have kept the name that it had before it became a module's weight.
-        m = Spec("lora_magnitude_vector", (site.shape[0],), live="lora_magnitude_vector.weight")
+        m = Spec("lora_magnitude_vector", shape, live="lora_magnitude_vector.weight")
         return {**self.lora.tensors(site), "m": m}
+
+    def matrices(self, p: Params, site: Site) -> Params:
+        return {**self.lora.matrices(p, site), "m": p["m"].flatten()}
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:
         shape = self.tensors(site)["m"].shape
@@ -58,7 +65,8 @@ class Dora(Method):
                 f"{printable(site.name)}: it is on the meta device, and DoRA starts from the norms of its weight; "
                 "give the model its weights first"
             )
-        norms = [self._norm(weight[rows].cpu(), fresh, rows) for rows in row_tiles(site.shape, TILE_ELEMENTS)]
+        factors = self.lora.matrices(fresh, site)
+        norms = [self._norm(weight[rows].cpu(), factors, rows) for rows in row_tiles(site.shape, TILE_ELEMENTS)]
         m = torch.cat(norms).to(torch.promote_types(weight.dtype, torch.float32))
         if not m.any():
             raise StateError(
@@ -117,7 +125,9 @@ class Dora(Method):
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         weight, bias, below = run.base().weight, run.bias(), run(x)
-        factor = self._live_factor(weight, p)
+        if op.kernel:
+            p = {"A": p["A"].flatten(1), "B": p["B"].flatten(1), "m": p["m"].flatten()}
+        factor = op.beside(self._live_factor(weight, p))
         if training and self.dropout and op.accepts_dropout():  # of what the base alone makes, so much is dropped too
             x = F.dropout(x.to(p["A"].dtype), self.dropout)
             plain = op.apply(x, weight.to(x.dtype))
@@ -125,7 +135,7 @@ class Dora(Method):
         elif bias is None:
             out = self._low_rank(x, below, op, p) * factor
         else:
-            out = torch.addcmul((1 - factor) * bias, self._low_rank(x, below, op, p), factor)
+            out = torch.addcmul((1 - factor) * op.beside(bias), self._low_rank(x, below, op, p), factor)
         return out if self.strength == 1 else below + self.strength * (out - below)
 
     def _low_rank(self, x: Tensor, below: Tensor, op: Op, p: Params) -> Tensor:

@@ -18,7 +18,7 @@ from surgery.errors import MatchError, ValueRangeError, printable
 if TYPE_CHECKING:
     from surgery.methods.lora import Lora
 
-_OPS = frozenset({"linear", "conv1d"})
+_OPS = frozenset({"linear", "conv1d", "convolution"})
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,19 @@ class LoraBias(Method, AsPeft):
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         if site.acting.name not in _OPS:
-            found, wanted = f"its op is {site.acting.name}", "lora_bias is supported over Linear and Conv1D"
+            found = f"its op is {site.acting.name}"
+            wanted = "lora_bias is supported over Linear, Conv1D and convolutions"
         elif "bias" not in site.tensors:
             found, wanted = "it has no bias", "lora_bias adds to the one of the layer"
         else:
             return {**self.lora.tensors(site), **self.for_bias().tensors(site)}
         raise MatchError(f"{printable(site.name)}: {found}; {wanted}; exclude it, or leave lora_bias out")
+
+    def matrices(self, p: Params, site: Site) -> Params:
+        return self.lora.matrices(p, site)
+
+    def refuse_merge(self, site: Site) -> None:
+        self.lora.refuse_merge(site)
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:
         b = torch.zeros(self.tensors(site)["b"].shape)
@@ -75,7 +82,7 @@ class LoraBias(Method, AsPeft):
         return replace(self, lora=self.lora.weighted(weight))
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
-        return self.lora.branch(x, run, op, p, training) + self.lora.scaling * p["b"]
+        return self.lora.branch(x, run, op, p, training) + op.beside(self.lora.scaling * p["b"])
 
 
 @dataclass(frozen=True)
@@ -102,4 +109,4 @@ class Offset(Additive, AsPeft):
         return (stored + p["b"] * self.scaling).to(stored.dtype)
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
-        return run(x) + self.scaling * p["b"]
+        return run(x) + op.beside(self.scaling * p["b"])

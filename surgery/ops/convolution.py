@@ -65,6 +65,9 @@ class Convolution(Op):
             return grouped
         return grouped.repeat_interleave(out_features // len(grouped), 0)  # [out, in]
 
+    def beside(self, values: Tensor) -> Tensor:
+        return values.view(-1, *self._point)
+
     def settings(self) -> Mapping[str, Any]:
         return asdict(self)
 

@@ -176,8 +176,8 @@ def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable
         if there is None or refused:
             yield Piece(name, partial(Grade, "different", why=refused))
         elif name in out.packed:
-            kept = _is_kept(base, name, out.packed[name])
-            yield from _kept_pieces(base, out, name, change) if kept else _anew_pieces(source, out, info, change)
+            alike = _is_kept(base, name, out.packed[name])
+            yield from _kept_pieces(base, out, name, change) if alike else _anew_pieces(source, out, info, change)
         elif change is None and there.dtype == info.dtype and name not in base.packed:
             yield from (Piece(name, partial(carried, base, out, name, span)) for span in spans(info))
         else:

@@ -55,8 +55,8 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
 
 ONLY = {  # settings that are refused over other ops
     "lora_dropout": {"linear", "conv1d", "embedding", "convolution"},
-    "use_dora": {"linear", "conv1d", "embedding"},
-    "lora_bias": {"linear", "conv1d"},
+    "use_dora": {"linear", "conv1d", "embedding", "convolution"},
+    "lora_bias": {"linear", "conv1d", "convolution"},
 }
 
 

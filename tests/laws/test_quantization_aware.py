@@ -117,7 +117,12 @@ def test_what_cannot_be_aware_is_refused_by_name_and_nothing_changes() -> None:
             surgery.inject(model, config, adapter_name="new", quantization_aware=form)
         assert list(model.modules()) == before
 
-    refused(net(), surgery.UsageError, "'gptq'; one of nf4, nf4-double, fp4, fp4-double, int8, fp8_block", form="gptq")
+    refused(
+        net(),
+        surgery.UsageError,
+        "'gptq'; one of nf4, nf4-double, fp4, fp4-double, int8, fp8_block, w4a16",
+        form="gptq",
+    )
     refused(net(), surgery.ConfigError, r"lora_dropout is 0\.1", lora_dropout=0.1)
     refused(net(layer=Conv1D), surgery.MatchError, "0: its op is conv1d; quantization_aware is for Linear")
     refused(net(torch.float64), surgery.MatchError, "0: 4-bit: nf4 .* from float64")

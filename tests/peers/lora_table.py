@@ -51,7 +51,6 @@ class Form(NamedTuple):
 
 
 PARAMETER = {"target_modules": [], "target_parameters": ["layer.held"]}
-CONVOLUTIONS = ("nn.Conv1d", "nn.Conv2d", "nn.Conv3d")
 PARAMETERS = ("nn.Parameter of two axes", "nn.Parameter of three axes")
 LAYERS: Mapping[str, Layer] = {
     "nn.Linear": Layer(lambda: nn.Linear(16, 12), lambda: torch.randn(64, 16)),
@@ -73,11 +72,11 @@ FORMS: Mapping[str, Form] = {
     "rsLoRA": Form({"use_rslora": True}),
     "DoRA": Form(
         {"use_dora": True},
-        dict.fromkeys((*CONVOLUTIONS, "nn.MultiheadAttention"), "DoRA") | dict.fromkeys(PARAMETERS, "use_dora"),
+        {"nn.MultiheadAttention": "DoRA is supported over"} | dict.fromkeys(PARAMETERS, "use_dora"),
     ),
     "`lora_bias`": Form(
         {"lora_bias": True},
-        dict.fromkeys(("nn.Embedding", *CONVOLUTIONS, "nn.MultiheadAttention"), "bias")
+        dict.fromkeys(("nn.Embedding", "nn.MultiheadAttention"), "lora_bias is supported over")
         | dict.fromkeys(PARAMETERS, "lora_bias"),
     ),
     "patterns": Form({"rank_pattern": {".*layer.*": 2}, "alpha_pattern": {".*layer.*": 7}}),

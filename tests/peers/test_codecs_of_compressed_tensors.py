@@ -98,6 +98,8 @@ UNSUPPORTED: Mapping[str, tuple[dict[str, Any], str]] = {
     "not packed yet": ({"quantization_status": "frozen"}, "quantization_status frozen"),
     "activations alone": ({"config_groups": {"group_0": {"weights": None}}}, "activations alone"),
     "out of order": ({"config_groups": {"group_0": {"weights": {"actorder": "group"}}}}, "actorder group"),
+    "what is no format": ({"format": {"a": []}}, "format"),
+    "what is no order": ({"sparsity_config": {"format": ["a"]}}, "sparsity"),
     "one group's format": ({"config_groups": {"g": {"format": "mxfp8-quantized", "weights": {}}}}, "mxfp8-quantized"),
 }
 
@@ -115,12 +117,21 @@ DAMAGED = {
     "columns out of order": ("w4a16", {"weight_g_idx": torch.zeros(64, dtype=torch.int32)}, "actorder"),
     "another shape": ("w4a16", {"weight_shape": torch.tensor([12, 80])}, "packed codes"),
     "a shape of no matrix": ("w4a16", {"weight_shape": torch.tensor([12])}, "packed codes"),
+    "a shape of floats": ("w4a16", {"weight_shape": torch.tensor([12.0, 64.0])}, "packed codes"),
+    "a shape of nothing": (
+        "w4a16",
+        {"weight_shape": torch.tensor([0, 64]), "weight_packed": torch.zeros(0, 8, dtype=torch.int32)},
+        "scales",
+    ),
+    "codes of no matrix": ("w4a16", {"weight_packed": torch.zeros(8, dtype=torch.int32)}, "packed codes"),
     "fewer scales": ("w4a16", {"weight_scale": torch.ones(12, 3)}, "scales"),
     "scales of other rows": ("w8a8", {"weight_scale": torch.ones(11, 1)}, "scales"),
     "scales of whole numbers": ("w8a8", {"weight_scale": torch.ones(12, 1, dtype=torch.int32)}, "scales"),
     "other zero points": ("w8a8-asymmetric", {"weight_zero_point": torch.ones(3, 1, dtype=torch.int8)}, "zero points"),
     "fp8 with zero points": ("fp8", {"weight_zero_point": torch.zeros(12, 1)}, "weight_zero_point"),
     "nvfp4 in other blocks": ("nvfp4", {"weight_scale": torch.ones(12, 2).to(torch.float8_e4m3fn)}, "nvfp4"),
+    "nvfp4 of nothing": ("nvfp4", {"weight_packed": torch.zeros(0, 32).byte()}, "nvfp4"),
+    "nvfp4 of no matrix": ("nvfp4", {"weight_packed": torch.zeros(32).byte()}, "nvfp4"),
     "nvfp4 with scales for all rows": ("nvfp4", {"weight_global_scale": torch.ones(12)}, "nvfp4"),
 }
 
@@ -131,6 +142,14 @@ def test_a_layout_that_is_another_is_refused_by_name(case: str):
     tensors = {**GOLDEN[f"{golden}-bfloat16"][1].held, **changed}
     with pytest.raises(FormatError, match=rf"^layers\.0: .*{why}"):
         packed_of(tensors, "layers.0", made.quantization_config(golden))
+
+
+@pytest.mark.parametrize("bits", [[4], {}, "8", 3, [8, 4]], ids=str)
+def test_bits_of_codes_in_bytes_that_are_none_are_refused(bits: object):
+    config = made.quantization_config("w8a8")
+    config["config_groups"]["group_0"] = {"weights": {"num_bits": bits}}
+    with pytest.raises(FormatError, match=r"^a test: .*bits"):
+        packed_of(GOLDEN["w8a8-bfloat16"][1].held, "a test", config)
 
 
 def test_bits_that_neither_the_shapes_nor_the_config_tell_are_refused():

@@ -201,6 +201,24 @@ def test_a_quantization_aware_adapter_runs_what_the_merge_that_keeps_the_format_
     assert not torch.equal(wanted, layer.decode(layer.base_layer))
 
 
+@pytest.mark.parametrize("use", ["lora_bias", "use_dora"])
+def test_a_layer_with_a_bias_and_scales_that_are_powers_of_two_is_adapted_too(use: str):
+    layer, drawn = FP8Linear(64, 64, (32, 32), scale_fmt="ue8m0", has_bias=True), torch.Generator().manual_seed(0)
+    layer.weight.data = torch.randn(64, 64, generator=drawn).to(torch.float8_e4m3fn)
+    layer.weight_scale_inv.data = torch.full((2, 2), 124, dtype=torch.uint8).view(layer.weight_scale_inv.dtype)
+    layer.bias.data = torch.randn(64, generator=drawn)
+    net = nn.Sequential(layer)
+    surgery.inject(net, surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, **{use: True}))
+    x, before = torch.randn(3, 64, generator=drawn), held(net)
+    out, size = net(x).detach(), F.linear(x.abs(), net[0].weight.detach().abs(), net[0].bias.detach().abs())
+    surgery.merge(net, into="16bit")  # bfloat16, in which weights, inputs, the bias and the output are each rounded
+    assert bool(((net(x) - out).abs() <= 2 * torch.finfo(torch.bfloat16).eps * size).all())
+    surgery.unmerge(net)
+    assert held(net) == before
+    with surgery.disable_adapters(net):
+        assert torch.equal(net(x), F.linear(x, layer.weight.float() / 8, layer.bias))
+
+
 def test_a_copy_runs_by_its_own_weights(base: Path):
     model = fitted(live(base), "lora")
     other = copy.deepcopy(model)
@@ -214,6 +232,21 @@ def test_an_fp8_layer_whose_weight_is_no_fp8_is_refused_by_name():
     net[0].weight = nn.Parameter(torch.zeros(64, 64))
     with pytest.raises(surgery.MatchError, match="float32, not in fp8; load the model with dequantize=True"):
         surgery.inject(net, surgery.LoraConfig(r=2, target_modules=["0"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_codes_without_a_layer_that_tells_what_they_mean_are_refused_by_name(dtype: torch.dtype):
+    """Such as those of FP8Experts, whose scales are parameters beside them."""
+    net = nn.Sequential(nn.Linear(8, 8))
+    net[0].weight = nn.Parameter(torch.ones(8, 8).to(dtype), requires_grad=False)
+    for fields in ({"target_modules": ["0"]}, {"target_parameters": ["0.weight"]}):
+        with pytest.raises(surgery.MatchError, match=f"^0.*{str(dtype).removeprefix('torch.')}.*16 bits or more"):
+            surgery.inject(net, surgery.LoraConfig(r=2, **fields))
+
+
+def test_inspect_counts_what_holds_a_layer_once(base: Path):
+    row = next(one for one in surgery.inspect(live(base)).rows if one.name.endswith("0.mlp.down_proj"))
+    assert (row.dtype, row.shape, row.size_bytes) == ("fp8_block", (64, 128), 64 * 128 + 4 * 4)
 
 
 @pytest.mark.parametrize("how", ["save_merged", "eject"])

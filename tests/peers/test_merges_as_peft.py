@@ -44,7 +44,7 @@ CASES = {
     "lora": Case(LORA, tuple(name for name in OPS if name != "attention")),
     "attention": Case(LORA, ("attention",)),
     "rslora": Case(partial(LORA, use_rslora=True, alpha_pattern={"linear": 3}), LINEAR),
-    "lora_bias": Case(partial(LORA, lora_bias=True), LINEAR),
+    "lora_bias": Case(partial(LORA, lora_bias=True), (*LINEAR, "convolution")),
     "ia3": Case(partial(IA3, feedforward_modules=[]), (*LINEAR, "convolution")),
     "ia3 of inputs": Case(partial(IA3, feedforward_modules=[*LINEAR, "convolution"]), (*LINEAR, "convolution")),
     "adalora": Case(partial(peft.AdaLoraConfig, init_r=5, target_r=3, lora_alpha=7, total_step=9), LINEAR),

@@ -314,8 +314,11 @@ def test_a_layer_that_it_does_not_serve_is_refused_by_name() -> None:
     from surgery.ops.bias import Bias
 
     site = Site("x", {"weight": TensorInfo("x.weight", torch.float32, (4,))}, Bias())
-    with pytest.raises(MatchError, match="x: its op is bias; DoRA is supported over Linear, Conv1D and Embedding"):
+    with pytest.raises(MatchError, match="x: its op is bias; DoRA is supported over Linear, Conv1D, Embedding and"):
         DORA.method("x").tensors(site)
+    grouped = nn.Sequential(nn.Conv2d(4, 6, 2, groups=2))
+    with pytest.raises(MatchError, match="0: it is a convolution in 2 groups; DoRA is supported over"):
+        surgery.inject(grouped, LoraConfig(r=2, use_dora=True, target_modules=["0"]))
 
 
 def test_a_weight_of_zeros_alone_is_refused() -> None:

@@ -1,0 +1,50 @@
+"""Forward and backward of 24 linears in nf4 with LoRA, against peft: bitsandbytes' layers, hidden 1024, 4 x 256 tokens.
+
+Both take turns in one process, so that a busy machine slows each alike; then the same without gradients.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import surgery
+from bench.thin import middle, seconds, shuffle_adapters
+from bench.train import FIELDS, HIDDEN, LAYERS, step
+
+BATCH, SEQ, ROUNDS = 4, 256, 9
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    bare = nn.Sequential(*(nn.Linear(HIDDEN, HIDDEN, bias=False, dtype=torch.bfloat16) for _ in range(LAYERS)))
+    base, x = surgery.quantize(bare, "nf4", double_quant=True), torch.randn(BATCH, SEQ, HIDDEN, dtype=torch.bfloat16)
+    ours = surgery.inject(copy.deepcopy(base), surgery.LoraConfig(**FIELDS))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**FIELDS))
+    models = {"surgery": ours, "peft": theirs}
+    for model in models.values():
+        shuffle_adapters(model.train())
+        step(model, x)
+    print(json.dumps([row(models, x, "training step", step), row(models, x, "forward", forward)]))
+
+
+def forward(model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        model(x)
+
+
+def row(models: dict[str, nn.Module], x: Tensor, what: str, run: Callable[[nn.Module, Tensor], None]) -> list[str]:
+    times: dict[str, list[float]] = {tool: [] for tool in models}
+    for _ in range(ROUNDS):
+        for tool, model in models.items():
+            times[tool].append(seconds(lambda m=model: run(m, x)))
+    ours, theirs = (1e3 * middle(times[tool]) for tool in ("surgery", "peft"))
+    told = f"{what} of {LAYERS} nf4 linears with LoRA"
+    return [told, f"{ours:.0f} ms", f"{theirs:.0f} ms", f"{ours / theirs:.2f}", "<= 1"]
+
+
+if __name__ == "__main__":
+    main()
