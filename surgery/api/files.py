@@ -32,7 +32,7 @@ from surgery.procedures.combinations import Recipe
 from surgery.procedures.filling import OnProgress, Pace
 from surgery.procedures.low_rank import Truncation
 from surgery.procedures.outputs import Inputs
-from surgery.procedures.treatment import Treatment
+from surgery.procedures.treatment import Treatment, check_probes
 from surgery.procedures.verify_report import VerifyReport
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
@@ -86,6 +86,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     base_as: str | None = None,
     rounding: str | None = None,
     fallback: str | None = None,
+    probes: int = 0,
     min_retained: float = 0.5,
     max_noise: float = 1.0,
     arithmetic: str = "exact",
@@ -110,7 +111,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is more
     than `max_noise` of it; with `fallback` "16bit" those weights of which that is so are written plainly instead.
     `rounding` "feedback" looks for other codes than the nearest, where a LoRA looks at its inputs along few directions:
-    more of its change is retained there, and more comes beside it elsewhere.
+    more of its change is retained there, and more comes beside it elsewhere. `probes` seeded inputs, half of whose
+    energy lies along these, tell the error of a weight's outputs, in proportion to the adapters' effect on them.
     `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym",
     "nvfp4") in which the adapters were trained over this plain base: the weights of their linear maps are merged as
     they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
@@ -136,6 +138,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         overwrite=overwrite,
         resume=resume,
         expect_base_sha256=expect_base_sha256,
+        probes=check_probes(probes),
         bounds=Bounds(min_retained, max_noise),
         pace=Pace(progress=progress),
     )
@@ -180,6 +183,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     base_as: str | None = None,
     arithmetic: str | None = None,
     mha_out_proj_scale: int | None = None,
+    probes: int = 0,
     outputs: bool = False,
     inputs: Inputs | None = None,
     layers: bool = False,
@@ -210,7 +214,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
         treatment = Treatment.of(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=how)
         treatment = replace(treatment, rounding=told.rounding)
         given = weighted(adapters, mha_out_proj_scale or told.mha_out_proj_scale)
-        report = verifying.verify_checkpoint(source, given, found, treatment)
+        report = verifying.verify_checkpoint(source, given, found, treatment, probes=check_probes(probes))
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 
 

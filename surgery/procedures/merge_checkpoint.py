@@ -45,6 +45,7 @@ class Options:
     overwrite: bool = False
     resume: bool | None = None
     expect_base_sha256: str | None = None
+    probes: int = 0  # inputs by which is measured what a format does to the outputs
     bounds: Bounds = field(default_factory=Bounds)
     pace: Pace = field(default_factory=Pace)
     beside: Callable[[Staging], Mapping[str, str]] | None = None
@@ -85,6 +86,7 @@ def merge_checkpoint(
     options = options or Options()
     refuse_overlap(out, [base.path, *(Path(one.adapter.where) for one in adapters)])
     plan, fallen = _settled(base, adapters, options)
+    plan = plan.probed(options.probes)
     layout = layout_like(base, plan.written(), options.max_shard_bytes)
     files = small_files(base, [Path(one.adapter.where) for one in adapters])
     key = _key(base, adapters, plan, layout, options)
@@ -175,6 +177,7 @@ def _key(base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, layout: Lay
         "files": {file.name: hashlib.sha256(file.raw).hexdigest() for file in layout.files},
         "treatment": options.treatment.to_json(),
         "reversible": options.reversible,
+        "probes": options.probes,
     }
     return hashlib.sha256(json_bytes(decided)).hexdigest()
 

@@ -41,20 +41,26 @@ class Piece(NamedTuple):
     grade: Callable[[], Grade]
 
 
-def verify_checkpoint(
+def verify_checkpoint(  # noqa: PLR0913  # three things, and how they are looked at
     base: Checkpoint,
     adapters: Sequence[Weighted],
     out: Checkpoint,
     treatment: Treatment | None = None,
+    *,
+    probes: int = 0,
     workers: int | None = None,
 ) -> VerifyReport:
-    """Grade every tensor of `out` against `adapters` merged over `base`, by any tool; `workers` tiles at once."""
+    """Grade every tensor of `out` against `adapters` merged over `base`, by any tool; `workers` tiles at once.
+
+    `probes` inputs measure what a format leaves of the adapters' effect on the outputs of each weight.
+    """
     # What is right where two were tied.
     treatment = replace(treatment or Treatment(), tied="untie", into=_into(base, out))
     plan = make_plan(
         base, adapters, treatment, () if treatment.into != "keep" else base.packed.keys() - out.packed.keys()
     )
     plan.require()
+    plan = plan.probed(probes)
     grades: dict[str, Grade] = {}
     pieces = _pieces(base, plan.source(base), out, plan.changes)
     for name, grade in in_order(_graded, pieces, workers or default_workers()):
