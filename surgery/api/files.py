@@ -29,6 +29,7 @@ from surgery.procedures import publish
 from surgery.procedures import unmerge_checkpoint as unmerging
 from surgery.procedures import verify as verifying
 from surgery.procedures.combinations import Recipe
+from surgery.procedures.expected import check_adapters, check_sha256
 from surgery.procedures.filling import OnProgress, Pace
 from surgery.procedures.low_rank import Truncation
 from surgery.procedures.outputs import Inputs
@@ -129,8 +130,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     elif private:
         raise UsageError("private: there is nothing to be private; push_to_hub names a repository")
     found = weighted(adapters, mha_out_proj_scale)
-    merging.check_adapters(found, expect_adapter_sha256)
-    merging.check_sha256(expect_base_sha256)
+    check_adapters(found, expect_adapter_sha256)
+    check_sha256(expect_base_sha256)
     options = merging.Options(
         Treatment.of(dtype, tied, ops, compute_dtype, into, base_as, arithmetic, fallback, rounding),
         shard_bytes(max_shard_size),

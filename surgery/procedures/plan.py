@@ -131,7 +131,7 @@ def make_plan(
         pass_through(draft, treatment.base_as, treatment.compute_dtype)
     elif treatment.into == "keep":
         keep(draft, treatment.dtype or treatment.compute_dtype, plainly)
-        leave_plain(draft, plainly)
+        leave_plain(draft)
     else:
         unpack(draft, treatment.compute_dtype, treatment.into == "16bit")
     draft.settle(treatment.tied)

@@ -240,6 +240,23 @@ def test_what_would_be_lost_falls_back_to_16_bits_site_by_site(form: str, tmp_pa
     assert file_hashes(tmp_path / "back") == file_hashes(base)
 
 
+@pytest.mark.parametrize("into", ["keep", "int8"])
+def test_a_module_that_the_adapter_replaces_is_plain_beside_weights_that_keep_their_format(into: str, tmp_path: Path):
+    base, out, (name, *others) = quantized_base(tmp_path / "base", "nf4"), tmp_path / "out", SITES
+    new = torch.randn(SHAPES["q_proj"], generator=torch.Generator().manual_seed(3))
+    laid = {k: 8 * v for k, v in factors().items() if not k.startswith(name)}
+    adapter = write_adapter(tmp_path / "adapter", {**laid, f"{name}.weight": new}, modules_to_save=["layers.0.q_proj"])
+    surgery.merge_checkpoint(base, adapter, out, into=into, reversible=True, **ANY)
+    found = read_tensors(out)
+    told = json.loads((out / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    assert torch.equal(found[f"{name}.weight"], new.bfloat16())
+    assert name in told
+    assert not {*others} & {*told}
+    assert surgery.verify_checkpoint(base, adapter, out).ok
+    surgery.unmerge_checkpoint(out, tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
 @pytest.mark.parametrize(
     ("base", "options", "error", "why"),
     [
