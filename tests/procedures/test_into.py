@@ -281,6 +281,23 @@ def test_what_cannot_be_is_refused(base: str, options: dict, error: type, why: s
         surgery.merge_checkpoint(begun, adapter, tmp_path / "out", **options)
 
 
+@pytest.mark.parametrize("field", [{"hidden_size": "many"}, {"hidden_size": 7, "num_attention_heads": 0}], ids=str)
+def test_a_config_of_which_no_model_can_be_made_is_refused(field: dict, adapter: Path, tmp_path: Path):
+    base = plain_base(tmp_path / "base")
+    told = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **field}
+    (base / "config.json").write_text(json.dumps(told))
+    with pytest.raises(FormatError, match=r"config\.json: transformers makes no model of it"):
+        surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="nf4")
+
+
+def test_a_config_of_more_layers_than_tensors_builds_no_model(adapter: Path, tmp_path: Path):
+    base = plain_base(tmp_path / "base")
+    told = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 10**9}
+    (base / "config.json").write_text(json.dumps(told))
+    report = surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="nf4", **ANY)
+    assert "4 weights are held in nf4, and 2 other linear ones are not" in report.receipt["notes"]
+
+
 def test_a_base_without_a_linear_weight_is_refused(tmp_path: Path):
     base = write_base(tmp_path / "base", {"wte.weight": torch.ones(11, 8)}, config={"model_type": "gpt2"})
     adapter = write_adapter(
