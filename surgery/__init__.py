@@ -7,9 +7,7 @@ if TYPE_CHECKING:
     from surgery import testing
     from surgery.api.export import export_onnx
     from surgery.api.files import (
-        combine,
         diff,
-        extract,
         inspect,
         merge_checkpoint,
         plan,
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
         set_adapter,
         unmerge,
     )
+    from surgery.api.made_adapters import combine, extract
     from surgery.core.config import AdapterConfig
     from surgery.errors import (
         AbsentError,
@@ -98,10 +97,10 @@ _HOMES = {
     "UsageError": "errors",
     "ValueRangeError": "errors",
     "VerifyReport": "procedures.verify",
-    "combine": "api.files",
+    "combine": "api.made_adapters",
     "diff": "api.files",
     "export_onnx": "api.export",
-    "extract": "api.files",
+    "extract": "api.made_adapters",
     "inspect": "api.files",
     "merge_checkpoint": "api.files",
     "plan": "api.files",

@@ -19,20 +19,17 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import shard_bytes
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate, located
-from surgery.procedures import combine as combining
 from surgery.procedures import diff as differing
-from surgery.procedures import extract as extraction
 from surgery.procedures import inspect as inspection
 from surgery.procedures import merge_checkpoint as merging
 from surgery.procedures import plan as planning
 from surgery.procedures import publish
 from surgery.procedures import unmerge_checkpoint as unmerging
 from surgery.procedures import verify as verifying
-from surgery.procedures.combinations import Recipe
+from surgery.procedures.expected import check_adapters, check_sha256
 from surgery.procedures.filling import OnProgress, Pace
-from surgery.procedures.low_rank import Truncation
 from surgery.procedures.outputs import Inputs
-from surgery.procedures.treatment import Treatment
+from surgery.procedures.treatment import Treatment, check_probes
 from surgery.procedures.verify_report import VerifyReport
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
@@ -86,6 +83,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     base_as: str | None = None,
     rounding: str | None = None,
     fallback: str | None = None,
+    probes: int = 0,
     min_retained: float = 0.5,
     max_noise: float = 1.0,
     arithmetic: str = "exact",
@@ -110,7 +108,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is more
     than `max_noise` of it; with `fallback` "16bit" those weights of which that is so are written plainly instead.
     `rounding` "feedback" looks for other codes than the nearest, where a LoRA looks at its inputs along few directions:
-    more of its change is retained there, and more comes beside it elsewhere.
+    more of its change is retained there, and more comes beside it elsewhere. `probes` seeded inputs, half of whose
+    energy lies along these, tell the error of a weight's outputs, in proportion to the adapters' effect on them.
     `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym",
     "nvfp4") in which the adapters were trained over this plain base: the weights of their linear maps are merged as
     they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
@@ -127,8 +126,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     elif private:
         raise UsageError("private: there is nothing to be private; push_to_hub names a repository")
     found = weighted(adapters, mha_out_proj_scale)
-    merging.check_adapters(found, expect_adapter_sha256)
-    merging.check_sha256(expect_base_sha256)
+    check_adapters(found, expect_adapter_sha256)
+    check_sha256(expect_base_sha256)
     options = merging.Options(
         Treatment.of(dtype, tied, ops, compute_dtype, into, base_as, arithmetic, fallback, rounding),
         shard_bytes(max_shard_size),
@@ -136,6 +135,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         overwrite=overwrite,
         resume=resume,
         expect_base_sha256=expect_base_sha256,
+        probes=check_probes(probes),
         bounds=Bounds(min_retained, max_noise),
         pace=Pace(progress=progress),
     )
@@ -180,6 +180,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     base_as: str | None = None,
     arithmetic: str | None = None,
     mha_out_proj_scale: int | None = None,
+    probes: int = 0,
     outputs: bool = False,
     inputs: Inputs | None = None,
     layers: bool = False,
@@ -210,55 +211,8 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
         treatment = Treatment.of(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=how)
         treatment = replace(treatment, rounding=told.rounding)
         given = weighted(adapters, mha_out_proj_scale or told.mha_out_proj_scale)
-        report = verifying.verify_checkpoint(source, given, found, treatment)
+        report = verifying.verify_checkpoint(source, given, found, treatment, probes=check_probes(probes))
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
-
-
-def combine(  # noqa: PLR0913  # the settings of all methods
-    adapters: Adapters,
-    out: Where,
-    *,
-    method: str = "cat",
-    density: float | None = None,
-    majority_sign_method: str | None = None,
-    rank: int | None = None,
-    seed: int | None = None,
-    overwrite: bool = False,
-) -> combining.CombineReport:
-    """Write several LoRA adapters as one to the new folder `out`, in PEFT's format; tells its error, site by site.
-
-    `method` is one of PEFT's add_weighted_adapter: "cat" (the exact sum), "svd" (of `rank`), "linear", "ties",
-    "dare_linear", "dare_ties", "magnitude_prune" (with `density`; the two ties with `majority_sign_method`,
-    dare with `seed`). Raises UsageError for a setting that the method has not, InputError for adapters that
-    contradict each other or are no LoRA.
-    """
-    recipe = Recipe(method, density, majority_sign_method, rank, seed)
-    return combining.combine(weighted(adapters), Path(out), recipe, overwrite=overwrite)
-
-
-def extract(  # noqa: PLR0913  # three things and their options
-    base: Where,
-    tuned: Where,
-    out: Where,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    targets: Sequence[str] | None = None,
-    rest: extraction.Rest = "refuse",
-    ops: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-) -> extraction.ExtractReport:
-    """Write what the checkpoint `tuned` has over `base` as a LoRA adapter to the new folder `out`, in PEFT's format.
-
-    Each matrix that changed, or those whose module's name ends in one of `targets`, becomes about the best B A of at
-    most `rank`, and of no more than holds `energy` of the change's squared norm; the report tells its error, of the
-    float32 factors as written. Other changes are refused, or with `rest` "save" whole modules of the adapter, or
-    with "drop" left out. `ops` tells "embedding", "linear" or "conv1d" by the end of a module's name where the names
-    mislead. Raises UsageError, InputError for checkpoints of other names or shapes.
-    """
-    wanted = extraction.Extraction(Truncation(rank, energy), targets, rest, ops or {})
-    with checkpoint(base) as before, checkpoint(tuned) as after:
-        return extraction.extract(before, after, Path(out), wanted, overwrite=overwrite)
 
 
 def diff(a: Where, b: Where) -> differing.DiffReport:

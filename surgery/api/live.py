@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.adapters.out_proj import check_scale
+from surgery.adapters.peft import read_adapter
 from surgery.codecs.formats import format_of
 from surgery.errors import UsageError, printable
 from surgery.integrations import transformers as hugging
@@ -66,21 +67,24 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     return model
 
 
-def load(
+def load(  # noqa: PLR0913  # a model, an adapter, and how it is laid over it
     model: Model,
     path: Where,
     *,
     adapter_name: str = "default",
     trainable: bool = False,
     mha_out_proj_scale: int | None = None,
+    quantization_aware: str | None = None,
 ) -> Model:
     """Lay a saved adapter over the model, in place; returns the model.
 
     `path` is a folder, a file, or owner/name[@revision] on the Hub. The first adapter is active, later ones
-    are not. `mha_out_proj_scale` as in `merge_checkpoint`; what was chosen is a UserWarning where it matters. Raises
-    InputError unless every tensor of the adapter finds its place.
+    are not. `mha_out_proj_scale` as in `merge_checkpoint`; what was chosen is a UserWarning where it matters.
+    `quantization_aware` as in `inject`. Raises InputError unless every tensor of the adapter finds its place.
     """
-    loading.load(model, locate(path), adapter_name, trainable, check_scale(mha_out_proj_scale))
+    form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
+    adapter = read_adapter(locate(path), check_scale(mha_out_proj_scale))
+    loading.lay(model, adapter, adapter_name, trainable, form)
     hugging.attach(model)
     return model
 

@@ -80,6 +80,13 @@ base_as = click.option(
     help="The form in which the adapters were trained over this plain base, such as nf4 for QLoRA.",
 )
 
+probes = click.option(
+    "--probes",
+    metavar="N",
+    type=int,
+    default=0,
+    help="Also tell the error of each weight's outputs, for N seeded inputs, over the adapters' effect on them.",
+)
 arithmetics = ("exact", "peft", "peft-safe")
 arithmetic = click.option(
     "--arithmetic",

@@ -36,9 +36,9 @@ def combine(  # noqa: PLR0913, PLR0917  # one argument an option
 
     OUT is a new folder in PEFT's format; its error against the exact sum is shown.
     """
-    from surgery.api import files
+    from surgery.api import made_adapters
 
-    report = files.combine(
+    report = made_adapters.combine(
         adapters_of(adapters),
         out,
         method=method,

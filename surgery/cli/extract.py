@@ -42,9 +42,9 @@ def extract(  # noqa: PLR0913, PLR0917  # one argument an option
 
     OUT is a new folder in PEFT's format. Its error at each site is shown.
     """
-    from surgery.api import files
+    from surgery.api import made_adapters
 
-    report = files.extract(
+    report = made_adapters.extract(
         base,
         tuned,
         out,

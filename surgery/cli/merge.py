@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, overwrite, resume, show, treatment
+from surgery.cli.arguments import adapters_of, as_json, overwrite, probes, resume, show, treatment
 from surgery.cli.progress import shown
 from surgery.cli.push import private
 
@@ -20,6 +20,7 @@ from surgery.cli.push import private
     type=click.Choice(["nearest", "feedback"]),
     help="To the nearest codes of a format, or to those that do best along the adapter's own input directions.",
 )
+@probes
 @click.option(
     "--fallback",
     type=click.Choice(["16bit", "int8"]),
@@ -50,6 +51,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     out: str,
     reversible: bool,
     rounding: str | None,
+    probes: int,
     fallback: str | None,
     min_retained: float,
     max_noise: float,
@@ -77,6 +79,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
             out,
             reversible=reversible,
             rounding=rounding,
+            probes=probes,
             fallback=fallback,
             min_retained=min_retained,
             max_noise=max_noise,

@@ -26,17 +26,23 @@ class Bounds(NamedTuple):
 
 
 class Survival(NamedTuple):
-    """Three sums over elements, which add up over tiles and over weights."""
+    """Sums over elements, which add up over tiles and over weights; the last two over the outputs of probes."""
 
     wanted: float = 0.0  # <d, d>
     along: float = 0.0  # <dW, d>
     moved: float = 0.0  # <dW, dW>
+    missed: float = 0.0  # |(dW - d) x|^2
+    effect: float = 0.0  # |d x|^2
 
     @classmethod
-    def of(cls, before: Tensor, wanted: Tensor, after: Tensor) -> "Survival":
-        """All float64, of one shape."""
+    def of(cls, before: Tensor, wanted: Tensor, after: Tensor, probes: Tensor | None = None) -> "Survival":
+        """All float64, of one shape [out, in]; `probes` are inputs x [in, n]."""
         d, moved = (wanted - before).flatten(), (after - before).flatten()
-        return cls(tree_sum(d * d), tree_sum(moved * d), tree_sum(moved * moved))
+        sums = tree_sum(d * d), tree_sum(moved * d), tree_sum(moved * moved)
+        if probes is None:
+            return cls(*sums)
+        outputs = ((one @ probes).flatten() for one in (after - wanted, wanted - before))
+        return cls(*sums, *(tree_sum(one * one) for one in outputs))
 
     def plus(self, other: "Survival") -> "Survival":
         return Survival(*(a + b for a, b in zip(self, other, strict=True)))
@@ -53,10 +59,17 @@ class Survival(NamedTuple):
             return math.inf if self.moved else 0.0
         return math.sqrt(max(0.0, self.moved / self.wanted - self.retained**2))
 
+    @property
+    def output_error(self) -> float | None:
+        """In proportion to the effect that was wanted on the outputs; None without probes."""
+        return math.sqrt(self.missed / self.effect) if self.effect else None
+
     def __str__(self) -> str:
-        return f"retained {self.retained:.3g}, noise {self.noise:.3g}"
+        error = "" if self.output_error is None else f", output error {self.output_error:.3g} of the effect"
+        return f"retained {self.retained:.3g}, noise {self.noise:.3g}{error}"
 
     def to_json(self) -> dict[str, float | None]:
         """Six digits of each: the sums are taken by tiles."""
         found = {"retained": self.retained, "noise": self.noise}
+        found |= {} if self.output_error is None else {"output_error": self.output_error}
         return {key: float(f"{value:.6g}") if math.isfinite(value) else None for key, value in found.items()}

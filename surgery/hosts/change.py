@@ -11,6 +11,7 @@ from surgery.core.adapter import Layer, Started
 from surgery.core.arithmetic import ExactProduct
 from surgery.core.as_peft import PeftMerge
 from surgery.core.elementwise import Elementwise
+from surgery.core.feedback import Feedback
 from surgery.core.op import Op
 from surgery.core.site import Site
 from surgery.core.survival import Survival
@@ -35,6 +36,7 @@ class Change:
     keep: bool = False  # by that codec and its scales the outcome is held too; `dtype` is then not its own
     into: str = ""  # the form that the outcome, in `dtype`, is held in, by scales of its own
     feedback: bool = False  # of its codes those are looked for that the inputs which matter tell least from it
+    probes: int = 0  # inputs by which is measured what the codes do to the outputs
     as_peft: PeftMerge | None = None  # how the layers are merged, where that is not exactly
 
     @property
@@ -63,7 +65,7 @@ class MergedTile(NamedTuple):
         """What is left of the change, where that is not all."""
         if self.laid is None or self.original is None:
             return None
-        return Survival.of(self.original, self.laid, self.merged)
+        return Survival.of(self.original, self.laid, self.merged, probes_of(self.change))
 
     @property
     def first(self) -> bool:
@@ -74,6 +76,26 @@ class MergedTile(NamedTuple):
     def last(self) -> bool:
         """Is it the weight's last tile?"""
         return ends(self.change.site, self.rows)
+
+
+def directions_of(change: Change, started: Started | None = None) -> Tensor | None:
+    """[r, in]: those along which its layers look at their inputs, of all that know them, in float64."""
+    known = (layer.method.directions(layer.params) for layer, _ in started or change.started())
+    found = [one.to(torch.float64) for one in known if one is not None]
+    return torch.cat(found) if found else None
+
+
+def probes_of(change: Change) -> Tensor | None:
+    """Inputs [in, n] of a linear map, always the same; half of their energy lies along the layers' directions."""
+    if not change.probes or change.site.op is None or change.site.op.name != "linear":
+        return None
+    drawn = torch.Generator().manual_seed(0)
+    white = torch.randn(change.site.shape[1], change.probes, generator=drawn, dtype=torch.float64)
+    directions = directions_of(change)
+    if directions is None:
+        return white
+    columns = Feedback(directions).columns
+    return white + columns @ torch.randn(columns.shape[1], change.probes, generator=drawn, dtype=torch.float64)
 
 
 Watch = Callable[[MergedTile], None]  # sees each tile of a merge, in order

@@ -6,16 +6,15 @@ from torch import Tensor
 from surgery.core.adapter import Started
 from surgery.core.codec import Codec, Packed
 from surgery.core.feedback import Feedback
-from surgery.hosts.change import Change
+from surgery.hosts.change import Change, directions_of
 
 FED_ELEMENTS = 1 << 21  # of a weight at a time: with fewer rows, the steps from column to column would take the time
 
 
 def feedback_of(change: Change, started: Started) -> Feedback | None:
     """None where the nearest codes are asked for, or no layer knows directions."""
-    known = (layer.method.directions(layer.params) for layer, _ in (started if change.feedback else ()))
-    found = [one.to(torch.float64) for one in known if one is not None]
-    return Feedback(torch.cat(found)) if found else None
+    directions = directions_of(change, started) if change.feedback else None
+    return None if directions is None else Feedback(directions)
 
 
 def rounded(codec: Codec, laid: Tensor, like: Packed, feedback: Feedback | None) -> Packed:

@@ -55,10 +55,11 @@ def cover(draft: Draft, form: str, plainly: Collection[str] = ()) -> None:
     draft.quantization = quantization(form, draft.changes[covered[0].name].dtype, others)
 
 
-def leave_plain(draft: Draft, plainly: Collection[str]) -> None:
-    """Let config.json tell that these weights of a quantized base are written plainly now."""
+def leave_plain(draft: Draft) -> None:
+    """Let config.json tell which weights of a quantized base, that keeps its format, are written plainly now."""
     base, told = draft.base, quantization_of(draft.base.config)
-    if not plainly or not told:
+    plainly = [name for name, change in draft.changes.items() if name in base.packed and not change.keep]
+    if not plainly or not told or draft.refusals:
         return
     key = _PLAIN.get(str(told.get("quant_method")))
     if key is None:

@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from surgery.adapters import out_proj
-from surgery.adapters.peft import check_shapes, read_adapter
+from surgery.adapters.peft import check_shapes
+from surgery.codecs.formats import Format
 from surgery.core.adapter import Adapter
 from surgery.core.method import Method, Params
 from surgery.core.names import in_base, nearest, renaming
@@ -17,6 +18,7 @@ from surgery.errors import MatchError, printable
 from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
+from surgery.procedures.awareness import holdings
 from surgery.procedures.fused import fused
 from surgery.procedures.inject import Fitting, check_name, fit
 from surgery.procedures.merge import base_sha256
@@ -27,25 +29,22 @@ from surgery.procedures.save import DEFAULT
 _HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
 
 
-def load(
+def lay(
     root: nn.Module,
-    path: Path,
+    adapter: Adapter,
     adapter_name: str = DEFAULT,
     trainable: bool = False,
-    scale: out_proj.Scale | None = None,
+    form: Format | None = None,
 ) -> None:
-    """Lay the adapter at `path` over the model; every tensor finds its place, or nothing changes."""
-    check_name(root, adapter_name)
-    lay(root, read_adapter(path, scale), adapter_name, trainable)
-
-
-def lay(root: nn.Module, adapter: Adapter, adapter_name: str = DEFAULT, trainable: bool = False) -> None:
-    """Lay an adapter that has been read over the model, as `load` does."""
+    """Lay an adapter over the model, aware of `form` if any; every tensor finds its place, or nothing changes."""
     check_name(root, adapter_name)
     tree = Tree(root)
     for note in out_proj.notes(adapter):
         warnings.warn(note, stacklevel=2)
-    fit(tree, adapter_name, fitting_of(tree, adapter), trainable)
+    fitting = fitting_of(tree, adapter)
+    if form is not None:
+        fitting = replace(fitting, aware=holdings(tree.modules, adapter.config, fitting.sites, form))
+    fit(tree, adapter_name, fitting, trainable)
 
 
 def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:

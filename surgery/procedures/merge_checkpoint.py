@@ -1,7 +1,6 @@
 """merge_checkpoint: adapters merged into a checkpoint, streaming, into a new folder."""
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -10,19 +9,19 @@ from typing import Any
 
 from surgery.core.adapter import Weighted
 from surgery.core.survival import Bounds, Survival
-from surgery.errors import CheckError, EnvironmentFault, InputError, UsageError, printable
+from surgery.errors import CheckError, EnvironmentFault, printable
 from surgery.hosts.change import MergedTile
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.layout import Layout, layout_like
 from surgery.hosts.reading import Reading
 from surgery.hosts.shards import FilePart
-from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.regular import file_sha256
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
+from surgery.procedures.expected import check_base
 from surgery.procedures.filling import Pace, fill
 from surgery.procedures.plan import Plan, describe, make_plan
-from surgery.procedures.receipt import VERSION, Receipt, base_fingerprint
+from surgery.procedures.receipt import VERSION, Receipt
 from surgery.procedures.small_files import RECEIPT, SmallFiles, small_files
 from surgery.procedures.surviving import survivals
 from surgery.procedures.treatment import Treatment
@@ -45,6 +44,7 @@ class Options:
     overwrite: bool = False
     resume: bool | None = None
     expect_base_sha256: str | None = None
+    probes: int = 0  # inputs by which is measured what a format does to the outputs
     bounds: Bounds = field(default_factory=Bounds)
     pace: Pace = field(default_factory=Pace)
     beside: Callable[[Staging], Mapping[str, str]] | None = None
@@ -85,6 +85,7 @@ def merge_checkpoint(
     options = options or Options()
     refuse_overlap(out, [base.path, *(Path(one.adapter.where) for one in adapters)])
     plan, fallen = _settled(base, adapters, options)
+    plan = plan.probed(options.probes)
     layout = layout_like(base, plan.written(), options.max_shard_bytes)
     files = small_files(base, [Path(one.adapter.where) for one in adapters])
     key = _key(base, adapters, plan, layout, options)
@@ -92,7 +93,7 @@ def merge_checkpoint(
         undo = stack.enter_context(UndoWriter(base, staging, layout)) if options.reversible else None
         books = _Books(Receipt(base, adapters, plan), undo)
         readings, written = fill(base, plan.view(base, books), staging, layout, books, options.paced())
-        _check_base(base, adapters, plan, readings, options)
+        check_base(base, adapters, plan, readings, options.expect_base_sha256)
         _check_survival(books.receipt, options)
         _write_small(files, plan, layout, staging)
         if options.beside is not None:
@@ -175,55 +176,9 @@ def _key(base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, layout: Lay
         "files": {file.name: hashlib.sha256(file.raw).hexdigest() for file in layout.files},
         "treatment": options.treatment.to_json(),
         "reversible": options.reversible,
+        "probes": options.probes,
     }
     return hashlib.sha256(json_bytes(decided)).hexdigest()
-
-
-def check_adapters(adapters: Sequence[Weighted], expected: str | Sequence[str] | None) -> None:
-    """InputError unless the adapters are the expected ones, in their order. UsageError for another number of them."""
-    if expected is None:
-        return
-    wanted = [expected] if isinstance(expected, str) else list(expected)
-    for digest in wanted:
-        check_sha256(digest)
-    if len(wanted) != len(adapters):
-        raise UsageError(f"{len(wanted)} hashes are expected of {len(adapters)} adapters; give one for each")
-    for (adapter, _), digest in zip(adapters, wanted, strict=True):
-        if adapter.digest != digest.lower():
-            raise InputError(
-                f"{printable(adapter.where)}: its sha256 is {adapter.digest}, expected is {printable(digest)}; "
-                "name the right adapter, or expect this hash"
-            )
-
-
-def check_sha256(digest: str | None) -> None:
-    """UsageError for what is no sha256."""
-    if digest is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
-        raise UsageError(f"{printable(digest)!r} is no sha256; 64 hexadecimal digits are wanted; see `surgery inspect`")
-
-
-def _check_base(
-    base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, readings: Sequence[Reading], options: Options
-) -> None:
-    """InputError if the base is not the expected one, or not the one that an adapter was trained on."""
-    wanted = options.expect_base_sha256
-    if wanted is not None and base_fingerprint(base, readings) != wanted.lower():
-        raise InputError(
-            f"{printable(base.path)}: its sha256 is {base_fingerprint(base, readings)}, expected is "
-            f"{printable(wanted)}; name the right base, or expect this hash"
-        )
-    begun = {one.site.weight.name: one.begins.weight.name for one in plan.changes if one.begins is not None}
-    for (adapter, _), prefix in zip(adapters, plan.prefixes, strict=True):
-        for name, (info, digest) in adapter.trained_on.items():
-            there = begun.get(prefix.of(name), prefix.of(name))  # a tied head is the embedding
-            if there not in base.at:
-                continue
-            held, found = base.at[there][1].info, readings[base.file_of(there)].tensors.get(there)
-            if (held.dtype, held.shape) == (info.dtype, info.shape) and found != digest:
-                raise InputError(
-                    f"{printable(adapter.where)}: it was trained on another base: {printable(name)} had sha256 "
-                    f"{printable(digest)} there, and here {found}; name that base, or remove the adapter's {BASE_PRINT}"
-                )
 
 
 def _write_small(files: SmallFiles, plan: Plan, layout: Layout, staging: Staging) -> None:

@@ -1,7 +1,7 @@
 """plan: what a merge would do to each weight of a checkpoint, and all that stands against it."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surgery.adapters import out_proj
@@ -53,6 +53,11 @@ class Plan:
             more = len(self.refusals) - 1
             first = self.refusals[0]
             raise type(first)(f"{first}" + (f" (and {more} more; `surgery plan` lists all)" if more else ""))
+
+    def probed(self, count: int) -> "Plan":
+        """With so many probes of what a format leaves of each change."""
+        changes = (replace(one, probes=count) if one.into or one.keep else one for one in self.changes)
+        return replace(self, changes=tuple(changes))
 
     def source(self, base: Checkpoint) -> Source:
         """The base as the changes are laid over it."""
@@ -126,7 +131,7 @@ def make_plan(
         pass_through(draft, treatment.base_as, treatment.compute_dtype)
     elif treatment.into == "keep":
         keep(draft, treatment.dtype or treatment.compute_dtype, plainly)
-        leave_plain(draft, plainly)
+        leave_plain(draft)
     else:
         unpack(draft, treatment.compute_dtype, treatment.into == "16bit")
     draft.settle(treatment.tied)

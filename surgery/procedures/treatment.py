@@ -13,6 +13,7 @@ from surgery.errors import UsageError, printable
 from surgery.ops.linear import LAYOUTS
 
 HELD_IN = ("nf4", "fp4", "int8", "fp8_block")  # the forms whose tensors' sizes no values decide
+_MOST_PROBES = 4096
 ROUNDINGS = ("nearest", "feedback")
 INTO = ("16bit", "keep", *HELD_IN)
 
@@ -95,6 +96,13 @@ def _check_fallback(fallback: str | None, into: str | None) -> None:
         raise UsageError(f"fallback is {printable(fallback)!r}; 16bit is wanted")
     if fallback is not None and into in (None, "16bit"):
         raise UsageError("fallback is for merges into a format; give into, or leave it out")
+
+
+def check_probes(probes: object) -> int:
+    """UsageError for no number of inputs."""
+    if not isinstance(probes, int) or not 0 <= probes <= _MOST_PROBES:
+        raise UsageError(f"probes is {printable(probes)!r}; a number of inputs up to {_MOST_PROBES} is wanted")
+    return probes
 
 
 def check_arithmetic(arithmetic: object) -> Arithmetic:

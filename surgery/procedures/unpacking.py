@@ -45,9 +45,9 @@ def unpack(draft: Draft, compute_dtype: torch.dtype | None, asked: bool) -> None
 
 
 def keep(draft: Draft, dtype: torch.dtype | None, plainly: Collection[str] = ()) -> None:
-    """The changes of quantized weights are held as these are, by their own scales; those of `plainly` in 16 bits.
+    """The changes of quantized weights are held as these are, by their own scales.
 
-    UsageError for a `dtype`.
+    Those of `plainly`, and those that the adapter replaces, are in 16 bits. UsageError for a `dtype`.
     """
     if not _known(draft):
         return
@@ -56,13 +56,15 @@ def keep(draft: Draft, dtype: torch.dtype | None, plainly: Collection[str] = ())
         raise UsageError("into keep: weights keep the dtypes that they have; leave dtype and compute_dtype out")
     for name in [name for name in draft.changes if name in draft.base.packed]:
         change, held = draft.changes[name], draft.base.packed[name]
-        if name in plainly:
+        if name in plainly or change.saved is not None:
             draft.changes[name] = _plain(change, held, held.plain.torch_dtype, draft.base)
             continue
-        if change.saved is not None or change.site.acting.stack:
-            what = "replaced by the adapter" if change.saved is not None else f"held as {held.codec.name}"
+        if change.site.acting.stack:
             draft.refusals.append(
-                FormatError(f"{printable(name)}: {what}, which cannot keep its format; merge into 16bit instead")
+                FormatError(
+                    f"{printable(name)}: held as {held.codec.name}, which cannot keep its format; "
+                    "merge into 16bit instead"
+                )
             )
             continue
         together = held.codec.step(held.headers, held.settings)

@@ -41,20 +41,26 @@ class Piece(NamedTuple):
     grade: Callable[[], Grade]
 
 
-def verify_checkpoint(
+def verify_checkpoint(  # noqa: PLR0913  # three things, and how they are looked at
     base: Checkpoint,
     adapters: Sequence[Weighted],
     out: Checkpoint,
     treatment: Treatment | None = None,
+    *,
+    probes: int = 0,
     workers: int | None = None,
 ) -> VerifyReport:
-    """Grade every tensor of `out` against `adapters` merged over `base`, by any tool; `workers` tiles at once."""
+    """Grade every tensor of `out` against `adapters` merged over `base`, by any tool; `workers` tiles at once.
+
+    `probes` inputs measure what a format leaves of the adapters' effect on the outputs of each weight.
+    """
     # What is right where two were tied.
     treatment = replace(treatment or Treatment(), tied="untie", into=_into(base, out))
     plan = make_plan(
         base, adapters, treatment, () if treatment.into != "keep" else base.packed.keys() - out.packed.keys()
     )
     plan.require()
+    plan = plan.probed(probes)
     grades: dict[str, Grade] = {}
     pieces = _pieces(base, plan.source(base), out, plan.changes)
     for name, grade in in_order(_graded, pieces, workers or default_workers()):
@@ -176,8 +182,8 @@ def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable
         if there is None or refused:
             yield Piece(name, partial(Grade, "different", why=refused))
         elif name in out.packed:
-            kept = _is_kept(base, name, out.packed[name])
-            yield from _kept_pieces(base, out, name, change) if kept else _anew_pieces(source, out, info, change)
+            alike = _is_kept(base, name, out.packed[name])
+            yield from _kept_pieces(base, out, name, change) if alike else _anew_pieces(source, out, info, change)
         elif change is None and there.dtype == info.dtype and name not in base.packed:
             yield from (Piece(name, partial(carried, base, out, name, span)) for span in spans(info))
         else:

@@ -15,7 +15,7 @@ from checkpoint_folders import factors, file_hashes, flip_byte, rewrite, write_a
 from huggingface_hub import errors
 from outcomes import Run, told
 
-from surgery.api import files
+from surgery.api import files, made_adapters
 from surgery.cli import surgery as command
 from surgery.core.site import TensorInfo
 from surgery.io.fingerprint import base_print_bytes
@@ -49,7 +49,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) ->
     def fail(*_: object, **__: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(files, name, fail)
+    monkeypatch.setattr(made_adapters if name == "extract" else files, name, fail)
 
 
 @pytest.mark.parametrize("name", ["", *sorted(command.commands)])

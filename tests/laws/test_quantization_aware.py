@@ -1,6 +1,7 @@
 """What a quantization-aware adapter runs as is what its merge is, held in the format: every method, every format."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +147,13 @@ def test_training_moves_it_and_the_loss_of_what_is_held_falls() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
+
+
+@each_format
+def test_a_saved_adapter_is_loaded_aware_of_the_format(form: str, tmp_path: Path) -> None:
+    surgery.save(trained(surgery.inject(net(), CASES[0])), tmp_path / "adapter")
+    wanted = trained(surgery.inject(net(), CASES[0], quantization_aware=form))
+    found = surgery.load(net(), tmp_path / "adapter", quantization_aware=form)
+    assert same_bits(found(given()), wanted(given()))
+    with pytest.raises(surgery.UsageError, match="quantization_aware"):
+        surgery.load(net(), tmp_path / "adapter", quantization_aware="nf5")

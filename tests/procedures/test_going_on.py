@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import surgery
 from surgery.adapters.peft import read_adapter
 from surgery.core.adapter import Weighted
+from surgery.core.survival import Bounds
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.staging import Staging
 from surgery.procedures.filling import Pace
@@ -66,11 +67,19 @@ def merging(base: Path, adapter: Path, out: Path, **options: object) -> Merge:
     return merge
 
 
-def test_finished_files_are_kept_and_the_bytes_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "treatment",
+    [Treatment(), Treatment(into="nf4", rounding="feedback"), Treatment(into="int8", fallback="16bit")],
+    ids=["plain", "nf4", "int8"],
+)
+def test_finished_files_are_kept_and_the_bytes_are_the_same(
+    treatment: Treatment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = write_base(tmp_path / "base", base_tensors(torch.bfloat16), shards=3)
     adapter = write_adapter(tmp_path / "adapter")
-    merging(base, adapter, tmp_path / "straight", reversible=True)()
-    merge = merging(base, adapter, tmp_path / "out", reversible=True)
+    options = {"treatment": treatment, "reversible": True, "bounds": Bounds(0.0, 9.0), "probes": 3}
+    merging(base, adapter, tmp_path / "straight", **options)()
+    merge = merging(base, adapter, tmp_path / "out", **options)
     cut_short(merge, monkeypatch)
     [first] = finished(tmp_path / "out")
     stamp = (tmp_path / ".out.surgery-staging" / first).stat().st_mtime_ns

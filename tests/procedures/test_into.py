@@ -174,6 +174,40 @@ def test_rows_are_fed_back_alike_in_tiles_of_any_size(
     assert tensor_hashes(read_tensors(tmp_path / "rows")) == tensor_hashes(read_tensors(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "feedback"])
+def test_probes_tell_the_error_of_outputs_over_the_effect_in_receipt_and_verify(
+    rounding: str, adapter: Path, tmp_path: Path
+):
+    base, out, count = quantized_base(tmp_path / "base", "nf4"), tmp_path / "out", 4096
+    options = {"into": "keep", "rounding": rounding, "probes": count, **ANY}
+    receipt = surgery.merge_checkpoint(base, adapter, out, **options).receipt
+    report = surgery.verify_checkpoint(base, adapter, out, probes=count)
+    codec, given = FORMS["nf4"][0], factors()
+    with Checkpoint(base) as before, Checkpoint(out) as after:
+        for site in before.sites():
+            if site.name not in SITES:
+                continue
+            A, B = (given[f"{site.name}.lora_{letter}.weight"] for letter in "AB")
+            delta, H = exact_product(B, A) * (6 / 4), importance(A.double())
+            was, became = (codec.decode(one.load(site), torch.float64) for one in (before, after))
+            error = became - was - delta
+            wanted = math.sqrt(float((error @ H * error).sum() / (delta @ H * delta).sum()))
+            told = receipt["changed"][f"{site.name}.weight"]
+            # Of the mean of as many squares as there are inputs, 4 standard deviations, in both sums.
+            assert told["output_error"] == pytest.approx(wanted, rel=2 * 4 * math.sqrt(2 / count) / 2)
+            survival = report.tensors[f"{site.name}.weight"].survival
+            assert survival is not None
+            assert survival.to_json() == {key: told[key] for key in ("retained", "noise", "output_error")}
+    assert 0 < receipt["survived"]["output_error"] < 1
+    assert "output_error" not in surgery.verify_checkpoint(base, adapter, out).tensors[f"{SITES[0]}.weight"].to_json()
+
+
+def importance(A: Tensor) -> Tensor:
+    """What inputs half of whose energy lies along A make of an error."""
+    unit = A / A.norm(dim=1, keepdim=True)
+    return torch.eye(A.shape[1], dtype=torch.float64) + A.shape[1] / A.shape[0] * unit.T @ unit
+
+
 def uneven(folder: Path) -> Path:
     """Of which one site is lost in 4 bits."""
     size = {True: 2.0**-9, False: 8.0}
@@ -206,11 +240,29 @@ def test_what_would_be_lost_falls_back_to_16_bits_site_by_site(form: str, tmp_pa
     assert file_hashes(tmp_path / "back") == file_hashes(base)
 
 
+@pytest.mark.parametrize("into", ["keep", "int8"])
+def test_a_module_that_the_adapter_replaces_is_plain_beside_weights_that_keep_their_format(into: str, tmp_path: Path):
+    base, out, (name, *others) = quantized_base(tmp_path / "base", "nf4"), tmp_path / "out", SITES
+    new = torch.randn(SHAPES["q_proj"], generator=torch.Generator().manual_seed(3))
+    laid = {k: 8 * v for k, v in factors().items() if not k.startswith(name)}
+    adapter = write_adapter(tmp_path / "adapter", {**laid, f"{name}.weight": new}, modules_to_save=["layers.0.q_proj"])
+    surgery.merge_checkpoint(base, adapter, out, into=into, reversible=True, **ANY)
+    found = read_tensors(out)
+    told = json.loads((out / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    assert torch.equal(found[f"{name}.weight"], new.bfloat16())
+    assert name in told
+    assert not {*others} & {*told}
+    assert surgery.verify_checkpoint(base, adapter, out).ok
+    surgery.unmerge_checkpoint(out, tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
 @pytest.mark.parametrize(
     ("base", "options", "error", "why"),
     [
         ("plain", {"into": "nf4", "fallback": "int8"}, UsageError, "no loader reads int8 beside nf4"),
         ("plain", {"fallback": "16bit"}, UsageError, "give into"),
+        ("plain", {"into": "nf4", "probes": -1}, UsageError, "probes"),
         ("plain", {"rounding": "feedback"}, UsageError, "give into"),
         ("plain", {"into": "nf4", "rounding": "up"}, UsageError, "nearest, feedback"),
         ("fp8-rows", {"into": "keep", "fallback": "16bit", "min_retained": 1.1}, FormatError, "fbgemm_fp8"),
@@ -227,6 +279,23 @@ def test_what_cannot_be_is_refused(base: str, options: dict, error: type, why: s
     begun = plain_base(tmp_path / "base") if base == "plain" else quantized_base(tmp_path / "base", base)
     with pytest.raises(error, match=why):
         surgery.merge_checkpoint(begun, adapter, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("field", [{"hidden_size": "many"}, {"hidden_size": 7, "num_attention_heads": 0}], ids=str)
+def test_a_config_of_which_no_model_can_be_made_is_refused(field: dict, adapter: Path, tmp_path: Path):
+    base = plain_base(tmp_path / "base")
+    told = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **field}
+    (base / "config.json").write_text(json.dumps(told))
+    with pytest.raises(FormatError, match=r"config\.json: transformers makes no model of it"):
+        surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="nf4")
+
+
+def test_a_config_of_more_layers_than_tensors_builds_no_model(adapter: Path, tmp_path: Path):
+    base = plain_base(tmp_path / "base")
+    told = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 10**9}
+    (base / "config.json").write_text(json.dumps(told))
+    report = surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="nf4", **ANY)
+    assert "4 weights are held in nf4, and 2 other linear ones are not" in report.receipt["notes"]
 
 
 def test_a_base_without_a_linear_weight_is_refused(tmp_path: Path):
