@@ -36,7 +36,7 @@ REASONS: Mapping[str, str] = {
     "eva_config": "EVA starts from activations; start with init_lora_weights=True; what is trained does not need it",
     "kasa_config": "KaSA first cuts the base down to a lower rank; merge it in PEFT",
     "layer_replication": "it stacks layers that share one weight, which a merge would change for all; run it in PEFT",
-    "loftq_config": _BASE,
+    "loftq_config": "LoftQ changes the base too, by quantizing it; quantize the base instead, or merge it in PEFT",
     "lora_ga_config": _BASE,
     "megatron_config": _MEGATRON,
     "megatron_core": _MEGATRON,
