@@ -26,7 +26,7 @@ CONVERSION = "path_initial_model_for_weight_conversion"
 _CONVERT = f"convert the adapter in PEFT first, by {CONVERSION}"
 _ROUNDS = re.compile(r"pissa_niter_([0-9]{1,3})")
 
-UNSERVED: Mapping[str, str] = {
+_UNSERVED: Mapping[str, str] = {
     "corda": f"it needs the covariances of inputs; start with 'pissa', or {_CONVERT}",
     "eva": "it needs activations; start with True; what was trained from it is an ordinary LoRA, so that in its "
     "config this may be set to true, as PEFT reads it",
@@ -36,12 +36,23 @@ UNSERVED: Mapping[str, str] = {
     "mica": "it trains A alone; start with True; what was trained from it is an ordinary LoRA, so that in its config "
     "this may be set to true, as PEFT reads it",
 }
-"""Starts of PEFT that are not made here, and why."""
 
 
 def is_from_base(start: object) -> bool:
     """Does an adapter start as a part of the base?"""
     return isinstance(start, str) and (start in ("pissa", "olora") or _ROUNDS.fullmatch(start) is not None)
+
+
+def check_init(start: object) -> None:
+    """ConfigError for what is no start that is made here."""
+    if start in (True, False, "gaussian", "orthogonal") or is_from_base(start):
+        return
+    why = _UNSERVED.get(start) if isinstance(start, str) else None
+    known = (
+        "True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N' and 'olora' are supported; start with one of "
+        "them, or train it in PEFT"
+    )
+    raise ConfigError(f"init_lora_weights is {printable(start)!r}; {why or known}")
 
 
 def joined(p: Params) -> Params:

@@ -23,7 +23,7 @@ from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods import stacks
 from surgery.methods.dora import Dora
-from surgery.methods.inits import CONVERSION, UNSERVED, FromBase, doubled, is_from_base, joined
+from surgery.methods.inits import CONVERSION, FromBase, check_init, doubled, is_from_base, joined
 from surgery.methods.lora_as_peft import delta_as_peft, rounds_first
 from surgery.methods.lora_bias import LoraBias
 from surgery.methods.lora_fields import NEUTRAL, REASONS
@@ -79,7 +79,7 @@ class LoraConfig(AdapterConfig):
         _check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
-        _check_init(self.init_lora_weights)
+        check_init(self.init_lora_weights)
         if self._from_base and (self.use_dora or self.target_parameters):
             raise ConfigError(
                 f"init_lora_weights is {self.init_lora_weights!r}; it goes without use_dora and target_parameters; "
@@ -310,17 +310,6 @@ def _orthogonal(A: Tensor, B: Tensor) -> Params:
     first = rotation[0::2].T @ torch.randn(r // 2, _as_matrix(A).shape[1]) / 10  # [r, in]
     second = torch.randn(B.shape[0], r // 2) @ rotation[1::2] / 10  # [out, r]
     return {"A": first.view(A.shape), "B": second.view(B.shape)}
-
-
-def _check_init(start: object) -> None:
-    if start in (True, False, "gaussian", "orthogonal") or is_from_base(start):
-        return
-    why = UNSERVED.get(start) if isinstance(start, str) else None
-    known = (
-        "True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N' and 'olora' are supported; start with one of "
-        "them, or train it in PEFT"
-    )
-    raise ConfigError(f"init_lora_weights is {printable(start)!r}; {why or known}")
 
 
 def _check_rank(name: str, value: object) -> None:

@@ -172,6 +172,30 @@ def test_adapters_switch_and_are_deleted_and_frozen_as_others() -> None:
 
 
 @each_start
+@pytest.mark.parametrize("aware", [None, "nf4"], ids=["", "aware"])
+def test_a_quantized_base_keeps_its_bytes_and_its_outputs_at_the_start(
+    start: str, aware: str | None, tmp_path: Path
+) -> None:
+    model = surgery.quantize(nn.Sequential(nn.Linear(64, 64)), "nf4")
+    x, held = torch.randn(4, 64), model.state_dict()["0.weight"].clone()
+    before = model(x).detach()
+    config = surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights=start)
+    ours = surgery.inject(model, config, quantization_aware=aware)
+    with torch.no_grad():
+        assert_equivalent(lambda given: before, ours, x)
+        for one in ours.parameters():
+            if one.requires_grad:
+                one.add_(torch.randn_like(one) / 4)
+    after = ours(x).detach()
+    surgery.save(ours, tmp_path)
+    surgery.eject(ours)
+    assert torch.equal(model.state_dict()["0.weight"], held)
+    assert not torch.allclose(after, before)
+    if aware is None:
+        assert_equivalent(surgery.load(model, tmp_path), lambda given: after, x)
+
+
+@each_start
 def test_what_was_saved_is_laid_into_a_model_that_starts_anew_and_trained_on_to_the_same_bits(
     start: str, tmp_path: Path
 ) -> None:
