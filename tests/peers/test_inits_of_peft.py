@@ -182,7 +182,7 @@ def test_a_quantized_base_keeps_its_bytes_and_its_outputs_at_the_start(
     config = surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights=start)
     ours = surgery.inject(model, config, quantization_aware=aware)
     with torch.no_grad():
-        assert_equivalent(lambda given: before, ours, x)
+        assert_equivalent(lambda _given: before, ours, x)
         for one in ours.parameters():
             if one.requires_grad:
                 one.add_(torch.randn_like(one) / 4)
@@ -192,7 +192,7 @@ def test_a_quantized_base_keeps_its_bytes_and_its_outputs_at_the_start(
     assert torch.equal(model.state_dict()["0.weight"], held)
     assert not torch.allclose(after, before)
     if aware is None:
-        assert_equivalent(surgery.load(model, tmp_path), lambda given: after, x)
+        assert_equivalent(surgery.load(model, tmp_path), lambda _given: after, x)
 
 
 @each_start
@@ -255,3 +255,18 @@ def test_a_file_that_would_change_the_base_again_is_refused_and_the_conversion_n
         surgery.load(made(), tmp_path)
     again = surgery.inject(made(), surgery.LoraConfig.from_pretrained(tmp_path))  # the config alone is one to train by
     assert torch.equal(again(given()), made()(given()))
+
+
+@pytest.mark.parametrize("start", ["eva", "mica"])
+def test_what_was_trained_from_other_starts_is_an_ordinary_lora_as_the_refusal_says(start: str, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(made(), peft.LoraConfig(**FIELDS, init_lora_weights=start)).eval()
+    for name, values in theirs.named_parameters():
+        if "lora_" in name:
+            values.data.add_(torch.randn_like(values) / 4)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(surgery.FormatError, match="in its config this may be (set to true|null)"):
+        surgery.load(made(), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps(told | {"init_lora_weights": True, "eva_config": None}))
+    assert_equivalent(surgery.load(made(), tmp_path), theirs, given(), base=made())
