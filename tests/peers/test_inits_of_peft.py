@@ -264,7 +264,7 @@ def test_what_was_trained_from_other_starts_is_an_ordinary_lora_as_the_refusal_s
         if "lora_" in name:
             values.data.add_(torch.randn_like(values) / 4)
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(surgery.FormatError, match="in its config this may be (set to true|null)"):
+    with pytest.raises(surgery.FormatError, match=r"in its config this may be (set to true|null)"):
         surgery.load(made(), tmp_path)
     config = tmp_path / "adapter_config.json"
     told = json.loads(config.read_text())
