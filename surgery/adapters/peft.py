@@ -249,8 +249,9 @@ def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Foun
 
 
 def _resolve(config: AdapterConfig, sites: Iterable[str], where: str) -> None:
-    """FormatError where a site's settings cannot be told: a pattern takes too long."""
+    """FormatError where a site's settings cannot be told, as a pattern takes too long, or the tensors are not all."""
     try:
+        config.check_whole()
         for site in sites:
             config.method(site)
     except ConfigError as error:

@@ -128,6 +128,9 @@ class AdapterConfig(ABC, metaclass=_OfFields):
     def check_fresh(self) -> None:  # most have nothing to refuse
         """ConfigError for what a fresh adapter cannot be trained with."""
 
+    def check_whole(self) -> None:  # most have nothing to refuse
+        """ConfigError where tensors in a file are not all of the adapter."""
+
     def written(self, sites: Mapping[str, Params]) -> tuple[Self, Mapping[str, Params]]:
         """Config and tensors as files hold them, where training has let go of some."""
         return self, sites

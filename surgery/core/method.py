@@ -47,6 +47,7 @@ class Spec(NamedTuple):
     spelling: str
     shape: tuple[int, ...]
     live: str = ""  # how a model spells it, where that is otherwise
+    fixed: bool = False  # does training leave it as it began?
 
     @property
     def held(self) -> tuple[str, str]:
@@ -73,6 +74,10 @@ class Method(ABC):
 
     def refuse_merge(self, site: Site) -> None:  # noqa: B027  # most can be merged anywhere
         """MatchError where no weight of this site's shape holds what the adapter computes."""
+
+    def reread(self, method: "Method", p: Params) -> Params | None:  # noqa: ARG002  # for those that have such files
+        """Its tensors out of `p` of `method`, as which its files spell it; None where that is not what they spell."""
+        return None
 
     @abstractmethod
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:

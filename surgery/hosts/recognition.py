@@ -97,7 +97,10 @@ _SCALED = (_code(_Scaled.forward), _code(_ScaledInDtype.forward))
 def unfit(module: nn.Module) -> str | None:
     """Why a module of a known kind can bear no adapter all the same, and the next step; None if it can."""
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None:
-        return "its query, key and value have weights of their own, for which PEFT has no spelling; adapt its out_proj"
+        return (
+            "its query, key and value have weights of their own; name these in target_parameters (q_proj_weight, "
+            "k_proj_weight, v_proj_weight)"
+        )
     return unready(module) if is_quantized(module) else held_by_another(module) or _unfit_weight(module)
 
 

@@ -54,7 +54,10 @@ class Adapted(Bare):
             if not isinstance(slot, Slot):
                 slot = Slot()
                 self._modules[name] = slot
-            slots[role], holders[role] = slot, slot.put(adapter, leaf, params[role], trainable)
+            values, slots[role] = params[role], slot
+            holders[role] = (
+                slot.fix(adapter, leaf, values) if spec.fixed else slot.put(adapter, leaf, values, trainable)
+            )
         self.fitted[adapter] = Fitted(method, holders, slots, aware)
 
     def unfit(self, adapter: str) -> None:

@@ -23,6 +23,7 @@ from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods import stacks
 from surgery.methods.dora import Dora
+from surgery.methods.inits import CONVERSION, FromBase, check_init, doubled, is_from_base, joined
 from surgery.methods.lora_as_peft import delta_as_peft, rounds_first
 from surgery.methods.lora_bias import LoraBias
 from surgery.methods.lora_fields import NEUTRAL, REASONS
@@ -32,7 +33,7 @@ _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of
 OUT_PROJ = ".base_layer.out_proj"
 """How PEFT spells the out_proj of an adapted nn.MultiheadAttention, whose delta it adds twice."""
 
-Init = bool | Literal["gaussian", "orthogonal"]
+Init = bool | str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +79,11 @@ class LoraConfig(AdapterConfig):
         _check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
-        if self.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        check_init(self.init_lora_weights)
+        if self._from_base and (self.use_dora or self.target_parameters):
             raise ConfigError(
-                f"init_lora_weights is {printable(self.init_lora_weights)!r}; True, False, 'gaussian' and "
-                "'orthogonal', which leave the base alone, are supported; start with one of them, or convert the "
-                "adapter in PEFT first, by path_initial_model_for_weight_conversion"
+                f"init_lora_weights is {self.init_lora_weights!r}; it goes without use_dora and target_parameters; "
+                "start with True"
             )
         if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False)):
             raise ConfigError(
@@ -97,6 +98,36 @@ class LoraConfig(AdapterConfig):
             _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
             _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
+
+    def check_whole(self) -> None:
+        if self._from_base:
+            raise ConfigError(
+                f"init_lora_weights is {self.init_lora_weights!r}, by which PEFT changes the base whenever it reads "
+                "this; what it began as is not in the file; convert the adapter in PEFT, by save_pretrained with "
+                f"{CONVERSION}"
+            )
+
+    def written(self, sites: Mapping[str, Params]) -> tuple[Self, Mapping[str, Params]]:
+        """Of a start that is a part of the base, the ordinary LoRA of what has changed since."""
+        if not self._from_base:
+            return self, sites
+        r, alpha = self._doubled(self.r, self.lora_alpha)
+        told = replace(
+            self,
+            init_lora_weights=True,
+            r=r,
+            lora_alpha=alpha,
+            rank_pattern={name: self._doubled(one, 0)[0] for name, one in self.rank_pattern.items()},
+            alpha_pattern={name: self._doubled(0, one)[1] for name, one in self.alpha_pattern.items()},
+        )
+        return told, {name: joined(p) for name, p in sites.items()}
+
+    @property
+    def _from_base(self) -> bool:
+        return is_from_base(self.init_lora_weights)
+
+    def _doubled(self, r: int, alpha: float) -> tuple[int, float]:
+        return doubled(r, alpha, self.use_rslora)
 
     def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
         tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
@@ -115,17 +146,21 @@ class LoraConfig(AdapterConfig):
     def with_parameters(self, names: Sequence[str]) -> Self:
         return replace(self, target_parameters=names or None)
 
-    def method(self, name: str) -> "Lora | LoraBias | Dora":
+    def method(self, name: str) -> "Lora | LoraBias | Dora | FromBase":
         r, alpha = self._numbers(name)
+        if self._from_base:
+            r, alpha = self._doubled(r, alpha)
         lora = Lora(
             r=r,
             scaling=alpha / math.sqrt(r) if self.use_rslora else alpha / r,
             dropout=0.0 if self.use_dora else self.lora_dropout,
-            start=self.init_lora_weights,
+            start=self._from_base or self.init_lora_weights,
             halves=name.endswith(OUT_PROJ),
         )
         if self.use_dora:
             return Dora(lora, self.lora_dropout)
+        if self._from_base:
+            return FromBase(lora.scaling, lora, str(self.init_lora_weights))
         return LoraBias(lora) if self.lora_bias else lora
 
     def _numbers(self, name: str) -> tuple[int, float]:
@@ -173,7 +208,7 @@ class Lora(Additive, AsPeft):
             )
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
-        self._check_start(site)
+        self.check_start(site)
         A, B = (torch.zeros(spec.shape) for spec in self.tensors(site).values())
         if self.start == "orthogonal":
             return _orthogonal(A, B)
@@ -212,7 +247,7 @@ class Lora(Additive, AsPeft):
         grid = self.r * 2.0**-21 * B.amax(1, keepdim=True) * A.amax(0, keepdim=True)  # [out, in]
         return abs(self.scaling) * (grid + (self.r + 1) * unit * (B @ A))
 
-    def _check_start(self, site: Site) -> None:
+    def check_start(self, site: Site) -> None:
         """ConfigError for settings that would not begin, or train, as they say at this site."""
         if self.dropout and site.acting.roles:
             raise ConfigError(

@@ -33,10 +33,11 @@ REASONS: Mapping[str, str] = {
     "bias": "it trains biases of the base itself, whatever adapter runs; leave it 'none', or merge it in PEFT",
     "corda_config": _BASE,
     "ensure_weight_tying": "one adapter would play on two tied weights; leave it false, or merge it in PEFT",
-    "eva_config": "EVA starts from activations; start with init_lora_weights=True; what is trained does not need it",
+    "eva_config": "EVA starts from activations; start with init_lora_weights=True; what was trained from it is an "
+    "ordinary LoRA, so that in its config this may be null, and init_lora_weights true",
     "kasa_config": "KaSA first cuts the base down to a lower rank; merge it in PEFT",
     "layer_replication": "it stacks layers that share one weight, which a merge would change for all; run it in PEFT",
-    "loftq_config": _BASE,
+    "loftq_config": "LoftQ changes the base too, by quantizing it; quantize the base instead, or merge it in PEFT",
     "lora_ga_config": _BASE,
     "megatron_config": _MEGATRON,
     "megatron_core": _MEGATRON,

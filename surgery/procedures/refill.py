@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.adapter import Adapter
+from surgery.core.config import AdapterConfig
 from surgery.errors import MatchError, ShapeError, printable
 from surgery.hosts.tree import adapted_layers, injected, replaced_modules
 from surgery.layers import Adapted, Replaced
@@ -24,8 +25,8 @@ def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     state = injected(root)
     state.require(adapter_name)
     refuse_merged(root, "load into an adapter")
-    fitting = fitting_of(Tree(root), adapter)
     layers = {name: layer for name, layer in adapted_layers(root).items() if adapter_name in layer.fitted}
+    fitting = _as_held(fitting_of(Tree(root), adapter), layers, adapter_name, state.configs[adapter_name])
     holders = {name: one for name, one in replaced_modules(root).items() if adapter_name in one.modules_to_save}
     _check_same(fitting.sites, layers, adapter)
     _check_same(fitting.saved, holders, adapter)
@@ -41,7 +42,19 @@ def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:
             old.copy_(new)
     for name, layer in layers.items():
         layer.retune(adapter_name, fitting.sites[name][1])
-    state.configs[adapter_name] = replace(adapter.config, inference_mode=state.configs[adapter_name].inference_mode)
+    state.configs[adapter_name] = replace(fitting.config, inference_mode=state.configs[adapter_name].inference_mode)
+
+
+def _as_held(fitting: Fitting, layers: dict[str, Adapted], adapter_name: str, config: AdapterConfig) -> Fitting:
+    """What is saved as another kind of adapter than it is, as the model holds it, if all of it is so."""
+    sites = {}
+    for name, (site, method, params) in fitting.sites.items():
+        own = layers[name].fitted[adapter_name].method if name in layers else method
+        held = own.reread(method, params)
+        if held is None:
+            return fitting
+        sites[name] = site, own, held
+    return replace(fitting, config=config, sites=sites)
 
 
 def _check_same(given: Collection[str], there: Collection[str], adapter: Adapter) -> None:

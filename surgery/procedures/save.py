@@ -84,6 +84,7 @@ def _written(
         f"{name}.{spec.spelling}": out_proj.written(name, role, kept[name][role])
         for name in kept
         for role, spec in specs[name].items()
+        if role in kept[name]
     }
     return config, found | _replacements(root, adapter, state_dict)
 

@@ -55,7 +55,8 @@ def train_running(root: nn.Module) -> None:
     for layer in adapted_layers(root).values():
         for adapter, one in layer.fitted.items():
             for values in one.params.values():
-                values.requires_grad_(adapter in trained)
+                if isinstance(values, nn.Parameter):
+                    values.requires_grad_(adapter in trained)
     for holder in replaced_modules(root).values():
         for adapter, module in holder.modules_to_save.items():
             module.requires_grad_(adapter in trained)

@@ -32,6 +32,7 @@ SHARED = {
     "task_type": st.sampled_from([None, "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]),
     "inference_mode": st.booleans(),
 }
+FROM_BASE = ("pissa", "pissa_niter_4", "olora")
 OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "LORA": {
         "r": st.integers(1, 512),
@@ -41,7 +42,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "use_dora": st.booleans(),
         "lora_bias": st.booleans(),
         "fan_in_fan_out": st.booleans(),
-        "init_lora_weights": st.sampled_from([True, False, "gaussian", "orthogonal"]),
+        "init_lora_weights": st.sampled_from([True, False, "gaussian", "orthogonal", *FROM_BASE]),
         "rank_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
         "alpha_pattern": st.dictionaries(patterns, numbers, max_size=3),
         "bias": st.just("none"),
@@ -81,6 +82,8 @@ def test_a_config_read_from_its_json_is_equal(name: str, data: st.DataObject):
     chosen = data.draw(st.fixed_dictionaries({}, optional={**SHARED, **OWN.get(name, {})}))
     if chosen.get("lora_bias"):  # which excludes some others
         chosen = {field: value for field, value in chosen.items() if field not in ("use_dora", "init_lora_weights")}
+    if chosen.get("init_lora_weights") in FROM_BASE:
+        chosen = {field: value for field, value in chosen.items() if field not in ("use_dora", "target_parameters")}
     if chosen.get("target_parameters"):
         others = ("use_dora", "lora_bias", "lora_dropout")
         chosen = {field: value for field, value in chosen.items() if field not in others}

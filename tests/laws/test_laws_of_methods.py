@@ -32,6 +32,8 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 3, "lora_alpha": 5, "use_dora": True},
         {"r": 2, "lora_alpha": -3, "use_dora": True, "init_lora_weights": "gaussian", "use_rslora": True},
         {"r": 3, "lora_alpha": 5, "lora_bias": True},
+        {"r": 3, "lora_alpha": 5, "init_lora_weights": "pissa"},
+        {"r": 2, "use_rslora": True, "init_lora_weights": "olora"},
     ],
     "IA3": [{"feedforward_modules": ["layer"]}],
     "ADALORA": [

@@ -51,7 +51,12 @@ class Form(NamedTuple):
 
 
 PARAMETER = {"target_modules": [], "target_parameters": ["layer.held"]}
-PARAMETERS = ("nn.Parameter of two axes", "nn.Parameter of three axes")
+APART = {"target_modules": [], "target_parameters": [f"layer.{one}_proj_weight" for one in "qkv"]}
+PARAMETERS = (
+    "nn.Parameter of two axes",
+    "nn.Parameter of three axes",
+    "nn.MultiheadAttention with `kdim` and `vdim`, by `target_parameters`",
+)
 LAYERS: Mapping[str, Layer] = {
     "nn.Linear": Layer(lambda: nn.Linear(16, 12), lambda: torch.randn(64, 16)),
     "Conv1D of transformers": Layer(lambda: Conv1D(12, 16), lambda: torch.randn(64, 16)),
@@ -66,6 +71,12 @@ LAYERS: Mapping[str, Layer] = {
     ),
     PARAMETERS[0]: Layer(lambda: Held(12, 16), lambda: torch.randn(64, 16), PARAMETER),
     PARAMETERS[1]: Layer(lambda: Held(3, 12, 16), lambda: torch.randn(3, 32, 16), PARAMETER),
+    PARAMETERS[2]: Layer(
+        lambda: nn.MultiheadAttention(16, 2, kdim=12, vdim=8, batch_first=True),
+        lambda: torch.randn(16, 4, 16),
+        APART,
+        lambda module, x: module(x, x[..., :12], x[..., 8:], need_weights=False)[0],
+    ),
 }
 FORMS: Mapping[str, Form] = {
     "LoRA": Form({}),

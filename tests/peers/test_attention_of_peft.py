@@ -211,8 +211,10 @@ def test_a_fresh_adapter_changes_no_output_and_an_entry_for_out_proj_adds_nothin
 
 def test_what_an_attention_layer_cannot_bear_is_refused_by_name(tmp_path: Path) -> None:
     apart = nn.ModuleDict({"attn": nn.MultiheadAttention(16, 4, kdim=8)})
-    with pytest.raises(MatchError, match="attn: its query, key and value have weights of their own"):
+    with pytest.raises(MatchError, match="weights of their own; name these in target_parameters"):
         surgery.inject(apart, surgery.LoraConfig(target_modules=["attn"]))
+    with pytest.raises(ValueError, match="Only same embed for query/key/value is supported"):
+        peft.get_peft_model(apart, peft.LoraConfig(target_modules=["attn"]))
     with pytest.raises(ConfigError, match=r"attn: lora_dropout is 0\.1"):
         surgery.inject(made(), surgery.LoraConfig(target_modules=["attn"], lora_dropout=0.1))
     with pytest.raises(MatchError, match="attn: an attention"):

@@ -221,7 +221,7 @@ REFUSED = {
     "corda_config": (CordaConfig(), "changes the base"),
     "ensure_weight_tying": (True, "two tied weights"),
     "eva_config": (peft.EvaConfig(), "activations"),
-    "init_lora_weights": ("pissa", "leave the base alone"),
+    "init_lora_weights": ("loftq", "in the base's place"),
     "kasa_config": (KasaConfig(), "KaSA"),
     "layer_replication": ([[0, 1]], "share one weight"),
     "loftq_config": ({"loftq_bits": 4}, "changes the base"),

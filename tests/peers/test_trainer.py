@@ -111,10 +111,11 @@ def test_a_run_of_trainer_alone_changes_the_adapter_and_its_checkpoints_hold_not
     [
         (torch.float32, {}, {}),
         (torch.float32, {"modules_to_save": ["lm_head"]}, {}),
+        (torch.float32, {"init_lora_weights": "pissa", "use_rslora": True}, {}),
         (torch.bfloat16, {}, {"bf16": True}),
         (torch.float32, {}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
     ],
-    ids=["plain", "head", "bf16", "checkpointing"],
+    ids=["plain", "head", "pissa", "bf16", "checkpointing"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
     kind: type[Trainer], dtype: torch.dtype, options: dict[str, Any], run_options: dict[str, Any], tmp_path: Path
