@@ -113,6 +113,10 @@ class AdapterConfig(ABC, metaclass=_OfFields):
         """Of its numbers those that patterns resolve for the site `name`, by field."""
         return {}
 
+    def biases(self) -> str:
+        """Which biases of the base it trains: "none", "all", or "lora_only", those of what it adapts."""
+        return "none"
+
     def parameters(self) -> Sequence[str]:
         """What it adapts that is no module: parameters, by the ends of their names."""
         return ()

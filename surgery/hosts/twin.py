@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from surgery.errors import StateError, printable
 from surgery.hosts.tree import places, set_state, state_of
 from surgery.layers import Adapted, Replaced
+from surgery.layers.trained_bias import forget_beside
 
 Made = Callable[[Tensor], Tensor]
 _HALVES = (torch.bfloat16, torch.float16)
@@ -93,6 +94,8 @@ def _copied(root: nn.Module, made: Made, buffered: Made, removed: Sequence[nn.Mo
         ) from error
     if removed:
         set_state(found, None)
+        for module in found.modules():
+            forget_beside(module)
     return found.eval()
 
 

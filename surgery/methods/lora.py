@@ -25,7 +25,7 @@ from surgery.methods import stacks
 from surgery.methods.dora import Dora
 from surgery.methods.lora_as_peft import delta_as_peft, rounds_first
 from surgery.methods.lora_bias import LoraBias
-from surgery.methods.lora_fields import NEUTRAL, REASONS
+from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias, check_bias
 
 _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
@@ -66,14 +66,13 @@ class LoraConfig(AdapterConfig):
     init_lora_weights: Init = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    bias: Literal["none"] = "none"  # which biases of the base are trained
+    bias: Bias = "none"  # which biases of the base are trained
     target_parameters: Sequence[str] | None = None  # parameters of any module, such as experts.gate_up_proj
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rank("r", self.r)
-        if self.bias != "none":
-            raise ConfigError(f"bias is {printable(self.bias)!r}; {REASONS['bias']}")
+        check_bias(self.bias)
         _check_number("lora_alpha", self.lora_alpha)
         _check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
@@ -93,6 +92,8 @@ class LoraConfig(AdapterConfig):
             raise ConfigError(
                 "target_parameters is given; as in PEFT it goes without use_dora, lora_bias and lora_dropout"
             )
+        if self.target_parameters and self.bias != "none":
+            raise ConfigError("target_parameters is given; it goes with bias 'none' alone; set one of the two")
         for key, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
@@ -108,6 +109,9 @@ class LoraConfig(AdapterConfig):
 
     def told(self, name: str) -> Mapping[str, float]:
         return dict(zip(("r", "lora_alpha"), self._numbers(name), strict=True))
+
+    def biases(self) -> str:
+        return self.bias
 
     def parameters(self) -> Sequence[str]:
         return self.target_parameters or ()

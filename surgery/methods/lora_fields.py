@@ -1,7 +1,14 @@
-"""LoRA's fields that PEFT writes and we do not serve: the value that leaves the maths alone, and what another means."""
+"""LoRA's fields that PEFT writes and we do not serve: the value that leaves the maths alone, and what another means.
+
+And `bias`, which AdaLoRA's configs have too.
+"""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
+
+from surgery.errors import ConfigError, printable
+
+Bias = Literal["none", "all", "lora_only"]
 
 NEUTRAL: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
@@ -30,7 +37,6 @@ _QALORA = "QALoRA acts on sums over groups of inputs; run it in PEFT"
 REASONS: Mapping[str, str] = {
     "alora_invocation_tokens": "aLoRA acts after certain tokens only, which no merged weight can do; run it in PEFT",
     "arrow_config": "Arrow chooses among adapters for each token, which no merged weight can do; run it in PEFT",
-    "bias": "it trains biases of the base itself, whatever adapter runs; leave it 'none', or merge it in PEFT",
     "corda_config": _BASE,
     "ensure_weight_tying": "one adapter would play on two tied weights; leave it false, or merge it in PEFT",
     "eva_config": "EVA starts from activations; start with init_lora_weights=True; what is trained does not need it",
@@ -47,3 +53,9 @@ REASONS: Mapping[str, str] = {
     "use_qalora": _QALORA,
     "velora_config": "VeLoRA compresses what training keeps; train it in PEFT; what is trained does not need it",
 }
+
+
+def check_bias(value: object) -> None:
+    """ConfigError for what says nothing of which biases are trained."""
+    if value not in get_args(Bias):
+        raise ConfigError(f"bias is {printable(value)!r}; 'none', 'all' or 'lora_only' is wanted")

@@ -47,7 +47,7 @@ class Draft:
         """Add what one adapter changes."""
         if given.adapter.saved and given.weight != 1:
             where = printable(given.adapter.where)
-            raise ConfigError(f"{where}: it replaces modules (modules_to_save); its weight must be 1")
+            raise ConfigError(f"{where}: it replaces tensors (modules_to_save, bias); its weight must be 1")
         joined = Joined(self.base, given, index, self.ops)
         self.refusals += joined.refusals
         self.prefixes.append(joined.prefix)

@@ -23,7 +23,9 @@ from surgery.hosts.quantized import hold, is_quantized, release
 from surgery.hosts.tree import State, places, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
 from surgery.layers.aware import Holding
+from surgery.layers.trained_bias import lift_bias
 from surgery.procedures.awareness import holdings
+from surgery.procedures.biases import Biases, keep_biases, lay_biases, refuse_clash, run_biases, trained_modules
 from surgery.procedures.merge import refuse_merged, refuse_mixed, unmerge
 from surgery.procedures.model_tree import Tree, wrap
 from surgery.procedures.parameters import refuse_nested, targeted_parameters
@@ -40,6 +42,7 @@ class Fitting:
     sites: Mapping[str, tuple[Site, Method, Params]]
     saved: Mapping[str, Mapping[str, Tensor] | None]  # by module: tensors to start from; None: the module's own
     aware: Mapping[str, Holding] = dataclasses.field(default_factory=dict)  # by site, where it is quantization-aware
+    biases: Biases = dataclasses.field(default_factory=dict)
 
 
 @contextmanager
@@ -89,7 +92,8 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
         sites[site.name] = site, method, method.init(site, _no_base)
     saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
     aware = {} if form is None else holdings(tree.modules, config, sites, form)
-    fit(tree, adapter, Fitting(config, sites, saved, aware), trainable)
+    biases = dict.fromkeys(trained_modules(tree, config, sites, saved))
+    fit(tree, adapter, Fitting(config, sites, saved, aware, biases), trainable)
 
 
 @_collector_paused()
@@ -98,9 +102,12 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     root = tree.root
     _refuse_quantized_copies(tree, fitting)
     refuse_nested(tree, {name: site for name, (site, _, _) in fitting.sites.items()}, fitting.saved)
+    refuse_clash(tree, state_of(root), fitting.biases, fitting.saved)
     state = state_of(root) or _frozen(tree)
     for place in tree.places:
         hold(place.module)
+    if fitting.biases:
+        state.biases[adapter] = lay_biases(tree, fitting.biases, trainable)
     touched: list[Adapted | Replaced] = []
     for name, (site, method, params) in _outer_first(tree, fitting.sites):
         layer = tree.layer(name, site)
@@ -116,6 +123,7 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
         state.active = (adapter,)
     for wrapper in touched:  # elsewhere nothing has changed
         wrapper.activate(state.active, state.enabled)
+    run_biases(state, state.active, state.enabled)
 
 
 def _refuse_quantized_copies(tree: Tree, fitting: Fitting) -> None:
@@ -159,6 +167,7 @@ def activate(root: nn.Module, state: State, adapters: tuple[str, ...], enabled: 
     for place in places(root):
         if isinstance(place.module, Adapted | Replaced):
             place.module.activate(adapters, enabled)
+    run_biases(state, adapters, enabled)
     state.active, state.enabled = adapters, enabled
 
 
@@ -182,6 +191,11 @@ def eject(root: nn.Module, keep_merged: bool = False) -> None:
         elif isinstance(place.module, Replaced):
             kept = place.module.running if keep_merged else place.module.original_module
             place.parent._modules[place.key] = kept
+    for modules in state.biases.values():
+        if keep_merged:
+            keep_biases(modules.values())
+        for module in modules.values():
+            lift_bias(module)
     for module in root.modules():
         release(module)
     for name, parameter in root.named_parameters():

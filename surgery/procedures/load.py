@@ -17,6 +17,7 @@ from surgery.errors import MatchError, printable
 from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
+from surgery.procedures.biases import given_biases
 from surgery.procedures.fused import fused
 from surgery.procedures.inject import Fitting, check_name, fit
 from surgery.procedures.merge import base_sha256
@@ -83,7 +84,9 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
                 "their tensors differ; one adapter of each is wanted; was it renamed?"
             )
         sites[first] = site, method, params
-    return Fitting(adapter.config, sites, _saved(tree, adapter))
+    saved = _saved(tree, adapter)
+    biases = given_biases(tree, adapter, list(given.values()), [*sites], saved)
+    return Fitting(adapter.config, sites, saved, biases=biases)
 
 
 def _module(tree: Tree, adapter: Adapter, name: str) -> str:
@@ -117,9 +120,8 @@ def _check_base(tree: Tree, adapter: Adapter, names: Mapping[str, str]) -> None:
 
 def _check_copies(tree: Tree, adapter: Adapter) -> None:
     for name, values in adapter.copies.items():
-        module = tree.modules.get(name.removesuffix(".weight"))
-        base = module.base_layer if isinstance(module, Adapted) else module
-        weight = None if base is None else base._parameters.get("weight")
+        path, _, own = name.rpartition(".")
+        weight = tree.held(path).get(own) if path in tree.modules else None
         if weight is None or weight.shape != values.shape or not torch.equal(weight.cpu(), values.to(weight.dtype)):
             raise MatchError(
                 f"{printable(adapter.where)}: its copy of {printable(name)} is not equal to the model's; "
@@ -134,6 +136,8 @@ def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor]]:
     entries = frozenset(adapter.config.modules_to_save or ())
     modules = [name for name in roots if name.rpartition(".")[2] in entries or name in entries]
     for name, values in adapter.saved.items():
+        if name in adapter.biases:
+            continue
         owner = next((module for module in modules if name.startswith(module + ".")), None)
         if owner is None:
             raise MatchError(f"{printable(adapter.where)}: {printable(name)} of modules_to_save is not in the model")

@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from surgery.adapters import out_proj
-from surgery.adapters.peft import CONFIG, PREFIX, TENSORS, adapter_bytes
+from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes
+from surgery.adapters.sorting import PREFIX
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params, Spec
 from surgery.core.sharded import rest
@@ -18,6 +19,7 @@ from surgery.io.durable import write_file
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.io.strict_json import json_bytes
 from surgery.layers import Adapted
+from surgery.procedures.biases import written_biases
 from surgery.procedures.merge import base_sha256, own_weight
 
 DEFAULT = "default"
@@ -97,13 +99,15 @@ def _picked(state_dict: Mapping[str, Tensor], path: str, adapter: str, specs: Ma
 
 
 def _replacements(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The tensors of `modules_to_save`."""
+    """The tensors of `modules_to_save`, and the biases that it trains."""
     found = {}
     for name, module in replaced_modules(root).items():
         if adapter in module.modules_to_save:
             for key, values in module.modules_to_save[adapter].state_dict().items():
                 live = f"{name}.modules_to_save.{adapter}.{key}"
                 found[f"{name}.{key}"] = values if state_dict is None else _held(state_dict, live)
+    for one in written_biases(root, injected(root), adapter):
+        found[one.spelling] = one.values if state_dict is None else _held(state_dict, one.held(state_dict))
     return found
 
 

@@ -44,7 +44,7 @@ CONFIG_VALUES: dict[str, tuple[object, ...]] = {
     "use_rslora": ("false", 1, []),
     "fan_in_fan_out": ("false", 1, []),
     "init_lora_weights": (5, [], "PISSA"),
-    "bias": ("all", 5),
+    "bias": ("all", "some", 5, [], {}),
 }
 
 

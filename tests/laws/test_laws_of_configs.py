@@ -44,7 +44,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_lora_weights": st.sampled_from([True, False, "gaussian", "orthogonal"]),
         "rank_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
         "alpha_pattern": st.dictionaries(patterns, numbers, max_size=3),
-        "bias": st.just("none"),
+        "bias": st.sampled_from(["none", "all", "lora_only"]),
         "target_parameters": st.none() | lists,
     },
     "ADALORA": {
@@ -55,6 +55,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "lora_dropout": st.floats(0, 1, exclude_max=True),
         "fan_in_fan_out": st.booleans(),
         "init_lora_weights": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "lora_only"]),
         "tinit": st.integers(0, 99),
         "tfinal": st.integers(0, 99),
         "deltaT": st.integers(1, 99),
@@ -82,7 +83,7 @@ def test_a_config_read_from_its_json_is_equal(name: str, data: st.DataObject):
     if chosen.get("lora_bias"):  # which excludes some others
         chosen = {field: value for field, value in chosen.items() if field not in ("use_dora", "init_lora_weights")}
     if chosen.get("target_parameters"):
-        others = ("use_dora", "lora_bias", "lora_dropout")
+        others = ("use_dora", "lora_bias", "lora_dropout", "bias")
         chosen = {field: value for field, value in chosen.items() if field not in others}
     written = config(**chosen)
     read = config.from_json(json.loads(json.dumps(written.to_json())))

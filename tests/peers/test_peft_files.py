@@ -217,7 +217,6 @@ def test_inject_takes_a_config_however_it_is_spelled(spelled: str, tmp_path: Pat
 REFUSED = {
     "alora_invocation_tokens": ([1], "aLoRA"),
     "arrow_config": (peft.ArrowConfig(), "Arrow"),
-    "bias": ("lora_only", "biases of the base"),
     "corda_config": (CordaConfig(), "changes the base"),
     "ensure_weight_tying": (True, "two tied weights"),
     "eva_config": (peft.EvaConfig(), "activations"),
@@ -238,7 +237,7 @@ REFUSED = {
 
 
 def test_every_field_that_is_not_served_stands_in_the_table() -> None:
-    assert REFUSED.keys() == {*surgery.LoraConfig.neutral, "init_lora_weights", "bias"}
+    assert REFUSED.keys() == {*surgery.LoraConfig.neutral, "init_lora_weights"}
 
 
 @pytest.mark.parametrize("field", REFUSED)
