@@ -34,6 +34,7 @@ def sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: 
     sorting = _Sorting(config, where)
     for found in tensors:
         sorting.take(found)
+    config = _told_of_rows(config, sorting.sites, where)
     _check_complete(config, sorting.sites, where)
     _resolve(config, sorting.sites, where)
     return Adapter(
@@ -83,7 +84,7 @@ class _Sorting:
 
     def _at_site(self, name: str, spelled: str, found: Found) -> None:
         site = name.removesuffix(spelled).rstrip(".")
-        role, op = self.endings[spelled]
+        role, op, _ = self.endings[spelled]
         if role in self.sites.setdefault(site, {}):
             raise FormatError(f"{printable(self.where)}: {printable(site)} has two tensors {role}; one is wanted")
         self.sites[site][role] = found
@@ -129,15 +130,33 @@ def _parents(name: str) -> Iterator[str]:
 
 def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]], where: str) -> None:
     """Each site has every role; an adapter has at least one site."""
-    roles = {spelling.role for spelling in config.endings().values()}
+    alone = {spelling.role for spelling in config.endings().values() if spelling.alone}
+    roles = {spelling.role for spelling in config.endings().values()} - alone
     if not sites:
         raise FormatError(f"{printable(where)}: no {config.peft_type} tensor in it; was it saved without its weights?")
     for site, held in sites.items():
-        for role in sorted(roles - held.keys()):
+        for role in sorted(roles - held.keys()) if not (held.keys() <= alone and len(held) == 1) else ():
             raise FormatError(
                 f"{printable(where)}: {printable(site)} has no tensor {role}, only {', '.join(sorted(held))}; "
                 "the file is incomplete; save or download it again"
             )
+
+
+def _told_of_rows(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]], where: str) -> AdapterConfig:
+    """The config with the modules whose rows are in the file. FormatError for rows without tokens, and the reverse."""
+    alone = {spelling.role for spelling in config.endings().values() if spelling.alone}
+    names = [name for name, held in sites.items() if held.keys() & alone]
+    entries = config.rows()
+    missing = [entry for entry in entries or () if not any(suffix_hits((entry,), name) for name in names)]
+    if missing or (entries is None and len(names) != 1):
+        what = printable(missing[0]) if missing else "one embedding"
+        raise FormatError(
+            f"{printable(where)}: the rows of {what} are not in it; the file is incomplete; save it again"
+        )
+    try:
+        return config.with_rows(names)
+    except ConfigError as error:
+        raise FormatError(f"{printable(where)}: {error}") from error
 
 
 def _resolve(config: AdapterConfig, sites: Iterable[str], where: str) -> None:

@@ -28,6 +28,7 @@ class Spelling(NamedTuple):
 
     role: str
     op: str | None = None
+    alone: bool = False  # is it the only tensor of its site?
 
 
 class ConfigFiles(Protocol):
@@ -120,6 +121,14 @@ class AdapterConfig(ABC, metaclass=_OfFields):
     def parameters(self) -> Sequence[str]:
         """What it adapts that is no module: parameters, by the ends of their names."""
         return ()
+
+    def rows(self) -> Collection[str] | None:
+        """The modules of which it replaces single rows; None where that is left to the model."""
+        return ()
+
+    def with_rows(self, names: Collection[str]) -> Self:  # noqa: ARG002  # for those that have such
+        """The same for just the modules `names`."""
+        return self
 
     def with_parameters(self, names: Sequence[str]) -> Self:  # noqa: ARG002  # for those that have such
         """The same for just the parameters `names`."""

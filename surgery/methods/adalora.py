@@ -37,6 +37,7 @@ _NEUTRAL = {
     **NEUTRAL,
     "alpha_pattern": {},
     "target_parameters": None,
+    "trainable_token_indices": None,
     "lora_bias": False,
     "use_dora": False,
     "use_rslora": False,

@@ -25,7 +25,8 @@ from surgery.methods import stacks
 from surgery.methods.dora import Dora
 from surgery.methods.lora_as_peft import delta_as_peft, rounds_first
 from surgery.methods.lora_bias import LoraBias
-from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias, check_bias
+from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias, TokenIndices, check_bias, check_tokens, tokens_of
+from surgery.methods.token_rows import TokenRows
 
 _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
@@ -52,6 +53,7 @@ class LoraConfig(AdapterConfig):
         "lora_B.bias": Spelling("b"),
         "lora_magnitude_vector.weight": Spelling("m"),  # as it is called in PEFT's models, and so in some files
         "lora_magnitude_vector": Spelling("m"),
+        "token_adapter.trainable_tokens_delta": Spelling("t", "embedding", alone=True),
     }
     neutral: ClassVar[Mapping[str, Any]] = NEUTRAL
     reasons: ClassVar[Mapping[str, str]] = REASONS
@@ -68,11 +70,13 @@ class LoraConfig(AdapterConfig):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: Bias = "none"  # which biases of the base are trained
     target_parameters: Sequence[str] | None = None  # parameters of any module, such as experts.gate_up_proj
+    trainable_token_indices: TokenIndices = None  # rows of the embedding, or by module
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rank("r", self.r)
         check_bias(self.bias)
+        check_tokens(self.trainable_token_indices)
         _check_number("lora_alpha", self.lora_alpha)
         _check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
@@ -104,7 +108,8 @@ class LoraConfig(AdapterConfig):
         return {field: table.unused(names) for field, table in tables.items() if isinstance(table, PatternTable)}
 
     def endings(self) -> Mapping[str, Spelling]:
-        absent = {role for role, asked in (("m", self.use_dora), ("b", self.lora_bias)) if not asked}
+        wanted = {"m": self.use_dora, "b": self.lora_bias, "t": bool(self.trainable_token_indices)}
+        absent = {role for role, asked in wanted.items() if not asked}
         return {ending: one for ending, one in self.spellings.items() if one.role not in absent}
 
     def told(self, name: str) -> Mapping[str, float]:
@@ -119,7 +124,26 @@ class LoraConfig(AdapterConfig):
     def with_parameters(self, names: Sequence[str]) -> Self:
         return replace(self, target_parameters=names or None)
 
-    def method(self, name: str) -> "Lora | LoraBias | Dora":
+    def rows(self) -> Collection[str] | None:
+        tokens = self.trainable_token_indices
+        return tuple(tokens) if isinstance(tokens, Mapping) else None if tokens else ()
+
+    def with_rows(self, names: Collection[str]) -> Self:
+        tokens, table = self.trainable_token_indices, {}
+        for name in names:
+            found = tokens_of(tokens, name) if isinstance(tokens, Mapping) else tokens
+            if found is None:
+                raise ConfigError(f"trainable_token_indices tells no tokens of {printable(name)}; add its entry")
+            table[name] = found
+        return replace(self, trainable_token_indices=table) if table else self
+
+    def named(self, names: Sequence[str]) -> Self:
+        return super().named([name for name in names if tokens_of(self.trainable_token_indices, name) is None])
+
+    def method(self, name: str) -> "Lora | LoraBias | Dora | TokenRows":
+        tokens = tokens_of(self.trainable_token_indices, name)
+        if tokens is not None:
+            return TokenRows(tuple(tokens))
         r, alpha = self._numbers(name)
         lora = Lora(
             r=r,

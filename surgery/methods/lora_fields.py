@@ -1,14 +1,16 @@
 """LoRA's fields that PEFT writes and we do not serve: the value that leaves the maths alone, and what another means.
 
-And `bias`, which AdaLoRA's configs have too.
+And what is served beside the factors: `bias`, which AdaLoRA's configs have too, and `trainable_token_indices`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from surgery.core.names import suffix_hits
 from surgery.errors import ConfigError, printable
 
 Bias = Literal["none", "all", "lora_only"]
+TokenIndices = Sequence[int] | Mapping[str, Sequence[int]] | None
 
 NEUTRAL: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
@@ -24,7 +26,6 @@ NEUTRAL: Mapping[str, Any] = {
     "megatron_core": "megatron.core",
     "monteclora_config": None,
     "qalora_group_size": 16,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -59,3 +60,26 @@ def check_bias(value: object) -> None:
     """ConfigError for what says nothing of which biases are trained."""
     if value not in get_args(Bias):
         raise ConfigError(f"bias is {printable(value)!r}; 'none', 'all' or 'lora_only' is wanted")
+
+
+def check_tokens(value: object) -> None:
+    """ConfigError for what is neither a list of tokens nor one for each module."""
+    table = value if isinstance(value, Mapping) else {} if value is None else {"": value}
+    for name, tokens in table.items():
+        if not isinstance(name, str) or not isinstance(tokens, list | tuple) or not tokens:
+            raise ConfigError(
+                f"trainable_token_indices is {printable(value)!r}; a list of tokens is wanted, or one for each module"
+            )
+        if not all(type(token) is int and 0 <= token < 1 << 31 for token in tokens) or len({*tokens}) < len(tokens):
+            raise ConfigError(
+                f"trainable_token_indices holds {printable(tokens)}; whole numbers from 0 to 2^31 - 1, each once, are "
+                "wanted"
+            )
+
+
+def tokens_of(value: TokenIndices, name: str) -> Sequence[int] | None:
+    """Those of the module `name`; None where rows of it are not trained, or only the model tells of which they are."""
+    if not isinstance(value, Mapping):
+        return None
+    hits = suffix_hits(value.keys(), name)
+    return value[hits[0]] if hits else None

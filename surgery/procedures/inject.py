@@ -29,6 +29,7 @@ from surgery.procedures.biases import Biases, keep_biases, lay_biases, refuse_cl
 from surgery.procedures.merge import refuse_merged, refuse_mixed, unmerge
 from surgery.procedures.model_tree import Tree, wrap
 from surgery.procedures.parameters import refuse_nested, targeted_parameters
+from surgery.procedures.rows import refuse_tied_rows, with_rows
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _PROBE = Slot()
@@ -87,6 +88,10 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
     for name, spelling in tree.spelled(first).items():
         site, method = tree.site(name), config.method(spelling)
         sites[name] = site, method, method.init(site, partial(tree.dense, name))
+    config, replaced = with_rows(tree, config, sites)
+    for name in replaced:
+        site, method = tree.site(name), config.method(name)
+        sites[name] = site, method, method.init(site, partial(tree.dense, name))
     for name in parameters:
         site, method = tree.parameter_site(name), config.method(name)
         sites[site.name] = site, method, method.init(site, _no_base)
@@ -102,6 +107,7 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     root = tree.root
     _refuse_quantized_copies(tree, fitting)
     refuse_nested(tree, {name: site for name, (site, _, _) in fitting.sites.items()}, fitting.saved)
+    refuse_tied_rows(tree, {name: method for name, (_, method, _) in fitting.sites.items()}, fitting.saved)
     refuse_clash(tree, state_of(root), fitting.biases, fitting.saved)
     state = state_of(root) or _frozen(tree)
     for place in tree.places:

@@ -20,6 +20,7 @@ each_config = pytest.mark.parametrize("name", METHODS)
 names = st.text(min_size=1, max_size=12)
 patterns = names.map(re.escape)
 lists = st.lists(names, max_size=3)
+tokens = st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True)
 numbers = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**6), 10**6)
 SHARED = {
     "target_modules": st.none() | patterns | lists,
@@ -46,6 +47,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "alpha_pattern": st.dictionaries(patterns, numbers, max_size=3),
         "bias": st.sampled_from(["none", "all", "lora_only"]),
         "target_parameters": st.none() | lists,
+        "trainable_token_indices": st.none() | tokens | st.dictionaries(names, tokens, min_size=1, max_size=3),
     },
     "ADALORA": {
         "r": st.integers(0, 512),

@@ -229,7 +229,6 @@ REFUSED = {
     "megatron_core": ("other", "Megatron"),
     "monteclora_config": (MontecloraConfig(), "MonteCLoRA"),
     "qalora_group_size": (8, "QALoRA"),
-    "trainable_token_indices": ([1], "rows of an embedding"),
     "use_bdlora": (BdLoraConfig(), "BD-LoRA"),
     "use_qalora": (True, "QALoRA"),
     "velora_config": (VeloraConfig(), "VeLoRA"),
