@@ -12,6 +12,7 @@ from surgery.core.adapter import Weighted
 from surgery.errors import UsageError
 from surgery.formats.onnx.example import Example, example_of
 from surgery.formats.onnx.trace import require_packages
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import shard_bytes
 from surgery.hosts.twin import weightless
 from surgery.integrations import transformers as hugging
@@ -37,6 +38,8 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
     dtype: str | torch.dtype | None = None,
     tied: str = "refuse",
     ops: Mapping[str, str] | None = None,
+    into: str | None = None,
+    portable: bool = False,
     max_memory: int | str | None = None,
     overwrite: bool = False,
     progress: OnProgress | None = None,
@@ -62,33 +65,43 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
     adapter, which onnxruntime puts into the slots; without one the graph is the base. It takes LoRA over linear layers
     alone. `names` says how the slots are called, "hf" or "genai". Of files, the base is loaded into memory for it.
 
+    Weights of bitsandbytes stay as they are where nothing is merged, and under `swappable`: 4 bits as MatMulBnb4, or,
+    with `portable`, as operators of ONNX alone, int8 as DequantizeLinear. What is merged is 16-bit, or with `into`
+    "keep" the base's own codes, as in `merge_checkpoint`.
+
     `weights` "copy" gives the graph a file of its own, model.onnx.data, with which it can be shipped alone.
 
     Raises CheckError where the outputs differ, InputError, naming the module, for what has no graph, EnvironmentFault
     without `model-surgery[onnx]`, OutputExistsError, and as `merge` and `merge_checkpoint` do; nothing is written then.
     """
     require_packages()
-    how = Manner(weights, names, overwrite)
+    how = Manner(weights, names, overwrite, portable)
+    options = Options(Treatment.of(dtype, tied, ops, into=into), overwrite=overwrite, pace=Pace(progress=progress))
     if isinstance(model, nn.Module):
-        if adapters is not None or dtype or ops or tied != "refuse":
+        if adapters is not None or options.treatment != Treatment():
             raise UsageError("export_onnx: of a model in memory the active adapters are exported; adapters is None")
         example, kind = _example(model, inputs, dynamic_axes, kv)
-        if swappable:
-            return export_swappable(model, example, Path(out), kind, how)
-        return export_model(model, example, Path(out), kind, how)
+        write = export_swappable if swappable else export_model
+        return write(model, example, Path(out), kind, how)
     if inputs is not None or dynamic_axes is not None:
         raise UsageError("export_onnx: of files, inputs are made of the config; load the model to give others")
-    options = Options(Treatment.of(dtype, tied, ops), overwrite=overwrite, pace=Pace(progress=progress))
     with checkpoint(model) as source:
         found = weighted([] if adapters is None else adapters)
-        if not swappable:
-            export = hugging.Export(how, kv, shard_bytes(max_memory))
-            return hugging.export_checkpoint(source, found, Path(out), options, export)
-        refuse_overlap(Path(out), [source.path, *(Path(one.adapter.where) for one in found)])
-        _refuse_for_slots(found, options)
-        live = hugging.live_model(source, found)
-        example, kind = _example(live, None, None, kv)
-        return export_swappable(live, example, Path(out), kind, how)
+        if swappable:
+            return _with_slots(source, found, Path(out), options, how, kv)
+        export = hugging.Export(how, kv, shard_bytes(max_memory))
+        return hugging.export_checkpoint(source, found, Path(out), options, export)
+
+
+def _with_slots(  # noqa: PLR0913, PLR0917  # what is exported, and how
+    source: Checkpoint, adapters: Sequence[Weighted], out: Path, options: Options, how: Manner, kv: bool
+) -> ExportReport:
+    """Of files; the base is loaded for it."""
+    refuse_overlap(out, [source.path, *(Path(one.adapter.where) for one in adapters)])
+    _refuse_for_slots(adapters, options)
+    live = hugging.live_model(source, adapters)
+    example, kind = _example(live, None, None, kv)
+    return export_swappable(live, example, out, kind, how)
 
 
 def _example(model: nn.Module, inputs: Any, axes: Any, kv: bool) -> tuple[Example, Kind]:
@@ -110,4 +123,4 @@ def _refuse_for_slots(adapters: Sequence[Weighted], options: Options) -> None:
     if any(weight != 1 for _, weight in adapters):
         raise UsageError("export: a swappable adapter has no weight; `surgery combine` writes one that has it in it")
     if options.treatment != Treatment():
-        raise UsageError("export: dtype, tied and ops are of merges, and swappable adapters are not merged")
+        raise UsageError("export: dtype, tied, ops and into are of merges, and swappable adapters are not merged")

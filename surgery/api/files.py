@@ -84,6 +84,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     compute_dtype: str | torch.dtype | None = None,
     into: str | None = None,
     base_as: str | None = None,
+    rounding: str | None = None,
     fallback: str | None = None,
     min_retained: float = 0.5,
     max_noise: float = 1.0,
@@ -108,6 +109,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     "fp4", "int8" or "fp8_block" all that transformers would quantize, of a plain base too, by new ones. Either raises
     CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is more
     than `max_noise` of it; with `fallback` "16bit" those weights of which that is so are written plainly instead.
+    `rounding` "feedback" looks for other codes than the nearest, where a LoRA looks at its inputs along few directions:
+    more of its change is retained there, and more comes beside it elsewhere.
     `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym",
     "nvfp4") in which the adapters were trained over this plain base: the weights of their linear maps are merged as
     they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
@@ -127,7 +130,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     merging.check_adapters(found, expect_adapter_sha256)
     merging.check_sha256(expect_base_sha256)
     options = merging.Options(
-        Treatment.of(dtype, tied, ops, compute_dtype, into, base_as, arithmetic, fallback),
+        Treatment.of(dtype, tied, ops, compute_dtype, into, base_as, arithmetic, fallback, rounding),
         shard_bytes(max_shard_size),
         reversible=reversible,
         overwrite=overwrite,
@@ -205,6 +208,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
         told = verifying.recorded(found.folder)
         how = arithmetic or told.arithmetic
         treatment = Treatment.of(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=how)
+        treatment = replace(treatment, rounding=told.rounding)
         given = weighted(adapters, mha_out_proj_scale or told.mha_out_proj_scale)
         report = verifying.verify_checkpoint(source, given, found, treatment)
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report

@@ -2,7 +2,7 @@
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, dtype, ops, overwrite, show, tied
+from surgery.cli.arguments import adapters_of, as_json, dtype, into, ops, overwrite, show, tied
 from surgery.cli.progress import shown
 
 
@@ -31,6 +31,10 @@ from surgery.cli.progress import shown
 @dtype
 @tied
 @ops
+@into
+@click.option(
+    "--portable", is_flag=True, help="Weights in 4 bits by operators of ONNX alone, not by MatMulBnb4 of onnxruntime."
+)
 @click.option("--max-memory", metavar="SIZE", help="What the comparison may take, such as 16GB. Default: what is free.")
 @overwrite
 @as_json
@@ -46,6 +50,8 @@ def export(  # noqa: PLR0913, PLR0917  # one argument an option
     dtype: str | None,
     tied: str,
     ops: dict[str, str],
+    into: str | None,
+    portable: bool,
     max_memory: str | None,
     overwrite: bool,
     as_json: bool,
@@ -70,6 +76,8 @@ def export(  # noqa: PLR0913, PLR0917  # one argument an option
             dtype=dtype,
             tied=tied,
             ops=ops,
+            into=into,
+            portable=portable,
             max_memory=max_memory,
             overwrite=overwrite,
             progress=progress,

@@ -16,6 +16,11 @@ from surgery.cli.push import private
 @click.option("--reversible", is_flag=True, help="Write what `surgery unmerge` needs, into OUT/surgery.undo.")
 @treatment
 @click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "feedback"]),
+    help="To the nearest codes of a format, or to those that do best along the adapter's own input directions.",
+)
+@click.option(
     "--fallback",
     type=click.Choice(["16bit", "int8"]),
     help="What weights become instead that would be under --min-retained, or over --max-noise, there.",
@@ -44,6 +49,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     adapters: tuple[str, ...],
     out: str,
     reversible: bool,
+    rounding: str | None,
     fallback: str | None,
     min_retained: float,
     max_noise: float,
@@ -70,6 +76,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
             adapters_of(adapters),
             out,
             reversible=reversible,
+            rounding=rounding,
             fallback=fallback,
             min_retained=min_retained,
             max_noise=max_noise,

@@ -70,6 +70,10 @@ class Bnb4(Codec):
         values = _looked_up(packed, packed.tensors["weight.quant_map"])
         return part.scaled(values[part.within(packed)], _absmax(packed, part)).to(dtype)
 
+    def absmax(self, packed: Packed) -> Tensor:
+        """Of each block that the packed rows touch, in float32, [block]."""
+        return _absmax(packed, _Part.of(packed.settings, packed.rows)).flatten()
+
     def encode(self, weight: Tensor, like: Packed) -> Packed:
         part, held = _Part.of(like.settings, like.rows), like.tensors["weight"]
         codes = _looked_up(like, torch.arange(16.0, device=held.device)).to(torch.uint8)

@@ -101,6 +101,10 @@ class Method(ABC):
         """What it makes of the site's bias, as a matrix [out, 1]; None leaves it alone."""
         return None
 
+    def directions(self, p: Params) -> Tensor | None:  # noqa: ARG002  # most know none
+        """[r, in]: along which it looks at its inputs, where these alone matter to it."""
+        return None
+
     @abstractmethod
     def spread(self, p: Params, tile: Tile) -> Tensor:
         """[out, in] of the tile, or what broadcasts over it: how far two correct merges in the factors' dtype may

@@ -34,6 +34,7 @@ class Change:
     through: str = ""  # the form that the host's plain weight was held in while its layers were trained
     keep: bool = False  # by that codec and its scales the outcome is held too; `dtype` is then not its own
     into: str = ""  # the form that the outcome, in `dtype`, is held in, by scales of its own
+    feedback: bool = False  # of its codes those are looked for that the inputs which matter tell least from it
     as_peft: PeftMerge | None = None  # how the layers are merged, where that is not exactly
 
     @property

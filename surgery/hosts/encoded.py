@@ -13,6 +13,7 @@ from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
 from surgery.errors import SurgeryError, ValueRangeError, printable
 from surgery.hosts.change import Change, MergedTile, Watch, ends
+from surgery.hosts.rounding import FED_ELEMENTS, feedback_of, rounded
 from surgery.hosts.views import Merged
 
 
@@ -57,7 +58,7 @@ class Encoded:
         for rows in _tiles(site):
             before, laid = self.plain.exact(site, rows)
             was[rows], became[rows] = round_once(before, change.dtype), round_once(laid, change.dtype)
-        outcome = _fresh(change, became)
+        outcome = self._fed(change, _fresh(change, became))
         if self.watch is None:
             return outcome
         codec, _ = FORMS[change.into]
@@ -71,6 +72,22 @@ class Encoded:
                 held = codec.decode(cut(codec, reference, rows), torch.float64)
                 self.watch(MergedTile(change, rows, held, merged, None, held + (laid - before)))
         return outcome
+
+    def _fed(self, change: Change, nearest: Packed) -> Packed:
+        """By the same scales, where other codes than the nearest are asked for."""
+        feedback = feedback_of(change, change.started())
+        if feedback is None:
+            return nearest
+        codec, _ = FORMS[change.into]
+        role, parts = next(iter(codec.endings)), []
+        together = codec.step(nearest.headers, nearest.settings)
+        for rows in row_tiles(change.site.weight.shape, FED_ELEMENTS, together):
+            _, laid = self.plain.exact(change.site, rows)
+            found = rounded(codec, laid, cut(codec, nearest, rows), feedback).tensors[role]
+            parts.append(found.view(torch.uint8).flatten())
+        codes = nearest.tensors[role]
+        joined = torch.cat(parts).view(codes.dtype).view(codes.shape)
+        return nearest._replace(tensors={**nearest.tensors, role: joined})
 
 
 def standing(change: Change) -> list[TensorInfo]:

@@ -12,6 +12,7 @@ from surgery.core.arithmetic import all_finite, round_once
 from surgery.core.as_peft import PeftMerge
 from surgery.core.codec import Packed
 from surgery.core.elementwise import Elementwise
+from surgery.core.feedback import Feedback
 from surgery.core.method import Dense
 from surgery.core.site import Site
 from surgery.core.source import Source
@@ -19,6 +20,7 @@ from surgery.core.undo import accumulate
 from surgery.errors import ValueRangeError, printable
 from surgery.hosts.change import Change, MergedTile, Watch, elementwise, ends, reads_of
 from surgery.hosts.couplings import Couplings, coupled
+from surgery.hosts.rounding import feedback_of, rounded
 
 
 class Merged:
@@ -40,6 +42,7 @@ class Merged:
         self.written = {change.site.written: change for change in self.changes.values()}
         self.started = dict(started or {})  # by the weights of which some tiles are read
         self.couplings: dict[str, Couplings] = {}  # the same
+        self.feedbacks: dict[str, Feedback | None] = {}  # the same, where the outcome keeps its format
         self.whole: dict[str, Tensor] = {}  # the same, where it was merged whole
 
     def sites(self) -> Iterable[Site]:
@@ -87,11 +90,18 @@ class Merged:
         laid, _ = _lay(change, rows, before, started)
         if not all_finite(laid):
             raise _non_finite(change.site, before, laid)
-        outcome = codec.encode(laid, like=packed)
+        outcome = rounded(codec, laid, packed, self._feedback(change, rows, started))
         after = codec.decode(outcome, torch.float64)
         if self.watch is not None:
             self.watch(MergedTile(change, rows, before, after, None, laid))
         return Packed({"weight": outcome.tensors[next(iter(codec.endings))]})
+
+    def _feedback(self, change: Change, rows: slice, started: Started) -> Feedback | None:
+        """That of the weight, kept until its last rows."""
+        name = change.site.name
+        if name not in self.feedbacks:
+            self.feedbacks[name] = feedback_of(change, started)
+        return self.feedbacks.pop(name) if ends(change.site, rows) else self.feedbacks[name]
 
     def _begun(self, change: Change, rows: slice) -> tuple[Change, Started]:
         """The layers with what these rows need of them; forgotten after the last rows."""

@@ -183,6 +183,9 @@ class AdaLora(Additive, AsPeft):
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
         return product(p["wide B"], p["AE"], tile)
 
+    def directions(self, p: Params) -> Tensor:
+        return p["AE"]  # of which those are zero that have lost their rank
+
     def weighted(self, weight: float) -> Self:
         return replace(self, scaling=self.scaling * weight, alpha=self.alpha * weight)
 

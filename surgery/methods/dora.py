@@ -79,6 +79,9 @@ class Dora(Method):
         V = exact_float64(base.detach()) + self.lora.steps(p, tile, product).values.detach()
         return V.square().clamp_(min=_LEAST).mul_(V != 0)
 
+    def directions(self, p: Params) -> Tensor | None:
+        return self.lora.directions(p)
+
     def told(self, p: Params, sums: Tensor) -> Params:
         sums = sums.to(exact_float64(p["m"]).device)
         # As finely as m is: of a fresh adapter they are equal then, and its factor is 1.

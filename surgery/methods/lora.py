@@ -184,7 +184,8 @@ class Lora(Additive, AsPeft):
                 f"{printable(site.name)}: a convolution in {op.groups} groups, which r = {self.r} is no multiple of, "
                 "as PEFT asks; choose another r (rank_pattern), or exclude it"
             )
-        return _specs(op, self.r, *site.shape)
+        out_features, in_features = site.shape
+        return _specs(op.name, op.kernel, (self.r, op.channels(in_features)), (out_features, self.r // op.groups))
 
     def matrices(self, p: Params, site: Site) -> Params:
         if site.acting.stack:
@@ -218,6 +219,9 @@ class Lora(Additive, AsPeft):
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
         return stacks.delta(p, tile, product) if p["A"].dim() > 2 else product(p["B"], p["A"], tile)
+
+    def directions(self, p: Params) -> Tensor | None:
+        return p["A"] if p["A"].dim() == 2 else None
 
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:
         delta = delta_as_peft(p, site.acting, self.scaling / 2 if self.halves else self.scaling)
@@ -268,13 +272,12 @@ class Lora(Additive, AsPeft):
 
 
 @lru_cache
-def _specs(op: Op, r: int, out_features: int, in_features: int) -> Mapping[str, Spec]:
-    """Kept: a model has thousands of sites of few shapes."""
-    prefix, suffix = ("lora_embedding_", "") if op.name == "embedding" else ("lora_", ".weight")
-    ones = (1,) * len(op.kernel)
+def _specs(op: str, kernel: tuple[int, ...], a: tuple[int, int], b: tuple[int, int]) -> Mapping[str, Spec]:
+    """Of A and B, whose first two axes are `a` and `b`. Kept: a model has thousands of sites of few shapes."""
+    prefix, suffix = ("lora_embedding_", "") if op == "embedding" else ("lora_", ".weight")
     found = {
-        "A": Spec(f"{prefix}A{suffix}", (r, op.channels(in_features), *op.kernel)),
-        "B": Spec(f"{prefix}B{suffix}", (out_features, r // op.groups, *ones)),
+        "A": Spec(f"{prefix}A{suffix}", (*a, *kernel)),
+        "B": Spec(f"{prefix}B{suffix}", (*b, *(1 for _ in kernel))),
     }
     return MappingProxyType(found)
 

@@ -60,6 +60,9 @@ class LoraBias(Method, AsPeft):
         column = Dense(base.bias.unsqueeze(1))  # [out, 1]
         return merged._replace(bias=self.for_bias().merge(column, p, tile, product).weight.squeeze(1))
 
+    def directions(self, p: Params) -> Tensor | None:
+        return self.lora.directions(p)
+
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:
         return self.lora.merge_as_peft(stored, p, site, safe)
 

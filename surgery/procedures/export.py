@@ -4,8 +4,7 @@ One set of weights: the graph's initializers are the bytes of the safetensors fi
 whole, at its place, only after onnxruntime has been seen to compute what the model does.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,33 +14,26 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from surgery.core.arithmetic import memory_of
-from surgery.core.site import TensorInfo
 from surgery.errors import UsageError, printable
 from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.graph import name_axes, simplify, strip
-from surgery.formats.onnx.link import link, weights_of
+from surgery.formats.onnx.link import link
 from surgery.formats.onnx.links import DATA, GRAPH
+from surgery.formats.onnx.stored import Weights, weights_of
 from surgery.formats.onnx.trace import trace
-from surgery.hosts.checkpoint import SINGLE, Checkpoint
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.tree import adapted_layers
-from surgery.hosts.twin import Weightless, aliases, weightless
-from surgery.io.header import encode_header
-from surgery.io.octets import octets, tensor_from
+from surgery.hosts.twin import Decoded, Weightless, aliases, exactly, weightless
 from surgery.io.staging import Staging
 from surgery.io.tensor_file import TensorFile
 from surgery.procedures.export_readme import write_readme
+from surgery.procedures.kept import kept_weights
+from surgery.procedures.lazy import Lazy, read_tensor, write_state, write_tensors
 from surgery.procedures.merged_state import merged_state, plain_state
 from surgery.procedures.proof import Proof, prove, reference_of
+from surgery.procedures.standing_in import as_plain, dtype_of_model
 
 State = Mapping[str, Tensor]
-
-
-class Lazy(NamedTuple):
-    """A tensor that is yet to be made."""
-
-    info: TensorInfo
-    load: Callable[[], Tensor]
 
 
 class Sources(NamedTuple):
@@ -86,6 +78,7 @@ class Manner:
     weights: str = "link"  # the graph points into the safetensors; "copy": it has a file of its own
     names: str = "hf"  # of slots; "genai": as the model builder of onnxruntime-genai
     overwrite: bool = False
+    portable: bool = False  # of operators of ONNX alone
 
     def __post_init__(self) -> None:
         for name, known in (("weights", ("link", "copy")), ("names", ("hf", "genai"))):
@@ -135,9 +128,9 @@ def export_model(
         adapted = reference_of(root, example, kind.prepare)
         with _merged(root) as state:
             kind.write(root, staging, state)
-            sizes, _ = write_graph(graph, plain.module, kind, staging, how.weights == "copy")
+            sizes, _ = write_graph(graph, plain.module, kind, staging, how)
             write_readme(staging, sizes)
-            proof = prove(root, example, staging.folder / GRAPH, kind.prepare, adapted)
+            proof = prove(root, example, staging.folder / GRAPH, kind.prepare, adapted, _decoded(root))
         proof.require(out)
     return ExportReport(out, sizes.pop(GRAPH), sizes, proof)
 
@@ -152,75 +145,68 @@ def traced(plain: Weightless, example: Example) -> Any:
 
 
 def write_graph(
-    graph: Any, plain: nn.Module, kind: Kind, staging: Staging, copied: bool = False
+    graph: Any, plain: nn.Module, kind: Kind, staging: Staging, how: Manner
 ) -> tuple[dict[str, int], dict[str, str]]:
     """The graph linked to weights in the folder; returns the size of each file of both, and sha256 of the new ones.
 
-    Weights that are made of several, or all if they are to be `copied`, lie in a file beside it, of safetensors'
-    format; its name ends otherwise, for loaders take all that end in .safetensors.
+    Weights that are made of several, scales that only a graph takes so, or all if they are to be copied, lie in a file
+    beside it, of safetensors' format; its name ends otherwise, for loaders take all that end in .safetensors.
     """
     import onnx_ir as ir
 
+    copied = how.weights == "copy"
     with Checkpoint(staging.folder) as files:
-        sources, weights = kind.sources(plain, files), weights_of(*files.files)
+        sources, kept, weights = kind.sources(plain, files), kept_weights(files), weights_of(*files.files)
         sizes = {} if copied else {file.path.name: file.state.st_size for file in files.files}
-        names = {
-            name: (*group, *(sources.renamed[one] for one in group if one in sources.renamed))
-            for name, group in aliases(plain).items()
-        }
-        own = dict(sources.made)
+        names = _names(plain, sources)
+        own = {**sources.made, **{one.scales: one.made for one in kept.values() if one.made is not None}}
         if copied:
-            found = (next((one for one in group if one in weights.stored), "") for group in names.values())
-            own |= {name: Lazy(weights.stored[name].info, partial(read_tensor, files, name)) for name in found if name}
+            own |= _copies(files, (*_stored(names, weights), *(one.scales for one in kept.values())))
         written = {DATA: write_tensors(staging, DATA, own)} if own else {}
     if own:
         beside = TensorFile(staging.folder / DATA)
         weights = weights_of(beside) if copied else weights | weights_of(beside)
         sizes[DATA] = beside.state.st_size
         beside.close()
-    link(graph, weights, names)
+    link(graph, weights, names, {one.codes: one.nodes(weights.stored, how.portable) for one in kept.values()})
     data = ir.to_proto(graph).SerializeToString()
     written[GRAPH] = staging.write(GRAPH, data)
     return {**sizes, GRAPH: len(data)}, written
 
 
-def read_tensor(files: Checkpoint, name: str) -> Tensor:
-    """A tensor of a checkpoint, in memory."""
-    info = files.at[name][1].info
-    return tensor_from(bytearray().join(files.read(name)), info.torch_dtype, info.shape)
+def _names(plain: nn.Module, sources: Sources) -> dict[str, Sequence[str]]:
+    """Of each tensor of the model, what it may be called in the files."""
+    return {
+        name: (*group, *(sources.renamed[one] for one in group if one in sources.renamed))
+        for name, group in aliases(plain).items()
+    }
 
 
-def write_state(staging: Staging, state: State) -> None:
-    """The tensors as model.safetensors, those that share their memory once."""
-    first: dict[Any, str] = {}
-    for name, values in state.items():
-        first.setdefault(memory_of(values) if values.numel() else name, name)
-    write_tensors(staging, SINGLE, {name: _at_hand(name, state[name]) for name in first.values()})
+def _stored(names: Mapping[str, Sequence[str]], weights: Weights) -> Iterator[str]:
+    """What the files have of them."""
+    found = (next((one for one in group if one in weights.stored), "") for group in names.values())
+    yield from (name for name in found if name)
 
 
-def write_tensors(staging: Staging, file: str, tensors: Mapping[str, Lazy]) -> str:
-    """A file of safetensors' format, each tensor at hand only while it is written; returns the file's sha256."""
-    infos = [one.info for one in tensors.values()]
-    raw = encode_header(infos, {"format": "pt"})
-    sha256 = hashlib.sha256(raw)
-    with staging.file(file, len(raw) + sum(info.nbytes for info in infos)) as staged:
-        staged.write(raw)
-        for one in tensors.values():
-            values = one.load().detach().cpu().contiguous()
-            sha256.update(octets(values))
-            staged.write(octets(values))
-    return sha256.hexdigest()
-
-
-def _at_hand(name: str, values: Tensor) -> Lazy:
-    return Lazy(TensorInfo(name, values.dtype, tuple(values.shape)), lambda: values)
+def _copies(files: Checkpoint, names: Iterable[str]) -> dict[str, Lazy]:
+    """Of those that the files have."""
+    return {name: Lazy(files.at[name][1].info, partial(read_tensor, files, name)) for name in names if name in files.at}
 
 
 @contextmanager
 def _merged(root: nn.Module) -> Iterator[State]:
     """The state_dict with the active adapters in it."""
-    if any(layer.running or layer.merged is not None for layer in adapted_layers(root).values()):
+    if _has_adapters(root):
         with merged_state(root) as state:
             yield state
     else:
         yield plain_state(root)
+
+
+def _has_adapters(root: nn.Module) -> bool:
+    return any(layer.running or layer.merged is not None for layer in adapted_layers(root).values())
+
+
+def _decoded(root: nn.Module) -> Decoded:
+    """How quantized weights are written: as they are, or, where adapters are merged, all of them plainly."""
+    return partial(as_plain, model_dtype=dtype_of_model(root)) if _has_adapters(root) else exactly

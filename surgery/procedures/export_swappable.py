@@ -41,7 +41,7 @@ def export_swappable(root: nn.Module, example: Example, out: Path, kind: Kind, h
     default_to_nothing(graph, slots)
     with Staging(out, overwrite=how.overwrite) as staging:
         kind.write(root, staging, plain_state(root))
-        sizes, _ = write_graph(graph, plain.module, kind, staging, how.weights == "copy")
+        sizes, _ = write_graph(graph, plain.module, kind, staging, how)
         proof = prove(root, example, staging.folder / GRAPH, kind.prepare, None)
         trials = list(proof.trials)
         for adapter in injected(root).configs:

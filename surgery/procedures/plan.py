@@ -17,6 +17,7 @@ from surgery.hosts.encoded import Encoded, standing
 from surgery.hosts.through import Through
 from surgery.procedures.covering import cover, leave_plain
 from surgery.procedures.draft import Draft
+from surgery.procedures.feeding import feed_back
 from surgery.procedures.treatment import HELD_IN, Treatment
 from surgery.procedures.true_config import true_config
 from surgery.procedures.unpacking import keep, pass_through, unpack
@@ -108,6 +109,7 @@ def describe(change: Change) -> dict[str, Any]:
         **({"held": change.held} if change.held else {}),
         **({"kept": True} if change.keep else {}),
         **({"into": change.into} if change.into else {}),
+        **({"rounding": "feedback"} if change.feedback else {}),
         **({"base_as": change.through} if change.through else {}),
     }
 
@@ -139,6 +141,8 @@ def make_plan(
         cover(draft, treatment.into, plainly)
     elif draft.plain:
         draft.notes.append("config.json loses its quantization_config")
+    if treatment.rounding == "feedback":
+        feed_back(draft)
     for one in adapters:
         out_proj.refuse_other(one.adapter, treatment.arithmetic)
         if treatment.arithmetic != "exact" and one.adapter.config.parameters():

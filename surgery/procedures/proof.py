@@ -17,7 +17,7 @@ from surgery.errors import CheckError, printable
 from surgery.formats.onnx.example import Decoding, Example
 from surgery.formats.onnx.runtime import check, decode, run
 from surgery.hosts.tree import adapted_layers, replaced_modules
-from surgery.hosts.twin import adapted_twin, as_computed, as_stored, doubled, twin
+from surgery.hosts.twin import Decoded, adapted_twin, as_computed, as_stored, doubled, exactly, twin
 from surgery.procedures.switch import disable_adapters
 
 MASK = "attention_mask"
@@ -111,18 +111,25 @@ def reference_of(root: nn.Module, example: Example, prepare: Prepare) -> Referen
     return Reference(exact, own, base)
 
 
-def prove(model: nn.Module, example: Example, graph: Path, prepare: Prepare, adapted: Reference | None) -> Proof:
-    """Of a graph, by the plain model that it is of."""
+def prove(  # noqa: PLR0913, PLR0917  # a graph, and what it is of
+    model: nn.Module,
+    example: Example,
+    graph: Path,
+    prepare: Prepare,
+    adapted: Reference | None,
+    decoded: Decoded = exactly,
+) -> Proof:
+    """Of a graph, by the plain model that it is of; its quantized weights are as `decoded` gives them."""
     check(graph)
-    inputs = example.trials()
-    own = runs(prepared(twin(model, as_computed), prepare), inputs, example)
-    exact = runs(prepared(twin(model, doubled), prepare), inputs, example)
+    inputs, plain = example.trials(), prepared(twin(model, as_computed, decoded), prepare)
+    own = runs(plain, inputs, example)
+    exact = runs(prepared(twin(model, doubled, decoded), prepare), inputs, example)
     found = run(graph, inputs)
     if example.decoding is not None:
-        _require_tokens(prepared(twin(model, as_computed), prepare), graph, example.decoding)
-    plain = _judged(inputs, found, Reference(exact, own, None))
+        _require_tokens(plain, graph, example.decoding)
+    merged = _judged(inputs, found, Reference(exact, own, None))
     over = [None] * len(inputs) if adapted is None else _judged(inputs, found, adapted)
-    return Proof([Trial(_shapes(feeds), one, other) for feeds, one, other in zip(inputs, plain, over, strict=True)])
+    return Proof([Trial(_shapes(feeds), one, other) for feeds, one, other in zip(inputs, merged, over, strict=True)])
 
 
 def trials_of(inputs: Sequence[Inputs], found: Sequence[Outputs], by: Reference, adapter: str) -> list[Trial]:

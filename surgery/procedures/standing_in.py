@@ -87,8 +87,13 @@ def decode_others(root: nn.Module, state: dict[str, Tensor]) -> None:
             packed = packed_of_layer(module, place.name)
             for role in (*packed.tensors, "weight_format"):
                 state.pop(f"{place.name}.{role}", None)
-            weight = decoded_to(module, _computed(module, model_dtype))
-            state[f"{place.name}.weight"] = weight.to(plain_dtype(module, model_dtype))
+            state[f"{place.name}.weight"] = as_plain(module, model_dtype)
+
+
+def as_plain(quantized: nn.Module, model_dtype: torch.dtype) -> Tensor:
+    """Its weight as it is written where all of the model becomes plain."""
+    weight = decoded_to(quantized, _computed(quantized, model_dtype))
+    return weight.to(plain_dtype(quantized, model_dtype))
 
 
 def held_as(layer: Adapted) -> str:

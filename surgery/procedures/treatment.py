@@ -13,6 +13,7 @@ from surgery.errors import UsageError, printable
 from surgery.ops.linear import LAYOUTS
 
 HELD_IN = ("nf4", "fp4", "int8", "fp8_block")  # the forms whose tensors' sizes no values decide
+ROUNDINGS = ("nearest", "feedback")
 INTO = ("16bit", "keep", *HELD_IN)
 
 
@@ -26,6 +27,7 @@ class Treatment:
     compute_dtype: torch.dtype | None = None  # what quantized weights are decoded to; None: as they are computed with
     into: str | None = None  # one of INTO: what weights are written as; None: 16bit where they are quantized
     fallback: str | None = None  # "16bit": so written is what would keep too little of its change there
+    rounding: str | None = None  # "feedback": to other codes than the nearest, where the adapters' inputs ask for them
     base_as: str | None = None  # the form in which the adapters were trained over this plain base
     arithmetic: Arithmetic = "exact"
 
@@ -40,6 +42,7 @@ class Treatment:
         base_as: str | None = None,
         arithmetic: str = "exact",
         fallback: str | None = None,
+        rounding: str | None = None,
     ) -> "Treatment":
         """What the options of a call say. UsageError for a value that is none."""
         if tied not in ("refuse", "untie"):
@@ -58,15 +61,26 @@ class Treatment:
         if base_as is not None and how != "exact":
             raise UsageError(f"base_as is given, and arithmetic is {how!r}; PEFT merges no such base so; leave one out")
         _check_fallback(fallback, into)
-        dtypes = {"dtype": check_dtype(dtype), "compute_dtype": check_dtype(compute_dtype)}
+        if rounding not in (None, *ROUNDINGS):
+            raise UsageError(f"rounding is {printable(rounding)!r}; one of {', '.join(ROUNDINGS)} is wanted")
+        if rounding is not None and into in (None, "16bit"):
+            raise UsageError("rounding is for merges into a format; give into, or leave it out")
         return cls(
-            **dtypes, tied=untie, ops=dict(ops or {}), into=into, fallback=fallback, base_as=base_as, arithmetic=how
+            check_dtype(dtype),
+            untie,
+            dict(ops or {}),
+            check_dtype(compute_dtype),
+            into,
+            fallback,
+            None if rounding == ROUNDINGS[0] else rounding,
+            base_as,
+            how,
         )
 
     def to_json(self) -> dict[str, Any]:
         told = {"arithmetic": self.arithmetic, "dtype": _word(self.dtype), "tied": self.tied}
         more = {"compute_dtype": _word(self.compute_dtype), "into": self.into, "base_as": self.base_as}
-        more |= {"fallback": self.fallback}
+        more |= {"fallback": self.fallback, "rounding": self.rounding}
         kept = {key: value for key, value in more.items() if value is not None}
         return told | {"ops": dict(sorted(self.ops.items()))} | kept
 

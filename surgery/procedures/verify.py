@@ -86,6 +86,7 @@ class Recorded(NamedTuple):
 
     arithmetic: str = "exact"
     mha_out_proj_scale: int | None = None
+    rounding: str | None = None
 
 
 def recorded(folder: Path) -> Recorded:
@@ -96,7 +97,9 @@ def recorded(folder: Path) -> Recorded:
     options = receipt.get("options")
     arithmetic = options.get("arithmetic", "exact") if isinstance(options, dict) else "exact"
     scales = [one.get("mha_out_proj_scale") for one in receipt["adapters"] if isinstance(one, dict)]
-    return Recorded(str(arithmetic), next((one for one in scales if one is not None), None))
+    rounding = options.get("rounding") if isinstance(options, dict) else None
+    scale = next((one for one in scales if one is not None), None)
+    return Recorded(str(arithmetic), scale, "feedback" if rounding == "feedback" else None)
 
 
 def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
@@ -179,7 +182,7 @@ def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable
             yield from (Piece(name, partial(carried, base, out, name, span)) for span in spans(info))
         else:
             change = change or Change(Site(name, {"weight": info}), info.torch_dtype)
-            change = replace(change, dtype=there.torch_dtype, keep=False, into="")
+            change = replace(change, dtype=there.torch_dtype, keep=False, into="", feedback=False)
             change = told(source, change)
             started = change.started()
             shape = change.site.laid(info).shape

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 import surgery
+from surgery.codecs.compressed_ints import PackQuantized
 
 compressed_tensors = pytest.importorskip("compressed_tensors")
 
@@ -170,3 +171,46 @@ def test_a_live_model_is_adapted_where_it_is_dequantized_and_refused_by_name_whe
     surgery.merge_checkpoint(base, given, tmp_path / "files")
     assert hashes(tmp_path / "live") == hashes(tmp_path / "files")
     assert "quantization_config" not in json.loads((tmp_path / "live" / "config.json").read_text())
+
+
+def packed_experts(folder: Path) -> tuple[Path, Path]:
+    """A model whose files hold experts one by one, in int4 by groups of 16, and what these decode to."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16, "vocab_size": 32}
+    config = Qwen3MoeConfig(**sizes, moe_intermediate_size=16, num_experts=4, num_key_value_heads=2)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder / "plain")
+    tensors, plain = {}, {}
+    for name, weight in load_file(folder / "plain" / FILE).items():
+        if ".experts." in name:
+            packed = PackQuantized().fresh(weight, {"group_size": 16})
+            tensors |= {name.removesuffix("weight") + role: one for role, one in packed.tensors.items()}
+            plain[name] = PackQuantized().decode(packed, torch.bfloat16)
+        else:
+            tensors[name] = plain[name] = weight
+    (folder / "base").mkdir()
+    for part, held in (("base", tensors), ("plain", plain)):
+        save_file(held, folder / part / FILE, {"format": "pt"})
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}}
+    told = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    read = json.loads((folder / "plain" / "config.json").read_text())
+    (folder / "base" / "config.json").write_text(json.dumps(read | {"quantization_config": told}))
+    return folder / "base", folder / "plain"
+
+
+def test_adapters_over_experts_are_merged_into_the_packed_tensors_of_each(tmp_path: Path):
+    base, plain = packed_experts(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    surgery.inject(model, surgery.LoraConfig(r=2, lora_alpha=2, target_parameters=targets, init_lora_weights=False))
+    surgery.save(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "surgery.base.json").unlink()  # it was trained on the decoded base
+    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    surgery.merge_checkpoint(plain, tmp_path / "adapter", tmp_path / "wanted")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "wanted")
+    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "kept", into="keep", reversible=True)
+    before, after = load_file(base / FILE), load_file(tmp_path / "kept" / FILE)
+    changed = {name for name, one in before.items() if not torch.equal(one, after[name])}
+    assert changed == {name for name in before if name.endswith(".weight_packed")}
+    assert surgery.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "kept").ok
+    surgery.unmerge_checkpoint(tmp_path / "kept", tmp_path / "back")
+    assert (tmp_path / "back" / FILE).read_bytes() == (base / FILE).read_bytes()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.cli import main
-from surgery.formats.onnx.link import Weights
+from surgery.formats.onnx.stored import Weights
 from surgery.procedures import export
 from surgery.procedures.proof import Trial
 

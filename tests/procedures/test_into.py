@@ -143,6 +143,37 @@ def test_an_adapter_that_is_drowned_there_fails_with_the_option_that_would_keep_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("into", ["keep", "nf4", "fp8_block"])
+def test_feedback_retains_more_is_verified_and_undone(into: str, adapter: Path, tmp_path: Path):
+    base = plain_base(tmp_path / "base") if into != "keep" else quantized_base(tmp_path / "base", "nf4")
+    near = surgery.merge_checkpoint(base, adapter, tmp_path / "near", into=into, **ANY).receipt
+    out = tmp_path / "out"
+    report = surgery.merge_checkpoint(base, adapter, out, into=into, rounding="feedback", reversible=True, **ANY)
+    assert "4 of 4 adapted weights are rounded with feedback" in report.receipt["notes"]
+    for site in SITES:  # along its directions nothing is lost but by chance
+        before, after = (one["changed"][f"{site}.weight"]["retained"] for one in (near, report.receipt))
+        assert abs(1 - after) < max(0.3, abs(1 - before))
+    if into == "keep":
+        assert report.receipt["survived"]["retained"] > near["survived"]["retained"] + 0.3
+    assert surgery.verify_checkpoint(base, adapter, out).counts["bits"] == len(SITES)
+    surgery.unmerge_checkpoint(out, tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
+@pytest.mark.parametrize("into", ["keep", "nf4"])
+def test_rows_are_fed_back_alike_in_tiles_of_any_size(
+    into: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = plain_base(tmp_path / "base") if into != "keep" else quantized_base(tmp_path / "base", "nf4")
+    options = {"into": into, "rounding": "feedback", **ANY}
+    surgery.merge_checkpoint(base, adapter, tmp_path / "whole", **options)
+    for module in ("hosts.encoded", "procedures.feeding"):
+        monkeypatch.setattr(f"surgery.{module}.FED_ELEMENTS", 1)
+    monkeypatch.setattr("surgery.core.source.TILE_ELEMENTS", 1)
+    surgery.merge_checkpoint(base, adapter, tmp_path / "rows", **options)
+    assert tensor_hashes(read_tensors(tmp_path / "rows")) == tensor_hashes(read_tensors(tmp_path / "whole"))
+
+
 def uneven(folder: Path) -> Path:
     """Of which one site is lost in 4 bits."""
     size = {True: 2.0**-9, False: 8.0}
@@ -180,6 +211,8 @@ def test_what_would_be_lost_falls_back_to_16_bits_site_by_site(form: str, tmp_pa
     [
         ("plain", {"into": "nf4", "fallback": "int8"}, UsageError, "no loader reads int8 beside nf4"),
         ("plain", {"fallback": "16bit"}, UsageError, "give into"),
+        ("plain", {"rounding": "feedback"}, UsageError, "give into"),
+        ("plain", {"into": "nf4", "rounding": "up"}, UsageError, "nearest, feedback"),
         ("fp8-rows", {"into": "keep", "fallback": "16bit", "min_retained": 1.1}, FormatError, "fbgemm_fp8"),
         ("plain", {"into": "nf4", "fallback": "16bit", "min_retained": 1.1}, MatchError, "too little there"),
         ("plain", {"into": "nf4-double"}, UsageError, "one of"),

@@ -28,11 +28,13 @@ from surgery.io.memory import available_bytes
 from surgery.io.staging import Staging
 from surgery.procedures.export import ExportReport, Manner, traced, write_graph
 from surgery.procedures.export_readme import write_readme
+from surgery.procedures.kept import is_of_bitsandbytes, refuse_kept
 from surgery.procedures.load import lay
 from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
 from surgery.procedures.proof import Proof, Reference, prove, reference_of
 from surgery.procedures.save import DEFAULT
 from surgery.procedures.switch import set_adapter
+from surgery.procedures.treatment import Treatment
 
 _PROOF_BYTES = 16  # for each weight: one as it is stored, one in float64, and what running them takes
 
@@ -56,10 +58,20 @@ def export_checkpoint(
     """
     if not (base.folder / "config.json").is_file():
         raise AbsentError(f"{printable(base.path)}: no config.json in it; a model of transformers is wanted")
-    writer = _Graph(base, adapters, out, export)
-    merge_checkpoint(base, adapters, out, replace(options, beside=writer))
+    treatment = _treatment(base, adapters, options.treatment)
+    writer = _Graph(base, adapters, out, export, treatment.into == "keep")
+    merge_checkpoint(base, adapters, out, replace(options, treatment=treatment, beside=writer))
     assert writer.report is not None
     return writer.report
+
+
+def _treatment(base: Checkpoint, adapters: Sequence[Weighted], asked: Treatment) -> Treatment:
+    """Codes are kept where nothing is merged into them and nothing else is asked for. FormatError where they cannot."""
+    if asked.into is None and asked.dtype is None and not adapters and is_of_bitsandbytes(base):
+        return replace(asked, into="keep")
+    if asked.into == "keep":
+        refuse_kept(base.packed)
+    return asked
 
 
 @dataclass
@@ -70,6 +82,7 @@ class _Graph:
     adapters: Sequence[Weighted]
     out: Path
     export: Export
+    kept: bool  # are the adapters merged into the base's own codes?
     report: ExportReport | None = None
 
     def __call__(self, staging: Staging) -> Mapping[str, str]:
@@ -79,7 +92,7 @@ class _Graph:
         example = cached_example(plain) if self.export.kv else example_for(model)
         kind.prepare(plain.module)
         graph = traced(plain, example)
-        sizes, written = write_graph(graph, plain.module, kind, staging, self.export.how.weights == "copy")
+        sizes, written = write_graph(graph, plain.module, kind, staging, self.export.how)
         written |= write_readme(staging, sizes)
         proof = self._proof(model, example, staging.folder)
         proof.require(self.out)
@@ -103,6 +116,8 @@ class _Graph:
         """The base under its adapters, live; or why there is none to compare with."""
         if not self.adapters:
             return None, ""
+        if self.kept:
+            return None, "compared with the merged weights alone: the receipt tells what their codes hold of the change"
         if any(weight != 1 for _, weight in self.adapters):
             return None, "compared with the merged weights alone: a live adapter has no weight"
         try:

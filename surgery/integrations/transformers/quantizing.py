@@ -71,19 +71,30 @@ def quantization_of(model: Any) -> str:
 
 
 def forget_quantization(model: Any) -> None:
-    """Let a model that is written plainly say nothing of its quantization; it may share all else with another.
-
-    What transformers has decoded as it was loaded, it would encode again as it is saved, with no word of it.
-    """
-    conversions = model.__dict__.get("_weight_conversions")
-    if conversions:
-        model._weight_conversions = [one for one in conversions if not 0 < _decoding(one) == len(one.operations)]
+    """Let a model that is written plainly say nothing of its quantization; it may share all else with another."""
+    _forget_decoding(model)
     if not quantization_of(model):
         return
     model.hf_quantizer, model.is_quantized = None, False
     model.__dict__.pop("quantization_method", None)
     for config in (model.config, model.config.get_text_config()):
         config.__dict__.pop("quantization_config", None)
+
+
+def keep_codes(model: Any) -> None:
+    """Let a model be saved as it is told, its quantized weights as they are; it may share all with another.
+
+    What quantizes it would tell other tensors.
+    """
+    _forget_decoding(model)
+    model.hf_quantizer = None
+
+
+def _forget_decoding(model: Any) -> None:
+    """What transformers has decoded as it was loaded, it would encode again as it is saved, with no word of it."""
+    conversions = model.__dict__.get("_weight_conversions")
+    if conversions:
+        model._weight_conversions = [one for one in conversions if not 0 < _decoding(one) == len(one.operations)]
 
 
 def refuse_joined(model: Any) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import UsageError
+from surgery.hosts.packing import BESIDE
 from surgery.integrations.transformers.model import is_pretrained
-from surgery.integrations.transformers.quantizing import forget_quantization, refuse_joined
+from surgery.integrations.transformers.quantizing import forget_quantization, keep_codes, refuse_joined
 from surgery.io.staging import Staging
 from surgery.procedures.merged_state import merged_state
 
@@ -31,7 +32,10 @@ def save_merged(root: nn.Module, folder: Path, overwrite: bool = False, **option
 def write_merged(root: nn.Module, state: dict[str, Tensor], staging: Staging, **options: Any) -> None:
     """The model's `state`, without adapters, as its own class saves it."""
     plain = _twin(root)
-    forget_quantization(plain)
+    if any(name.endswith(BESIDE) for name in state):  # quantized weights stay so
+        keep_codes(plain)
+    else:
+        forget_quantization(plain)
     refuse_joined(plain)
     _untie(plain, state)
     plain.save_pretrained(staging.folder, state_dict=state, **options)

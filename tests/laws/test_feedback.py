@@ -1,0 +1,63 @@
+"""Feedback: the codes of GPTQ for an H of low rank, never worse than the nearest by it, row by row."""
+
+import torch
+from torch import Tensor
+
+from surgery.core.feedback import Feedback
+
+
+def drawn(rows: int, columns: int, r: int) -> tuple[Tensor, Tensor]:
+    """A weight in steps of 1, and directions."""
+    generator = torch.Generator().manual_seed(rows * columns)
+    wanted = 3 * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return wanted, torch.randn(r, columns, generator=generator, dtype=torch.float64)
+
+
+def importance(directions: Tensor) -> Tensor:
+    """H, as it is defined."""
+    unit = directions / directions.norm(dim=1, keepdim=True)
+    r, columns = directions.shape
+    return torch.eye(columns, dtype=torch.float64) + columns / r * unit.T @ unit
+
+
+def measured(error: Tensor, H: Tensor) -> Tensor:
+    return (error @ H * error).sum(dim=1)
+
+
+def by_gptq(wanted: Tensor, held: Tensor, H: Tensor) -> Tensor:
+    """Column by column, the later ones free to take off what is best: by the Schur complement over these."""
+    chosen, columns = torch.empty_like(held), wanted.shape[1]
+    for j in range(columns):
+        now, later = slice(0, j + 1), slice(j + 1, columns)
+        left = H[now, now] - H[now, later] @ torch.linalg.solve(H[later, later], H[later, now])
+        errors = chosen[:, :j] - wanted[:, :j]
+        target = wanted[:, j] - errors @ left[:j, j] / left[j, j]
+        options = torch.stack([held[:, j] + step for step in (0, -1, 1)])
+        chosen[:, j] = options.gather(0, (options - target).abs().argmin(dim=0, keepdim=True))[0]
+    return chosen
+
+
+def test_the_codes_are_those_of_gptq_where_they_are_better_than_the_nearest():
+    wanted, directions = drawn(40, 24, 3)
+    held, H = wanted.round(), importance(directions)
+    found = Feedback(directions).choose(wanted, held, held - 1, held + 1)
+    by_all = by_gptq(wanted, held, H)
+    better = measured(by_all - wanted, H) < measured(held - wanted, H)
+    assert torch.equal(found, torch.where(better.unsqueeze(1), by_all, held))
+    assert int(better.sum()) > 30
+    assert bool((measured(found - wanted, H) <= measured(held - wanted, H)).all())
+
+
+def test_rows_know_nothing_of_each_other_and_a_zero_direction_counts_for_nothing():
+    wanted, directions = drawn(9, 70, 5)
+    held = wanted.round()
+    whole = Feedback(directions).choose(wanted, held, held - 1, held + 1)
+    with_zero = Feedback(torch.cat([directions, torch.zeros(1, 70)]))
+    rows = [with_zero.choose(*(one[i : i + 2] for one in (wanted, held, held - 1, held + 1))) for i in range(0, 9, 2)]
+    assert torch.equal(torch.cat(rows), whole)
+
+
+def test_what_is_held_already_stays():
+    held, directions = drawn(5, 33, 2)
+    assert torch.equal(Feedback(directions).choose(held, held, held - 1, held + 1), held)
+    assert torch.equal(Feedback(0 * directions).choose(held + 0.4, held, held - 1, held + 1), held)
