@@ -146,12 +146,11 @@ def _told_of_rows(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]
     """The config with the modules whose rows are in the file. FormatError for rows without tokens, and the reverse."""
     alone = {spelling.role for spelling in config.endings().values() if spelling.alone}
     names = [name for name, held in sites.items() if held.keys() & alone]
-    entries = config.rows()
-    missing = [entry for entry in entries or () if not any(suffix_hits((entry,), name) for name in names)]
-    if missing or (entries is None and len(names) != 1):
-        what = printable(missing[0]) if missing else "one embedding"
+    if config.rows() is None and len(names) != 1:
+        found = ", ".join(map(printable, names)) or "none"
         raise FormatError(
-            f"{printable(where)}: the rows of {what} are not in it; the file is incomplete; save it again"
+            f"{printable(where)}: trainable_token_indices is of one embedding, and rows are there of {found}; the file "
+            "is incomplete; save it again"
         )
     try:
         return config.with_rows(names)

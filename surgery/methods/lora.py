@@ -16,6 +16,7 @@ from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
 from surgery.core.config import AdapterConfig, Spelling, check_names
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.names import suffix_hits
 from surgery.core.op import FEW, Factors, Op, Tile
 from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
@@ -135,6 +136,11 @@ class LoraConfig(AdapterConfig):
             if found is None:
                 raise ConfigError(f"trainable_token_indices tells no tokens of {printable(name)}; add its entry")
             table[name] = found
+        for entry in self.rows() or ():
+            if isinstance(tokens, Mapping) and not any(suffix_hits((entry,), name) for name in names):
+                if tokens[entry] not in table.values():
+                    raise ConfigError(f"the rows of {printable(entry)} are not there; the file is incomplete")
+                table[entry] = tokens[entry]  # tied to another, which has the same
         return replace(self, trainable_token_indices=table) if table else self
 
     def named(self, names: Sequence[str]) -> Self:

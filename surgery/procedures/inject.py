@@ -29,7 +29,7 @@ from surgery.procedures.biases import Biases, keep_biases, lay_biases, refuse_cl
 from surgery.procedures.merge import refuse_merged, refuse_mixed, unmerge
 from surgery.procedures.model_tree import Tree, wrap
 from surgery.procedures.parameters import refuse_nested, targeted_parameters
-from surgery.procedures.rows import refuse_tied_rows, with_rows
+from surgery.procedures.rows import share_rows, with_rows, with_tied_rows
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _PROBE = Slot()
@@ -96,6 +96,7 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
         site, method = tree.parameter_site(name), config.method(name)
         sites[site.name] = site, method, method.init(site, _no_base)
     saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
+    sites = with_tied_rows(tree, sites, saved)
     aware = {} if form is None else holdings(tree.modules, config, sites, form)
     biases = dict.fromkeys(trained_modules(tree, config, sites, saved))
     fit(tree, adapter, Fitting(config, sites, saved, aware, biases), trainable)
@@ -107,7 +108,6 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     root = tree.root
     _refuse_quantized_copies(tree, fitting)
     refuse_nested(tree, {name: site for name, (site, _, _) in fitting.sites.items()}, fitting.saved)
-    refuse_tied_rows(tree, {name: method for name, (_, method, _) in fitting.sites.items()}, fitting.saved)
     refuse_clash(tree, state_of(root), fitting.biases, fitting.saved)
     state = state_of(root) or _frozen(tree)
     for place in tree.places:
@@ -119,6 +119,7 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
         layer = tree.layer(name, site)
         layer.fit(adapter, method, _placed(params, layer.base_weight), trainable, fitting.aware.get(name))
         touched.append(layer)
+    share_rows(tree, adapter, fitting.sites)
     for name, tensors in fitting.saved.items():
         module = tree.modules[name]
         holder = module if isinstance(module, Replaced) else wrap(tree, module, Replaced(module))

@@ -17,6 +17,7 @@ from surgery.ops.attention import attention_site
 from surgery.ops.bias import bias_site
 from surgery.procedures.experts import laid_on
 from surgery.procedures.op_choice import OpChoice
+from surgery.procedures.rows import refuse_missing
 from surgery.procedures.tying import tying_of, vocabulary
 
 EXPLAINED = 8  # of the sites that a base lacks; to find the nearest names takes time
@@ -54,6 +55,7 @@ class Joined:
         self._saved()
         self.known = {name: self._as_grown(site) for name, site in known.items()}
         self._sites()
+        self._rows()
 
     @property
     def heads(self) -> list[str]:
@@ -76,6 +78,14 @@ class Joined:
                 self._add(site, self._layer(name, site))
             except InputError as error:
                 self.refusals.append(error)
+
+    def _rows(self) -> None:
+        """Rows of a head that the adapter speaks of and does not hold are those of the embedding that it is tied to."""
+        tied = [] if self.tying is None else [self.tying.head.name]
+        try:
+            refuse_missing(self.adapter.config, [*self.adapter.sites, *tied], self.adapter.where)
+        except MatchError as error:
+            self.refusals.append(error)
 
     def _add(self, site: Site, layer: Layer) -> None:
         if site.weight.name in self.layers:

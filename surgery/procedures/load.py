@@ -23,6 +23,7 @@ from surgery.procedures.inject import Fitting, check_name, fit
 from surgery.procedures.merge import base_sha256
 from surgery.procedures.model_tree import Tree
 from surgery.procedures.parameters import assigned, module_of, targeted
+from surgery.procedures.rows import refuse_missing, with_tied_rows
 from surgery.procedures.save import DEFAULT
 
 _HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
@@ -85,6 +86,8 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
             )
         sites[first] = site, method, params
     saved = _saved(tree, adapter)
+    sites = with_tied_rows(tree, sites, saved)
+    refuse_missing(adapter.config, sites, adapter.where)
     biases = given_biases(tree, adapter, list(given.values()), [*sites], saved)
     return Fitting(adapter.config, sites, saved, biases=biases)
 

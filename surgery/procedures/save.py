@@ -21,6 +21,7 @@ from surgery.io.strict_json import json_bytes
 from surgery.layers import Adapted
 from surgery.procedures.biases import written_biases
 from surgery.procedures.merge import base_sha256, own_weight
+from surgery.procedures.rows import repeats
 
 DEFAULT = "default"
 
@@ -72,14 +73,11 @@ def _written(
     specs: dict[str, Mapping[str, Spec]] = {}
     sites: dict[str, Params] = {}
     layers = adapted_layers(root)
-    for name, layer in layers.items():
-        if adapter in layer.fitted:
-            one = layer.fitted[adapter]
-            there, held = spelled(layers, name, adapter), one.method.tensors(layer.site)
-            specs[there] = held
-            sites[there] = (
-                one.params if state_dict is None else _picked(state_dict, live_path(layers, name), adapter, held)
-            )
+    for name, layer in _layers(root, adapter).items():
+        one = layer.fitted[adapter]
+        there, held = spelled(layers, name, adapter), one.method.tensors(layer.site)
+        specs[there] = held
+        sites[there] = one.params if state_dict is None else _picked(state_dict, live_path(layers, name), adapter, held)
     config, kept = injected(root).configs[adapter].written(sites)
     found = {
         f"{name}.{spec.spelling}": out_proj.written(name, role, kept[name][role])
@@ -119,12 +117,19 @@ def _held(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
 
 def _base_print(root: nn.Module, adapter: str) -> Hashed:
     """The base's weights under the adapter, each with its sha256."""
-    layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
+    layers = _layers(root, adapter)
     infos = {layer.site.weight.name: _held_as(layer) for layer in layers.values()}
     hashes = map(base_sha256, layers.values())
     return {
         name: (info._replace(name=name), digest) for (name, info), digest in zip(infos.items(), hashes, strict=True)
     }
+
+
+def _layers(root: nn.Module, adapter: str) -> dict[str, Adapted]:
+    """Those that it lies over, without what only shares the rows of another."""
+    layers = adapted_layers(root)
+    shared = repeats(layers, adapter)
+    return {name: layer for name, layer in layers.items() if adapter in layer.fitted and name not in shared}
 
 
 def _held_as(layer: Adapted) -> TensorInfo:
@@ -135,7 +140,7 @@ def _held_as(layer: Adapted) -> TensorInfo:
 
 def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterConfig:
     """The config with the paths it stands for, so that a reader needs no matching."""
-    layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
+    layers = _layers(root, adapter)
     alone = [name for name, layer in layers.items() if layer.parameter is not None]
     resolved = replace(
         config.named(sorted(name for name in layers if spelled(layers, name, adapter) == name)).with_parameters(alone),

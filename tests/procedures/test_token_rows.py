@@ -37,12 +37,11 @@ def logits(model: nn.Module) -> Tensor:
         return model(X).logits
 
 
-def trained(model: nn.Module, kind: str, folder: Path) -> nn.Module:
+def trained(model: nn.Module, kind: object, folder: Path) -> nn.Module:
     """A model of peft whose rows have been trained, saved."""
+    tokens = TOKENS[kind] if isinstance(kind, str) else kind
     torch.manual_seed(1)
-    config = peft.LoraConfig(
-        r=2, target_modules=["q_proj"], trainable_token_indices=TOKENS[kind], init_lora_weights=False
-    )
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens, init_lora_weights=False)
     made = peft.get_peft_model(model, config).eval()
     with torch.no_grad():
         for name, values in made.named_parameters():
@@ -130,20 +129,45 @@ def test_a_merge_by_peft_passes_verify_and_its_bits_are_known(kind: str, tmp_pat
     assert tensor_hashes(read_tensors(tmp_path / "as peft")) == tensor_hashes(theirs.state_dict())
 
 
-def test_files_of_a_tied_model_are_merged_for_both_as_peft_does(tmp_path: Path) -> None:
-    theirs = trained(llama(tied=True), "a list", tmp_path / "adapter")
-    out = logits(theirs)
-    base = base_of(tmp_path / "base", llama(tied=True))
-    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", reversible=True)
-    found = read_tensors(tmp_path / "out")
-    assert "lm_head.weight" not in found
-    merged = theirs.merge_and_unload().state_dict()
-    assert torch.equal(found["model.embed_tokens.weight"], merged["model.embed_tokens.weight"])
-    again = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+@pytest.mark.parametrize("tokens", [[3, 1, 23], {"embed_tokens": [3], "lm_head": [3]}], ids=str)
+def test_modules_that_are_tied_share_their_rows_as_in_peft(tokens: object, tmp_path: Path) -> None:
+    theirs = trained(llama(tied=True), tokens, tmp_path / "adapter")
+    base, out = base_of(tmp_path / "base", llama(tied=True)), logits(theirs)
+    ours = surgery.load(llama(tied=True), tmp_path / "adapter", trainable=True)
     room = 2 * (24 + 4) * torch.finfo(torch.float32).eps * max(1.0, float(out.abs().max()))
-    assert float((logits(again) - out).abs().max()) <= room
+    assert float((logits(ours) - out).abs().max()) <= room
+    assert ours.lm_head.fitted["default"].params["t"] is ours.model.embed_tokens.fitted["default"].params["t"]
+    surgery.save(ours, tmp_path / "ours")
+    found, wanted = (load_file(tmp_path / one / TENSORS) for one in ("ours", "adapter"))
+    assert tensor_hashes(found) == tensor_hashes(wanted)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(llama(tied=True), tmp_path / "ours").eval()), out)
+    before = tensor_hashes(ours.state_dict())
+    surgery.merge(ours)
+    assert float((logits(ours) - out).abs().max()) <= room
+    surgery.unmerge(ours)
+    assert tensor_hashes(ours.state_dict()) == before
+    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", reversible=True)
+    assert "lm_head.weight" not in read_tensors(tmp_path / "out")
+    merged = surgery.eject(surgery.merge(ours), keep_merged=True)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert tensor_hashes(again.state_dict()) == tensor_hashes(merged.state_dict())
+    assert torch.equal(merged.lm_head.weight, theirs.merge_and_unload().lm_head.weight)
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
+def test_rows_of_tied_weights_that_differ_are_refused_and_so_is_a_merge_of_more_than_rows() -> None:
+    fields = {"r": 2, "target_modules": ["q_proj"]}
+    with pytest.raises(MatchError, match=r"tied to .*, and the adapter makes something else of it"):
+        surgery.inject(
+            llama(tied=True), LoraConfig(**fields, trainable_token_indices={"embed_tokens": [3], "lm_head": [2]})
+        )
+    model = surgery.inject(llama(tied=True), LoraConfig(**fields, trainable_token_indices=[3]))
+    surgery.inject(model, LoraConfig(r=2, target_modules=["embed_tokens"]), adapter_name="b")
+    surgery.set_adapter(model, ["default", "b"])
+    with pytest.raises(MatchError, match="its weight is tied to"):
+        surgery.merge(model)
 
 
 def test_rows_of_a_scaled_embedding_are_scaled_too(tmp_path: Path) -> None:
@@ -204,10 +228,8 @@ def test_what_cannot_be_is_refused_and_nothing_changes(fields: dict[str, object]
     assert type(model.model.embed_tokens) is nn.Embedding
 
 
-def test_a_tied_live_model_is_refused_and_so_is_a_model_of_two_embeddings() -> None:
+def test_a_model_of_two_embeddings_is_refused() -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1])
-    with pytest.raises(MatchError, match=r"tied to lm_head.*merge the files"):
-        surgery.inject(llama(tied=True), config)
     two = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "wte": nn.Embedding(4, 2), "shared": nn.Embedding(4, 2)})
     with pytest.raises(MatchError, match="one embedding of tokens is wanted, and here shared, wte"):
         surgery.inject(two, config)
@@ -225,5 +247,10 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a weight of 1 is wanted"):
         surgery.merge_checkpoint(base, [(tmp_path / "adapter", 0.5)], tmp_path / "out")
     rewrite(file, {"base_model.model.lm_head.token_adapter.trainable_tokens_delta": None})
-    with pytest.raises(FormatError, match="the rows of lm_head are not in it"):
+    with pytest.raises(FormatError, match="the rows of lm_head are not there"):
         surgery.load(llama(), tmp_path / "adapter")
+    trained(llama(tied=True), {"embed_tokens": [3], "lm_head": [3]}, tmp_path / "tied")
+    with pytest.raises(MatchError, match="the rows of lm_head are not in it, as PEFT leaves them out"):
+        surgery.load(llama(), tmp_path / "tied")
+    with pytest.raises(MatchError, match="the rows of lm_head are not in it, as PEFT leaves them out"):
+        surgery.merge_checkpoint(base, tmp_path / "tied", tmp_path / "out")

@@ -14,7 +14,7 @@ import numpy
 
 from surgery.codecs.bnb8 import RECIPROCAL
 from surgery.core.codec import Shape
-from surgery.formats.onnx.stored import STORED, Stored, initializer
+from surgery.formats.onnx.stored import Stored, initializer
 
 MICROSOFT = "com.microsoft"
 BLOCKS = (32, 64, 128, 256)  # of those that bitsandbytes has, the sizes that MatMulBnb4 has a kernel for
