@@ -39,6 +39,7 @@ _NEUTRAL = {
     "target_parameters": None,
     "trainable_token_indices": None,
     "lora_bias": False,
+    "use_bdlora": None,
     "use_dora": False,
     "use_rslora": False,
 }

@@ -23,6 +23,7 @@ from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods import stacks
+from surgery.methods.bd_lora import BdLora, blocks_of, check_blocks
 from surgery.methods.dora import Dora
 from surgery.methods.lora_as_peft import delta_as_peft, rounds_first
 from surgery.methods.lora_bias import LoraBias
@@ -71,12 +72,21 @@ class LoraConfig(AdapterConfig):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: Bias = "none"  # which biases of the base are trained
     target_parameters: Sequence[str] | None = None  # parameters of any module, such as experts.gate_up_proj
+    use_bdlora: Mapping[str, Any] | None = None  # PEFT's BdLoraConfig: which factors are block-diagonal
     trainable_token_indices: TokenIndices = None  # rows of the embedding, or by module
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rank("r", self.r)
         check_bias(self.bias)
+        check_blocks(self.use_bdlora)
+        if self.use_bdlora and (
+            self.use_dora or self.lora_bias or self.target_parameters or self.init_lora_weights not in (True, False)
+        ):
+            raise ConfigError(
+                "use_bdlora is given; as in PEFT it goes without use_dora, lora_bias and target_parameters, and with "
+                "init_lora_weights True or False"
+            )
         check_tokens(self.trainable_token_indices)
         _check_number("lora_alpha", self.lora_alpha)
         _check_number("lora_dropout", self.lora_dropout)
@@ -146,7 +156,7 @@ class LoraConfig(AdapterConfig):
     def named(self, names: Sequence[str]) -> Self:
         return super().named([name for name in names if tokens_of(self.trainable_token_indices, name) is None])
 
-    def method(self, name: str) -> "Lora | LoraBias | Dora | TokenRows":
+    def method(self, name: str) -> "Lora | LoraBias | Dora | BdLora | TokenRows":
         tokens = tokens_of(self.trainable_token_indices, name)
         if tokens is not None:
             return TokenRows(tuple(tokens))
@@ -160,6 +170,9 @@ class LoraConfig(AdapterConfig):
         )
         if self.use_dora:
             return Dora(lora, self.lora_dropout)
+        blocks = blocks_of(self.use_bdlora, name) if self.use_bdlora else None
+        if blocks is not None:
+            return BdLora(lora, blocks)
         return LoraBias(lora) if self.lora_bias else lora
 
     def _numbers(self, name: str) -> tuple[int, float]:

@@ -26,7 +26,6 @@ NEUTRAL: Mapping[str, Any] = {
     "megatron_core": "megatron.core",
     "monteclora_config": None,
     "qalora_group_size": 16,
-    "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
 }

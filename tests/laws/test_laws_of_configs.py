@@ -47,6 +47,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "alpha_pattern": st.dictionaries(patterns, numbers, max_size=3),
         "bias": st.sampled_from(["none", "all", "lora_only"]),
         "target_parameters": st.none() | lists,
+        "use_bdlora": st.none() | st.fixed_dictionaries({"nblocks": st.integers(1, 9)}),
         "trainable_token_indices": st.none() | tokens | st.dictionaries(names, tokens, min_size=1, max_size=3),
     },
     "ADALORA": {
@@ -82,6 +83,9 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 def test_a_config_read_from_its_json_is_equal(name: str, data: st.DataObject):
     config = METHODS[name]
     chosen = data.draw(st.fixed_dictionaries({}, optional={**SHARED, **OWN.get(name, {})}))
+    if chosen.get("use_bdlora"):
+        others = ("use_dora", "lora_bias", "target_parameters", "init_lora_weights")
+        chosen = {field: value for field, value in chosen.items() if field not in others}
     if chosen.get("lora_bias"):  # which excludes some others
         chosen = {field: value for field, value in chosen.items() if field not in ("use_dora", "init_lora_weights")}
     if chosen.get("target_parameters"):

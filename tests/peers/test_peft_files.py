@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -229,7 +229,6 @@ REFUSED = {
     "megatron_core": ("other", "Megatron"),
     "monteclora_config": (MontecloraConfig(), "MonteCLoRA"),
     "qalora_group_size": (8, "QALoRA"),
-    "use_bdlora": (BdLoraConfig(), "BD-LoRA"),
     "use_qalora": (True, "QALoRA"),
     "velora_config": (VeloraConfig(), "VeLoRA"),
 }
