@@ -34,6 +34,8 @@ def sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: 
     sorting = _Sorting(config, where)
     for found in tensors:
         sorting.take(found)
+    if config.ties():
+        sorting.settle_ties()
     config = _told_of_rows(config, sorting.sites, where)
     _check_complete(config, sorting.sites, where)
     _resolve(config, sorting.sites, where)
@@ -81,6 +83,12 @@ class _Sorting:
                 f"{printable(self.where)}: no place for {printable(found.info.name)} ({SPELLINGS[dtype]}); "
                 f"{self.config.peft_type} tensors end in {', '.join(self.endings)}; was it renamed?"
             )
+
+    def settle_ties(self) -> None:
+        """What looks like the base's own, and is what a trained module has, is tied to that."""
+        for name, values in list(self.copies.items()):
+            if any(torch.equal(values, one) for one in self.saved.values()):
+                self.saved[name] = self.copies.pop(name)
 
     def _at_site(self, name: str, spelled: str, found: Found) -> None:
         site = name.removesuffix(spelled).rstrip(".")

@@ -122,6 +122,10 @@ class AdapterConfig(ABC, metaclass=_OfFields):
         """What it adapts that is no module: parameters, by the ends of their names."""
         return ()
 
+    def ties(self) -> bool:
+        """Are copies of modules whose weights are tied to be tied too?"""
+        return False
+
     def rows(self) -> Collection[str] | None:
         """The modules of which it replaces single rows; None where that is left to the model."""
         return ()

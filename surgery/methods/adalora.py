@@ -36,6 +36,7 @@ _NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
 _NEUTRAL = {
     **NEUTRAL,
     "alpha_pattern": {},
+    "ensure_weight_tying": False,
     "target_parameters": None,
     "trainable_token_indices": None,
     "lora_bias": False,

@@ -73,6 +73,7 @@ class LoraConfig(AdapterConfig):
     bias: Bias = "none"  # which biases of the base are trained
     target_parameters: Sequence[str] | None = None  # parameters of any module, such as experts.gate_up_proj
     use_bdlora: Mapping[str, Any] | None = None  # PEFT's BdLoraConfig: which factors are block-diagonal
+    ensure_weight_tying: bool = False  # copies of modules_to_save that are tied stay so
     trainable_token_indices: TokenIndices = None  # rows of the embedding, or by module
 
     def __post_init__(self) -> None:
@@ -134,6 +135,9 @@ class LoraConfig(AdapterConfig):
 
     def with_parameters(self, names: Sequence[str]) -> Self:
         return replace(self, target_parameters=names or None)
+
+    def ties(self) -> bool:
+        return self.ensure_weight_tying
 
     def rows(self) -> Collection[str] | None:
         tokens = self.trainable_token_indices

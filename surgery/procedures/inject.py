@@ -30,6 +30,7 @@ from surgery.procedures.merge import refuse_merged, refuse_mixed, unmerge
 from surgery.procedures.model_tree import Tree, wrap
 from surgery.procedures.parameters import refuse_nested, targeted_parameters
 from surgery.procedures.rows import share_rows, with_rows, with_tied_rows
+from surgery.procedures.tied_copies import Saved, tie_copies, with_tied_copies
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _PROBE = Slot()
@@ -41,7 +42,7 @@ class Fitting:
 
     config: AdapterConfig
     sites: Mapping[str, tuple[Site, Method, Params]]
-    saved: Mapping[str, Mapping[str, Tensor] | None]  # by module: tensors to start from; None: the module's own
+    saved: Saved  # by module: tensors to start from; None: the module's own
     aware: Mapping[str, Holding] = dataclasses.field(default_factory=dict)  # by site, where it is quantization-aware
     biases: Biases = dataclasses.field(default_factory=dict)
 
@@ -95,8 +96,9 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
     for name in parameters:
         site, method = tree.parameter_site(name), config.method(name)
         sites[site.name] = site, method, method.init(site, _no_base)
-    saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
+    saved: Saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
     sites = with_tied_rows(tree, sites, saved)
+    saved = with_tied_copies(tree, config, chosen, saved)
     aware = {} if form is None else holdings(tree.modules, config, sites, form)
     biases = dict.fromkeys(trained_modules(tree, config, sites, saved))
     fit(tree, adapter, Fitting(config, sites, saved, aware, biases), trainable)
@@ -125,6 +127,8 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
         holder = module if isinstance(module, Replaced) else wrap(tree, module, Replaced(module))
         holder.modules_to_save[adapter] = _copied(holder.original_module, tensors, trainable)
         touched.append(holder)
+    if fitting.config.ties():
+        tie_copies(tree, adapter, fitting.saved)
     state.configs[adapter] = replace(fitting.config, inference_mode=not trainable)
     if len(state.configs) == 1:
         state.active = (adapter,)

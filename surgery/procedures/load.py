@@ -1,7 +1,7 @@
 """load: an adapter of PEFT's files laid over a live model, each tensor at its place."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from surgery.procedures.model_tree import Tree
 from surgery.procedures.parameters import assigned, module_of, targeted
 from surgery.procedures.rows import refuse_missing, with_tied_rows
 from surgery.procedures.save import DEFAULT
+from surgery.procedures.tied_copies import Saved, with_tied_copies
 
 _HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
 
@@ -87,6 +88,7 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
         sites[first] = site, method, params
     saved = _saved(tree, adapter)
     sites = with_tied_rows(tree, sites, saved)
+    _check_ties(tree, adapter, sites, saved)
     refuse_missing(adapter.config, sites, adapter.where)
     biases = given_biases(tree, adapter, list(given.values()), [*sites], saved)
     return Fitting(adapter.config, sites, saved, biases=biases)
@@ -132,7 +134,17 @@ def _check_copies(tree: Tree, adapter: Adapter) -> None:
             )
 
 
-def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor]]:
+def _check_ties(tree: Tree, adapter: Adapter, sites: Collection[str], saved: Saved) -> None:
+    """MatchError unless tied copies are all in the file."""
+    for name in with_tied_copies(tree, adapter.config, sites, saved):
+        if name not in saved:
+            raise MatchError(
+                f"{printable(adapter.where)}: ensure_weight_tying, and {printable(name)}, whose weight is tied to "
+                "one of modules_to_save, is not in it; save it again"
+            )
+
+
+def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor] | None]:
     """The tensors of `modules_to_save` by module, each module whole."""
     grouped: dict[str, dict[str, Tensor]] = {}
     roots = sorted((name for name in tree.modules), key=len)
@@ -142,6 +154,8 @@ def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor]]:
         if name in adapter.biases:
             continue
         owner = next((module for module in modules if name.startswith(module + ".")), None)
+        if owner is None and adapter.config.ties() and name.rpartition(".")[0] in tree.modules:
+            owner = name.rpartition(".")[0]  # tied to one of them
         if owner is None:
             raise MatchError(f"{printable(adapter.where)}: {printable(name)} of modules_to_save is not in the model")
         grouped.setdefault(tree.first_name(owner), {})[name.removeprefix(owner + ".")] = values

@@ -48,6 +48,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "bias": st.sampled_from(["none", "all", "lora_only"]),
         "target_parameters": st.none() | lists,
         "use_bdlora": st.none() | st.fixed_dictionaries({"nblocks": st.integers(1, 9)}),
+        "ensure_weight_tying": st.booleans(),
         "trainable_token_indices": st.none() | tokens | st.dictionaries(names, tokens, min_size=1, max_size=3),
     },
     "ADALORA": {

@@ -218,7 +218,6 @@ REFUSED = {
     "alora_invocation_tokens": ([1], "aLoRA"),
     "arrow_config": (peft.ArrowConfig(), "Arrow"),
     "corda_config": (CordaConfig(), "changes the base"),
-    "ensure_weight_tying": (True, "two tied weights"),
     "eva_config": (peft.EvaConfig(), "activations"),
     "init_lora_weights": ("pissa", "leave the base alone"),
     "kasa_config": (KasaConfig(), "KaSA"),
