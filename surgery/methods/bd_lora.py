@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -12,9 +12,7 @@ from surgery.core.method import Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
-
-if TYPE_CHECKING:
-    from surgery.methods.lora import Lora
+from surgery.methods.lora import Lora
 
 _OPS = frozenset({"linear", "conv1d"})
 _FIELDS: Mapping[str, Any] = {
@@ -36,7 +34,7 @@ class Blocks(NamedTuple):
 class BdLora(Method):
     """LoRA's tensors; A is [r, in / blocks], or B is [out, r / blocks]: the blocks one below another."""
 
-    lora: "Lora"
+    lora: Lora
     blocks: Blocks
 
     reproducible = True
