@@ -74,7 +74,7 @@ def twin(root: nn.Module, made: Made, decoded: Decoded = exactly) -> nn.Module:
 
 
 def adapted_twin(root: nn.Module, made: Made) -> nn.Module:
-    """The same with its adapters. Where tensors are as they are stored, quantized ones are in the dtype of the others."""
+    """The same with its adapters. Where tensors are as they are stored, quantized ones are in the others' dtype."""
     dtype = _floats(root) if made is as_stored else torch.float32
     return _copied(root, _Twin(made, made, partial(decoded_to, dtype=dtype)), [])
 
@@ -89,7 +89,7 @@ class _Twin(NamedTuple):
     def plain(self, quantized: Any, memo: Mapping[int, Any]) -> nn.Linear:
         made = nn.Linear(quantized.in_features, quantized.out_features, bias=False, device="meta")
         made.weight = nn.Parameter(self.parameter(self.decoded(quantized)), requires_grad=False)
-        made.bias = None if quantized.bias is None else memo[id(quantized.bias)]
+        made.register_parameter("bias", None if quantized.bias is None else memo[id(quantized.bias)])
         return made
 
 

@@ -4,6 +4,7 @@ Modules that share a weight share its rows.
 """
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -25,6 +26,8 @@ FittedSite = tuple[Site, Method, Params]
 def with_rows(tree: Tree, config: AdapterConfig, adapted: Collection[str]) -> tuple[AdapterConfig, list[str]]:
     """The config with these modules in full, and their paths. MatchError for one that is not there, or adapted too."""
     entries = config.rows()
+    if entries is not None and not entries:
+        return config, []
     if entries is None:
         found = {tree.first_name(name) for name in tree.modules if _embeds(tree, name)}
         if len(found) != 1:
@@ -85,8 +88,8 @@ def share_rows(tree: Tree, adapter: str, sites: Mapping[str, FittedSite]) -> Non
     """Rows of tied weights are one parameter."""
     held: dict[int, Parameter] = {}
     for name, (_, method, _) in sites.items():
-        layer = tree.modules.get(name)  # a parameter is no module
-        if isinstance(method, TokenRows) and isinstance(layer, Adapted):
+        if isinstance(method, TokenRows):
+            layer: Any = tree.modules[name]
             holder, key = layer.fitted[adapter].holders["t"]
             first = holder[key]
             assert first is not None

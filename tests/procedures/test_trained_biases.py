@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import surgery
 from surgery import AdaLoraConfig, ConfigError, FormatError, LoraConfig, MatchError, ShapeError, StateError
 from surgery.adapters.peft import read_adapter
+from surgery.hosts.twin import as_stored, twin
 from surgery.layers.trained_bias import trained_bias
 from surgery.procedures.merged_state import merged_state
 from surgery.procedures.refill import refill
@@ -164,6 +165,17 @@ def test_both_biases_move_and_are_copied_with_the_model(x: Tensor, tmp_path: Pat
     again = surgery.load(net(torch.bfloat16), tmp_path / "cast")
     assert torch.equal(again.norm.bias, model.norm.bias)
     assert torch.equal(trained_bias(again.head), trained_bias(model.head))
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize("kind", ["all"])
+def test_a_twin_has_the_biases_that_run_and_no_other(x: Tensor, tmp_path: Path) -> None:
+    model = surgery.load(net(), tmp_path / "theirs")
+    made = twin(model, as_stored)
+    assert made.state_dict().keys() == net().state_dict().keys()
+    assert torch.equal(made.norm.bias, trained_bias(model.norm))
+    with surgery.disable_adapters(model):
+        assert torch.equal(twin(model, as_stored)(x), net()(x))
 
 
 @pytest.mark.usefixtures("theirs")
