@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora import AdaLoraConfig
     from surgery.methods.ia3 import Ia3Config
-    from surgery.methods.lora import LoraConfig
+    from surgery.methods.lora_config import LoraConfig
     from surgery.procedures.combine import CombineReport
     from surgery.procedures.diff import DiffReport
     from surgery.procedures.export import ExportReport
@@ -84,7 +84,7 @@ _HOMES = {
     "Ia3Config": "methods.ia3",
     "InputError": "errors",
     "Inspection": "procedures.inspect",
-    "LoraConfig": "methods.lora",
+    "LoraConfig": "methods.lora_config",
     "MatchError": "errors",
     "MergeReport": "procedures.merge_checkpoint",
     "OutputExistsError": "errors",

@@ -2,25 +2,23 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from surgery.adapters import out_proj
 from surgery.adapters.out_proj import Scale
-from surgery.core.adapter import Adapter, Stored, shape_of
+from surgery.adapters.sorting import PREFIX, Found, sorted_out
+from surgery.core.adapter import Adapter, shape_of
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Params
-from surgery.core.names import suffix_hits, suffixes
 from surgery.core.sharded import whole
 from surgery.core.site import TensorInfo
-from surgery.errors import AbsentError, ConfigError, FormatError, InputError, ShapeError, printable
+from surgery.errors import AbsentError, FormatError, InputError, ShapeError, printable
 from surgery.io.fingerprint import read_base_print
-from surgery.io.header import SPELLINGS, Entry, encode_header
+from surgery.io.header import Entry, encode_header
 from surgery.io.octets import octets, tensor_from
 from surgery.io.regular import contained, open_descriptor
 from surgery.io.strict_json import parse_json, read_bytes
@@ -29,8 +27,6 @@ from surgery.methods import METHODS
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-_EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"})
 
 # PEFT's methods that are more than another weight, and why.
 _PROMPT = "it puts tokens of its own before the input"
@@ -47,17 +43,6 @@ _NO_WEIGHT = {
     "SHADOW": "it keeps a state beside the layers",
     "XLORA": "it mixes adapters by the input",
 }
-
-
-class Found(NamedTuple):
-    """A tensor of an adapter: its name there is `info.name`."""
-
-    info: TensorInfo
-    load: Callable[[str], Tensor]  # by that name
-
-    @property
-    def values(self) -> Tensor:
-        return self.load(self.info.name)
 
 
 def read_adapter(path: Path, scale: Scale | None = None) -> Adapter:
@@ -81,7 +66,7 @@ def open_adapter(path: Path, config_name: str = CONFIG, scale: Scale | None = No
     config = config_from(parsed, where)
     tensors, sha256 = _read_tensors(file)
     sha256[config_name] = hashlib.sha256(told).hexdigest()
-    found = _sorted_out(config, tensors, str(path), sha256)
+    found = sorted_out(config, tensors, str(path), sha256)
     found = _counted(found, parsed.get("peft_version"), scale)
     return replace(found, files=(config_name, file.name), trained_on=read_base_print(folder))
 
@@ -108,7 +93,7 @@ def adapter_of(config: AdapterConfig, tensors: Mapping[str, Tensor], where: str)
         Found(TensorInfo(key, values.dtype, tuple(values.shape)), tensors.__getitem__)
         for key, values in tensors.items()
     ]
-    adapter = _counted(_sorted_out(config, found, where, {}), None, None)
+    adapter = _counted(sorted_out(config, found, where, {}), None, None)
     return replace(adapter, sites={name: dict(params) for name, params in adapter.sites.items()})
 
 
@@ -176,86 +161,11 @@ class _Tensors:
         return tensor_from(data, info.torch_dtype, info.shape)
 
 
-def _sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: Mapping[str, str]) -> Adapter:
-    sites: dict[str, dict[str, Found]] = {}
-    saved: dict[str, Tensor] = {}
-    copies: dict[str, Tensor] = {}
-    ops = {}
-    entries, endings = frozenset(config.modules_to_save or ()), config.endings()
-    for found in tensors:
-        key, dtype = found.info.name, found.info.torch_dtype
-        name = key.removeprefix(PREFIX)
-        spelled = next((end for end in suffixes(name) if end in endings), None)
-        if spelled is not None and dtype.is_floating_point:
-            site = name.removesuffix(spelled).rstrip(".")
-            role, op = endings[spelled]
-            if role in sites.setdefault(site, {}):
-                raise FormatError(f"{printable(where)}: {printable(site)} has two tensors {role}; one is wanted")
-            sites[site][role] = found
-            if op is not None:
-                ops[site] = op
-        elif name.endswith(".base_layer.weight"):
-            _put(copies, name.replace(".base_layer.", "."), found.values, where)
-        elif any(suffix_hits(entries, module) for module in _parents(name)):
-            _put(saved, name, found.values, where)
-        elif name.endswith(".weight") and name.split(".")[-2] in _EMBEDDINGS:
-            _put(copies, name, found.values, where)  # as PEFT saves them where the vocabulary was resized
-        else:
-            raise FormatError(
-                f"{printable(where)}: no place for {printable(key)} ({SPELLINGS[dtype]}); "
-                f"{config.peft_type} tensors end in {', '.join(endings)}; was it renamed?"
-            )
-    _check_complete(config, sites, where)
-    _resolve(config, sites, where)
-    return Adapter(config, {name: _stored(held) for name, held in sites.items()}, saved, copies, ops, where, sha256)
-
-
 def _counted(adapter: Adapter, version: object, told: Scale | None) -> Adapter:
     """The adapter of a file, each of whose deltas counts once."""
     out_proj.check_pairs(adapter.sites, adapter.where)
     scale = out_proj.scale_of(list(adapter.sites), version, told, adapter.where)
     return replace(adapter, sites=out_proj.counted(adapter.sites, scale), mha_out_proj_scale=scale)
-
-
-def _stored(held: Mapping[str, Found]) -> Params:
-    load = next(iter(held.values())).load
-    return Stored({role: found.info for role, found in held.items()}, load)
-
-
-def _put(held: dict[str, Tensor], name: str, values: Tensor, where: str) -> None:
-    """Each tensor once; a copy may be there twice, if it is the same."""
-    if name in held and not torch.equal(held[name], values):
-        raise FormatError(f"{printable(where)}: two tensors are {printable(name)}; one is wanted; save it again")
-    held[name] = values
-
-
-def _parents(name: str) -> Iterator[str]:
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]], where: str) -> None:
-    """Each site has every role; an adapter has at least one site."""
-    roles = {spelling.role for spelling in config.endings().values()}
-    if not sites:
-        raise FormatError(f"{printable(where)}: no {config.peft_type} tensor in it; was it saved without its weights?")
-    for site, held in sites.items():
-        for role in sorted(roles - held.keys()):
-            raise FormatError(
-                f"{printable(where)}: {printable(site)} has no tensor {role}, only {', '.join(sorted(held))}; "
-                "the file is incomplete; save or download it again"
-            )
-
-
-def _resolve(config: AdapterConfig, sites: Iterable[str], where: str) -> None:
-    """FormatError where a site's settings cannot be told, as a pattern takes too long, or the tensors are not all."""
-    try:
-        config.check_whole()
-        for site in sites:
-            config.method(site)
-    except ConfigError as error:
-        raise FormatError(f"{printable(where)}: {error}") from error
 
 
 def check_shapes(

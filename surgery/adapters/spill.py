@@ -7,7 +7,8 @@ from typing import Self
 
 from torch import Tensor
 
-from surgery.adapters.peft import PREFIX, TENSORS
+from surgery.adapters.peft import TENSORS
+from surgery.adapters.sorting import PREFIX
 from surgery.core.site import TensorInfo
 from surgery.io.durable import faults
 from surgery.io.header import encode_header

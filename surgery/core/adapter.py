@@ -76,7 +76,7 @@ class Adapter:
 
     config: AdapterConfig
     sites: Mapping[str, Params]
-    saved: Mapping[str, Tensor] = field(default_factory=dict)  # modules_to_save: full tensors by base name
+    saved: Mapping[str, Tensor] = field(default_factory=dict)  # full tensors by base name: modules_to_save, biases
     copies: Mapping[str, Tensor] = field(default_factory=dict)  # copies of the base's own tensors
     ops: Mapping[str, str] = field(default_factory=dict)  # by site, where the spelling of its tensors tells
     where: str = "adapter"
@@ -85,6 +85,7 @@ class Adapter:
     commit: str | None = None
     files: tuple[str, ...] = ()  # those of `sha256` that are files
     trained_on: Mapping[str, tuple[TensorInfo, str]] = field(default_factory=dict)  # base tensors, with their sha256
+    biases: frozenset[str] = frozenset()  # those of `saved` that are single biases of the base
     mha_out_proj_scale: int | None = None  # how often a delta of out_proj in its files counts, if there is one
 
     @property

@@ -28,6 +28,7 @@ class Spelling(NamedTuple):
 
     role: str
     op: str | None = None
+    alone: bool = False  # is it the only tensor of its site?
 
 
 class ConfigFiles(Protocol):
@@ -113,9 +114,25 @@ class AdapterConfig(ABC, metaclass=_OfFields):
         """Of its numbers those that patterns resolve for the site `name`, by field."""
         return {}
 
+    def biases(self) -> str:
+        """Which biases of the base it trains: "none", "all", or "lora_only", those of what it adapts."""
+        return "none"
+
     def parameters(self) -> Sequence[str]:
         """What it adapts that is no module: parameters, by the ends of their names."""
         return ()
+
+    def ties(self) -> bool:
+        """Are copies of modules whose weights are tied to be tied too?"""
+        return False
+
+    def rows(self) -> Collection[str] | None:
+        """The modules of which it replaces single rows; None where that is left to the model."""
+        return ()
+
+    def with_rows(self, names: Collection[str]) -> Self:  # noqa: ARG002  # for those that have such
+        """The same for just the modules `names`."""
+        return self
 
     def with_parameters(self, names: Sequence[str]) -> Self:  # noqa: ARG002  # for those that have such
         """The same for just the parameters `names`."""

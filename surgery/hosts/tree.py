@@ -33,6 +33,7 @@ class State:
     enabled: bool = True
     mixed: tuple[str, ...] = ()  # the adapter of each row, while a batch is mixed
     importance: dict[str, Mapping[str, Importance]] = field(default_factory=dict)  # by adapter whose ranks are allotted
+    biases: dict[str, Mapping[str, nn.Module]] = field(default_factory=dict)  # by adapter: modules whose bias it trains
     regularized: bool = False  # did the model itself put AdaLoRA's regularizer into its last loss?
 
     def require(self, adapter: str) -> None:

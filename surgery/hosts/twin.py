@@ -12,6 +12,7 @@ from surgery.errors import StateError, printable
 from surgery.hosts.quantized import decoded_to, decoder, is_quantized, shape_of_layer
 from surgery.hosts.tree import places, set_state, state_of
 from surgery.layers import Adapted, Replaced
+from surgery.layers.trained_bias import forget_beside
 
 Made = Callable[[Tensor], Tensor]
 Decoded = Callable[[nn.Module], Tensor]  # the weight of a quantized layer
@@ -73,7 +74,7 @@ def twin(root: nn.Module, made: Made, decoded: Decoded = exactly) -> nn.Module:
 
 
 def adapted_twin(root: nn.Module, made: Made) -> nn.Module:
-    """The same with its adapters; quantized weights are in the dtype of the others, where these are as stored."""
+    """The same with its adapters. Where tensors are as they are stored, quantized ones are in the others' dtype."""
     dtype = _floats(root) if made is as_stored else torch.float32
     return _copied(root, _Twin(made, made, partial(decoded_to, dtype=dtype)), [])
 
@@ -130,6 +131,8 @@ def _copied(root: nn.Module, how: _Twin, removed: Sequence[nn.Module]) -> nn.Mod
         ) from error
     if removed:
         set_state(found, None)
+        for module in found.modules():
+            forget_beside(module)
     for module in found.modules() if quantized else ():
         if isinstance(module, Adapted):
             module.__dict__["decode"] = decoder(module.base_layer)

@@ -5,6 +5,6 @@ from collections.abc import Mapping
 from surgery.core.config import AdapterConfig
 from surgery.methods.adalora import AdaLoraConfig
 from surgery.methods.ia3 import Ia3Config
-from surgery.methods.lora import LoraConfig
+from surgery.methods.lora_config import LoraConfig
 
 METHODS: Mapping[str, type[AdapterConfig]] = {"LORA": LoraConfig, "IA3": Ia3Config, "ADALORA": AdaLoraConfig}

@@ -19,7 +19,7 @@ from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
-from surgery.methods.lora_fields import NEUTRAL, REASONS
+from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias, check_bias
 
 _BESIDE_RANK = 1e-5  # what PEFT adds to the rank that it divides by
 _COUNTS: Mapping[str, int] = {"r": 0, "init_r": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
@@ -36,9 +36,11 @@ _NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
 _NEUTRAL = {
     **NEUTRAL,
     "alpha_pattern": {},
-    "bias": "none",
+    "ensure_weight_tying": False,
     "target_parameters": None,
+    "trainable_token_indices": None,
     "lora_bias": False,
+    "use_bdlora": None,
     "use_dora": False,
     "use_rslora": False,
 }
@@ -69,6 +71,7 @@ class AdaLoraConfig(AdapterConfig):
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False  # read and written for PEFT; the op decides, see hosts
     init_lora_weights: bool = True
+    bias: Bias = "none"  # which biases of the base are trained
     tinit: int = 0
     tfinal: int = 0
     deltaT: int = 1  # noqa: N815  # PEFT's spelling
@@ -85,6 +88,10 @@ class AdaLoraConfig(AdapterConfig):
                 _check_count(field, getattr(self, field), lowest)
         for field in _NUMBERS:
             _check_number(field, getattr(self, field))
+        check_bias(self.bias)
+
+    def biases(self) -> str:
+        return self.bias
 
     def method(self, name: str) -> "AdaLora":
         mask = self.mask(name)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from surgery.core.site import Site
 from surgery.core.source import TILE_ELEMENTS, row_tiles
 from surgery.core.sums import sum_rows
 from surgery.errors import MatchError, StateError, ValueRangeError, printable
-
-if TYPE_CHECKING:
-    from surgery.methods.lora import Lora
+from surgery.methods.lora import Lora
 
 _OPS = frozenset({"linear", "conv1d", "embedding", "convolution"})
 _LEAST, _SMALLEST = 2.0**-1022, 2.0**-800  # of a square that counts, of a sum that has lost nothing
@@ -33,7 +31,7 @@ class Dora(Method):
     At another strength it goes so much of the way from there to its merge.
     """
 
-    lora: "Lora"  # without dropout
+    lora: Lora  # without dropout
     dropout: float = 0.0
     strength: float = 1.0
 

@@ -1,12 +1,9 @@
 """LoRA: W + scaling * B A, with scaling = alpha / r, or alpha / sqrt(r). https://arxiv.org/abs/2106.09685"""
 
-import math
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -14,159 +11,17 @@ from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
-from surgery.core.config import AdapterConfig, Spelling, check_names
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import FEW, Factors, Op, Tile
-from surgery.core.patterns import PatternTable
-from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods import stacks
-from surgery.methods.dora import Dora
-from surgery.methods.inits import CONVERSION, FromBase, check_init, doubled, is_from_base, joined
 from surgery.methods.lora_as_peft import delta_as_peft, rounds_first
-from surgery.methods.lora_bias import LoraBias
-from surgery.methods.lora_fields import NEUTRAL, REASONS
-
-_LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
 OUT_PROJ = ".base_layer.out_proj"
 """How PEFT spells the out_proj of an adapted nn.MultiheadAttention, whose delta it adds twice."""
 
 Init = bool | str
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig(AdapterConfig):
-    """LoRA's settings, named as in PEFT.
-
-    >>> LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"]).method("layers.0.q_proj").scaling
-    2.0
-    """
-
-    peft_type: ClassVar[str] = "LORA"
-    spellings: ClassVar[Mapping[str, Spelling]] = {
-        "lora_A.weight": Spelling("A"),
-        "lora_B.weight": Spelling("B"),
-        "lora_embedding_A": Spelling("A", "embedding"),
-        "lora_embedding_B": Spelling("B", "embedding"),
-        "lora_B.bias": Spelling("b"),
-        "lora_magnitude_vector.weight": Spelling("m"),  # as it is called in PEFT's models, and so in some files
-        "lora_magnitude_vector": Spelling("m"),
-    }
-    neutral: ClassVar[Mapping[str, Any]] = NEUTRAL
-    reasons: ClassVar[Mapping[str, str]] = REASONS
-
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    use_dora: bool = False
-    lora_bias: bool = False  # B has a bias, which is added to the layer's
-    fan_in_fan_out: bool = False  # read and written for PEFT; the op decides, see hosts
-    init_lora_weights: Init = True
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    bias: Literal["none"] = "none"  # which biases of the base are trained
-    target_parameters: Sequence[str] | None = None  # parameters of any module, such as experts.gate_up_proj
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_rank("r", self.r)
-        if self.bias != "none":
-            raise ConfigError(f"bias is {printable(self.bias)!r}; {REASONS['bias']}")
-        _check_number("lora_alpha", self.lora_alpha)
-        _check_number("lora_dropout", self.lora_dropout)
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
-        check_init(self.init_lora_weights)
-        if self._from_base and (self.use_dora or self.target_parameters):
-            raise ConfigError(
-                f"init_lora_weights is {self.init_lora_weights!r}; it goes without use_dora and target_parameters; "
-                "start with True"
-            )
-        if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False)):
-            raise ConfigError(
-                "lora_bias is true; as in PEFT it goes with init_lora_weights True or False, without DoRA"
-            )
-        check_names("target_parameters", self.target_parameters, or_pattern=False)
-        if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout):
-            raise ConfigError(
-                "target_parameters is given; as in PEFT it goes without use_dora, lora_bias and lora_dropout"
-            )
-        for key, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
-        for key, alpha in self.alpha_pattern.items():
-            _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
-
-    def check_whole(self) -> None:
-        if self._from_base:
-            raise ConfigError(
-                f"init_lora_weights is {self.init_lora_weights!r}, by which PEFT changes the base whenever it reads "
-                "this; what it began as is not in the file; convert the adapter in PEFT, by save_pretrained with "
-                f"{CONVERSION}"
-            )
-
-    def written(self, sites: Mapping[str, Params]) -> tuple[Self, Mapping[str, Params]]:
-        """Of a start that is a part of the base, the ordinary LoRA of what has changed since."""
-        if not self._from_base:
-            return self, sites
-        r, alpha = self._doubled(self.r, self.lora_alpha)
-        told = replace(
-            self,
-            init_lora_weights=True,
-            r=r,
-            lora_alpha=alpha,
-            rank_pattern={name: self._doubled(one, 0)[0] for name, one in self.rank_pattern.items()},
-            alpha_pattern={name: self._doubled(0, one)[1] for name, one in self.alpha_pattern.items()},
-        )
-        return told, {name: joined(p) for name, p in sites.items()}
-
-    @property
-    def _from_base(self) -> bool:
-        return is_from_base(self.init_lora_weights)
-
-    def _doubled(self, r: int, alpha: float) -> tuple[int, float]:
-        return doubled(r, alpha, self.use_rslora)
-
-    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
-        tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        return {field: table.unused(names) for field, table in tables.items() if isinstance(table, PatternTable)}
-
-    def endings(self) -> Mapping[str, Spelling]:
-        absent = {role for role, asked in (("m", self.use_dora), ("b", self.lora_bias)) if not asked}
-        return {ending: one for ending, one in self.spellings.items() if one.role not in absent}
-
-    def told(self, name: str) -> Mapping[str, float]:
-        return dict(zip(("r", "lora_alpha"), self._numbers(name), strict=True))
-
-    def parameters(self) -> Sequence[str]:
-        return self.target_parameters or ()
-
-    def with_parameters(self, names: Sequence[str]) -> Self:
-        return replace(self, target_parameters=names or None)
-
-    def method(self, name: str) -> "Lora | LoraBias | Dora | FromBase":
-        r, alpha = self._numbers(name)
-        if self._from_base:
-            r, alpha = self._doubled(r, alpha)
-        lora = Lora(
-            r=r,
-            scaling=alpha / math.sqrt(r) if self.use_rslora else alpha / r,
-            dropout=0.0 if self.use_dora else self.lora_dropout,
-            start=self._from_base or self.init_lora_weights,
-            halves=name.endswith(OUT_PROJ),
-        )
-        if self.use_dora:
-            return Dora(lora, self.lora_dropout)
-        if self._from_base:
-            return FromBase(lora.scaling, lora, str(self.init_lora_weights))
-        return LoraBias(lora) if self.lora_bias else lora
-
-    def _numbers(self, name: str) -> tuple[int, float]:
-        """r and alpha of a site."""
-        alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
-        return pattern_value(self.rank_pattern, name, self.r), alpha
 
 
 @dataclass(frozen=True)
@@ -310,13 +165,3 @@ def _orthogonal(A: Tensor, B: Tensor) -> Params:
     first = rotation[0::2].T @ torch.randn(r // 2, _as_matrix(A).shape[1]) / 10  # [r, in]
     second = torch.randn(B.shape[0], r // 2) @ rotation[1::2] / 10  # [out, r]
     return {"A": first.view(A.shape), "B": second.view(B.shape)}
-
-
-def _check_rank(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-        raise ConfigError(f"{name} is {printable(value)!r}; it must be a whole number, from 1 to 2^31 - 1")
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise ConfigError(f"{name} is {printable(value)!r}; it must be a finite number")

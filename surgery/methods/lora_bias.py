@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from surgery.core.method import Additive, Dense, Method, Params, Product, Run, S
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.errors import MatchError, ValueRangeError, printable
-
-if TYPE_CHECKING:
-    from surgery.methods.lora import Lora
+from surgery.methods.lora import Lora
 
 _OPS = frozenset({"linear", "conv1d", "convolution"})
 
@@ -25,7 +23,7 @@ _OPS = frozenset({"linear", "conv1d", "convolution"})
 class LoraBias(Method, AsPeft):
     """LoRA's tensors, and b [out]."""
 
-    lora: "Lora"
+    lora: Lora
 
     reproducible = True
     undo = "index"

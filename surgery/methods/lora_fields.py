@@ -1,13 +1,21 @@
-"""LoRA's fields that PEFT writes and we do not serve: the value that leaves the maths alone, and what another means."""
+"""LoRA's fields that PEFT writes and we do not serve: the value that leaves the maths alone, and what another means.
 
-from collections.abc import Mapping
-from typing import Any
+And what is served beside the factors: `bias`, which AdaLoRA's configs have too, and `trainable_token_indices`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from surgery.core.names import suffix_hits
+from surgery.errors import ConfigError, printable
+
+Bias = Literal["none", "all", "lora_only"]
+TokenIndices = Sequence[int] | Mapping[str, Sequence[int]] | None
 
 NEUTRAL: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
-    "ensure_weight_tying": False,
     "eva_config": None,
     "kasa_config": None,
     "layer_replication": None,
@@ -17,8 +25,6 @@ NEUTRAL: Mapping[str, Any] = {
     "megatron_core": "megatron.core",
     "monteclora_config": None,
     "qalora_group_size": 16,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
 }
@@ -30,9 +36,7 @@ _QALORA = "QALoRA acts on sums over groups of inputs; run it in PEFT"
 REASONS: Mapping[str, str] = {
     "alora_invocation_tokens": "aLoRA acts after certain tokens only, which no merged weight can do; run it in PEFT",
     "arrow_config": "Arrow chooses among adapters for each token, which no merged weight can do; run it in PEFT",
-    "bias": "it trains biases of the base itself, whatever adapter runs; leave it 'none', or merge it in PEFT",
     "corda_config": _BASE,
-    "ensure_weight_tying": "one adapter would play on two tied weights; leave it false, or merge it in PEFT",
     "eva_config": "EVA starts from activations; start with init_lora_weights=True; what was trained from it is an "
     "ordinary LoRA, so that in its config this may be null, and init_lora_weights true",
     "kasa_config": "KaSA first cuts the base down to a lower rank; merge it in PEFT",
@@ -48,3 +52,32 @@ REASONS: Mapping[str, str] = {
     "use_qalora": _QALORA,
     "velora_config": "VeLoRA compresses what training keeps; train it in PEFT; what is trained does not need it",
 }
+
+
+def check_bias(value: object) -> None:
+    """ConfigError for what says nothing of which biases are trained."""
+    if value not in get_args(Bias):
+        raise ConfigError(f"bias is {printable(value)!r}; 'none', 'all' or 'lora_only' is wanted")
+
+
+def check_tokens(value: object) -> None:
+    """ConfigError for what is neither a list of tokens nor one for each module."""
+    table = value if isinstance(value, Mapping) else {} if value is None else {"": value}
+    for name, tokens in table.items():
+        if not isinstance(name, str) or not isinstance(tokens, list | tuple) or not tokens:
+            raise ConfigError(
+                f"trainable_token_indices is {printable(value)!r}; a list of tokens is wanted, or one for each module"
+            )
+        if not all(type(token) is int and 0 <= token < 1 << 31 for token in tokens) or len({*tokens}) < len(tokens):
+            raise ConfigError(
+                f"trainable_token_indices holds {printable(tokens)}; whole numbers from 0 to 2^31 - 1, each once, are "
+                "wanted"
+            )
+
+
+def tokens_of(value: TokenIndices, name: str) -> Sequence[int] | None:
+    """Those of the module `name`; None where rows of it are not trained, or only the model tells of which they are."""
+    if not isinstance(value, Mapping):
+        return None
+    hits = suffix_hits(value.keys(), name)
+    return value[hits[0]] if hits else None

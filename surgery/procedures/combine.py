@@ -19,7 +19,8 @@ from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.octets import octets
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
-from surgery.methods.lora import Lora, LoraConfig
+from surgery.methods.lora import Lora
+from surgery.methods.lora_config import LoraConfig
 from surgery.procedures.combinations import COMBINATIONS, Factors, Recipe, norm
 from surgery.procedures.fidelity import Fidelity, FidelityReport
 from surgery.procedures.ranked_config import ranked_config

@@ -17,6 +17,7 @@ from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import plainly
 from surgery.io.header import DTYPES
+from surgery.methods.token_rows import TokenRows
 from surgery.procedures.join import Joined, Whole
 from surgery.procedures.true_config import Outcome
 from surgery.procedures.tying import Tying, ties_head, tying_of, vocabulary
@@ -47,7 +48,7 @@ class Draft:
         """Add what one adapter changes."""
         if given.adapter.saved and given.weight != 1:
             where = printable(given.adapter.where)
-            raise ConfigError(f"{where}: it replaces modules (modules_to_save); its weight must be 1")
+            raise ConfigError(f"{where}: it replaces tensors (modules_to_save, bias); its weight must be 1")
         joined = Joined(self.base, given, index, self.ops)
         self.refusals += joined.refusals
         self.prefixes.append(joined.prefix)
@@ -154,6 +155,8 @@ class Draft:
                 return
         if h is None and (e is None or (not e.layers and tying.embedding.name in self._begun)):
             return  # the embedding is the base's, or has only grown
+        if h is None and e is not None and _of_rows(e):
+            return  # as PEFT has it, the rows of both change
         if tied == "refuse" or not tying.separable:
             self.refusals.append(_tied(tying, h is None))
         elif h is None and e is not None and e.new and tying.embedding.name not in self._begun:
@@ -170,7 +173,7 @@ class Draft:
         for name, change in self.changes.items():
             embeds = name in known or (change.site.op is not None and change.site.op.name == "embedding")
             info = self.base.info(name)
-            if embeds and info is not None and ties_head(self.base, info):
+            if embeds and info is not None and not _of_rows(change) and ties_head(self.base, info):
                 self.refusals.append(
                     MatchError(
                         f"{printable(name)}: the output head, which the base does not hold, may be tied to it; "
@@ -213,6 +216,11 @@ class Draft:
             told = ", ".join(f"{printable(name)} {self.changes[name].site.weight.shape[0]}" for name in grown)
             others = f"; {printable(left[0])} keeps the base's" if left else ""
             self.refusals.append(MatchError(f"the vocabulary's sizes do not agree: {told}{others}; they must be equal"))
+
+
+def _of_rows(change: Change) -> bool:
+    """Are single rows replaced, and no more?"""
+    return bool(change.layers) and all(isinstance(layer.method, TokenRows) for layer in change.layers)
 
 
 def _alone(site: Site) -> Site:

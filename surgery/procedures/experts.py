@@ -18,7 +18,7 @@ from surgery.core.select import Number, pattern_value
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import MatchError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.methods.lora import LoraConfig
+from surgery.methods.lora_config import LoraConfig
 from surgery.methods.stacks import by_expert
 from surgery.ops.experts import Experts, parameter_op
 from surgery.procedures.parameters import assigned, module_of, targeted

@@ -66,6 +66,8 @@ def _slots(root: nn.Module, names: str) -> list[Slot]:
     for adapter in configs:
         if not _FILE.fullmatch(adapter):
             raise StateError(f"adapter {printable(adapter)!r} is no name of a file; load it under another")
+    for adapter in injected(root).biases:
+        raise MatchError(f"adapter {printable(adapter)!r}: it trains biases, which no slot can hold; {_INSTEAD}")
     for path in replaced_modules(root):
         raise MatchError(f"{printable(path)}: a module of modules_to_save, which no slot can hold; {_INSTEAD}")
     return [_slot(path, layer, names) for path, layer in adapted_layers(root).items()]

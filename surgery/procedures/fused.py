@@ -14,7 +14,8 @@ from surgery.core.adapter import Adapter
 from surgery.core.method import Params
 from surgery.core.name_map import USUAL, Part
 from surgery.errors import ConfigError, FormatError, MatchError, printable
-from surgery.methods.lora import Lora, LoraConfig
+from surgery.methods.lora import Lora
+from surgery.methods.lora_config import LoraConfig
 from surgery.procedures.model_tree import Tree
 
 

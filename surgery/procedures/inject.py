@@ -24,10 +24,14 @@ from surgery.hosts.quantized import hold, is_quantized, release
 from surgery.hosts.tree import State, places, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
 from surgery.layers.aware import Holding
+from surgery.layers.trained_bias import lift_bias
 from surgery.procedures.awareness import holdings
+from surgery.procedures.biases import Biases, keep_biases, lay_biases, refuse_clash, run_biases, trained_modules
 from surgery.procedures.merge import refuse_merged, refuse_mixed, unmerge
 from surgery.procedures.model_tree import Tree, wrap
 from surgery.procedures.parameters import refuse_nested, targeted_parameters
+from surgery.procedures.rows import share_rows, with_rows, with_tied_rows
+from surgery.procedures.tied_copies import Saved, tie_copies, with_tied_copies
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _PROBE = Slot()
@@ -39,8 +43,9 @@ class Fitting:
 
     config: AdapterConfig
     sites: Mapping[str, tuple[Site, Method, Params]]
-    saved: Mapping[str, Mapping[str, Tensor] | None]  # by module: tensors to start from; None: the module's own
+    saved: Saved  # by module: tensors to start from; None: the module's own
     aware: Mapping[str, Holding] = dataclasses.field(default_factory=dict)  # by site, where it is quantization-aware
+    biases: Biases = dataclasses.field(default_factory=dict)
 
 
 @contextmanager
@@ -89,12 +94,19 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
     for name, spelling in tree.spelled(first).items():
         site, method = tree.site(name), config.method(spelling)
         sites[name] = site, method, method.init(site, partial(tree.dense, name))
+    config, replaced = with_rows(tree, config, sites)
+    for name in replaced:
+        site, method = tree.site(name), config.method(name)
+        sites[name] = site, method, method.init(site, partial(tree.dense, name))
     for name in parameters:
         site, method = tree.parameter_site(name), config.method(name)
         sites[site.name] = site, method, method.init(site, _no_base)
-    saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
+    saved: Saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
+    sites = with_tied_rows(tree, sites, saved)
+    saved = with_tied_copies(tree, config, chosen, saved)
     aware = {} if form is None else holdings(tree.modules, config, sites, form)
-    fit(tree, adapter, Fitting(config, sites, saved, aware), trainable)
+    biases = dict.fromkeys(trained_modules(tree, config, sites, saved))
+    fit(tree, adapter, Fitting(config, sites, saved, aware, biases), trainable)
 
 
 @_collector_paused()
@@ -103,24 +115,31 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     root = tree.root
     _refuse_quantized_copies(tree, fitting)
     refuse_nested(tree, {name: site for name, (site, _, _) in fitting.sites.items()}, fitting.saved)
+    refuse_clash(tree, state_of(root), fitting.biases, fitting.saved)
     state = state_of(root) or _frozen(tree)
     for place in tree.places:
         hold(place.module)
+    if fitting.biases:
+        state.biases[adapter] = lay_biases(tree, fitting.biases, trainable)
     touched: list[Adapted | Replaced] = []
     for name, (site, method, params) in _outer_first(tree, fitting.sites):
         layer = tree.layer(name, site)
         layer.fit(adapter, method, _placed(params, layer.base_weight), trainable, fitting.aware.get(name))
         touched.append(layer)
+    share_rows(tree, adapter, fitting.sites)
     for name, tensors in fitting.saved.items():
         module = tree.modules[name]
         holder = module if isinstance(module, Replaced) else wrap(tree, module, Replaced(module))
         holder.modules_to_save[adapter] = _copied(holder.original_module, tensors, trainable)
         touched.append(holder)
+    if fitting.config.ties():
+        tie_copies(tree, adapter, fitting.saved)
     state.configs[adapter] = replace(fitting.config, inference_mode=not trainable)
     if len(state.configs) == 1:
         state.active = (adapter,)
     for wrapper in touched:  # elsewhere nothing has changed
         wrapper.activate(state.active, state.enabled)
+    run_biases(state, state.active, state.enabled)
 
 
 def _refuse_quantized_copies(tree: Tree, fitting: Fitting) -> None:
@@ -164,6 +183,7 @@ def activate(root: nn.Module, state: State, adapters: tuple[str, ...], enabled: 
     for place in places(root):
         if isinstance(place.module, Adapted | Replaced):
             place.module.activate(adapters, enabled)
+    run_biases(state, adapters, enabled)
     state.active, state.enabled = adapters, enabled
 
 
@@ -187,6 +207,11 @@ def eject(root: nn.Module, keep_merged: bool = False) -> None:
         elif isinstance(place.module, Replaced):
             kept = place.module.running if keep_merged else place.module.original_module
             place.parent._modules[place.key] = kept
+    for modules in state.biases.values():
+        if keep_merged:
+            keep_biases(modules.values())
+        for module in modules.values():
+            lift_bias(module)
     for module in root.modules():
         release(module)
     for name, parameter in root.named_parameters():

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from surgery.adapters.peft import check_shapes
@@ -16,6 +17,7 @@ from surgery.ops.attention import attention_site
 from surgery.ops.bias import bias_site
 from surgery.procedures.experts import laid_on
 from surgery.procedures.op_choice import OpChoice
+from surgery.procedures.rows import refuse_missing
 from surgery.procedures.tying import tying_of, vocabulary
 
 EXPLAINED = 8  # of the sites that a base lacks; to find the nearest names takes time
@@ -27,7 +29,7 @@ class Whole(NamedTuple):
     info: TensorInfo  # as it stands in the output
     values: Tensor
     new: bool  # the base has none of this name and shape
-    copied: bool = False  # a copy of the resized base, not a trained module
+    copied: bool = False  # what layers may be laid over: a copy of the resized base, or a trained bias
 
 
 class Joined:
@@ -53,6 +55,7 @@ class Joined:
         self._saved()
         self.known = {name: self._as_grown(site) for name, site in known.items()}
         self._sites()
+        self._rows()
 
     @property
     def heads(self) -> list[str]:
@@ -76,6 +79,14 @@ class Joined:
             except InputError as error:
                 self.refusals.append(error)
 
+    def _rows(self) -> None:
+        """Rows of a head that the adapter speaks of and does not hold are those of the embedding that it is tied to."""
+        tied = [] if self.tying is None else [self.tying.head.name]
+        try:
+            refuse_missing(self.adapter.config, [*self.adapter.sites, *tied], self.adapter.where)
+        except MatchError as error:
+            self.refusals.append(error)
+
     def _add(self, site: Site, layer: Layer) -> None:
         if site.weight.name in self.layers:
             other = self.layers[site.weight.name][1].name
@@ -92,6 +103,17 @@ class Joined:
         self.layers[site.weight.name] = site, layer
         if bias is not None and on_bias:
             self.layers[bias.weight.name] = bias, on_bias[0]
+        if bias is not None and not self._has_trained(bias.weight.name):
+            raise MatchError(
+                f"{printable(self.adapter.where)}: bias is {self.adapter.config.biases()!r}, and "
+                f"{printable(bias.weight.name)} is not in it; older versions of PEFT leave it out; save it again, or "
+                "set bias to 'none' in its config"
+            )
+
+    def _has_trained(self, bias: str) -> bool:
+        """Does the adapter bring what its config says of this bias?"""
+        wanted = self.adapter.config.biases() != "none" and bias.endswith(".bias")
+        return not wanted or bias in self.wholes
 
     def _layer(self, name: str, site: Site) -> Layer:
         _ = site.weight.torch_dtype  # a format that torch lacks is refused
@@ -119,9 +141,12 @@ class Joined:
                 self._put(name, Whole(info, values, True, copied=True))
 
     def _saved(self) -> None:
+        """Trained modules take the place of the base's; over a bias, a layer's own may be laid."""
         for name, values in self.adapter.saved.items():
-            there = self._there(name)
+            there, bias = self._there(name), name in self.adapter.biases
             info, shape = self._info(there), tuple(values.shape)
+            if info is None and bias and self._is_shared(values):
+                continue
             if info is None and not self._is_new(name):
                 self.refusals.append(self._lacking(name))
             elif info is None:
@@ -135,7 +160,8 @@ class Joined:
                 )
             elif info.shape == shape or _grown(info, values, self.base):
                 new = info.shape != shape or self.base.info(there) is None
-                self._put(name, Whole(info._replace(shape=shape), values, new))
+                held = values.to(info.dtype) if bias else values  # as a live layer holds it while others lie over it
+                self._put(name, Whole(info._replace(shape=shape), held, new, copied=bias))
             else:
                 self.refusals.append(
                     ShapeError(
@@ -169,6 +195,11 @@ class Joined:
         head = None if self.tying is None else self.tying.head.weight
         return head if head is not None and head.name == name else None
 
+    def _is_shared(self, values: Tensor) -> bool:
+        """Is it one of two tied biases, of which the base's files hold the other?"""
+        others = (name for name in self.adapter.biases if self._info(self._there(name)) is not None)
+        return any(torch.equal(self.adapter.saved[name], values) for name in others)
+
     def _is_new(self, name: str) -> bool:
         """Does the tensor belong to a module of which the base has nothing, so that only the adapter brings it?"""
         last = {entry.rpartition(".")[2] for entry in _owners(self.adapter, name)}
@@ -190,14 +221,15 @@ class Joined:
 
     def _lacking(self, name: str) -> MatchError:
         if len(self.refusals) >= EXPLAINED:
-            return MatchError(
-                f"{printable(self.adapter.where)}: {printable(name)} of modules_to_save is not in the base"
-            )
+            return MatchError(f"{printable(self.adapter.where)}: {self._trained(name)} is not in the base")
         close = ", ".join(printable(other) for other in nearest(name, [info.name for info in self.base.weights()]))
         return MatchError(
-            f"{printable(self.adapter.where)}: {printable(name)} of modules_to_save is not in the base; "
+            f"{printable(self.adapter.where)}: {self._trained(name)} is not in the base; "
             f"nearest there: {close}; save the base with that module first"
         )
+
+    def _trained(self, name: str) -> str:
+        return printable(name) + ("" if name in self.adapter.biases else " of modules_to_save")
 
     def _unequal(self, name: str, info: TensorInfo | None) -> MatchError:
         where = printable(self.adapter.where)

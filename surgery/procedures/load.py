@@ -1,7 +1,7 @@
 """load: an adapter of PEFT's files laid over a live model, each tensor at its place."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,12 +19,15 @@ from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
 from surgery.procedures.awareness import holdings
+from surgery.procedures.biases import given_biases
 from surgery.procedures.fused import fused
 from surgery.procedures.inject import Fitting, check_name, fit
 from surgery.procedures.merge import base_sha256
 from surgery.procedures.model_tree import Tree
 from surgery.procedures.parameters import assigned, module_of, targeted
+from surgery.procedures.rows import refuse_missing, with_tied_rows
 from surgery.procedures.save import DEFAULT
+from surgery.procedures.tied_copies import Saved, with_tied_copies
 
 _HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
 
@@ -82,7 +85,12 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
                 "their tensors differ; one adapter of each is wanted; was it renamed?"
             )
         sites[first] = site, method, params
-    return Fitting(adapter.config, sites, _saved(tree, adapter))
+    saved = _saved(tree, adapter)
+    sites = with_tied_rows(tree, sites, saved)
+    _check_ties(tree, adapter, sites, saved)
+    refuse_missing(adapter.config, sites, adapter.where)
+    biases = given_biases(tree, adapter, list(given.values()), [*sites], saved)
+    return Fitting(adapter.config, sites, saved, biases=biases)
 
 
 def _module(tree: Tree, adapter: Adapter, name: str) -> str:
@@ -116,9 +124,8 @@ def _check_base(tree: Tree, adapter: Adapter, names: Mapping[str, str]) -> None:
 
 def _check_copies(tree: Tree, adapter: Adapter) -> None:
     for name, values in adapter.copies.items():
-        module = tree.modules.get(name.removesuffix(".weight"))
-        base = module.base_layer if isinstance(module, Adapted) else module
-        weight = None if base is None else base._parameters.get("weight")
+        path, _, own = name.rpartition(".")
+        weight = tree.held(path).get(own) if path in tree.modules else None
         if weight is None or weight.shape != values.shape or not torch.equal(weight.cpu(), values.to(weight.dtype)):
             raise MatchError(
                 f"{printable(adapter.where)}: its copy of {printable(name)} is not equal to the model's; "
@@ -126,14 +133,28 @@ def _check_copies(tree: Tree, adapter: Adapter) -> None:
             )
 
 
-def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor]]:
+def _check_ties(tree: Tree, adapter: Adapter, sites: Collection[str], saved: Saved) -> None:
+    """MatchError unless tied copies are all in the file."""
+    for name in with_tied_copies(tree, adapter.config, sites, saved):
+        if name not in saved:
+            raise MatchError(
+                f"{printable(adapter.where)}: ensure_weight_tying, and {printable(name)}, whose weight is tied to "
+                "one of modules_to_save, is not in it; save it again"
+            )
+
+
+def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor] | None]:
     """The tensors of `modules_to_save` by module, each module whole."""
     grouped: dict[str, dict[str, Tensor]] = {}
     roots = sorted((name for name in tree.modules), key=len)
     entries = frozenset(adapter.config.modules_to_save or ())
     modules = [name for name in roots if name.rpartition(".")[2] in entries or name in entries]
     for name, values in adapter.saved.items():
+        if name in adapter.biases:
+            continue
         owner = next((module for module in modules if name.startswith(module + ".")), None)
+        if owner is None and adapter.config.ties() and name.rpartition(".")[0] in tree.modules:
+            owner = name.rpartition(".")[0]  # tied to one of them
         if owner is None:
             raise MatchError(f"{printable(adapter.where)}: {printable(name)} of modules_to_save is not in the model")
         grouped.setdefault(tree.first_name(owner), {})[name.removeprefix(owner + ".")] = values

@@ -22,6 +22,7 @@ from surgery.hosts.views import Merged
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
 from surgery.ops.bias import Bias, bias_site
+from surgery.procedures.rows import merged_once
 from surgery.procedures.standing_in import check_into, dtype_of_model, held_as, plain_dtype, put_back, settle, stand_in
 
 UndoKind = Literal["index", "copy"]
@@ -94,7 +95,11 @@ def merge(root: nn.Module, undo: UndoKind = "index", into: str | None = None, ar
     try:
         for layer in quantized:
             stand_in(layer, model_dtype)
-        changes = {name: _followed(_changes(name, layer, model_dtype), arithmetic) for name, layer in layers.items()}
+        once = merged_once(layers)
+        changes = {
+            name: () if name in once else _followed(_changes(name, layer, model_dtype), arithmetic)
+            for name, layer in layers.items()
+        }
         _merge(root, layers, changes, undo)
     except BaseException:
         for layer in quantized:
@@ -235,10 +240,11 @@ def _refuse_tied(root: nn.Module, layers: Mapping[str, Adapted], changes: Mappin
     for name, module in root.named_modules():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), {})[name] = module
+    shared = {layer.innermost for name, layer in layers.items() if not changes[name]}  # of which nothing is said anew
     for name, layer in layers.items():
         for change in changes[name]:
             holding = owners[id(_parameter(layer, change))].items()
-            others = [owner for owner, module in holding if module is not layer.innermost]
+            others = [owner for owner, module in holding if module not in {layer.innermost, *shared}]
             if others:
                 what = "bias" if change.site.acting.name == Bias.name else "weight"
                 raise MatchError(

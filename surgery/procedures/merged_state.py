@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from surgery.hosts.quantized import is_quantized
 from surgery.hosts.tree import adapted_layers, injected, places
 from surgery.layers import Adapted, Replaced
+from surgery.layers.trained_bias import OWN, TRAINED
 from surgery.procedures.merge import merge, unmerge
 from surgery.procedures.standing_in import decode_others
+
+_BESIDE = (OWN, TRAINED)
 
 
 @contextmanager
@@ -46,7 +49,7 @@ def plain_state(root: nn.Module) -> dict[str, Tensor]:
             running = place.module.running is not place.module.original_module
             inner[place.name] = f"modules_to_save.{place.module.active[-1]}." if running else "original_module."
     named = ((_plain(name, inner), values) for name, values in root.state_dict().items())
-    return {name: values for name, values in named if name is not None}
+    return {name: values for name, values in named if name is not None and name.rpartition(".")[2] not in _BESIDE}
 
 
 def _plain(name: str, inner: Mapping[str, str]) -> str | None:

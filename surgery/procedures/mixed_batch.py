@@ -10,6 +10,7 @@ from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.tree import State, adapted_layers, injected, replaced_modules, state_of
 from surgery.layers import BASE, Rows
 from surgery.procedures.adalora import trained_of
+from surgery.procedures.biases import run_biases
 from surgery.procedures.inject import activate
 from surgery.procedures.merge import refuse_merged
 
@@ -52,6 +53,7 @@ def _mix(root: nn.Module, state: State, names: tuple[str, ...]) -> None:
     rows_of = cache(lambda here: Rows(names, here))  # most layers hold the same adapters
     activate(root, state, state.active, state.enabled)
     state.mixed = names
+    run_biases(state, (), state.enabled)
     for holder in replaced_modules(root).values():
         holder.activate((), state.enabled)
     for layer in adapted_layers(root).values():
@@ -93,6 +95,9 @@ def _refuse_ranks_in_training(root: nn.Module, state: State, chosen: set[str]) -
 
 def _refuse_whole_batches(root: nn.Module, chosen: set[str]) -> None:
     """StateError where an adapter acts on no rows, or rows do not come first."""
+    for adapter, modules in injected(root).biases.items():
+        if adapter in chosen:
+            raise StateError(_told(next(iter(modules)), {adapter}, "its bias is trained, which no rows are known of"))
     for name, holder in replaced_modules(root).items():
         if both := chosen & holder.modules_to_save.keys():
             raise StateError(_told(name, both, "replaced by modules_to_save, of which no rows are known"))

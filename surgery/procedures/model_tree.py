@@ -49,10 +49,15 @@ class Tree:
         """The first path of the module at `name`."""
         return self.aliases[id(self.modules[name])][0].name
 
+    def plain(self, name: str) -> nn.Module:
+        """The module at `name`, without what lies over it."""
+        module = self.modules[name]
+        base: nn.Module = module.base_layer if isinstance(module, Adapted) else module
+        return base
+
     def held(self, name: str) -> Mapping[str, nn.Parameter | None]:
         """The parameters of the module at `name`, in its order."""
-        module = self.modules[name]
-        return (module.base_layer if isinstance(module, Adapted) else module)._parameters
+        return self.plain(name)._parameters
 
     def parameter_names(self) -> list[str]:
         """Of all modules but the root, which nothing can be put around."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.core.select import pattern_value
 from surgery.errors import InputError
-from surgery.methods.lora import LoraConfig
+from surgery.methods.lora_config import LoraConfig
 
 
 def ranked_config(ranks: Mapping[str, int], **fields: Any) -> LoraConfig:

@@ -11,6 +11,7 @@ from surgery.core.config import AdapterConfig
 from surgery.errors import MatchError, ShapeError, printable
 from surgery.hosts.tree import adapted_layers, injected, replaced_modules
 from surgery.layers import Adapted, Replaced
+from surgery.layers.trained_bias import trained_bias
 from surgery.procedures.inject import Fitting
 from surgery.procedures.load import fitting_of
 from surgery.procedures.merge import refuse_merged
@@ -30,7 +31,10 @@ def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     holders = {name: one for name, one in replaced_modules(root).items() if adapter_name in one.modules_to_save}
     _check_same(fitting.sites, layers, adapter)
     _check_same(fitting.saved, holders, adapter)
-    pairs = [*_factors(fitting, layers, adapter_name), *_wholes(fitting, holders, adapter_name)]
+    there = state.biases.get(adapter_name, {})
+    _check_same(fitting.biases, there, adapter)
+    biases = [(f"{name}.bias", trained_bias(one), _given(fitting.biases[name])) for name, one in there.items()]
+    pairs = [*_factors(fitting, layers, adapter_name), *_wholes(fitting, holders, adapter_name), *biases]
     for name, old, new in pairs:
         if old.shape != new.shape:
             raise ShapeError(
@@ -64,6 +68,11 @@ def _check_same(given: Collection[str], there: Collection[str], adapter: Adapter
             f"{printable(adapter.where)}: {found} {printable(name)}, unlike the model's adapter; "
             "the same modules are wanted; was it saved from a model with another config?"
         )
+
+
+def _given(values: Tensor | None) -> Tensor:
+    assert values is not None  # as in any file
+    return values
 
 
 def _factors(fitting: Fitting, layers: dict[str, Adapted], adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:

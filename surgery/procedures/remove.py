@@ -6,6 +6,7 @@ from torch import nn
 
 from surgery.hosts.tree import Place, injected, places
 from surgery.layers import Adapted, Replaced
+from surgery.layers.trained_bias import lift_bias
 from surgery.procedures.inject import activate
 from surgery.procedures.merge import refuse_merged
 
@@ -26,6 +27,8 @@ def remove(root: nn.Module, adapters: Sequence[str]) -> None:
             _drop(place, place.module, adapters)
     for adapter in dict.fromkeys(adapters):
         del state.configs[adapter]
+        for module in state.biases.pop(adapter, {}).values():
+            lift_bias(module)
         state.importance.pop(adapter, None)
     activate(root, state, tuple(name for name in state.active if name in state.configs), state.enabled)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from surgery.adapters import out_proj
-from surgery.adapters.peft import CONFIG, PREFIX, TENSORS, adapter_bytes
+from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes
+from surgery.adapters.sorting import PREFIX
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params, Spec
 from surgery.core.names import suffix_hits
@@ -19,7 +20,9 @@ from surgery.io.durable import write_file
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.io.strict_json import json_bytes
 from surgery.layers import Adapted
+from surgery.procedures.biases import written_biases
 from surgery.procedures.merge import base_sha256, own_weight
+from surgery.procedures.rows import repeats
 
 DEFAULT = "default"
 
@@ -71,14 +74,11 @@ def _written(
     specs: dict[str, Mapping[str, Spec]] = {}
     sites: dict[str, Params] = {}
     layers = adapted_layers(root)
-    for name, layer in layers.items():
-        if adapter in layer.fitted:
-            one = layer.fitted[adapter]
-            there, held = spelled(layers, name, adapter), one.method.tensors(layer.site)
-            specs[there] = held
-            sites[there] = (
-                one.params if state_dict is None else _picked(state_dict, live_path(layers, name), adapter, held)
-            )
+    for name, layer in _layers(root, adapter).items():
+        one = layer.fitted[adapter]
+        there, held = spelled(layers, name, adapter), one.method.tensors(layer.site)
+        specs[there] = held
+        sites[there] = one.params if state_dict is None else _picked(state_dict, live_path(layers, name), adapter, held)
     config, kept = injected(root).configs[adapter].written(sites)
     found = {
         f"{name}.{spec.spelling}": out_proj.written(name, role, kept[name][role])
@@ -99,13 +99,15 @@ def _picked(state_dict: Mapping[str, Tensor], path: str, adapter: str, specs: Ma
 
 
 def _replacements(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The tensors of `modules_to_save`."""
+    """The tensors of `modules_to_save`, and the biases that it trains."""
     found = {}
     for name, module in replaced_modules(root).items():
         if adapter in module.modules_to_save:
             for key, values in module.modules_to_save[adapter].state_dict().items():
                 live = f"{name}.modules_to_save.{adapter}.{key}"
                 found[f"{name}.{key}"] = values if state_dict is None else _held(state_dict, live)
+    for one in written_biases(root, injected(root), adapter):
+        found[one.spelling] = one.values if state_dict is None else _held(state_dict, one.held(state_dict))
     return found
 
 
@@ -117,12 +119,19 @@ def _held(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
 
 def _base_print(root: nn.Module, adapter: str) -> Hashed:
     """The base's weights under the adapter, each with its sha256."""
-    layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
+    layers = _layers(root, adapter)
     infos = {layer.site.weight.name: _held_as(layer) for layer in layers.values()}
     hashes = map(base_sha256, layers.values())
     return {
         name: (info._replace(name=name), digest) for (name, info), digest in zip(infos.items(), hashes, strict=True)
     }
+
+
+def _layers(root: nn.Module, adapter: str) -> dict[str, Adapted]:
+    """Those that it lies over, without what only shares the rows of another."""
+    layers = adapted_layers(root)
+    shared = repeats(layers, adapter)
+    return {name: layer for name, layer in layers.items() if adapter in layer.fitted and name not in shared}
 
 
 def _held_as(layer: Adapted) -> TensorInfo:
@@ -133,7 +142,7 @@ def _held_as(layer: Adapted) -> TensorInfo:
 
 def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterConfig:
     """The config with the paths it stands for, so that a reader needs no matching."""
-    layers = {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
+    layers = _layers(root, adapter)
     alone = [name for name, layer in layers.items() if layer.parameter is not None]
     names = sorted(name for name in layers if spelled(layers, name, adapter) == name)
     resolved = replace(

@@ -6,6 +6,7 @@ from torch import nn
 
 from surgery.errors import UsageError
 from surgery.hosts.tree import adapted_layers, injected, replaced_modules
+from surgery.layers.trained_bias import trained_bias
 from surgery.procedures.inject import activate
 from surgery.procedures.merge import refuse_merged
 
@@ -60,6 +61,9 @@ def train_running(root: nn.Module) -> None:
     for holder in replaced_modules(root).values():
         for adapter, module in holder.modules_to_save.items():
             module.requires_grad_(adapter in trained)
+    for adapter, modules in state.biases.items():
+        for module in modules.values():
+            trained_bias(module).requires_grad_(adapter in trained)
 
 
 def _switch(root: nn.Module, adapters: tuple[str, ...], enabled: bool) -> Switched:

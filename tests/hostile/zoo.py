@@ -44,7 +44,8 @@ CONFIG_VALUES: dict[str, tuple[object, ...]] = {
     "use_rslora": ("false", 1, []),
     "fan_in_fan_out": ("false", 1, []),
     "init_lora_weights": (5, [], "PISSA"),
-    "bias": ("all", 5),
+    "trainable_token_indices": ([1], {"0": [1]}, "1", [[1]], {"0": 5}, [10**400]),
+    "bias": ("all", "some", 5, [], {}),
 }
 
 

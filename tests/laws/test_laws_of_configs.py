@@ -20,6 +20,7 @@ each_config = pytest.mark.parametrize("name", METHODS)
 names = st.text(min_size=1, max_size=12)
 patterns = names.map(re.escape)
 lists = st.lists(names, max_size=3)
+tokens = st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True)
 numbers = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**6), 10**6)
 SHARED = {
     "target_modules": st.none() | patterns | lists,
@@ -45,8 +46,11 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_lora_weights": st.sampled_from([True, False, "gaussian", "orthogonal", *FROM_BASE]),
         "rank_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
         "alpha_pattern": st.dictionaries(patterns, numbers, max_size=3),
-        "bias": st.just("none"),
+        "bias": st.sampled_from(["none", "all", "lora_only"]),
         "target_parameters": st.none() | lists,
+        "use_bdlora": st.none() | st.fixed_dictionaries({"nblocks": st.integers(1, 9)}),
+        "ensure_weight_tying": st.booleans(),
+        "trainable_token_indices": st.none() | tokens | st.dictionaries(names, tokens, min_size=1, max_size=3),
     },
     "ADALORA": {
         "r": st.integers(0, 512),
@@ -56,6 +60,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "lora_dropout": st.floats(0, 1, exclude_max=True),
         "fan_in_fan_out": st.booleans(),
         "init_lora_weights": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "lora_only"]),
         "tinit": st.integers(0, 99),
         "tfinal": st.integers(0, 99),
         "deltaT": st.integers(1, 99),
@@ -80,12 +85,15 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 def test_a_config_read_from_its_json_is_equal(name: str, data: st.DataObject):
     config = METHODS[name]
     chosen = data.draw(st.fixed_dictionaries({}, optional={**SHARED, **OWN.get(name, {})}))
+    if chosen.get("use_bdlora"):
+        others = ("use_dora", "lora_bias", "target_parameters", "init_lora_weights")
+        chosen = {field: value for field, value in chosen.items() if field not in others}
     if chosen.get("lora_bias"):  # which excludes some others
         chosen = {field: value for field, value in chosen.items() if field not in ("use_dora", "init_lora_weights")}
     if chosen.get("init_lora_weights") in FROM_BASE:
         chosen = {field: value for field, value in chosen.items() if field not in ("use_dora", "target_parameters")}
     if chosen.get("target_parameters"):
-        others = ("use_dora", "lora_bias", "lora_dropout")
+        others = ("use_dora", "lora_bias", "lora_dropout", "bias")
         chosen = {field: value for field, value in chosen.items() if field not in others}
     written = config(**chosen)
     read = config.from_json(json.loads(json.dumps(written.to_json())))

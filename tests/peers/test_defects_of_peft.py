@@ -24,7 +24,7 @@ ELSEWHERE = {
     "RandLoRA's shared bases are saved for every layer": "RandLoRA is no method here: refused by name",
     "the bias of LoRA over bitsandbytes is not scaled": "needs bitsandbytes on a GPU; shown in its source alone",
     "torchao is tested for finite numbers too early": "torchao is not installed; merges into it are refused by name",
-    "trainable tokens drop a Linear's bias": "trainable_token_indices is refused by name",
+    "trainable tokens drop a Linear's bias": "test_token_rows: a bias stays where rows of a Linear are replaced",
     "a merge of some adapters switches off the rest": "merge takes no names here: what runs is merged",
     "a full name escapes layers_to_transform": "test_matching_of_peft: read as peft reads it; one pattern is refused",
     "lora_A of a convolution has no dilation or padding mode": "test_convolutions_of_peft: ours is what both merge",

@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -217,9 +217,7 @@ def test_inject_takes_a_config_however_it_is_spelled(spelled: str, tmp_path: Pat
 REFUSED = {
     "alora_invocation_tokens": ([1], "aLoRA"),
     "arrow_config": (peft.ArrowConfig(), "Arrow"),
-    "bias": ("lora_only", "biases of the base"),
     "corda_config": (CordaConfig(), "changes the base"),
-    "ensure_weight_tying": (True, "two tied weights"),
     "eva_config": (peft.EvaConfig(), "activations"),
     "init_lora_weights": ("loftq", "in the base's place"),
     "kasa_config": (KasaConfig(), "KaSA"),
@@ -230,15 +228,13 @@ REFUSED = {
     "megatron_core": ("other", "Megatron"),
     "monteclora_config": (MontecloraConfig(), "MonteCLoRA"),
     "qalora_group_size": (8, "QALoRA"),
-    "trainable_token_indices": ([1], "rows of an embedding"),
-    "use_bdlora": (BdLoraConfig(), "BD-LoRA"),
     "use_qalora": (True, "QALoRA"),
     "velora_config": (VeloraConfig(), "VeLoRA"),
 }
 
 
 def test_every_field_that_is_not_served_stands_in_the_table() -> None:
-    assert REFUSED.keys() == {*surgery.LoraConfig.neutral, "init_lora_weights", "bias"}
+    assert REFUSED.keys() == {*surgery.LoraConfig.neutral, "init_lora_weights"}
 
 
 @pytest.mark.parametrize("field", REFUSED)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from surgery.adapters.peft import PREFIX
+from surgery.adapters.sorting import PREFIX
 from surgery.core.config import AdapterConfig
 from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.tree import injected, state_of

@@ -1,0 +1,176 @@
+"""Sorting out: each tensor of an adapter's file has its place, by its name, or the file is refused."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from surgery.core.adapter import Adapter, Stored
+from surgery.core.config import AdapterConfig
+from surgery.core.method import Params
+from surgery.core.names import in_base, suffix_hits, suffixes
+from surgery.core.site import TensorInfo
+from surgery.errors import ConfigError, FormatError, printable
+from surgery.io.header import SPELLINGS
+
+PREFIX = "base_model.model."
+_EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"})
+
+
+class Found(NamedTuple):
+    """A tensor of an adapter: its name there is `info.name`."""
+
+    info: TensorInfo
+    load: Callable[[str], Tensor]  # by that name
+
+    @property
+    def values(self) -> Tensor:
+        return self.load(self.info.name)
+
+
+def sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: Mapping[str, str]) -> Adapter:
+    """The adapter that `tensors` are. FormatError for one that has no place, and for a place without its tensor."""
+    sorting = _Sorting(config, where)
+    for found in tensors:
+        sorting.take(found)
+    if config.ties():
+        sorting.settle_ties()
+    config = _told_of_rows(config, sorting.sites, where)
+    _check_complete(config, sorting.sites, where)
+    _resolve(config, sorting.sites, where)
+    return Adapter(
+        config,
+        {name: _stored(held) for name, held in sorting.sites.items()},
+        sorting.saved,
+        sorting.copies,
+        sorting.ops,
+        where,
+        sha256,
+        biases=frozenset(sorting.biases),
+    )
+
+
+class _Sorting:
+    """What has found its place so far."""
+
+    def __init__(self, config: AdapterConfig, where: str) -> None:
+        self.config, self.where = config, where
+        self.entries, self.endings = frozenset(config.modules_to_save or ()), config.endings()
+        self.sites: dict[str, dict[str, Found]] = {}
+        self.saved: dict[str, Tensor] = {}
+        self.copies: dict[str, Tensor] = {}
+        self.ops: dict[str, str] = {}
+        self.biases: set[str] = set()
+
+    def take(self, found: Found) -> None:
+        """Put a tensor in its place."""
+        dtype = found.info.torch_dtype
+        name = found.info.name.removeprefix(PREFIX)
+        spelled = next((end for end in suffixes(name) if end in self.endings), None)
+        if spelled is not None and dtype.is_floating_point:
+            self._at_site(name, spelled, found)
+        elif name.endswith(".base_layer.weight"):
+            self._put(self.copies, in_base(name), found)
+        elif self._is_bias(name):
+            self._bias(name, found)
+        elif self._is_saved(name):
+            self._put(self.saved, name, found)
+        elif name.endswith(".weight") and name.split(".")[-2] in _EMBEDDINGS:
+            self._put(self.copies, name, found)  # as PEFT saves them where the vocabulary was resized
+        else:
+            raise FormatError(
+                f"{printable(self.where)}: no place for {printable(found.info.name)} ({SPELLINGS[dtype]}); "
+                f"{self.config.peft_type} tensors end in {', '.join(self.endings)}; was it renamed?"
+            )
+
+    def settle_ties(self) -> None:
+        """What looks like the base's own, and is what a trained module has, is tied to that."""
+        for name, values in list(self.copies.items()):
+            if any(torch.equal(values, one) for one in self.saved.values()):
+                self.saved[name] = self.copies.pop(name)
+
+    def _at_site(self, name: str, spelled: str, found: Found) -> None:
+        site = name.removesuffix(spelled).rstrip(".")
+        role, op, _ = self.endings[spelled]
+        if role in self.sites.setdefault(site, {}):
+            raise FormatError(f"{printable(self.where)}: {printable(site)} has two tensors {role}; one is wanted")
+        self.sites[site][role] = found
+        if op is not None:
+            self.ops[site] = op
+
+    def _is_bias(self, name: str) -> bool:
+        """Is it one of the base's own biases, which this config trains?"""
+        ours = any(end in self.config.spellings for end in suffixes(name))
+        return self.config.biases() != "none" and name.endswith(".bias") and not ours
+
+    def _bias(self, name: str, found: Found) -> None:
+        """PEFT writes those within modules_to_save up to three times: the copy's under two names, and the base's."""
+        if name.endswith(".original_module.bias"):
+            self._put(self.copies, name.replace(".original_module.", "."), found)
+            return
+        name = in_base(name).replace(".modules_to_save.", ".")
+        self._put(self.saved, name, found)
+        if not self._is_saved(name):
+            self.biases.add(name)
+
+    def _is_saved(self, name: str) -> bool:
+        return any(suffix_hits(self.entries, module) for module in _parents(name))
+
+    def _put(self, held: dict[str, Tensor], name: str, found: Found) -> None:
+        """Each tensor once; a copy may be there twice, if it is the same."""
+        if name in held and not torch.equal(held[name], found.values):
+            where = printable(self.where)
+            raise FormatError(f"{where}: two tensors are {printable(name)}; one is wanted; save it again")
+        held[name] = found.values
+
+
+def _stored(held: Mapping[str, Found]) -> Params:
+    load = next(iter(held.values())).load
+    return Stored({role: found.info for role, found in held.items()}, load)
+
+
+def _parents(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]], where: str) -> None:
+    """Each site has every role; an adapter has at least one site."""
+    alone = {spelling.role for spelling in config.endings().values() if spelling.alone}
+    roles = {spelling.role for spelling in config.endings().values()} - alone
+    if not sites:
+        raise FormatError(f"{printable(where)}: no {config.peft_type} tensor in it; was it saved without its weights?")
+    for site, held in sites.items():
+        for role in sorted(roles - held.keys()) if not (held.keys() <= alone and len(held) == 1) else ():
+            raise FormatError(
+                f"{printable(where)}: {printable(site)} has no tensor {role}, only {', '.join(sorted(held))}; "
+                "the file is incomplete; save or download it again"
+            )
+
+
+def _told_of_rows(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]], where: str) -> AdapterConfig:
+    """The config with the modules whose rows are in the file. FormatError for rows without tokens, and the reverse."""
+    alone = {spelling.role for spelling in config.endings().values() if spelling.alone}
+    names = [name for name, held in sites.items() if held.keys() & alone]
+    if config.rows() is None and len(names) != 1:
+        found = ", ".join(map(printable, names)) or "none"
+        raise FormatError(
+            f"{printable(where)}: trainable_token_indices is of one embedding, and rows are there of {found}; the file "
+            "is incomplete; save it again"
+        )
+    try:
+        return config.with_rows(names)
+    except ConfigError as error:
+        raise FormatError(f"{printable(where)}: {error}") from error
+
+
+def _resolve(config: AdapterConfig, sites: Iterable[str], where: str) -> None:
+    """FormatError where a site's settings cannot be told, as a pattern takes too long, or the tensors are not all."""
+    try:
+        config.check_whole()
+        for site in sites:
+            config.method(site)
+    except ConfigError as error:
+        raise FormatError(f"{printable(where)}: {error}") from error

@@ -1,0 +1,87 @@
+"""`ensure_weight_tying`: copies of tied modules stay tied, beside peft and on files."""
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from checkpoint_folders import file_hashes, read_tensors, tensor_hashes, write_base
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import surgery
+from surgery import LoraConfig, MatchError
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 24, "num_attention_heads": 2}
+FIELDS = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+X = torch.tensor([[1, 5, 3, 0]])
+
+
+def llama(tied: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied)).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(X).logits
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> peft.PeftModel:
+    torch.manual_seed(1)
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**FIELDS, init_lora_weights=False)).eval()
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.modules_to_save["default"].weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "theirs")
+    return model
+
+
+def test_files_go_both_ways_with_the_same_tensors_and_outputs(theirs: peft.PeftModel, tmp_path: Path) -> None:
+    ours = surgery.load(llama(), tmp_path / "theirs", trainable=True)
+    assert torch.equal(logits(ours), logits(theirs))
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    surgery.save(ours, tmp_path / "ours")
+    found, wanted = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("ours", "theirs"))
+    assert tensor_hashes(found) == tensor_hashes(wanted)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()), logits(theirs))
+
+
+def test_a_fresh_one_is_one_parameter_and_goes_without_a_trace() -> None:
+    model = surgery.inject(llama(), LoraConfig(**FIELDS))
+    assert torch.equal(logits(model), logits(llama()))
+    names = {name for name, values in model.named_parameters() if values.requires_grad and "lora" not in name}
+    assert names == {"model.embed_tokens.modules_to_save.default.weight"}
+    assert surgery.eject(model).lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_merge_keeps_them_tied_and_is_undone(theirs: peft.PeftModel, tmp_path: Path) -> None:
+    state = {name: values for name, values in llama().state_dict().items() if name != "lm_head.weight"}
+    config = llama().config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    base = write_base(tmp_path / "base", state, config=config)
+    surgery.merge_checkpoint(base, tmp_path / "theirs", tmp_path / "out", reversible=True)
+    assert "lm_head.weight" not in read_tensors(tmp_path / "out")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    out = logits(theirs)
+    room = 2 * (24 + 4) * torch.finfo(torch.float32).eps * max(1.0, float(out.abs().max()))
+    assert float((logits(merged) - out).abs().max()) <= room
+    live = surgery.eject(surgery.merge(surgery.load(llama(), tmp_path / "theirs")), keep_merged=True)
+    assert tensor_hashes(live.state_dict()) == tensor_hashes(merged.state_dict())
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
+def test_an_adapted_weight_that_is_tied_is_refused_with_the_reason() -> None:
+    with pytest.raises(MatchError, match="ensure_weight_tying, and its weight is tied to lm_head"):
+        surgery.inject(llama(), LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
+    surgery.inject(llama(tied=False), LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_file_of_tied_copies_replaces_both_where_they_are_not_tied(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", llama(tied=False).state_dict())
+    model = surgery.load(llama(tied=False), tmp_path / "theirs")
+    surgery.merge_checkpoint(base, tmp_path / "theirs", tmp_path / "out")
+    merged = surgery.eject(surgery.merge(model), keep_merged=True)
+    assert tensor_hashes(read_tensors(tmp_path / "out")) == tensor_hashes(merged.state_dict())
