@@ -8,7 +8,18 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-BENCHMARKS = ("inject", "load", "forward", "train", "step", "quantized_step", "merge", "quantized", "export")
+BENCHMARKS = (
+    "inject",
+    "load",
+    "forward",
+    "train",
+    "step",
+    "quantized_step",
+    "merge",
+    "quantized",
+    "export",
+    "export_speed",
+)
 RESULTS = Path(__file__).parent / "RESULTS.md"
 README = RESULTS.parents[1] / "README.md"
 MARKS = "<!-- figures: written by `make bench` -->", "<!-- end of figures -->"

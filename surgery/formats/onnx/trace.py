@@ -2,8 +2,9 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -56,20 +57,40 @@ def trace(module: nn.Module, mode: Any, example: Example) -> Any:
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError) as error:
             raise _refused(error, module) from error
     assert program is not None
-    _refuse_bounded(program, module)
+    _refuse_bounded(program.exported_program, module, partial(_runs, flat, fake, mode))
     return program.model
 
 
-def _refuse_bounded(program: Any, module: nn.Module) -> None:
-    """InputError where the graph holds for some sizes alone: the module asks for one and does another thing then."""
+def _refuse_bounded(program: Any, module: nn.Module, runs: Callable[[Sequence[Sequence[int]]], bool]) -> None:
+    """InputError where the graph holds for some sizes alone, and beyond the module does another thing, or `runs`."""
     from torch.utils._sympy.numbers import int_oo
 
-    for span in program.exported_program.range_constraints.values():
-        if span.upper != int_oo:
+    inputs = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    shapes = [inputs[name].shape for name in program.graph_signature.user_inputs]
+    for symbol, span in program.range_constraints.items():
+        if span.upper != int_oo and runs([[_size(axis, symbol, span.upper) for axis in shape] for shape in shapes]):
             raise InputError(
                 f"{type(module).__name__}: its graph would hold up to a size of {span.upper} along an axis, as it does "
                 "another thing beyond; leave that axis out of dynamic_axes, or take out what asks for the size"
             )
+
+
+def _size(axis: Any, symbol: Any, bound: Any) -> int:
+    """Of an axis of an input, where what `symbol` stands for is one more than it may be; 0 where it is another."""
+    return int(bound) + 1 if isinstance(axis, torch.SymInt) and axis.node.expr == symbol else 0
+
+
+def _runs(flat: nn.Module, given: Sequence[Tensor], mode: Any, sizes: Sequence[Sequence[int]]) -> bool:
+    """Does the module take inputs of these sizes? Where one is 0 it is as in `given`."""
+    with mode, torch.no_grad():
+        shapes = [
+            [a or b for a, b in zip(one, held.shape, strict=True)] for one, held in zip(sizes, given, strict=True)
+        ]
+        try:
+            flat(*(torch.zeros(shape, dtype=held.dtype) for shape, held in zip(shapes, given, strict=True)))
+        except (RuntimeError, ValueError, IndexError):  # as it refuses them by itself, so may the graph
+            return False
+    return True
 
 
 def require_packages() -> None:
