@@ -65,7 +65,7 @@ def given_biases(
         if name not in found:
             raise MatchError(
                 f"{where}: bias is {adapter.config.biases()!r}, and {printable(name)}.bias is not in it; "
-                "older versions of PEFT leave it out; save it again, or set bias to 'none' in its config"
+                "whoever wrote the file left it out; save it again, or set bias to 'none' in its config"
             )
     return found
 

@@ -106,7 +106,7 @@ class Joined:
         if bias is not None and not self._has_trained(bias.weight.name):
             raise MatchError(
                 f"{printable(self.adapter.where)}: bias is {self.adapter.config.biases()!r}, and "
-                f"{printable(bias.weight.name)} is not in it; older versions of PEFT leave it out; save it again, or "
+                f"{printable(bias.weight.name)} is not in it; whoever wrote the file left it out; save it again, or "
                 "set bias to 'none' in its config"
             )
 

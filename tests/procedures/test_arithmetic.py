@@ -15,7 +15,7 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.octets import sha256_of
 from surgery.procedures.filling import Pace
 from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
-from surgery.procedures.treatment import treatment
+from surgery.procedures.treatment import Treatment
 
 # In float32 PEFT's product is rounded otherwise than an exact one; in bfloat16 only a safe merge rounds twice.
 UNLIKE = [("peft", torch.float32), ("peft-safe", torch.bfloat16)]
@@ -67,7 +67,7 @@ def test_small_tiles_and_many_workers_give_the_same_bytes(
     arithmetic: str, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     with Checkpoint(base) as source:
-        options = Options(treatment(arithmetic=arithmetic))
+        options = Options(Treatment.of(arithmetic=arithmetic))
         for tile_elements in (7, 1 << 18):
             given = replace(options, pace=Pace(tile_elements=tile_elements, workers=3))
             out = tmp_path / f"{tile_elements}"
