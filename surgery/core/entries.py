@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from surgery.core.config import AdapterConfig
 from surgery.core.names import suffix_hits
 from surgery.core.patterns import GLOB, Patience, PatternTable
-from surgery.core.select import refuse_unmatched
+from surgery.core.select import chosen_layers, refuse_unmatched
 
 RE = "re:"
 _LISTS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -32,21 +32,28 @@ def in_peft_terms(config: AdapterConfig, names: Collection[str]) -> InPeftTerms:
     """The config for a model whose modules are `names`. MatchError for an entry that hits none of them."""
     found: dict[str, Any] = {}
     spelled: dict[str, str] = {}
+    config = _with_expressions(config)
+    in_layers = chosen_layers(config, names)
     for field in fields(config):
         value = getattr(config, field.name)
         if not value:
             continue
         if field.name in _LISTS:
-            found[field.name] = _named(field.name, value, names)
-        elif field.name == "layers_pattern":
-            given = [value] if isinstance(value, str) else value
-            found[field.name] = [_expression(entry) for entry in given]
+            found[field.name] = _named(field.name, value, in_layers if field.name == "target_modules" else names)
         elif field.name.endswith("_pattern") and isinstance(value, PatternTable):
             keys = {key: _expression(key) for key in value}
             spelled |= {after: before for before, after in keys.items()}
             found[field.name] = {keys[key]: one for key, one in value.items()}
     changed = {name: value for name, value in found.items() if value != getattr(config, name)}
     return InPeftTerms(replace(config, **changed) if changed else config, spelled)
+
+
+def _with_expressions(config: AdapterConfig) -> AdapterConfig:
+    """Its `layers_pattern` as expressions."""
+    given = config.layers_pattern
+    if not given:
+        return config
+    return replace(config, layers_pattern=[_expression(one) for one in ([given] if isinstance(given, str) else given)])
 
 
 def _named(field: str, value: str | Sequence[str], names: Collection[str]) -> str | Sequence[str]:

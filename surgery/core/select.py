@@ -14,11 +14,13 @@ _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")  # PEFT's, where layers_p
 Number = TypeVar("Number", int, float)
 
 
-def select(config: AdapterConfig, names: Iterable[str], all_linear: Callable[[], Collection[str]]) -> list[str]:
+def select(
+    config: AdapterConfig, names: Iterable[str], all_linear: Callable[[], Collection[str]], as_peft: bool = True
+) -> list[str]:
     """Those of `names` that `target_modules` hits and nothing excludes, in their order.
 
-    `all_linear` finds what "all-linear" stands for in this model. ConfigError for a pattern that is no regex, or
-    that takes too long.
+    `all_linear` finds what "all-linear" stands for in this model. `as_peft` lets an entry that is the whole name of a
+    module escape `layers_to_transform`. ConfigError for a pattern that is no regex, or that takes too long.
     """
     if not config.target_modules and not config.parameters():
         raise MatchError(
@@ -30,14 +32,23 @@ def select(config: AdapterConfig, names: Iterable[str], all_linear: Callable[[],
     hit = _matcher(config.target_modules, all_linear, patience)
     excluded = _matcher(config.exclude_modules, tuple, patience)
     saved = frozenset(config.modules_to_save or ())
+    escaping = frozenset(config.target_modules or ()) if as_peft else frozenset[str]()
     return [
         name
         for name in names
         if hit(name)
         and not excluded(name)
         and not _inside(saved, name, patience)
-        and _in_layers(config, name, patience)
+        and (name in escaping or _in_layers(config, name, patience))
     ]
+
+
+def chosen_layers(config: AdapterConfig, names: Collection[str]) -> Collection[str]:
+    """Those of `names` that lie in the layers that `layers_to_transform` chooses; all where it chooses none."""
+    if config.layers_to_transform is None:
+        return names
+    patience = Patience()
+    return [name for name in names if _in_layers(config, name, patience)]
 
 
 def unmatched(config: AdapterConfig, chosen: Collection[str]) -> list[str]:
@@ -130,7 +141,7 @@ def _check_layers(config: AdapterConfig) -> None:
 def _in_layers(config: AdapterConfig, name: str, patience: Patience) -> bool:
     """`layers_to_transform`: the number after the first `.<layers_pattern>.` must be among them."""
     wanted = config.layers_to_transform
-    if wanted is None or wanted == [] or name in (config.target_modules or ()):
+    if wanted is None or wanted == []:
         return True
     patterns = config.layers_pattern
     choices = [patterns] if isinstance(patterns, str) else list(patterns or ())

@@ -83,7 +83,9 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
     names = list(tree.modules)
     config, spelled = InPeftTerms(config, {}) if as_peft else in_peft_terms(config, names)
     parameters = targeted_parameters(config, tree)
-    chosen = select(config, names, lambda: {name for name in names if tree.is_linear(name)} - {*output_heads()})
+    chosen = select(
+        config, names, lambda: {name for name in names if tree.is_linear(name)} - {*output_heads()}, as_peft
+    )
     if not as_peft or (not chosen and not parameters):
         refuse_unmatched("target_modules", unmatched(config, chosen), names)
     first = dict.fromkeys(tree.first_name(name) for name in chosen)

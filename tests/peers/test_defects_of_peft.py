@@ -5,7 +5,9 @@ roundings is graded rounding; what no file shows is shown of peft and not of sur
 """
 
 import copy
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -19,19 +21,13 @@ import surgery
 from surgery.io.octets import sha256_of
 
 ELSEWHERE = {
-    "out_proj of attention counts twice": "test_attention_of_peft: once here, and files are read as PEFT meant them",
-    "OFT over convolutions is not the identity when fresh": "OFT is no method here: refused by name",
-    "RandLoRA's shared bases are saved for every layer": "RandLoRA is no method here: refused by name",
-    "the bias of LoRA over bitsandbytes is not scaled": "needs bitsandbytes on a GPU; shown in its source alone",
-    "torchao is tested for finite numbers too early": "torchao is not installed; merges into it are refused by name",
-    "trainable tokens drop a Linear's bias": "test_token_rows: a bias stays where rows of a Linear are replaced",
-    "a merge of some adapters switches off the rest": "merge takes no names here: what runs is merged",
-    "a full name escapes layers_to_transform": "test_matching_of_peft: read as peft reads it; one pattern is refused",
-    "lora_A of a convolution has no dilation or padding mode": "test_convolutions_of_peft: ours is what both merge",
-    "a delta of attention in half types is written over its factors": "peft's parameters alone; ours are not touched",
+    "lora_A of a convolution has no padding mode": "test_convolutions_of_peft: its merge is right, not its forward",
+    "layers that share one weight are merged into it": "what peft merges so cannot be saved",
+    "layers_to_transform goes unheard by one pattern": "peft refuses it by now, and so do we: test_peft_files",
+    "trainable tokens drop a Linear's bias, beside LoRA too": "test_token_rows: a bias stays",
 }
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 29}
-FILE, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+FILE, ADAPTER, CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 each_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -90,8 +86,10 @@ def test_a_merge_into_one_of_two_tied_weights_is_different(targets: list[str], t
         (lora(layer_replication=[(0, 2), (1, 2)]), "layers that share one weight"),
         (peft.OSFConfig(target_modules=["q_proj"]), "OSF"),
         (peft.OFTConfig(target_modules=["q_proj"], oft_block_size=4), "OFT"),
+        (peft.RandLoraConfig(target_modules=["q_proj"]), "RANDLORA"),
+        (peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3]), "TRAINABLE_TOKENS"),
     ],
-    ids=["pissa", "olora", "layer_replication", "OSF", "OFT"],
+    ids=["pissa", "olora", "layer_replication", "OSF", "OFT", "RandLoRA", "trainable tokens"],
 )
 def test_what_changes_the_base_or_shares_it_or_is_no_method_here_is_refused_by_name(
     config: peft.PeftConfig, named: str, tmp_path: Path
@@ -105,11 +103,172 @@ def test_what_changes_the_base_or_shares_it_or_is_no_method_here_is_refused_by_n
         surgery.load(llama(), folder)
 
 
-def test_pissa_changes_the_base_again_whenever_it_is_loaded_by_peft(tmp_path: Path) -> None:
-    model = llama()
-    folder = saved(tmp_path / "adapter", lora(init_lora_weights="pissa"), model)
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_changes_the_base_does_so_again_in_peft_and_its_merge_is_different(
+    init: str, tmp_path: Path
+) -> None:
+    model, weight = llama(), "model.layers.0.self_attn.q_proj.weight"
+    model.save_pretrained(tmp_path / "base")
+    folder = saved(tmp_path / "adapter", lora(init_lora_weights=init), model)
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    back.merge_and_unload().save_pretrained(tmp_path / "out")
     back = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).unload()
-    assert not torch.equal(back.model.layers[0].self_attn.q_proj.weight, model.model.layers[0].self_attn.q_proj.weight)
+    assert not torch.equal(back.get_parameter(weight), model.get_parameter(weight))
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"init_lora_weights": True}))  # without what has it refused
+    judged = surgery.verify_checkpoint(tmp_path / "base", folder, tmp_path / "out")
+    assert judged.counts["different"] == 2
+    assert judged.tensors[weight].grade == "different"
+
+
+def test_a_merge_of_attention_counts_out_proj_twice_in_peft_and_is_different_where_once_is_meant(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+    (tmp_path / "base").mkdir()
+    (tmp_path / "out").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / FILE)
+    theirs = adapted(model, lora(target_modules=["attn"]))
+    theirs.save_pretrained(tmp_path / "adapter")
+    save_file(theirs.merge_and_unload().state_dict(), tmp_path / "out" / FILE)
+    folders = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    surgery.verify_checkpoint(*folders, mha_out_proj_scale=2).require()
+    judged = surgery.verify_checkpoint(*folders, mha_out_proj_scale=1).tensors.items()
+    assert [name for name, one in judged if one.grade == "different"] == ["attn.out_proj.weight"]
+
+
+def test_layers_that_share_one_weight_are_merged_into_it_by_peft_and_the_outputs_are_lost() -> None:
+    theirs = adapted(llama(), lora(layer_replication=[(0, 2), (1, 2)])).eval()
+    wanted = outputs(theirs)
+    merged = theirs.merge_and_unload()  # ours refuses the adapter, as is shown above
+    eps = torch.finfo(torch.float32).eps
+    assert (outputs(merged) - wanted).abs().max() > 1e4 * eps * wanted.abs().max()
+
+
+def test_oft_over_a_convolution_is_not_the_identity_when_fresh_in_peft_and_is_no_method_here() -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.randn(2, 4, 6, 6)
+    config = peft.OFTConfig(target_modules=["0"], oft_block_size=4)
+    assert (adapted(model, config)(x) - model(x)).abs().max() > 0.1
+    with pytest.raises(surgery.InputError, match="OFT"):
+        surgery.inject(model, config)
+
+
+def test_randlora_saves_its_shared_bases_again_for_every_layer(tmp_path: Path) -> None:
+    saved(tmp_path, peft.RandLoraConfig(r=2, target_modules=["0", "1"]))  # no method here, as is shown above
+    tensors = load_file(tmp_path / ADAPTER)
+    copies = [name for name in tensors if name.endswith("randlora_A")]
+    assert len(copies) == 3
+    assert all(torch.equal(tensors[name], tensors["base_model.randlora_A"]) for name in copies)
+
+
+def test_a_method_of_linear_layers_alone_saves_nothing_of_others_in_peft(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
+    config = peft.OSFConfig(target_modules=["0"])
+    assert not any(values.requires_grad for values in adapted(model, config).parameters())
+    saved(tmp_path, config, model)
+    assert not load_file(tmp_path / ADAPTER)
+    with pytest.raises(surgery.InputError, match="OSF"):
+        surgery.inject(model, config)
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_a_bias_over_a_quantized_layer_is_merged_scaled_where_that_of_peft_is_not(form: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = surgery.quantize(nn.Sequential(nn.Linear(64, 64)), form)
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = form == "nf4", form == "int8"  # by which peft tells
+    before = model[0].bias.clone()
+    theirs = adapted(model, lora(target_modules=["0"], lora_alpha=12, lora_bias=True))
+    theirs.save_pretrained(tmp_path)
+    ours = surgery.load(copy.deepcopy(model), tmp_path)
+    theirs.merge_adapter()
+    held = theirs.base_model.model[0]
+    bias = held.lora_B["default"].bias.detach()
+    near = {"rtol": 0.0, "atol": 4 * torch.finfo(torch.float32).eps}  # of numbers below 2
+    torch.testing.assert_close(held.base_layer.bias.detach(), before + bias, **near)  # three times it is meant
+    ours = surgery.eject(surgery.merge(ours, into="16bit"), keep_merged=True)
+    rounded = {"rtol": torch.finfo(torch.bfloat16).eps / 2, "atol": near["atol"]}  # to 16 bits, once
+    torch.testing.assert_close(ours[0].bias.detach().float(), before + 3 * bias, **rounded)
+
+
+def test_a_safe_merge_into_torchao_lets_nan_in_where_ours_refuses_it(tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+    model = copy.deepcopy(plain)
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    settings = SimpleNamespace(get_apply_tensor_subclass=torchao.Int8WeightOnlyConfig)
+    model.hf_quantizer = SimpleNamespace(quantization_config=settings)
+    theirs = peft.get_peft_model(model, lora(target_modules=["0"]))
+    layer = theirs.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_B["default"].weight[0] = torch.nan
+    theirs.save_pretrained(tmp_path)
+    theirs.merge_adapter(safe_merge=True)
+    assert not bool(layer.base_layer.weight.dequantize().isfinite().all())
+    with pytest.raises(surgery.ValueRangeError):
+        surgery.merge(surgery.load(plain, tmp_path))
+
+
+def test_rows_of_tokens_over_a_linear_layer_drop_its_bias_in_peft() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(3, 8)
+    theirs = adapted(model, peft.TrainableTokensConfig(target_modules=["0"], token_indices=[1]))
+    near = {"rtol": 0.0, "atol": 8 * torch.finfo(torch.float32).eps * 8}  # sums of 8 terms below 4, in another order
+    torch.testing.assert_close(theirs(x) + model[0].bias, model(x), **near)
+    assert (theirs(x) - model(x)).abs().max() > 0.1
+
+
+def test_a_merge_of_one_of_two_switches_the_other_off_in_peft_and_ours_merges_what_runs(tmp_path: Path) -> None:
+    model, x = net(), torch.randn(3, 8)
+    theirs = adapted(model, lora(target_modules=["0"]), adapter_name="a")
+    theirs.add_adapter("b", lora(target_modules=["0"]))
+    theirs.base_model.set_adapter(["a", "b"])
+    theirs.save_pretrained(tmp_path)
+    wanted = theirs(x).detach()
+    theirs.merge_adapter(["a"])
+    assert (theirs(x) - wanted).abs().max() > 0.1
+    ours = copy.deepcopy(model)
+    for name in "ab":
+        surgery.load(ours, tmp_path / name, adapter_name=name)
+    surgery.set_adapter(ours, ["a", "b"])
+    # Two deltas on a grid of 22 bits, r = 4; then sums of 8 terms in each of two layers.
+    room = 2 * 8 * (4 * 2.0**-21 + 8 * torch.finfo(torch.float32).eps) * float(wanted.abs().max() + 1)
+    assert (ours(x) - wanted).abs().max() < room
+    assert (surgery.merge(ours)(x) - wanted).abs().max() < room
+
+
+def test_a_whole_name_escapes_the_choice_of_layers_in_peft_and_is_refused_here() -> None:
+    fields = {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]}
+    names = [name for name, _ in adapted(llama(), lora(**fields)).named_parameters() if "lora_A" in name]
+    assert any("lm_head" in name for name in names)
+    with pytest.raises(surgery.MatchError, match=r"'lm_head'.*layers_to_transform"):
+        surgery.inject(llama(), surgery.LoraConfig(**fields))
+
+
+@each_half
+def test_a_merge_of_attention_in_a_half_type_replaces_the_memory_of_the_factors_in_peft_alone(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}).to(dtype)
+    theirs = adapted(model, lora(target_modules=["attn"]), autocast_adapter_dtype=False)
+    theirs.save_pretrained(tmp_path)
+    ours = surgery.load(model, tmp_path, trainable=True)
+    kept = []
+    for one, merge in ((theirs, theirs.merge_adapter), (ours, lambda: surgery.merge(ours))):
+        held = [values for name, values in one.named_parameters() if "lora_" in name]
+        before = [values.data_ptr() for values in held]
+        merge()
+        kept.append(before == [values.data_ptr() for values in held])
+    assert kept == [False, True]
+
+
+def test_lora_over_a_convolution_with_gaps_raises_in_peft_and_runs_here() -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, dilation=2)), torch.randn(2, 4, 8, 8)
+    with pytest.raises(RuntimeError, match="size"):
+        adapted(model, lora(target_modules=["0"]))(x)
+    before = model(x)
+    ours = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]))
+    assert torch.equal(ours(x), before)
 
 
 @each_half

@@ -45,6 +45,9 @@ CHOICES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "one expression": ({"target_modules": r"re:.*\.1\.mlp\.up_proj"}, {"1.mlp.up_proj"}),
     "one of peft's": ({"target_modules": r".*\.1\.mlp\.up_proj"}, {"1.mlp.up_proj"}),
     "one name": ({"target_modules": "model.layers.1.mlp.up_proj"}, {"1.mlp.up_proj"}),
+    "a glob in chosen layers": ({"target_modules": ["*.mlp.up_proj"], "layers_to_transform": 0}, {"0.mlp.up_proj"}),
+    "an expression in chosen layers": ({"target_modules": ["re:.*up_proj"], "layers_to_transform": [0, 2],
+                                        "layers_pattern": "layers"}, {"0.mlp.up_proj", "2.mlp.up_proj"}),
     "exclusion": ({"target_modules": ["up_proj"], "exclude_modules": ["0.mlp.*"]},
                   {"1.mlp.up_proj", "2.mlp.up_proj"}),
 }  # fmt: skip
