@@ -8,6 +8,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from bench.words import put_between, table
+
 BENCHMARKS = (
     "inject",
     "load",
@@ -27,18 +29,9 @@ MARKS = "<!-- figures: written by `make bench` -->", "<!-- end of figures -->"
 
 def main() -> None:
     rows = [row for name in BENCHMARKS for row in run(name)]
-    lines = [
-        "| what | surgery | peft | ratio | wanted |",
-        "| --- | --- | --- | --- | --- |",
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
-        machine(),
-    ]
-    text = "\n".join(lines)
+    text = f"{table(('what', 'surgery', 'peft', 'ratio', 'wanted'), rows)}\n\n{machine()}"
     RESULTS.write_text(f"# Results\n\n{text} Written by `make bench`; both sides ran in turn, on the same files.\n")
-    before, _, rest = README.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    README.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+    put_between(README, MARKS, text)
     print(text)
 
 

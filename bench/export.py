@@ -12,18 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.merge import peak_mb, surgery
+from bench.merge import linears, peak_mb, surgery
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCAB = 4096, 14336, 32, 32, 8, 128256
 KV = HIDDEN // HEADS * KV_HEADS
 LAYER = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KV, HIDDEN),
-    "self_attn.v_proj": (KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+    **linears(HIDDEN, INTERMEDIATE, KV),
     "input_layernorm": (HIDDEN,),
     "post_attention_layernorm": (HIDDEN,),
 }

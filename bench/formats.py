@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
+from bench.words import put_between, table
 from surgery.codecs import CODECS, FORMS
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.core.codec import Codec, Packed
@@ -74,12 +75,9 @@ EXAMPLES: Mapping[str, Example] = {
 
 
 def main() -> None:
-    lines = [HEAD, ["---"] * len(HEAD), *rows()]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    PAGE.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}")
-    print(table)
+    told = table(HEAD, rows())
+    put_between(PAGE, MARKS, told)
+    print(told)
 
 
 def rows() -> Iterator[list[str]]:

@@ -16,17 +16,23 @@ from statistics import median
 
 from bench.words import times
 
+
+def linears(hidden: int, intermediate: int, kv: int) -> dict[str, tuple[int, int]]:
+    """Shapes of a Llama layer's, by name; `kv` is the width of keys and values."""
+    return {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+
+
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCAB, RANK, SHARDS = 2048, 5632, 22, 32, 4, 32000, 16, 3
 KV = HIDDEN // HEADS * KV_HEADS
-LINEARS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KV, HIDDEN),
-    "self_attn.v_proj": (KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
+LINEARS = linears(HIDDEN, INTERMEDIATE, KV)
 ROUNDS = 3
 COMMANDS = {
     "merge": ("merge", "base", "adapter", "merge"),

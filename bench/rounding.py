@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.formats import PAGE, SIZE, weight
+from bench.words import put_between, table
 from surgery.codecs import FORMS
 from surgery.core.codec import Codec, Packed
 from surgery.core.feedback import Feedback
@@ -20,12 +21,9 @@ FORMATS, SHARES, RANK, INPUTS = ("nf4", "fp8_block"), (0.01, 0.03, 0.06, 0.1), 1
 
 
 def main() -> None:
-    lines = [HEAD, ["---"] * len(HEAD), *rows()]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    PAGE.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}")
-    print(table)
+    told = table(HEAD, rows())
+    put_between(PAGE, MARKS, told)
+    print(told)
 
 
 def rows() -> Iterator[list[str]]:

@@ -7,7 +7,7 @@ from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from surgery.core.method import Method, Params
-from surgery.core.patterns import Patience, PatternTable
+from surgery.core.patterns import Budget, PatternTable
 from surgery.errors import ConfigError, FormatError, printable
 
 Where = str | PathLike[str]
@@ -234,7 +234,7 @@ def _check_layers(value: Any) -> None:
 def check_pattern(field: str, pattern: str) -> None:
     """ConfigError for what is no regular expression, or may take too long."""
     try:
-        Patience().check(pattern)
+        Budget().check(pattern)
     except ConfigError as error:
         raise ConfigError(f"{field}: {error}") from error
 

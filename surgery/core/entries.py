@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from surgery.core.config import AdapterConfig
 from surgery.core.names import suffix_hits
-from surgery.core.patterns import GLOB, Patience, PatternTable
+from surgery.core.patterns import GLOB, Budget, PatternTable
 from surgery.core.select import chosen_layers, refuse_unmatched
 
 RE = "re:"
@@ -61,10 +61,10 @@ def _named(field: str, value: str | Sequence[str], names: Collection[str]) -> st
     if isinstance(value, str):
         told = value.removeprefix(RE)
         return re.escape(told) if "." in told and told == value and _NAME.fullmatch(told) else told
-    patience, hits = Patience(), {}
+    budget, hits = Budget(), {}
     for entry in value:
         if field == "exclude_modules" or entry.startswith(RE) or GLOB.fullmatch(entry):
-            test = _test(entry, patience)
+            test = _test(entry, budget)
             hits[entry] = [name for name in names if test(name)]
     refuse_unmatched(field, [entry for entry, there in hits.items() if not there], names)
     wide = [entry for entry in value if entry.startswith(RE) or GLOB.fullmatch(entry)]
@@ -72,11 +72,11 @@ def _named(field: str, value: str | Sequence[str], names: Collection[str]) -> st
     return list(dict.fromkeys([*kept, *(name for entry in wide for name in hits[entry])])) if wide else value
 
 
-def _test(entry: str, patience: Patience) -> Callable[[str], bool]:
+def _test(entry: str, budget: Budget) -> Callable[[str], bool]:
     if entry.startswith(RE):
-        return lambda name: patience.fullmatch(entry.removeprefix(RE), name) is not None
+        return lambda name: budget.fullmatch(entry.removeprefix(RE), name) is not None
     if GLOB.fullmatch(entry):
-        return lambda name: patience.fullmatch(rf"(?:.*\.)?{_translated(entry)}", name) is not None
+        return lambda name: budget.fullmatch(rf"(?:.*\.)?{_translated(entry)}", name) is not None
     return partial(_ends, (entry,))
 
 

@@ -36,7 +36,7 @@ _BRACE = re.compile(r"(\\N\{[^}]*\}|\\.)|\{(?!\d+(?:,\d*)?\}|,\d*\})", re.DOTALL
 _CLASS = re.compile(r"\[\^?:\^?\w+:\]")
 
 
-class Patience:
+class Budget:
     """What patterns may still cost: of one config, or in one search. ConfigError once it is spent."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class PatternTable(dict[str, Any]):
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(values)
-        self.patience = Patience()
+        self.budget = Budget()
         self.keys_of: dict[str, str | None] = {}
 
     def check(self, field: str) -> None:
@@ -110,7 +110,7 @@ class PatternTable(dict[str, Any]):
             if GLOB.fullmatch(key) and _GLOB_ALONE.search(key):  # put into PEFT's terms before it is matched
                 continue
             try:
-                self.patience.check(key, ENDING)
+                self.budget.check(key, ENDING)
             except ConfigError as error:
                 raise ConfigError(f"{field}: {error}") from error
 
@@ -118,13 +118,13 @@ class PatternTable(dict[str, Any]):
         """The keys that match the end of none of `names`."""
         used = {self.key_of(name) for name in names}
         return [
-            key for key in self if key not in used and not any(self.patience.match(key, one, ENDING) for one in names)
+            key for key in self if key not in used and not any(self.budget.match(key, one, ENDING) for one in names)
         ]
 
     def key_of(self, name: str) -> str | None:
         """The first key that matches the end of `name` (PEFT's rule)."""
         if name not in self.keys_of:
-            self.keys_of[name] = next((key for key in self if self.patience.match(key, name, ENDING)), None)
+            self.keys_of[name] = next((key for key in self if self.budget.match(key, name, ENDING)), None)
         return self.keys_of[name]
 
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from surgery.core.config import AdapterConfig
 from surgery.core.names import nearest, suffix_hits, suffixes
-from surgery.core.patterns import LAYER, SAVED, Patience, PatternTable
+from surgery.core.patterns import LAYER, SAVED, Budget, PatternTable
 from surgery.errors import ConfigError, MatchError, printable
 
 ALL_LINEAR = "all-linear"
@@ -28,9 +28,9 @@ def select(
             "`surgery.inspect(model)` lists the names"
         )
     _check_layers(config)
-    patience = Patience()
-    hit = _matcher(config.target_modules, all_linear, patience)
-    excluded = _matcher(config.exclude_modules, tuple, patience)
+    budget = Budget()
+    hit = _matcher(config.target_modules, all_linear, budget)
+    excluded = _matcher(config.exclude_modules, tuple, budget)
     saved = frozenset(config.modules_to_save or ())
     escaping = frozenset(config.target_modules or ()) if as_peft else frozenset[str]()
     return [
@@ -38,8 +38,8 @@ def select(
         for name in names
         if hit(name)
         and not excluded(name)
-        and not _inside(saved, name, patience)
-        and (name in escaping or _in_layers(config, name, patience))
+        and not _inside(saved, name, budget)
+        and (name in escaping or _in_layers(config, name, budget))
     ]
 
 
@@ -47,8 +47,8 @@ def chosen_layers(config: AdapterConfig, names: Collection[str]) -> Collection[s
     """Those of `names` that lie in the layers that `layers_to_transform` chooses; all where it chooses none."""
     if config.layers_to_transform is None:
         return names
-    patience = Patience()
-    return [name for name in names if _in_layers(config, name, patience)]
+    budget = Budget()
+    return [name for name in names if _in_layers(config, name, budget)]
 
 
 def unmatched(config: AdapterConfig, chosen: Collection[str]) -> list[str]:
@@ -107,22 +107,22 @@ def _why(entry: str, names: Collection[str]) -> str:
 
 
 def _matcher(
-    entries: str | Sequence[str] | None, all_linear: Callable[[], Collection[str]], patience: Patience
+    entries: str | Sequence[str] | None, all_linear: Callable[[], Collection[str]], budget: Budget
 ) -> Callable[[str], bool]:
     """The test that `entries` stands for, prepared once for many names."""
     if isinstance(entries, str) and entries.lower() == ALL_LINEAR:
         return frozenset(all_linear()).__contains__
     if isinstance(entries, str):
-        return lambda name: patience.fullmatch(entries, name) is not None
+        return lambda name: budget.fullmatch(entries, name) is not None
     if not entries:
         return frozenset[str]().__contains__
     wanted = frozenset(entries)
     return lambda name: not wanted.isdisjoint(suffixes(name))
 
 
-def _inside(modules: frozenset[str], name: str, patience: Patience) -> bool:
+def _inside(modules: frozenset[str], name: str, budget: Budget) -> bool:
     """Whether `name` is one of `modules` or lies inside one. To PEFT they are patterns here, and only here."""
-    return any(patience.match(one, name, SAVED) is not None for one in modules)
+    return any(budget.match(one, name, SAVED) is not None for one in modules)
 
 
 def _check_layers(config: AdapterConfig) -> None:
@@ -138,7 +138,7 @@ def _check_layers(config: AdapterConfig) -> None:
         )
 
 
-def _in_layers(config: AdapterConfig, name: str, patience: Patience) -> bool:
+def _in_layers(config: AdapterConfig, name: str, budget: Budget) -> bool:
     """`layers_to_transform`: the number after the first `.<layers_pattern>.` must be among them."""
     wanted = config.layers_to_transform
     if wanted is None or wanted == []:
@@ -146,7 +146,7 @@ def _in_layers(config: AdapterConfig, name: str, patience: Patience) -> bool:
     patterns = config.layers_pattern
     choices = [patterns] if isinstance(patterns, str) else list(patterns or ())
     for pattern in choices:
-        found = patience.match(pattern, name, LAYER)
+        found = budget.match(pattern, name, LAYER)
         if found:
             return _layer(found) in _listed(wanted)
     found = None if choices else _ANY_LAYER.match(name)

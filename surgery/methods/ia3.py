@@ -16,7 +16,7 @@ from surgery.core.elementwise import Scale
 from surgery.core.method import Dense, Method, Params, Product, Run, Spec
 from surgery.core.names import Endings
 from surgery.core.op import Op, Tile
-from surgery.core.patterns import Patience
+from surgery.core.patterns import Budget
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
 
@@ -71,12 +71,12 @@ class Ia3Config(AdapterConfig):
         if entries is None:
             raise ConfigError("feedforward_modules is not given; a list of module names is wanted, [] if none is")
         if isinstance(entries, str):
-            return self._patience.fullmatch(entries, name) is not None
+            return self._budget.fullmatch(entries, name) is not None
         return self._endings.end(name)
 
     @cached_property
-    def _patience(self) -> Patience:
-        return Patience()
+    def _budget(self) -> Budget:
+        return Budget()
 
     @cached_property
     def _endings(self) -> Endings:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from surgery.core.method import Additive, Dense, Method, Params, Product, Run, S
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
-
-if TYPE_CHECKING:
-    from surgery.methods.lora import Lora
+from surgery.methods.lora import Lora
 
 CONVERSION = "path_initial_model_for_weight_conversion"
 _CONVERT = f"convert the adapter in PEFT first, by {CONVERSION}"
@@ -64,7 +62,7 @@ def joined(p: Params) -> Params:
 class FromBase(Additive):
     """A and B are trained; A0 and B0 stay."""
 
-    lora: "Lora"  # of twice the rank, as files hold it
+    lora: Lora  # of twice the rank, as files hold it
     start: str
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:

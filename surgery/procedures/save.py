@@ -15,7 +15,7 @@ from surgery.core.names import suffix_hits
 from surgery.core.sharded import rest
 from surgery.core.site import TensorInfo
 from surgery.errors import MatchError, StateError, printable
-from surgery.hosts.tree import adapted_layers, injected, live_path, replaced_modules, spelled
+from surgery.hosts.tree import adapted_layers, injected, live_path, places, replaced_modules, spelled
 from surgery.io.durable import write_file
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.io.strict_json import json_bytes
@@ -160,5 +160,5 @@ def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterCo
 def _ended(root: nn.Module, names: Sequence[str]) -> list[str]:
     """Other modules whose names end in one of these, which PEFT would adapt too."""
     chosen = frozenset(names)
-    places = (name for name, _ in root.named_modules() if name not in chosen)
-    return [name for name in places if suffix_hits(chosen, name)]
+    others = dict.fromkeys(place.name for place in places(root) if place.name not in chosen)
+    return [name for name in others if suffix_hits(chosen, name)]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
-from surgery.core.patterns import ENDING, EXACT, LAYER, TRIES, Patience, PatternTable
+from surgery.core.patterns import ENDING, EXACT, LAYER, TRIES, Budget, PatternTable
 from surgery.core.select import pattern_value
 from surgery.errors import ConfigError
 
@@ -101,13 +101,13 @@ def as_re(how: Callable, pattern: str, name: str, form: str = EXACT) -> object:
 
 @pytest.mark.parametrize("pattern", ORDINARY)
 def test_an_ordinary_pattern_means_what_re_says(pattern: str) -> None:
-    patience = Patience()
+    budget = Budget()
     for name in NAMES:
-        assert spans(patience.fullmatch(pattern, name)) == as_re(re.Pattern.fullmatch, pattern, name)
+        assert spans(budget.fullmatch(pattern, name)) == as_re(re.Pattern.fullmatch, pattern, name)
         for form in (ENDING, LAYER):
             if pattern.startswith("(?"):
                 continue  # a flag must come first; the error is tested below
-            assert spans(patience.match(pattern, name, form)) == as_re(re.Pattern.match, pattern, name, form)
+            assert spans(budget.match(pattern, name, form)) == as_re(re.Pattern.match, pattern, name, form)
 
 
 @settings(deadline=None, max_examples=2000)
@@ -122,10 +122,10 @@ def test_any_pattern_means_what_re_says_or_is_refused(pattern: str, name: str, f
             wanted = as_re(re.Pattern.match, pattern, name, form)
         except (re.error, OverflowError):
             with pytest.raises(ConfigError):
-                Patience().match(pattern, name, form)
+                Budget().match(pattern, name, form)
             return
     try:
-        found = spans(Patience().match(pattern, name, form))
+        found = spans(Budget().match(pattern, name, form))
     except ConfigError as error:
         assume("counts" not in str(error) and "no class" not in str(error))
         raise
@@ -174,7 +174,7 @@ def test_a_pattern_of_feedforward_modules_has_one_second_for_all_names() -> None
 def test_many_plain_names_are_bounded_too() -> None:
     table = PatternTable({f"layers.{i}.q_proj": i for i in range(1000)})
     assert [pattern_value(table, f"model.layers.{i}.q_proj", -1) for i in range(1001)] == [*range(1000), -1]
-    table.patience.tries = TRIES // 1000
+    table.budget.tries = TRIES // 1000
     with pytest.raises(ConfigError, match="too many patterns"):
         [table.key_of(f"other.{i}") for i in range(1000)]
 
@@ -182,7 +182,7 @@ def test_many_plain_names_are_bounded_too() -> None:
 def test_what_was_found_for_a_name_is_found_once() -> None:
     table = PatternTable({".*q": 1})
     assert table.key_of("a.q") == ".*q"
-    table.patience.seconds = 0
+    table.budget.seconds = 0
     assert pattern_value(table, "a.q", 5) == 1
     with pytest.raises(ConfigError):
         table.key_of("b.q")

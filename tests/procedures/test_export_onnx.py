@@ -197,6 +197,41 @@ def test_a_module_that_does_another_thing_beyond_some_size_is_refused(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+class Positions(nn.Module):
+    """Has places for 6 numbers, and refuses more by itself, as CLIP's text model does."""
+
+    def __init__(self, says_so: bool) -> None:
+        super().__init__()
+        self.says_so, self.places = says_so, nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 6:
+            if self.says_so:
+                raise ValueError("too many")
+            return x
+        return x + self.places[: x.shape[1]]
+
+
+def test_a_module_that_refuses_larger_sizes_itself_is_exported_up_to_these(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 4)
+    surgery.export_onnx(Positions(True), None, tmp_path / "out", inputs=x, dynamic_axes={"x": {1: "seq"}})
+    with pytest.raises(surgery.InputError, match="hold up to a size of 6 along an axis"):
+        surgery.export_onnx(Positions(False), None, tmp_path / "other", inputs=x, dynamic_axes={"x": {1: "seq"}})
+
+
+class Beside(nn.Module):
+    """Its second input is one longer than the first; beyond 6 it does another thing."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y[:, 1:] if x.shape[1] <= 6 else x - y[:, 1:]
+
+
+def test_a_size_that_hangs_on_another_one_is_tried_with_it(tmp_path: Path) -> None:
+    given, axes = {"x": torch.randn(2, 3, 4), "y": torch.randn(2, 4, 4)}, {"x": {1: "seq"}, "y": {1: "longer"}}
+    with pytest.raises(surgery.InputError, match=r"hold up to a size of [67] along an axis"):
+        surgery.export_onnx(Beside(), None, tmp_path / "out", inputs=given, dynamic_axes=axes)
+
+
 class TwoReadings(nn.Module):
     """Two buffers on one memory, in two dtypes."""
 

@@ -77,7 +77,10 @@ def _refuse_bounded(program: Any, module: nn.Module, runs: Callable[[Sequence[Se
 
 def _size(axis: Any, symbol: Any, bound: Any) -> int:
     """Of an axis of an input, where what `symbol` stands for is one more than it may be; 0 where it is another."""
-    return int(bound) + 1 if isinstance(axis, torch.SymInt) and axis.node.expr == symbol else 0
+    expression = axis.node.expr if isinstance(axis, torch.SymInt) else None
+    if expression is None or expression.free_symbols != {symbol}:
+        return 0
+    return int(expression.xreplace({symbol: bound + 1}))
 
 
 def _runs(flat: nn.Module, given: Sequence[Tensor], mode: Any, sizes: Sequence[Sequence[int]]) -> bool:
