@@ -1,6 +1,6 @@
 """Spill: an adapter's tensors laid down on the disk as they are made, then written in the order of their names."""
 
-from collections.abc import Iterator
+from functools import partial
 from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Self
@@ -11,11 +11,9 @@ from surgery.adapters.peft import TENSORS
 from surgery.adapters.sorting import PREFIX
 from surgery.core.site import TensorInfo
 from surgery.io.durable import faults
-from surgery.io.header import encode_header
-from surgery.io.octets import octets
+from surgery.io.lazy import Lazy, write_tensors
+from surgery.io.octets import octets, tensor_from
 from surgery.io.staging import Staging
-
-_CHUNK_BYTES = 1 << 20
 
 
 class Spill:
@@ -48,17 +46,14 @@ class Spill:
 
     def write(self) -> None:
         """The file, under its name in the staging folder."""
-        infos = [self.laid[name][0] for name in sorted(self.laid)]
-        header = encode_header(infos, {"format": "pt"})
-        with self.staging.file(TENSORS, len(header) + sum(info.nbytes for info in infos)) as file:
-            file.write(header)
-            for name in sorted(self.laid):
-                for chunk in self._read(*self.laid[name]):
-                    file.write(chunk)
+        laid = (self.laid[name] for name in sorted(self.laid))
+        write_tensors(
+            self.staging, TENSORS, {info.name: Lazy(info, partial(self._read, info, at)) for info, at in laid}
+        )
 
-    def _read(self, info: TensorInfo, start: int) -> Iterator[bytes]:
-        for at in range(0, info.nbytes, _CHUNK_BYTES):
-            with faults(self.staging.out):
-                self.scratch.seek(start + at)
-                chunk = self.scratch.read(min(_CHUNK_BYTES, info.nbytes - at))
-            yield chunk
+    def _read(self, info: TensorInfo, start: int) -> Tensor:
+        data = bytearray(info.nbytes)
+        with faults(self.staging.out):
+            self.scratch.seek(start)
+            self.scratch.readinto(data)
+        return tensor_from(data, info.torch_dtype, info.shape)

@@ -24,14 +24,15 @@ from surgery.formats.onnx.trace import trace
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.tree import adapted_layers
 from surgery.hosts.twin import Decoded, Weightless, aliases, exactly, weightless
+from surgery.io.lazy import Lazy, write_tensors
 from surgery.io.staging import Staging
 from surgery.io.tensor_file import TensorFile
 from surgery.procedures.export_readme import write_readme
 from surgery.procedures.kept import kept_weights
-from surgery.procedures.lazy import Lazy, read_tensor, write_state, write_tensors
 from surgery.procedures.merged_state import merged_state, plain_state
 from surgery.procedures.proof import Claim, Proof, prove, reference_of
 from surgery.procedures.standing_in import as_plain, dtype_of_model
+from surgery.procedures.stored_tensors import read_tensor, write_state
 
 State = Mapping[str, Tensor]
 

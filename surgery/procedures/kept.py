@@ -17,7 +17,8 @@ from surgery.formats.onnx.quantized import BLOCKS, EightBits, FourBits, Quantize
 from surgery.formats.onnx.stored import Stored
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.packing import Held
-from surgery.procedures.lazy import Lazy, read_tensor
+from surgery.io.lazy import Lazy
+from surgery.procedures.stored_tensors import read_tensor
 
 _ABSMAX = "weight.absmax"
 

@@ -11,7 +11,7 @@ from surgery.errors import MatchError, printable
 from surgery.formats.onnx.runtime import check, run
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.streamed import held_elements, streamed
-from surgery.procedures.lazy import Lazy
+from surgery.io.lazy import Lazy
 from surgery.procedures.proof import Claim, Proof, Reference, Trial, judged, prepared, runs, shapes
 
 # For each weight at hand: as it is stored, in float64, and what onnxruntime casts or decodes it to.

@@ -17,7 +17,7 @@ from surgery.formats.onnx.runtime import check, run
 from surgery.hosts.twin import weightless
 from surgery.io.staging import Staging
 from surgery.procedures.export import AnyModule, Manner, traced, write_graph
-from surgery.procedures.lazy import write_state
+from surgery.procedures.stored_tensors import write_state
 
 INPUTS = 70  # no whole blocks
 CASES = [
