@@ -14,6 +14,7 @@ from surgery.core.names import nearest
 from surgery.errors import UsageError, printable
 from surgery.ops.linear import LAYOUTS
 
+LIVE_FORMS = ("nf4", "fp4", "int8", "fp8_block")  # those that layers in memory hold, too
 HELD_IN = ("nf4", "fp4", "int8", "fp8_block")  # the forms whose tensors' sizes no values decide
 _MOST_PROBES = 4096
 ROUNDINGS = ("nearest", "feedback")
