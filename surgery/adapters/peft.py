@@ -60,6 +60,8 @@ def open_adapter(path: Path, config_name: str = CONFIG, scale: Scale | None = No
     folder, file = (path, contained(path, TENSORS)) if path.is_dir() else (path.parent, path)
     if config_name == CONFIG:
         _refuse_pickles(folder, file)
+    if not path.is_dir() and not (folder / config_name).exists():
+        raise AbsentError(f"{printable(path)}: no {config_name} beside it; an adapter folder, or its file, is wanted")
     told = read_bytes(contained(folder, config_name), "an adapter's config")
     where = printable(folder / config_name)
     parsed = parse_json(told, where)

@@ -13,7 +13,7 @@ from surgery.errors import UsageError
 from surgery.formats.onnx.example import Example, example_of
 from surgery.formats.onnx.trace import require_packages
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.layout import shard_bytes
+from surgery.hosts.layout import bytes_of
 from surgery.hosts.twin import weightless
 from surgery.integrations import transformers as hugging
 from surgery.io.staging import refuse_overlap
@@ -84,7 +84,7 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
         found = weighted([] if adapters is None else adapters)
         if swappable:
             return _with_slots(source, found, Path(out), options, how, kv)
-        export = hugging.Export(how, kv, shard_bytes(max_memory))
+        export = hugging.Export(how, kv, bytes_of(max_memory, "max_memory"))
         return hugging.export_checkpoint(source, found, Path(out), options, export)
 
 

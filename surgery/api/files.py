@@ -17,7 +17,7 @@ from surgery.core.adapter import Weighted
 from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.layout import shard_bytes
+from surgery.hosts.layout import bytes_of
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate, located
 from surgery.procedures import diff as differing
@@ -63,8 +63,9 @@ def plan(
     `treatment` as in `merge_checkpoint`: `dtype`, `tied`, `ops`, `compute_dtype`, `into`, `fallback`, `rounding`,
     `base_as` and `arithmetic`. Which weights fall back is known of a merge alone.
     """
+    wanted = Treatment.of(**treatment)
     with checkpoint(base) as source:
-        return planning.make_plan(source, weighted(adapters, mha_out_proj_scale), Treatment.of(**treatment))
+        return planning.make_plan(source, weighted(adapters, mha_out_proj_scale), wanted)
 
 
 def merge_checkpoint(  # noqa: PLR0913  # three things and their options
@@ -115,12 +116,10 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         publish.check_hub_id(push_to_hub)
     elif private:
         raise UsageError("private: there is nothing to be private; push_to_hub names a repository")
-    found = weighted(adapters, mha_out_proj_scale)
-    check_adapters(found, expect_adapter_sha256)
     check_sha256(expect_base_sha256)
     options = merging.Options(
         Treatment.of(**treatment),
-        shard_bytes(max_shard_size),
+        bytes_of(max_shard_size, "max_shard_size"),
         reversible=reversible,
         overwrite=overwrite,
         resume=resume,
@@ -129,6 +128,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         bounds=Bounds(min_retained, max_noise),
         pace=Pace(progress=progress),
     )
+    found = weighted(adapters, mha_out_proj_scale)
+    check_adapters(found, expect_adapter_sha256)
     with checkpoint(base) as source:
         report = merging.merge_checkpoint(source, found, Path(out), options)
     return report if push_to_hub is None else _pushed(report, push_to_hub, private)

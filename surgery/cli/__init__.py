@@ -35,7 +35,7 @@ _NO_MEMORY = re.compile(  # as torch, C++, the threads and the loader of librari
 )
 
 
-@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(no_args_is_help=False, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="model-surgery")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def surgery(debug: bool) -> None:

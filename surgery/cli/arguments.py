@@ -133,7 +133,7 @@ def ops_of(arguments: Sequence[str]) -> dict[str, str]:
     for argument in arguments:
         name, sign, op = argument.rpartition("=")
         if not sign or not name:
-            raise click.UsageError(f"--op {argument}: NAME=linear or NAME=conv1d is wanted")
+            raise click.UsageError(f"--op {argument}: NAME=OP is wanted, such as c_proj=conv1d")
         found[name] = op
     return found
 

@@ -34,10 +34,18 @@ class Bnb4(Codec):
     endings: ClassVar[Mapping[str, str]] = {role: f".{role}" for role in ("weight", *_PARTS, *STATES)}
 
     def claims(self, headers: Headers) -> bool:
-        return {"weight", *_PARTS[:2]} <= headers.keys() and len(STATES.keys() & headers.keys()) == 1
+        return "weight" in headers and not {*_PARTS[:2], *STATES}.isdisjoint(headers)
 
     def read(self, headers: Headers, config: Settings, load: Callable[[str], Tensor]) -> Settings:  # noqa: ARG002
-        role = next(iter(STATES.keys() & headers.keys()))
+        for part in (part for part in _PARTS[:2] if part not in headers):
+            raise FormatError(f"{part} is missing, without which its 4-bit codes mean nothing; save the model again")
+        states = sorted(STATES.keys() & headers.keys())
+        if len(states) != 1:
+            raise FormatError(
+                f"{' and '.join(states) or 'no quant state'} beside its 4-bit codes; one of "
+                f"{' and '.join(STATES)} is wanted; save the model again"
+            )
+        role = states[0]
         if headers[role][0] != torch.uint8 or math.prod(headers[role][1]) > _STATE_BYTES:
             raise FormatError("its quant state is no JSON in bytes; was it saved by bitsandbytes?")
         _check_dtypes(headers)

@@ -27,9 +27,13 @@ class Bnb8(Codec):
     endings: ClassVar[Mapping[str, str]] = {"weight": ".weight", "SCB": ".SCB", "weight_format": ".weight_format"}
 
     def claims(self, headers: Headers) -> bool:
-        return "SCB" in headers and headers.get("weight", (None,))[0] == torch.int8
+        return headers.get("weight", (None,))[0] == torch.int8 and not {"SCB", "weight_format"}.isdisjoint(headers)
 
     def read(self, headers: Headers, config: Settings, load: Callable[[str], Tensor]) -> Settings:  # noqa: ARG002
+        if "SCB" not in headers:
+            raise FormatError(
+                "SCB, the scales of its rows, is missing, without which 8-bit codes mean nothing; save it again"
+            )
         (_, shape), (dtype, rows) = headers["weight"], headers["SCB"]
         if len(shape) != 2 or rows != shape[:1] or dtype != torch.float32:
             what = str(dtype).removeprefix("torch.")

@@ -50,7 +50,7 @@ class PeftMerge:
 
 def refuse_unlike_peft(method: Method, site: Site) -> None:
     """ConfigError for a method over a site whose merge by PEFT is not known to the bit."""
-    what = method.beyond_peft() if isinstance(method, AsPeft) else f"a merge of {type(method).__name__}"
+    what = method.beyond_peft() if isinstance(method, AsPeft) else f"a merge of {method.name}"
     what = "a merge of parameters" if site.acting.alone else what
     if what:
         raise ConfigError(

@@ -60,6 +60,7 @@ class Spec(NamedTuple):
 class Method(ABC):
     """One site's settings, patterns resolved; holds no tensor."""
 
+    name: ClassVar[str]  # as users know it
     reproducible: ClassVar[bool]
     undo: ClassVar[Literal["index", "residual", "copy"]]
     couples: ClassVar[frozenset[str]]  # along which axes elements depend on each other, by sums: see `terms`

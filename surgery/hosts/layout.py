@@ -85,14 +85,14 @@ def layout_of(headers: Mapping[str, bytes], sizes: Mapping[str, int]) -> Layout:
     return Layout(tuple(files))
 
 
-def shard_bytes(size: int | str | None) -> int | None:
-    """`size` in bytes: a whole number, or one with a unit, such as "5GB" or "512MiB". UsageError for another."""
+def bytes_of(size: int | str | None, option: str) -> int | None:
+    """What an option gives in bytes: a whole number, or with a unit, as "5GB" or "512MiB". UsageError for another."""
     if size is None:
         return None
     found = _SIZE.fullmatch(str(size).strip())
     count = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
     if count < 1:
-        raise UsageError(f"max_shard_size is {printable(size)!r}; a number of bytes is wanted; say it such as 5GB")
+        raise UsageError(f"{option} is {printable(size)!r}; a number of bytes is wanted; say it such as 5GB")
     return count
 
 

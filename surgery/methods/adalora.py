@@ -164,6 +164,8 @@ class AdaLora(Additive, AsPeft):
     dropout: float = 0.0
     zero: bool = True  # does E begin as zeros?
 
+    name = "AdaLoRA"
+
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         if site.acting.name not in _OPS:
             raise MatchError(

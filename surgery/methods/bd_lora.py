@@ -37,6 +37,7 @@ class BdLora(Method):
     lora: Lora
     blocks: Blocks
 
+    name = "BD-LoRA"
     reproducible = True
     undo = "index"
     couples = frozenset()

@@ -35,6 +35,7 @@ class Dora(Method):
     dropout: float = 0.0
     strength: float = 1.0
 
+    name = "DoRA"
     reproducible = True
     undo = "index"
     couples = frozenset({"in"})

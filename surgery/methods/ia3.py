@@ -94,6 +94,7 @@ class Ia3(Method, AsPeft):
     ones: bool = True
     strength: float = 1.0
 
+    name = "IA3"
     reproducible = True
     undo = "index"
     couples = frozenset()

@@ -65,6 +65,8 @@ class FromBase(Additive):
     lora: Lora  # of twice the rank, as files hold it
     start: str
 
+    name = "LoRA"
+
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         op = site.acting
         if op.groups > 1 or op.stack:

@@ -37,6 +37,8 @@ class Lora(Additive, AsPeft):
     start: Init = True
     halves: bool = False  # PEFT adds half of its delta, twice: see OUT_PROJ
 
+    name = "LoRA"
+
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         op = site.acting
         if op.stack:

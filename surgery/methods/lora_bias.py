@@ -25,6 +25,7 @@ class LoraBias(Method, AsPeft):
 
     lora: Lora
 
+    name = "lora_bias"
     reproducible = True
     undo = "index"
     couples = frozenset()
@@ -86,6 +87,8 @@ class LoraBias(Method, AsPeft):
 @dataclass(frozen=True)
 class Offset(Additive, AsPeft):
     """What becomes of the bias, as a matrix [out, 1]."""
+
+    name = "lora_bias"
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         return {"b": Spec("lora_B.bias", (site.shape[0],))}

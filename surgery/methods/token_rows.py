@@ -22,6 +22,7 @@ class TokenRows(Method, AsPeft):
 
     tokens: tuple[int, ...]
 
+    name = "trainable_token_indices"
     reproducible = True
     undo = "copy"
     couples = frozenset()

@@ -55,7 +55,8 @@ class Recipe:
                 having = ", ".join(_SETTINGS[name])
                 raise UsageError(f"{name}: the method {self.method} has none; leave it out, or take {having}")
         if self.method in _SETTINGS["density"] and not (self.density is not None and 0 < self.density <= 1):
-            raise UsageError(f"density: it is {self.density}; {self.method} wants one above 0 and at most 1")
+            found = "none is given" if self.density is None else f"it is {self.density}"
+            raise UsageError(f"density: {found}; {self.method} wants one above 0 and at most 1, such as 0.5")
         if self.majority_sign_method not in (None, "total", "frequency"):
             found = printable(self.majority_sign_method)
             raise UsageError(f"majority_sign_method: it is {found!r}; 'total' or 'frequency' is wanted")

@@ -14,6 +14,7 @@ from surgery.adapters import out_proj
 from surgery.adapters.peft import CONFIG
 from surgery.adapters.spill import Spill
 from surgery.core.adapter import Weighted
+from surgery.core.names import prefix_between
 from surgery.errors import InputError, ShapeError, UsageError, ValueRangeError, printable
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.octets import octets
@@ -50,6 +51,7 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
         raise UsageError("combine: no adapter is given; one or more are wanted")
     refuse_overlap(out, [Path(one.adapter.where) for one in given])
     configs = [_lora(one) for one in given]
+    _check_names(given)
     ops = _united(given, "the op of", lambda one: one.adapter.ops, lambda op: op)
     saved = _united(given, "the saved", lambda one: one.adapter.saved, _content)
     _check_weights(given, saved)
@@ -71,6 +73,20 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
             staging.write(BASE_PRINT, base_print_bytes(trained_on))
         staging.write(CONFIG, json_bytes(config.to_json()))
     return CombineReport(out, recipe.method, sites)
+
+
+def _check_names(given: Sequence[Weighted]) -> None:
+    """InputError where adapters name the same sites by another prefix, so that a sum would hold both side by side."""
+    for at, one in enumerate(given):
+        for other in given[:at]:
+            names, known = one.adapter.sites.keys(), other.adapter.sites.keys()
+            prefix = None if names & known else prefix_between(names, known) or prefix_between(known, names)
+            if prefix is not None and not (prefix.removed and prefix.added):
+                raise InputError(
+                    f"{printable(one.adapter.where)}: {printable(min(names))} is {printable(min(known))} in "
+                    f"{printable(other.adapter.where)}, by another prefix; one spelling is wanted; merge both over "
+                    "their base, or load one into the other's model and save it"
+                )
 
 
 def _placed(copies: Mapping[str, Tensor], sites: Container[str]) -> dict[str, Tensor]:

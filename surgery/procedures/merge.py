@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
 from surgery.core.sharded import is_sharded, rest, whole
 from surgery.core.source import copy
 from surgery.core.undo import Recorder
-from surgery.errors import MatchError, StateError, printable
+from surgery.errors import MatchError, StateError, UsageError, printable
 from surgery.hosts.change import Change, MergedTile
 from surgery.hosts.model import LiveWeights, live_site
 from surgery.hosts.quantized import is_quantized
@@ -97,6 +97,8 @@ def merge(root: nn.Module, undo: UndoKind = "index", landing: Landing | None = N
     ConfigError for an adapter whose merge by PEFT is not known, UsageError for quantized weights, CheckError where a
     format leaves too little of the adapters.
     """
+    if undo not in get_args(UndoKind):
+        raise UsageError(f"merge: undo is {printable(undo)!r}; {' or '.join(get_args(UndoKind))} is wanted")
     landing = landing or Landing()
     refuse_merged(root, "merge again")
     rest(root)

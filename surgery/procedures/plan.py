@@ -103,7 +103,7 @@ class Plan:
 
 def describe(change: Change) -> dict[str, Any]:
     """What a change is, as data."""
-    methods = [{"method": type(one.method).__name__, **one.method.settings()} for one in change.layers]
+    methods = [{"method": one.method.name, **one.method.settings()} for one in change.layers]
     return {
         "tensor": change.site.weight.name,
         "op": change.site.op.name if change.site.op else None,

@@ -110,7 +110,7 @@ def _known(draft: Draft) -> bool:
     except FormatError as error:
         draft.refusals.insert(0, FormatError(f"{printable(base.path)}: {error}"))
         return False
-    draft.refusals += _refusals(base)
+    draft.refusals[:0] = _refusals(base)  # what ails the base explains what does not fit it
     return True
 
 

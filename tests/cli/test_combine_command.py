@@ -31,7 +31,7 @@ def test_an_adapter_halved_twice_is_itself(run: Run, adapter: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--method", "ties"], "density: it is None"),
+        (["--method", "ties"], "density: none is given"),
         (["--method", "ties", "--density", "0"], "above 0 and at most 1"),
         (["--method", "dare_linear", "--density", "0.5", "--seed", "-1"], "from 0 to 2^63 - 1"),
         (["--density", "0.5"], "density: the method cat has none"),
@@ -102,12 +102,18 @@ def spoil(held: dict[str, torch.Tensor]) -> None:
     held[next(key for key in held if "lora_A" in key)][0, 0] = float("nan")
 
 
+def rename(held: dict[str, torch.Tensor], before: str, after: str) -> None:
+    for key in list(held):
+        held[after + key.removeprefix(before)] = held.pop(key)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (config({"fan_in_fan_out": True}), "fan_in_fan_out is not the same"),
         (tensors(cut), "one base is wanted"),
         (tensors(spoil), "A has NaN or infinity"),
+        (tensors(lambda held: rename(held, "base_model.model.model.", "base_model.model.")), "by another prefix"),
     ],
 )
 def test_adapters_that_contradict_each_other_are_code_3(

@@ -121,16 +121,16 @@ def test_plan_shows_what_patterns_resolve_and_the_entry_that_hits(run: Run, base
     )
     listed = {cells[0]: cells[-1] for cells in rows(run("plan", base, adapter))[:-1]}
     assert listed == {
-        f"{SITES[0]}.weight": "Lora r=2 lora_alpha=6 scaling=4.24264 by '0.q_proj'",
-        f"{SITES[1]}.weight": "Lora r=4 lora_alpha=6 scaling=3 by 'up_proj'",
-        f"{SITES[2]}.weight": "Lora r=4 lora_alpha=6 scaling=3 by 'q_proj'",
-        f"{SITES[3]}.weight": "Lora r=4 lora_alpha=10 scaling=5 by 'up_proj'",
+        f"{SITES[0]}.weight": "LoRA r=2 lora_alpha=6 scaling=4.24264 by '0.q_proj'",
+        f"{SITES[1]}.weight": "LoRA r=4 lora_alpha=6 scaling=3 by 'up_proj'",
+        f"{SITES[2]}.weight": "LoRA r=4 lora_alpha=6 scaling=3 by 'q_proj'",
+        f"{SITES[3]}.weight": "LoRA r=4 lora_alpha=10 scaling=5 by 'up_proj'",
     }
 
 
 def test_plan_shows_what_a_cast_changes(run: Run, base: Path, adapter: Path) -> None:
     listed = {cells[0]: cells[-2:] for cells in rows(run("plan", base, adapter, "--dtype", "float16"))[:-1]}
-    assert listed["model.layers.0.q_proj.weight"] == ["float16", "Lora r=4 lora_alpha=6 scaling=1.5 by 'q_proj'"]
+    assert listed["model.layers.0.q_proj.weight"] == ["float16", "LoRA r=4 lora_alpha=6 scaling=1.5 by 'q_proj'"]
     assert listed["lm_head.weight"] == ["float16", "cast"]
     assert "model.positions" not in listed
 

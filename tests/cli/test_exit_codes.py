@@ -63,6 +63,7 @@ def test_help_is_code_0_and_imports_nothing_heavy(name: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
+        [],
         ["never-heard-of"],
         ["--unknown", "merge"],
         *([name, "--unknown"] for name in FUNCTIONS),

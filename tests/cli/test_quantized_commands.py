@@ -61,7 +61,7 @@ def test_the_plan_tells_what_each_weight_is_held_in(base: Path, tmp_path: Path, 
     adapter = laid(tmp_path / "a", 0.2)
     for options, word in (((), "from"), (("--into", "keep"), "in")):
         told_of = [row[-1] for row in rows(run("plan", base, adapter, *options))[: len(SITES)]]
-        assert all(one.startswith(f"{word} bnb4, Lora r=4 ") for one in told_of)
+        assert all(one.startswith(f"{word} bnb4, LoRA r=4 ") for one in told_of)
     assert {one["held"] for one in parsed(run("plan", base, adapter, "--json"))["changes"]} == {"bnb4"}
 
 

@@ -306,6 +306,10 @@ NF4 = "weight.quant_state.bitsandbytes__nf4"
 DAMAGED = {
     "a stale state": ({NF4: state(shape=[12, 65])}, "weight has 384 elements; 390 are wanted"),
     "a merged weight": ({"weight": torch.zeros(12, 64)}, "weight has 768 elements; 96 are wanted"),
+    "no scales": ({"weight.absmax": None}, "weight.absmax is missing"),
+    "no table": ({"weight.quant_map": None}, "weight.quant_map is missing"),
+    "no state": ({NF4: None}, "no quant state beside its 4-bit codes"),
+    "two states": ({NF4.replace("nf4", "fp4"): state()}, "fp4 and .*nf4 beside its 4-bit codes"),
     "fewer scales": ({"weight.absmax": torch.zeros(3)}, "weight.absmax"),
     "scales of whole numbers": ({"weight.absmax": torch.ones(12, dtype=torch.uint8)}, "weight.absmax is in uint8"),
     "scales that were cast": (
@@ -339,23 +343,29 @@ def test_a_4_bit_weight_that_contradicts_its_quant_state_is_refused(case: str):
     changed, told = DAMAGED[case]
     packed = Bnb4().fresh(weights(12, 64), {"quant_type": "nf4"})
     with pytest.raises(FormatError, match=rf"^layers\.0: .*{told}"):
-        packed_of({**packed.tensors, **changed}, "layers.0")
+        packed_of(with_changes(packed, changed), "layers.0")
+
+
+def with_changes(packed: Packed, changed: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Its tensors, some of them others; those that are None are gone."""
+    return {role: one for role, one in {**packed.tensors, **changed}.items() if one is not None}
 
 
 @pytest.mark.parametrize(
     "changed",
     [
+        {"SCB": None, "weight_format": torch.zeros((), dtype=torch.uint8)},
         {"SCB": torch.ones(11)},
         {"SCB": torch.ones(12).half()},
         {"weight_format": torch.tensor(3, dtype=torch.uint8)},
         {"weight_format": torch.zeros(9, dtype=torch.uint8)},
     ],
-    ids=["rows", "dtype", "layout", "layouts"],
+    ids=["no scales", "rows", "dtype", "layout", "layouts"],
 )
-def test_an_8_bit_weight_of_another_layout_is_refused(changed: Mapping[str, Tensor]):
+def test_an_8_bit_weight_of_another_layout_is_refused(changed: Mapping[str, Tensor | None]):
     packed = Bnb8().fresh(weights(12, 64), {})
     with pytest.raises(FormatError, match=r"^layers\.0: .*8-bit"):
-        packed_of({**packed.tensors, **changed}, "layers.0")
+        packed_of(with_changes(packed, changed), "layers.0")
 
 
 @pytest.mark.parametrize("wrong", [{"quant_type": "nf5"}, {"blocksize": 65}], ids=str)

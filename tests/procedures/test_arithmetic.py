@@ -80,7 +80,7 @@ DORA = surgery.LoraConfig(r=2, target_modules=["0"], use_dora=True)
 IA3 = surgery.Ia3Config(target_modules=["0"], feedforward_modules=[])
 
 
-@pytest.mark.parametrize(("config", "weight", "named"), [(DORA, 1.0, "Dora"), (IA3, 0.5, "at another weight than 1")])
+@pytest.mark.parametrize(("config", "weight", "named"), [(DORA, 1.0, "DoRA"), (IA3, 0.5, "at another weight than 1")])
 def test_a_merge_that_peft_has_not_or_that_is_not_known_to_the_bit_is_refused_by_name(
     config: surgery.LoraConfig | surgery.Ia3Config, weight: float, named: str, tmp_path: Path
 ) -> None:

@@ -211,7 +211,7 @@ def test_plan_and_receipt_tell_of_it(tmp_path: Path) -> None:
     base, path = write_base(tmp_path / "base", net().state_dict()), adapter(tmp_path / "adapter")
     told = {one["tensor"]: one for one in surgery.plan(base, path).to_json()["changes"]}
     assert told.keys() == CHANGED
-    one = {"method": "Dora", "scaling": (5 / 3).hex(), "strength": (1.0).hex()}
+    one = {"method": "DoRA", "scaling": (5 / 3).hex(), "strength": (1.0).hex()}
     assert all(change["methods"] == [one] for change in told.values())
     receipt = surgery.merge_checkpoint(base, path, tmp_path / "out").receipt
     assert receipt["changed"].keys() == CHANGED

@@ -163,7 +163,7 @@ def test_plan_and_receipt_name_the_biases(tmp_path: Path) -> None:
     told = {one["tensor"]: one for one in plan.to_json()["changes"]}
     assert told.keys() == CHANGED
     assert (told["0.up.bias"]["op"], told["0.up.weight"]["op"]) == ("bias", "linear")
-    assert told["0.up.bias"]["methods"] == [{"method": "Ia3", "scales": "output", "strength": (1.0).hex()}]
+    assert told["0.up.bias"]["methods"] == [{"method": "IA3", "scales": "output", "strength": (1.0).hex()}]
     assert told["0.down.weight"]["methods"][0]["scales"] == "input"
     receipt = surgery.merge_checkpoint(base, path, tmp_path / "out").receipt
     assert receipt["changed"].keys() == CHANGED

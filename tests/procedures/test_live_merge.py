@@ -149,3 +149,9 @@ def test_the_fast_path_of_a_transformer_layer_feels_the_adapter(target: str) -> 
     with torch.no_grad():
         merged = surgery.merge(layer)(x)
     assert float((merged - slow).abs().max()) <= room
+
+
+def test_an_undo_of_no_known_kind_is_refused() -> None:
+    model = surgery.inject(torch.nn.Sequential(torch.nn.Linear(4, 4)), surgery.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(surgery.UsageError, match="undo is 'never'; index or copy is wanted"):
+        surgery.merge(model, undo="never")  # type: ignore[arg-type]

@@ -220,3 +220,10 @@ def test_a_tied_embedding_is_refused_even_if_a_layer_has_its_shape(tmp_path: Pat
         surgery.merge_checkpoint(base, adapter, tmp_path / "out")
     untied = write_base(tmp_path / "untied", tensors | {"lm_head.weight": torch.randn(10, 6)})
     surgery.merge_checkpoint(untied, adapter, tmp_path / "out")
+
+
+def test_an_option_that_is_none_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(surgery.UsageError, match="option 'revresible' is not known"):
+        surgery.merge_checkpoint("nowhere", "nothing", tmp_path / "out", revresible=True)  # type: ignore[call-arg]
+    with pytest.raises(surgery.UsageError, match="option 'revresible' is not known"):
+        surgery.plan("nowhere", "nothing", revresible=None)  # type: ignore[call-arg]
