@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import is_guarded, passed_without_peft
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -52,11 +51,6 @@ def pair(tmp_path: Path) -> tuple[Path, PreTrainedModel]:
     """The folder of an adapter that names its base, and the model under it."""
     model = LlamaForCausalLM.from_pretrained(base(tmp_path / "base"))
     return tmp_path / "adapter", trained(model, tmp_path / "adapter", CONFIG)
-
-
-@pytest.mark.skipif(is_guarded(), reason="this is that process")
-def test_all_of_this_file_holds_where_peft_is_not_installed() -> None:
-    assert passed_without_peft(__file__) > 15
 
 
 def test_an_adapter_brings_its_base_and_the_model_is_frozen(pair: tuple[Path, PreTrainedModel]) -> None:

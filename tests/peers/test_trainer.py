@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from guarded import is_guarded, passed_without_peft
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -68,11 +67,6 @@ def adapter(model: LlamaForCausalLM) -> dict[str, Tensor]:
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.skipif(is_guarded(), reason="this is that process")
-def test_all_of_this_file_holds_where_peft_is_not_installed() -> None:
-    assert passed_without_peft(__file__) > 15
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import is_guarded, passed_without_peft
+from guarded import is_guarded
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
@@ -72,11 +72,6 @@ def test_an_option_of_saving_that_is_not_known_is_refused(option: str, tmp_path:
     assert not (tmp_path / "out").exists()
     adapted().save_pretrained(tmp_path / "out", **{option: False})
     assert (tmp_path / "out").exists()
-
-
-@pytest.mark.skipif(is_guarded(), reason="this is that process")
-def test_all_of_this_file_holds_where_peft_is_not_installed() -> None:
-    assert passed_without_peft(__file__) > 30
 
 
 @pytest.mark.skipif(not is_guarded(), reason="peft is here")
