@@ -6,14 +6,19 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from checkpoint_folders import factors, file_hashes, write_adapter
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+from outcomes import Outcome, Run
 
 RECEIPT = "surgery.receipt.json"
+DEAD = "http://127.0.0.1:9"
 REVISIONS = {"main": "a" * 40, "v1": "b" * 40}
 
 
@@ -38,32 +43,35 @@ def cache(base: Path, adapter: Path, tmp_path: Path) -> Path:
     return cache
 
 
-def surgery(
-    cache: Path,
-    *arguments: object,
-    offline: str = "1",
-    endpoint: str = "http://127.0.0.1:9",
-    cwd: Path | None = None,
-) -> subprocess.CompletedProcess[str]:
-    here = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": offline, "HF_ENDPOINT": endpoint, "NO_PROXY": "*"}
-    return subprocess.run(
-        [sys.executable, "-m", "surgery.cli", *map(str, arguments)],
-        env={**os.environ, **here, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def at_hub(cache: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Outcome]]:
+    """The command line with this cache, where the Hub is out of reach."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between its calls it would wait
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    def call(*arguments: object, offline: bool = True, endpoint: str = DEAD) -> Outcome:
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        _http.close_session()
+        return run(*arguments)
+
+    yield call
+    _http.close_session()
 
 
-def test_an_id_reads_as_the_folder_that_is_cached(cache: Path, base: Path, adapter: Path, tmp_path: Path) -> None:
-    listed = surgery(cache, "inspect", "owner/base", "--json")
-    assert listed.stdout == surgery(cache, "inspect", base, "--json").stdout != ""
-    plan = surgery(cache, "plan", "owner/base@main", "owner/adapter@v1", "--json")
-    assert json.loads(plan.stdout)["ok"] is True
-    by_id = surgery(cache, "merge", "owner/base", f"owner/adapter@{REVISIONS['v1']}=0.5", tmp_path / "by_id")
-    by_path = surgery(cache, "merge", base, f"{adapter}=0.5", tmp_path / "by_path")
-    assert (by_id.returncode, by_path.returncode) == (0, 0), by_id.stderr + by_path.stderr
+def test_an_id_reads_as_the_folder_that_is_cached(
+    at_hub: Callable[..., Outcome], base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    listed = at_hub("inspect", "owner/base", "--json")
+    assert listed.out == at_hub("inspect", base, "--json").out != ""
+    plan = at_hub("plan", "owner/base@main", "owner/adapter@v1", "--json")
+    assert json.loads(plan.out)["ok"] is True
+    by_id = at_hub("merge", "owner/base", f"owner/adapter@{REVISIONS['v1']}=0.5", tmp_path / "by_id")
+    by_path = at_hub("merge", base, f"{adapter}=0.5", tmp_path / "by_path")
+    assert (by_id.code, by_path.code) == (0, 0), by_id.err + by_path.err
     found = [file_hashes(tmp_path / name) for name in ("by_id", "by_path")]
     assert found[0].pop(RECEIPT) != found[1].pop(RECEIPT)  # the one names repository and commit
     assert found[0] == found[1] != {}
@@ -73,47 +81,59 @@ def test_an_id_reads_as_the_folder_that_is_cached(cache: Path, base: Path, adapt
 
 
 @pytest.mark.parametrize("hub_id", ["owner/other", "owner/adapter", "owner/base@v2"])
-@pytest.mark.parametrize("offline", ["1", "0"])
-def test_what_is_not_cached_and_cannot_be_reached_is_code_5(cache: Path, hub_id: str, offline: str) -> None:
-    done = surgery(cache, "inspect", hub_id, offline=offline)
-    assert done.returncode == 5
-    assert done.stderr.startswith(f"surgery: {hub_id}: ")
-    assert done.stderr.count("\n") == 1
+@pytest.mark.parametrize("offline", [True, False])
+def test_what_is_not_cached_and_cannot_be_reached_is_code_5(
+    at_hub: Callable[..., Outcome], hub_id: str, offline: bool
+) -> None:
+    done = at_hub("inspect", hub_id, offline=offline)
+    assert done.code == 5
+    assert done.err.startswith(f"surgery: {hub_id}: ")
+    assert done.err.count("\n") == 1
 
 
-def test_a_folder_of_that_name_wins(cache: Path, base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_of_that_name_wins(
+    at_hub: Callable[..., Outcome], base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "missing").symlink_to(base)
     monkeypatch.chdir(tmp_path)
-    assert surgery(cache, "inspect", "owner/missing").returncode == 0
+    assert at_hub("inspect", "owner/missing").code == 0
 
 
-def test_the_revision_chooses_the_files(cache: Path, base: Path, tmp_path: Path) -> None:
+def test_the_revision_chooses_the_files(
+    at_hub: Callable[..., Outcome], cache: Path, base: Path, tmp_path: Path
+) -> None:
     other = write_adapter(tmp_path / "other", factors(seed=9))
     cached(cache, "owner/adapter", other, "main")
     out = tmp_path / "out"
-    assert surgery(cache, "merge", "owner/base", "owner/adapter", out, "--reversible").returncode == 0
+    assert at_hub("merge", "owner/base", "owner/adapter", out, "--reversible").code == 0
     for hub_id, grades in (("owner/adapter", "4 bits, 5 untouched, 0 different"), ("owner/adapter@v1", "4 different")):
-        done = surgery(cache, "verify", "owner/base", hub_id, out)
-        assert grades in done.stdout
-        assert done.returncode == (0 if hub_id == "owner/adapter" else 4)
-    assert surgery(cache, "unmerge", out, tmp_path / "back").returncode == 0
+        done = at_hub("verify", "owner/base", hub_id, out)
+        assert grades in done.out
+        assert done.code == (0 if hub_id == "owner/adapter" else 4)
+    assert at_hub("unmerge", out, tmp_path / "back").code == 0
     assert file_hashes(tmp_path / "back") == file_hashes(base)
 
 
-def test_a_cache_serves_where_the_hub_is_dead(cache: Path) -> None:
-    done = surgery(cache, "plan", "owner/base", "owner/adapter@v1", "--json", offline="0")
+def test_a_cache_that_the_environment_names_serves_where_the_hub_is_dead(cache: Path) -> None:
+    here = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": DEAD, "NO_PROXY": "*"}
+    path = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-m", "surgery.cli", "plan", "owner/base", "owner/adapter@v1", "--json"]
+    environment = {**os.environ, **here, "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, json.loads(done.stdout)["ok"]) == (0, True)
 
 
 @pytest.mark.parametrize("lost", ["link", "blob"])
-def test_a_cache_that_lacks_the_weights_is_refused(cache: Path, lost: str, tmp_path: Path) -> None:
+def test_a_cache_that_lacks_the_weights_is_refused(
+    at_hub: Callable[..., Outcome], cache: Path, lost: str, tmp_path: Path
+) -> None:
     [weights] = cache.glob("models--owner--base/snapshots/*/model.safetensors")
     (weights if lost == "link" else weights.resolve()).unlink()
-    done = surgery(cache, "merge", "owner/base", "owner/adapter@v1", tmp_path / "out")
-    assert done.returncode in (3, 5)
-    assert done.stderr.startswith("surgery: ")
-    assert "safetensors" in done.stderr
+    done = at_hub("merge", "owner/base", "owner/adapter@v1", tmp_path / "out")
+    assert done.code in (3, 5)
+    assert done.err.startswith("surgery: ")
+    assert "safetensors" in done.err
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -140,16 +160,19 @@ def endpoint() -> Iterator[str]:
         thread.join()
 
 
-def test_what_the_hub_does_not_have_is_code_3(cache: Path, endpoint: str) -> None:
-    done = surgery(cache, "inspect", "owner/other", offline="0", endpoint=endpoint)
-    assert done.returncode == 3
-    assert done.stderr.startswith("surgery: owner/other: ")
-    assert done.stderr.count("\n") == 1
+def test_what_the_hub_does_not_have_is_code_3(at_hub: Callable[..., Outcome], endpoint: str) -> None:
+    done = at_hub("inspect", "owner/other", offline=False, endpoint=endpoint)
+    assert done.code == 3
+    assert done.err.startswith("surgery: owner/other: ")
+    assert done.err.count("\n") == 1
 
 
-def test_a_missing_path_in_a_folder_that_is_there_is_code_3_without_a_network(cache: Path, tmp_path: Path) -> None:
+def test_a_missing_path_in_a_folder_that_is_there_is_code_3_without_a_network(
+    at_hub: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "f").mkdir()
-    done = surgery(cache, "inspect", "f/nope", cwd=tmp_path)
-    assert done.returncode == 3
-    assert done.stderr.startswith("surgery: f/nope: no such file or folder in f; else, ")
-    assert surgery(cache, "inspect", "g/nope", cwd=tmp_path).returncode == 5
+    monkeypatch.chdir(tmp_path)
+    done = at_hub("inspect", "f/nope")
+    assert done.code == 3
+    assert done.err.startswith("surgery: f/nope: no such file or folder in f; else, ")
+    assert at_hub("inspect", "g/nope").code == 5

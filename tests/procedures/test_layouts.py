@@ -21,7 +21,7 @@ import surgery
 from surgery.core.names import prefix_between
 from surgery.core.site import TensorInfo
 from surgery.hosts.checkpoint import INDEX, Checkpoint
-from surgery.hosts.layout import shard_bytes
+from surgery.hosts.layout import bytes_of
 from surgery.io.fingerprint import base_print_bytes
 from surgery.procedures.true_config import Outcome, true_config
 
@@ -49,7 +49,7 @@ def test_shards_of_another_size_hold_the_same_tensors(
     assert {k: v["sha256"] for k, v in cut.receipt["changed"].items()} == {
         k: v["sha256"] for k, v in like.receipt["changed"].items()
     }
-    largest = shard_bytes(size)
+    largest = bytes_of(size, "max_shard_size")
     files = sorted((tmp_path / "cut").glob("*.safetensors"))
     held = [load_file(path) for path in files]
     assert largest is not None
@@ -65,11 +65,11 @@ def test_shards_of_another_size_hold_the_same_tensors(
 @pytest.mark.parametrize("size", ["0", "-5", "5 apples", "GB", "", "1e9", 0, "9" * 30])
 def test_a_size_that_is_none_is_a_usage_error(size: int | str) -> None:
     with pytest.raises(surgery.UsageError, match="max_shard_size"):
-        shard_bytes(size)
+        bytes_of(size, "max_shard_size")
 
 
 def test_units_are_of_a_thousand_or_of_1024() -> None:
-    assert [shard_bytes(size) for size in (7, "7", "5GB", "1.5 kb", "2MiB", "1k", None)] == [
+    assert [bytes_of(size, "max_shard_size") for size in (7, "7", "5GB", "1.5 kb", "2MiB", "1k", None)] == [
         *(7, 7, 5_000_000_000, 1500, 2 << 20, 1000, None),
     ]
 
