@@ -77,7 +77,7 @@ def _slot(path: str, layer: Adapted, names: str) -> Slot:
     for adapter, one in layer.fitted.items():
         if type(one.method) is not Lora:
             raise MatchError(
-                f"{printable(path)}: adapter {printable(adapter)!r} is {type(one.method).__name__} there; a slot "
+                f"{printable(path)}: adapter {printable(adapter)!r} is {one.method.name} there; a slot "
                 f"holds what is added as B A, which LoRA alone is; {_INSTEAD}"
             )
     if layer.op.name not in ("linear", "conv1d") or layer.op.roles:

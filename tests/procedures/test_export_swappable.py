@@ -47,8 +47,8 @@ def test_adapters_of_other_ranks_and_layers_are_put_into_the_slots_of_one_graph(
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        (surgery.LoraConfig(r=2, target_modules=["1"], use_dora=True), "1: adapter 'default' is Dora there"),
-        (surgery.Ia3Config(target_modules=["1"], feedforward_modules=[]), "1: adapter 'default' is Ia3"),
+        (surgery.LoraConfig(r=2, target_modules=["1"], use_dora=True), "1: adapter 'default' is DoRA there"),
+        (surgery.Ia3Config(target_modules=["1"], feedforward_modules=[]), "1: adapter 'default' is IA3"),
         (surgery.LoraConfig(r=2, target_modules=["0"]), "0: its op is embedding"),
         (surgery.LoraConfig(r=2, target_modules=["1"], modules_to_save=["3"]), "3: a module of modules_to_save"),
     ],
