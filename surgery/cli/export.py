@@ -1,5 +1,7 @@
 """surgery export BASE [ADAPTER[=WEIGHT]...] OUT."""
 
+from typing import Any
+
 import click
 
 from surgery.cli.arguments import adapters_of, as_json, dtype, into, ops, overwrite, show, tied
@@ -38,23 +40,8 @@ from surgery.cli.progress import shown
 @click.option("--max-memory", metavar="SIZE", help="What the comparison may take, such as 16GB. Default: what is free.")
 @overwrite
 @as_json
-def export(  # noqa: PLR0913, PLR0917  # one argument an option
-    base: str,
-    adapters: tuple[str, ...],
-    out: str,
-    kind: str,
-    how: str,
-    weights: str,
-    names: str,
-    kv: bool,
-    dtype: str | None,
-    tied: str,
-    ops: dict[str, str],
-    into: str | None,
-    portable: bool,
-    max_memory: str | None,
-    overwrite: bool,
-    as_json: bool,
+def export(  # noqa: PLR0913, PLR0917  # what the function spells otherwise; all else goes on as it is
+    base: str, adapters: tuple[str, ...], out: str, kind: str, how: str, as_json: bool, **options: Any
 ) -> None:
     """Merge adapters into BASE as an ONNX model in the new folder OUT.
 
@@ -65,21 +52,6 @@ def export(  # noqa: PLR0913, PLR0917  # one argument an option
 
     del kind
     with shown("exporting") as progress:
-        report = export_onnx(
-            base,
-            adapters_of(adapters),
-            out,
-            kv=kv,
-            swappable=how == "swappable",
-            names=names,
-            weights=weights,
-            dtype=dtype,
-            tied=tied,
-            ops=ops,
-            into=into,
-            portable=portable,
-            max_memory=max_memory,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        swappable = how == "swappable"
+        report = export_onnx(base, adapters_of(adapters), out, swappable=swappable, progress=progress, **options)
     show(report, as_json)
