@@ -37,6 +37,8 @@ _NEUTRAL = {
     **NEUTRAL,
     "alpha_pattern": {},
     "ensure_weight_tying": False,
+    "eva_config": None,
+    "loftq_config": {},
     "target_parameters": None,
     "trainable_token_indices": None,
     "lora_bias": False,
