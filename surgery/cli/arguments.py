@@ -87,6 +87,11 @@ probes = click.option(
     default=0,
     help="Also tell the error of each weight's outputs, for N seeded inputs, over the adapters' effect on them.",
 )
+calibration = click.option(
+    "--calibration",
+    metavar="FILE|FOLDER",
+    help="With --rounding feedback: the inputs, recorded by surgery.record_inputs, that tell which errors matter.",
+)
 arithmetics = ("exact", "peft", "peft-safe")
 arithmetic = click.option(
     "--arithmetic",

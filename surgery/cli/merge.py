@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, overwrite, probes, resume, show, treatment
+from surgery.cli.arguments import adapters_of, as_json, calibration, overwrite, probes, resume, show, treatment
 from surgery.cli.progress import shown
 from surgery.cli.push import private
 
@@ -20,6 +20,7 @@ from surgery.cli.push import private
     type=click.Choice(["nearest", "feedback"]),
     help="To the nearest codes of a format, or to those that do best along the adapter's own input directions.",
 )
+@calibration
 @probes
 @click.option(
     "--fallback",
@@ -51,6 +52,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
     out: str,
     reversible: bool,
     rounding: str | None,
+    calibration: str | None,
     probes: int,
     fallback: str | None,
     min_retained: float,
@@ -79,6 +81,7 @@ def merge(  # noqa: PLR0913, PLR0917  # one argument an option
             out,
             reversible=reversible,
             rounding=rounding,
+            calibration=calibration,
             probes=probes,
             fallback=fallback,
             min_retained=min_retained,

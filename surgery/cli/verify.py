@@ -10,6 +10,7 @@ from surgery.cli.arguments import (
     arithmetics,
     as_json,
     base_as,
+    calibration,
     compute_dtype,
     conclude,
     mha_out_proj_scale,
@@ -32,6 +33,7 @@ from surgery.cli.arguments import (
     help="Derive the merge by this arithmetic. By default by the one that OUT's receipt tells, or exact.",
 )
 @mha_out_proj_scale
+@calibration
 @probes
 @click.option("--outputs", is_flag=True, help="Also run both models, and compare what they give.")
 @click.option("--layers", is_flag=True, help="With --outputs: also what each adapted module gives.")
@@ -63,8 +65,8 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
         raise click.UsageError("name OUT; or OUT with --base and --adapter; or BASE ADAPTER... OUT")
     if any(derivation.values()) and len(paths) == 1 and not base:
         raise click.UsageError(
-            "--op, --compute-dtype, --base-as, --arithmetic, --mha-out-proj-scale and --probes are for a merge that is "
-            "derived anew; name base and adapters too"
+            "--op, --compute-dtype, --base-as, --arithmetic, --mha-out-proj-scale, --calibration and --probes are for "
+            "a merge that is derived anew; name base and adapters too"
         )
     if outputs and derivation["base_as"]:
         raise click.UsageError("--outputs runs plain models, and --base-as makes BASE none; give one of the two")

@@ -1,7 +1,7 @@
 """Treatment: what is done to a base besides laying adapters over it, as options say it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,6 +10,7 @@ from surgery.codecs import FORMS
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.as_peft import Arithmetic
 from surgery.errors import UsageError, printable
+from surgery.hosts.calibration import Calibration
 from surgery.ops.linear import LAYOUTS
 
 LIVE_FORMS = ("nf4", "fp4", "int8", "fp8_block")  # those that layers in memory hold, too
@@ -32,6 +33,7 @@ class Treatment:
     rounding: str | None = None  # "feedback": to other codes than the nearest, where the adapters' inputs ask for them
     base_as: str | None = None  # the form in which the adapters were trained over this plain base
     arithmetic: Arithmetic = "exact"
+    calibration: Calibration | None = None  # inputs that tell what feedback is for; None: the adapters' own directions
 
     @classmethod
     def of(  # noqa: PLR0913, PLR0917  # one argument an option
@@ -79,10 +81,17 @@ class Treatment:
             how,
         )
 
+    def calibrated_by(self, calibration: Calibration) -> "Treatment":
+        """With inputs that tell what feedback is for. UsageError where none is asked for."""
+        if self.rounding != "feedback":
+            raise UsageError("calibration is for rounding 'feedback'; give that too, or leave it out")
+        return replace(self, calibration=calibration)
+
     def to_json(self) -> dict[str, Any]:
         told = {"arithmetic": self.arithmetic, "dtype": _word(self.dtype), "tied": self.tied}
-        more = {"compute_dtype": _word(self.compute_dtype), "into": self.into, "base_as": self.base_as}
+        more: dict[str, Any] = {"compute_dtype": _word(self.compute_dtype), "into": self.into, "base_as": self.base_as}
         more |= {"fallback": self.fallback, "rounding": self.rounding}
+        more |= {} if self.calibration is None else {"calibration": dict(self.calibration.sha256)}
         kept = {key: value for key, value in more.items() if value is not None}
         return told | {"ops": dict(sorted(self.ops.items()))} | kept
 

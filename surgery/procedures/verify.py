@@ -14,7 +14,7 @@ from surgery.core.adapter import Weighted
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
 from surgery.core.workers import default_workers, in_order
-from surgery.errors import printable
+from surgery.errors import UsageError, printable
 from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
@@ -93,6 +93,14 @@ class Recorded(NamedTuple):
     arithmetic: str = "exact"
     mha_out_proj_scale: int | None = None
     rounding: str | None = None
+    calibration: Mapping[str, Any] = {}  # sha256 by file
+
+    def require_calibration(self, treatment: Treatment) -> None:
+        """UsageError unless the very inputs are given that it was rounded by."""
+        given = {} if treatment.calibration is None else treatment.calibration.sha256
+        if self.calibration and sorted(map(str, self.calibration.values())) != sorted(given.values()):
+            names = ", ".join(map(printable, self.calibration))
+            raise UsageError(f"it was rounded by calibration inputs of {names}; give calibration, the same by sha256")
 
 
 def recorded(folder: Path) -> Recorded:
@@ -101,11 +109,17 @@ def recorded(folder: Path) -> Recorded:
         return Recorded()
     receipt = read_receipt(folder)
     options = receipt.get("options")
-    arithmetic = options.get("arithmetic", "exact") if isinstance(options, dict) else "exact"
+    options = options if isinstance(options, dict) else {}
     scales = [one.get("mha_out_proj_scale") for one in receipt["adapters"] if isinstance(one, dict)]
-    rounding = options.get("rounding") if isinstance(options, dict) else None
     scale = next((one for one in scales if one is not None), None)
-    return Recorded(str(arithmetic), scale, "feedback" if rounding == "feedback" else None)
+    rounding = "feedback" if options.get("rounding") == "feedback" else None
+    calibration = options.get("calibration")
+    return Recorded(
+        str(options.get("arithmetic", "exact")),
+        scale,
+        rounding,
+        calibration if isinstance(calibration, dict) and rounding else {},
+    )
 
 
 def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
