@@ -107,7 +107,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     is "linear" or "conv1d"; `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
     Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
     bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales; "nf4",
-    "fp4", "int8" or "fp8_block" all that transformers would quantize, of a plain base too, by new ones. Either raises
+    "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16" or "nvfp4" all that transformers would quantize, of a plain base too, by new ones. Either raises
     CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is more
     than `max_noise` of it; with `fallback` "16bit" those weights of which that is so are written plainly instead.
     `rounding` "feedback" looks for other codes than the nearest, where a LoRA looks at its inputs along few directions:

@@ -13,8 +13,9 @@ from surgery.errors import UsageError, printable
 from surgery.hosts.calibration import Calibration
 from surgery.ops.linear import LAYOUTS
 
-LIVE_FORMS = ("nf4", "fp4", "int8", "fp8_block")  # those that layers in memory hold, too
-HELD_IN = ("nf4", "fp4", "int8", "fp8_block")  # the forms whose tensors' sizes no values decide
+LIVE_FORMS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block")  # those that layers in memory hold, too
+# Those that loaders read: transformers 5.23 loads no packed zero points, not even those of compressed-tensors itself.
+HELD_IN = tuple(form for form in FORMS if form != "w4a16-asym")
 _MOST_PROBES = 4096
 ROUNDINGS = ("nearest", "feedback")
 INTO = ("16bit", "keep", *HELD_IN)

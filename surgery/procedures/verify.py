@@ -23,7 +23,6 @@ from surgery.hosts.views import told
 from surgery.io.octets import Tally
 from surgery.io.regular import file_sha256
 from surgery.io.tensor_file import TensorFile
-from surgery.procedures.covering import form_of
 from surgery.procedures.grade import Grade, carried, derived, encoded, kept
 from surgery.procedures.plan import make_plan
 from surgery.procedures.receipt import read_receipt
@@ -76,7 +75,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things, and how they are looked
 def _into(base: Checkpoint, out: Checkpoint) -> str | None:
     """What the weights went into, as their tensors tell."""
     anew = [one for name, one in out.packed.items() if not _is_kept(base, name, one)]
-    forms = {form_of(one) for one in anew}
+    forms = {one.form for one in anew}
     if anew:
         return forms.pop() if len(forms) == 1 else None
     return "keep" if out.packed else None
@@ -215,7 +214,7 @@ def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable
 def _anew_pieces(source: Source, out: Checkpoint, info: TensorInfo, change: Change | None) -> Iterator[Piece]:
     """Of a weight that went into a form: whole, for its scales are of all of it."""
     found = out.packed[info.name]
-    form, dtype = form_of(found), found.codec.dtype(found.settings) or found.plain.torch_dtype
+    form, dtype = found.form, found.codec.dtype(found.settings) or found.plain.torch_dtype
     if form is None:
         yield Piece(info.name, partial(Grade, "different", why="it is held in a form that no merge goes into"))
         return
