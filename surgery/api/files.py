@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ from surgery.procedures import verify as verifying
 from surgery.procedures.expected import check_adapters, check_sha256
 from surgery.procedures.filling import OnProgress, Pace
 from surgery.procedures.outputs import Inputs
-from surgery.procedures.treatment import Treatment, check_probes
+from surgery.procedures.treatment import Treatment, TreatmentOptions, check_probes
 from surgery.procedures.verify_report import VerifyReport
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
@@ -52,23 +53,20 @@ def inspect(model: nn.Module | Where, *, sha256: bool = False) -> inspection.Ins
     return inspection.inspect(locate(model), sha256)
 
 
-def plan(  # noqa: PLR0913  # the options of a merge
+def plan(
     base: Where,
     adapters: Adapters,
     *,
-    dtype: str | torch.dtype | None = None,
-    tied: str = "refuse",
-    ops: Mapping[str, str] | None = None,
-    compute_dtype: str | torch.dtype | None = None,
-    into: str | None = None,
-    base_as: str | None = None,
-    arithmetic: str = "exact",
     mha_out_proj_scale: int | None = None,
+    **treatment: Unpack[TreatmentOptions],
 ) -> planning.Plan:
-    """What a merge with these options would do, and all that stands against it. Writes nothing."""
+    """What a merge with these options would do, and all that stands against it. Writes nothing.
+
+    `treatment` as in `merge_checkpoint`: `dtype`, `tied`, `ops`, `compute_dtype`, `into`, `fallback`, `rounding`,
+    `base_as` and `arithmetic`. Which weights fall back is known of a merge alone.
+    """
     with checkpoint(base) as source:
-        treatment = Treatment.of(dtype, tied, ops, compute_dtype, into, base_as, arithmetic)
-        return planning.make_plan(source, weighted(adapters, mha_out_proj_scale), treatment)
+        return planning.make_plan(source, weighted(adapters, mha_out_proj_scale), Treatment.of(**treatment))
 
 
 def merge_checkpoint(  # noqa: PLR0913  # three things and their options
@@ -77,19 +75,10 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     out: Where,
     *,
     reversible: bool = False,
-    dtype: str | torch.dtype | None = None,
-    tied: str = "refuse",
-    ops: Mapping[str, str] | None = None,
-    compute_dtype: str | torch.dtype | None = None,
-    into: str | None = None,
-    base_as: str | None = None,
-    rounding: str | None = None,
     calibration: Where | None = None,
-    fallback: str | None = None,
     probes: int = 0,
     min_retained: float = 0.5,
     max_noise: float = 1.0,
-    arithmetic: str = "exact",
     mha_out_proj_scale: int | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
@@ -99,6 +88,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     progress: OnProgress | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
+    **treatment: Unpack[TreatmentOptions],
 ) -> merging.MergeReport:
     """Merge adapters over `base` into the new folder `out`, streaming; complete, or `out` stays as it is.
 
@@ -107,9 +97,10 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     is "linear" or "conv1d"; `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
     Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
     bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales; "nf4",
-    "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16" or "nvfp4" all that transformers would quantize, of a plain base too, by new ones. Either raises
-    CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is more
-    than `max_noise` of it; with `fallback` "16bit" those weights of which that is so are written plainly instead.
+    "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16" or "nvfp4" all that transformers would quantize, of
+    a plain base too, by new ones. Either raises CheckError where less than `min_retained` of the adapters' change is
+    left of it, or what comes beside it is more than `max_noise` of it; with `fallback` "16bit" those weights of which
+    that is so are written plainly instead.
     `rounding` "feedback" looks for other codes than the nearest, where a LoRA looks at its inputs along few directions:
     more of its change is retained there, and more comes beside it elsewhere. `calibration`, a file or folder that
     `record_inputs` has written, says what inputs there are instead. `probes` seeded inputs, half of whose energy lies
@@ -133,9 +124,9 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     found = weighted(adapters, mha_out_proj_scale)
     check_adapters(found, expect_adapter_sha256)
     check_sha256(expect_base_sha256)
-    treatment = Treatment.of(dtype, tied, ops, compute_dtype, into, base_as, arithmetic, fallback, rounding)
+    wanted = Treatment.of(**treatment)
     options = merging.Options(
-        treatment,
+        wanted,
         shard_bytes(max_shard_size),
         reversible=reversible,
         overwrite=overwrite,
@@ -145,11 +136,13 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         bounds=Bounds(min_retained, max_noise),
         pace=Pace(progress=progress),
     )
-    with calibrated(treatment, calibration) as treatment, checkpoint(base) as source:
-        report = merging.merge_checkpoint(source, found, Path(out), replace(options, treatment=treatment))
-    if push_to_hub is None:
-        return report
-    pushed = publish.push_merged(report.out, push_to_hub, private=private)
+    with calibrated(wanted, calibration) as wanted, checkpoint(base) as source:
+        report = merging.merge_checkpoint(source, found, Path(out), replace(options, treatment=wanted))
+    return report if push_to_hub is None else _pushed(report, push_to_hub, private)
+
+
+def _pushed(report: merging.MergeReport, repo: str, private: bool) -> merging.MergeReport:
+    pushed = publish.push_merged(report.out, repo, private=private)
     return replace(report, pushed=f"{pushed.hub_id}@{pushed.commit}")
 
 
@@ -205,13 +198,8 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     in its own dtype, and with the adapter's effect; `layers` also what each adapted module gives, which tells where
     they part. Padding, by `attention_mask`, is left out. Raises EnvironmentFault without transformers.
     """
-    if not outputs and (layers or inputs is not None):
-        raise UsageError("verify_checkpoint: layers and inputs are for a run of the models; give outputs=True")
-    if outputs and base_as is not None:
-        raise UsageError("verify_checkpoint: outputs are compared of plain models, and base_as makes BASE none")
+    _check_outputs(outputs, layers or inputs is not None, base_as, out is None or adapters is None)
     if out is None or adapters is None:
-        if outputs:
-            raise UsageError("verify_checkpoint: outputs are compared with those of adapters over a base; name both")
         return verifying.verify_receipt(locate(base))
     with checkpoint(base) as source, Checkpoint(locate(out)) as found:
         told = verifying.recorded(found.folder)
@@ -223,6 +211,16 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
             told.require_calibration(treatment)
             report = verifying.verify_checkpoint(source, given, found, treatment, probes=check_probes(probes))
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
+
+
+def _check_outputs(outputs: bool, detailed: bool, base_as: str | None, alone: bool) -> None:
+    """UsageError where a run of the models is asked for that cannot be, or how to run them and no run."""
+    if detailed and not outputs:
+        raise UsageError("verify_checkpoint: layers and inputs are for a run of the models; give outputs=True")
+    if outputs and base_as is not None:
+        raise UsageError("verify_checkpoint: outputs are compared of plain models, and base_as makes BASE none")
+    if outputs and alone:
+        raise UsageError("verify_checkpoint: outputs are compared with those of adapters over a base; name both")
 
 
 def diff(a: Where, b: Where) -> differing.DiffReport:
