@@ -42,7 +42,7 @@ def _rows(form: str, codec: Codec, packed: Packed, share: float) -> Iterator[lis
     delta *= share * before.norm() / delta.norm()
     near = codec.encode(before + delta, like=packed)
     held = codec.decode(near, torch.float64)
-    fed = Feedback(A).choose(before + delta, held, *codec.grid(near))
+    fed = Feedback.along(A).choose(before + delta, held, *codec.grid(near))
     white = torch.randn(SIZE, INPUTS, generator=drawn, dtype=torch.float64)
     span = torch.linalg.qr(A.T)[0]  # [in, r]
     half = white + (SIZE / RANK) ** 0.5 * span @ (span.T @ white)

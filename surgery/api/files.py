@@ -1,7 +1,8 @@
 """On files: each function finds its inputs and calls one procedure."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -16,6 +17,7 @@ from surgery.adapters.peft import open_adapter
 from surgery.core.adapter import Weighted
 from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
+from surgery.hosts.calibration import Calibration
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import bytes_of
 from surgery.integrations import transformers as hugging
@@ -74,6 +76,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     out: Where,
     *,
     reversible: bool = False,
+    calibration: Where | None = None,
     probes: int = 0,
     min_retained: float = 0.5,
     max_noise: float = 1.0,
@@ -95,12 +98,15 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     is "linear" or "conv1d"; `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
     Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
     bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales; "nf4",
-    "fp4", "int8" or "fp8_block" all that transformers would quantize, of a plain base too, by new ones. Either raises
-    CheckError where less than `min_retained` of the adapters' change is left of it, or what comes beside it is more
-    than `max_noise` of it; with `fallback` "16bit" those weights of which that is so are written plainly instead.
+    "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16" or "nvfp4" all that transformers would quantize, of
+    a plain base too, by new ones. Either raises CheckError where less than `min_retained` of the adapters' change is
+    left of it, or what comes beside it is more than `max_noise` of it; with `fallback` "16bit" those weights of which
+    that is so are written plainly instead.
     `rounding` "feedback" looks for other codes than the nearest, where a LoRA looks at its inputs along few directions:
-    more of its change is retained there, and more comes beside it elsewhere. `probes` seeded inputs, half of whose
-    energy lies along these, tell the error of a weight's outputs, in proportion to the adapters' effect on them.
+    more of its change is retained there, and more comes beside it elsewhere. `calibration`, a file or folder that
+    `record_inputs` has written, says what inputs there are instead. `probes` seeded inputs, half of whose energy lies
+    along these directions, or such as are recorded, tell the error of a weight's outputs, in proportion to the
+    adapters' effect on them.
     `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym",
     "nvfp4") in which the adapters were trained over this plain base: the weights of their linear maps are merged as
     they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
@@ -117,8 +123,9 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     elif private:
         raise UsageError("private: there is nothing to be private; push_to_hub names a repository")
     check_sha256(expect_base_sha256)
+    wanted = Treatment.of(**treatment)
     options = merging.Options(
-        Treatment.of(**treatment),
+        wanted,
         bytes_of(max_shard_size, "max_shard_size"),
         reversible=reversible,
         overwrite=overwrite,
@@ -130,8 +137,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     )
     found = weighted(adapters, mha_out_proj_scale)
     check_adapters(found, expect_adapter_sha256)
-    with checkpoint(base) as source:
-        report = merging.merge_checkpoint(source, found, Path(out), options)
+    with calibrated(wanted, calibration) as wanted, checkpoint(base) as source:
+        report = merging.merge_checkpoint(source, found, Path(out), replace(options, treatment=wanted))
     return report if push_to_hub is None else _pushed(report, push_to_hub, private)
 
 
@@ -173,6 +180,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     base_as: str | None = None,
     arithmetic: str | None = None,
     mha_out_proj_scale: int | None = None,
+    calibration: Where | None = None,
     probes: int = 0,
     outputs: bool = False,
     inputs: Inputs | None = None,
@@ -182,8 +190,9 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
 
     With one argument, a merged folder, check its files against its receipt. `report.ok` is false where
     anything is different. `ops`, `compute_dtype` and `base_as` as in `merge_checkpoint`; `arithmetic` and
-    `mha_out_proj_scale` too, by default those that the receipt of `out` tells, if it has one. Raises InputError for
-    what cannot be read, or has no receipt.
+    `mha_out_proj_scale` too, by default those that the receipt of `out` tells, if it has one. `calibration` is wanted
+    where that tells of one, and has to be the same: UsageError. Raises InputError for what cannot be read, or has no
+    receipt.
 
     `outputs` also runs both as models of transformers, one at a time, in float64, on `inputs` (keyword arguments of
     forward; by default made from the config, seeded), and compares what they give with the noise of a run of `out`
@@ -199,7 +208,9 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
         treatment = Treatment.of(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=how)
         treatment = replace(treatment, rounding=told.rounding)
         given = weighted(adapters, mha_out_proj_scale or told.mha_out_proj_scale)
-        report = verifying.verify_checkpoint(source, given, found, treatment, probes=check_probes(probes))
+        with calibrated(treatment, calibration) as treatment:
+            told.require_calibration(treatment)
+            report = verifying.verify_checkpoint(source, given, found, treatment, probes=check_probes(probes))
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 
 
@@ -232,6 +243,16 @@ def diff(a: Where, b: Where) -> differing.DiffReport:
     """
     with Checkpoint(locate(a)) as one, Checkpoint(locate(b)) as other:
         return differing.diff(one, other)
+
+
+@contextmanager
+def calibrated(treatment: Treatment, calibration: Where | None) -> Iterator[Treatment]:
+    """The treatment with these inputs, which are open meanwhile. UsageError where it does not ask for feedback."""
+    if calibration is None:
+        yield treatment
+        return
+    with Calibration(locate(calibration)) as found:
+        yield treatment.calibrated_by(found)
 
 
 def weighted(adapters: Adapters, mha_out_proj_scale: int | None = None) -> list[Weighted]:

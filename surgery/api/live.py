@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import read_adapter
+from surgery.api.files import calibrated
 from surgery.codecs.formats import format_of
 from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
@@ -23,6 +24,7 @@ from surgery.procedures import load as loading
 from surgery.procedures import merge as merging
 from surgery.procedures import mixed_batch as mixing
 from surgery.procedures import quantize as quantizing
+from surgery.procedures import record_inputs as recording
 from surgery.procedures import save as saving
 from surgery.procedures.configs import config_of, is_peft_s
 from surgery.procedures.examples import Examples
@@ -199,6 +201,7 @@ def merge(  # noqa: PLR0913  # one argument an option
     into: str | None = None,
     arithmetic: str = "exact",
     rounding: str | None = None,
+    calibration: Where | None = None,
     min_retained: float = 0.5,
     max_noise: float = 1.0,
 ) -> Model:
@@ -208,13 +211,15 @@ def merge(  # noqa: PLR0913  # one argument an option
     `into` is wanted: with "16bit" plain layers stand in for them until they are unmerged, with "keep" such as have the
     nearest codes by the same scales. "nf4", "fp4", "int8" or "fp8_block" hold adapted linear layers, plain ones too,
     by new scales, in the layers of bitsandbytes or transformers; others, and output heads, are merged as they are
-    held. The bytes are those of `merge_checkpoint`; `rounding`, `min_retained` and `max_noise` are as there.
+    held. The bytes are those of `merge_checkpoint`; `rounding`, `calibration`, `min_retained` and `max_noise` are as
+    there.
     `arithmetic` "peft" or "peft-safe" gives the bits that PEFT 0.21.2's merge, or safe merge, gives of the same
     parameters, and keeps the original weights.
     """
     treatment = Treatment.of(into=into, arithmetic=arithmetic, rounding=rounding)
-    landing = Landing(treatment, Bounds(min_retained, max_noise), hugging.output_heads(model))
-    merging.merge(model, undo, landing)
+    with calibrated(treatment, calibration) as treatment:
+        landing = Landing(treatment, Bounds(min_retained, max_noise), hugging.output_heads(model))
+        merging.merge(model, undo, landing)
     return model
 
 
@@ -231,6 +236,33 @@ def eject(model: Model, *, keep_merged: bool = False) -> Model:
     if keep_merged:
         hugging.tell_ejected(model)
     return model
+
+
+def record_inputs(  # noqa: PLR0913  # three things and their options
+    model: nn.Module,
+    batches: Iterable[Any],
+    out: Where,
+    *,
+    targets: Sequence[str] | None = None,
+    rank: int = 64,
+    overwrite: bool = False,
+) -> recording.Recording:
+    """Run the model over `batches`, and write what its linear layers get to the folder `out`, for `calibration`.
+
+    A batch is what the model is called with: keyword arguments, or one value; what its attention_mask masks is left
+    out. `targets` names the modules by the ends of their names, by default all. Of the second moment of a module's
+    inputs, `rank` rows are kept and the mean squares of the rest, and memory holds no more than some such rows. Inputs
+    are added up as they come: the same on another machine but for rounding, and it is the file that a merge tells.
+    Raises MatchError, UsageError where no linear layer is called, ValueRangeError, OutputExistsError.
+
+    >>> import surgery, tempfile, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     surgery.record_inputs(model, [torch.randn(32, 8)], f"{folder}/inputs").counts
+    {'0': 32}
+    """
+    moments = recording.record_inputs(model, batches, targets, rank)
+    return recording.write_inputs(moments, Path(out), overwrite)
 
 
 def adalora_step(model: nn.Module, step: int) -> None:

@@ -69,9 +69,10 @@ compute_dtype = click.option(
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="What the weights of a quantized base are decoded to. By default what it computes in.",
 )
+forms = ["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym", "nvfp4"]
 into = click.option(
     "--into",
-    type=click.Choice(["16bit", "keep", "nf4", "fp4", "int8", "fp8_block"]),
+    type=click.Choice(["16bit", "keep", *(form for form in forms if form != "w4a16-asym")]),
     help="What weights become: plain, as by default; codes by a quantized base's own scales; or a format, by new ones.",
 )
 fallback = click.option(
@@ -86,7 +87,7 @@ rounding = click.option(
 )
 base_as = click.option(
     "--base-as",
-    type=click.Choice(["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym", "nvfp4"]),
+    type=click.Choice(forms),
     help="The form in which the adapters were trained over this plain base, such as nf4 for QLoRA.",
 )
 
@@ -96,6 +97,11 @@ probes = click.option(
     type=int,
     default=0,
     help="Also tell the error of each weight's outputs, for N seeded inputs, over the adapters' effect on them.",
+)
+calibration = click.option(
+    "--calibration",
+    metavar="FILE|FOLDER",
+    help="With --rounding feedback: the inputs, recorded by surgery.record_inputs, that tell which errors matter.",
 )
 arithmetics = ("exact", "peft", "peft-safe")
 arithmetic = click.option(

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from surgery.cli.arguments import adapters_of, as_json, overwrite, probes, resume, show, treatment
+from surgery.cli.arguments import adapters_of, as_json, calibration, overwrite, probes, resume, show, treatment
 from surgery.cli.progress import shown
 from surgery.cli.push import private
 
@@ -15,6 +15,7 @@ from surgery.cli.push import private
 @click.argument("out")
 @click.option("--reversible", is_flag=True, help="Write what `surgery unmerge` needs, into OUT/surgery.undo.")
 @treatment
+@calibration
 @probes
 @click.option(
     "--min-retained", default=0.5, show_default=True, help="Fail if --into leaves less of the adapters' change."

@@ -11,6 +11,7 @@ from surgery.cli.arguments import (
     arithmetics,
     as_json,
     base_as,
+    calibration,
     compute_dtype,
     conclude,
     mha_out_proj_scale,
@@ -33,6 +34,7 @@ from surgery.cli.arguments import (
     help="Derive the merge by this arithmetic. By default by the one that OUT's receipt tells, or exact.",
 )
 @mha_out_proj_scale
+@calibration
 @probes
 @click.option("--outputs", is_flag=True, help="Also run both models, and compare what they give.")
 @click.option("--layers", is_flag=True, help="With --outputs: also what each adapted module gives.")
@@ -86,8 +88,8 @@ def _check_alone(outputs: bool, derivation: Mapping[str, Any]) -> None:
     """UsageError for what is asked of OUT alone and takes the merge to be derived anew."""
     if any(derivation.values()):
         raise click.UsageError(
-            "--op, --compute-dtype, --base-as, --arithmetic, --mha-out-proj-scale and --probes are for a merge that is "
-            "derived anew; name base and adapters too"
+            "--op, --compute-dtype, --base-as, --arithmetic, --mha-out-proj-scale, --calibration and --probes are for "
+            "a merge that is derived anew; name base and adapters too"
         )
     if outputs:
         raise click.UsageError("--outputs compares with the adapters over their base; name base and adapters too")

@@ -7,13 +7,14 @@ nested_offset. https://arxiv.org/abs/2305.14314
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from surgery.codecs.bitsandbytes_config import told
 from surgery.codecs.bnb4_fresh import BLOCKSIZES, DTYPES, KINDS, fresh
 from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
 from surgery.errors import FormatError, printable
@@ -21,6 +22,7 @@ from surgery.errors import FormatError, printable
 STATES = {f"weight.quant_state.bitsandbytes__{kind}": kind for kind in KINDS}
 _PARTS = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
 _STATE_BYTES = 4096
+_LONGEST = 24  # characters of a float
 
 
 class Bnb4(Codec):
@@ -95,9 +97,12 @@ class Bnb4(Codec):
     def fresh(self, weight: Tensor, settings: Settings) -> Packed:
         """`settings`: quant_type "nf4" or "fp4", blocksize (64), double_quant (false); the weight's dtype is kept."""
         tensors, state = fresh(weight, settings)
-        raw = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+        raw = torch.frombuffer(bytearray(_spelled(state).encode()), dtype=torch.uint8)
         role = f"weight.quant_state.bitsandbytes__{state['quant_type']}"
         return Packed({**tensors, role: raw.to(weight.device)}, state)
+
+    def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:
+        return told(settings["quant_type"], dtype, plainly, double=settings.get("double_quant", False))
 
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
         part, map16 = _Part.of(packed.settings, packed.rows), packed.tensors["weight.quant_map"]
@@ -181,10 +186,10 @@ def _nearest(values: Tensor, map16: Tensor) -> Tensor:
 def _state(raw: bytes, kind: str, nested: bool) -> dict[str, Any]:
     """The quant state. FormatError where it is none that bitsandbytes writes."""
     try:
-        told = json.loads(raw)
+        found = json.loads(raw)
     except (ValueError, RecursionError):
-        told = None
-    state = told if isinstance(told, dict) else {}
+        found = None
+    state = found if isinstance(found, dict) else {}
     wanted: Mapping[str, Callable[[Any], bool]] = {
         "quant_type": lambda one: one == kind,
         "blocksize": lambda one: type(one) is int and one in BLOCKSIZES,
@@ -204,6 +209,13 @@ def _state(raw: bytes, kind: str, nested: bool) -> dict[str, Any]:
                 "was the file damaged?"
             )
     return state
+
+
+def _spelled(state: Settings) -> str:
+    """As JSON, of a length that no values decide, so that a file can be laid out before they are known."""
+    if "nested_offset" not in state:
+        return json.dumps(state)
+    return json.dumps(state).ljust(len(json.dumps({**state, "nested_offset": 0.0})) + _LONGEST - len("0.0"))
 
 
 def _check_dtypes(headers: Headers) -> None:

@@ -5,18 +5,18 @@ gives other bits. https://arxiv.org/abs/2208.07339
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from surgery.codecs.bitsandbytes_config import told
 from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
 from surgery.errors import FormatError, ValueRangeError
 
 RECIPROCAL = 7.874015718698502e-3  # what bitsandbytes multiplies by
 LARGEST = 127  # it never writes -128
-OUTLIERS = 6.0  # inputs above it are computed in 16 bits, as transformers has it
 _ROWS = 256  # that are encoded at a time: bounds the memory
 
 
@@ -79,6 +79,9 @@ class Bnb8(Codec):
         codes = torch.cat([torch.round(part * scale).nan_to_num(0.0).to(torch.int8) for part, scale in parts])
         rows = torch.zeros((), dtype=torch.uint8, device=weight.device)
         return Packed({"weight": codes, "SCB": SCB, "weight_format": rows})
+
+    def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:  # noqa: ARG002
+        return told("int8", dtype, plainly)
 
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
         codes, SCB = packed.tensors["weight"].to(torch.int16), packed.tensors["SCB"]

@@ -1,6 +1,6 @@
 """What a quantization_config of compressed-tensors says of weights, and what of it is not supported."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from surgery.errors import FormatError, printable
@@ -20,6 +20,21 @@ def told_values(config: Mapping[str, Any], key: str, form: str) -> list[Any]:
     groups = [one for one in _groups(config) if one.get("format") in (None, form)]
     args = [one["weights"] for one in groups if isinstance(one.get("weights"), dict)]
     return [one[key] for one in [*args, config] if one.get(key) is not None]
+
+
+def told_of(form: str, weights: Mapping[str, Any], plainly: Sequence[str]) -> Mapping[str, Any]:
+    """What it says where all linear layers but those of `plainly` are held alike, and activations are not quantized."""
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": {"dynamic": False, **weights}, "format": form}
+    group |= dict.fromkeys(("input_activations", "output_activations"))
+    return {
+        "quant_method": METHOD,
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(plainly),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
 
 
 def refuse_unsupported(config: Mapping[str, Any]) -> None:

@@ -6,15 +6,25 @@ https://github.com/vllm-project/compressed-tensors
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from surgery.codecs.bnb4_fresh import DTYPES
-from surgery.codecs.compressed_config import told_values
-from surgery.codecs.int_groups import BITS, WORD, Groups, dtype_name, fresh_groups, packed_words, padded, unpacked
+from surgery.codecs.compressed_config import told_of, told_values
+from surgery.codecs.int_groups import (
+    BITS,
+    GROUP,
+    WORD,
+    Groups,
+    dtype_name,
+    fresh_groups,
+    packed_words,
+    padded,
+    unpacked,
+)
 from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
 from surgery.errors import FormatError, printable
 
@@ -78,6 +88,12 @@ class PackQuantized(Codec):
             tensors[_ZERO] = packed_words(padded(groups.zeros.T, bits), bits).T.contiguous()
         told = {"num_bits": bits, "shape": list(weight.shape), "dtype": dtype_name(weight.dtype)}
         return Packed(tensors, told)
+
+    def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:  # noqa: ARG002
+        group = settings.get("group_size", GROUP)
+        weights = {"num_bits": settings.get("num_bits", 4), "type": "int", "group_size": group}
+        weights |= {"symmetric": settings.get("symmetric", True), "strategy": "channel" if group == -1 else "group"}
+        return told_of(self.name, weights, plainly)
 
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
         return _groups(packed).grid()

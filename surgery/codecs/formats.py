@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from surgery.codecs import FORMS
+from surgery.codecs.fp8_block import BLOCK
+from surgery.codecs.int_groups import GROUP, WORD
 from surgery.core.arithmetic import round_once
-from surgery.core.codec import Codec, Packed, Settings
+from surgery.core.codec import Codec, Headers, Packed, Settings, Shape
 from surgery.errors import UsageError, printable
 
 
@@ -25,6 +27,35 @@ class Format(NamedTuple):
     def fresh(self, exact: Tensor, dtype: torch.dtype) -> Packed:
         """An exact weight (float64), rounded once to `dtype` and held so."""
         return self.codec.fresh(round_once(exact, dtype), self.settings)
+
+
+def form_of(codec: Codec, headers: Headers, settings: Settings, shape: Shape) -> str | None:
+    """The one of FORMS that a weight of this shape is held in, if it is one."""
+    found = ""
+    if codec.name == "bnb4":
+        found = f"{settings['quant_type']}{'-double' * ('weight.nested_absmax' in headers)}"
+    elif codec.name == "pack-quantized" and _in_groups(headers, shape):
+        found = f"w4a16{'-asym' * ('weight_zero_point' in headers)}"
+    elif codec.name == "fp8_block" and _in_blocks(headers, shape):
+        found = "fp8_block"
+    elif codec.name == "bnb8":
+        found = "int8"
+    elif codec.name == "nvfp4-pack-quantized" and "input_global_scale" not in headers:
+        found = "nvfp4"
+    return found or None
+
+
+def _in_blocks(headers: Headers, shape: Shape) -> bool:
+    """By the form's own blocks, with scales in float32."""
+    wanted = tuple(-(-extent // block) for extent, block in zip(shape, BLOCK, strict=True))
+    codes, scales = (headers.get(role) for role in ("weight", "weight_scale_inv"))
+    return scales == (torch.float32, wanted) and codes is not None and codes[0] == torch.float8_e4m3fn
+
+
+def _in_groups(headers: Headers, shape: Shape) -> bool:
+    """In 4 bits, by the form's own groups."""
+    (_, words), (_, scales) = headers["weight_packed"], headers["weight_scale"]
+    return words[1] == -(-shape[1] * 4 // WORD) and scales == (shape[0], shape[1] // GROUP)
 
 
 def format_of(name: str, where: str) -> Format:

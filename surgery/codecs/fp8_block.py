@@ -5,7 +5,7 @@ https://arxiv.org/abs/2412.19437, section 3.3
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -83,6 +83,11 @@ class Fp8Block(Codec):
         held = (weight.to(torch.float32) * _spread(scales, block, weight.shape)).clamp(-largest, largest)
         tensors = {"weight": held.to(FLOATS[0]), SCALES[0]: 1.0 / scales}
         return Packed(tensors, {"weight_block_size": block})
+
+    def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:  # noqa: ARG002
+        block = list(settings.get("weight_block_size") or BLOCK)
+        told = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
+        return told | {"modules_to_not_convert": list(plainly)}
 
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
         codes, scales = packed.tensors["weight"], _scales(packed)

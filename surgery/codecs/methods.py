@@ -7,6 +7,13 @@ from surgery.codecs import compressed_config, torchao
 from surgery.errors import FormatError, printable
 
 METHODS = ("bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", compressed_config.METHOD, torchao.METHOD)
+# Where each kind of quantization_config lists the modules that are held plainly.
+LISTED_PLAINLY = {
+    "bitsandbytes": "llm_int8_skip_modules",
+    "fp8": "modules_to_not_convert",
+    "mxfp4": "modules_to_not_convert",
+    compressed_config.METHOD: "ignore",
+}
 _OTHERS = {
     "gptq": "merge into the base that it was quantized from, and quantize that anew with GPTQModel",
     "awq": "merge into the base that it was quantized from, and quantize that anew with llm-compressor",

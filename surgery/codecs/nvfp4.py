@@ -4,12 +4,13 @@ w = value[code] * (scale / global scale), in float32: compressed-tensors stores 
 https://github.com/vllm-project/compressed-tensors
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from surgery.codecs.compressed_config import told_of
 from surgery.codecs.fp4 import E2M1, SIZES, codes_of, joined, looked_up, nearest, neighbours
 from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
 from surgery.errors import ConfigError, FormatError
@@ -73,6 +74,10 @@ class Nvfp4(Codec):
         codes = nearest((_blocks(weight) / (scales / whole).unsqueeze(2)).to(torch.float64)).view(weight.shape)
         tensors = {"weight_packed": joined(codes), "weight_scale": scales.to(_FLOAT), "weight_global_scale": whole}
         return Packed(tensors)
+
+    def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:  # noqa: ARG002
+        weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "symmetric": True, "group_size": BLOCK}
+        return told_of(self.name, weights, plainly)
 
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
         steps = (neighbours(packed.tensors["weight_packed"], step) for step in (-1, 1))

@@ -1,7 +1,7 @@
 """Codec: how a weight is held as named tensors; and packed, the tensors that together hold one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -74,6 +74,13 @@ class Codec(ABC):
     @abstractmethod
     def fresh(self, weight: Tensor, settings: Settings) -> Packed:
         """A whole weight held this way with scales of its own. ConfigError for settings that cannot be."""
+
+    def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:  # noqa: ARG002
+        """What config.json says of a model whose linear layers, but those of `plainly`, are `fresh(.., settings)`.
+
+        As transformers writes it, of one that computes in `dtype`; None where no such model is made here.
+        """
+        return None
 
     @abstractmethod
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:

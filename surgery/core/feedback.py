@@ -1,9 +1,8 @@
 """Feedback: rounding of a weight to a grid, where later columns make up for the errors of earlier ones.
 
 As in GPTQ (https://arxiv.org/abs/2210.17323), the error E of a row is made small for the inputs that matter: E H E'
-with H = I + (in / r) A' A, where the rows of A are an adapter's input directions, each of norm 1. That is of inputs
-half of whose energy lies along these. H has a low rank beside I, and so has all that is kept of a row's errors: r
-numbers. Every operation is one of elements, in a fixed order: the same bits for any tiles, threads and machines.
+with H = D + C C'. C has few columns, so that all that is kept of a row's errors is a few numbers, and D is diagonal.
+Every operation is one of elements, in a fixed order: the same bits for any tiles, threads and machines.
 """
 
 from functools import cached_property
@@ -11,32 +10,50 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from surgery.core.arithmetic import tree_sum
 from surgery.core.sums import sum_rows
+
+_REST = 0.01  # of the mean energy of an input, that any other may have besides
 
 
 class Feedback:
-    """`directions` [r, in], such as LoRA's A; several adapters' one below another."""
+    """`columns` C [in, r] and `alone` D [in], which is above zero."""
 
-    def __init__(self, directions: Tensor) -> None:
+    def __init__(self, columns: Tensor, alone: Tensor) -> None:
+        width = 1 << max(0, columns.shape[1] - 1).bit_length()  # a power of two, for sums by halves
+        self.columns = torch.nn.functional.pad(columns, (0, width - columns.shape[1])).contiguous()
+        self.alone = alone
+
+    @classmethod
+    def along(cls, directions: Tensor) -> "Feedback":
+        """`directions` [r, in], such as LoRA's A: H of inputs half of whose energy lies along these, all alike."""
         wide = directions.to(torch.float64)
         norms = sum_rows(wide * wide).sqrt()
         wide = wide[norms > 0] / norms[norms > 0].unsqueeze(1)
-        width = 1 << max(0, len(wide) - 1).bit_length()  # a power of two, for sums by halves
         weight = (wide.shape[1] / max(1, len(wide))) ** 0.5
-        self.columns = torch.nn.functional.pad(wide.T * weight, (0, width - len(wide))).contiguous()  # [in, r]
+        return cls(wide.T * weight, torch.ones(wide.shape[1], dtype=torch.float64))
+
+    @classmethod
+    def of_inputs(cls, inputs: Tensor, rest: Tensor | None = None) -> "Feedback":
+        """`inputs` [n, in] and, of what is not in them, the mean square of each, [in]."""
+        wide = inputs.to(torch.float64)
+        alone = torch.zeros(wide.shape[1], dtype=torch.float64) if rest is None else rest.to(torch.float64)
+        squares = sum_rows((wide * wide).T) / len(wide) + alone
+        floor = _REST * tree_sum(squares) / len(squares)
+        return cls(wide.T / len(wide) ** 0.5, alone + (floor or 1.0))
 
     @cached_property
     def gains(self) -> Tensor:
-        """[in, r]: how much of what a row's errors add up to along A each column takes off.
+        """[in, r]: how much of what a row's errors add up to along C each column takes off.
 
-        What is best knows that the columns after it will take off what they can: they leave (I + A' A)^-1 of it.
+        What is best knows that the columns after it will take off what they can: they leave (I + C' C / D)^-1 of it.
         """
         left = torch.eye(self.columns.shape[1], dtype=torch.float64)
         found = torch.empty_like(self.columns)
         for index in range(len(self.columns) - 1, -1, -1):
             column = self.columns[index]
             seen = _total(left * column)  # [r]
-            whole = 1 + _total(seen * column)
+            whole = self.alone[index] + _total(seen * column)
             found[index] = seen / whole
             left = left - seen.unsqueeze(1) * found[index]
         return found
@@ -56,9 +73,13 @@ class Feedback:
             for other in (options[0], options[2]):
                 best = torch.where((other - target).abs() < (best - target).abs(), other, best)
             chosen[index] = best
-            near.add(held[index] - wanted[index], column)
-            fed.add(best - wanted[index], column)
+            near.add(held[index] - wanted[index], column, self.alone[index])
+            fed.add(best - wanted[index], column, self.alone[index])
         return torch.where(fed.measured < near.measured, chosen, held).T.contiguous()
+
+    def inputs(self, white: Tensor, drawn: Tensor) -> Tensor:
+        """Such inputs [in, n], of normal numbers [in, n] and [r, n]."""
+        return white * self.alone.sqrt().unsqueeze(1) + self.columns @ drawn
 
 
 class _Errors:
@@ -67,8 +88,8 @@ class _Errors:
     def __init__(self, rows: int, r: int) -> None:
         self.squares, self.along = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, r, dtype=torch.float64)
 
-    def add(self, error: Tensor, column: Tensor) -> None:
-        self.squares = self.squares + error * error
+    def add(self, error: Tensor, column: Tensor, alone: Tensor) -> None:
+        self.squares = self.squares + alone * (error * error)
         self.along = self.along + error.unsqueeze(1) * column
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.codecs.bnb8 import OUTLIERS
+from surgery.codecs.bitsandbytes_config import OUTLIERS
 from surgery.core.codec import Packed
 
 _PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' switch: with it, evaluating on some CPUs rounds scales in place

@@ -36,6 +36,7 @@ class Change:
     keep: bool = False  # by that codec and its scales the outcome is held too; `dtype` is then not its own
     into: str = ""  # the form that the outcome, in `dtype`, is held in, by scales of its own
     feedback: bool = False  # of its codes those are looked for that the inputs which matter tell least from it
+    calibrated: Callable[[], Feedback] | None = None  # which inputs matter, where that is known beside the layers
     probes: int = 0  # inputs by which is measured what the codes do to the outputs
     as_peft: PeftMerge | None = None  # how the layers are merged, where that is not exactly
 
@@ -85,17 +86,28 @@ def directions_of(change: Change, started: Started | None = None) -> Tensor | No
     return torch.cat(found) if found else None
 
 
+def importance_of(change: Change, started: Started | None = None) -> Feedback | None:
+    """Which inputs matter: those it is calibrated by, else those along its layers' directions; None: nothing tells."""
+    if change.calibrated is not None:
+        return change.calibrated()
+    directions = directions_of(change, started)
+    return None if directions is None else Feedback.along(directions)
+
+
 def probes_of(change: Change) -> Tensor | None:
-    """Inputs [in, n] of a linear map, always the same; half of their energy lies along the layers' directions."""
+    """Inputs [in, n] of a linear map, always the same; half of their energy lies along the layers' directions.
+
+    Where it is calibrated, they have the second moment that is known.
+    """
     if not change.probes or change.site.op is None or change.site.op.name != "linear":
         return None
     drawn = torch.Generator().manual_seed(0)
     white = torch.randn(change.site.shape[1], change.probes, generator=drawn, dtype=torch.float64)
-    directions = directions_of(change)
-    if directions is None:
+    known = importance_of(change)
+    if known is None:
         return white
-    columns = Feedback(directions).columns
-    return white + columns @ torch.randn(columns.shape[1], change.probes, generator=drawn, dtype=torch.float64)
+    r = known.columns.shape[1]
+    return known.inputs(white, torch.randn(r, change.probes, generator=drawn, dtype=torch.float64))
 
 
 Watch = Callable[[MergedTile], None]  # sees each tile of a merge, in order

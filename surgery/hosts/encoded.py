@@ -107,7 +107,7 @@ def standing(change: Change) -> list[TensorInfo]:
     weight = change.site.weight
     if not change.into:
         return [weight._replace(dtype=change.dtype)]
-    headers = _headers(change.into, weight.shape, change.dtype)
+    headers, _ = made_as(change.into, weight.shape, change.dtype)
     return [TensorInfo(name, *headers[role]) for role, name in _names(change, headers)]
 
 
@@ -124,10 +124,11 @@ def _names(change: Change, headers: Headers) -> Iterator[tuple[str, str]]:
 
 
 @cache
-def _headers(form: str, shape: tuple[int, ...], dtype: torch.dtype) -> Headers:
-    """What any weight of this shape and dtype is held in."""
+def made_as(form: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Headers, torch.dtype | None]:
+    """What any such weight is held in, and the dtype that it tells. ConfigError where it cannot be."""
     codec, settings = FORMS[form]
-    return codec.fresh(torch.zeros(shape, dtype=dtype), settings).headers
+    packed = codec.fresh(torch.zeros(shape, dtype=dtype), settings)
+    return packed.headers, codec.dtype(packed.settings)
 
 
 def _fresh(change: Change, weight: Tensor) -> Packed:

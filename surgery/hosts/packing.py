@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from surgery.codecs import CODECS
+from surgery.codecs.formats import form_of
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.codec import Codec, Headers, Packed, Settings
 from surgery.core.site import RawDtype, TensorInfo
@@ -37,6 +38,11 @@ class Held:
     def first(self) -> TensorInfo:
         """In whose place the plain tensor stands."""
         return self.tensors[next(role for role in self.codec.endings if role in self.tensors)]
+
+    @property
+    def form(self) -> str | None:
+        """The one of FORMS that it is held in, if it is one."""
+        return form_of(self.codec, self.headers, self.settings, self.plain.shape)
 
     def load(self, rows: slice | None, load: Load) -> Packed:
         spans = {} if rows is None else self.codec.spans(self.headers, self.settings, rows)

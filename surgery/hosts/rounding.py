@@ -6,15 +6,14 @@ from torch import Tensor
 from surgery.core.adapter import Started
 from surgery.core.codec import Codec, Packed
 from surgery.core.feedback import Feedback
-from surgery.hosts.change import Change, directions_of
+from surgery.hosts.change import Change, importance_of
 
 FED_ELEMENTS = 1 << 21  # of a weight at a time: with fewer rows, the steps from column to column would take the time
 
 
 def feedback_of(change: Change, started: Started) -> Feedback | None:
-    """None where the nearest codes are asked for, or no layer knows directions."""
-    directions = directions_of(change, started) if change.feedback else None
-    return None if directions is None else Feedback(directions)
+    """None where the nearest codes are asked for, or nothing tells which inputs matter."""
+    return importance_of(change, started) if change.feedback else None
 
 
 def rounded(codec: Codec, laid: Tensor, like: Packed, feedback: Feedback | None) -> Packed:

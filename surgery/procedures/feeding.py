@@ -1,34 +1,48 @@
-"""Feeding: weights that go into a format get other codes than the nearest, where these serve their adapters better."""
+"""Feeding: weights that go into a format get other codes than the nearest, where these serve their inputs better."""
 
 import math
 from dataclasses import replace
 
 from surgery.core.site import Site
-from surgery.hosts.change import Change
-from surgery.hosts.rounding import FED_ELEMENTS, feedback_of
+from surgery.hosts.calibration import Calibration
+from surgery.hosts.change import Change, directions_of
+from surgery.hosts.rounding import FED_ELEMENTS
 from surgery.ops.linear import Linear
 from surgery.procedures.draft import Draft
 
+_WEIGHT = ".weight"
 
-def feed_back(draft: Draft) -> None:
-    """Of all changes whose layers know along which directions they look at their inputs."""
+
+def feed_back(draft: Draft, calibration: Calibration | None) -> None:
+    """Of all changes of which the calibration, or else the layers, tell which inputs matter."""
+    rename = draft.base.names().rename if calibration is not None else str
     held = [name for name, change in draft.changes.items() if (change.into or change.keep) and change.layers]
-    for name in held:
-        draft.changes[name] = fed(draft.changes[name])
+    modules = {name: rename(name).removesuffix(_WEIGHT) for name in held}
+    if calibration is not None:
+        calibration.refuse_other(list(modules.values()))
+    for name, module in modules.items():
+        draft.changes[name] = fed(draft.changes[name], calibration, module)
     count = sum(draft.changes[name].feedback for name in held)
-    draft.notes.append(f"{count} of {len(held)} adapted weights are rounded with feedback")
+    known = sum(draft.changes[name].calibrated is not None for name in held)
+    by = f", {known} of them by calibration inputs" if calibration is not None else ""
+    draft.notes.append(f"{count} of {len(held)} adapted weights are rounded with feedback{by}")
 
 
-def fed(change: Change) -> Change:
-    """The change of a weight that goes into a format, rounded with feedback where its layers know directions."""
+def fed(change: Change, calibration: Calibration | None, module: str) -> Change:
+    """The change of a module's weight that goes into a format, with feedback where something tells what matters."""
+    if calibration is not None and _is_linear(change):
+        change = replace(change, calibrated=calibration.of(module, change.site.shape[1]))
     if not _is_fed(change):
         return change
     return replace(change, site=_in_large_tiles(change.site) if change.keep else change.site, feedback=True)
 
 
 def _is_fed(change: Change) -> bool:
-    linear = change.site.op is not None and change.site.op.name == Linear.name
-    return linear and feedback_of(replace(change, feedback=True), change.started()) is not None
+    return _is_linear(change) and (change.calibrated is not None or directions_of(change) is not None)
+
+
+def _is_linear(change: Change) -> bool:
+    return change.site.op is not None and change.site.op.name == Linear.name
 
 
 def _in_large_tiles(site: Site) -> Site:

@@ -59,6 +59,8 @@ class Landing:
     def made(self, layers: Mapping[str, Adapted], changes: Mapping[str, tuple[Change, ...]]) -> dict[str, nn.Module]:
         """By name, the layer that takes the place of each base. CheckError where too little of the changes is left."""
         told: dict[str, Survival] = {}
+        if self.treatment.calibration is not None:
+            self.treatment.calibration.refuse_other(list(layers))
         found = {name: self._made(layer, changes[name], told) for name, layer in layers.items()}
         if found:
             step = 'give into="16bit", or min_retained and max_noise'
@@ -90,6 +92,9 @@ class Landing:
             made.bias = nn.Parameter(_merged_bias(layer, one), requires_grad=False)
         return made
 
+    def _fed(self, change: Change) -> Change:
+        return fed(change, self.treatment.calibration, change.site.name) if self.treatment.rounding else change
+
     def _kept(self, layer: Adapted, change: Change, watch: Watch) -> nn.Module:
         """By its own scales."""
         packed, base = packed_of_layer(layer.base_layer, change.site.name), layer.base_layer
@@ -98,7 +103,7 @@ class Landing:
         together = codec.step(packed.headers, packed.settings)
         site = replace(change.site, tensors={**change.site.tensors, "weight": weight}, together=together)
         change = replace(change, site=site, dtype=torch.float32, held=codec.name, keep=True)
-        change = fed(change) if self.treatment.rounding else change
+        change = self._fed(change)
         outcome = reheld(Merged(_Held(packed, site), [change], watch), change, packed)
         return layer_of(outcome, base, compute_dtype(base))
 
@@ -111,7 +116,7 @@ class Landing:
                 f"{printable(change.site.name)}: it is in {dtype}, which no format is made from; cast it"
             )
         change = replace(change, into=self.treatment.into)
-        change = fed(change) if self.treatment.rounding else change
+        change = self._fed(change)
         source = LiveWeights({change.site.name: layer.base_weight}, [change.site])
         outcome = Encoded(source, [change], watch).encoded(change)
         return layer_of(outcome, layer.base_layer, change.dtype)

@@ -115,6 +115,7 @@ def describe(change: Change) -> dict[str, Any]:
         **({"kept": True} if change.keep else {}),
         **({"into": change.into} if change.into else {}),
         **({"rounding": "feedback"} if change.feedback else {}),
+        **({"calibrated": True} if change.calibrated is not None else {}),
         **({"base_as": change.through} if change.through else {}),
     }
 
@@ -147,7 +148,7 @@ def make_plan(
     elif draft.plain:
         draft.notes.append("config.json loses its quantization_config")
     if treatment.rounding == "feedback":
-        feed_back(draft)
+        feed_back(draft, treatment.calibration)
     for one in adapters:
         out_proj.refuse_other(one.adapter, treatment.arithmetic)
         if treatment.arithmetic != "exact" and one.adapter.config.parameters():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.codecs.bnb8 import OUTLIERS
+from surgery.codecs.bitsandbytes_config import OUTLIERS
 from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched
 from surgery.errors import EnvironmentFault, MatchError, StateError, UsageError, ValueRangeError, printable

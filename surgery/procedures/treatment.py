@@ -12,10 +12,12 @@ from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.as_peft import Arithmetic
 from surgery.core.names import nearest
 from surgery.errors import UsageError, printable
+from surgery.hosts.calibration import Calibration
 from surgery.ops.linear import LAYOUTS
 
-LIVE_FORMS = ("nf4", "fp4", "int8", "fp8_block")  # those that layers in memory hold, too
-HELD_IN = ("nf4", "fp4", "int8", "fp8_block")  # the forms whose tensors' sizes no values decide
+LIVE_FORMS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block")  # those that layers in memory hold, too
+# Those that loaders read: transformers 5.23 loads no packed zero points, not even those of compressed-tensors itself.
+HELD_IN = tuple(form for form in FORMS if form != "w4a16-asym")
 _MOST_PROBES = 4096
 ROUNDINGS = ("nearest", "feedback")
 INTO = ("16bit", "keep", *HELD_IN)
@@ -48,6 +50,7 @@ class Treatment:
     rounding: str | None = None  # "feedback": to other codes than the nearest, where the adapters' inputs ask for them
     base_as: str | None = None  # the form in which the adapters were trained over this plain base
     arithmetic: Arithmetic = "exact"
+    calibration: Calibration | None = None  # inputs that tell what feedback is for; None: the adapters' own directions
 
     @classmethod
     def of(cls, **options: Unpack[TreatmentOptions]) -> "Treatment":
@@ -71,10 +74,17 @@ class Treatment:
             if value is not None and into in (None, "16bit"):
                 raise UsageError(f"{name} is for merges into a format; give into, or leave it out")
 
+    def calibrated_by(self, calibration: Calibration) -> "Treatment":
+        """With inputs that tell what feedback is for. UsageError where none is asked for."""
+        if self.rounding != "feedback":
+            raise UsageError("calibration is for rounding 'feedback'; give that too, or leave it out")
+        return replace(self, calibration=calibration)
+
     def to_json(self) -> dict[str, Any]:
         told = {"arithmetic": self.arithmetic, "dtype": _word(self.dtype), "tied": self.tied}
-        more = {"compute_dtype": _word(self.compute_dtype), "into": self.into, "base_as": self.base_as}
+        more: dict[str, Any] = {"compute_dtype": _word(self.compute_dtype), "into": self.into, "base_as": self.base_as}
         more |= {"fallback": self.fallback, "rounding": self.rounding}
+        more |= {} if self.calibration is None else {"calibration": dict(self.calibration.sha256)}
         kept = {key: value for key, value in more.items() if value is not None}
         return told | {"ops": dict(sorted(self.ops.items()))} | kept
 

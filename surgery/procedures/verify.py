@@ -14,7 +14,7 @@ from surgery.core.adapter import Weighted
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
 from surgery.core.workers import default_workers, in_order
-from surgery.errors import printable
+from surgery.errors import UsageError, printable
 from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
@@ -23,7 +23,6 @@ from surgery.hosts.views import told
 from surgery.io.octets import Tally
 from surgery.io.regular import file_sha256
 from surgery.io.tensor_file import TensorFile
-from surgery.procedures.covering import form_of
 from surgery.procedures.grade import Grade, carried, derived, encoded, kept
 from surgery.procedures.plan import make_plan
 from surgery.procedures.receipt import read_receipt
@@ -76,7 +75,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things, and how they are looked
 def _into(base: Checkpoint, out: Checkpoint) -> str | None:
     """What the weights went into, as their tensors tell."""
     anew = [one for name, one in out.packed.items() if not _is_kept(base, name, one)]
-    forms = {form_of(one) for one in anew}
+    forms = {one.form for one in anew}
     if anew:
         return forms.pop() if len(forms) == 1 else None
     return "keep" if out.packed else None
@@ -93,6 +92,14 @@ class Recorded(NamedTuple):
     arithmetic: str = "exact"
     mha_out_proj_scale: int | None = None
     rounding: str | None = None
+    calibration: Mapping[str, Any] = {}  # sha256 by file
+
+    def require_calibration(self, treatment: Treatment) -> None:
+        """UsageError unless the very inputs are given that it was rounded by."""
+        given = {} if treatment.calibration is None else treatment.calibration.sha256
+        if self.calibration and sorted(map(str, self.calibration.values())) != sorted(given.values()):
+            names = ", ".join(map(printable, self.calibration))
+            raise UsageError(f"it was rounded by calibration inputs of {names}; give calibration, the same by sha256")
 
 
 def recorded(folder: Path) -> Recorded:
@@ -101,11 +108,17 @@ def recorded(folder: Path) -> Recorded:
         return Recorded()
     receipt = read_receipt(folder)
     options = receipt.get("options")
-    arithmetic = options.get("arithmetic", "exact") if isinstance(options, dict) else "exact"
+    options = options if isinstance(options, dict) else {}
     scales = [one.get("mha_out_proj_scale") for one in receipt["adapters"] if isinstance(one, dict)]
-    rounding = options.get("rounding") if isinstance(options, dict) else None
     scale = next((one for one in scales if one is not None), None)
-    return Recorded(str(arithmetic), scale, "feedback" if rounding == "feedback" else None)
+    rounding = "feedback" if options.get("rounding") == "feedback" else None
+    calibration = options.get("calibration")
+    return Recorded(
+        str(options.get("arithmetic", "exact")),
+        scale,
+        rounding,
+        calibration if isinstance(calibration, dict) and rounding else {},
+    )
 
 
 def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
@@ -201,7 +214,7 @@ def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable
 def _anew_pieces(source: Source, out: Checkpoint, info: TensorInfo, change: Change | None) -> Iterator[Piece]:
     """Of a weight that went into a form: whole, for its scales are of all of it."""
     found = out.packed[info.name]
-    form, dtype = form_of(found), found.codec.dtype(found.settings) or found.plain.torch_dtype
+    form, dtype = found.form, found.codec.dtype(found.settings) or found.plain.torch_dtype
     if form is None:
         yield Piece(info.name, partial(Grade, "different", why="it is held in a form that no merge goes into"))
         return

@@ -23,7 +23,8 @@ from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
 from surgery.procedures.treatment import HELD_IN, Treatment
 
 ANY = {"min_retained": 0.0, "max_noise": math.inf}
-each_form = pytest.mark.parametrize("form", HELD_IN)
+WHOLE_GROUPS = {"w4a16", "nvfp4"}  # which the small weights here do not have
+each_form = pytest.mark.parametrize("form", [form for form in HELD_IN if form not in WHOLE_GROUPS])
 
 
 def plain_base(folder: Path, shards: int = 1, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -105,6 +106,30 @@ def test_a_changed_code_or_scale_is_different(form: str, adapter: Path, tmp_path
     report = surgery.verify_checkpoint(base, adapter, out)
     different = {name for name, one in report.tensors.items() if one.grade == "different"}
     assert different == {f"{site}.weight" for site in SITES[:2]}
+
+
+def test_weights_that_are_no_whole_groups_stay_plain_and_config_json_says_so(adapter: Path, tmp_path: Path):
+    base, out = plain_base(tmp_path / "base"), tmp_path / "out"
+    surgery.merge_checkpoint(base, adapter, out, into="nvfp4", reversible=True, **ANY)
+    surgery.merge_checkpoint(base, adapter, tmp_path / "16bit")
+    plain, found = read_tensors(tmp_path / "16bit"), read_tensors(out)
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    for site in SITES:
+        fits = site.endswith("up_proj")  # of 48 inputs; the others have 70
+        assert (f"{site}.weight_packed" in found) is fits
+        assert (site in ignored) is not fits
+        assert fits or torch.equal(found[f"{site}.weight"], plain[f"{site}.weight"])
+    assert surgery.verify_checkpoint(base, adapter, out).ok
+    surgery.unmerge_checkpoint(out, tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
+    with pytest.raises(MatchError, match=r"into w4a16: .* has no linear weight that it could hold"):
+        surgery.merge_checkpoint(base, adapter, tmp_path / "none", into="w4a16", **ANY)
+
+
+def test_what_is_always_read_as_bfloat16_is_made_of_it(adapter: Path, tmp_path: Path):
+    base = plain_base(tmp_path / "base", dtype=torch.float16)
+    with pytest.raises(FormatError, match="nvfp4 is always read as bfloat16; give --dtype bfloat16"):
+        surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="nvfp4", **ANY)
 
 
 def test_tiles_workers_and_shards_change_no_bit_and_a_weight_is_never_cut(adapter: Path, tmp_path: Path):
@@ -267,7 +292,7 @@ def test_a_module_that_the_adapter_replaces_is_plain_beside_weights_that_keep_th
         ("plain", {"into": "nf4", "rounding": "up"}, UsageError, "nearest, feedback"),
         ("fp8-rows", {"into": "keep", "fallback": "16bit", "min_retained": 1.1}, FormatError, "fbgemm_fp8"),
         ("plain", {"into": "nf4", "fallback": "16bit", "min_retained": 1.1}, MatchError, "too little there"),
-        ("plain", {"into": "nf4-double"}, UsageError, "one of"),
+        ("plain", {"into": "w4a16-asym"}, UsageError, "one of"),
         ("plain", {"into": "nf4", "base_as": "nf4"}, UsageError, "base_as"),
         ("plain", {"into": "nf4", "arithmetic": "peft"}, UsageError, "exact"),
         ("plain", {"into": "nf4", "dtype": "float64"}, FormatError, "--dtype bfloat16"),

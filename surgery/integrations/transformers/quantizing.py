@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from surgery.codecs import codec_of
-from surgery.codecs.bnb8 import OUTLIERS
+from surgery.codecs.bitsandbytes_config import OUTLIERS
 from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.quantized import compute_dtype, is_quantized, packed_of_layer
 from surgery.integrations.transformers.model import is_pretrained

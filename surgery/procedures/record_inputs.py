@@ -1,0 +1,155 @@
+"""record_inputs: the second moment of what each linear layer of a model gets, in few rows, for rounding by them.
+
+The sum S of x x' is never held: of it Y = S O is, with O [in, k] random and seeded, from which Nystroem's method gives
+the part of S that is largest, Y (O'Y)^-1 Y'; and the sum of squares by input, for the rest.
+https://arxiv.org/abs/1706.05736
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.names import suffix_hits
+from surgery.core.select import refuse_unmatched
+from surgery.core.site import TensorInfo
+from surgery.errors import MatchError, UsageError, ValueRangeError, printable
+from surgery.hosts.calibration import INPUTS, MOST, REST
+from surgery.hosts.recognition import op_of
+from surgery.hosts.tree import places
+from surgery.io.lazy import Lazy, write_tensors
+from surgery.io.staging import Staging
+from surgery.layers import Adapted, Replaced
+from surgery.ops.linear import Linear
+
+FILE = "calibration.safetensors"
+_MORE = 8  # columns beside those that are kept, by which these come out better
+_LEAST = 1e-10  # of the largest eigenvalue: those below are noise of float32
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was recorded: of how many inputs, by module."""
+
+    out: Path
+    counts: Mapping[str, int]
+    sha256: str
+
+    def summary(self) -> str:
+        """One line."""
+        return f"{printable(self.out)}: inputs of {len(self.counts)} modules, up to {max(self.counts.values())} of each"
+
+
+class Moments:
+    """Of one module's inputs, streaming: memory is that of a few inputs for each row that is kept."""
+
+    def __init__(self, columns: int, rank: int) -> None:
+        drawn = torch.Generator().manual_seed(0)
+        self.rank, self.count = min(rank, columns), 0
+        width = min(columns, rank + _MORE)
+        self.sketch = torch.randn(columns, width, generator=drawn, dtype=torch.float64)
+        self.seen = torch.zeros(columns, width, dtype=torch.float64)
+        self.squares = torch.zeros(columns, dtype=torch.float64)
+
+    def add(self, inputs: Tensor) -> None:
+        """[n, in]"""
+        wide = inputs.to(device="cpu", dtype=torch.float64)
+        self.count += len(wide)
+        self.seen += wide.T @ (wide @ self.sketch)
+        self.squares += (wide * wide).sum(dim=0)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Rows [rank, in] with nearly that second moment, and the mean squares [in] of what they lack."""
+        inner = self.sketch.T @ self.seen
+        values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
+        kept = values > _LEAST * values[-1].clamp(min=torch.finfo(torch.float64).tiny)
+        factor = self.seen @ (vectors[:, kept] / values[kept].sqrt())  # [in, k], S is about factor factor'
+        left, sizes, _ = torch.linalg.svd(factor, full_matrices=False)
+        largest = left[:, : self.rank] * (sizes[: self.rank] / self.count**0.5)
+        rest = (self.squares / self.count - (largest * largest).sum(dim=1)).clamp(min=0)
+        rows = largest.T if largest.shape[1] else torch.zeros(1, len(rest), dtype=torch.float64)
+        return rows * len(rows) ** 0.5, rest
+
+
+def record_inputs(
+    root: nn.Module, batches: Iterable[Any], targets: Sequence[str] | None, rank: int
+) -> dict[str, Moments]:
+    """Run the model over `batches`: what its linear layers get, by their paths.
+
+    Raises MatchError for an entry that hits nothing, UsageError where none is called, ValueRangeError.
+    """
+    if not 1 <= rank <= MOST:
+        raise UsageError(f"record_inputs: rank is {rank}; 1 to {MOST} is wanted")
+    moments: dict[str, Moments] = {}
+    modules = _chosen(root, targets)
+    mask: list[Tensor | None] = [None]
+    with _hooked(modules, moments, mask, rank), torch.no_grad():
+        for batch in batches:
+            mask[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            _ = root(**batch) if isinstance(batch, Mapping) else root(batch)
+    if not moments:
+        raise UsageError("record_inputs: no linear layer was called; give batches that the model is called with")
+    return moments
+
+
+def write_inputs(moments: Mapping[str, Moments], out: Path, overwrite: bool) -> Recording:
+    """A new folder of one file."""
+    with Staging(out, overwrite=overwrite) as staging:
+        sha256 = write_tensors(staging, FILE, _tensors(moments))
+    return Recording(out, {name: one.count for name, one in moments.items()}, sha256)
+
+
+def _chosen(root: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Module]:
+    """The linear layers by their paths without wrappers; each once."""
+    found: dict[str, nn.Module] = {}
+    for place in places(root):
+        module = place.module.innermost if isinstance(place.module, Adapted) else place.module
+        op = None if isinstance(module, Replaced) else op_of(module)
+        if op is not None and op.name == Linear.name and place.module not in found.values():
+            found[place.name] = place.module
+    refuse_unmatched("targets", [one for one in targets or () if not any(suffix_hits((one,), n) for n in found)], found)
+    chosen = {name: one for name, one in found.items() if targets is None or suffix_hits(targets, name)}
+    if not chosen:
+        raise MatchError("record_inputs: the model has no linear layer; there is nothing to record")
+    return chosen
+
+
+@contextmanager
+def _hooked(
+    modules: Mapping[str, nn.Module], moments: dict[str, Moments], mask: list[Tensor | None], rank: int
+) -> Iterator[None]:
+    def see(name: str, _: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        inputs: Tensor = given[0] if given else next(iter(named.values()))
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        if mask[0] is not None and mask[0].shape == inputs.shape[:-1]:  # padding is no input
+            rows = rows[mask[0].reshape(-1).to(rows.device) != 0]
+        if not bool(rows.isfinite().all()):
+            raise ValueRangeError(
+                f"{printable(name)}: it gets NaN or infinity; finite inputs are wanted; see to the model"
+            )
+        if len(rows):
+            moments.setdefault(name, Moments(rows.shape[1], rank)).add(rows)
+
+    handles = [one.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, one in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(moments: Mapping[str, Moments]) -> dict[str, Lazy]:
+    """In float32."""
+    found = {}
+    for name, one in sorted(moments.items()):
+        columns, rows = len(one.squares), one.rows()
+        shapes = ((INPUTS, (len(rows[0]), columns)), (REST, (columns,)))
+        for (ending, shape), values in zip(shapes, rows, strict=True):
+            info = TensorInfo(name + ending, torch.float32, shape)
+            found[name + ending] = Lazy(info, partial(values.to, torch.float32))
+    return found
