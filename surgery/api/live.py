@@ -1,6 +1,6 @@
 """On a model in memory: each function calls one procedure, and attaches what transformers adds to its models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
@@ -25,6 +25,7 @@ from surgery.procedures import mixed_batch as mixing
 from surgery.procedures import quantize as quantizing
 from surgery.procedures import save as saving
 from surgery.procedures.configs import config_of, is_peft_s
+from surgery.procedures.examples import Examples
 from surgery.procedures.held_layers import Landing
 from surgery.procedures.treatment import Treatment
 
@@ -40,6 +41,7 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     trainable: bool = True,
     matching: Literal["strict", "peft"] | None = None,
     quantization_aware: str | None = None,
+    examples: Iterable[Any] | None = None,
 ) -> Model:
     """Lay a fresh adapter over the modules that `config` names, in place; returns the model.
 
@@ -50,8 +52,11 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     "re:" in lists and keys of patterns; each entry has to match. "peft" matches as PEFT does, by default where the
     config is one of peft or lies in a file. With `quantization_aware` "nf4", "nf4-double", "fp4", "fp4-double", "int8",
     "fp8_block", "w4a16", "w4a16-asym" or "nvfp4" its layers run, and it is trained, as they will once it is merged and
-    their weights are held so: the base's own scales are kept where it is held in that format already. Raises
-    MatchError for an entry that matches nothing, ConfigError, StateError.
+    their weights are held so: the base's own scales are kept where it is held in that format already.
+
+    `examples` are for `init_lora_weights` "eva": batches, each a tensor, several in a list or tuple, or keyword
+    arguments, which are run through the base, again and again until what is found settles. Raises MatchError for an
+    entry that matches nothing, UsageError without the examples that it starts from, ConfigError, StateError.
 
     >>> import surgery, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -64,7 +69,8 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
         raise UsageError(f"matching is {printable(matching)!r}; strict or peft is wanted")
     as_peft = is_peft_s(config) if matching is None else matching == "peft"
     heads = partial(hugging.output_heads, model)
-    injection.inject(model, config_of(config), adapter_name, heads, trainable, form, as_peft)
+    batches = None if examples is None else Examples(examples)
+    injection.inject(model, config_of(config), adapter_name, heads, trainable, form, as_peft, batches)
     hugging.attach(model)
     return model
 
