@@ -1,7 +1,9 @@
 """How a weight is held; one file a codec, asked in this order."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from surgery.codecs.bnb4 import Bnb4
@@ -12,7 +14,7 @@ from surgery.codecs.mxfp4 import Mxfp4
 from surgery.codecs.nvfp4 import Nvfp4
 from surgery.codecs.plain import Plain
 from surgery.codecs.torchao import TorchaoFp8, TorchaoInt8
-from surgery.core.codec import Codec, Packed, Settings
+from surgery.core.codec import Codec, Packed, Settings, Shape
 from surgery.errors import FormatError
 
 CODECS: tuple[Codec, ...] = (
@@ -38,9 +40,9 @@ FORMS: Mapping[str, tuple[Codec, Settings]] = {
 def codec_of(packed: Packed, where: str) -> Codec:
     """The codec that claims `packed`. FormatError, naming `where`, if none does."""
     headers = packed.headers
-    for codec in CODECS:
-        if codec.claims(headers):
-            return codec
+    codec = _claiming(tuple(headers.items()))
+    if codec is not None:
+        return codec
     held = ", ".join(f"{role} {str(dtype).removeprefix('torch.')}" for role, (dtype, _) in headers.items())
     raise FormatError(f"{where}: held as {held}; float64, float32, bfloat16 or float16 is wanted; dequantize it first")
 
@@ -63,3 +65,10 @@ def packed_of(tensors: Mapping[str, Tensor], where: str, config: Settings | None
         return packed._replace(settings=codec.read(packed.headers, config or {}, tensors.__getitem__))
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from error
+
+
+@lru_cache
+def _claiming(headers: tuple[tuple[str, tuple[torch.dtype, Shape]], ...]) -> Codec | None:
+    """The first codec that claims them. Kept: it is asked for each tile, and all tiles of a weight are alike."""
+    told = dict(headers)
+    return next((codec for codec in CODECS if codec.claims(told)), None)

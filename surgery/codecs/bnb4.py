@@ -145,11 +145,11 @@ class _Part(NamedTuple):
         return slice(start, start + self.last - self.first)
 
     def scaled(self, values: Tensor, absmax: Tensor) -> Tensor:
-        """Each of the part's values, flat, times the absmax of its block; in the part's shape."""
+        """Each of the part's values, flat and fresh, times the absmax of its block; in the part's shape."""
         before = self.first - self.blocks.start * self.blocksize
         after = len(absmax) * self.blocksize - before - len(values)
         whole = pad(values, (before, after)) if before or after else values
-        scaled = whole.view(-1, self.blocksize) * absmax.unsqueeze(1)  # [block, blocksize]
+        scaled = whole.view(-1, self.blocksize).mul_(absmax.unsqueeze(1))  # [block, blocksize]
         return scaled.flatten()[before : before + len(values)].view(self.shape)
 
     def spread(self, absmax: Tensor) -> Tensor:
@@ -161,8 +161,7 @@ class _Part(NamedTuple):
 def _looked_up(packed: Packed, table: Tensor) -> Tensor:
     """A float32 of `table` [16] for each code, flat; two at a time, for a lookup is what takes the time."""
     octets = packed.tensors["weight"].contiguous().view(torch.uint8).flatten()
-    high, low = (torch.arange(256, device=table.device) >> shift & 15 for shift in (4, 0))
-    pairs = torch.stack([table[high], table[low]], dim=1).view(torch.int64).flatten()  # [256]
+    pairs = torch.cartesian_prod(table, table).view(torch.int64).flatten()  # [256], the high half changes last
     return pairs.index_select(0, octets.to(torch.int32)).view(torch.float32)
 
 
@@ -171,10 +170,12 @@ def _absmax(packed: Packed, part: _Part) -> Tensor:
     absmax, settings = packed.tensors["weight.absmax"], packed.settings
     if "weight.nested_absmax" not in packed.tensors:
         return absmax.to(torch.float32)
-    block = torch.arange(part.blocks.start, part.blocks.stop, device=absmax.device) // settings["nested_blocksize"]
-    scale: Tensor = packed.tensors["weight.nested_absmax"][block]
-    values: Tensor = packed.tensors["weight.nested_quant_map"][absmax.long()] * scale + settings["nested_offset"]
-    return values
+    each, blocks = settings["nested_blocksize"], part.blocks
+    first, last = blocks.start // each, -(-blocks.stop // each)
+    scales = packed.tensors["weight.nested_absmax"][first:last].repeat_interleave(each)
+    scale = scales[blocks.start - first * each :][: len(absmax)]
+    values = packed.tensors["weight.nested_quant_map"].index_select(0, absmax.flatten().to(torch.int32))
+    return values.mul_(scale).add_(settings["nested_offset"])
 
 
 def _nearest(values: Tensor, map16: Tensor) -> Tensor:

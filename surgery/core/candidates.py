@@ -45,8 +45,13 @@ def merged_value(w: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) ->
 
 def accumulate(w: Tensor, steps: Sequence[Elementwise]) -> Tensor:
     """The steps applied in order, unrounded."""
+    return accumulate_onto(w.clone(), steps)
+
+
+def accumulate_onto(w: Tensor, steps: Sequence[Elementwise]) -> Tensor:
+    """The same in the memory of `w`."""
     for step in steps:
-        w = step.apply(w)
+        w = step.onto(w)
     return w
 
 

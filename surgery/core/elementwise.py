@@ -24,6 +24,10 @@ class Elementwise(ABC):
     def apply(self, w: Tensor) -> Tensor: ...
 
     @abstractmethod
+    def onto(self, w: Tensor) -> Tensor:
+        """`apply` in the memory of w, which is float64 and as large as the values: a pass takes what it touches."""
+
+    @abstractmethod
     def undo(self, w: Tensor) -> Tensor: ...
 
     @abstractmethod
@@ -60,6 +64,9 @@ class Shift(Elementwise):
     def apply(self, w: Tensor) -> Tensor:
         return w + self.values
 
+    def onto(self, w: Tensor) -> Tensor:
+        return w.add_(self.values)
+
     def undo(self, w: Tensor) -> Tensor:
         return w - self.values
 
@@ -82,6 +89,9 @@ class Scale(Elementwise):
 
     def apply(self, w: Tensor) -> Tensor:
         return w * self.values
+
+    def onto(self, w: Tensor) -> Tensor:
+        return w.mul_(self.values)
 
     def undo(self, w: Tensor) -> Tensor:
         return w / self.values
@@ -109,6 +119,9 @@ class Affine(Elementwise):
 
     def apply(self, w: Tensor) -> Tensor:
         return w * self.values + self.added
+
+    def onto(self, w: Tensor) -> Tensor:
+        return w.mul_(self.values).add_(self.added)
 
     def undo(self, w: Tensor) -> Tensor:
         return (w - self.added) / self.values

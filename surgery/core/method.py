@@ -150,11 +150,11 @@ class Additive(Method):
 
     @abstractmethod
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
-        """[out, in] of the tile, before scaling."""
+        """[out, in] of the tile, before scaling, in fresh memory."""
 
     def steps(self, p: Params, tile: Tile, product: Product) -> Shift:
         # The scaling is an operation of its own: fused with the addition it would round differently.
-        return Shift(self.scaling * self.delta(p, tile, product))
+        return Shift(self.delta(p, tile, product).mul_(self.scaling))
 
     def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:
         return base._replace(weight=self.steps(p, tile, product).apply(base.weight))

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from surgery.core.bits import BitReader, BitWriter
-from surgery.core.candidates import Survey, accumulate, candidates, from_order, merged_value, order
+from surgery.core.candidates import Survey, accumulate, accumulate_onto, candidates, from_order, merged_value, order
 from surgery.core.elementwise import Elementwise
 from surgery.errors import CheckError
 
-__all__ = ["Recorder", "Restorer", "accumulate", "from_order", "merged_value", "order"]
+__all__ = ["Recorder", "Restorer", "accumulate", "accumulate_onto", "from_order", "merged_value", "order"]
 
 _PART = 1 << 16  # indices sorted and packed at a time, so that small tiles cost little each
 _LONGEST = 62  # bits of an index

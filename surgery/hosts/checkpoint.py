@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from surgery.io.tensor_file import TensorFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SHARED, _SHARED_BYTES = 64, 1 << 14  # tensors that stay in memory, and how large one may be
 _SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})\.safetensors")
 
 
@@ -50,6 +51,7 @@ class Checkpoint:
             self.close()
             raise
         self.readings: list[Reading] | None = None
+        self._shared = lru_cache(_SHARED)(lambda info: self._rows_of(info, None))
         self.hub_id: str | None = None  # the repository of the Hub that it came from, and the commit
         self.commit: str | None = None
         self.names: Callable[[], NameMap] = lambda: USUAL  # of the model in memory, asked for where they matter
@@ -67,6 +69,7 @@ class Checkpoint:
 
     def hash_reads(self, ahead: int = 0) -> list[Reading]:
         """From now on all that is read is hashed, by file, if `ahead` is given up to so many pieces later."""
+        self._shared.cache_clear()
         self.readings = [Reading(file, ahead) for file in self.files]
         return self.readings
 
@@ -119,7 +122,7 @@ class Checkpoint:
         if held is not None and site.op is not None and site.op.stack:
             return Packed({"weight": self.stacks.rows(site, held, rows)})
         if held is not None:
-            return held.load(rows, self._rows_of)
+            return held.load(rows, self._rows_of if rows is None else self._part_of)
         info = site.laid(self.at[site.weight.name][1].info)
         _ = info.torch_dtype  # a format that torch lacks is refused
         return Packed({"weight": self._rows_of(info, rows)})
@@ -151,6 +154,12 @@ class Checkpoint:
         if self.readings is not None:
             self.readings[index].feed(entry, entry.start + skipped, data)
         return tensor_from(data, torch_dtype_of(info), part.shape)
+
+    def _part_of(self, info: TensorInfo, rows: slice | None) -> Tensor:
+        """The same for a tile. What all tiles of a weight share, such as a table of values, is read once."""
+        if rows is not None or info.nbytes > _SHARED_BYTES:
+            return self._rows_of(info, rows)
+        return self._shared(info)
 
     def check_unchanged(self) -> None:
         for file in self.files:

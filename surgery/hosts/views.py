@@ -16,7 +16,7 @@ from surgery.core.feedback import Feedback
 from surgery.core.method import Dense
 from surgery.core.site import Site
 from surgery.core.source import Source
-from surgery.core.undo import accumulate
+from surgery.core.undo import accumulate_onto
 from surgery.errors import ValueRangeError, printable
 from surgery.hosts.change import Change, MergedTile, Watch, elementwise, ends, reads_of
 from surgery.hosts.couplings import Couplings, coupled
@@ -87,7 +87,7 @@ class Merged:
         packed = self.source.load(change.site, rows)
         codec = codec_of(packed, printable(change.site.weight.name))
         before = codec.decode(packed, torch.float64)
-        laid, _ = _lay(change, rows, before, started)
+        laid, _ = _lay(change, rows, before.clone(), started)
         if not all_finite(laid):
             raise _non_finite(change.site, before, laid)
         outcome = rounded(codec, laid, packed, self._feedback(change, rows, started))
@@ -173,9 +173,10 @@ def _begin(change: Change, original: Packed | None, rows: slice) -> Packed:
 
 
 def _lay(change: Change, rows: slice, weight: Tensor, started: Started) -> tuple[Tensor, list[Elementwise] | None]:
+    """The layers over `weight`, in float64, whose memory is used up; and the steps that lead there."""
     steps = elementwise(change, rows, started)
     if steps is not None:
-        return accumulate(weight, steps), steps
+        return accumulate_onto(weight, steps), steps
     op = change.site.acting
     for layer, product in started:
         base = Dense(op.matrix(weight))

@@ -300,6 +300,23 @@ def test_what_a_step_says_of_rounding_covers_the_merge_in_the_dtype_of_the_weigh
 
 
 @each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_steps_in_the_memory_of_a_weight_are_the_same_and_leave_the_adapter_alone(
+    method: Method, op: Op, dtype: torch.dtype
+):
+    w = torch.randn(OUT, IN).double()
+    p = {role: values.to(dtype) for role, values in told(method, op, w, trained(method, op)).items()}
+    before = {role: values.clone() for role, values in p.items()}
+    for one in (method, method.for_bias()):
+        step = None if one is None else one.steps(p, WHOLE, exact_product)
+        if step is not None:
+            step = step.seen(lambda values: values.expand(OUT, IN))
+            wanted = step.apply(w)
+            assert same_bits(step.onto(w.clone()), wanted)
+    assert all(same_bits(values, before[role]) for role, values in p.items())
+
+
+@each_case
 def test_a_method_that_changes_a_bias_does_so_as_its_steps_over_a_matrix_of_one_column(method: Method, op: Op):
     p, base = matrices(method, op, trained(method, op)), Dense(torch.randn(OUT, IN).double(), torch.randn(OUT).double())
     merged, on_bias = method.merge(base, p, WHOLE, exact_product), method.for_bias()
