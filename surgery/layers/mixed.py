@@ -65,7 +65,7 @@ class Mixed(NamedTuple):
         )
 
     @property
-    def params(self) -> Params:
+    def computed(self) -> Params:
         return {}
 
     def _of_group(self, name: str, x: Tensor, below: Run, op: Op, training: bool) -> Tensor:

@@ -102,8 +102,11 @@ def _refuse_whole_batches(root: nn.Module, chosen: set[str]) -> None:
         if both := chosen & holder.modules_to_save.keys():
             raise StateError(_told(name, both, "replaced by modules_to_save, of which no rows are known"))
     for name, layer in adapted_layers(root).items():
-        if layer.op.roles and (both := chosen & layer.fitted.keys()):
+        both = chosen & layer.fitted.keys()
+        if layer.op.roles and both:
             raise StateError(_told(name, both, f"an {layer.op.name} layer, whose weights are read, not called"))
+        if any(layer.fitted[adapter].shared for adapter in both):
+            raise StateError(_told(name, both, "each process holds a share, and gathers only what its own rows need"))
     for name, module in root.named_modules() if chosen else ():
         if module.__dict__.get("batch_first") is False:
             raise StateError(_told(name, chosen, "batch_first is False, so that rows need not be the first axis"))
