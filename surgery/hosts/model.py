@@ -136,4 +136,4 @@ def _infos(name: str, module: nn.Module) -> dict[str, TensorInfo]:
 def stored_weight(module: nn.Module, op: Op) -> Tensor:
     """The weight of a module that is a site, as it is stored, outside autograd; decoded where it is quantized."""
     held: Tensor = decoded(module) if is_quantized(module) else getattr(module, op.roles.get("weight", "weight"))
-    return held.detach()
+    return whole(held.detach())

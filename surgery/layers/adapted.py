@@ -11,6 +11,7 @@ from surgery.core.adapter import Layer
 from surgery.core.arithmetic import float_product
 from surgery.core.method import Dense, Method, Params, Product
 from surgery.core.op import WHOLE, Op
+from surgery.core.sharded import is_sharded, whole
 from surgery.core.site import Site
 from surgery.core.sums import sum_rows
 from surgery.layers.aware import Holding, held_merge
@@ -58,7 +59,8 @@ class Adapted(Bare):
             holders[role] = (
                 slot.fix(adapter, leaf, values) if spec.fixed else slot.put(adapter, leaf, values, trainable)
             )
-        self.fitted[adapter] = Fitted(method, holders, slots, aware)
+        shared = any(map(is_sharded, params.values()))
+        self.fitted[adapter] = Fitted(method, holders, slots, aware, shared)
 
     def unfit(self, adapter: str) -> None:
         """Take an adapter away."""
@@ -134,14 +136,14 @@ class Adapted(Bare):
         """The base layer's weight as a matrix, and its bias."""
         base: Any = self._modules["base_layer"]
         bias = None if self.op.alone else base._parameters.get(self.op.roles.get("bias", "bias"))
-        return Dense(self.op.matrix(self._stored()), bias)
+        return Dense(self.op.matrix(self._stored()), None if bias is None else whole(bias))
 
     def _effective(self, base: Dense, product: Product) -> Dense:
         """What the running adapters make of a weight and a bias."""
         dense = base
         for one in self.running:
             one.method.refuse_merge(self.site)
-            p = one.method.matrices(one.params, self.site)
+            p = one.method.matrices(one.computed, self.site)
             if one.method.couples:
                 p = one.method.told(p, sum_rows(one.method.terms(base.weight, p, WHOLE, product)))
             dense = one.method.merge(dense, p, WHOLE, product)
@@ -164,7 +166,7 @@ class Adapted(Bare):
 
     def _stored(self) -> Tensor:
         """The base layer's weight as floats."""
-        return self.base_weight if self.decode is None else self.decode(self.base_layer)
+        return whole(self.base_weight) if self.decode is None else self.decode(self.base_layer)
 
     @property
     def base_weight(self) -> Tensor:

@@ -1,6 +1,6 @@
 """Mixed: a layer that runs each row of a batch under an adapter of its own."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -35,6 +35,33 @@ class Rows:
             self._indices[device] = groups, torch.cat(list(groups.values())).argsort()
         return self._indices[device]
 
+    def apart(self, x: Tensor, run: Callable[[str, Tensor, Tensor], Tensor]) -> Tensor:
+        """What `run` makes of each group's name, its part of `x` and its rows, in the batch's order again."""
+        groups, back = self.indices(x.device)
+        parts = [run(name, x.index_select(0, index), index) for name, index in groups.items()]
+        return torch.cat(parts).index_select(0, back)
+
+    def refuse_unlike(self, site: str, x: Tensor, has_batch: bool) -> None:
+        """Rows are told by the first axis: UsageError unless there is one of batches, of the right length."""
+        if not has_batch or len(x) != self.count:
+            raise UsageError(
+                f"{printable(site)}: {self.count} adapter_names, and its input is {list(x.shape)}; one name for each "
+                "row of the first axis is wanted; give as many, or run each adapter's rows by themselves"
+            )
+
+
+def read_while_mixed(site: str) -> StateError:
+    """What asks for a weight or bias asks for one that there is not."""
+    return StateError(
+        f"{printable(site)}: its weight is read while a batch is mixed, and rows under several adapters have no weight "
+        "in common; run each adapter's rows by themselves, or leave this layer out of the adapters"
+    )
+
+
+def has_batch(x: Tensor, op: Op) -> bool:
+    """Does an input of the op begin with an axis of batches?"""
+    return x.dim() == len(op.kernel) + 2 if op.kernel else x.dim() > op.accepts_dropout()
+
 
 class Mixed(NamedTuple):
     """Stands for the one adapter that a layer runs."""
@@ -45,40 +72,24 @@ class Mixed(NamedTuple):
 
     def branch(self, x: Tensor, below: Run, op: Op, training: bool) -> Tensor:
         """What each row alone would give; the layer below sees the whole batch at once where it can."""
-        self._refuse_unlike(x, op)
+        self.rows.refuse_unlike(self.site, x, has_batch(x, op))
         if len(self.rows.groups) == 1:
             return self._of_group(next(iter(self.rows.groups)), x, below, op, training)
-        groups, back = self.rows.indices(x.device)
         whole = Whole(x, below)
-        parts = []
-        for name, index in groups.items():
-            part = x.index_select(0, index)
-            parts.append(self._of_group(name, part, Part(part, index, whole), op, training))
-        return torch.cat(parts).index_select(0, back)
-
-    @property
-    def method(self) -> Method:
-        """What asks for the layer's weight or bias asks for one that there is not."""
-        raise StateError(
-            f"{printable(self.site)}: its weight is read while a batch is mixed, and rows under several adapters have "
-            "no weight in common; run each adapter's rows by themselves, or leave this layer out of the adapters"
+        return self.rows.apart(
+            x, lambda name, part, index: self._of_group(name, part, Part(part, index, whole), op, training)
         )
 
     @property
-    def params(self) -> Params:
+    def method(self) -> Method:
+        raise read_while_mixed(self.site)
+
+    @property
+    def computed(self) -> Params:
         return {}
 
     def _of_group(self, name: str, x: Tensor, below: Run, op: Op, training: bool) -> Tensor:
         return below(x) if name == BASE else self.over[name].branch(x, below, op, training)
-
-    def _refuse_unlike(self, x: Tensor, op: Op) -> None:
-        """Rows are told by the first axis: UsageError unless there is one of batches, of the right length."""
-        has_batch = x.dim() == len(op.kernel) + 2 if op.kernel else x.dim() > op.accepts_dropout()
-        if not has_batch or len(x) != self.rows.count:
-            raise UsageError(
-                f"{printable(self.site)}: {self.rows.count} adapter_names, and its input is {list(x.shape)}; one name "
-                "for each row of the first axis is wanted; give as many, or run each adapter's rows by themselves"
-            )
 
 
 class Whole:

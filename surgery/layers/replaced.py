@@ -1,12 +1,25 @@
 """Replaced: a module of `modules_to_save`, with a trained copy of it for each adapter."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+from surgery.core.op import Op
+from surgery.layers.mixed import BASE, Rows, has_batch, read_while_mixed
+
+
+class Apart(NamedTuple):
+    """How a batch is mixed here."""
+
+    site: str
+    op: Op
+    rows: Rows
 
 
 class Replaced(nn.Module):
     """Runs the active adapter's copy, or `original_module`. Spelled as PEFT does."""
+
+    apart: Apart | None = None
 
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__()
@@ -19,6 +32,12 @@ class Replaced(nn.Module):
         """The last of `adapters` that has a copy runs from now on, if `enabled`."""
         self.active = tuple(name for name in adapters if name in self.modules_to_save)
         self.enabled = enabled
+        self.apart = None
+
+    def mix(self, site: str, op: Op, rows: Rows) -> None:
+        """Each row of a batch runs through its own adapter's copy from now on, until `activate`."""
+        self.activate((), self.enabled)
+        self.apart = Apart(site, op, rows)
 
     @property
     def running(self) -> nn.Module:
@@ -27,7 +46,14 @@ class Replaced(nn.Module):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.running(*args, **kwargs)
+        if self.apart is None:
+            return self.running(*args, **kwargs)
+        x, *rest = args or (kwargs.pop(next(iter(kwargs))),)
+        self.apart.rows.refuse_unlike(self.apart.site, x, has_batch(x, self.apart.op))
+        return self.apart.rows.apart(x, lambda name, part, _: self._copy(name)(part, *rest, **kwargs))
+
+    def _copy(self, adapter: str) -> nn.Module:
+        return self.original_module if adapter == BASE else self.modules_to_save[adapter]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -35,4 +61,7 @@ class Replaced(nn.Module):
         except AttributeError:
             if name in ("original_module", "modules_to_save"):
                 raise
-            return getattr(self.running, name)
+            found = getattr(self.running, name)
+            if self.apart is not None and isinstance(found, Tensor):
+                raise read_while_mixed(self.apart.site) from None
+            return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from surgery.core.arithmetic import float_product
 from surgery.core.method import Dense, Method, Params, Run
 from surgery.core.op import WHOLE, Op
+from surgery.core.sharded import gathered
 from surgery.layers.aware import Holding
 from surgery.layers.mixed import Mixed
 from surgery.layers.plain import is_plain_linear
@@ -39,6 +40,7 @@ class Fitted:
     holders: Mapping[str, Holder]
     slots: Mapping[str, Slot]
     aware: Holding | None = None  # of what it is trained to become
+    shared: bool = False  # does each process hold a share of it, of which nothing but this layer knows?
 
     @property
     def params(self) -> Params:
@@ -52,7 +54,15 @@ class Fitted:
     def branch(self, x: Tensor, below: Run, op: Op, training: bool) -> Tensor:
         """The adapted output, over the layer below."""
         params: Any = {role: held[key] for role, (held, key) in self.holders.items()}
-        return self.method.branch(x, below, op, params, training)
+        return self.method.branch(x, below, op, self._whole(params), training)
+
+    @property
+    def computed(self) -> Params:
+        """The parameters as the layer computes with them."""
+        return self._whole(self.params)
+
+    def _whole(self, params: Params) -> Params:
+        return {role: gathered(values) for role, values in params.items()} if self.shared else params
 
 
 class Below:
@@ -108,4 +118,4 @@ class Over:
         if bias is None or on_bias is None:
             return bias
         column = Dense(bias.unsqueeze(1))  # [out, 1]
-        return on_bias.merge(column, self.one.params, WHOLE, float_product).weight.squeeze(1)  # [out]
+        return on_bias.merge(column, self.one.computed, WHOLE, float_product).weight.squeeze(1)  # [out]

@@ -153,12 +153,12 @@ class AdaLoraConfig(AdapterConfig):
                 _check_mask(name, mask, self.init_r)
 
 
-_OPS = frozenset({"linear", "conv1d"})
+_OPS = frozenset({"linear", "conv1d", "convolution"})
 
 
 @dataclass(frozen=True)
 class AdaLora(Additive, AsPeft):
-    """A is [r, in], E is [r, 1], B is [out, r]: as many triplets; r may be 0."""
+    """A is [r, in], E is [r, 1], B is [out, r]: as many triplets; r may be 0. Over a Conv2d, in is flat, as in PEFT."""
 
     r: int
     alpha: float  # of which the scaling is made, and the rank that it began with
@@ -169,10 +169,12 @@ class AdaLora(Additive, AsPeft):
     name = "AdaLoRA"
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        if site.acting.name not in _OPS:
+        op = site.acting
+        if op.name not in _OPS or len(op.kernel) not in (0, 2) or op.groups > 1:
+            axes = f" over {len(op.kernel)} axes in {op.groups} groups" if op.kernel else ""
             raise MatchError(
-                f"{printable(site.name)}: its op is {site.acting.name}; AdaLoRA acts on Linear and Conv1D of "
-                "transformers; exclude it"
+                f"{printable(site.name)}: its op is {op.name}{axes}; AdaLoRA acts on Linear, Conv1D of transformers, "
+                "and Conv2d in one group, as in PEFT; exclude it"
             )
         out_features, in_features = site.shape
         shapes = {"A": (self.r, in_features), "E": (self.r, 1), "B": (out_features, self.r)}

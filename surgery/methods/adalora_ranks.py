@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from surgery.core.sharded import whole
 from surgery.errors import ValueRangeError
 from surgery.methods.adalora import AdaLoraConfig
 
@@ -58,4 +59,5 @@ def masks(importance: Mapping[str, Importance], left: int) -> dict[str, list[boo
 
 def _triplets(one: Importance) -> Tensor:
     """[r]: of each triplet, its singular value's score and the means of its vectors'."""
-    return one["E"].score.flatten() + (one["A"].score.mean(1) + one["B"].score.mean(0))
+    A, E, B = (whole(one[role].score) for role in "AEB")  # summed as one process sums them
+    return E.flatten() + (A.mean(1) + B.mean(0))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.method import Params
-from surgery.core.sharded import is_sharded
+from surgery.core.sharded import fill, rest, whole
 from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.tree import State, adapted_layers, injected, state_of
 from surgery.methods.adalora import AdaLoraConfig
@@ -51,6 +51,7 @@ def orthogonal_loss(root: nn.Module) -> Tensor:
 
 def regularizer(root: nn.Module) -> Tensor:
     """The same, wherever else it is."""
+    rest(root)  # else a share could be taken for a whole, and its gradient be lost
     terms = [config.orth_reg_weight * _mean(sites_of(root, name)) for name, config in _required(root).items()]
     return torch.stack(terms).sum()
 
@@ -64,6 +65,7 @@ def adalora_step(root: nn.Module, step: int) -> None:
     if type(step) is not int or step < 0:
         raise UsageError(f"adalora_step: step is {printable(step)}; a whole number from 0 is wanted")
     refuse_merged(root, "allot ranks")
+    rest(root)
     for name, config in _required(root).items():
         config.check_schedule()
         sites = sites_of(root, name)
@@ -89,7 +91,7 @@ def _mean(sites: Mapping[str, Params]) -> Tensor:
     """|A A^T - I| and |B^T B - I|, in Frobenius' norm, on average."""
     terms = []
     for p in sites.values():
-        for values in (p["A"], p["B"].T):
+        for values in (whole(p["A"]), whole(p["B"]).T):
             gram = values @ values.T  # [r, r]
             terms.append(torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
     return torch.stack([term.to(terms[0].device) for term in terms]).mean()
@@ -142,17 +144,13 @@ def _choose(state: State, one: Trained, step: int) -> None:
 def _mask(config: AdaLoraConfig, sites: Mapping[str, Params]) -> None:
     """The singular values of the triplets that are gone become zero, also where they have grown again."""
     for name, p in sites.items():
-        gone = ~torch.tensor(config.mask(name), device=p["E"].device).unsqueeze(1)  # [r, 1]
-        p["E"].detach().masked_fill_(gone, 0)
+        E = p["E"].detach()
+        gone = ~torch.tensor(config.mask(name), device=E.device).unsqueeze(1)  # [r, 1]
+        fill(E, whole(E).masked_fill(gone, 0))
 
 
 def _refuse_reduced(sites: Mapping[str, Params], config: AdaLoraConfig) -> None:
     for name, p in sites.items():
-        if any(map(is_sharded, p.values())):
-            raise StateError(
-                f"{printable(name)}: each process holds a share of its gradients, and ranks are allotted by whole "
-                "ones; train AdaLoRA without fully_shard"
-            )
         if len(p["E"]) != config.init_r:
             raise StateError(
                 f"{printable(name)}: {len(p['E'])} triplets are left of {config.init_r}; ranks are allotted once; "

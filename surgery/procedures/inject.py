@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from surgery.codecs.formats import Format
@@ -32,6 +31,7 @@ from surgery.procedures.fresh import fresh_sites
 from surgery.procedures.merge import refuse_merged, refuse_mixed, unmerge
 from surgery.procedures.model_tree import Tree, wrap
 from surgery.procedures.parameters import refuse_nested, targeted_parameters
+from surgery.procedures.placing import placed, refuse_shares
 from surgery.procedures.rows import share_rows, with_rows, with_tied_rows
 from surgery.procedures.tied_copies import Saved, tie_copies, with_tied_copies
 
@@ -116,6 +116,9 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     """Lay a checked adapter over the model. The first one of a model is active, later ones are not."""
     root = tree.root
     _refuse_quantized_copies(tree, fitting)
+    refuse_shares(tree, fitting.saved, "modules_to_save names it")
+    refuse_shares(tree, fitting.biases, "its bias would be trained")
+    refuse_shares(tree, fitting.aware, "the adapter would be aware of its format")
     refuse_nested(tree, {name: site for name, (site, _, _) in fitting.sites.items()}, fitting.saved)
     refuse_clash(tree, state_of(root), fitting.biases, fitting.saved)
     state = state_of(root) or _frozen(tree)
@@ -126,7 +129,8 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     touched: list[Adapted | Replaced] = []
     for name, (site, method, params) in _outer_first(tree, fitting.sites):
         layer = tree.layer(name, site)
-        layer.fit(adapter, method, _placed(params, layer.base_weight), trainable, fitting.aware.get(name))
+        own = placed(params, layer.base_weight, site.acting)
+        layer.fit(adapter, method, own, trainable, fitting.aware.get(name))
         touched.append(layer)
     share_rows(tree, adapter, fitting.sites)
     for name, tensors in fitting.saved.items():
@@ -230,13 +234,6 @@ def with_task_heads(config: AdapterConfig, tree: Tree) -> AdapterConfig:
     heads = {head for name in tree.modules for head in suffix_hits(config.task_heads(), name)}
     added = sorted(heads - set(given))
     return replace(config, modules_to_save=[*given, *added]) if added else config
-
-
-def _placed(params: Params, weight: Tensor) -> Params:
-    """On the weight's device, in its dtype, or in float32 where that is a half type: small steps survive."""
-    half = weight.dtype.itemsize < 4
-    dtype = torch.float32 if half else weight.dtype
-    return {role: values.to(weight.device, dtype) for role, values in params.items()}
 
 
 def _copied(original: nn.Module, tensors: Mapping[str, Tensor] | None, trainable: bool) -> nn.Module:

@@ -13,6 +13,7 @@ from surgery.codecs.formats import Format
 from surgery.core.adapter import Adapter
 from surgery.core.method import Method, Params
 from surgery.core.names import in_base, nearest, renaming
+from surgery.core.sharded import whole
 from surgery.core.site import Site
 from surgery.errors import MatchError, printable
 from surgery.io.fingerprint import BASE_PRINT
@@ -126,7 +127,11 @@ def _check_copies(tree: Tree, adapter: Adapter) -> None:
     for name, values in adapter.copies.items():
         path, _, own = name.rpartition(".")
         weight = tree.held(path).get(own) if path in tree.modules else None
-        if weight is None or weight.shape != values.shape or not torch.equal(weight.cpu(), values.to(weight.dtype)):
+        if (
+            weight is None
+            or weight.shape != values.shape
+            or not torch.equal(whole(weight).cpu(), values.to(weight.dtype))
+        ):
             raise MatchError(
                 f"{printable(adapter.where)}: its copy of {printable(name)} is not equal to the model's; "
                 "it was trained or resized; name it in modules_to_save"

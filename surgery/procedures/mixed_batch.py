@@ -6,9 +6,11 @@ from functools import cache
 
 from torch import nn
 
+from surgery.core.op import Op
 from surgery.errors import StateError, UsageError, printable
+from surgery.hosts.recognition import op_of
 from surgery.hosts.tree import State, adapted_layers, injected, replaced_modules, state_of
-from surgery.layers import BASE, Rows
+from surgery.layers import BASE, Replaced, Rows
 from surgery.procedures.adalora import trained_of
 from surgery.procedures.biases import run_biases
 from surgery.procedures.merge import refuse_merged
@@ -54,13 +56,23 @@ def _mix(root: nn.Module, state: State, names: tuple[str, ...]) -> None:
     activate(root, state, state.active, state.enabled)
     state.mixed = names
     run_biases(state, (), state.enabled)
-    for holder in replaced_modules(root).values():
-        holder.activate((), state.enabled)
+    for name, holder in replaced_modules(root).items():
+        op = _op_of_copies(holder)
+        if op is None:  # none of its adapters is named
+            holder.activate((), state.enabled)
+        else:
+            holder.mix(name, op, rows_of(frozenset(holder.modules_to_save)))
     for layer in adapted_layers(root).values():
         if layer.op.roles:
             layer.activate((), state.enabled)
         else:
             layer.mix(rows_of(frozenset(layer.fitted)))
+
+
+def _op_of_copies(holder: Replaced) -> Op | None:
+    """The op of a module that is nothing else, so that its rows are told as those of an adapted layer."""
+    op = op_of(holder.original_module)
+    return None if op is None or op.roles else op
 
 
 def _checked(root: nn.Module, adapter_names: Sequence[str]) -> tuple[str, ...]:
@@ -99,11 +111,16 @@ def _refuse_whole_batches(root: nn.Module, chosen: set[str]) -> None:
         if adapter in chosen:
             raise StateError(_told(next(iter(modules)), {adapter}, "its bias is trained, which no rows are known of"))
     for name, holder in replaced_modules(root).items():
-        if both := chosen & holder.modules_to_save.keys():
-            raise StateError(_told(name, both, "replaced by modules_to_save, of which no rows are known"))
+        both = chosen & holder.modules_to_save.keys()
+        if both and _op_of_copies(holder) is None:
+            kind = type(holder.original_module).__name__
+            raise StateError(_told(name, both, f"modules_to_save replaces a {kind}, of which no rows are known"))
     for name, layer in adapted_layers(root).items():
-        if layer.op.roles and (both := chosen & layer.fitted.keys()):
+        both = chosen & layer.fitted.keys()
+        if layer.op.roles and both:
             raise StateError(_told(name, both, f"an {layer.op.name} layer, whose weights are read, not called"))
+        if any(layer.fitted[adapter].shared for adapter in both):
+            raise StateError(_told(name, both, "each process holds a share, and gathers only what its own rows need"))
     for name, module in root.named_modules() if chosen else ():
         if module.__dict__.get("batch_first") is False:
             raise StateError(_told(name, chosen, "batch_first is False, so that rows need not be the first axis"))

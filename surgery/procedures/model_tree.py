@@ -1,16 +1,18 @@
 """Tree: a live model's modules and parameters by path, its sites, and wrappers put around them."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from itertools import accumulate
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
 from surgery.core.method import Dense
-from surgery.core.sharded import is_sharded, rest
+from surgery.core.op import Op
+from surgery.core.sharded import axes_of_processes, is_gathering, is_sharded, rest
 from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.model import live_site, parameter_site, stored_weight
-from surgery.hosts.quantized import decoder
+from surgery.hosts.quantized import decoder, is_quantized
 from surgery.hosts.recognition import op_of, unfit
 from surgery.hosts.tree import Place, places
 from surgery.layers import Adapted, Replaced
@@ -83,7 +85,8 @@ class Tree:
         owner, _, own = name.rpartition(".")
         if isinstance(self.modules[owner], Adapted):
             raise MatchError(f"{printable(name)}: {printable(owner)} is adapted as a whole; name the one or the other")
-        _refuse_sharded(name, self.modules[owner])
+        if _is_shared(self.modules[owner]):
+            _refuse_share(name, "which its module reads by itself")
         return parameter_site(f"{self.first_name(owner)}.{own}", self.modules[owner])
 
     def layer(self, name: str, site: Site) -> Adapted:
@@ -135,8 +138,20 @@ class Tree:
         why = unfit(base)
         if why is not None:
             raise MatchError(f"{printable(name)}: {why}, or exclude it")
-        _refuse_sharded(name, base)
+        if _is_shared(base):
+            self._check_share(name, base, op)
         return live_site(name, base, op)
+
+    def _check_share(self, name: str, base: nn.Module, op: Op) -> None:
+        """StateError unless an adapter can be shared out as the weight is."""
+        if op.roles:
+            _refuse_share(name, "which its module reads by itself")
+        if is_quantized(base):
+            _refuse_share(name, "which is quantized")
+        above = [self.root, base, *(self.plain(one) for one in _above(name) if one in self.modules)]
+        held = (values for values in base._parameters.values() if values is not None)
+        if not any(map(is_gathering, above)) or any(axes_of_processes(values) > 1 for values in held):
+            _refuse_share(name, "and not by fully_shard over one axis of processes")
 
     def dense(self, name: str) -> Dense:
         """The base's weight at a path where a site is, outside autograd."""
@@ -156,10 +171,16 @@ def wrap(tree: "Tree", module: nn.Module, wrapper: Wrapper) -> Wrapper:
     return wrapper
 
 
-def _refuse_sharded(name: str, module: nn.Module) -> None:
-    """StateError where an adapter would lie over weights that are shared out."""
-    if any(is_sharded(values) for values in module._parameters.values() if values is not None):
-        raise StateError(
-            f"{printable(name)}: each process holds a share of its weight, and would train a new adapter over it by "
-            "itself; inject or load first, then fully_shard"
-        )
+def _above(name: str) -> Iterator[str]:
+    """The paths of all that a module lies in, but the root."""
+    yield from accumulate(name.split(".")[:-1], "{}.{}".format)
+
+
+def _is_shared(module: nn.Module) -> bool:
+    return any(is_sharded(values) for values in module._parameters.values() if values is not None)
+
+
+def _refuse_share(name: str, why: str) -> NoReturn:
+    raise StateError(
+        f"{printable(name)}: each process holds a share of its weight, {why}; inject or load first, then fully_shard"
+    )

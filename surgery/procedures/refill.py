@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from surgery.core.adapter import Adapter
 from surgery.core.config import AdapterConfig
+from surgery.core.sharded import fill
 from surgery.errors import MatchError, ShapeError, printable
 from surgery.hosts.tree import adapted_layers, injected, replaced_modules
 from surgery.layers import Adapted, Replaced
@@ -43,7 +44,7 @@ def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:
             )
     with torch.no_grad():
         for _, old, new in pairs:
-            old.copy_(new)
+            fill(old, new)
     for name, layer in layers.items():
         layer.retune(adapter_name, fitting.sites[name][1])
     state.configs[adapter_name] = replace(fitting.config, inference_mode=state.configs[adapter_name].inference_mode)

@@ -12,7 +12,7 @@ from surgery.adapters.sorting import PREFIX
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params, Spec
 from surgery.core.names import suffix_hits
-from surgery.core.sharded import rest
+from surgery.core.sharded import rest, whole, written_by_one
 from surgery.core.site import TensorInfo
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.tree import adapted_layers, injected, live_path, places, replaced_modules, spelled
@@ -45,13 +45,21 @@ def write(
     state_dict: Mapping[str, Tensor] | None = None,
     prefix: str = PREFIX,
 ) -> None:
-    """One adapter's files into `folder`, as `tensors_of` gives its tensors, whose names begin with `prefix` there."""
+    """One adapter's files into `folder`, as `tensors_of` gives its tensors, whose names begin with `prefix` there.
+
+    Of a model in shares all processes call it and the first writes; elsewhere a `state_dict` may be empty.
+    """
     rest(root)
-    config, tensors = _written(root, adapter, state_dict)
-    config = _resolved(root, config, adapter)
-    write_file(folder / TENSORS, adapter_bytes(tensors, prefix))
-    write_file(folder / BASE_PRINT, base_print_bytes(_base_print(root, adapter)))
-    write_file(folder / CONFIG, json_bytes(config.to_json()))
+    with written_by_one(root) as writes:
+        base = base_print_bytes(_base_print(root, adapter))
+        if not writes and state_dict is not None:
+            return
+        config, tensors = _written(root, adapter, state_dict)
+        held = adapter_bytes(tensors, prefix)
+        if writes:
+            write_file(folder / TENSORS, held)
+            write_file(folder / BASE_PRINT, base)
+            write_file(folder / CONFIG, json_bytes(_resolved(root, config, adapter).to_json()))
 
 
 def active_folders(root: nn.Module, folder: Path) -> dict[str, Path]:
@@ -78,7 +86,8 @@ def _written(
         one = layer.fitted[adapter]
         there, held = spelled(layers, name, adapter), one.method.tensors(layer.site)
         specs[there] = held
-        sites[there] = one.params if state_dict is None else _picked(state_dict, live_path(layers, name), adapter, held)
+        params = one.params if state_dict is None else _picked(state_dict, live_path(layers, name), adapter, held)
+        sites[there] = {role: whole(values) for role, values in params.items()}
     config, kept = injected(root).configs[adapter].written(sites)
     found = {
         f"{name}.{spec.spelling}": out_proj.written(name, role, kept[name][role])

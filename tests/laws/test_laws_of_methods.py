@@ -46,12 +46,13 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "IA3": {"feedforward_modules": []},
     "ADALORA": {"init_r": 4, "lora_alpha": 4 + 1e-5},
 }
+ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
 UNFIT = {  # which refuse each other, and what is said of it; the last where it would be merged
     ("IA3", "embedding"): "an embedding",
     ("IA3", "scaled embedding"): "an embedding",
     ("IA3", "convolution over one axis"): "a Conv1d",
     ("IA3", "attention"): "an attention",
-    **{("ADALORA", name): "AdaLoRA acts on" for name, op in EXAMPLES.items() if op.name not in {"linear", "conv1d"}},
+    **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
     ("LORA", GROUPED): "in groups",
 }
 

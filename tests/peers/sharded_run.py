@@ -1,19 +1,36 @@
 """What tests/peers/test_processes.py has each of two processes do; a failure ends them all."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
+from surgery.hosts.tree import injected as state_in
 
 STEPS = 3
 EPS = torch.finfo(torch.float32).eps
+BOTH = {"target_modules": ["0", "2"]}
+KINDS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: surgery.LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, **BOTH),
+    "dora": lambda: surgery.LoraConfig(r=3, use_dora=True, init_lora_weights=False, **BOTH),
+    "lora_bias": lambda: surgery.LoraConfig(r=3, lora_bias=True, init_lora_weights=False, **BOTH),
+    "ia3": lambda: surgery.Ia3Config(feedforward_modules=["2"], init_ia3_weights=False, **BOTH),
+    "adalora": lambda: surgery.AdaLoraConfig(init_r=3, target_r=2, total_step=9, **BOTH),
+}
+ALLOTTING = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 9}
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 
 
 def net() -> nn.Sequential:
@@ -21,10 +38,23 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6))  # 9 rows are shared out as 5 and 4
 
 
-def injected() -> nn.Sequential:
-    torch.manual_seed(1)
-    config = surgery.LoraConfig(r=3, lora_alpha=6, target_modules=["0", "2"], init_lora_weights=False)
-    return surgery.inject(net(), config)
+def injected(kind: str = "lora", model: nn.Sequential | None = None, seed: int = 1) -> nn.Sequential:
+    base = net() if model is None else model
+    torch.manual_seed(seed)
+    return surgery.inject(base, KINDS[kind]())
+
+
+def in_shares(model: nn.Sequential, whole: bool = False) -> nn.Sequential:
+    for layer in (model,) if whole else (model[0], model[2], model):
+        fully_shard(layer)
+    return model
+
+
+def late(kind: str, rank: int, whole: bool) -> nn.Sequential:
+    """Sharded, and only then injected; what each process draws is another, and process 0's counts."""
+    model = in_shares(net(), whole)
+    model(batch(9, rank))
+    return injected(kind, model, seed=1 + rank)
 
 
 def batch(step: int, rank: int) -> Tensor:
@@ -39,16 +69,23 @@ def train(model: nn.Module, ranks: list[int]) -> None:
         optimizer.zero_grad()
 
 
-def sharded() -> nn.Sequential:
-    model = injected()
-    for layer in (model[0], model[2], model):
-        fully_shard(layer)
-    return model
+def allot(run: nn.Module, model: nn.Module, ranks: list[int]) -> list[Any]:
+    """Train AdaLoRA through its schedule; the masks after each step."""
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.02)
+    masks = []
+    for step in range(ALLOTTING["total_step"]):
+        loss = run(torch.cat([batch(step, rank) for rank in ranks])).square().mean()
+        (loss + surgery.orthogonal_loss(model)).backward()
+        optimizer.step()
+        surgery.adalora_step(model, step)
+        optimizer.zero_grad()
+        masks.append(state_in(model).configs["default"].rank_pattern)
+    return masks
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     held = model.state_dict()
-    return {name: getattr(held[name], "full_tensor", held[name].clone)() for name in sorted(held)}
+    return {name: getattr(held[name], "full_tensor", held[name].clone)().detach().clone() for name in sorted(held)}
 
 
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -56,13 +93,13 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def assert_in_step(found: dict[str, Tensor]) -> None:
+def assert_in_step(found: dict[str, Tensor], kind: str = "lora") -> None:
     """The same in each process to the bit, and that of one process with both batches, but for roundings."""
     for name, values in found.items():
         others = [torch.empty_like(values) for _ in range(2)]
         dist.all_gather(others, values.contiguous())
         assert torch.equal(*others), name
-    one = injected()
+    one = injected(kind)
     train(one, [0, 1])
     wanted = state(one)
     assert found.keys() == wanted.keys()
@@ -81,20 +118,35 @@ def run_data_parallel(rank: int, folder: Path) -> None:
 
 
 def run_sharded(rank: int, folder: Path) -> None:
-    model = sharded()
+    for kind in KINDS:
+        live_through(in_shares(injected(kind)), kind, rank, folder / f"fsdp-{kind}")
+
+
+def run_late(rank: int, folder: Path) -> None:
+    for kind in KINDS:
+        for whole in (False, True):
+            model = late(kind, rank, whole)
+            assert_equal(state(model), state(injected(kind)))
+            live_through(model, kind, rank, folder / f"late-{kind}-{whole}")
+
+
+def live_through(model: nn.Sequential, kind: str, rank: int, folder: Path) -> None:
+    """Trained, saved, loaded, merged, unmerged and ejected: all as in one process."""
     before = state(model)
     train(model, [rank])
     trained = state(model)
-    assert_in_step(trained)
+    assert_in_step(trained, kind)
     assert any(not torch.equal(before[name], trained[name]) for name in before)
-    surgery.save(model, folder / f"fsdp-{rank}")
-    one = surgery.load(net(), folder / f"fsdp-{rank}")
+    surgery.save(model, folder)
+    one, shared = surgery.load(net(), folder), surgery.load(in_shares(net()), folder)
     assert_equal(state(one), trained)
+    assert_equal(state(shared), trained)
 
     model(batch(9, rank))  # leaves the last layers gathered, where a merge would be lost
-    surgery.merge(model)
-    surgery.merge(one)
+    for merged in (model, shared, one):
+        surgery.merge(merged)
     assert_equal(state(model), state(one))
+    assert_equal(state(shared), state(one))
     assert not torch.equal(state(one)["0.base_layer.weight"], trained["0.base_layer.weight"])
     x = batch(9, 0)
     torch.testing.assert_close(model(x), one(x), rtol=0, atol=2 * 9 * EPS)
@@ -104,30 +156,109 @@ def run_sharded(rank: int, folder: Path) -> None:
     assert_equal(state(model), state(net()))
 
 
-def run_refusals(rank: int, folder: Path) -> None:
-    model = sharded()
-    surgery.save(model, folder / f"again-{rank}")
-    model(batch(0, rank))
-    config = surgery.LoraConfig(r=2, target_modules=["0"])
-    with pytest.raises(surgery.StateError, match=r"0: each process holds a share .*; inject or load first, then fully"):
-        surgery.inject(model, config, adapter_name="late")
-    with pytest.raises(surgery.StateError, match="inject or load first"):
-        surgery.load(model, folder / f"again-{rank}", adapter_name="late")
-    bare = net()
-    fully_shard(bare)
-    with pytest.raises(surgery.StateError, match="inject or load first"):
-        surgery.inject(bare, config)
-    allotting = surgery.inject(net(), surgery.AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=["0"]))
-    fully_shard(allotting)
-    allotting(batch(0, rank)).sum().backward()
-    with pytest.raises(surgery.StateError, match="train AdaLoRA without fully_shard"):
-        surgery.adalora_step(allotting, 0)
+def run_placements(*_: Any) -> None:
+    """B lies in the rows of its weight, A in its columns; the rest is whole in each process."""
+    for axis, placed in ((0, {"A": "R", "B": "S(0)"}), (1, {"A": "S(1)", "B": "R"})):
+        model = nn.Sequential(nn.Linear(6, 4, bias=False))
+        fully_shard(model, shard_placement_fn=lambda _, axis=axis: Shard(axis))
+        surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]))
+        for role, wanted in placed.items():
+            (found,) = getattr(model[0], f"lora_{role}").default.weight.placements
+            assert str(found) == wanted
+
+
+def run_allotting(rank: int, folder: Path) -> None:
+    """AdaLoRA's masks are those of one process, however the model is spread."""
+    KINDS["allotted"] = lambda: surgery.AdaLoraConfig(**ALLOTTING, **BOTH)
+    one = injected("allotted")
+    wanted = allot(one, one, [0, 1])
+    assert len({str(masks) for masks in wanted}) > 4
+    model = injected("allotted")
+    assert allot(DistributedDataParallel(model), model, [rank]) == wanted
+    spread = [in_shares(injected("allotted"), whole) for whole in (False, True)]
+    for model in (*spread, late("allotted", rank, False), late("allotted", rank, True)):
+        assert allot(model, model, [rank]) == wanted
+    surgery.save(model, folder / "allotted")
+    loaded = surgery.load(net(), folder / "allotted")
+    assert_equal(merged_weights(loaded), merged_weights(model))
+
+
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    surgery.merge(model)
+    return {name: values for name, values in state(model).items() if "base_layer" in name}
+
+
+def run_transformers(rank: int, folder: Path) -> None:
+    """An adapter that is added to a sharded model of transformers: trained, saved, merged, swapped."""
+
+    def llama() -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**SMALL))
+
+    def in_layers() -> Any:
+        model = llama()
+        for layer in model.model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    fields = {"r": 4, "target_modules": ["q_proj", "down_proj", "embed_tokens"], "init_lora_weights": False}
+    model, tokens = surgery.inject(in_layers(), surgery.LoraConfig(**fields)), torch.arange(12).reshape(2, 6)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.01)
+    model.train()(input_ids=tokens + rank, labels=tokens + rank).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    gathered = state(model)
+    given = [{}, {"state_dict": gathered if rank == 0 else {}}]  # as accelerate gathers it
+    places = [folder / "one", folder / "other"]
+    for options, place in zip(given, places, strict=True):
+        model.save_pretrained(place, is_main_process=rank == 0, **options)
+    written = [(place / "adapter_model.safetensors").read_bytes() for place in places]
+    assert written[0] == written[1]
+    one = surgery.load(llama(), places[0])
+    with torch.no_grad():
+        assert_close_logits(model.eval()(tokens).logits, one(tokens).logits)
+        model.save_merged(folder / "merged")
+        plain = LlamaForCausalLM.from_pretrained(folder / "merged")
+        surgery.merge(one)
+        assert torch.equal(plain(tokens).logits, one(tokens).logits)
+    other = surgery.inject(in_layers(), surgery.LoraConfig(**fields))
+    other.load_adapter(places[0], "default", hotswap=True)
+    assert_equal(state(other), state(model))
+    with pytest.raises(surgery.StateError, match="gathers only what its own rows need"):
+        other(tokens, adapter_names=["default", "__base__"])
+
+
+def assert_close_logits(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=64 * EPS * float(wanted.abs().max()))
+
+
+def run_refusals(*_: Any) -> None:
+    config = {"r": 2, "target_modules": ["0"]}
+    for options in ({"modules_to_save": ["2"]}, {"bias": "all"}):
+        model = in_shares(net())
+        before = state(model)
+        with pytest.raises(
+            surgery.StateError, match=r"each process holds a share .*; inject or load first, then fully"
+        ):
+            surgery.inject(model, surgery.LoraConfig(**config, **options))
+        assert_equal(state(model), before)
+    attention = fully_shard(nn.Sequential(nn.MultiheadAttention(8, 2)))
+    with pytest.raises(surgery.StateError, match="which its module reads by itself; inject or load first"):
+        surgery.inject(attention, surgery.LoraConfig(**config))
+    mesh = init_device_mesh("cpu", (2,))
+    with pytest.raises(surgery.StateError, match="not by fully_shard over one axis"):
+        surgery.inject(parallelize_module(net(), mesh, {"0": ColwiseParallel()}), surgery.LoraConfig(**config))
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    with pytest.raises(surgery.StateError, match="not by fully_shard over one axis"):
+        surgery.inject(fully_shard(net(), mesh=mesh), surgery.LoraConfig(**config))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for run in (run_data_parallel, run_sharded, run_refusals):
+    runs = run_data_parallel, run_sharded, run_late, run_placements, run_allotting, run_transformers, run_refusals
+    for run in runs:
         run(dist.get_rank(), Path(sys.argv[1]))
     print("all held")
     dist.destroy_process_group()

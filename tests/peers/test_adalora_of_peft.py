@@ -204,3 +204,62 @@ def test_losses_masks_and_merges_of_a_training_are_those_of_peft(options: dict[s
     assert written[0]["rank_pattern"] == written[1]["rank_pattern"]
     merged = surgery.load(made(), tmp_path / "ours")
     assert close(outputs(surgery.merge(merged)), outputs(model.merge_and_unload()))
+
+
+class Pictures(nn.Module):
+    """A convolution below a linear layer."""
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=groups)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.conv(x).relu().flatten(1))
+        return found
+
+
+def test_convolutions_are_trained_saved_and_merged_as_by_peft(tmp_path: Path) -> None:
+    fields = {"init_r": 4, "target_r": 2, "total_step": 8, "target_modules": ["conv", "head"]}
+    model: Any = peft.get_peft_model(Pictures(), peft.AdaLoraConfig(**fields))
+    ours, x = surgery.inject(Pictures(), surgery.AdaLoraConfig(**fields)), torch.linspace(-1, 1, 128).view(2, 4, 4, 4)
+    start = {name.removeprefix("base_model.model."): values for name, values in model.state_dict().items()}
+    assert not ours.load_state_dict(start, strict=False).missing_keys
+    both = [model, ours]
+    optimizers = [torch.optim.AdamW([one for one in net.parameters() if one.requires_grad], lr=0.02) for net in both]
+    for step in range(8):
+        for net, optimizer in zip(both, optimizers, strict=True):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+        model.base_model.update_and_allocate(step)
+        surgery.adalora_step(ours, step)
+        assert close(ours(x), model(x))
+    model.save_pretrained(tmp_path / "theirs")
+    surgery.save(ours, tmp_path / "ours")
+    told = [json.loads((tmp_path / one / "adapter_config.json").read_text()) for one in ("theirs", "ours")]
+    assert told[0]["rank_pattern"] == told[1]["rank_pattern"]
+    assert sum(map(sum, told[1]["rank_pattern"].values())) == 4
+    assert close(surgery.load(Pictures(), tmp_path / "theirs")(x), model(x))
+    assert close(peft.PeftModel.from_pretrained(Pictures(), tmp_path / "ours")(x), ours(x))
+    merged = model.merge_and_unload().state_dict()
+    for name, tensors in {"base": Pictures().state_dict(), "out": merged}.items():
+        (tmp_path / name).mkdir()
+        save_file(dict(tensors), tmp_path / name / FILE, {"format": "pt"})
+    places = tmp_path / "base", tmp_path / "theirs"
+    surgery.verify_checkpoint(*places, tmp_path / "out").require()
+    surgery.merge_checkpoint(*places, tmp_path / "as-peft", arithmetic="peft")
+    found = load_file(tmp_path / "as-peft" / FILE)
+    assert all(torch.equal(found[name], values) for name, values in merged.items())
+    assert not torch.equal(merged["conv.weight"], Pictures().conv.weight)
+
+
+def test_convolutions_in_groups_are_refused_where_peft_fails_in_the_forward_pass() -> None:
+    fields = {"total_step": 8, "target_modules": ["conv"]}
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        peft.get_peft_model(Pictures(groups=2), peft.AdaLoraConfig(**fields))(torch.ones(2, 4, 4, 4))
+    with pytest.raises(
+        surgery.MatchError, match=r"conv: its op is convolution over 2 axes in 2 groups; AdaLoRA acts on"
+    ):
+        surgery.inject(Pictures(groups=2), surgery.AdaLoraConfig(**fields))

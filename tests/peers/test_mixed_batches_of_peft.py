@@ -94,6 +94,26 @@ def test_outputs_are_those_of_peft_and_of_each_row_alone(tmp_path: Path) -> None
     assert torch.equal(alone(ours, 0), before)
 
 
+@pytest.mark.parametrize("field", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 7, 12]}], ids=str)
+def test_heads_and_rows_of_each_adapters_own_are_those_of_peft(
+    field: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(CONFIGS, "a", CONFIGS["a"] | field)
+    monkeypatch.setitem(CONFIGS, "b", {"r": 2, "target_modules": ["v_proj"]} | field)
+    theirs, ours = of_peft(tmp_path)
+    with torch.no_grad():
+        for model in (theirs, ours):
+            for name, values in model.named_parameters():
+                if "modules_to_save" in name or "trainable_tokens_delta" in name:
+                    values.copy_(torch.linspace(-1, 1, values.numel()).view(values.shape) * (1 + (".b" in name)))
+        found = ours(input_ids=TOKENS, adapter_names=NAMES).logits
+        assert within(found, theirs(input_ids=TOKENS, adapter_names=NAMES).logits)
+    assert within(found, torch.cat([alone(ours, row) for row in range(5)]))
+    assert not within(found, torch.cat([alone(ours, row, ["a"] * 5) for row in range(5)]))
+    options = {"adapter_names": NAMES, "num_beams": 2}
+    assert torch.equal(generated(ours, TOKENS, **options), generated_alone(ours, num_beams=2))
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
 def test_generate_gives_the_tokens_of_peft_and_of_each_row_alone(options: dict[str, int], tmp_path: Path) -> None:
     theirs, ours = of_peft(tmp_path)

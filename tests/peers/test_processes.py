@@ -1,4 +1,4 @@
-"""Two processes train one model, by DDP and by FSDP2: every one in step; saved, merged and unmerged to the bit."""
+"""Two processes train one model, by DDP and by FSDP2, sharded before or after the injection: all are in step."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
 
 
 @pytest.mark.slow
-def test_two_processes_are_in_step_and_what_shards_cannot_do_is_refused(tmp_path: Path) -> None:
+def test_two_processes_do_what_one_does_and_what_shares_cannot_do_is_refused(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, *LAUNCH, Path(__file__).with_name("sharded_run.py"), tmp_path],

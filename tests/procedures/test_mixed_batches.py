@@ -41,8 +41,7 @@ CASES = [
     (layer, rule)
     for layer in LAYERS
     for rule in RULES
-    if layer in ON_LINEAR or rule == "lora" or (layer == "convolution" and "ia3" in rule)
-    if (layer, rule) != ("embedding", "adalora")
+    if layer in ON_LINEAR or rule == "lora" or (layer == "convolution" and ("ia3" in rule or rule == "adalora"))
 ]
 
 
@@ -256,17 +255,53 @@ def test_a_caller_that_reads_weights_is_refused(what: str) -> None:
         getattr(net[0], what)
 
 
-def test_replaced_modules_are_refused_only_where_a_named_adapter_replaces_one() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
-    for name, saved in {"a": ["1"], "b": None}.items():
-        config = LoraConfig(**PLAIN, r=2, modules_to_save=saved)
+def replaced(body: nn.Module) -> nn.Module:
+    """A body that `a` and `b` replace, and `c` does not, beside a layer that all adapt."""
+    net = nn.ModuleDict({"body": body, "other": nn.Linear(4, 6)})
+    for name, saved in {"a": ["body"], "b": ["body"], "c": None}.items():
+        config = LoraConfig(r=2, target_modules=["other"], modules_to_save=saved)
         surgery.inject(net, config, adapter_name=name)
-    x = inputs()
-    with pytest.raises(StateError, match=r"1: replaced by modules_to_save.*cannot run a there"):
-        mixed(net, x, ["a", BASE, "b", "b", "b", "b", "b"])
-    names = ["b", BASE, "b", "b", "b", "b", "b"]
-    assert torch.equal(mixed(whole_numbers(net), x, names), each_alone(net, x, names))
+    return whole_numbers(net)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_each_row_runs_through_its_own_copy_of_a_replaced_module(layer: str) -> None:
+    torch.manual_seed(0)
+    net, x = replaced(LAYERS[layer][0]()), inputs(layer)
+    with surgery.mixed_batch(net, NAMES):
+        found = net["body"](x)
+        assert torch.equal(net["body"](input=x) if layer != "conv1d" else net["body"](x=x), found)
+        with pytest.raises(UsageError, match="body: 7 adapter_names, and its input is"):
+            net["body"](x[:3])
+        with pytest.raises(StateError, match="body: its weight is read while a batch is mixed"):
+            _ = net["body"].weight
+    rows = []
+    for row, name in enumerate(NAMES):
+        with surgery.set_adapter(net, [] if name == BASE else name):
+            rows.append(net["body"](x[row : row + 1]))
+    assert torch.equal(found, torch.cat(rows))
+    with surgery.set_adapter(net, "a"):
+        assert not torch.equal(found, net["body"](x))
+
+
+def test_each_copy_of_a_replaced_module_is_trained_by_its_own_rows_alone() -> None:
+    torch.manual_seed(0)
+    net, x = replaced(nn.Linear(4, 6)), inputs()
+    with surgery.mixed_batch(net, [*NAMES[:2], *[BASE] * 5]):
+        net["body"](x).sum().backward()
+    had = {name for name, values in net.named_parameters() if values.grad is not None}
+    assert had == {"body.modules_to_save.a.weight", "body.modules_to_save.a.bias"}
+
+
+def test_other_replaced_modules_are_refused_only_where_a_named_adapter_replaces_one() -> None:
+    torch.manual_seed(0)
+    net, x = replaced(nn.LayerNorm(4)), inputs()
+    with pytest.raises(StateError, match=r"body: modules_to_save replaces a LayerNorm.*cannot run a there"):
+        mixed(net, x, ["a", BASE, "c", "c", "c", "c", "c"])
+    with surgery.mixed_batch(net, ["c", BASE, "c", "c", "c", "c", "c"]):
+        found = net["body"](x)
+    with surgery.set_adapter(net, "c"):
+        assert torch.equal(found, net["body"](x))
 
 
 def attention(batch_first: bool = True) -> nn.TransformerEncoderLayer:

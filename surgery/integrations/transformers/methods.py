@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.adapters.sorting import PREFIX
 from surgery.core.config import AdapterConfig
+from surgery.core.sharded import has_shares
 from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.tree import injected, state_of
 from surgery.integrations.transformers.adalora import regularized
@@ -165,7 +166,7 @@ class AdapterMethods(nn.Module):
                 f"save_pretrained: {printable(unknown[0])} is nothing that saving an adapter knows; leave it out"
             )
         folder = Path(save_directory)
-        if is_main_process:
+        if is_main_process or has_shares(self):  # what is in shares takes all processes to save
             prefix = PREFIX if save_peft_format else ""
             for name, place in active_folders(self, folder).items():
                 write(self, place, name, state_dict, prefix)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from surgery.core.sharded import has_shares, whole, written_by_one
 from surgery.errors import UsageError
 from surgery.hosts.packing import BESIDE
 from surgery.integrations.transformers.model import is_pretrained
@@ -25,8 +26,20 @@ def save_merged(root: nn.Module, folder: Path, overwrite: bool = False, **option
             f"save_merged: a {type(root).__name__}; a model of transformers is wanted; "
             "for others merge, eject(keep_merged=True), and save the state_dict"
         )
+    if has_shares(root):
+        return _save_shares(root, folder, overwrite, **options)
     with Staging(folder, overwrite=overwrite) as staging, merged_state(root) as state:
         write_merged(root, state, staging, **options)
+    return None
+
+
+def _save_shares(root: nn.Module, folder: Path, overwrite: bool, **options: Any) -> None:
+    """All processes gather what the first writes."""
+    with merged_state(root) as state, written_by_one(root) as writes:
+        gathered = {name: whole(values) for name, values in state.items()}
+        if writes:
+            with Staging(folder, overwrite=overwrite) as staging:
+                write_merged(root, gathered, staging, **options)
 
 
 def write_merged(root: nn.Module, state: dict[str, Tensor], staging: Staging, **options: Any) -> None:
@@ -44,10 +57,12 @@ def write_merged(root: nn.Module, state: dict[str, Tensor], staging: Staging, **
 
 def _twin(root: nn.Module) -> Any:
     """A model that shares all with `root` but its class, which is the plain one, and its config."""
-    from surgery.integrations.transformers.subclass import detach
+    from surgery.integrations.transformers.methods import LOADED
+    from surgery.integrations.transformers.subclass import own_class
 
-    twin: Any = copy.copy(root)
-    detach(twin)
+    kind: Any = own_class(root)
+    twin = kind.__new__(kind)
+    twin.__dict__.update({name: one for name, one in root.__dict__.items() if name != LOADED})
     twin.config = copy.deepcopy(twin.config)
     return twin
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.core.sharded import gathering
 from surgery.integrations.transformers.generating import Generating
 from surgery.integrations.transformers.methods import LOADED, AdapterMethods
 from surgery.integrations.transformers.model import is_pretrained
@@ -31,6 +32,12 @@ def detach(root: nn.Module) -> None:
         root.__dict__.pop(LOADED, None)
     if _has_methods(type(root)):
         root.__class__ = _without(type(root))
+
+
+def own_class(root: nn.Module) -> type[Any]:
+    """The class of a model without what surgery, and fully_shard, have put before it."""
+    before: tuple[type[Any], ...] = (AdapterMethods, *gathering())
+    return next(kind for kind in type(root).__mro__ if not issubclass(kind, before))
 
 
 @cache
