@@ -1,8 +1,8 @@
 """What `import surgery` shows, and what it costs."""
 
+import resource
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 
 import torch
@@ -24,12 +24,14 @@ def test_import_takes_no_torch_until_a_name_is_used() -> None:
 
 def test_help_answers_at_once() -> None:
     def once() -> float:
-        start = time.perf_counter()
+        """Seconds of a processor, which other work on the machine does not take: it waits for nothing else."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "surgery.cli", "--help"], check=True, capture_output=True)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     once()  # compiles the files
-    assert min(once() for _ in range(5)) < 0.2  # other work on the machine only adds to it
+    assert min(once() for _ in range(3)) < 0.2
 
 
 def test_the_command_knows_its_version() -> None:

@@ -1,6 +1,6 @@
 """On a model in memory: each function calls one procedure, and attaches what transformers adds to its models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import read_adapter
 from surgery.codecs.formats import format_of
+from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
@@ -24,7 +25,9 @@ from surgery.procedures import mixed_batch as mixing
 from surgery.procedures import quantize as quantizing
 from surgery.procedures import save as saving
 from surgery.procedures.configs import config_of, is_peft_s
-from surgery.procedures.treatment import check_arithmetic
+from surgery.procedures.examples import Examples
+from surgery.procedures.held_layers import Landing
+from surgery.procedures.treatment import Treatment
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
@@ -38,6 +41,7 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     trainable: bool = True,
     matching: Literal["strict", "peft"] | None = None,
     quantization_aware: str | None = None,
+    examples: Iterable[Any] | None = None,
 ) -> Model:
     """Lay a fresh adapter over the modules that `config` names, in place; returns the model.
 
@@ -48,8 +52,11 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     "re:" in lists and keys of patterns; each entry has to match. "peft" matches as PEFT does, by default where the
     config is one of peft or lies in a file. With `quantization_aware` "nf4", "nf4-double", "fp4", "fp4-double", "int8",
     "fp8_block", "w4a16", "w4a16-asym" or "nvfp4" its layers run, and it is trained, as they will once it is merged and
-    their weights are held so: the base's own scales are kept where it is held in that format already. Raises
-    MatchError for an entry that matches nothing, ConfigError, StateError.
+    their weights are held so: the base's own scales are kept where it is held in that format already.
+
+    `examples` are for `init_lora_weights` "eva": batches, each a tensor, several in a list or tuple, or keyword
+    arguments, which are run through the base, again and again until what is found settles. Raises MatchError for an
+    entry that matches nothing, UsageError without the examples that it starts from, ConfigError, StateError.
 
     >>> import surgery, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -62,7 +69,8 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
         raise UsageError(f"matching is {printable(matching)!r}; strict or peft is wanted")
     as_peft = is_peft_s(config) if matching is None else matching == "peft"
     heads = partial(hugging.output_heads, model)
-    injection.inject(model, config_of(config), adapter_name, heads, trainable, form, as_peft)
+    batches = None if examples is None else Examples(examples)
+    injection.inject(model, config_of(config), adapter_name, heads, trainable, form, as_peft, batches)
     hugging.attach(model)
     return model
 
@@ -184,17 +192,29 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractConte
     return mixing.mixed_batch(model, adapter_names)
 
 
-def merge(
-    model: Model, *, undo: merging.UndoKind = "index", into: str | None = None, arithmetic: str = "exact"
+def merge(  # noqa: PLR0913  # one argument an option
+    model: Model,
+    *,
+    undo: merging.UndoKind = "index",
+    into: str | None = None,
+    arithmetic: str = "exact",
+    rounding: str | None = None,
+    min_retained: float = 0.5,
+    max_noise: float = 1.0,
 ) -> Model:
     """Add the active adapters to the base weights, in place; `unmerge` brings them back to the bit.
 
     `undo` "index" stores a fraction of a bit a parameter; "copy" keeps the original weights. Over quantized weights
-    `into` "16bit" is wanted: plain layers stand in for them until they are unmerged. `arithmetic` "peft" or
-    "peft-safe" gives the bits that PEFT 0.21.2's merge, or safe merge, gives of the same parameters, and keeps the
-    original weights.
+    `into` is wanted: with "16bit" plain layers stand in for them until they are unmerged, with "keep" such as have the
+    nearest codes by the same scales. "nf4", "fp4", "int8" or "fp8_block" hold adapted linear layers, plain ones too,
+    by new scales, in the layers of bitsandbytes or transformers; others, and output heads, are merged as they are
+    held. The bytes are those of `merge_checkpoint`; `rounding`, `min_retained` and `max_noise` are as there.
+    `arithmetic` "peft" or "peft-safe" gives the bits that PEFT 0.21.2's merge, or safe merge, gives of the same
+    parameters, and keeps the original weights.
     """
-    merging.merge(model, undo, into, check_arithmetic(arithmetic))
+    treatment = Treatment.of(into=into, arithmetic=arithmetic, rounding=rounding)
+    landing = Landing(treatment, Bounds(min_retained, max_noise), hugging.output_heads(model))
+    merging.merge(model, undo, landing)
     return model
 
 

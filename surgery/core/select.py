@@ -98,6 +98,16 @@ def pattern_value(patterns: Mapping[str, Number], name: str, default: Number) ->
     return default if key is None else table[key]
 
 
+def patterned(values: Mapping[str, Number]) -> dict[str, Number] | None:
+    """Full names as patterns; with an anchor where one of them would mean another too. None where no pattern does."""
+    for anchor in ("", "^"):
+        table = PatternTable({anchor + name: value for name, value in values.items()})
+        keys = {name: table.key_of(name) for name in values}
+        if all(key is not None and table[key] == values[name] for name, key in keys.items()):
+            return dict(table)
+    return None
+
+
 def _why(entry: str, names: Collection[str]) -> str:
     if any(suffix_hits((entry,), name) for name in names):
         return "exclude_modules, layers_to_transform or modules_to_save takes away all it hits"

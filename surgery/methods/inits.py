@@ -18,6 +18,7 @@ from surgery.core.method import Additive, Dense, Method, Params, Product, Run, S
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
+from surgery.methods.eva import Eva
 from surgery.methods.lora import Lora
 
 CONVERSION = "path_initial_model_for_weight_conversion"
@@ -26,8 +27,6 @@ _ROUNDS = re.compile(r"pissa_niter_([0-9]{1,3})")
 
 _UNSERVED: Mapping[str, str] = {
     "corda": f"it needs the covariances of inputs; start with 'pissa', or {_CONVERT}",
-    "eva": "it needs activations; start with True; what was trained from it is an ordinary LoRA, so that in its "
-    "config this may be set to true, as PEFT reads it",
     "loftq": "it puts a quantized weight in the base's place, which no LoRA holds; quantize the base instead, or merge "
     "it in PEFT",
     "lora_ga": f"it needs gradients of examples; start with 'pissa', or {_CONVERT}",
@@ -43,12 +42,12 @@ def is_from_base(start: object) -> bool:
 
 def check_init(start: object) -> None:
     """ConfigError for what is no start that is made here."""
-    if start in (True, False, "gaussian", "orthogonal") or is_from_base(start):
+    if start in (True, False, "gaussian", "orthogonal", Eva.start) or is_from_base(start):
         return
     why = _UNSERVED.get(start) if isinstance(start, str) else None
     known = (
-        "True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N' and 'olora' are supported; start with one of "
-        "them, or train it in PEFT"
+        "True, False, 'gaussian', 'orthogonal', 'eva', 'pissa', 'pissa_niter_N' and 'olora' are supported; start with "
+        "one of them, or train it in PEFT"
     )
     raise ConfigError(f"init_lora_weights is {printable(start)!r}; {why or known}")
 

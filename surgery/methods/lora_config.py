@@ -9,15 +9,19 @@ from typing import Any, ClassVar, Self
 from surgery.core.config import AdapterConfig, Spelling, check_names
 from surgery.core.method import Params
 from surgery.core.names import suffix_hits
+from surgery.core.observer import Observer
 from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
+from surgery.core.site import Site
 from surgery.errors import ConfigError, printable
 from surgery.methods.bd_lora import BdLora, blocks_of, check_blocks
 from surgery.methods.dora import Dora
+from surgery.methods.eva import Eva, EvaSettings, is_settled, patterns_of
 from surgery.methods.inits import CONVERSION, FromBase, check_init, doubled, is_from_base, joined
 from surgery.methods.lora import OUT_PROJ, Init, Lora
 from surgery.methods.lora_bias import LoraBias
 from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias, TokenIndices, check_bias, check_tokens, tokens_of
+from surgery.methods.start_settings import settings_of
 from surgery.methods.token_rows import TokenRows
 
 _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
@@ -58,6 +62,7 @@ class LoraConfig(AdapterConfig):
     bias: Bias = "none"  # which biases of the base are trained
     target_parameters: Sequence[str] | None = None  # parameters of any module, such as experts.gate_up_proj
     use_bdlora: Mapping[str, Any] | None = None  # PEFT's BdLoraConfig: which factors are block-diagonal
+    eva_config: Mapping[str, Any] | None = None  # PEFT's EvaConfig, for init_lora_weights "eva"
     ensure_weight_tying: bool = False  # copies of modules_to_save that are tied stay so
     trainable_token_indices: TokenIndices = None  # rows of the embedding, or by module
 
@@ -72,6 +77,7 @@ class LoraConfig(AdapterConfig):
         check_bias(self.bias)
         check_blocks(self.use_bdlora)
         check_tokens(self.trainable_token_indices)
+        settings_of(EvaSettings, "eva_config", self.eva_config)
         check_names("target_parameters", self.target_parameters, or_pattern=False)
         for key, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
@@ -100,8 +106,28 @@ class LoraConfig(AdapterConfig):
             raise ConfigError(
                 "target_parameters is given; as in PEFT it goes without use_dora, lora_bias and lora_dropout"
             )
+        if self.target_parameters and self.init_lora_weights == Eva.start:
+            raise ConfigError("target_parameters is given; it goes without init_lora_weights 'eva'; start with True")
         if self.target_parameters and self.bias != "none":
             raise ConfigError("target_parameters is given; it goes with bias 'none' alone; set one of the two")
+
+    def check_fresh(self) -> None:
+        if self.eva_config is not None and self.init_lora_weights != Eva.start:
+            raise ConfigError("eva_config is given, and init_lora_weights is not 'eva'; set that too, or leave it out")
+
+    def observer(self, site: Site) -> Observer | None:
+        if self.init_lora_weights != Eva.start:
+            return None
+        return Eva(site, self._numbers(site.name)[0], settings_of(EvaSettings, "eva_config", self.eva_config))
+
+    def settled(self, observers: Mapping[str, Any]) -> bool:
+        return is_settled(observers)
+
+    def after(self, observers: Mapping[str, Any]) -> tuple[Self, Collection[str]]:
+        if self.init_lora_weights != Eva.start:
+            return super().after(observers)
+        kept = {name: one for name, one in observers.items() if one.rank}
+        return replace(self, **patterns_of(kept, {name: self._numbers(name)[1] for name in kept})), kept.keys()
 
     def check_whole(self) -> None:
         if self._from_base:
@@ -189,7 +215,7 @@ class LoraConfig(AdapterConfig):
             r=r,
             scaling=alpha / math.sqrt(r) if self.use_rslora else alpha / r,
             dropout=0.0 if self.use_dora else self.lora_dropout,
-            start=self._from_base or self.init_lora_weights,
+            start=True if self._from_base or self.init_lora_weights == Eva.start else self.init_lora_weights,
             halves=name.endswith(OUT_PROJ),
         )
         if self.use_dora:

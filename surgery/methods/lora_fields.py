@@ -16,7 +16,6 @@ NEUTRAL: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
-    "eva_config": None,
     "kasa_config": None,
     "layer_replication": None,
     "loftq_config": {},
@@ -37,8 +36,6 @@ REASONS: Mapping[str, str] = {
     "alora_invocation_tokens": "aLoRA acts after certain tokens only, which no merged weight can do; run it in PEFT",
     "arrow_config": "Arrow chooses among adapters for each token, which no merged weight can do; run it in PEFT",
     "corda_config": _BASE,
-    "eva_config": "EVA starts from activations; start with init_lora_weights=True; what was trained from it is an "
-    "ordinary LoRA, so that in its config this may be null, and init_lora_weights true",
     "kasa_config": "KaSA first cuts the base down to a lower rank; merge it in PEFT",
     "layer_replication": "it stacks layers that share one weight, which a merge would change for all; run it in PEFT",
     "loftq_config": "LoftQ changes the base too, by quantizing it; quantize the base instead, or merge it in PEFT",

@@ -27,6 +27,8 @@ from surgery.layers.aware import Holding
 from surgery.layers.trained_bias import lift_bias
 from surgery.procedures.awareness import holdings
 from surgery.procedures.biases import Biases, keep_biases, lay_biases, refuse_clash, run_biases, trained_modules
+from surgery.procedures.examples import Examples
+from surgery.procedures.fresh import fresh_sites
 from surgery.procedures.merge import refuse_merged, refuse_mixed, unmerge
 from surgery.procedures.model_tree import Tree, wrap
 from surgery.procedures.parameters import refuse_nested, targeted_parameters
@@ -69,11 +71,12 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
     trainable: bool = True,
     form: Format | None = None,
     as_peft: bool = False,
+    examples: Examples | None = None,
 ) -> None:
     """Lay a fresh adapter over the modules that `config` selects; `output_heads` finds what "all-linear" leaves out.
 
     With a format it runs as it will once it is merged and held so. `as_peft` reads the config by PEFT's own rules,
-    by which an entry that hits nothing is none.
+    by which an entry that hits nothing is none. `examples` are for those that start from some.
     Raises MatchError for an entry that hits nothing, StateError if `adapter` is there or a merge is.
     """
     check_name(root, adapter)
@@ -92,10 +95,7 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
     adapted = [*first, *parameters]
     for field, entries in () if as_peft else config.unused(adapted).items():
         refuse_unmatched(field, [spelled.get(entry, entry) for entry in entries], adapted)
-    sites = {}
-    for name, spelling in tree.spelled(first).items():
-        site, method = tree.site(name), config.method(spelling)
-        sites[name] = site, method, method.init(site, partial(tree.dense, name))
+    config, sites = fresh_sites(tree, config, tree.spelled(first), examples)
     config, replaced = with_rows(tree, config, sites)
     for name in replaced:
         site, method = tree.site(name), config.method(name)
@@ -180,15 +180,6 @@ def _frozen(tree: Tree) -> State:
     return state
 
 
-def activate(root: nn.Module, state: State, adapters: tuple[str, ...], enabled: bool) -> None:
-    """Run `adapters`, in this order, wherever they lie, if `enabled`."""
-    for place in places(root):
-        if isinstance(place.module, Adapted | Replaced):
-            place.module.activate(adapters, enabled)
-    run_biases(state, adapters, enabled)
-    state.active, state.enabled = adapters, enabled
-
-
 def eject(root: nn.Module, keep_merged: bool = False) -> None:
     """Put the model's own modules back, with their flags; merged weights are unmerged first, or kept.
 
@@ -217,7 +208,7 @@ def eject(root: nn.Module, keep_merged: bool = False) -> None:
     for module in root.modules():
         release(module)
     for name, parameter in root.named_parameters():
-        parameter.requires_grad_(name in state.trainable)
+        parameter.requires_grad_(name in state.trainable and parameter.is_floating_point())  # codes have no gradient
     set_state(root, None)
 
 

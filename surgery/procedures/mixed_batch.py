@@ -11,8 +11,8 @@ from surgery.hosts.tree import State, adapted_layers, injected, replaced_modules
 from surgery.layers import BASE, Rows
 from surgery.procedures.adalora import trained_of
 from surgery.procedures.biases import run_biases
-from surgery.procedures.inject import activate
 from surgery.procedures.merge import refuse_merged
+from surgery.procedures.switch import activate
 
 
 @contextmanager

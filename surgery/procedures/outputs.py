@@ -33,9 +33,9 @@ def run(model: Runs, inputs: Inputs, watched: Collection[str] = ()) -> Given:
     with torch.no_grad(), ExitStack() as stack:
         seen: dict[str, Any] = {}
         if isinstance(model, nn.Module):
-            stack.enter_context(_evaluating(model))
+            stack.enter_context(evaluating(model))
             stack.enter_context(_watching(model, watched, seen))
-        outcome = _given(_call(model, inputs))
+        outcome = _given(call(model, inputs))
     return Given(outcome.outputs | _given(seen).outputs, outcome.left_out)
 
 
@@ -84,14 +84,14 @@ def narrow_run(model: nn.Module, inputs: Inputs, watched: Collection[str] = ()) 
     return run(twin(model, torch.float32), widened(inputs, torch.float32), watched).outputs, smaller
 
 
-def _call(model: Runs, inputs: Inputs) -> Any:
+def call(model: Runs, inputs: Inputs) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(inputs) if isinstance(inputs, Tensor) else model(*inputs)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode, and afterwards each module as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()

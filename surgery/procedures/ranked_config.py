@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from surgery.core.select import pattern_value
+from surgery.core.select import patterned
 from surgery.errors import InputError
 from surgery.methods.lora_config import LoraConfig
 
@@ -18,12 +18,9 @@ def ranked_config(ranks: Mapping[str, int], **fields: Any) -> LoraConfig:
 
 
 def _patterned(plain: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """Full names as patterns; with an anchor where one of them would mean another site too."""
-    for anchor in ("", "^"):
-        pattern = {anchor + name: rank for name, rank in ranks.items()}
-        config = replace(plain, rank_pattern=pattern, alpha_pattern=pattern)
-        if all(pattern_value(pattern, name, plain.r) == rank for name, rank in ranks.items()):
-            return config
-    raise InputError(
-        "names of sites differ by a dot alone, and ranks differ; equal ranks are wanted; give one rank for all"
-    )
+    pattern = patterned(ranks)
+    if pattern is None:
+        raise InputError(
+            "names of sites differ by a dot alone, and ranks differ; equal ranks are wanted; give one rank for all"
+        )
+    return replace(plain, rank_pattern=pattern, alpha_pattern=pattern)

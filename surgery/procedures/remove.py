@@ -7,8 +7,8 @@ from torch import nn
 from surgery.hosts.tree import Place, injected, places
 from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import lift_bias
-from surgery.procedures.inject import activate
 from surgery.procedures.merge import refuse_merged
+from surgery.procedures.switch import activate
 
 
 def remove(root: nn.Module, adapters: Sequence[str]) -> None:

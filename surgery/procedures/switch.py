@@ -1,13 +1,15 @@
 """switch: which adapters of a live model run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
 from surgery.errors import UsageError
-from surgery.hosts.tree import adapted_layers, injected, replaced_modules
+from surgery.hosts.tree import State, adapted_layers, injected, places, replaced_modules, state_of
+from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import trained_bias
-from surgery.procedures.inject import activate
+from surgery.procedures.biases import run_biases
 from surgery.procedures.merge import refuse_merged
 
 
@@ -47,6 +49,26 @@ def enable_adapters(root: nn.Module) -> Switched:
 def disable_adapters(root: nn.Module) -> Switched:
     """Run the base alone."""
     return _switch(root, injected(root).active, False)
+
+
+@contextmanager
+def base_alone(root: nn.Module) -> Iterator[None]:
+    """Within it no adapter runs, if there are any."""
+    state = state_of(root)
+    if state is None:
+        yield
+        return
+    with _switch(root, state.active, False):
+        yield
+
+
+def activate(root: nn.Module, state: State, adapters: tuple[str, ...], enabled: bool) -> None:
+    """Run `adapters`, in this order, wherever they lie, if `enabled`."""
+    for place in places(root):
+        if isinstance(place.module, Adapted | Replaced):
+            place.module.activate(adapters, enabled)
+    run_biases(state, adapters, enabled)
+    state.active, state.enabled = adapters, enabled
 
 
 def train_running(root: nn.Module) -> None:

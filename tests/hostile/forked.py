@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import select
 import signal
 import time
@@ -12,7 +13,8 @@ from zoo import ZOO
 
 from surgery.cli import main
 
-PATIENCE_S = 5.0  # less than what the tests give a merge, so that no child outlives its test
+PROCESSOR_S = 5  # what computes longer is killed
+PATIENCE_S = 60.0  # what blocks longer hangs; less than what conftest gives a test, so that no child outlives its own
 
 
 class Cost(NamedTuple):
@@ -29,8 +31,9 @@ def merge_forked(folder: Path, name: str) -> Cost:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(int(4 * PATIENCE_S))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(PATIENCE_S))
+        resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_S, PROCESSOR_S + 1))
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
@@ -44,7 +47,10 @@ def merge_forked(folder: Path, name: str) -> Cost:
             return Cost(None, PATIENCE_S)
         found = told.read()
     status = os.waitpid(child, 0)[1]
-    return Cost(*json.loads(found)) if found else Cost(128 + os.WTERMSIG(status))
+    if found:
+        return Cost(*json.loads(found))
+    killed = os.WTERMSIG(status)
+    return Cost(None, PROCESSOR_S) if killed == signal.SIGXCPU else Cost(128 + killed)
 
 
 def _merged(folder: Path) -> Cost:

@@ -186,7 +186,7 @@ CONFIGS: Damages = {
     "use_dora": config(use_dora=True),
     "use_dora without magnitudes": config(use_dora=True),
     **{f"init_lora_weights {value}": config(init_lora_weights=value)
-       for value in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "eva", "lora_ga", "mica")},
+       for value in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "mica")},
     "a bias that is trained": config(bias="lora_only"),
     "lora_bias": config(lora_bias=True),
     "use_qalora": config(use_qalora=True),

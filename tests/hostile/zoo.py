@@ -44,6 +44,15 @@ CONFIG_VALUES: dict[str, tuple[object, ...]] = {
     "use_rslora": ("false", 1, []),
     "fan_in_fan_out": ("false", 1, []),
     "init_lora_weights": (5, [], "PISSA"),
+    "eva_config": (
+        5,
+        [],
+        {"rho": 0},
+        {"rho": float("nan")},
+        {"tau": "1"},
+        {"unheard": 1},
+        {"label_mask_value": 10**400},
+    ),
     "trainable_token_indices": ([1], {"0": [1]}, "1", [[1]], {"0": 5}, [10**400]),
     "bias": ("all", "some", 5, [], {}),
 }

@@ -43,7 +43,8 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "use_dora": st.booleans(),
         "lora_bias": st.booleans(),
         "fan_in_fan_out": st.booleans(),
-        "init_lora_weights": st.sampled_from([True, False, "gaussian", "orthogonal", *FROM_BASE]),
+        "init_lora_weights": st.sampled_from([True, False, "gaussian", "orthogonal", "eva", *FROM_BASE]),
+        "eva_config": st.none() | st.fixed_dictionaries({"rho": st.floats(1, 9), "tau": st.floats(0, 1)}),
         "rank_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
         "alpha_pattern": st.dictionaries(patterns, numbers, max_size=3),
         "bias": st.sampled_from(["none", "all", "lora_only"]),
@@ -94,7 +95,7 @@ def test_a_config_read_from_its_json_is_equal(name: str, data: st.DataObject):
         others = ("use_dora", "target_parameters", "trainable_token_indices")
         chosen = {field: value for field, value in chosen.items() if field not in others}
     if chosen.get("target_parameters"):
-        others = ("use_dora", "lora_bias", "lora_dropout", "bias")
+        others = ("use_dora", "lora_bias", "lora_dropout", "bias", "init_lora_weights")
         chosen = {field: value for field, value in chosen.items() if field not in others}
     written = config(**chosen)
     read = config.from_json(json.loads(json.dumps(written.to_json())))
