@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.agreement import FACTOR, Agreements, Outputs, compare, floors, picked
-from surgery.errors import CheckError, printable
+from surgery.errors import CheckError, InputError, printable
 from surgery.formats.onnx.example import Decoding, Example
 from surgery.formats.onnx.runtime import check, decode, run
 from surgery.hosts.tree import adapted_layers, replaced_modules
@@ -132,8 +132,22 @@ def prove(model: nn.Module, claim: Claim, adapted: Reference | None, decoded: De
     if example.decoding is not None:
         _require_tokens(plain, graph, example.decoding)
     merged = judged(inputs, found, Reference(exact, own, None))
+    if any(one.why for one in merged):
+        _refuse_changing(plain, own, runs(plain, inputs, example))
     over = [None] * len(inputs) if adapted is None else judged(inputs, found, adapted)
     return Proof([Trial(shapes(feeds), one, other) for feeds, one, other in zip(inputs, merged, over, strict=True)])
+
+
+def _refuse_changing(model: nn.Module, first: Sequence[Outputs], again: Sequence[Outputs]) -> None:
+    """InputError where the model does not give the same once more: it counts its runs, or draws numbers."""
+    for one, other in zip(first, again, strict=True):
+        for name, values in one.items():
+            if not torch.equal(values.nan_to_num(), other[name].nan_to_num()):
+                raise InputError(
+                    f"a {printable(type(model).__name__)}: its output {printable(name)} changes when it runs once more "
+                    "on the same inputs, so that nothing can be compared with it; a module that keeps nothing from one "
+                    "run to the next is wanted"
+                )
 
 
 def trials_of(inputs: Sequence[Inputs], found: Sequence[Outputs], by: Reference, adapter: str) -> list[Trial]:

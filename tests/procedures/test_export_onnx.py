@@ -165,21 +165,72 @@ def test_verify_finds_a_link_that_a_rewritten_file_has_broken(
     assert "its header is not the one that model.onnx points into" in capsys.readouterr().err
 
 
-class Choosing(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x if x.sum() > 0 else -x
+class Of(nn.Module):
+    def __init__(self, does: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.does = does
+
+    def forward(self, x: Tensor) -> Any:
+        return self.does(x)
 
 
-class Inverse(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.linalg.eigvals(x).real
+REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "a branch on values": (lambda x: x if x.sum() > 0 else -x, r"1\.0: .*what it does depends on values \(Could not"),
+    "an operator that ONNX lacks": (
+        lambda x: torch.linalg.eigvals(x).real,
+        r"1\.0 \(aten.linalg_eig.default\): .*knows no operator of ONNX for it",
+    ),
+    "a size that hangs on values": (lambda x: torch.linalg.lstsq(x, x)[0], r"1\.0: .*depends on values"),
+    "an error of its own": (lambda x: {"b": x}["a"], r"1\.0: .*KeyError \('a'\); a module that torch.export can trace"),
+    "an error without words": (lambda x: x * next(iter([])), r"1\.0: .*StopIteration; a module that"),
+    "what is no tensor": (lambda x: {"a": x, "b": "text"}, "Sequential: .*the output b is a str; tensors are wanted"),
+    "dropout in training": (lambda x: nn.functional.dropout(x, 0.5, True), r"1\.0: .*native_dropout.* draws random"),
+    "random numbers": (lambda x: x + torch.rand(4, 4), r"1\.0: .*aten.rand.default draws random numbers"),
+    "one random number": (lambda x: x * torch.randn(()).item(), r"1\.0: .*aten.randn.default draws random numbers"),
+}
 
 
-@pytest.mark.parametrize("inner", [Choosing, Inverse])
-def test_what_has_no_graph_is_refused_and_its_module_named(inner: type[nn.Module], tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(inner()))
-    with pytest.raises(surgery.InputError, match=r"^1\.0.*: it has no ONNX graph"):
+@pytest.mark.parametrize(("does", "told"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_has_no_graph_is_refused_in_one_line_that_names_its_module(
+    does: Callable[[Tensor], Any], told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Of(does)))
+    with pytest.raises(surgery.InputError, match=f"^{told}") as refused:
         surgery.export_onnx(model, None, tmp_path / "out", inputs=torch.ones(2, 4, 4))
+    assert "\n" not in str(refused.value)
+    assert "\x1b" not in str(refused.value)
+    assert capfd.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_draws_no_numbers_in_eval_mode_is_no_random_operator(tmp_path: Path) -> None:
+    class Quiet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.dropout = nn.LSTM(4, 4, num_layers=2, dropout=0.5, batch_first=True), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.dropout(self.lstm(x)[0])[:, None]
+            return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5 if self.training else 0.0)
+
+    assert surgery.export_onnx(Quiet(), None, tmp_path / "out", inputs=torch.randn(2, 3, 4)).proof.ok
+
+
+class Counting(nn.Module):
+    """Multiplies by how often it has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return x * self.runs
+
+
+def test_a_module_that_gives_other_outputs_when_it_runs_again_is_refused_as_such(tmp_path: Path) -> None:
+    with pytest.raises(surgery.InputError, match="a Counting: its output output changes when it runs once more"):
+        surgery.export_onnx(Counting(), None, tmp_path / "out", inputs=torch.randn(2, 4))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -274,7 +325,11 @@ class OfOneSize(nn.Module):
         ({"inputs": (1,)}, surgery.UsageError, "a tensor is wanted"),
         ({"inputs": torch.ones(2, 6), "dynamic_axes": {"z": {0: "batch"}}}, surgery.UsageError, "no input 'z'"),
         ({"inputs": torch.ones(2, 6), "dynamic_axes": {"x": {7: "batch"}}}, surgery.UsageError, "on axis 7"),
-        ({"inputs": torch.ones(2, 6), "dynamic_axes": {"x": {1: "seq"}}}, surgery.InputError, "no ONNX graph"),
+        (
+            {"inputs": torch.ones(2, 6), "dynamic_axes": {"x": {1: "seq"}}},
+            surgery.InputError,
+            "size alone, 6 along seq",
+        ),
     ],
 )
 def test_inputs_that_cannot_be_are_refused(

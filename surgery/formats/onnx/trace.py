@@ -3,37 +3,37 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
-from types import TracebackType
+from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import EnvironmentFault, InputError, printable
+from surgery.errors import EnvironmentFault, InputError
 from surgery.formats.onnx.example import Example
+from surgery.formats.onnx.refusal import refuse_random, refused
 
 PREFIX = "traced."  # what the names of weights begin with in the graph
-_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")
+_LOGGERS = ("torch", "torch.onnx", "onnxscript", "onnx_ir")
 
 
 class Flat(nn.Module):
-    """A module whose inputs come in order, and whose outputs are a tuple of tensors."""
+    """A module whose inputs come in order, and whose outputs are tensors by name."""
 
     def __init__(self, traced: nn.Module, example: Example) -> None:
         super().__init__()
         self.traced, self.example = traced, example
 
-    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        inputs = dict(zip(self.example.inputs, given, strict=True))
-        return tuple(self.example.run(self.traced, inputs).values())
+    def forward(self, *given: Tensor) -> dict[str, Tensor]:
+        return self.example.run(self.traced, dict(zip(self.example.inputs, given, strict=True)))
 
 
 def trace(module: nn.Module, mode: Any, example: Example) -> Any:
     """The graph (onnx_ir.Model) of a module whose parameters are of the fake `mode`.
 
-    InputError, naming the module, for what cannot be traced or has no ONNX operator.
+    InputError, naming the module, for what cannot be traced, has no ONNX operator, or is random.
     """
     require_packages()
     given = example.to_trace()
@@ -43,7 +43,6 @@ def trace(module: nn.Module, mode: Any, example: Example) -> Any:
     dynamic = tuple(dict.fromkeys(example.axes.get(name, ()), torch.export.Dim.DYNAMIC) for name in given)
     with quiet(), torch.no_grad():
         try:
-            names = tuple(example.run(module, dict(zip(given, fake, strict=True))))
             program = torch.onnx.export(
                 flat,
                 fake,
@@ -51,13 +50,17 @@ def trace(module: nn.Module, mode: Any, example: Example) -> Any:
                 optimize=False,
                 verbose=False,
                 input_names=list(given),
-                output_names=list(names),
                 dynamic_shapes=(dynamic,),
             )
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError) as error:
-            raise _refused(error, module) from error
+        except torch.onnx.OnnxExporterError as error:  # whatever the module itself raises is its cause
+            raise refused(error, module, example) from error
     assert program is not None
-    _refuse_bounded(program.exported_program, module, partial(_runs, flat, fake, mode))
+    exported: Any = program.exported_program
+    refuse_random(exported, module)
+    _refuse_bounded(exported, module, partial(_runs, flat, fake, mode))
+    names: Any = exported.call_spec.out_spec
+    for output, name in zip(program.model.graph.outputs, names.context, strict=True):
+        output.name = name
     return program.model
 
 
@@ -108,47 +111,15 @@ def require_packages() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What the exporter tells of itself is not shown."""
+    """What the exporter tells of itself is not shown: what it fails at, it raises."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):  # torch prints the graph that it gives up
             warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _refused(error: BaseException, module: nn.Module) -> InputError:
-    causes = list(_causes(error))
-    found = next((one for cause in causes if (one := _place(cause.__traceback__, module))), "")
-    lines = [line.strip() for line in str(causes[0]).splitlines() if line.strip()] or [type(causes[0]).__name__]
-    return InputError(
-        f"{printable(found or type(module).__name__)}: it has no ONNX graph ({printable(' '.join(lines[:2]))}); "
-        "shapes and operators that do not depend on values are wanted; --debug shows where it stopped"
-    )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The first cause first."""
-    if error is not None:
-        yield from _causes(error.__cause__)
-        yield error
-
-
-def _place(trace: TracebackType | None, module: nn.Module) -> str:
-    """The path of the innermost module that was at work, and the operator if one was being translated."""
-    names = {id(one): name for name, one in module.named_modules()}
-    found = ""
-    while trace is not None:
-        held = trace.tb_frame.f_locals
-        found = names.get(id(held.get("self"))) or found
-        node = held.get("node")
-        if isinstance(node, torch.fx.Node) and node.meta.get("nn_module_stack"):
-            path = list(node.meta["nn_module_stack"].values())[-1][0]
-            found = f"{path.removeprefix(PREFIX)} ({node.target})"
-        trace = trace.tb_next
-    return found
