@@ -3,7 +3,8 @@
 import difflib
 import heapq
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 CANDIDATES, COMPARED = 200, 200  # names, and characters of each, that are held against a name
@@ -77,6 +78,35 @@ class Prefix(NamedTuple):
     def of(self, name: str) -> str:
         """The other name of `name`, which is itself where it begins otherwise."""
         return self.added + name[len(self.removed) :] if name.startswith(self.removed) else name
+
+
+class Naming(NamedTuple):
+    """How an adapter's names become those of the files: by a prefix, and by the model's own names in memory."""
+
+    prefix: Prefix = Prefix()
+    renamed: Mapping[str, str] = MappingProxyType({})  # the files' names of modules and tensors, by those in memory
+
+    def of(self, name: str) -> str:
+        there = self.prefix.of(name)
+        return self.renamed.get(there, there)
+
+
+def naming_between(
+    wanted: Collection[str], known: Collection[str], in_memory: Callable[[], Mapping[str, str]]
+) -> Naming:
+    """By a prefix alone if there is one; else by what the model's tensors are called in memory.
+
+    >>> found = naming_between(["0.q_proj"], {"0.query"}, lambda: {"0.q_proj.weight": "0.query.weight"})
+    >>> found.of("0.q_proj"), found.of("0.q_proj.weight")
+    ('0.query', '0.query.weight')
+    """
+    prefix = prefix_between(wanted, known)
+    if prefix is not None:
+        return Naming(prefix)
+    tensors = in_memory()
+    renamed = {**tensors, **{name.rpartition(".")[0]: there.rpartition(".")[0] for name, there in tensors.items()}}
+    prefix = prefix_between(wanted, {*known, *renamed})
+    return Naming() if prefix is None else Naming(prefix, renamed)
 
 
 def prefix_between(wanted: Collection[str], known: Collection[str]) -> Prefix | None:

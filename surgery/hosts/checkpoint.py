@@ -55,6 +55,7 @@ class Checkpoint:
         self.hub_id: str | None = None  # the repository of the Hub that it came from, and the commit
         self.commit: str | None = None
         self.names: Callable[[], NameMap] = lambda: USUAL  # of the model in memory, asked for where they matter
+        self.in_memory: Callable[[], Mapping[str, str]] = dict  # of what is called otherwise there, the files' names
         self.linears: Callable[[], Linears | None] = lambda: None  # the same; None where nothing tells
 
     def __enter__(self) -> "Checkpoint":

@@ -10,7 +10,7 @@ from torch import Tensor
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Layer, Weighted
 from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
-from surgery.core.names import Prefix, suffix_hits
+from surgery.core.names import Naming, suffix_hits
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import ConfigError, FormatError, InputError, MatchError, UsageError, printable
 from surgery.hosts.change import Change
@@ -38,7 +38,7 @@ class Draft:
         self.untied = False
         self.plain = False  # are weights written otherwise that config.json says are quantized?
         self.quantization: Mapping[str, Any] | None = None  # what config.json is to say of that instead
-        self.prefixes: list[Prefix] = []  # by adapter
+        self.namings: list[Naming] = []  # by adapter
         self.laid: list[Weighted] = []  # the adapters, with the base's own tensors for sites
         self._begun: set[str] = set()  # tensors that begin as an adapter's copy of the resized base
         self._names: set[str] = set()  # of all sites, as the adapters and as the base have them
@@ -50,7 +50,7 @@ class Draft:
             raise ConfigError(f"{where}: it replaces tensors (modules_to_save, bias); its weight must be 1")
         joined = Joined(self.base, given, index, self.ops)
         self.refusals += joined.refusals
-        self.prefixes.append(joined.prefix)
+        self.namings.append(joined.naming)
         self.laid.append(given._replace(adapter=joined.adapter))
         self._names |= {*joined.adapter.sites, *(site.name for site, _ in joined.layers.values())}
         for name, whole in joined.wholes.items():

@@ -45,9 +45,9 @@ def check_base(
             f"{printable(wanted)}; name the right base, or expect this hash"
         )
     begun = {one.site.weight.name: one.begins.weight.name for one in plan.changes if one.begins is not None}
-    for (adapter, _), prefix in zip(adapters, plan.prefixes, strict=True):
+    for (adapter, _), naming in zip(adapters, plan.namings, strict=True):
         for name, (info, digest) in adapter.trained_on.items():
-            there = begun.get(prefix.of(name), prefix.of(name))  # a tied head is the embedding
+            there = begun.get(naming.of(name), naming.of(name))  # a tied head is the embedding
             if there not in base.at:
                 continue
             held, found = base.at[there][1].info, readings[base.file_of(there)].tensors.get(there)

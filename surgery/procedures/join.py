@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surgery.adapters.peft import check_shapes
 from surgery.core.adapter import Adapter, Layer, Weighted, bias_layers, shape_of
-from surgery.core.names import Prefix, in_base, nearest, prefix_between, suffix_hits
+from surgery.core.names import in_base, naming_between, nearest, suffix_hits
 from surgery.core.site import RawDtype, Site, TensorInfo
 from surgery.errors import FormatError, InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
@@ -50,7 +50,7 @@ class Joined:
         if self.tying is not None and self.tying.separable:
             known[self.tying.head.name] = self.tying.head
         known |= {site.name: site for site in alone.values()}
-        self.prefix = prefix_between([in_base(name) for name in self.adapter.sites], known) or Prefix()
+        self.naming = naming_between([in_base(name) for name in self.adapter.sites], known, base.in_memory)
         self._copies()
         self._saved()
         self.known = {name: self._as_grown(site) for name, site in known.items()}
@@ -63,7 +63,7 @@ class Joined:
         return [name for name in self.wholes if self._info(name) is None]
 
     def _sites(self) -> None:
-        found = {name: self.known.get(self.prefix.of(in_base(name))) for name in self.adapter.sites}
+        found = {name: self.known.get(self.naming.of(in_base(name))) for name in self.adapter.sites}
         choice = OpChoice(
             self.base,
             self.adapter,
@@ -184,7 +184,7 @@ class Joined:
 
     def _there(self, name: str) -> str:
         """A tensor's name as the base has it, or would have it."""
-        renamed = self.prefix.of(name)
+        renamed = self.naming.of(name)
         return renamed if self.base.info(renamed) is not None else name
 
     def _info(self, name: str) -> TensorInfo | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from surgery.adapters import out_proj
 from surgery.core.adapter import Adapter, Layer, Weighted, nbytes_of
-from surgery.core.names import Prefix, in_base
+from surgery.core.names import Naming, in_base
 from surgery.core.select import matched_by, unmatched
 from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source
@@ -38,7 +38,7 @@ class Plan:
     written_bytes: int
     peak_bytes: int  # an estimate of the resident memory
     undo_bytes: int  # an upper bound of what a reversible merge writes besides
-    prefixes: tuple[Prefix, ...] = ()  # by adapter: what leads from its names to the base's
+    namings: tuple[Naming, ...] = ()  # by adapter: what leads from its names to the base's
     laid: tuple[Weighted, ...] = ()  # the adapters as their layers are called
     config: Mapping[str, Any] | None = None  # what config.json has to say afterwards; None: what it says now
     matched: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # by tensor, of each layer over it
@@ -138,8 +138,8 @@ def make_plan(
     draft.settle(treatment.tied)
     draft.notes += [
         note
-        for one, prefix in zip(adapters, draft.prefixes, strict=True)
-        for note in _unchecked(base, one.adapter, prefix)
+        for one, naming in zip(adapters, draft.namings, strict=True)
+        for note in _unchecked(base, one.adapter, naming)
     ]
     if treatment.dtype is not None:
         draft.cast(treatment.dtype)
@@ -177,10 +177,10 @@ def _notes(adapter: Adapter) -> list[str]:
     return notes
 
 
-def _unchecked(base: Checkpoint, adapter: Adapter, prefix: Prefix) -> list[str]:
+def _unchecked(base: Checkpoint, adapter: Adapter, naming: Naming) -> list[str]:
     """Whether the adapter tells of a base in another dtype, which no hash can tell from this one."""
     for name, (info, _) in adapter.trained_on.items():
-        there = base.at[prefix.of(name)][1].info if prefix.of(name) in base.at else info
+        there = base.at[naming.of(name)][1].info if naming.of(name) in base.at else info
         if there.dtype != info.dtype:
             told, here = (str(one).removeprefix("torch.") for one in (info.dtype, there.dtype))
             where = printable(adapter.where)
@@ -230,7 +230,7 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         + 8 * _TILE_COPIES * tile
         + max(map(_whole_bytes, changes), default=0),
         undo_bytes=sum(sites) + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
-        prefixes=tuple(draft.prefixes),
+        namings=tuple(draft.namings),
         laid=tuple(draft.laid),
         config=config,
         matched={one.site.weight.name: [_matched(adapters, layer) for layer in one.layers] for one in changes},

@@ -7,7 +7,7 @@ from surgery.integrations.transformers.exporting import Pretrained
 from surgery.integrations.transformers.linears import linears_of
 from surgery.integrations.transformers.loading import Wanted, load_model
 from surgery.integrations.transformers.model import is_pretrained, output_heads
-from surgery.integrations.transformers.names import name_map
+from surgery.integrations.transformers.names import name_map, names_in_memory
 from surgery.integrations.transformers.outputs import agreements, run_experts_singly
 from surgery.integrations.transformers.quantizing import tell_ejected, tell_quantized
 from surgery.integrations.transformers.saving import save_merged
@@ -30,6 +30,7 @@ __all__ = [
     "live_model",
     "load_model",
     "name_map",
+    "names_in_memory",
     "output_heads",
     "run_experts_singly",
     "save_merged",

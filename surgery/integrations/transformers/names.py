@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 from functools import reduce
+from importlib import import_module
 from typing import Any
 
 from surgery.core.name_map import USUAL, NameMap, Stack
+from surgery.errors import FormatError
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.integrations.transformers.bare_model import bare_model
 from surgery.procedures.op_choice import families
 
 
@@ -26,6 +30,31 @@ def name_map(config: Mapping[str, Any]) -> NameMap:
         return reduce(lambda told, one: one.rename_source_key(told)[0], renaming, name)
 
     return NameMap(rename, [Stack(_parts(one), _dotted(one.target_patterns[0])) for one in merging])
+
+
+def names_in_memory(base: Checkpoint) -> Mapping[str, str]:
+    """The files' names of the tensors that transformers renames as it loads them, by those that it gives them.
+
+    Without what it makes of several. None where it is not there, or makes no model of the config.
+    """
+    try:
+        model = bare_model(base)
+    except FormatError:  # what called for it tells of names
+        return {}
+    if model is None:
+        return {}
+    tables: Any = import_module("transformers.conversion_mapping")
+    steps: Any = import_module("transformers.core_model_loading")
+    rules = tables.get_model_conversion_mapping(model)
+    renaming, making = (
+        [one for one in rules if isinstance(one, kind)] for kind in (steps.WeightRenaming, steps.WeightConverter)
+    )
+    held, found = model.state_dict(), {}
+    for info in base.weights():
+        name, pattern = steps.rename_source_key(info.name, renaming, making, model.base_model_prefix, held)
+        if pattern is None and name != info.name and name in held:
+            found[name] = info.name
+    return found
 
 
 def _stacks(converter: Any, steps: Any) -> bool:
