@@ -1,13 +1,15 @@
 """For the test suites of others: that two models give the same outputs."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from surgery.core.agreement import Outputs, compare, floors
+from surgery.core.distance import Distance
 from surgery.errors import UsageError
 from surgery.integrations.transformers import run_experts_singly
-from surgery.procedures.outputs import Inputs, Runs, calibrated, mask_of, run, twin, widened
+from surgery.procedures.outputs import Given, Inputs, Runs, calibrated, mask_of, run, twin, widened
 
 __all__ = ["assert_equivalent"]
 
@@ -47,14 +49,7 @@ def assert_equivalent(  # noqa: PLR0913  # two models and what bears on them
     if exact is None and not isinstance(a, nn.Module):
         a, b = b, a  # the noise is that of a module
     rows, wide = mask_of(inputs) if rows is None else rows, widened(inputs)
-    if exact is not None:
-        truth = run(exact, wide)
-        floor = floors(run(a, inputs).outputs, truth.outputs, rows)
-    elif isinstance(a, nn.Module):
-        truth = run(_in_float64(a), wide)
-        floor = calibrated(a, inputs, truth.outputs, rows)
-    else:
-        raise UsageError("assert_equivalent: neither is a module, so that no noise can be measured; give exact")
+    truth, floor = _measured(a, exact, inputs, rows)
     plain = None if base is None else _exactly(base, inputs, wide)
     other = run(b, inputs)
     if {*truth.left_out} != {*other.left_out}:
@@ -64,6 +59,18 @@ def assert_equivalent(  # noqa: PLR0913  # two models and what bears on them
     if not found.ok:
         what = found.why if all(one.ok for one in found.outputs) else "the outputs are not equivalent"
         raise AssertionError(f"{what}\n\n{replace(found, left_out=truth.left_out).table()}")
+
+
+def _measured(a: Runs, exact: Runs | None, inputs: Inputs, rows: Tensor | None) -> tuple[Given, Mapping[str, Distance]]:
+    """What is right, in float64, and the noise of each output of `a`."""
+    wide = widened(inputs)
+    if exact is not None:
+        truth = run(exact, wide)
+        return truth, floors(run(a, inputs).outputs, truth.outputs, rows)
+    if isinstance(a, nn.Module):
+        truth = run(_in_float64(a), wide)
+        return truth, calibrated(a, inputs, truth.outputs, rows)
+    raise UsageError("assert_equivalent: neither is a module, so that no noise can be measured; give exact")
 
 
 def _exactly(model: Runs, inputs: Inputs, wide: Inputs) -> Outputs:

@@ -69,7 +69,9 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
     """
     require_packages()
     how = Manner(weights, names, overwrite, portable)
-    options = Options(Treatment.of(dtype, tied, ops, into=into), overwrite=overwrite, pace=Pace(progress=progress))
+    options = Options(
+        Treatment.of(dtype=dtype, tied=tied, ops=ops, into=into), overwrite=overwrite, pace=Pace(progress=progress)
+    )
     if isinstance(model, nn.Module):
         if adapters is not None or options.treatment != Treatment():
             raise UsageError("export_onnx: of a model in memory the active adapters are exported; adapters is None")

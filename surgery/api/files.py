@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ from surgery.procedures import verify as verifying
 from surgery.procedures.expected import check_adapters, check_sha256
 from surgery.procedures.filling import OnProgress, Pace
 from surgery.procedures.outputs import Inputs
-from surgery.procedures.treatment import Treatment, check_probes
+from surgery.procedures.treatment import Treatment, TreatmentOptions, check_probes
 from surgery.procedures.verify_report import VerifyReport
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
@@ -50,23 +51,20 @@ def inspect(model: nn.Module | Where, *, sha256: bool = False) -> inspection.Ins
     return inspection.inspect(locate(model), sha256)
 
 
-def plan(  # noqa: PLR0913  # the options of a merge
+def plan(
     base: Where,
     adapters: Adapters,
     *,
-    dtype: str | torch.dtype | None = None,
-    tied: str = "refuse",
-    ops: Mapping[str, str] | None = None,
-    compute_dtype: str | torch.dtype | None = None,
-    into: str | None = None,
-    base_as: str | None = None,
-    arithmetic: str = "exact",
     mha_out_proj_scale: int | None = None,
+    **treatment: Unpack[TreatmentOptions],
 ) -> planning.Plan:
-    """What a merge with these options would do, and all that stands against it. Writes nothing."""
+    """What a merge with these options would do, and all that stands against it. Writes nothing.
+
+    `treatment` as in `merge_checkpoint`: `dtype`, `tied`, `ops`, `compute_dtype`, `into`, `fallback`, `rounding`,
+    `base_as` and `arithmetic`. Which weights fall back is known of a merge alone.
+    """
     with checkpoint(base) as source:
-        treatment = Treatment.of(dtype, tied, ops, compute_dtype, into, base_as, arithmetic)
-        return planning.make_plan(source, weighted(adapters, mha_out_proj_scale), treatment)
+        return planning.make_plan(source, weighted(adapters, mha_out_proj_scale), Treatment.of(**treatment))
 
 
 def merge_checkpoint(  # noqa: PLR0913  # three things and their options
@@ -75,18 +73,9 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     out: Where,
     *,
     reversible: bool = False,
-    dtype: str | torch.dtype | None = None,
-    tied: str = "refuse",
-    ops: Mapping[str, str] | None = None,
-    compute_dtype: str | torch.dtype | None = None,
-    into: str | None = None,
-    base_as: str | None = None,
-    rounding: str | None = None,
-    fallback: str | None = None,
     probes: int = 0,
     min_retained: float = 0.5,
     max_noise: float = 1.0,
-    arithmetic: str = "exact",
     mha_out_proj_scale: int | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
@@ -96,6 +85,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     progress: OnProgress | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
+    **treatment: Unpack[TreatmentOptions],
 ) -> merging.MergeReport:
     """Merge adapters over `base` into the new folder `out`, streaming; complete, or `out` stays as it is.
 
@@ -129,7 +119,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     check_adapters(found, expect_adapter_sha256)
     check_sha256(expect_base_sha256)
     options = merging.Options(
-        Treatment.of(dtype, tied, ops, compute_dtype, into, base_as, arithmetic, fallback, rounding),
+        Treatment.of(**treatment),
         shard_bytes(max_shard_size),
         reversible=reversible,
         overwrite=overwrite,
@@ -141,9 +131,11 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     )
     with checkpoint(base) as source:
         report = merging.merge_checkpoint(source, found, Path(out), options)
-    if push_to_hub is None:
-        return report
-    pushed = publish.push_merged(report.out, push_to_hub, private=private)
+    return report if push_to_hub is None else _pushed(report, push_to_hub, private)
+
+
+def _pushed(report: merging.MergeReport, repo: str, private: bool) -> merging.MergeReport:
+    pushed = publish.push_merged(report.out, repo, private=private)
     return replace(report, pushed=f"{pushed.hub_id}@{pushed.commit}")
 
 
@@ -197,13 +189,8 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     in its own dtype, and with the adapter's effect; `layers` also what each adapted module gives, which tells where
     they part. Padding, by `attention_mask`, is left out. Raises EnvironmentFault without transformers.
     """
-    if not outputs and (layers or inputs is not None):
-        raise UsageError("verify_checkpoint: layers and inputs are for a run of the models; give outputs=True")
-    if outputs and base_as is not None:
-        raise UsageError("verify_checkpoint: outputs are compared of plain models, and base_as makes BASE none")
+    _check_outputs(outputs, layers or inputs is not None, base_as, out is None or adapters is None)
     if out is None or adapters is None:
-        if outputs:
-            raise UsageError("verify_checkpoint: outputs are compared with those of adapters over a base; name both")
         return verifying.verify_receipt(locate(base))
     with checkpoint(base) as source, Checkpoint(locate(out)) as found:
         told = verifying.recorded(found.folder)
@@ -213,6 +200,16 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
         given = weighted(adapters, mha_out_proj_scale or told.mha_out_proj_scale)
         report = verifying.verify_checkpoint(source, given, found, treatment, probes=check_probes(probes))
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
+
+
+def _check_outputs(outputs: bool, detailed: bool, base_as: str | None, alone: bool) -> None:
+    """UsageError where a run of the models is asked for that cannot be, or how to run them and no run."""
+    if detailed and not outputs:
+        raise UsageError("verify_checkpoint: layers and inputs are for a run of the models; give outputs=True")
+    if outputs and base_as is not None:
+        raise UsageError("verify_checkpoint: outputs are compared of plain models, and base_as makes BASE none")
+    if outputs and alone:
+        raise UsageError("verify_checkpoint: outputs are compared with those of adapters over a base; name both")
 
 
 def diff(a: Where, b: Where) -> differing.DiffReport:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import read_adapter
 from surgery.codecs.formats import format_of
+from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
@@ -25,7 +26,8 @@ from surgery.procedures import quantize as quantizing
 from surgery.procedures import save as saving
 from surgery.procedures.configs import config_of, is_peft_s
 from surgery.procedures.examples import Examples
-from surgery.procedures.treatment import check_arithmetic
+from surgery.procedures.held_layers import Landing
+from surgery.procedures.treatment import Treatment
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
@@ -190,17 +192,29 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractConte
     return mixing.mixed_batch(model, adapter_names)
 
 
-def merge(
-    model: Model, *, undo: merging.UndoKind = "index", into: str | None = None, arithmetic: str = "exact"
+def merge(  # noqa: PLR0913  # one argument an option
+    model: Model,
+    *,
+    undo: merging.UndoKind = "index",
+    into: str | None = None,
+    arithmetic: str = "exact",
+    rounding: str | None = None,
+    min_retained: float = 0.5,
+    max_noise: float = 1.0,
 ) -> Model:
     """Add the active adapters to the base weights, in place; `unmerge` brings them back to the bit.
 
     `undo` "index" stores a fraction of a bit a parameter; "copy" keeps the original weights. Over quantized weights
-    `into` "16bit" is wanted: plain layers stand in for them until they are unmerged. `arithmetic` "peft" or
-    "peft-safe" gives the bits that PEFT 0.21.2's merge, or safe merge, gives of the same parameters, and keeps the
-    original weights.
+    `into` is wanted: with "16bit" plain layers stand in for them until they are unmerged, with "keep" such as have the
+    nearest codes by the same scales. "nf4", "fp4", "int8" or "fp8_block" hold adapted linear layers, plain ones too,
+    by new scales, in the layers of bitsandbytes or transformers; others, and output heads, are merged as they are
+    held. The bytes are those of `merge_checkpoint`; `rounding`, `min_retained` and `max_noise` are as there.
+    `arithmetic` "peft" or "peft-safe" gives the bits that PEFT 0.21.2's merge, or safe merge, gives of the same
+    parameters, and keeps the original weights.
     """
-    merging.merge(model, undo, into, check_arithmetic(arithmetic))
+    treatment = Treatment.of(into=into, arithmetic=arithmetic, rounding=rounding)
+    landing = Landing(treatment, Bounds(min_retained, max_noise), hugging.output_heads(model))
+    merging.merge(model, undo, landing)
     return model
 
 

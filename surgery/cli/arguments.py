@@ -74,6 +74,16 @@ into = click.option(
     type=click.Choice(["16bit", "keep", "nf4", "fp4", "int8", "fp8_block"]),
     help="What weights become: plain, as by default; codes by a quantized base's own scales; or a format, by new ones.",
 )
+fallback = click.option(
+    "--fallback",
+    type=click.Choice(["16bit", "int8"]),
+    help="What weights become instead that would be under --min-retained, or over --max-noise, there.",
+)
+rounding = click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "feedback"]),
+    help="To the nearest codes of a format, or to those that do best along the adapter's own input directions.",
+)
 base_as = click.option(
     "--base-as",
     type=click.Choice(["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym", "nvfp4"]),
@@ -102,9 +112,12 @@ mha_out_proj_scale = click.option(
 )
 
 
+_TREATMENT = (dtype, tied, ops, compute_dtype, into, fallback, rounding, base_as, arithmetic, mha_out_proj_scale)
+
+
 def treatment(command: Command) -> Command:
     """The options that say what is done to a base besides laying adapters over it, as `plan` and `merge` take them."""
-    for option in reversed((dtype, tied, ops, compute_dtype, into, base_as, arithmetic, mha_out_proj_scale)):
+    for option in reversed(_TREATMENT):
         command = option(command)
     return command
 

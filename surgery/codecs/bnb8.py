@@ -16,6 +16,7 @@ from surgery.errors import FormatError, ValueRangeError
 
 RECIPROCAL = 7.874015718698502e-3  # what bitsandbytes multiplies by
 LARGEST = 127  # it never writes -128
+OUTLIERS = 6.0  # inputs above it are computed in 16 bits, as transformers has it
 _ROWS = 256  # that are encoded at a time: bounds the memory
 
 

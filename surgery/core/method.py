@@ -64,6 +64,11 @@ class Method(ABC):
     undo: ClassVar[Literal["index", "residual", "copy"]]
     couples: ClassVar[frozenset[str]]  # along which axes elements depend on each other, by sums: see `terms`
 
+    @property
+    def replaced_rows(self) -> tuple[int, ...]:
+        """Rows that it replaces by those of its only tensor, "t", whatever stood there; most replace none."""
+        return ()
+
     @abstractmethod
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         """Its tensors at this site, by role."""

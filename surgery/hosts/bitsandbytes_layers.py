@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.codecs.bnb8 import OUTLIERS
+from surgery.core.codec import Packed
+
 _PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' switch: with it, evaluating on some CPUs rounds scales in place
 _PACKED_BEFORE = "surgery_packed_before"
 
 
 class BitsandbytesLayers:
     """Linear4bit and Linear8bitLt (hosts.quantized.Kind)."""
+
+    codecs = ("bnb4", "bnb8")
 
     def classes(self) -> tuple[type[nn.Module], ...]:
         loaded: Any = sys.modules.get("bitsandbytes.nn")
@@ -57,6 +62,14 @@ class BitsandbytesLayers:
             dtype = module.compute_dtype or _quant_state(module).dtype
         return dtype
 
+    def made(self, packed: Packed, like: Any, dtype: torch.dtype) -> nn.Module:
+        layers = sys.modules["bitsandbytes.nn"]
+        made = _made_8bit(layers, packed, like) if "SCB" in packed.tensors else _made_4bit(layers, packed, like, dtype)
+        made.bias = like.bias
+        never_round_scales(made)
+        found: nn.Module = made.train(like.training)
+        return found
+
     def hold(self, module: nn.Module) -> None:
         """From now on it runs in eval mode as in training: its scales stay."""
         if module.__dict__.get(_PACKS):
@@ -72,6 +85,33 @@ def never_round_scales(module: nn.Module) -> None:
     """Its scales stay for good, however it runs."""
     if module.__dict__.get(_PACKS):
         module.__dict__[_PACKS] = False
+
+
+def _made_4bit(layers: Any, packed: Packed, like: Any, dtype: torch.dtype) -> Any:
+    codes, settings, device = packed.tensors["weight"], packed.settings, like.weight.device
+    made = layers.Linear4bit(
+        *_sizes(like),
+        compute_dtype=dtype,
+        compress_statistics="nested_offset" in settings,
+        quant_type=settings["quant_type"],
+        quant_storage=codes.dtype,
+        device="meta",
+    )
+    state = {role.removeprefix("weight."): one for role, one in packed.tensors.items() if role != "weight"}
+    made.weight = layers.Params4bit.from_prequantized(codes, state, device=device, module=made)
+    return made
+
+
+def _made_8bit(layers: Any, packed: Packed, like: Any) -> Any:
+    threshold = like.state.threshold if isinstance(like, layers.Linear8bitLt) else OUTLIERS
+    made = layers.Linear8bitLt(*_sizes(like), has_fp16_weights=False, threshold=threshold, device="meta")
+    codes, scales = (packed.tensors[role].to(like.weight.device) for role in ("weight", "SCB"))
+    made.weight = layers.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+    return made
+
+
+def _sizes(like: Any) -> tuple[int, int, bool]:
+    return like.in_features, like.out_features, like.bias is not None
 
 
 def _is_8bit(module: Any) -> bool:

@@ -6,9 +6,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from surgery.codecs import FORMS, cut
+from surgery.codecs import FORMS, codec_of, cut
 from surgery.core.arithmetic import all_finite, round_once
-from surgery.core.codec import Headers, Packed
+from surgery.core.codec import Codec, Headers, Packed
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
 from surgery.errors import SurgeryError, ValueRangeError, printable
@@ -83,11 +83,23 @@ class Encoded:
         together = codec.step(nearest.headers, nearest.settings)
         for rows in row_tiles(change.site.weight.shape, FED_ELEMENTS, together):
             _, laid = self.plain.exact(change.site, rows)
-            found = rounded(codec, laid, cut(codec, nearest, rows), feedback).tensors[role]
-            parts.append(found.view(torch.uint8).flatten())
-        codes = nearest.tensors[role]
-        joined = torch.cat(parts).view(codes.dtype).view(codes.shape)
-        return nearest._replace(tensors={**nearest.tensors, role: joined})
+            parts.append(rounded(codec, laid, cut(codec, nearest, rows), feedback).tensors[role])
+        return with_codes(codec, nearest, parts)
+
+
+def reheld(view: Merged, change: Change, packed: Packed) -> Packed:
+    """The outcome of a change that keeps its format, of which `packed` is the whole weight as it was."""
+    codec, site = codec_of(packed, printable(change.site.name)), change.site
+    tiles = row_tiles(site.weight.shape, TILE_ELEMENTS, site.together)
+    return with_codes(codec, packed, [view.load(site, rows).tensors["weight"] for rows in tiles])
+
+
+def with_codes(codec: Codec, packed: Packed, parts: Sequence[Tensor]) -> Packed:
+    """The same with other codes, given by tiles of whole elements."""
+    role = next(iter(codec.endings))
+    codes = packed.tensors[role]
+    joined = torch.cat([part.view(torch.uint8).flatten() for part in parts])
+    return packed._replace(tensors={**packed.tensors, role: joined.view(codes.dtype).view(codes.shape)})
 
 
 def standing(change: Change) -> list[TensorInfo]:

@@ -22,6 +22,8 @@ _POWERS = "torch.float8_e8m0fnu"  # scales that are powers of two, as the codec 
 class Fp8Layers:
     """FP8Linear (hosts.quantized.Kind)."""
 
+    codecs = ("fp8_block",)
+
     def classes(self) -> tuple[type[nn.Module], ...]:
         loaded: Any = sys.modules.get("transformers.integrations.finegrained_fp8")
         return () if loaded is None else (loaded.FP8Linear,)
@@ -46,6 +48,21 @@ class Fp8Layers:
     def compute_dtype(self, module: Any) -> torch.dtype:  # noqa: ARG002  # whatever the layer
         """Its kernels never round the weight."""
         return torch.float32
+
+    def made(self, packed: Packed, like: Any, dtype: torch.dtype) -> nn.Module:  # noqa: ARG002  # it has none
+        (Linear,) = self.classes()
+        kept = isinstance(like, Linear)
+        block = like.block_size if kept else packed.settings["weight_block_size"]
+        with torch.device("meta"):
+            made: Any = Linear(like.in_features, like.out_features, block)
+        device, scales = like.weight.device, like.weight_scale_inv if kept else packed.tensors["weight_scale_inv"]
+        made.weight = nn.Parameter(packed.tensors["weight"].to(device), requires_grad=False)
+        made.weight_scale_inv = nn.Parameter(scales.to(device), requires_grad=False)
+        if kept:
+            made.activation_scheme, made.activation_scale = like.activation_scheme, like.activation_scale
+        made.has_bias, made.bias = like.bias is not None, like.bias
+        found: nn.Module = made.train(like.training)
+        return found
 
     def hold(self, module: Any) -> None:
         """From now on it runs on a CPU, too."""

@@ -16,6 +16,11 @@ from surgery.hosts.fp8_layers import Fp8Layers
 class Kind(Protocol):
     """One library's quantized linear layers."""
 
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """Those by which it holds weights."""
+        ...
+
     def classes(self) -> tuple[type[nn.Module], ...]:
         """Of its layers; none where the library is not imported."""
         ...
@@ -38,6 +43,13 @@ class Kind(Protocol):
 
     def compute_dtype(self, module: Any) -> torch.dtype:
         """What its weight is decoded to when it runs."""
+        ...
+
+    def made(self, packed: Packed, like: Any, dtype: torch.dtype) -> nn.Module:
+        """A layer that holds `packed`, with the bias, sizes and device of `like`, and its settings if it is one too.
+
+        `dtype` is what it computes in, where that is its own to say.
+        """
         ...
 
     def hold(self, module: Any) -> None:
@@ -110,6 +122,14 @@ def decoded(module: nn.Module) -> Tensor:
 def decoder(module: nn.Module) -> Callable[[nn.Module], Tensor] | None:
     """What gives the weight of a module that holds it otherwise than plainly."""
     return decoded if is_quantized(module) else None
+
+
+def layer_of(packed: Packed, like: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A library's own layer that holds `packed`, and is as `like` otherwise; `dtype` is what it computes in."""
+    codec = codec_of(packed, "").name
+    made = next(kind for kind in KINDS if codec in kind.codecs).made(packed, like, dtype)
+    hold(made)
+    return made
 
 
 def hold(module: nn.Module) -> None:

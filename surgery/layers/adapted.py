@@ -34,7 +34,7 @@ class Adapted(Bare):
     enabled = True
     hashed: Any = None  # sha256 of the base weight, and which state of its memory that is of
     merged: Any = None  # what undoes the merge, while the base weight holds the active adapters
-    beneath: nn.Module | None = None  # the quantized layer that `base_layer` stands in for, while it is merged
+    beneath: nn.Module | None = None  # the layer that `base_layer` stands in for, while it is merged
     running: tuple[Fitted | Mixed, ...] = ()
     aware: Holding | None = None  # in what format the effective weight is held, if a running adapter asks for one
     decode: Callable[[nn.Module], Tensor] | None = None  # of a base layer that holds its weight otherwise than plainly
@@ -148,8 +148,8 @@ class Adapted(Bare):
         return dense
 
     def _run_stand_in(self, input: Tensor) -> Tensor:
-        """The plain layer, in whatever dtype the quantized one takes."""
-        out: Tensor = self.base_layer(input.to(self.base_weight.dtype))
+        """The layer that stands in, in whatever dtype the model's own takes."""
+        out: Tensor = self.base_layer(input if self.decode is not None else input.to(self.base_weight.dtype))
         return out.to(input.dtype)
 
     def _run_held(self, x: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ class TokenRows(Method, AsPeft):
     undo = "copy"
     couples = frozenset()
 
+    @property
+    def replaced_rows(self) -> tuple[int, ...]:
+        return self.tokens
+
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         axis = _AXES.get(site.acting.name)
         if axis is None or site.acting.roles:

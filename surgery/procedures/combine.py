@@ -1,7 +1,7 @@
 """combine: several LoRA adapters as one adapter folder in PEFT's format, and how far it is from their exact sum."""
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -27,6 +27,8 @@ from surgery.procedures.ranked_config import ranked_config
 
 Value = TypeVar("Value")
 
+_LEFT_OUT = ("use_dora", "lora_bias", "bias", "use_bdlora", "trainable_token_indices")
+
 
 @dataclass(frozen=True)
 class CombineReport(FidelityReport):
@@ -50,6 +52,7 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
     configs = [_lora(one) for one in given]
     ops = _united(given, "the op of", lambda one: one.adapter.ops, lambda op: op)
     saved = _united(given, "the saved", lambda one: one.adapter.saved, _content)
+    _check_weights(given, saved)
     copies = _united(given, "the copy of", lambda one: one.adapter.copies, _content)
     trained_on = _united(given, "the base's", lambda one: one.adapter.trained_on, lambda told: told)
     sites: dict[str, Fidelity] = {}
@@ -83,12 +86,12 @@ def _lora(one: Weighted) -> LoraConfig:
             f"{printable(one.adapter.where)}: peft_type is {config.peft_type}; combine takes LORA; "
             "merge adapters of other types one over the other"
         )
-    if config.use_dora or config.lora_bias:
-        found = "use_dora" if config.use_dora else "lora_bias"
-        raise InputError(
-            f"{printable(one.adapter.where)}: it has {found}, which a sum of A and B leaves out; "
-            "merge such adapters one over the other"
-        )
+    for found in _LEFT_OUT:
+        if getattr(config, found) not in (None, False, "none"):
+            raise InputError(
+                f"{printable(one.adapter.where)}: it has {found}, which a sum of A and B leaves out; "
+                "merge such adapters one over the other"
+            )
     if config.target_parameters:
         raise InputError(
             f"{printable(one.adapter.where)}: it has target_parameters, whose A and B hold many matrices each; "
@@ -166,22 +169,38 @@ def _united(
     return found
 
 
+def _check_weights(given: Sequence[Weighted], saved: Iterable[str]) -> None:
+    """A trained module is taken whole: it has no fraction, but equal ones may share the weight of 1."""
+    for name in sorted(saved):
+        total = math.fsum(one.weight for one in given if name in one.adapter.saved)
+        if total != 1 and any(one.weight != 1 for one in given if name in one.adapter.saved):
+            raise InputError(
+                f"{printable(name)}: modules_to_save replaces it, by adapters whose weights are {total:g} in all; "
+                "1 is wanted, or 1 for each; leave it out of the adapters, or weigh them so"
+            )
+
+
 def _content(values: Tensor) -> object:
     return values.dtype, tuple(values.shape), bytes(octets(values.contiguous()))
 
 
 def _config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> LoraConfig:
-    """Of one base, if all name the same."""
-    for field in ("fan_in_fan_out", "task_type"):
-        if len({getattr(one, field) for one in configs}) > 1:
-            raise InputError(f"combine: {field} is not the same in all configs; one for all is wanted")
+    """Of one base, if all name the same; of the task that those tell which tell one."""
+    tasks = {one.task_type for one in configs if one.task_type is not None}
+    for field, values in (("fan_in_fan_out", {one.fan_in_fan_out for one in configs}), ("task_type", tasks)):
+        if len(values) > 1:
+            told = ", ".join(sorted(map(printable, values)))
+            raise InputError(
+                f"combine: {field} is not the same in all configs: {told}; one for all is wanted; "
+                "were they trained on one model?"
+            )
     bases = {(one.base_model_name_or_path, one.revision) for one in configs}
     base, revision = bases.pop() if len(bases) == 1 else (None, None)
     return ranked_config(
         ranks,
         modules_to_save=sorted({name for one in configs for name in one.modules_to_save or ()}) or None,
         fan_in_fan_out=configs[0].fan_in_fan_out,
-        task_type=configs[0].task_type,
+        task_type=min(tasks, default=None),
         base_model_name_or_path=base,
         revision=revision,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from surgery.codecs.bnb8 import OUTLIERS
 from surgery.codecs.fp8_block import BLOCK
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import FormatError, MatchError, UsageError, printable
@@ -14,7 +15,6 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.packing import Held, quantization_of
 from surgery.ops.linear import Linear
 from surgery.procedures.draft import Draft
-from surgery.procedures.quantize import OUTLIERS
 from surgery.procedures.tying import vocabulary
 
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,7 +17,6 @@ from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import plainly
 from surgery.io.header import DTYPES
-from surgery.methods.token_rows import TokenRows
 from surgery.procedures.join import Joined, Whole
 from surgery.procedures.true_config import Outcome
 from surgery.procedures.tying import Tying, ties_head, tying_of, vocabulary
@@ -220,7 +219,7 @@ class Draft:
 
 def _of_rows(change: Change) -> bool:
     """Are single rows replaced, and no more?"""
-    return bool(change.layers) and all(isinstance(layer.method, TokenRows) for layer in change.layers)
+    return bool(change.layers) and all(layer.method.replaced_rows for layer in change.layers)
 
 
 def _alone(site: Site) -> Site:

@@ -13,12 +13,17 @@ from surgery.procedures.draft import Draft
 def feed_back(draft: Draft) -> None:
     """Of all changes whose layers know along which directions they look at their inputs."""
     held = [name for name, change in draft.changes.items() if (change.into or change.keep) and change.layers]
-    fed = [name for name in held if _is_fed(draft.changes[name])]
-    for name in fed:
-        change = draft.changes[name]
-        site = _in_large_tiles(change.site) if change.keep else change.site
-        draft.changes[name] = replace(change, site=site, feedback=True)
-    draft.notes.append(f"{len(fed)} of {len(held)} adapted weights are rounded with feedback")
+    for name in held:
+        draft.changes[name] = fed(draft.changes[name])
+    count = sum(draft.changes[name].feedback for name in held)
+    draft.notes.append(f"{count} of {len(held)} adapted weights are rounded with feedback")
+
+
+def fed(change: Change) -> Change:
+    """The change of a weight that goes into a format, rounded with feedback where its layers know directions."""
+    if not _is_fed(change):
+        return change
+    return replace(change, site=_in_large_tiles(change.site) if change.keep else change.site, feedback=True)
 
 
 def _is_fed(change: Change) -> bool:

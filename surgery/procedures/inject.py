@@ -208,7 +208,7 @@ def eject(root: nn.Module, keep_merged: bool = False) -> None:
     for module in root.modules():
         release(module)
     for name, parameter in root.named_parameters():
-        parameter.requires_grad_(name in state.trainable)
+        parameter.requires_grad_(name in state.trainable and parameter.is_floating_point())  # codes have no gradient
     set_state(root, None)
 
 

@@ -1,7 +1,7 @@
 """Kept: the weights of a checkpoint that a graph is to hold as bitsandbytes does, and what they lack in the files."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ def kept_weights(files: Checkpoint) -> dict[str, Kept]:
 def refuse_kept(held: Mapping[str, Held]) -> None:
     """FormatError for a weight that no node decodes."""
     for name, one in held.items():
-        if not isinstance(one.codec, Bnb4 | Bnb8) or len(one.plain.shape) != 2:
+        if one.codec.name not in _KEPT or len(one.plain.shape) != 2:
             raise FormatError(
                 f"{printable(name)}: held as {one.codec.name} {list(one.plain.shape)}; matrices in 4 or 8 bits of "
                 "bitsandbytes have nodes that decode them; export it into 16bit"
@@ -63,13 +63,19 @@ def refuse_kept(held: Mapping[str, Held]) -> None:
 
 def is_of_bitsandbytes(files: Checkpoint) -> bool:
     """Is it quantized, and by bitsandbytes alone?"""
-    return bool(files.packed) and all(isinstance(one.codec, Bnb4 | Bnb8) for one in files.packed.values())
+    return bool(files.packed) and all(one.codec.name in _KEPT for one in files.packed.values())
 
 
 def _kept(files: Checkpoint, held: Held) -> Kept:
     refuse_kept({held.plain.name: held})
-    if isinstance(held.codec, Bnb8):
-        return Kept(held, held.tensors["SCB"].name, None)
+    return _KEPT[held.codec.name](files, held)
+
+
+def _in_eight_bits(files: Checkpoint, held: Held) -> Kept:  # noqa: ARG001  # as for four
+    return Kept(held, held.tensors["SCB"].name, None)
+
+
+def _in_four_bits(files: Checkpoint, held: Held) -> Kept:
     values = tuple(read_tensor(files, held.tensors["weight.quant_map"].name).tolist())
     absmax = held.tensors[_ABSMAX]
     if absmax.dtype == torch.float32 and len(absmax.shape) == 1:
@@ -81,3 +87,7 @@ def _kept(files: Checkpoint, held: Held) -> Kept:
 
 def _absmax(files: Checkpoint, held: Held) -> Tensor:
     return Bnb4().absmax(held.load(None, lambda info, _: read_tensor(files, info.name)))
+
+
+# By the name of the codec: how its weights are kept.
+_KEPT: Mapping[str, Callable[[Checkpoint, Held], Kept]] = {Bnb4.name: _in_four_bits, Bnb8.name: _in_eight_bits}

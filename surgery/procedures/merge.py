@@ -22,8 +22,18 @@ from surgery.hosts.views import Merged
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
 from surgery.ops.bias import Bias, bias_site
+from surgery.procedures.held_layers import Landing
 from surgery.procedures.rows import merged_once
-from surgery.procedures.standing_in import check_into, dtype_of_model, held_as, plain_dtype, put_back, settle, stand_in
+from surgery.procedures.standing_in import (
+    check_into,
+    dtype_of_model,
+    held_as,
+    plain_dtype,
+    put_back,
+    settle,
+    stand_in,
+    succeed,
+)
 
 UndoKind = Literal["index", "copy"]
 
@@ -76,22 +86,27 @@ class LiveRecorder:
             self.undos[name] = Undo(weight.dtype, streams=streams)
 
 
-def merge(root: nn.Module, undo: UndoKind = "index", into: str | None = None, arithmetic: Arithmetic = "exact") -> None:
+def merge(root: nn.Module, undo: UndoKind = "index", landing: Landing | None = None) -> None:
     """Add the active adapters to the base weights; on an error everything is as it was.
 
     `undo` "index" records what cannot be recomputed; "copy" keeps the originals: faster, and as large as they.
-    `into` "16bit" puts plain layers in the place of quantized ones meanwhile; without it these are refused.
-    `arithmetic` other than "exact" gives PEFT's bits, and keeps the originals whatever `undo` says.
+    `landing` into "16bit" puts plain layers in the place of quantized ones meanwhile, "keep" or a format quantized
+    ones; without it quantized layers are refused. Arithmetic other than "exact" gives PEFT's bits, and keeps the
+    originals whatever `undo` says.
     Raises StateError if adapters are merged or none is active, MatchError for a tied weight, ValueRangeError,
-    ConfigError for an adapter whose merge by PEFT is not known, UsageError for quantized weights.
+    ConfigError for an adapter whose merge by PEFT is not known, UsageError for quantized weights, CheckError where a
+    format leaves too little of the adapters.
     """
+    landing = landing or Landing()
     refuse_merged(root, "merge again")
     rest(root)
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.running}
     if not layers:
         raise StateError("merge: no active adapter; inject one, or set_adapter and enable_adapters")
+    into, arithmetic = landing.treatment.into, landing.treatment.arithmetic
     check_into(layers, into, arithmetic)
-    model_dtype, quantized = dtype_of_model(root), [one for one in layers.values() if is_quantized(one.base_layer)]
+    held, model_dtype = landing.layers(layers), dtype_of_model(root)
+    quantized = [one for one in layers.values() if is_quantized(one.base_layer) and into != "keep"]
     try:
         for layer in quantized:
             stand_in(layer, model_dtype)
@@ -100,22 +115,25 @@ def merge(root: nn.Module, undo: UndoKind = "index", into: str | None = None, ar
             name: () if name in once else _followed(_changes(name, layer, model_dtype), arithmetic)
             for name, layer in layers.items()
         }
-        _merge(root, layers, changes, undo)
+        _refuse_tied(root, layers, changes)
+        made = landing.made({name: layer for name, layer in held.items() if changes[name]}, changes)
+        _merge({name: layer for name, layer in layers.items() if name not in made}, changes, undo)
     except BaseException:
         for layer in quantized:
             put_back(layer)
         raise
+    for name, one in made.items():
+        succeed(layers[name], one)
+        _rest_merged(layers[name], ())
     for layer in quantized:
-        settle(layer, model_dtype)
+        if not is_quantized(layer.base_layer):
+            settle(layer, model_dtype)
 
 
-def _merge(
-    root: nn.Module, layers: Mapping[str, Adapted], changes: Mapping[str, tuple[Change, ...]], undo: UndoKind
-) -> None:
+def _merge(layers: Mapping[str, Adapted], changes: Mapping[str, tuple[Change, ...]], undo: UndoKind) -> None:
     """All plain layers, in place."""
-    targets = {one.site.name: _parameter(layers[name], one) for name in changes for one in changes[name]}
-    _refuse_tied(root, layers, changes)
-    flat = [one for of_layer in changes.values() for one in of_layer]
+    targets = {one.site.name: _parameter(layer, one) for name, layer in layers.items() for one in changes[name]}
+    flat = [one for name in layers for one in changes[name]]
     live = LiveWeights(targets, [change.site for change in flat])
     recorder = LiveRecorder(live, undo)
     try:
@@ -125,8 +143,13 @@ def _merge(
         copy(Unmerged(live, done, lambda change: recorder.undos[change.site.name]), live)
         raise
     for name, layer in layers.items():
-        layer.merged = tuple(recorder.undo(change) for change in changes[name] if not change.held)
-        layer.activate(layer.active, layer.enabled)
+        _rest_merged(layer, tuple(recorder.undo(change) for change in changes[name] if not change.held))
+
+
+def _rest_merged(layer: Adapted, undos: tuple[LiveUndo, ...]) -> None:
+    """The base has what the active adapters gave it, so that these no longer run."""
+    layer.merged = undos
+    layer.activate(layer.active, layer.enabled)
 
 
 def unmerge(root: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery.core.adapter import Weighted
 from surgery.core.survival import Bounds, Survival
-from surgery.errors import CheckError, EnvironmentFault, printable
+from surgery.errors import EnvironmentFault, printable
 from surgery.hosts.change import MergedTile
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.layout import Layout, layout_like
@@ -23,7 +23,7 @@ from surgery.procedures.filling import Pace, fill
 from surgery.procedures.plan import Plan, describe, make_plan
 from surgery.procedures.receipt import VERSION, Receipt
 from surgery.procedures.small_files import RECEIPT, SmallFiles, small_files
-from surgery.procedures.surviving import survivals
+from surgery.procedures.surviving import refuse_lost, survivals
 from surgery.procedures.treatment import Treatment
 from surgery.procedures.undo_record import FOLDER
 from surgery.procedures.undo_writer import UndoWriter
@@ -154,16 +154,11 @@ class _Books:
 
 def _check_survival(receipt: Receipt, options: Options) -> None:
     """CheckError where too little of the adapters is left, or too much came beside it."""
-    survived = receipt.survived()
-    if survived is None or options.bounds.admit(survived):
-        return
-    worst = sorted(receipt.survival.items(), key=lambda item: item[1].retained)[:3]
-    told = ", ".join(f"{printable(name)} ({one})" for name, one in worst)
-    raise CheckError(
-        f"merge into {options.treatment.into}: {survived} of the adapters' change in all; {options.bounds} are "
-        f"wanted; least is left at {told}; --into 16bit keeps all of it, --fallback 16bit does where it is needed, and "
-        "--min-retained and --max-noise let it pass"
+    step = (
+        "--into 16bit keeps all of it, --fallback 16bit does where it is needed, and --min-retained and --max-noise "
+        "let it pass"
     )
+    refuse_lost(receipt.survival, options.bounds, f"merge into {options.treatment.into}", step)
 
 
 def _key(base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, layout: Layout, options: Options) -> str:

@@ -9,8 +9,10 @@ from surgery.hosts.quantized import is_quantized
 from surgery.hosts.tree import adapted_layers, injected, places
 from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import OWN, TRAINED
+from surgery.procedures.held_layers import Landing
 from surgery.procedures.merge import merge, unmerge
 from surgery.procedures.standing_in import decode_others
+from surgery.procedures.treatment import Treatment
 
 _BESIDE = (OWN, TRAINED)
 
@@ -26,7 +28,7 @@ def merged_state(root: nn.Module) -> Iterator[dict[str, Tensor]]:
     was_merged = any(layer.merged is not None for layer in adapted_layers(root).values())
     if not was_merged:
         quantized = any(is_quantized(layer.base_layer) for layer in adapted_layers(root).values() if layer.running)
-        merge(root, "copy", "16bit" if quantized else None)
+        merge(root, "copy", Landing(Treatment(into="16bit" if quantized else None)))
     try:
         state = plain_state(root)
         decode_others(root, state)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.codecs.bnb8 import OUTLIERS
 from surgery.core.names import suffix_hits
 from surgery.core.select import refuse_unmatched
 from surgery.errors import EnvironmentFault, MatchError, StateError, UsageError, ValueRangeError, printable
@@ -15,7 +16,6 @@ from surgery.hosts.tree import state_of
 from surgery.procedures.model_tree import Tree
 
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
-OUTLIERS = 6.0  # inputs above it are computed in 16 bits, as in transformers
 HEAD = "lm_head"
 
 

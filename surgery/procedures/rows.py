@@ -16,7 +16,6 @@ from surgery.core.site import Site
 from surgery.errors import MatchError, printable
 from surgery.hosts.recognition import op_of
 from surgery.layers import Adapted
-from surgery.methods.token_rows import TokenRows
 from surgery.procedures.model_tree import Tree
 from surgery.procedures.tying import EMBEDDINGS
 
@@ -56,7 +55,7 @@ def with_tied_rows(tree: Tree, sites: Mapping[str, FittedSite], saved: Collectio
     """
     found = dict(sites)
     for name, (_, method, params) in sites.items():
-        if not isinstance(method, TokenRows):
+        if not method.replaced_rows:
             continue
         if any(name == other or name.startswith(f"{other}.") for other in saved):
             raise MatchError(
@@ -88,7 +87,7 @@ def share_rows(tree: Tree, adapter: str, sites: Mapping[str, FittedSite]) -> Non
     """Rows of tied weights are one parameter."""
     held: dict[int, Parameter] = {}
     for name, (_, method, _) in sites.items():
-        if isinstance(method, TokenRows):
+        if method.replaced_rows:
             layer: Any = tree.modules[name]
             holder, key = layer.fitted[adapter].holders["t"]
             first = holder[key]
@@ -102,7 +101,7 @@ def repeats(layers: Mapping[str, Adapted], adapter: str) -> set[str]:
     found = set()
     for name, layer in layers.items():
         one = layer.fitted.get(adapter)
-        if one is not None and isinstance(one.method, TokenRows):
+        if one is not None and one.method.replaced_rows:
             key = id(one.params["t"])
             found |= {name} if key in seen else set()
             seen.add(key)
@@ -115,7 +114,7 @@ def merged_once(layers: Mapping[str, Adapted]) -> set[str]:
     found = set()
     for name, layer in layers.items():
         fitted = [layer.fitted[adapter] for adapter in layer.active]
-        if all(isinstance(one.method, TokenRows) for one in fitted):
+        if all(one.method.replaced_rows for one in fitted):
             key = id(layer.base_weight), *(id(one.params["t"]) for one in fitted)
             found |= {name} if key in seen else set()
             seen.add(key)
@@ -130,7 +129,7 @@ def _tied_to(tree: Tree, name: str) -> list[str]:
     return [other for other in others if weight is not None and tree.held(other).get("weight") is weight]
 
 
-def _same(site: FittedSite, method: TokenRows, params: Params) -> bool:
+def _same(site: FittedSite, method: Method, params: Params) -> bool:
     _, other, rows = site
     return other == method and rows["t"].shape == params["t"].shape and torch.equal(rows["t"], params["t"])
 

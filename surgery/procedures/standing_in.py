@@ -1,7 +1,7 @@
-"""Standing in: a plain linear layer in the place of a quantized one, for as long as adapters are merged into it."""
+"""Standing in: a linear layer in the place of one held otherwise, for as long as adapters are merged into it."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +11,21 @@ from surgery.hosts.quantized import codec_name, decoded_to, decoder, is_quantize
 from surgery.hosts.tree import places
 from surgery.layers import Adapted, Replaced
 
-Into = Literal["16bit"]
-INTO: tuple[Into, ...] = ("16bit",)
-
 
 def check_into(layers: Mapping[str, Adapted], into: str | None, arithmetic: str) -> None:
     """UsageError unless `into` says what becomes of quantized weights, where there are any, added to exactly."""
-    if into not in (None, *INTO):
-        raise UsageError(f"merge: into is {printable(into)!r}; {' or '.join(INTO)} is wanted, or nothing")
     there = next((name for name, layer in layers.items() if is_quantized(layer.base_layer)), None)
     if there is not None and into is None:
         raise UsageError(
             f"{printable(there)}: its weight is quantized, and no merge fits into its codes unchanged; give "
-            'into="16bit", for plain weights while it is merged, or save the adapter, and merge the checkpoint'
+            'into="16bit", for plain weights while it is merged, or "keep", for the nearest codes'
         )
     if there is not None and arithmetic != "exact":
         raise UsageError(
             f"{printable(there)}: its weight is quantized, where arithmetic {printable(arithmetic)!r} is not known; "
             "leave it out"
         )
-    if there is None and into is not None:
+    if there is None and into in {"16bit", "keep"}:
         raise UsageError(f"merge: into is {into!r}, and no adapted weight is quantized; leave it out")
 
 
@@ -46,6 +41,13 @@ def stand_in(layer: Adapted, model_dtype: torch.dtype) -> None:
     layer.__dict__.update(beneath=quantized, decode=None)
 
 
+def succeed(layer: Adapted, made: nn.Module) -> None:
+    """Put a quantized layer there, which holds the merged weight."""
+    beneath = layer.base_layer if layer.beneath is None else layer.beneath
+    layer._modules["base_layer"] = made
+    layer.__dict__.update(beneath=beneath, decode=decoder(made))
+
+
 def settle(layer: Adapted, model_dtype: torch.dtype) -> None:
     """The merged layer has one dtype, to which its weight has been rounded already."""
     made: Any = layer.base_layer
@@ -53,12 +55,12 @@ def settle(layer: Adapted, model_dtype: torch.dtype) -> None:
 
 
 def put_back(layer: Adapted) -> None:
-    """The very quantized layer is in its place again, if it has left it."""
-    quantized: Any = layer.beneath
-    if quantized is not None:
+    """The very layer is in its place again, if it has left it."""
+    own: Any = layer.beneath
+    if own is not None:
         device = layer.base_weight.device
-        layer._modules["base_layer"] = quantized if quantized.weight.device == device else quantized.to(device)
-        layer.__dict__.update(beneath=None, decode=decoder(quantized))
+        layer._modules["base_layer"] = own if own.weight.device == device else own.to(device)
+        layer.__dict__.update(beneath=None, decode=decoder(own))
 
 
 def plain_dtype(quantized: Any, model_dtype: torch.dtype) -> torch.dtype:

@@ -1,11 +1,12 @@
 """Surviving: what a merge into a format would leave of each change, before anything is written."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial, reduce
 
 from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
-from surgery.core.survival import Survival
+from surgery.core.survival import Bounds, Survival
 from surgery.core.workers import in_order
+from surgery.errors import CheckError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.encoded import Encoded
 from surgery.hosts.views import Merged
@@ -15,6 +16,18 @@ def survivals(source: Source, changes: Iterable[Change], workers: int) -> Iterat
     """By the weight, of those that a format cannot hold all of; up to `workers` of them at once."""
     adapted = (one for one in changes if (one.into or one.keep) and (one.layers or one.saved is not None))
     return in_order(partial(_survival, source), adapted, workers)
+
+
+def refuse_lost(told: Mapping[str, Survival], bounds: Bounds, what: str, step: str) -> None:
+    """CheckError where in all too little of the changes is left, or too much came beside them."""
+    whole = reduce(Survival.plus, told.values(), Survival())
+    if bounds.admit(whole):
+        return
+    worst = sorted(told.items(), key=lambda item: item[1].retained)[:3]
+    least = ", ".join(f"{printable(name)} ({one})" for name, one in worst)
+    raise CheckError(
+        f"{what}: {whole} of the adapters' change in all; {bounds} are wanted; least is left at {least}; {step}"
+    )
 
 
 def _survival(source: Source, change: Change) -> tuple[str, Survival]:

@@ -1,21 +1,38 @@
 """Treatment: what is done to a base besides laying adapters over it, as options say it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, TypedDict, Unpack, cast, get_args
 
 import torch
 
 from surgery.codecs import FORMS
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.as_peft import Arithmetic
+from surgery.core.names import nearest
 from surgery.errors import UsageError, printable
 from surgery.ops.linear import LAYOUTS
 
+LIVE_FORMS = ("nf4", "fp4", "int8", "fp8_block")  # those that layers in memory hold, too
 HELD_IN = ("nf4", "fp4", "int8", "fp8_block")  # the forms whose tensors' sizes no values decide
 _MOST_PROBES = 4096
 ROUNDINGS = ("nearest", "feedback")
 INTO = ("16bit", "keep", *HELD_IN)
+
+
+class TreatmentOptions(TypedDict, total=False):
+    """How the options of a call spell a Treatment."""
+
+    dtype: str | torch.dtype | None
+    tied: str
+    ops: Mapping[str, str] | None
+    compute_dtype: str | torch.dtype | None
+    into: str | None
+    fallback: str | None
+    rounding: str | None
+    base_as: str | None
+    arithmetic: str | None
 
 
 @dataclass(frozen=True)
@@ -33,50 +50,26 @@ class Treatment:
     arithmetic: Arithmetic = "exact"
 
     @classmethod
-    def of(  # noqa: PLR0913, PLR0917  # one argument an option
-        cls,
-        dtype: str | torch.dtype | None = None,
-        tied: str = "refuse",
-        ops: Mapping[str, str] | None = None,
-        compute_dtype: str | torch.dtype | None = None,
-        into: str | None = None,
-        base_as: str | None = None,
-        arithmetic: str = "exact",
-        fallback: str | None = None,
-        rounding: str | None = None,
-    ) -> "Treatment":
-        """What the options of a call say. UsageError for a value that is none."""
-        if tied not in ("refuse", "untie"):
-            raise UsageError(f"tied is {printable(tied)!r}; refuse or untie is wanted")
-        for name, op in (ops or {}).items():
-            if op not in LAYOUTS:
-                raise UsageError(f"op of {printable(name)} is {printable(op)!r}; one of {', '.join(LAYOUTS)} is wanted")
-        untie: Literal["refuse", "untie"] = "untie" if tied == "untie" else "refuse"
-        if into not in (None, *INTO):
-            raise UsageError(f"into is {printable(into)!r}; one of {', '.join(INTO)} is wanted")
-        if base_as not in (None, *FORMS):
-            raise UsageError(f"base_as is {printable(base_as)!r}; one of {', '.join(FORMS)} is wanted")
-        how = check_arithmetic(arithmetic)
-        if into in HELD_IN and (how != "exact" or base_as is not None):
+    def of(cls, **options: Unpack[TreatmentOptions]) -> "Treatment":
+        """What the options of a call say; None is as if it were left out. UsageError for a value that is none."""
+        for name in options.keys() - _READ.keys():
+            close = ", ".join(nearest(name, _READ))
+            raise UsageError(f"option {printable(name)!r} is not known; nearest: {close}; help() of the function tells")
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        found = cls(**{name: _READ[name](value) for name, value in given.items()})
+        found._refuse_clashes()
+        return found if found.rounding != ROUNDINGS[0] else replace(found, rounding=None)
+
+    def _refuse_clashes(self) -> None:
+        """UsageError for options that do not go together."""
+        into, how = self.into, self.arithmetic
+        if into in HELD_IN and (how != "exact" or self.base_as is not None):
             raise UsageError(f"into is {into!r}: it takes no base_as, and exact arithmetic alone; leave the others out")
-        if base_as is not None and how != "exact":
+        if self.base_as is not None and how != "exact":
             raise UsageError(f"base_as is given, and arithmetic is {how!r}; PEFT merges no such base so; leave one out")
-        _check_fallback(fallback, into)
-        if rounding not in (None, *ROUNDINGS):
-            raise UsageError(f"rounding is {printable(rounding)!r}; one of {', '.join(ROUNDINGS)} is wanted")
-        if rounding is not None and into in (None, "16bit"):
-            raise UsageError("rounding is for merges into a format; give into, or leave it out")
-        return cls(
-            check_dtype(dtype),
-            untie,
-            dict(ops or {}),
-            check_dtype(compute_dtype),
-            into,
-            fallback,
-            None if rounding == ROUNDINGS[0] else rounding,
-            base_as,
-            how,
-        )
+        for name, value in (("fallback", self.fallback), ("rounding", self.rounding)):
+            if value is not None and into in (None, "16bit"):
+                raise UsageError(f"{name} is for merges into a format; give into, or leave it out")
 
     def to_json(self) -> dict[str, Any]:
         told = {"arithmetic": self.arithmetic, "dtype": _word(self.dtype), "tied": self.tied}
@@ -84,18 +77,6 @@ class Treatment:
         more |= {"fallback": self.fallback, "rounding": self.rounding}
         kept = {key: value for key, value in more.items() if value is not None}
         return told | {"ops": dict(sorted(self.ops.items()))} | kept
-
-
-def _check_fallback(fallback: str | None, into: str | None) -> None:
-    if fallback == "int8":
-        raise UsageError(
-            f"fallback int8: a config.json names one format, and no loader reads int8 beside {printable(into)}; "
-            "give fallback 16bit, or into int8"
-        )
-    if fallback not in (None, "16bit"):
-        raise UsageError(f"fallback is {printable(fallback)!r}; 16bit is wanted")
-    if fallback is not None and into in (None, "16bit"):
-        raise UsageError("fallback is for merges into a format; give into, or leave it out")
 
 
 def check_probes(probes: object) -> int:
@@ -107,11 +88,7 @@ def check_probes(probes: object) -> int:
 
 def check_arithmetic(arithmetic: object) -> Arithmetic:
     """UsageError for one that is not known."""
-    known: tuple[Arithmetic, ...] = get_args(Arithmetic)
-    for one in known:
-        if one == arithmetic:
-            return one
-    raise UsageError(f"arithmetic is {printable(arithmetic)!r}; one of {', '.join(known)} is wanted")
+    return cast(Arithmetic, _one_of("arithmetic", get_args(Arithmetic), arithmetic))
 
 
 def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -122,6 +99,42 @@ def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in known:
         raise UsageError(f"dtype {printable(name)!r} is not known; one of {', '.join(known)} is wanted")
     return known[str(name)]
+
+
+def _check_ops(ops: Mapping[str, str]) -> Mapping[str, str]:
+    for name, op in ops.items():
+        _one_of(f"op of {printable(name)}", tuple(LAYOUTS), op)
+    return dict(ops)
+
+
+def _check_fallback(fallback: object) -> str:
+    if fallback == "int8":
+        raise UsageError(
+            "fallback int8: a config.json names one format, and no loader reads int8 beside another; "
+            "give fallback 16bit, or into int8"
+        )
+    return _one_of("fallback", ("16bit",), fallback)
+
+
+def _one_of(option: str, known: Sequence[str], value: object) -> str:
+    """The value, which is one that is known. UsageError for another."""
+    if value not in known:
+        wanted = known[0] if len(known) == 1 else f"one of {', '.join(known)}"
+        raise UsageError(f"{option} is {printable(value)!r}; {wanted} is wanted")
+    return str(value)
+
+
+_READ: Mapping[str, Callable[[Any], Any]] = {
+    "dtype": check_dtype,
+    "tied": partial(_one_of, "tied", ("refuse", "untie")),
+    "ops": _check_ops,
+    "compute_dtype": check_dtype,
+    "into": partial(_one_of, "into", INTO),
+    "base_as": partial(_one_of, "base_as", tuple(FORMS)),
+    "arithmetic": check_arithmetic,
+    "fallback": _check_fallback,
+    "rounding": partial(_one_of, "rounding", ROUNDINGS),
+}
 
 
 def _word(dtype: torch.dtype | None) -> str | None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -104,7 +105,6 @@ def spoil(held: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (config({"task_type": "SEQ_CLS"}), "task_type is not the same"),
         (config({"fan_in_fan_out": True}), "fan_in_fan_out is not the same"),
         (tensors(cut), "one base is wanted"),
         (tensors(spoil), "A has NaN or infinity"),
@@ -124,6 +124,52 @@ def test_another_type_of_adapter_is_refused_by_name(run: Run, tmp_path: Path) ->
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     surgery.save(surgery.inject(model, surgery.Ia3Config(target_modules=["0"], feedforward_modules=[])), tmp_path / "a")
     assert "peft_type is IA3; combine takes LORA" in told(run("combine", tmp_path / "a", tmp_path / "out"), 3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("use_dora", True),
+        ("lora_bias", True),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("use_bdlora", {"nblocks": 2, "target_modules_bd_a": ["0"]}),
+        ("trainable_token_indices", {"1": [2]}),
+    ],
+)
+def test_what_a_sum_of_two_factors_leaves_out_is_refused_by_name(
+    setting: str, value: object, run: Run, tmp_path: Path
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Embedding(4, 4))
+    config: Any = surgery.LoraConfig(r=2, target_modules=["0"], **{setting: value})  # type: ignore[arg-type]
+    surgery.save(surgery.inject(model, config), tmp_path / "a")
+    assert f"it has {setting}, which a sum" in told(run("combine", tmp_path / "a", tmp_path / "out"), 3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_that_only_some_configs_tell_is_that_of_all(run: Run, adapter: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    config({"task_type": "CAUSAL_LM"})(other)
+    assert run("combine", adapter, other, tmp_path / "out").code == 0
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    config({"task_type": "SEQ_CLS"})(adapter)
+    assert "task_type is not the same" in told(run("combine", adapter, other, tmp_path / "x"), 3)
+
+
+@pytest.mark.parametrize(("weights", "code"), [((0.5, 0.5), 0), ((1, 1), 0), ((0.5, 1), 3), ((0.5, 0.25), 3)])
+def test_a_saved_module_is_taken_whole_or_refused(
+    weights: tuple[float, float], code: int, run: Run, tmp_path: Path
+) -> None:
+    for name in "ab":
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"body": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)})
+        config = surgery.LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])
+        surgery.save(surgery.inject(model, config), tmp_path / name)
+    given = [f"{tmp_path / name}={weight}" for name, weight in zip("ab", weights, strict=True)]
+    done = run("combine", *given, tmp_path / "out")
+    assert done.code == code
+    assert ("head.bias: modules_to_save replaces it" in done.err) == (code == 3)
 
 
 def test_a_saved_module_in_two_adapters_must_be_the_same(run: Run, tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_a_module_that_the_adapter_replaces_is_plain_beside_weights_that_keep_th
 @pytest.mark.parametrize(
     ("base", "options", "error", "why"),
     [
-        ("plain", {"into": "nf4", "fallback": "int8"}, UsageError, "no loader reads int8 beside nf4"),
+        ("plain", {"into": "nf4", "fallback": "int8"}, UsageError, "no loader reads int8 beside"),
         ("plain", {"fallback": "16bit"}, UsageError, "give into"),
         ("plain", {"into": "nf4", "probes": -1}, UsageError, "probes"),
         ("plain", {"rounding": "feedback"}, UsageError, "give into"),

@@ -21,6 +21,7 @@ from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.sources import given
 from surgery.procedures import switch
 from surgery.procedures.configs import config_of, is_peft_s
+from surgery.procedures.held_layers import Landing
 from surgery.procedures.inject import inject
 from surgery.procedures.load import lay
 from surgery.procedures.merge import UndoKind, merge, unmerge
@@ -28,6 +29,7 @@ from surgery.procedures.mixed_batch import mixed_batch
 from surgery.procedures.refill import refill
 from surgery.procedures.remove import remove
 from surgery.procedures.save import DEFAULT, active_folders, tensors_of, write
+from surgery.procedures.treatment import Treatment
 
 LOADED = "_hf_peft_config_loaded"  # by it transformers and its Trainer know a model with adapters
 
@@ -175,7 +177,7 @@ class AdapterMethods(nn.Module):
 
     def merge_adapter(self, undo: UndoKind = "index", into: str | None = None) -> None:
         """Add the active adapters to the base weights, in place; see surgery.merge."""
-        merge(self, undo, into)
+        merge(self, undo, Landing(Treatment.of(into=into), heads=output_heads(self)))
 
     def unmerge_adapter(self) -> None:
         """The base weights as they were before `merge_adapter`, to the bit."""

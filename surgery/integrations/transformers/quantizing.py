@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.codecs import codec_of
+from surgery.codecs.bnb8 import OUTLIERS
 from surgery.errors import StateError, UsageError, printable
-from surgery.hosts.quantized import is_quantized
+from surgery.hosts.quantized import compute_dtype, is_quantized, packed_of_layer
 from surgery.integrations.transformers.model import is_pretrained
-from surgery.procedures.quantize import BITS, OUTLIERS, Quantization, import_bitsandbytes
+from surgery.procedures.quantize import BITS, Quantization, import_bitsandbytes
 
 # By quant_method, what its config calls the modules that are left plain.
 _SKIPPED = {"bitsandbytes": "llm_int8_skip_modules", "fp8": "modules_to_not_convert"}
+_FORMS = {"bnb8": "int8", "fp8_block": "fp8"}
 # The modules of transformers that decode weights, and encode them again.
 _OPERATIONS = (".bitsandbytes", ".finegrained_fp8", ".compressed_tensors", ".torchao", ".mxfp4")
 
@@ -38,10 +41,12 @@ def tell_quantized(root: nn.Module, wanted: Quantization, skipped: Sequence[str]
     if not is_pretrained(root):
         return
     model: Any = root
+    _tell(model, settings_of(wanted, model.dtype, skipped), skipped, pre_quantized=False)
+
+
+def _tell(model: Any, settings: Any, skipped: Sequence[str], pre_quantized: bool) -> None:
     quantizers: Any = import_module("transformers.quantizers")
-    quantizer: Any = quantizers.AutoHfQuantizer.from_config(
-        settings_of(wanted, model.dtype, skipped), pre_quantized=False
-    )
+    quantizer: Any = quantizers.AutoHfQuantizer.from_config(settings, pre_quantized=pre_quantized)
     quantizer.modules_to_not_convert = list(skipped)
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = quantizer.quantization_config.quant_method
@@ -49,18 +54,53 @@ def tell_quantized(root: nn.Module, wanted: Quantization, skipped: Sequence[str]
 
 
 def tell_ejected(root: nn.Module) -> None:
-    """Let a model that was quantized know which of its layers are plain now."""
+    """Let a model know in what its layers are held now; where that is no one format, it refuses to be saved.
+
+    What transformers writes of a model names one.
+    """
     model: Any = root
     if not is_pretrained(root):
         return
-    if not any(is_quantized(module) for module in root.modules()):
+    held = {_form_of(module): module for module in root.modules() if is_quantized(module)}
+    if not held:
         forget_quantization(model)
         return
+    plain = [name for name, module in root.named_modules() if type(module) is nn.Linear]
     skipped = _SKIPPED.get(quantization_of(model))
-    if skipped is not None:
-        plain = [name for name, module in root.named_modules() if type(module) is nn.Linear]
+    if len(held) > 1:
+        if model.__dict__.get("hf_quantizer") is None:
+            _tell(model, _settings_of_layer(model, *held.popitem(), plain), plain, pre_quantized=True)
+        model.hf_quantizer.is_serializable = lambda: False
+    elif skipped is None or {*held} != {_told_form(model)}:
+        _tell(model, _settings_of_layer(model, *held.popitem(), plain), plain, pre_quantized=True)
+    else:
         setattr(model.config.quantization_config, skipped, plain)
         model.hf_quantizer.modules_to_not_convert = plain
+
+
+def _form_of(module: nn.Module) -> str:
+    """nf4, fp4, int8 or fp8."""
+    packed = packed_of_layer(module)
+    return str(packed.settings.get("quant_type") or _FORMS[codec_of(packed, "").name])
+
+
+def _told_form(model: Any) -> str:
+    """The same, as its config tells."""
+    told = model.hf_quantizer.quantization_config
+    if told.quant_method == "fp8":
+        return "fp8"
+    return "int8" if told.load_in_8bit else str(told.bnb_4bit_quant_type)
+
+
+def _settings_of_layer(model: Any, form: str, module: nn.Module, skipped: Sequence[str]) -> Any:
+    """The config by which transformers holds a layer so."""
+    settings = packed_of_layer(module).settings
+    if form == "fp8":
+        transformers: Any = import_module("transformers")
+        block = settings["weight_block_size"]
+        return transformers.FineGrainedFP8Config(weight_block_size=block, modules_to_not_convert=list(skipped))
+    computed = None if form == "int8" else compute_dtype(module)
+    return settings_of(Quantization(form, computed, "nested_offset" in settings), model.dtype, skipped)
 
 
 def quantization_of(model: Any) -> str:
