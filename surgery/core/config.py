@@ -7,9 +7,9 @@ from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from surgery.core.method import Method, Params
-from surgery.core.observer import Observer
 from surgery.core.patterns import Budget, PatternTable
 from surgery.core.site import Site
+from surgery.core.starter import Held, Starter
 from surgery.errors import ConfigError, FormatError, printable
 
 Where = str | PathLike[str]
@@ -150,16 +150,16 @@ class AdapterConfig(ABC, metaclass=_OfFields):
     def check_whole(self) -> None:  # most have nothing to refuse
         """ConfigError where tensors in a file are not all of the adapter."""
 
-    def observer(self, site: Site) -> Observer | None:  # noqa: ARG002  # most start without
-        """What is to see examples run through the site's layer before an adapter starts there, if anything is."""
+    def starter(self, site: Site, held: Held) -> Starter | None:  # noqa: ARG002  # most start without
+        """What makes the tensors that an adapter starts with at a site, where the base alone does not."""
         return None
 
     def settled(self, observers: Mapping[str, Any]) -> bool:  # noqa: ARG002  # for those that ask
-        """Have they, by site, seen enough?"""
+        """Have these, by site, seen enough?"""
         return True
 
     def after(self, observers: Mapping[str, Any]) -> tuple[Self, Collection[str]]:
-        """The config that what they have seen makes of it, and the sites that remain."""
+        """The config that what these have seen makes of it, and the sites that remain."""
         return self, observers.keys()
 
     def written(self, sites: Mapping[str, Params]) -> tuple[Self, Mapping[str, Params]]:

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from surgery.core.method import Dense, Method, Params
-from surgery.core.observer import Observer
 from surgery.core.select import patterned
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, printable
+from surgery.core.starter import Observer
+from surgery.errors import ConfigError
 from surgery.methods.start_settings import check_between, check_choice, check_whole
 
-_OPS = frozenset({"linear", "conv1d"})
 _ROUNDS, _SEED = 4, 42  # of the randomized SVD, as in PEFT, so that the same directions are found
 _NOTHING = torch.finfo(torch.float32).eps  # a share of the variance that is rounding alone
 _MOST = 1 << 31
@@ -50,13 +49,9 @@ class Eva(Observer):
     until_settled = True
 
     def __init__(self, site: Site, r: int, settings: EvaSettings) -> None:
-        if site.acting.name not in _OPS:
-            raise MatchError(
-                f"{printable(site.name)}: its op is {site.acting.name}; init_lora_weights 'eva' is for Linear and "
-                "Conv1D; exclude it, or start with True"
-            )
         self.r, self.settings = r, settings
         self.left_out = settings.label_mask_value if settings.use_label_mask else None
+        self.width = site.shape[1]
         self.most = min(round(r * settings.rho), site.shape[1])
         self.rank = self.most  # how many of its directions are wanted, as things stand
         self.directions = _Directions(self.most)
@@ -64,10 +59,9 @@ class Eva(Observer):
 
     @property
     def nbytes(self) -> int:
-        found = self.directions.V
-        return 0 if found is None else found.nbytes
+        return 4 * self.most * self.width
 
-    def see(self, x: Tensor, grad: Tensor | None) -> None:  # noqa: ARG002  # inputs alone
+    def see(self, x: Tensor) -> None:
         if len(x) and not self.settled():
             self.before = self.directions.V
             self.directions.add(x)

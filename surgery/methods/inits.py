@@ -25,10 +25,10 @@ CONVERSION = "path_initial_model_for_weight_conversion"
 _CONVERT = f"convert the adapter in PEFT first, by {CONVERSION}"
 _ROUNDS = re.compile(r"pissa_niter_([0-9]{1,3})")
 
+_FROM_BASE = frozenset({"pissa", "olora", "loftq"})
+
 _UNSERVED: Mapping[str, str] = {
     "corda": f"it needs the covariances of inputs; start with 'pissa', or {_CONVERT}",
-    "loftq": "it puts a quantized weight in the base's place, which no LoRA holds; quantize the base instead, or merge "
-    "it in PEFT",
     "lora_ga": f"it needs gradients of examples; start with 'pissa', or {_CONVERT}",
     "mica": "it trains A alone; start with True; what was trained from it is an ordinary LoRA, so that in its config "
     "this may be set to true, as PEFT reads it",
@@ -37,7 +37,7 @@ _UNSERVED: Mapping[str, str] = {
 
 def is_from_base(start: object) -> bool:
     """Does an adapter start as a part of the base?"""
-    return isinstance(start, str) and (start in ("pissa", "olora") or _ROUNDS.fullmatch(start) is not None)
+    return isinstance(start, str) and (start in _FROM_BASE or _ROUNDS.fullmatch(start) is not None)
 
 
 def check_init(start: object) -> None:
@@ -46,8 +46,8 @@ def check_init(start: object) -> None:
         return
     why = _UNSERVED.get(start) if isinstance(start, str) else None
     known = (
-        "True, False, 'gaussian', 'orthogonal', 'eva', 'pissa', 'pissa_niter_N' and 'olora' are supported; start with "
-        "one of them, or train it in PEFT"
+        "True, False, 'gaussian', 'orthogonal', 'eva', 'pissa', 'pissa_niter_N', 'olora' and 'loftq' are supported; "
+        "start with one of them, or train it in PEFT"
     )
     raise ConfigError(f"init_lora_weights is {printable(start)!r}; {why or known}")
 
@@ -87,15 +87,40 @@ class FromBase(Additive):
         return self.lora.matrices(joined(p), site)
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:
+        weight = self.checked_weight(site, base)
+        if self.start == "olora":
+            return self.begun(site, *_orthonormal(weight, self.rank))
+        return self.begun(site, *self._principal(weight, self.positive_scaling(site)))
+
+    @property
+    def rank(self) -> int:
+        """Of A and B."""
+        return self.lora.r // 2
+
+    def checked_weight(self, site: Site, base: Callable[[], Dense], parts: int = 1) -> Tensor:
+        """The weight [out, in] that a start is a part of. ConfigError unless it has `parts` times r singular parts."""
         self.lora.check_start(site)
-        specs, weight = self.tensors(site), base().weight.detach().float()
-        r = self.lora.r // 2
-        if r > min(weight.shape):
+        weight = base().weight.detach().float()
+        most = min(weight.shape) // parts
+        if self.rank > most:
             raise ConfigError(
-                f"{printable(site.name)}: r is {r}, and init_lora_weights {self.start!r} takes at most "
-                f"{min(weight.shape)} parts of this weight; choose a smaller r (rank_pattern), or exclude it"
+                f"{printable(site.name)}: r is {self.rank}, and init_lora_weights {self.start!r} takes at most "
+                f"{most} parts of this weight; choose a smaller r (rank_pattern), or exclude it"
             )
-        B, A = _orthonormal(weight, r) if self.start == "olora" else self._principal(weight, r, site.name)
+        return weight
+
+    def positive_scaling(self, site: Site) -> float:
+        """ConfigError for a start that is to be divided by another."""
+        if self.scaling <= 0:
+            raise ConfigError(
+                f"{printable(site.name)}: its scaling is {self.scaling}, and init_lora_weights {self.start!r} divides "
+                "by it and takes the root; give a lora_alpha above 0"
+            )
+        return self.scaling
+
+    def begun(self, site: Site, B: Tensor, A: Tensor) -> Params:
+        """The tensors that start as B [out, r] and A [r, in]."""
+        specs = self.tensors(site)
         fresh = {"A": A.reshape(specs["A"].shape).contiguous(), "B": B.reshape(specs["B"].shape).contiguous()}
         return {**fresh, "A0": fresh["A"].clone(), "B0": fresh["B"].clone()}
 
@@ -119,21 +144,21 @@ class FromBase(Additive):
         moved = op.mix(op.apply(dropped, A), B) - op.mix(op.apply(x, A0), B0)
         return torch.add(below, moved, alpha=self.scaling)
 
-    def _principal(self, weight: Tensor, r: int, name: str) -> tuple[Tensor, Tensor]:
+    def _principal(self, weight: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """PiSSA: the r largest singular parts. https://arxiv.org/abs/2404.02948"""
-        if self.scaling <= 0:
-            raise ConfigError(
-                f"{printable(name)}: its scaling is {self.scaling}, and init_lora_weights {self.start!r} divides by it "
-                "and takes the root; give a lora_alpha above 0"
-            )
         rounds = _ROUNDS.fullmatch(self.start)
         if rounds:
-            U, S, V = torch.svd_lowrank(weight, r, niter=int(rounds[1]))
+            U, S, V = torch.svd_lowrank(weight, self.rank, niter=int(rounds[1]))
             Vh = V.T
         else:
             U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-        root = (S[:r] / self.scaling).sqrt()
-        return U[:, :r] * root, root.unsqueeze(1) * Vh[:r]
+        return halves(U, S, Vh, self.rank, scaling)
+
+
+def halves(U: Tensor, S: Tensor, Vh: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in] of equal size, whose product times the scaling is the first r singular parts."""
+    root = (S[:r] / scaling).sqrt()
+    return U[:, :r] * root, root.unsqueeze(1) * Vh[:r]
 
 
 def _orthonormal(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:

@@ -9,19 +9,19 @@ from typing import Any, ClassVar, Self
 from surgery.core.config import AdapterConfig, Spelling, check_names
 from surgery.core.method import Params
 from surgery.core.names import suffix_hits
-from surgery.core.observer import Observer
 from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
+from surgery.core.starter import Held, Starter
 from surgery.errors import ConfigError, printable
 from surgery.methods.bd_lora import BdLora, blocks_of, check_blocks
 from surgery.methods.dora import Dora
-from surgery.methods.eva import Eva, EvaSettings, is_settled, patterns_of
+from surgery.methods.eva import Eva, is_settled, patterns_of
 from surgery.methods.inits import CONVERSION, FromBase, check_init, doubled, is_from_base, joined
 from surgery.methods.lora import OUT_PROJ, Init, Lora
 from surgery.methods.lora_bias import LoraBias
 from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias, TokenIndices, check_bias, check_tokens, tokens_of
-from surgery.methods.start_settings import settings_of
+from surgery.methods.starters import check_settings, check_used, starter_of
 from surgery.methods.token_rows import TokenRows
 
 _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
@@ -62,6 +62,7 @@ class LoraConfig(AdapterConfig):
     bias: Bias = "none"  # which biases of the base are trained
     target_parameters: Sequence[str] | None = None  # parameters of any module, such as experts.gate_up_proj
     use_bdlora: Mapping[str, Any] | None = None  # PEFT's BdLoraConfig: which factors are block-diagonal
+    loftq_config: Mapping[str, Any] | None = field(default_factory=dict)  # PEFT's LoftQConfig, for "loftq"
     eva_config: Mapping[str, Any] | None = None  # PEFT's EvaConfig, for init_lora_weights "eva"
     ensure_weight_tying: bool = False  # copies of modules_to_save that are tied stay so
     trainable_token_indices: TokenIndices = None  # rows of the embedding, or by module
@@ -77,7 +78,7 @@ class LoraConfig(AdapterConfig):
         check_bias(self.bias)
         check_blocks(self.use_bdlora)
         check_tokens(self.trainable_token_indices)
-        settings_of(EvaSettings, "eva_config", self.eva_config)
+        check_settings(self)
         check_names("target_parameters", self.target_parameters, or_pattern=False)
         for key, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
@@ -112,13 +113,10 @@ class LoraConfig(AdapterConfig):
             raise ConfigError("target_parameters is given; it goes with bias 'none' alone; set one of the two")
 
     def check_fresh(self) -> None:
-        if self.eva_config is not None and self.init_lora_weights != Eva.start:
-            raise ConfigError("eva_config is given, and init_lora_weights is not 'eva'; set that too, or leave it out")
+        check_used(self, self.init_lora_weights)
 
-    def observer(self, site: Site) -> Observer | None:
-        if self.init_lora_weights != Eva.start:
-            return None
-        return Eva(site, self._numbers(site.name)[0], settings_of(EvaSettings, "eva_config", self.eva_config))
+    def starter(self, site: Site, held: Held) -> Starter | None:
+        return starter_of(self, self.init_lora_weights, site, self._numbers(site.name)[0], held)
 
     def settled(self, observers: Mapping[str, Any]) -> bool:
         return is_settled(observers)
@@ -130,6 +128,11 @@ class LoraConfig(AdapterConfig):
         return replace(self, **patterns_of(kept, {name: self._numbers(name)[1] for name in kept})), kept.keys()
 
     def check_whole(self) -> None:
+        if self.init_lora_weights == "loftq":
+            raise ConfigError(
+                "init_lora_weights is 'loftq', by which PEFT changes the base whenever it reads this, to what no LoRA "
+                "over the unchanged one holds; merge it in PEFT, into the base that it was trained over"
+            )
         if self._from_base:
             raise ConfigError(
                 f"init_lora_weights is {self.init_lora_weights!r}, by which PEFT changes the base whenever it reads "
@@ -145,6 +148,7 @@ class LoraConfig(AdapterConfig):
         told = replace(
             self,
             init_lora_weights=True,
+            loftq_config={},
             r=r,
             lora_alpha=alpha,
             rank_pattern={name: self._doubled(one, 0)[0] for name, one in self.rank_pattern.items()},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.config import AdapterConfig
-from surgery.core.observer import Observer
+from surgery.core.starter import Observer
 from surgery.errors import MatchError, StateError, UsageError, printable
 from surgery.procedures.model_tree import Tree
 from surgery.procedures.outputs import call, evaluating
@@ -124,7 +124,7 @@ def _watched(tree: Tree, observers: Mapping[str, Observer], batch: _Batch) -> It
 def _see(one: Observer, batch: _Batch, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     del module
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
-    one.see(batch.counted(x.detach(), one.left_out), None)
+    one.see(batch.counted(x.detach(), one.left_out))
 
 
 def _mask(given: Any, left_out: int | None) -> Tensor | None:

@@ -44,6 +44,7 @@ CONFIG_VALUES: dict[str, tuple[object, ...]] = {
     "use_rslora": ("false", 1, []),
     "fan_in_fan_out": ("false", 1, []),
     "init_lora_weights": (5, [], "PISSA"),
+    "loftq_config": (5, [], {"loftq_bits": 3}, {"loftq_iter": 0}, {"loftq_iter": 10**400}, {"unheard": 1}),
     "eva_config": (
         5,
         [],

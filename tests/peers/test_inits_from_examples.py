@@ -219,7 +219,12 @@ def test_eva_starts_over_a_quantized_base(aware: str | None) -> None:
         ({"eva_config": {"whiten": 1}}, batches, ConfigError, "eva_config: whiten is '1'"),
         ({"eva_config": {"label_mask_value": "x"}}, batches, ConfigError, "label_mask_value is 'x'"),
         ({"eva_config": [1]}, batches, ConfigError, "a table of its settings"),
-        ({"eva_config": {}, "init_lora_weights": True}, lambda: None, ConfigError, "init_lora_weights is not 'eva'"),
+        (
+            {"eva_config": {"rho": 1}, "init_lora_weights": True},
+            lambda: None,
+            ConfigError,
+            "init_lora_weights is not 'eva'",
+        ),
         ({"lora_bias": True}, batches, ConfigError, "init_lora_weights True or False"),
         ({"target_parameters": ["0.weight"]}, batches, ConfigError, "goes without init_lora_weights 'eva'"),
     ],

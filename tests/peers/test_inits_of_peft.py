@@ -1,12 +1,15 @@
-"""PiSSA and OLoRA: what peft trains by changing the base is trained here without, and files are plain LoRA for both."""
+"""PiSSA, OLoRA and LoftQ: what peft trains by changing the base is trained here without, and files are plain LoRA."""
 
+import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.utils import loftq_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +30,7 @@ FIELDS: dict[str, Any] = {
     "alpha_pattern": {"2": 5},
 }
 each_start = pytest.mark.parametrize("start", ["pissa", "pissa_niter_8", "olora"])
+each_start_of_linear = pytest.mark.parametrize("start", ["pissa", "pissa_niter_8", "olora", "loftq"])
 
 
 def made(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -56,7 +60,7 @@ def started(start: str, dtype: torch.dtype = torch.float32, **fields: Any) -> nn
     return surgery.inject(made(dtype), config)
 
 
-@each_start
+@each_start_of_linear
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_start_changes_neither_the_base_nor_an_output(start: str, dtype: torch.dtype) -> None:
     model, before, base = started(start, dtype), made(dtype)(given(dtype)), made(dtype).state_dict()
@@ -95,7 +99,7 @@ def test_training_moves_the_factors_as_in_peft_which_takes_the_start_out_of_the_
         assert told[0][field] == told[1][field]
 
 
-@each_start
+@each_start_of_linear
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_files_are_an_ordinary_lora_for_peft_and_give_the_bytes_of_a_live_merge(
     start: str, dtype: torch.dtype, tmp_path: Path
@@ -195,7 +199,7 @@ def test_a_quantized_base_keeps_its_bytes_and_its_outputs_at_the_start(
         assert_equivalent(surgery.load(model, tmp_path), lambda _given: after, x)
 
 
-@each_start
+@each_start_of_linear
 def test_what_was_saved_is_laid_into_a_model_that_starts_anew_and_trained_on_to_the_same_bits(
     start: str, tmp_path: Path
 ) -> None:
@@ -222,10 +226,13 @@ def test_what_was_saved_is_laid_into_a_model_that_starts_anew_and_trained_on_to_
         ({"use_dora": True}, ConfigError, "goes without use_dora"),
         ({"lora_bias": True}, ConfigError, "init_lora_weights True or False"),
         ({"init_lora_weights": "corda"}, ConfigError, "covariances of inputs"),
-        ({"init_lora_weights": "loftq"}, ConfigError, "quantize the base instead"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 2}}, ConfigError, "one of 4, 8 is wanted"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 0}}, ConfigError, "loftq_iter is '0'"),
+        ({"init_lora_weights": "loftq", "lora_alpha": 0}, ConfigError, "0: its scaling is 0.0, .* above 0"),
+        ({"loftq_config": {"loftq_bits": 4}}, ConfigError, "init_lora_weights is not 'loftq'"),
         ({"init_lora_weights": "lora_ga"}, ConfigError, "gradients of examples"),
         ({"init_lora_weights": "mica"}, ConfigError, "trains A alone"),
-        ({"init_lora_weights": "pissa_niter_"}, ConfigError, "'pissa_niter_N' and 'olora' are supported"),
+        ({"init_lora_weights": "pissa_niter_"}, ConfigError, "'pissa_niter_N', 'olora' and 'loftq' are supported"),
     ],
     ids=str,
 )
@@ -242,6 +249,43 @@ def test_a_convolution_in_groups_is_refused() -> None:
     grouped = nn.Sequential(nn.Conv1d(4, 4, 1, groups=2))
     with pytest.raises(MatchError, match="0: init_lora_weights is 'olora', which is of one matrix"):
         surgery.inject(grouped, surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights="olora"))
+
+
+@pytest.mark.parametrize(("bits", "rounds"), [(4, 1), (4, 3), (8, 1), (8, 3)], ids=str)
+def test_loftq_begins_with_what_peft_finds_that_a_format_loses(bits: int, rounds: int) -> None:
+    there = vars(loftq_utils) | {}
+    exec(inspect.getsource(loftq_utils.loftq_init).replace('"cuda"', '"cpu"'), there)  # peft's own asks for a GPU
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48)
+    _, A, B = there["loftq_init"](layer.weight.detach().clone(), bits, 2, rounds)
+    settings = {"loftq_bits": bits, "loftq_iter": rounds}
+    config = surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights="loftq", loftq_config=settings)
+    for alpha in (2, 8):  # scalings of 1 and 4: to divide by the root of these rounds nothing
+        ours = surgery.inject(nn.Sequential(layer), replace(config, lora_alpha=alpha))[0]
+        found = alpha / 2 * (ours.lora_B.default.weight @ ours.lora_A.default.weight).detach()
+        assert torch.equal(found, B @ A)
+
+
+def test_loftq_has_nothing_to_begin_with_where_weights_are_quantized_and_is_of_linear_layers() -> None:
+    config = surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights="loftq")
+    quantized = surgery.quantize(nn.Sequential(nn.Linear(64, 64)), "nf4")
+    with pytest.raises(surgery.StateError, match="0: its weight is quantized, and the start is of what nf4 would lose"):
+        surgery.inject(quantized, config)
+    flat = nn.Sequential(nn.Linear(64, 64))
+    nn.init.constant_(flat[0].weight, 0.5)
+    with pytest.raises(surgery.StateError, match="0: nf4 holds its weight as it is"):
+        surgery.inject(flat, config)
+    with pytest.raises(MatchError, match="0: its op is embedding; init_lora_weights 'loftq' is for Linear and Conv1D"):
+        surgery.inject(nn.Sequential(nn.Embedding(64, 64)), config)
+
+
+def test_a_file_of_loftq_is_refused_since_no_conversion_holds_it(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(made(), peft.LoraConfig(**FIELDS))
+    theirs.save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told | {"init_lora_weights": "loftq"}))
+    with pytest.raises(surgery.FormatError, match=r"'loftq', by which PEFT changes the base .* merge it in PEFT"):
+        surgery.load(made(), tmp_path)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

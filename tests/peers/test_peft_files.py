@@ -221,7 +221,6 @@ REFUSED = {
     "init_lora_weights": ("mica", "trains A alone"),
     "kasa_config": (KasaConfig(), "KaSA"),
     "layer_replication": ([[0, 1]], "share one weight"),
-    "loftq_config": ({"loftq_bits": 4}, "changes the base"),
     "lora_ga_config": (LoraGAConfig(), "changes the base"),
     "megatron_config": ({"x": 1}, "Megatron"),
     "megatron_core": ("other", "Megatron"),
