@@ -89,6 +89,16 @@ def _lora(one: Weighted) -> LoraConfig:
             f"{printable(one.adapter.where)}: it has {found}, which a sum of A and B leaves out; "
             "merge such adapters one over the other"
         )
+    for field, value in {
+        "use_bdlora": config.use_bdlora,
+        "use_qalora": config.use_qalora,
+        "trainable_token_indices": config.trainable_token_indices,
+        "layer_replication": config.layer_replication,
+    }.items():
+        if value:
+            raise InputError(
+                f"{printable(one.adapter.where)}: it has {field}, which combine does not take; plain LoRA is wanted"
+            )
     if config.target_parameters:
         raise InputError(
             f"{printable(one.adapter.where)}: it has target_parameters, whose A and B hold many matrices each; "

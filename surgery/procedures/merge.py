@@ -23,6 +23,7 @@ from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
 from surgery.ops.bias import Bias, bias_site
 from surgery.procedures.rows import merged_once
+from surgery.procedures.stacking import merge_refusal, stack_of
 from surgery.procedures.standing_in import check_into, dtype_of_model, held_as, plain_dtype, put_back, settle, stand_in
 
 UndoKind = Literal["index", "copy"]
@@ -90,6 +91,8 @@ def merge(root: nn.Module, undo: UndoKind = "index", into: str | None = None, ar
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.running}
     if not layers:
         raise StateError("merge: no active adapter; inject one, or set_adapter and enable_adapters")
+    if stack_of(root) is not None:
+        raise merge_refusal("merge")
     check_into(layers, into, arithmetic)
     model_dtype, quantized = dtype_of_model(root), [one for one in layers.values() if is_quantized(one.base_layer)]
     try:

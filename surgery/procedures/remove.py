@@ -9,6 +9,7 @@ from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import lift_bias
 from surgery.procedures.inject import activate
 from surgery.procedures.merge import refuse_merged
+from surgery.procedures.stacking import unstack
 
 
 def remove(root: nn.Module, adapters: Sequence[str]) -> None:
@@ -30,6 +31,8 @@ def remove(root: nn.Module, adapters: Sequence[str]) -> None:
         for module in state.biases.pop(adapter, {}).values():
             lift_bias(module)
         state.importance.pop(adapter, None)
+    if not state.configs:
+        unstack(root)
     activate(root, state, tuple(name for name in state.active if name in state.configs), state.enabled)
 
 

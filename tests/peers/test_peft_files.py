@@ -221,14 +221,11 @@ REFUSED = {
     "eva_config": (peft.EvaConfig(), "activations"),
     "init_lora_weights": ("loftq", "in the base's place"),
     "kasa_config": (KasaConfig(), "KaSA"),
-    "layer_replication": ([[0, 1]], "share one weight"),
     "loftq_config": ({"loftq_bits": 4}, "changes the base"),
     "lora_ga_config": (LoraGAConfig(), "changes the base"),
     "megatron_config": ({"x": 1}, "Megatron"),
     "megatron_core": ("other", "Megatron"),
     "monteclora_config": (MontecloraConfig(), "MonteCLoRA"),
-    "qalora_group_size": (8, "QALoRA"),
-    "use_qalora": (True, "QALoRA"),
     "velora_config": (VeloraConfig(), "VeLoRA"),
 }
 
