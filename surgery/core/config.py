@@ -128,6 +128,10 @@ class AdapterConfig(ABC, metaclass=_OfFields):
         """Are copies of modules whose weights are tied to be tied too?"""
         return False
 
+    def stacking(self) -> tuple[int, ...]:
+        """The model's layers in the order in which they are stacked beneath it; () leaves them as they are."""
+        return ()
+
     def rows(self) -> Collection[str] | None:
         """The modules of which it replaces single rows; None where that is left to the model."""
         return ()

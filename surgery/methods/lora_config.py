@@ -20,7 +20,19 @@ from surgery.methods.eva import Eva, is_settled, patterns_of
 from surgery.methods.inits import CONVERSION, FromBase, check_init, doubled, is_from_base, joined
 from surgery.methods.lora import OUT_PROJ, Init, Lora
 from surgery.methods.lora_bias import LoraBias
-from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias, TokenIndices, check_bias, check_tokens, tokens_of
+from surgery.methods.lora_fields import (
+    NEUTRAL,
+    REASONS,
+    Bias,
+    Ranges,
+    TokenIndices,
+    check_bias,
+    check_ranges,
+    check_tokens,
+    layers_of,
+    tokens_of,
+)
+from surgery.methods.qa_lora import QaLora, check_group
 from surgery.methods.starters import check_settings, check_used, starter_of
 from surgery.methods.token_rows import TokenRows
 
@@ -64,6 +76,9 @@ class LoraConfig(AdapterConfig):
     use_bdlora: Mapping[str, Any] | None = None  # PEFT's BdLoraConfig: which factors are block-diagonal
     loftq_config: Mapping[str, Any] | None = field(default_factory=dict)  # PEFT's LoftQConfig, for "loftq"
     eva_config: Mapping[str, Any] | None = None  # PEFT's EvaConfig, for init_lora_weights "eva"
+    use_qalora: bool = False  # A sees the means of groups of inputs
+    qalora_group_size: int = 16
+    layer_replication: Ranges = None  # the model's layers, stacked anew beneath the adapter
     ensure_weight_tying: bool = False  # copies of modules_to_save that are tied stay so
     trainable_token_indices: TokenIndices = None  # rows of the embedding, or by module
 
@@ -77,6 +92,8 @@ class LoraConfig(AdapterConfig):
         check_init(self.init_lora_weights)
         check_bias(self.bias)
         check_blocks(self.use_bdlora)
+        check_group(self.qalora_group_size)
+        check_ranges(self.layer_replication)
         check_tokens(self.trainable_token_indices)
         check_settings(self)
         check_names("target_parameters", self.target_parameters, or_pattern=False)
@@ -98,11 +115,14 @@ class LoraConfig(AdapterConfig):
             raise ConfigError(
                 "lora_bias is true; as in PEFT it goes with init_lora_weights True or False, without DoRA"
             )
-        if self.use_bdlora and (self.use_dora or self.lora_bias or self.target_parameters or not plain):
-            raise ConfigError(
-                "use_bdlora is given; as in PEFT it goes without use_dora, lora_bias and target_parameters, and with "
-                "init_lora_weights True or False"
-            )
+        for one in ("use_bdlora", "use_qalora"):
+            if getattr(self, one) and (self.use_dora or self.lora_bias or self.target_parameters or not plain):
+                raise ConfigError(
+                    f"{one} is given; as in PEFT it goes without use_dora, lora_bias and target_parameters, and with "
+                    "init_lora_weights True or False"
+                )
+        if self.use_bdlora and self.use_qalora:
+            raise ConfigError("use_bdlora and use_qalora are given, each of which shapes A; leave one out")
         if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout):
             raise ConfigError(
                 "target_parameters is given; as in PEFT it goes without use_dora, lora_bias and lora_dropout"
@@ -111,6 +131,8 @@ class LoraConfig(AdapterConfig):
             raise ConfigError("target_parameters is given; it goes without init_lora_weights 'eva'; start with True")
         if self.target_parameters and self.bias != "none":
             raise ConfigError("target_parameters is given; it goes with bias 'none' alone; set one of the two")
+        if self.layer_replication and self.bias != "none":
+            raise ConfigError("layer_replication is given, whose layers share biases; it goes with bias 'none' alone")
 
     def check_fresh(self) -> None:
         check_used(self, self.init_lora_weights)
@@ -184,6 +206,9 @@ class LoraConfig(AdapterConfig):
     def with_parameters(self, names: Sequence[str]) -> Self:
         return replace(self, target_parameters=names or None)
 
+    def stacking(self) -> tuple[int, ...]:
+        return layers_of(self.layer_replication)
+
     def ties(self) -> bool:
         return self.ensure_weight_tying
 
@@ -208,7 +233,7 @@ class LoraConfig(AdapterConfig):
     def named(self, names: Sequence[str]) -> Self:
         return super().named([name for name in names if tokens_of(self.trainable_token_indices, name) is None])
 
-    def method(self, name: str) -> "Lora | LoraBias | Dora | BdLora | FromBase | TokenRows":
+    def method(self, name: str) -> "Lora | LoraBias | Dora | BdLora | QaLora | FromBase | TokenRows":
         tokens = tokens_of(self.trainable_token_indices, name)
         if tokens is not None:
             return TokenRows(tuple(tokens))
@@ -229,6 +254,8 @@ class LoraConfig(AdapterConfig):
         blocks = blocks_of(self.use_bdlora, name) if self.use_bdlora else None
         if blocks is not None:
             return BdLora(lora, blocks)
+        if self.use_qalora:
+            return QaLora(lora, self.qalora_group_size)
         return LoraBias(lora) if self.lora_bias else lora
 
     def _numbers(self, name: str) -> tuple[int, float]:

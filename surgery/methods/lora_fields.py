@@ -11,40 +11,33 @@ from surgery.errors import ConfigError, printable
 
 Bias = Literal["none", "all", "lora_only"]
 TokenIndices = Sequence[int] | Mapping[str, Sequence[int]] | None
+Ranges = Sequence[Sequence[int]] | None  # of layers, each without its end
+_MOST_LAYERS = 4096
 
 NEUTRAL: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
     "kasa_config": None,
-    "layer_replication": None,
     "lora_ga_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
     "monteclora_config": None,
-    "qalora_group_size": 16,
-    "use_qalora": False,
     "velora_config": None,
 }
 
 _BASE = "its start changes the base too; convert it in PEFT first, by path_initial_model_for_weight_conversion"
 _MEGATRON = "Megatron's layers hold a part of a weight each; train it there"
-_QALORA = "QALoRA acts on sums over groups of inputs; run it in PEFT"
 
 REASONS: Mapping[str, str] = {
     "alora_invocation_tokens": "aLoRA acts after certain tokens only, which no merged weight can do; run it in PEFT",
     "arrow_config": "Arrow chooses among adapters for each token, which no merged weight can do; run it in PEFT",
     "corda_config": _BASE,
     "kasa_config": "KaSA first cuts the base down to a lower rank; merge it in PEFT",
-    "layer_replication": "it stacks layers that share one weight, which a merge would change for all; run it in PEFT",
     "lora_ga_config": _BASE,
     "megatron_config": _MEGATRON,
     "megatron_core": _MEGATRON,
     "monteclora_config": "MonteCLoRA draws its factors anew in each step of training; train and merge it in PEFT",
-    "qalora_group_size": _QALORA,
-    "trainable_token_indices": "it replaces rows of an embedding; adapt that by LoRA instead, or merge it in PEFT",
-    "use_bdlora": "BD-LoRA holds only blocks of a factor, those on its diagonal; merge it in PEFT",
-    "use_qalora": _QALORA,
     "velora_config": "VeLoRA compresses what training keeps; train it in PEFT; what is trained does not need it",
 }
 
@@ -68,6 +61,28 @@ def check_tokens(value: object) -> None:
                 f"trainable_token_indices holds {printable(tokens)}; whole numbers from 0 to 2^31 - 1, each once, are "
                 "wanted"
             )
+
+
+def check_ranges(value: object) -> None:
+    """ConfigError for what does not say how layers are stacked."""
+    pairs = [] if value is None else value
+    if not isinstance(pairs, list | tuple) or not all(map(_is_range, pairs)) or (value is not None and not pairs):
+        raise ConfigError(
+            f"layer_replication is {printable(value)!r}; a list of pairs is wanted, first layer and the one after the "
+            "last, such as [[0, 4], [2, 5]]"
+        )
+    if (count := sum(end - first for first, end in pairs)) > _MOST_LAYERS:
+        raise ConfigError(f"layer_replication stacks {count} layers; at most {_MOST_LAYERS} are wanted")
+
+
+def layers_of(value: Ranges) -> tuple[int, ...]:
+    """The layers that the ranges stack, in their order."""
+    return tuple(at for first, end in value or () for at in range(first, end))
+
+
+def _is_range(pair: object) -> bool:
+    numbers = isinstance(pair, list | tuple) and len(pair) == 2 and all(type(one) is int for one in pair)
+    return numbers and 0 <= pair[0] < pair[1]  # type: ignore[index]
 
 
 def tokens_of(value: TokenIndices, name: str) -> Sequence[int] | None:

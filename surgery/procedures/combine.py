@@ -28,7 +28,15 @@ from surgery.procedures.ranked_config import ranked_config
 
 Value = TypeVar("Value")
 
-_LEFT_OUT = ("use_dora", "lora_bias", "bias", "use_bdlora", "trainable_token_indices")
+_LEFT_OUT = (
+    "use_dora",
+    "lora_bias",
+    "bias",
+    "use_bdlora",
+    "use_qalora",
+    "layer_replication",
+    "trainable_token_indices",
+)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import plainly
 from surgery.io.header import DTYPES
 from surgery.procedures.join import Joined, Whole
+from surgery.procedures.stacking import merge_refusal
 from surgery.procedures.true_config import Outcome
 from surgery.procedures.tying import Tying, ties_head, tying_of, vocabulary
 
@@ -48,6 +49,11 @@ class Draft:
         if given.adapter.saved and given.weight != 1:
             where = printable(given.adapter.where)
             raise ConfigError(f"{where}: it replaces tensors (modules_to_save, bias); its weight must be 1")
+        if given.adapter.config.stacking():
+            self.refusals.append(merge_refusal(printable(given.adapter.where)))
+            self.namings.append(Naming())
+            self.laid.append(given)
+            return
         joined = Joined(self.base, given, index, self.ops)
         self.refusals += joined.refusals
         self.namings.append(joined.naming)

@@ -21,6 +21,7 @@ from surgery.procedures.export_readme import write_readme
 from surgery.procedures.merge import refuse_merged
 from surgery.procedures.merged_state import plain_state
 from surgery.procedures.proof import Claim, Proof, prove, reference_of, trials_of
+from surgery.procedures.stacking import stack_of
 from surgery.procedures.switch import set_adapter
 
 _INSTEAD = "export it merged"
@@ -66,6 +67,8 @@ def _slots(root: nn.Module, names: str) -> list[Slot]:
     for adapter in configs:
         if not _FILE.fullmatch(adapter):
             raise StateError(f"adapter {printable(adapter)!r} is no name of a file; load it under another")
+    if stack_of(root) is not None:
+        raise MatchError("layer_replication: its layers share weights, which are exported once; run it in PyTorch")
     for adapter in injected(root).biases:
         raise MatchError(f"adapter {printable(adapter)!r}: it trains biases, which no slot can hold; {_INSTEAD}")
     for path in replaced_modules(root):

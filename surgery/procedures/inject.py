@@ -33,6 +33,7 @@ from surgery.procedures.model_tree import Tree, wrap
 from surgery.procedures.parameters import refuse_nested, targeted_parameters
 from surgery.procedures.placing import placed, refuse_shares
 from surgery.procedures.rows import share_rows, with_rows, with_tied_rows
+from surgery.procedures.stacking import own_parameters, stacked, unstack
 from surgery.procedures.tied_copies import Saved, tie_copies, with_tied_copies
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -81,7 +82,20 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
     """
     check_name(root, adapter)
     config.check_fresh()
-    tree = Tree(root)
+    with stacked(root, config):
+        tree = Tree(root)
+        fit(tree, adapter, _fresh(tree, config, output_heads, form, as_peft, examples), trainable)
+
+
+def _fresh(  # noqa: PLR0913, PLR0917  # as inject
+    tree: Tree,
+    config: AdapterConfig,
+    output_heads: Callable[[], Collection[str]],
+    form: Format | None,
+    as_peft: bool,
+    examples: Examples | None,
+) -> Fitting:
+    """What `config` lays over the model. MatchError for an entry that hits nothing."""
     config = with_task_heads(config, tree)
     names = list(tree.modules)
     config, spelled = InPeftTerms(config, {}) if as_peft else in_peft_terms(config, names)
@@ -108,7 +122,7 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
     saved = with_tied_copies(tree, config, chosen, saved)
     aware = {} if form is None else holdings(tree.modules, config, sites, form)
     biases = dict.fromkeys(trained_modules(tree, config, sites, saved))
-    fit(tree, adapter, Fitting(config, sites, saved, aware, biases), trainable)
+    return Fitting(config, sites, saved, aware, biases)
 
 
 @_collector_paused()
@@ -176,7 +190,7 @@ def _no_base() -> Dense:
 
 def _frozen(tree: Tree) -> State:
     """Freeze the model, and remember what was not."""
-    wanted = {name: values for name, values in tree.parameters() if values.requires_grad}
+    wanted = {name: values for name, values in own_parameters(tree) if values.requires_grad}
     for values in wanted.values():
         values.requires_grad_(False)
     state = State(frozenset(wanted))
@@ -211,6 +225,7 @@ def eject(root: nn.Module, keep_merged: bool = False) -> None:
             lift_bias(module)
     for module in root.modules():
         release(module)
+    unstack(root)
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in state.trainable and parameter.is_floating_point())  # codes have no gradient
     set_state(root, None)

@@ -28,6 +28,7 @@ from surgery.procedures.model_tree import Tree
 from surgery.procedures.parameters import assigned, module_of, targeted
 from surgery.procedures.rows import refuse_missing, with_tied_rows
 from surgery.procedures.save import DEFAULT
+from surgery.procedures.stacking import stacked
 from surgery.procedures.tied_copies import Saved, with_tied_copies
 
 _HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
@@ -42,13 +43,14 @@ def lay(
 ) -> None:
     """Lay an adapter over the model, aware of `form` if any; every tensor finds its place, or nothing changes."""
     check_name(root, adapter_name)
-    tree = Tree(root)
     for note in out_proj.notes(adapter):
         warnings.warn(note, stacklevel=2)
-    fitting = fitting_of(tree, adapter)
-    if form is not None:
-        fitting = replace(fitting, aware=holdings(tree.modules, adapter.config, fitting.sites, form))
-    fit(tree, adapter_name, fitting, trainable)
+    with stacked(root, adapter.config):
+        tree = Tree(root)
+        fitting = fitting_of(tree, adapter)
+        if form is not None:
+            fitting = replace(fitting, aware=holdings(tree.modules, adapter.config, fitting.sites, form))
+        fit(tree, adapter_name, fitting, trainable)
 
 
 def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:

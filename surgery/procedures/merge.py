@@ -24,6 +24,7 @@ from surgery.layers import Adapted
 from surgery.ops.bias import Bias, bias_site
 from surgery.procedures.held_layers import Landing
 from surgery.procedures.rows import merged_once
+from surgery.procedures.stacking import merge_refusal, stack_of
 from surgery.procedures.standing_in import (
     check_into,
     dtype_of_model,
@@ -105,6 +106,8 @@ def merge(root: nn.Module, undo: UndoKind = "index", landing: Landing | None = N
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.running}
     if not layers:
         raise StateError("merge: no active adapter; inject one, or set_adapter and enable_adapters")
+    if stack_of(root) is not None:
+        raise merge_refusal("merge")
     into, arithmetic = landing.treatment.into, landing.treatment.arithmetic
     check_into(layers, into, arithmetic)
     held, model_dtype = landing.layers(layers), dtype_of_model(root)

@@ -104,7 +104,10 @@ class OpChoice:
         site = self.sites[name]
         if "weight" not in site.tensors or name in self.adapter.ops:
             return name in self.adapter.ops
-        specs = self.adapter.config.method(name).tensors(site.with_op(op))
+        try:
+            specs = self.adapter.config.method(name).tensors(site.with_op(op))
+        except MatchError:  # it acts on no such op, or on none of this shape
+            return False
         return all(shape_of(self.adapter.sites[name], role) == spec.shape for role, spec in specs.items())
 
 

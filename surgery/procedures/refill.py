@@ -17,6 +17,7 @@ from surgery.procedures.inject import Fitting
 from surgery.procedures.load import fitting_of
 from surgery.procedures.merge import refuse_merged
 from surgery.procedures.model_tree import Tree
+from surgery.procedures.stacking import check_stack
 
 
 def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:
@@ -27,6 +28,7 @@ def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     state = injected(root)
     state.require(adapter_name)
     refuse_merged(root, "load into an adapter")
+    check_stack(root, adapter.config)
     layers = {name: layer for name, layer in adapted_layers(root).items() if adapter_name in layer.fitted}
     fitting = _as_held(fitting_of(Tree(root), adapter), layers, adapter_name, state.configs[adapter_name])
     holders = {name: one for name, one in replaced_modules(root).items() if adapter_name in one.modules_to_save}

@@ -8,6 +8,7 @@ from surgery.hosts.tree import Place, injected, places
 from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import lift_bias
 from surgery.procedures.merge import refuse_merged
+from surgery.procedures.stacking import unstack
 from surgery.procedures.switch import activate
 
 
@@ -30,6 +31,8 @@ def remove(root: nn.Module, adapters: Sequence[str]) -> None:
         for module in state.biases.pop(adapter, {}).values():
             lift_bias(module)
         state.importance.pop(adapter, None)
+    if not state.configs:
+        unstack(root)
     activate(root, state, tuple(name for name in state.active if name in state.configs), state.enabled)
 
 

@@ -32,6 +32,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 3, "lora_alpha": 5, "use_dora": True},
         {"r": 2, "lora_alpha": -3, "use_dora": True, "init_lora_weights": "gaussian", "use_rslora": True},
         {"r": 3, "lora_alpha": 5, "lora_bias": True},
+        {"r": 3, "lora_alpha": 5, "use_qalora": True, "qalora_group_size": 5},
         {"r": 3, "lora_alpha": 5, "init_lora_weights": "pissa"},
         {"r": 2, "use_rslora": True, "init_lora_weights": "olora"},
     ],
@@ -60,6 +61,7 @@ ONLY = {  # settings that are refused over other ops
     "lora_dropout": {"linear", "conv1d", "embedding", "convolution"},
     "use_dora": {"linear", "conv1d", "embedding", "convolution"},
     "lora_bias": {"linear", "conv1d", "convolution"},
+    "use_qalora": {"linear"},
 }
 
 

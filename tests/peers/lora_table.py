@@ -1,116 +1,38 @@
 """LoRA over every kind of layer, in each of its forms: the laws that test_lora_table holds, and docs/lora.md.
 
-`python tests/peers/lora_table.py` writes the page. A new layer, or a new form, is a line of a table here.
+`python tests/peers/lora_table.py` writes the page. The layers and forms stand in lora_forms.py.
 """
 
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import peft
+import pytest
 import torch
+from lora_forms import FORMS, LAYERS
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 import surgery
-from surgery.errors import SurgeryError
+from surgery.errors import MatchError, SurgeryError
 from surgery.testing import assert_equivalent
 
 PAGE = Path(__file__).parents[2] / "docs" / "lora.md"
-WEIGHTS = "model.safetensors"
+WEIGHTS, TENSORS = "model.safetensors", "adapter_model.safetensors"
 
 
-class Held(nn.Module):
-    """A matrix, or a stack of them, that its module reads by itself."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.held = nn.Parameter(torch.randn(shape) / 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.held.mT
-
-
-class Layer(NamedTuple):
-    """A kind of layer, an input of it, and what else a config says of it."""
-
-    made: Callable[[], nn.Module]
-    given: Callable[[], Tensor]
-    fields: Mapping[str, Any] = {"target_modules": ["layer"]}
-    run: Callable[[nn.Module, Tensor], Any] = lambda module, x: module(x)
-
-
-class Form(NamedTuple):
-    """What a config says besides, and the kinds of layers that refuse it, each with what is said."""
-
-    fields: Mapping[str, Any]
-    refused: Mapping[str, str] = {}
-
-
-PARAMETER = {"target_modules": [], "target_parameters": ["layer.held"]}
-APART = {"target_modules": [], "target_parameters": [f"layer.{one}_proj_weight" for one in "qkv"]}
-PARAMETERS = (
-    "nn.Parameter of two axes",
-    "nn.Parameter of three axes",
-    "nn.MultiheadAttention with `kdim` and `vdim`, by `target_parameters`",
-)
-LAYERS: Mapping[str, Layer] = {
-    "nn.Linear": Layer(lambda: nn.Linear(16, 12), lambda: torch.randn(64, 16)),
-    "Conv1D of transformers": Layer(lambda: Conv1D(12, 16), lambda: torch.randn(64, 16)),
-    "nn.Embedding": Layer(lambda: nn.Embedding(16, 12), lambda: torch.randint(0, 16, (64,))),
-    "nn.Conv1d": Layer(lambda: nn.Conv1d(6, 12, 3, stride=2), lambda: torch.randn(16, 6, 9)),
-    "nn.Conv2d": Layer(lambda: nn.Conv2d(6, 12, (2, 3), padding=1), lambda: torch.randn(8, 6, 5, 5)),
-    "nn.Conv3d": Layer(lambda: nn.Conv3d(6, 12, 2), lambda: torch.randn(8, 6, 3, 3, 3)),
-    "nn.MultiheadAttention": Layer(
-        lambda: nn.MultiheadAttention(16, 2, batch_first=True),
-        lambda: torch.randn(16, 4, 16),
-        run=lambda module, x: module(x, x.flip(1), x, need_weights=False)[0],
-    ),
-    PARAMETERS[0]: Layer(lambda: Held(12, 16), lambda: torch.randn(64, 16), PARAMETER),
-    PARAMETERS[1]: Layer(lambda: Held(3, 12, 16), lambda: torch.randn(3, 32, 16), PARAMETER),
-    PARAMETERS[2]: Layer(
-        lambda: nn.MultiheadAttention(16, 2, kdim=12, vdim=8, batch_first=True),
-        lambda: torch.randn(16, 4, 16),
-        APART,
-        lambda module, x: module(x, x[..., :12], x[..., 8:], need_weights=False)[0],
-    ),
-}
-FORMS: Mapping[str, Form] = {
-    "LoRA": Form({}),
-    "rsLoRA": Form({"use_rslora": True}),
-    "DoRA": Form(
-        {"use_dora": True},
-        {"nn.MultiheadAttention": "DoRA is supported over"} | dict.fromkeys(PARAMETERS, "use_dora"),
-    ),
-    "`lora_bias`": Form(
-        {"lora_bias": True},
-        dict.fromkeys(("nn.Embedding", "nn.MultiheadAttention"), "lora_bias is supported over")
-        | dict.fromkeys(PARAMETERS, "lora_bias"),
-    ),
-    "patterns": Form({"rank_pattern": {".*layer.*": 2}, "alpha_pattern": {".*layer.*": 7}}),
-}
 DTYPES = (torch.float32, torch.bfloat16)
+WITHOUT_MERGE = "yes, not merged"
 UNABLE = (ValueError, TypeError, RuntimeError, AttributeError)  # what peft raises where it does not serve a layer
-
-
-class Net(nn.Module):
-    def __init__(self, layer: Layer) -> None:
-        super().__init__()
-        self.layer, self.run = layer.made(), layer.run
-        self.head = nn.Linear(12, 16)  # without one, an embedding in files is taken for the output head too
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(self.layer, x)
 
 
 class Cell:
     """One kind of layer under one form, in one dtype."""
 
     def __init__(self, layer: str, form: str, dtype: torch.dtype, folder: Path) -> None:
-        self.layer, self.dtype, self.folder = LAYERS[layer], dtype, folder
+        self.layer, self.form, self.dtype, self.folder = LAYERS[layer], FORMS[form], dtype, folder
         self.fields = {"r": 4, "lora_alpha": 6, **self.layer.fields, **FORMS[form].fields}
         torch.manual_seed(2)
         x = self.layer.given()
@@ -118,35 +40,56 @@ class Cell:
 
     def base(self) -> nn.Module:
         torch.manual_seed(0)
-        return Net(self.layer).to(self.dtype).eval()
+        return self.form.net(self.layer).to(self.dtype).eval()
 
     def ours(self, fresh: bool = False) -> nn.Module:
         """With an adapter that is new, or random as if it were trained."""
-        config = surgery.LoraConfig(**self.fields, init_lora_weights=fresh)
+        config = surgery.LoraConfig(**self.fields, init_lora_weights=self.form.start or fresh)
         return self._stirred(surgery.inject(self.base(), config).eval(), fresh)
 
     def theirs(self) -> nn.Module:
         """The same by peft."""
-        config = peft.LoraConfig(**self.fields, init_lora_weights=False)
-        return self._stirred(peft.get_peft_model(self.base(), config).eval(), fresh=False)
+        config = peft.LoraConfig(**self.fields, init_lora_weights=self.form.start or False)
+        model = peft.get_peft_model(self.base(), config).eval()
+        if self.form.start:
+            model.save_pretrained(self.folder / "initial")
+        return self._stirred(model, fresh=False)
+
+    def saved(self, theirs: nn.Module) -> Path:
+        """Where peft has saved a model of its own; converted, where it starts as a part of the base."""
+        initial = {"path_initial_model_for_weight_conversion": self.folder / "initial"} if self.form.start else {}
+        theirs.save_pretrained(self.folder / "theirs", **initial)
+        return self.folder / "theirs"
+
+    def bare(self) -> nn.Module:
+        """Without an adapter, over what one would be laid."""
+        model = self.ours(fresh=True)
+        surgery.disable_adapters(model)
+        return model
 
     def laid(self, folder: Path) -> nn.Module:
         return surgery.load(self.base(), folder).eval()
 
     def _stirred(self, model: nn.Module, fresh: bool) -> nn.Module:
         torch.manual_seed(1)
-        for name, values in model.named_parameters():
-            if not fresh and "lora_magnitude_vector" in name:  # which begins as the norms that change nothing
+        for values in model.parameters() if self.form.start or not self._drawn else ():
+            if values.requires_grad and not fresh:  # what begins as the base has it, or as a part of that
                 values.data.mul_(torch.rand_like(values) + 0.5)
         return model
 
+    @property
+    def _drawn(self) -> bool:
+        """Are all tensors of an adapter random from the start, where init_lora_weights is False?"""
+        return not {"use_dora", "bias", "trainable_token_indices"} & self.fields.keys()
+
 
 def fresh_changes_nothing(cell: Cell) -> None:
-    before, after = cell.base()(cell.x), cell.ours(fresh=True)(cell.x)
-    if cell.fields.get("use_dora"):  # scaled by a norm over itself: 1, but for its rounding
-        assert_equivalent(cell.base(), cell.ours(fresh=True), cell.x)
+    if cell.form.start or "use_dora" in cell.fields:  # by a difference, or a factor of 1, that are rounded
+        assert_equivalent(cell.bare(), cell.ours(fresh=True), cell.x)
     else:
-        assert torch.equal(before, after)
+        assert torch.equal(cell.bare()(cell.x), cell.ours(fresh=True)(cell.x))
+    if not cell.form.unmerged:
+        assert torch.equal(cell.bare()(cell.x), cell.base()(cell.x))
 
 
 def adapted_is_merged(cell: Cell) -> None:
@@ -178,32 +121,68 @@ def unmerged_is_what_was(cell: Cell) -> None:
     assert all(torch.equal(values, before[name]) for name, values in after.items())
 
 
-LAWS: Mapping[str, Callable[[Cell], None]] = {
+def a_merge_is_refused(cell: Cell) -> None:
+    model = cell.ours()
+    surgery.save(model, cell.folder / "adapter")
+    (cell.folder / "base").mkdir()
+    save_file(cell.base().state_dict(), cell.folder / "base" / WEIGHTS)
+    with pytest.raises(MatchError, match=cell.form.unmerged):
+        surgery.merge(model)
+    with pytest.raises(MatchError, match=cell.form.unmerged):
+        surgery.merge_checkpoint(cell.folder / "base", cell.folder / "adapter", cell.folder / "out")
+
+
+MERGED: Mapping[str, Callable[[Cell], None]] = {
     "fresh changes nothing": fresh_changes_nothing,
     "adapted is merged": adapted_is_merged,
     "live is streaming, and undone": live_is_streaming,
     "unmerged is what was": unmerged_is_what_was,
 }
+UNMERGED: Mapping[str, Callable[[Cell], None]] = {
+    "fresh changes nothing": fresh_changes_nothing,
+    "a merge is refused": a_merge_is_refused,
+}
+
+
+def laws_of(form: str) -> Mapping[str, Callable[[Cell], None]]:
+    return UNMERGED if FORMS[form].unmerged else MERGED
 
 
 def by_peft(cell: Cell) -> str:
-    """What peft makes of the cell, and whether each reads the other's files to the same outputs."""
+    """What peft makes of the cell; wherever it runs, each reads the other's files to the same outputs."""
+    with cell.form.peft(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made, reads = _made(cell), _reads(cell)
+    if made == reads == "":
+        return "the same outputs, both ways"
+    return f"{made}; reads ours to the same outputs" if not reads else made
+
+
+def _made(cell: Cell) -> str:
+    """Why peft makes none of its own, or nothing: its files are read here to its outputs."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            theirs = cell.theirs()
-            theirs(cell.x)
+        theirs = cell.theirs()
+        theirs(cell.x)
+        folder = cell.saved(theirs)
     except UNABLE as error:
         return f"raises {type(error).__name__}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs.save_pretrained(cell.folder / "theirs")
-        here = cell.laid(cell.folder / "theirs")
-        assert_equivalent(here, theirs, cell.x, base=cell.base())
-        surgery.save(cell.ours(), cell.folder / "ours")
+    if not load_file(folder / TENSORS):
+        return "saves nothing of it"
+    assert_equivalent(cell.laid(folder), theirs, cell.x, base=cell.base())
+    return ""
+
+
+def _reads(cell: Cell) -> str:
+    """Why peft cannot read ours, or nothing."""
+    ours = cell.ours()
+    surgery.save(ours, cell.folder / "ours")
+    try:
         there = peft.PeftModel.from_pretrained(cell.base(), cell.folder / "ours").eval()
-        assert_equivalent(cell.ours(), there, cell.x, base=cell.base())
-    return "the same outputs, both ways"
+        there(cell.x)
+    except UNABLE as error:
+        return f"raises {type(error).__name__}"
+    assert_equivalent(ours, there, cell.x, base=cell.base())
+    return ""
 
 
 def refusal(cell: Cell) -> str:
@@ -223,9 +202,9 @@ def row(layer: str, form: str) -> list[str]:
         made = [Cell(layer, form, dtype, Path(name, str(dtype))) for dtype in DTYPES]
         for cell in made:
             cell.folder.mkdir()
-            for law in () if said else LAWS.values():
+            for law in () if said else laws_of(form).values():
                 law(cell)
-            cells.append("refused" if said and refusal(cell) else "yes")
+            cells.append("refused" if said and refusal(cell) else WITHOUT_MERGE if FORMS[form].unmerged else "yes")
         theirs = dict.fromkeys(by_peft(cell) for cell in made) if not said else [_alone(made[0])]
     return [layer, form, *cells, "; ".join(theirs)]
 
@@ -250,8 +229,10 @@ def page() -> str:
 
 Where a cell says yes, a fresh adapter leaves the outputs as they are; the adapted layer gives the outputs of the merged
 one; a live merge has the bytes of a streaming one, and both are undone to the bit; and peft, where it runs too, gives
-the same outputs from files that either has written. Outputs are compared by `surgery.testing.assert_equivalent`. What
-is refused is a clear error before anything is changed.
+the same outputs from files that either has written. "not merged" is what runs, is trained and saved, while a merge is
+refused: it would change a weight that several layers share. QALoRA is compared with what peft makes of layers of GPTQ,
+in whose place an nn.Linear stands; over others it leaves `use_qalora` unheard. Outputs are compared by
+`surgery.testing.assert_equivalent`. What is refused is a clear error before anything is changed.
 
 {table}
 

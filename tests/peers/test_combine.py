@@ -122,3 +122,21 @@ def test_peft_gives_each_of_two_names_that_end_alike_its_own_rank(tmp_path: Path
     first, second, found = (deltas(held, name) for name in "012")
     assert len(found) == len(first) == 2
     assert all(close(found[name], first[name] + 2 * second.get(name, torch.zeros(())), terms=6) for name in found)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}},
+        {"use_qalora": True},
+        {"trainable_token_indices": {"embed_tokens": [3]}},
+        {"layer_replication": [[0, 2], [1, 2]]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_is_more_than_a_sum_of_factors_is_refused_by_name(
+    settings: dict[str, object], llama: nn.Module, tmp_path: Path
+) -> None:
+    folder = adapter(llama, tmp_path / "one", 1, r=2, target_modules=["q_proj"], **settings)
+    with pytest.raises(surgery.InputError, match=f"it has {next(iter(settings))}, which combine does not take"):
+        surgery.combine([(folder, 1.0)], tmp_path / "out")

@@ -220,13 +220,10 @@ REFUSED = {
     "corda_config": (CordaConfig(), "changes the base"),
     "init_lora_weights": ("mica", "trains A alone"),
     "kasa_config": (KasaConfig(), "KaSA"),
-    "layer_replication": ([[0, 1]], "share one weight"),
     "lora_ga_config": (LoraGAConfig(), "changes the base"),
     "megatron_config": ({"x": 1}, "Megatron"),
     "megatron_core": ("other", "Megatron"),
     "monteclora_config": (MontecloraConfig(), "MonteCLoRA"),
-    "qalora_group_size": (8, "QALoRA"),
-    "use_qalora": (True, "QALoRA"),
     "velora_config": (VeloraConfig(), "VeLoRA"),
 }
 

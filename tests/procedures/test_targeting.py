@@ -123,7 +123,7 @@ def test_a_pattern_that_hits_no_adapted_module_is_refused_by_its_key(field: str,
 
 
 def test_fields_that_are_not_served_may_be_given_as_peft_has_them_by_default() -> None:
-    config = LoraConfig(target_modules=["q_proj"], bias="none", use_qalora=False, megatron_config=None)
+    config = LoraConfig(target_modules=["q_proj"], bias="none", kasa_config=None, megatron_config=None)
     assert config == LoraConfig(target_modules=["q_proj"])
     with pytest.raises(TypeError, match="biases"):
         LoraConfig(target_modules=["q_proj"], biases="all")
@@ -304,7 +304,7 @@ def test_a_choice_that_chooses_nothing_is_refused(fields: dict[str, Any], words:
     ("field", "value", "words"),
     [
         ("bias", "some", "bias is 'some'; 'none', 'all' or 'lora_only' is wanted"),
-        ("use_qalora", True, "use_qalora: QALoRA acts on sums over groups of inputs"),
+        ("kasa_config", {"svd_rank": 2}, "kasa_config: KaSA first cuts the base down"),
     ],
 )
 def test_a_field_of_peft_that_is_not_served_is_refused_with_the_reason(field: str, value: object, words: str) -> None:
