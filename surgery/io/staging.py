@@ -24,6 +24,8 @@ from surgery.io.regular import contained, file_sha256, open_regular
 
 _FAULTS = (EnvironmentFault, OSError, MemoryError, RuntimeError)  # after these a run can go on, as when interrupted
 
+_CONFIGS, _WEIGHTS = ("config.json", "adapter_config.json"), (".safetensors", ".onnx")
+
 
 class Staging:
     """A hidden folder beside `out`; as a context it becomes `out` on success and is removed on failure.
@@ -144,6 +146,11 @@ class Staging:
     def _refuse_existing(self) -> None:
         if os.path.lexists(self.out) and not self.overwrite:
             raise OutputExistsError(f"{printable(self.out)}: it exists; a new folder is wanted; or say --overwrite")
+        if self.out.is_dir() and not _is_output(self.out):
+            raise OutputExistsError(
+                f"{printable(self.out)}: it is a folder that holds no model and no adapter; --overwrite would remove "
+                "all that is in it; name another, or remove it first"
+            )
 
     def _put_back(self) -> None:
         """Where names cannot change places at once, a run may have died between its two renames."""
@@ -238,6 +245,13 @@ class StagedFile:
         """All of `data`."""
         with faults(self.out):
             disk.write_all(self.descriptor, data)
+
+
+def _is_output(folder: Path) -> bool:
+    """Is it empty, or does it hold itself, not in folders within, what models and adapters consist of?"""
+    with os.scandir(folder) as found:
+        names = [one.name for one in found]
+    return not names or any(name in _CONFIGS or name.endswith(_WEIGHTS) for name in names)
 
 
 def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:

@@ -206,6 +206,19 @@ def test_an_output_that_exists_is_code_6(made: Callable[[Path], None], run: Run,
     assert file_hashes(base.parent) == before
 
 
+@pytest.mark.parametrize("command", ["merge", "combine"])
+def test_overwrite_never_removes_a_folder_of_other_things(
+    command: str, run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    (home := tmp_path / "home").mkdir()
+    assert run("combine", adapter, home, "--overwrite").code == 0  # an empty one
+    (tmp_path / "notes/models").mkdir(parents=True)
+    (tmp_path / "notes/models/model.safetensors").write_bytes(b"mine")
+    given = (base, adapter) if command == "merge" else (adapter,)
+    assert "holds no model and no adapter" in told(run(command, *given, tmp_path / "notes", "--overwrite"), 6)
+    assert (tmp_path / "notes/models/model.safetensors").read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
 @pytest.mark.parametrize("out", ["base", "adapter", "base/in", "adapter/deep/in", "base/../adapter", ".", "link"])
 def test_an_output_that_overlaps_an_input_is_code_6(

@@ -119,8 +119,9 @@ def test_a_plain_base_is_quantized_as_it_is_exported(base: Path, into: str, tmp_
 
 
 def test_formats_that_no_graph_holds_are_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(surgery.UsageError, match="fp8_block, which no operator of ONNX decodes"):
-        surgery.export_onnx(base.parent / "plain", None, tmp_path / "out", into="fp8_block")
+    for into in ("fp8_block", "w4a16", "nvfp4"):
+        with pytest.raises(surgery.UsageError, match=f"{into}, which no graph here decodes"):
+            surgery.export_onnx(base.parent / "plain", None, tmp_path / "out", into=into)
     assert list(tmp_path.iterdir()) == []
 
 

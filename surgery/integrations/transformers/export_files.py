@@ -78,8 +78,8 @@ def _treatment(base: Checkpoint, adapters: Sequence[Weighted], asked: Treatment)
         return replace(asked, into="keep")
     if asked.into == "keep":
         refuse_kept(base.packed)
-    if asked.into == "fp8_block":
-        raise UsageError("export: into fp8_block, which no operator of ONNX decodes; 16bit, nf4, fp4 or int8 is wanted")
+    if asked.into in {"fp8_block", "w4a16", "nvfp4"}:
+        raise UsageError(f"export: into {asked.into}, which no graph here decodes; 16bit, nf4, fp4 or int8 is wanted")
     return asked
 
 
