@@ -17,7 +17,7 @@ from surgery.core.config import AdapterConfig
 from surgery.core.entries import InPeftTerms, in_peft_terms
 from surgery.core.method import Dense, Method, Params
 from surgery.core.names import suffix_hits
-from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
+from surgery.core.select import kept_out, refuse_unmatched, saved_modules, select, unmatched
 from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, UsageError, printable
 from surgery.hosts.quantized import hold, is_quantized, release
@@ -90,7 +90,8 @@ def _fresh(
     """What `config` lays over the model. MatchError for an entry that hits nothing."""
     config = with_task_heads(config, tree)
     names = list(tree.modules)
-    config, spelled = InPeftTerms(config, {}) if as_peft else in_peft_terms(config, names)
+    terms = InPeftTerms(config, {}) if as_peft else in_peft_terms(config, names)
+    config = terms.config
     parameters = targeted_parameters(config, tree)
     chosen = select(
         config, names, lambda: {name for name in names if tree.is_linear(name)} - {*output_heads()}, as_peft
@@ -100,9 +101,13 @@ def _fresh(
     first = dict.fromkeys(tree.first_name(name) for name in chosen)
     adapted = [*first, *parameters]
     for field, entries in () if as_peft else config.unused(adapted).items():
-        refuse_unmatched(field, [spelled.get(entry, entry) for entry in entries], adapted)
+        refuse_unmatched(field, terms.missed(field, entries), adapted)
     sites = {}
-    for name, spelling in tree.spelled(first).items():
+    spelled = tree.spelled(first)
+    out = set() if as_peft else kept_out(config, spelled)  # PEFT adapts an attention layer's out_proj all the same
+    for name, spelling in spelled.items():
+        if name in out:
+            continue
         site, method = tree.site(name), config.method(spelling)
         sites[name] = site, method, method.init(site, partial(tree.dense, name))
     config, replaced = with_rows(tree, config, sites)
