@@ -76,6 +76,7 @@ class AdapterConfig(ABC, metaclass=_OfFields):
     files: ClassVar[ConfigFiles]  # set where files are known
     neutral: ClassVar[Mapping[str, Any]]  # fields we know of, and the only value that leaves the maths alone
     reasons: ClassVar[Mapping[str, str]] = {}  # why another value of those is refused, and the next step
+    by_ends: ClassVar[frozenset[str]] = frozenset()  # fields that list ends of names, from whatever character on
     unwritten: ClassVar[frozenset[str]] = frozenset()  # what PEFT's lacks: in the JSON only where it is set
 
     target_modules: str | Sequence[str] | None = None

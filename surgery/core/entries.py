@@ -25,7 +25,13 @@ class InPeftTerms(NamedTuple):
     """A config that PEFT's rules read as it was meant, and how its entries were spelled."""
 
     config: AdapterConfig
-    spelled: Mapping[str, str]
+    spelled: Mapping[str, str]  # what is in the config now, by entry or one of the names that it stands for
+
+    def missed(self, field: str, unused: Collection[str]) -> list[str]:
+        """The entries of a field, as they were spelled, all of which is unused."""
+        told = getattr(self.config, field) or ()
+        used = {self.spelled.get(one, one) for one in (() if isinstance(told, str) else told) if one not in unused}
+        return [one for one in dict.fromkeys(self.spelled.get(one, one) for one in unused) if one not in used]
 
 
 def in_peft_terms(config: AdapterConfig, names: Collection[str]) -> InPeftTerms:
@@ -38,8 +44,12 @@ def in_peft_terms(config: AdapterConfig, names: Collection[str]) -> InPeftTerms:
         value = getattr(config, field.name)
         if not value:
             continue
-        if field.name in _LISTS:
-            found[field.name] = _named(field.name, value, in_layers if field.name == "target_modules" else names)
+        if field.name in _LISTS or field.name in config.by_ends:
+            hits = _hits(field.name, value, in_layers if field.name == "target_modules" else names)
+            found[field.name] = _named(value, hits)
+            if hits and field.name in config.by_ends:
+                found[field.name] = _ending(found[field.name], hits, names)
+            spelled |= {name: entry for entry, there in hits.items() for name in there if name not in value}
         elif field.name.endswith("_pattern") and isinstance(value, PatternTable):
             keys = {key: _expression(key) for key in value}
             spelled |= {after: before for before, after in keys.items()}
@@ -56,20 +66,38 @@ def _with_expressions(config: AdapterConfig) -> AdapterConfig:
     return replace(config, layers_pattern=[_expression(one) for one in ([given] if isinstance(given, str) else given)])
 
 
-def _named(field: str, value: str | Sequence[str], names: Collection[str]) -> str | Sequence[str]:
+def _hits(field: str, value: str | Sequence[str], names: Collection[str]) -> Mapping[str, Sequence[str]]:
+    """By each glob and expression of a list, the names that it stands for. MatchError for an entry that hits none."""
+    budget, hits = Budget(), {}
+    for entry in () if isinstance(value, str) else value:
+        if field == "exclude_modules" or _is_wide(entry):
+            test = _test(entry, budget)
+            hits[entry] = [name for name in names if test(name)]
+    refuse_unmatched(field, [entry for entry, there in hits.items() if not there], names)
+    return {entry: there for entry, there in hits.items() if _is_wide(entry)}
+
+
+def _named(value: str | Sequence[str], hits: Mapping[str, Sequence[str]]) -> str | Sequence[str]:
     """Names in place of globs and expressions; one string is an expression, as in PEFT, or a name."""
     if isinstance(value, str):
         told = value.removeprefix(RE)
         return re.escape(told) if "." in told and told == value and _NAME.fullmatch(told) else told
-    budget, hits = Budget(), {}
-    for entry in value:
-        if field == "exclude_modules" or entry.startswith(RE) or GLOB.fullmatch(entry):
-            test = _test(entry, budget)
-            hits[entry] = [name for name in names if test(name)]
-    refuse_unmatched(field, [entry for entry, there in hits.items() if not there], names)
-    wide = [entry for entry in value if entry.startswith(RE) or GLOB.fullmatch(entry)]
-    kept = [entry for entry in value if entry not in wide]
-    return list(dict.fromkeys([*kept, *(name for entry in wide for name in hits[entry])])) if wide else value
+    kept = [entry for entry in value if entry not in hits]
+    return list(dict.fromkeys([*kept, *(name for there in hits.values() for name in there)])) if hits else value
+
+
+def _ending(listed: Sequence[str], hits: Mapping[str, Sequence[str]], names: Collection[str]) -> str | Sequence[str]:
+    """A list of ends of names, or one expression where a whole name that is meant ends another that is not."""
+    whole = {name for there in hits.values() for name in there}
+    ends = tuple(one for one in listed if one not in whole)
+    meant = [name for name in names if name in whole or name.endswith(ends)]
+    return (
+        listed if len(meant) == sum(name.endswith(tuple(listed)) for name in names) else "|".join(map(re.escape, meant))
+    )
+
+
+def _is_wide(entry: str) -> bool:
+    return entry.startswith(RE) or GLOB.fullmatch(entry) is not None
 
 
 def _test(entry: str, budget: Budget) -> Callable[[str], bool]:

@@ -81,6 +81,9 @@ class Method(ABC):
     def refuse_merge(self, site: Site) -> None:  # noqa: B027  # most can be merged anywhere
         """MatchError where no weight of this site's shape holds what the adapter computes."""
 
+    def check_run(self, site: Site) -> None:  # noqa: B027  # most run anywhere
+        """ConfigError for settings that could not act, or train, as they say at this site."""
+
     def reread(self, method: "Method", p: Params) -> Params | None:  # noqa: ARG002  # for those that have such files
         """Its tensors out of `p` of `method`, as which its files spell it; None where that is not what they spell."""
         return None

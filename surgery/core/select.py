@@ -43,6 +43,11 @@ def select(
     ]
 
 
+def kept_out(config: AdapterConfig, names: Collection[str]) -> set[str]:
+    """Those of `names` that `exclude_modules` hits."""
+    return set(filter(_matcher(config.exclude_modules, tuple, Budget()), names))
+
+
 def chosen_layers(config: AdapterConfig, names: Collection[str]) -> Collection[str]:
     """Those of `names` that lie in the layers that `layers_to_transform` chooses; all where it chooses none."""
     if config.layers_to_transform is None:

@@ -25,7 +25,7 @@ from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
 class Ia3Config(AdapterConfig):
     """(IA)^3's settings, named as in PEFT: `feedforward_modules` has its inputs scaled, all else its outputs.
 
-    It lists ends of names, or is one pattern; [] where there are none.
+    It lists ends of names, globs and expressions after `re:`, or is one pattern; [] where there are none.
 
     >>> config = Ia3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     >>> [config.method(name).feedforward for name in ("0.k_proj", "0.down_proj")]
@@ -35,6 +35,7 @@ class Ia3Config(AdapterConfig):
     peft_type: ClassVar[str] = "IA3"
     spellings: ClassVar[Mapping[str, Spelling]] = {"ia3_l": Spelling("l")}
     neutral: ClassVar[Mapping[str, Any]] = {}
+    by_ends = frozenset({"feedforward_modules"})
     unwritten = frozenset({"layers_to_transform", "layers_pattern"})
 
     feedforward_modules: str | Sequence[str] | None = None

@@ -104,13 +104,16 @@ class Lora(Additive, AsPeft):
         grid = self.r * 2.0**-21 * B.amax(1, keepdim=True) * A.amax(0, keepdim=True)  # [out, in]
         return abs(self.scaling) * (grid + (self.r + 1) * unit * (B @ A))
 
-    def check_start(self, site: Site) -> None:
-        """ConfigError for settings that would not begin, or train, as they say at this site."""
+    def check_run(self, site: Site) -> None:
         if self.dropout and site.acting.roles:
             raise ConfigError(
                 f"{printable(site.name)}: lora_dropout is {self.dropout}, and weights that a module reads by itself "
                 "have no input that it could act on; set it to 0"
             )
+
+    def check_start(self, site: Site) -> None:
+        """ConfigError for settings that would not begin, or train, as they say at this site."""
+        self.check_run(site)
         if self.start == "orthogonal" and site.acting.stack:
             raise ConfigError(
                 f"{printable(site.name)}: the orthogonal init is of one matrix, and this is a stack of them; start "

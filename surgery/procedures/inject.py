@@ -16,7 +16,7 @@ from surgery.core.config import AdapterConfig
 from surgery.core.entries import InPeftTerms, in_peft_terms
 from surgery.core.method import Dense, Method, Params
 from surgery.core.names import suffix_hits
-from surgery.core.select import refuse_unmatched, saved_modules, select, unmatched
+from surgery.core.select import kept_out, refuse_unmatched, saved_modules, select, unmatched
 from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, UsageError, printable
 from surgery.hosts.quantized import hold, is_quantized, release
@@ -98,7 +98,8 @@ def _fresh(  # noqa: PLR0913, PLR0917  # as inject
     """What `config` lays over the model. MatchError for an entry that hits nothing."""
     config = with_task_heads(config, tree)
     names = list(tree.modules)
-    config, spelled = InPeftTerms(config, {}) if as_peft else in_peft_terms(config, names)
+    terms = InPeftTerms(config, {}) if as_peft else in_peft_terms(config, names)
+    config = terms.config
     parameters = targeted_parameters(config, tree)
     chosen = select(
         config, names, lambda: {name for name in names if tree.is_linear(name)} - {*output_heads()}, as_peft
@@ -108,8 +109,11 @@ def _fresh(  # noqa: PLR0913, PLR0917  # as inject
     first = dict.fromkeys(tree.first_name(name) for name in chosen)
     adapted = [*first, *parameters]
     for field, entries in () if as_peft else config.unused(adapted).items():
-        refuse_unmatched(field, [spelled.get(entry, entry) for entry in entries], adapted)
-    config, sites = fresh_sites(tree, config, tree.spelled(first), examples)
+        refuse_unmatched(field, terms.missed(field, entries), adapted)
+    spelled = tree.spelled(first)
+    out = set() if as_peft else kept_out(config, spelled)  # PEFT adapts an attention layer's out_proj all the same
+    spelled = {name: spelling for name, spelling in spelled.items() if name not in out}
+    config, sites = fresh_sites(tree, config, spelled, examples)
     config, replaced = with_rows(tree, config, sites)
     for name in replaced:
         site, method = tree.site(name), config.method(name)

@@ -82,6 +82,7 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
         first, method = site.name, adapter.config.method(alone.get(name, name))
         wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
         check_shapes(name, params, wanted, adapter.where)
+        method.check_run(site)
         if first in sites and not all(torch.equal(values, sites[first][2][role]) for role, values in params.items()):
             raise MatchError(
                 f"{printable(adapter.where)}: {printable(name)} and another site are one module of this model, and "

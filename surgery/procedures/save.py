@@ -20,6 +20,7 @@ from surgery.io.durable import write_file
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.io.strict_json import json_bytes
 from surgery.layers import Adapted
+from surgery.methods.lora_config import LoraConfig
 from surgery.procedures.biases import written_biases
 from surgery.procedures.merge import base_sha256, own_weight
 from surgery.procedures.rows import repeats
@@ -160,10 +161,18 @@ def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterCo
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path or getattr(root, "name_or_path", None) or None,
     )
+    if any(layer.op.name == "attention" and f"{name}.out_proj" not in layers for name, layer in layers.items()):
+        resolved = _beginning_at_zero(resolved)
     if any(field.name == "fan_in_fan_out" for field in fields(config)):
         transposed = any(layer.op.name == "conv1d" for layer in layers.values())
         return replace(resolved, **{"fan_in_fan_out": transposed})  # type: ignore[arg-type]  # known only here
     return resolved
+
+
+def _beginning_at_zero(config: AdapterConfig) -> AdapterConfig:
+    """PEFT lays over each attention layer's out_proj what the file may lack: it must begin without effect."""
+    assert isinstance(config, LoraConfig)
+    return replace(config, init_lora_weights=True)
 
 
 def _ended(root: nn.Module, names: Sequence[str]) -> list[str]:

@@ -286,3 +286,47 @@ def test_a_merge_on_files_follows_what_is_said_and_verify_its_receipt(tmp_path: 
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     with pytest.raises(UsageError, match="PEFT counts the delta of out_proj twice"):
         surgery.merge_checkpoint(*here[:2], tmp_path / "c", mha_out_proj_scale=1, arithmetic="peft")
+
+
+def test_an_out_proj_that_is_excluded_bears_nothing_and_peft_reads_what_is_saved_the_same(tmp_path: Path) -> None:
+    fields = FIELDS | {"exclude_modules": ["out_proj"]}
+    torch.manual_seed(1)
+    ours = surgery.inject(made(), surgery.LoraConfig(**fields))
+    assert not any("out_proj" in name for name, _ in ours.named_parameters() if "lora_" in name)
+    surgery.save(ours, tmp_path)
+    assert not any("out_proj" in name for name in load_file(tmp_path / TENSORS))
+    wanted, eps = ours(given()).detach(), torch.finfo(torch.float32).eps
+    assert torch.equal(surgery.load(made(), tmp_path, trainable=True)(given()), wanted)
+    theirs = peft.PeftModel.from_pretrained(made(), tmp_path).eval()
+    with slow_path():
+        torch.testing.assert_close(theirs(given()), wanted, **near(wanted, eps))
+    one = surgery.inject(made(), surgery.LoraConfig(**FIELDS | {"exclude_modules": ["self_attn.out_proj"]}))
+    assert {name for name, _ in one.named_modules() if name.endswith("out_proj.lora_A")} == {
+        "attn.base_layer.out_proj.lora_A"
+    }
+    followed = surgery.inject(made(), surgery.LoraConfig(**fields), matching="peft")
+    wrapped = peft.get_peft_model(made(), peft.LoraConfig(**fields))
+    found = (
+        {name for name, _ in model.named_parameters() if "out_proj.lora_A" in name} for model in (followed, wrapped)
+    )
+    assert [len(names) for names in found] == [2, 2]
+
+
+def test_dropout_that_no_input_meets_is_refused_at_load_too(tmp_path: Path) -> None:
+    by_peft(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"lora_dropout": 0.1}))
+    model = made()
+    with pytest.raises(ConfigError, match=r"attn: lora_dropout is 0\.1"):
+        surgery.load(model, tmp_path)
+    assert not any(hasattr(module, "fitted") for module in model.modules())
+
+
+def test_query_key_and_value_go_without_the_out_proj_of_the_same_layer() -> None:
+    apart = nn.ModuleDict({"attn": nn.MultiheadAttention(16, 4, kdim=8, vdim=8)})
+    fields = {"target_modules": ["out_proj"], "target_parameters": [f"attn.{one}_proj_weight" for one in "qkv"]}
+    with pytest.raises(MatchError, match=r"attn: parameters of it are adapted, and so is attn\.out_proj"):
+        surgery.inject(apart, surgery.LoraConfig(**fields))
+    surgery.inject(apart, surgery.LoraConfig(**fields | {"target_modules": []}))
+    with pytest.raises(MatchError, match=r"attn: parameters of it are adapted, and so is attn\.out_proj"):
+        surgery.inject(apart, surgery.LoraConfig(target_modules=["out_proj"]), adapter_name="other")
