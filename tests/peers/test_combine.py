@@ -138,5 +138,5 @@ def test_what_is_more_than_a_sum_of_factors_is_refused_by_name(
     settings: dict[str, object], llama: nn.Module, tmp_path: Path
 ) -> None:
     folder = adapter(llama, tmp_path / "one", 1, r=2, target_modules=["q_proj"], **settings)
-    with pytest.raises(surgery.InputError, match=f"it has {next(iter(settings))}, which combine does not take"):
+    with pytest.raises(surgery.InputError, match=f"it has {next(iter(settings))}, which a sum of A and B leaves out"):
         surgery.combine([(folder, 1.0)], tmp_path / "out")
