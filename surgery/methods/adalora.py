@@ -38,12 +38,15 @@ _NEUTRAL = {
     "alpha_pattern": {},
     "ensure_weight_tying": False,
     "eva_config": None,
+    "layer_replication": None,
     "loftq_config": {},
     "target_parameters": None,
     "trainable_token_indices": None,
     "lora_bias": False,
+    "qalora_group_size": 16,
     "use_bdlora": None,
     "use_dora": False,
+    "use_qalora": False,
     "use_rslora": False,
 }
 
