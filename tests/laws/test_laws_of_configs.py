@@ -51,6 +51,9 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "bias": st.sampled_from(["none", "all", "lora_only"]),
         "target_parameters": st.none() | lists,
         "use_bdlora": st.none() | st.fixed_dictionaries({"nblocks": st.integers(1, 9)}),
+        "use_qalora": st.booleans(),
+        "qalora_group_size": st.integers(1, 64),
+        "layer_replication": st.none() | st.lists(st.sampled_from([[0, 4], [2, 5]]), min_size=1, max_size=3),
         "ensure_weight_tying": st.booleans(),
         "trainable_token_indices": st.none() | tokens | st.dictionaries(names, tokens, min_size=1, max_size=3),
     },
@@ -88,6 +91,10 @@ def test_a_config_read_from_its_json_is_equal(name: str, data: st.DataObject):
     config = METHODS[name]
     chosen = data.draw(st.fixed_dictionaries({}, optional={**SHARED, **OWN.get(name, {})}))
     if chosen.get("use_bdlora"):
+        chosen.pop("use_qalora", None)
+    if chosen.get("layer_replication"):
+        chosen.pop("bias", None)
+    if chosen.get("use_bdlora") or chosen.get("use_qalora"):
         others = ("use_dora", "lora_bias", "target_parameters", "init_lora_weights")
         chosen = {field: value for field, value in chosen.items() if field not in others}
     if chosen.get("lora_bias"):  # which excludes some others
