@@ -204,6 +204,7 @@ def test_dtype_casts_all_floats(dtype: str, run: Run, base: Path, adapter: Path,
 
 def test_overwrite_replaces_the_output_whole(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
     (tmp_path / "out" / "old.txt").write_text("old")
     assert run("merge", base, adapter, tmp_path / "out").code == 6
     assert run("merge", base, adapter, tmp_path / "out", "--overwrite").code == 0
