@@ -27,6 +27,7 @@ class QaLora(Method):
     lora: Lora
     group: int
 
+    name = "QALoRA"
     reproducible = True
     undo = "index"
     couples = frozenset()
