@@ -106,7 +106,10 @@ def test_an_existing_output_is_refused_until_overwrite_is_said(base: Path, adapt
     (out / "precious.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match="out"):
         surgery.merge_checkpoint(base, adapter, out)
+    with pytest.raises(OutputExistsError, match="holds no model and no adapter"):
+        surgery.merge_checkpoint(base, adapter, out, overwrite=True)
     assert file_hashes(out).keys() == {"precious.txt"}
+    (out / "config.json").write_text("{}")
     surgery.merge_checkpoint(base, adapter, out, overwrite=True)
     assert file_hashes(out).keys() == {"config.json", "model.safetensors", RECEIPT}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
