@@ -238,22 +238,22 @@ def test_a_name_that_ends_another_is_saved_as_what_it_is(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("entries", "wanted"),
     [
-        (["1.*"], {"1.down"}),
-        ([r"re:\d\.down"], {"0.down", "1.down"}),
-        (["re:0.*", "down"], {"0.up", "0.down", "1.down"}),
-        (r"re:.*\.up", {"0.up", "1.up"}),
+        (["1.*"], ["1.down"]),
+        ([r"re:\d\.down"], ["0.down", "1.down"]),
+        (["re:0.*", "down"], ["0.up", "0.down", "1.down"]),
+        (r"re:.*\.up", ["0.up", "1.up"]),
     ],
     ids=str,
 )
 def test_feedforward_modules_may_be_globs_and_expressions(
-    entries: str | list[str], wanted: set[str], tmp_path: Path
+    entries: str | list[str], wanted: list[str], tmp_path: Path
 ) -> None:
     targets = sorted({"0.up", "1.up", "0.down", "1.down"} - ({"1.up"} if "1.*" in entries else set()))
     model = surgery.inject(net(), Ia3Config(target_modules=targets, feedforward_modules=entries))
     surgery.save(model, tmp_path)
     for one in (model, surgery.load(net(), tmp_path)):
         layers = {name: layer.fitted["default"] for name, layer in one.named_modules() if hasattr(layer, "fitted")}
-        assert {name for name, fitted in layers.items() if fitted.method.feedforward} == wanted
+        assert {name for name, fitted in layers.items() if fitted.method.feedforward} == {*wanted}
 
 
 def test_a_glob_of_feedforward_modules_that_meets_nothing_is_refused_and_a_whole_name_means_no_other() -> None:
