@@ -68,6 +68,11 @@ class Checkpoint:
         for file in self.files:
             file.close()
 
+    def called(self) -> Callable[[str], str]:
+        """What the model in memory calls a tensor of the files, stacks aside."""
+        usual, told = self.names().rename, {there: name for name, there in self.in_memory().items()}
+        return lambda name: told.get(name) or usual(name)
+
     def hash_reads(self, ahead: int = 0) -> list[Reading]:
         """From now on all that is read is hashed, by file, if `ahead` is given up to so many pieces later."""
         self._shared.cache_clear()

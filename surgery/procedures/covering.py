@@ -64,16 +64,16 @@ def leave_plain(draft: Draft) -> None:
             )
         )
         return
-    rename, linears = base.names().rename, base.linears()
-    here = {_module(rename(info.name)) for info in base.weights() if _is_matrix(info) and info.name not in base.packed}
+    called, linears = base.called(), base.linears()
+    here = {_module(called(info.name)) for info in base.weights() if _is_matrix(info) and info.name not in base.packed}
     skipped = {*(told.get(key) or here), *(() if linears is None else linears.others)}
-    draft.quantization = {**told, key: sorted(skipped | {_module(rename(name)) for name in plainly})}
+    draft.quantization = {**told, key: sorted(skipped | {_module(called(name)) for name in plainly})}
 
 
 def _modules(draft: Draft, form: str, plainly: Collection[str]) -> tuple[set[str], list[str]]:
     """The weights to cover, all that fit into the form, and the other linear modules as they are called in memory."""
-    base, linears, rename = draft.base, draft.base.linears(), draft.base.names().rename
-    matrices = {info.name: _module(rename(info.name)) for info in base.weights() if _is_matrix(info)}
+    base, linears, called = draft.base, draft.base.linears(), draft.base.called()
+    matrices = {info.name: _module(called(info.name)) for info in base.weights() if _is_matrix(info)}
     fit = {info.name for info in base.weights() if info.name in matrices and _fits(form, info)} - {*plainly}
     chosen = {name for name, module in matrices.items() if linears is not None and module in linears.quantized}
     if linears is None or not chosen:

@@ -26,7 +26,7 @@ from surgery.procedures.fidelity import Fidelity, FidelityReport
 from surgery.procedures.low_rank import Truncation, low_rank, residual_norm
 from surgery.procedures.op_choice import layout_by_name
 from surgery.procedures.ranked_config import ranked_config
-from surgery.procedures.tuning import changed_modules, check_alike, is_own, of_module, whole
+from surgery.procedures.tuning import OwnNames, changed_modules, check_alike, of_module, whole
 from surgery.procedures.tying import is_embedding, tying_of
 
 Rest = Literal["refuse", "save", "drop"]
@@ -76,7 +76,7 @@ class Extraction:
 
 
 class _Sorted(NamedTuple):
-    """The modules that changed: those that a LoRA can stand for, by their weight, and the others."""
+    """The modules that changed: weights that a LoRA can stand for, by the module in memory, and the files' others."""
 
     sites: Mapping[str, TensorInfo]
     rest: Sequence[str]
@@ -92,10 +92,13 @@ def extract(
     refuse_overlap(out, [base.path, tuned.path])
     check_alike(base, tuned)
     readings = base.hash_reads()
-    found = _sorted_out(base, tuned, extraction)
-    _check_rest(base, found, extraction)
+    own = OwnNames(base)
+    found = _sorted_out(base, tuned, extraction, own)
+    _check_rest(base, found, extraction, own)
     ops = {name: _op(base, name, info, extraction.ops) for name, info in found.sites.items()}
-    saved = sorted(found.rest) if extraction.rest == "save" else []
+    whole_ones = [info for module in sorted(found.rest) for info in of_module(tuned, module)]
+    saved = {own.of(info.name) or info.name: info for info in whole_ones} if extraction.rest == "save" else {}
+    modules = sorted({_module(name) for name in saved})
     sites: dict[str, Fidelity] = {}
     with Staging(out, overwrite=overwrite) as staging, Spill(staging) as spill:
         for name, info in found.sites.items():
@@ -103,46 +106,53 @@ def extract(
             specs = Lora(scaling=1.0, r=sites[name].r).tensors(Site(name, {"weight": info}, ops[name]))
             for role, spec in specs.items():
                 spill.add(f"{name}.{spec.spelling}", made[role])
-        for info in (info for module in saved for info in of_module(tuned, module)):
-            spill.add(info.name, whole(tuned, info))
+        for name, info in saved.items():
+            spill.add(name, whole(tuned, info))
         base.check_unchanged()
         tuned.check_unchanged()
         spill.write()
         digests = {info.name: readings[base.file_of(info.name)].tensors[info.name] for info in found.sites.values()}
-        hashed = {info.name: (info, digests[info.name]) for info in found.sites.values()}
+        named = {f"{name}.weight": info for name, info in found.sites.items()}
+        hashed = {name: (info._replace(name=name), digests[info.name]) for name, info in named.items()}
         staging.write(BASE_PRINT, base_print_bytes(hashed))
         config = ranked_config(
             {name: one.r for name, one in sites.items()},
-            modules_to_save=saved or None,
+            modules_to_save=modules or None,
             fan_in_fan_out=any(op.name == "conv1d" for op in ops.values()),
             base_model_name_or_path=base.hub_id or str(base.path),
             revision=base.commit,
         )
         staging.write(CONFIG, json_bytes(config.to_json()))
-    return ExtractReport(out, "low rank", sites, saved, sorted(found.rest) if extraction.rest == "drop" else [])
+    return ExtractReport(out, "low rank", sites, modules, sorted(found.rest) if extraction.rest == "drop" else [])
 
 
-def _sorted_out(base: Checkpoint, tuned: Checkpoint, extraction: Extraction) -> _Sorted:
+def _sorted_out(base: Checkpoint, tuned: Checkpoint, extraction: Extraction, own: OwnNames) -> _Sorted:
     """InputError where nothing changed, UsageError for a target that hits no change."""
     modules = changed_modules(base, tuned)
+    called = {module: _module(own.of(infos[0].name) or infos[0].name) for module, infos in modules.items()}
     for target in extraction.targets or ():
-        if not any(suffix_hits([target], module) for module in modules):
-            near = ", ".join(map(printable, nearest(target, modules)))
+        if not any(suffix_hits([target], name) for name in called.values()):
+            near = ", ".join(map(printable, nearest(target, called.values())))
             raise UsageError(f"target {printable(target)!r}: no module that changed is called so; nearest are {near}")
-    sites = {
+    taken = {
         module: infos[0]
         for module, infos in modules.items()
-        if extraction.takes(module) and len(infos) == 1 and _has_matrix(infos[0]) and is_own(base, infos[0].name)
+        if extraction.takes(called[module])
+        and len(infos) == 1
+        and _has_matrix(infos[0])
+        and own.of(infos[0].name) is not None
     }
-    if not sites:
+    if not taken:
         raise InputError(f"{printable(tuned.path)}: no matrix changed that is to be taken; a LoRA needs one")
-    return _Sorted(sites, [module for module in modules if module not in sites])
+    sites = {called[module]: info for module, info in taken.items()}
+    return _Sorted(sites, [module for module in modules if module not in taken])
 
 
-def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction) -> None:
+def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction, own: OwnNames) -> None:
     """MatchError for changes that the adapter would not hold, unless they are to be dropped."""
-    tying, held = tying_of(base), {*found.sites, *(found.rest if extraction.rest != "drop" else ())}
-    if tying is not None and tying.embedding.name.rpartition(".")[0] in held:
+    tying, held = tying_of(base), {_module(info.name) for info in found.sites.values()}
+    held |= {*found.rest} if extraction.rest != "drop" else set()
+    if tying is not None and _module(tying.embedding.name) in held:
         raise MatchError(
             f"{printable(tying.embedding.name)}: it is the output head too, and an adapter changes one of the two; "
             "extract from checkpoints that hold the head apart"
@@ -154,13 +164,17 @@ def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction) -> Non
             "stands for it in the model's own modules; save it whole with --rest save, or leave it out with --rest drop"
         )
     for module in found.rest if extraction.rest == "save" else ():
-        if not all(is_own(base, info.name) for info in of_module(base, module)):
+        if any(own.of(info.name) is None for info in of_module(base, module)):
             raise MatchError(
                 f"{printable(module)}: it changed, and the model in memory calls it otherwise, or holds it in a stack; "
                 "no adapter has a place for it; leave it out with --rest drop"
             )
     if "" in found.rest and extraction.rest == "save":
         raise MatchError("a tensor outside of any module changed; it cannot be saved whole; take --rest drop")
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _op(base: Checkpoint, name: str, info: TensorInfo, told: Mapping[str, str]) -> Op:

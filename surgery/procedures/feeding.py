@@ -15,9 +15,9 @@ _WEIGHT = ".weight"
 
 def feed_back(draft: Draft, calibration: Calibration | None) -> None:
     """Of all changes of which the calibration, or else the layers, tell which inputs matter."""
-    rename = draft.base.names().rename if calibration is not None else str
+    called = draft.base.called() if calibration is not None else str
     held = [name for name, change in draft.changes.items() if (change.into or change.keep) and change.layers]
-    modules = {name: rename(name).removesuffix(_WEIGHT) for name in held}
+    modules = {name: called(name).removesuffix(_WEIGHT) for name in held}
     if calibration is not None:
         calibration.refuse_other(list(modules.values()))
     for name, module in modules.items():

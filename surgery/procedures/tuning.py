@@ -1,6 +1,7 @@
 """What a tuned checkpoint has otherwise than its base: the tensors that changed, by module."""
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -48,10 +49,23 @@ def changed_modules(base: Checkpoint, tuned: Checkpoint) -> dict[str, list[Tenso
     return modules
 
 
-def is_own(base: Checkpoint, name: str) -> bool:
-    """Does the model in memory call it so too? An adapter's names are those of its modules."""
-    names = base.names()
-    return names.rename(name) == name and names.part(name) is None
+class OwnNames:
+    """What the model in memory calls the tensors of the files: an adapter's names are those of its modules."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._map, self._called = base.names(), base.called()
+        self._linears = cache(base.linears)
+
+    def of(self, name: str) -> str | None:
+        """None for what is held in a stack there, or called otherwise and no linear layer as far as is known."""
+        found = self._called(name)
+        if self._map.part(found) is not None or not (self._map.rename(name) == name or self._is_linear(found)):
+            return None
+        return found
+
+    def _is_linear(self, name: str) -> bool:
+        told = self._linears()
+        return told is not None and name.rpartition(".")[0] in told.quantized | told.others
 
 
 def whole(source: Checkpoint, info: TensorInfo) -> Tensor:

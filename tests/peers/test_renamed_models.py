@@ -14,6 +14,7 @@ import surgery
 _SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _TEXT = {**_SIZES, "vocab_size": 32, "num_key_value_heads": 2}
 _IMAGES = {**_SIZES, "image_size": 8, "patch_size": 4}
+FOUR_BIT = "Linear4bit"
 _ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2]}
 
 RENAMED: Mapping[str, tuple[Any, Callable[[], Any]]] = {
@@ -79,3 +80,40 @@ def test_an_adapter_tells_another_base_by_the_names_in_memory_too(made: tuple[An
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(surgery.InputError, match="trained on another base"):
         surgery.merge_checkpoint(tmp_path / "other", tmp_path / "saved", tmp_path / "x")
+
+
+def test_all_that_transformers_quantizes_goes_into_a_format(made: tuple[Any, Path, Path], tmp_path: Path) -> None:
+    """And the model that it loads computes with what the codes are decoded to."""
+    kind, base, adapter = made
+    wanted = kind.from_pretrained(base, dtype=torch.bfloat16)
+    linear = {name for name, one in surgery.quantize(wanted, "nf4").named_modules() if type(one).__name__ == FOUR_BIT}
+    any_loss = {"min_retained": 0.0, "max_noise": 99.0}
+    surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="nf4", dtype="bfloat16", **any_loss)
+    model, told = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert (told["missing_keys"], told["unexpected_keys"]) == (set(), set())
+    assert {name for name, one in model.named_modules() if type(one).__name__ == FOUR_BIT} == linear
+    surgery.merge_checkpoint(base, adapter, tmp_path / "16bit", dtype="bfloat16")
+    held = dict(surgery.quantize(kind.from_pretrained(tmp_path / "16bit"), "nf4").named_parameters())
+    assert all(torch.equal(values, held[name]) for name, values in model.named_parameters() if name[:-7] in linear)
+
+
+def test_what_is_extracted_has_the_names_in_memory(made: tuple[Any, Path, Path], tmp_path: Path) -> None:
+    """So that a live model finds it, and files do."""
+    kind, base, _ = made
+    tuned = kind.from_pretrained(base)
+    changed = {name for name, one in tuned.named_modules() if type(one) is torch.nn.Linear and name.endswith(".q_proj")}
+    with torch.no_grad():
+        for name in changed:
+            weight = tuned.get_submodule(name).weight
+            weight.add_(torch.ones(len(weight), 1) @ torch.ones(1, weight.shape[1]) / 8)
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = surgery.extract(base, tmp_path / "tuned", tmp_path / "extracted", rank=1)
+    assert report.sites.keys() == changed != set()
+    live = surgery.merge(surgery.load(kind.from_pretrained(base), tmp_path / "extracted"))
+    found = surgery.eject(live, keep_merged=True).state_dict()
+    for name in changed:
+        wanted = tuned.get_submodule(name).weight
+        assert (found[f"{name}.weight"] - wanted).abs().max() <= 64 * torch.finfo(torch.float32).eps
+    surgery.merge_checkpoint(base, tmp_path / "extracted", tmp_path / "again")
+    again = kind.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[name], values) for name, values in found.items())
