@@ -56,16 +56,16 @@ if TYPE_CHECKING:
     from surgery.methods.adalora import AdaLoraConfig
     from surgery.methods.ia3 import Ia3Config
     from surgery.methods.lora_config import LoraConfig
-    from surgery.procedures.combine import CombineReport
-    from surgery.procedures.diff import DiffReport
-    from surgery.procedures.export import ExportReport
-    from surgery.procedures.extract import ExtractReport
-    from surgery.procedures.inspect import Inspection
-    from surgery.procedures.merge_checkpoint import MergeReport
-    from surgery.procedures.plan import Plan
-    from surgery.procedures.publish import PushReport
-    from surgery.procedures.unmerge_checkpoint import UnmergeReport
-    from surgery.procedures.verify_report import VerifyReport
+    from surgery.procedures.checking.diff import DiffReport
+    from surgery.procedures.checking.inspect import Inspection
+    from surgery.procedures.checking.verify_report import VerifyReport
+    from surgery.procedures.exports.export import ExportReport
+    from surgery.procedures.making.combine import CombineReport
+    from surgery.procedures.making.extract import ExtractReport
+    from surgery.procedures.planning.plan import Plan
+    from surgery.procedures.writing.merge_checkpoint import MergeReport
+    from surgery.procedures.writing.publish import PushReport
+    from surgery.procedures.writing.unmerge_checkpoint import UnmergeReport
 
 _HOMES = {
     "AbsentError": "errors",
@@ -74,30 +74,30 @@ _HOMES = {
     "AdapterConfig": "core.config",
     "AdapterTrainer": "integrations.transformers",
     "CheckError": "errors",
-    "CombineReport": "procedures.combine",
+    "CombineReport": "procedures.making.combine",
     "ConfigError": "errors",
     "ConfigTypeError": "errors",
-    "DiffReport": "procedures.diff",
+    "DiffReport": "procedures.checking.diff",
     "EnvironmentFault": "errors",
-    "ExportReport": "procedures.export",
-    "ExtractReport": "procedures.extract",
+    "ExportReport": "procedures.exports.export",
+    "ExtractReport": "procedures.making.extract",
     "FormatError": "errors",
     "Ia3Config": "methods.ia3",
     "InputError": "errors",
-    "Inspection": "procedures.inspect",
+    "Inspection": "procedures.checking.inspect",
     "LoraConfig": "methods.lora_config",
     "MatchError": "errors",
-    "MergeReport": "procedures.merge_checkpoint",
+    "MergeReport": "procedures.writing.merge_checkpoint",
     "OutputExistsError": "errors",
-    "Plan": "procedures.plan",
-    "PushReport": "procedures.publish",
+    "Plan": "procedures.planning.plan",
+    "PushReport": "procedures.writing.publish",
     "ShapeError": "errors",
     "StateError": "errors",
     "SurgeryError": "errors",
-    "UnmergeReport": "procedures.unmerge_checkpoint",
+    "UnmergeReport": "procedures.writing.unmerge_checkpoint",
     "UsageError": "errors",
     "ValueRangeError": "errors",
-    "VerifyReport": "procedures.verify",
+    "VerifyReport": "procedures.checking.verify",
     "combine": "api.made_adapters",
     "diff": "api.files",
     "export_onnx": "api.export",

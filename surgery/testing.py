@@ -9,7 +9,7 @@ from surgery.core.agreement import Outputs, compare, floors
 from surgery.core.distance import Distance
 from surgery.errors import UsageError
 from surgery.integrations.transformers import run_experts_singly
-from surgery.procedures.outputs import Given, Inputs, Runs, calibrated, mask_of, run, twin, widened
+from surgery.procedures.checking.outputs import Given, Inputs, Runs, calibrated, mask_of, run, twin, widened
 
 __all__ = ["assert_equivalent"]
 

@@ -20,6 +20,7 @@ FLOORS = (
     ("core",),
     ("errors",),
 )
+WINGS = ("exports", "making", "live", "checking", "writing", "planning", "places")  # of procedures, top to bottom
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 HEAVY = frozenset({"bitsandbytes", "onnx", "transformers", "rich", "huggingface_hub", "peft"})
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if path.parent != ROOT / "examples")
@@ -47,6 +48,23 @@ def wrong(file: str, source: str) -> list[str]:
 @pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
 def test_a_file_imports_only_from_lower_floors(file: str) -> None:
     assert wrong(file, (ROOT / file).read_text()) == []
+
+
+def wrong_wings(file: str, source: str) -> list[str]:
+    """The imports of a file of procedures that lead from its folder to a folder above."""
+    here = WINGS.index(file.split("/")[1])
+    parts = [name.split(".") for name in imported(source)]
+    there = [part[2] for part in parts if part[:2] == ["surgery", "procedures"] and len(part) > 2]
+    return [name for name in there if WINGS.index(name) < here]
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("procedures/") and file.count("/") == 2])
+def test_a_procedure_imports_only_from_its_folder_and_lower_ones(file: str) -> None:
+    assert wrong_wings(file, (ROOT / file).read_text()) == []
+
+
+def test_a_procedure_that_imports_from_a_folder_above_is_found() -> None:
+    assert wrong_wings("procedures/places/tying.py", "from surgery.procedures.live.inject import inject") == ["live"]
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -17,11 +17,11 @@ from surgery.hosts.layout import bytes_of
 from surgery.hosts.twin import weightless
 from surgery.integrations import transformers as hugging
 from surgery.io.staging import refuse_overlap
-from surgery.procedures.export import AnyModule, ExportReport, Kind, Manner, export_model
-from surgery.procedures.export_swappable import export_swappable
-from surgery.procedures.filling import OnProgress, Pace
-from surgery.procedures.merge_checkpoint import Options
-from surgery.procedures.treatment import Treatment
+from surgery.procedures.exports.export import AnyModule, ExportReport, Kind, Manner, export_model
+from surgery.procedures.exports.export_swappable import export_swappable
+from surgery.procedures.planning.treatment import Treatment
+from surgery.procedures.writing.filling import OnProgress, Pace
+from surgery.procedures.writing.merge_checkpoint import Options
 
 
 def export_onnx(  # noqa: PLR0913  # three things and their options

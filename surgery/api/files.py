@@ -22,18 +22,18 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import bytes_of
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate, located
-from surgery.procedures import diff as differing
-from surgery.procedures import inspect as inspection
-from surgery.procedures import merge_checkpoint as merging
-from surgery.procedures import plan as planning
-from surgery.procedures import publish
-from surgery.procedures import unmerge_checkpoint as unmerging
-from surgery.procedures import verify as verifying
-from surgery.procedures.expected import check_adapters, check_sha256
-from surgery.procedures.filling import OnProgress, Pace
-from surgery.procedures.outputs import Inputs
-from surgery.procedures.treatment import Treatment, TreatmentOptions, check_probes
-from surgery.procedures.verify_report import VerifyReport
+from surgery.procedures.checking import diff as differing
+from surgery.procedures.checking import inspect as inspection
+from surgery.procedures.checking import verify as verifying
+from surgery.procedures.checking.outputs import Inputs
+from surgery.procedures.checking.verify_report import VerifyReport
+from surgery.procedures.planning import plan as planning
+from surgery.procedures.planning.treatment import Treatment, TreatmentOptions, check_probes
+from surgery.procedures.writing import merge_checkpoint as merging
+from surgery.procedures.writing import publish
+from surgery.procedures.writing import unmerge_checkpoint as unmerging
+from surgery.procedures.writing.expected import check_adapters, check_sha256
+from surgery.procedures.writing.filling import OnProgress, Pace
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
 Adapters = Where | Sequence[Where | tuple[Where, float]]  # one, or several in their order, each with a weight

@@ -18,18 +18,18 @@ from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
-from surgery.procedures import adalora, switch
-from surgery.procedures import inject as injection
-from surgery.procedures import load as loading
-from surgery.procedures import merge as merging
-from surgery.procedures import mixed_batch as mixing
-from surgery.procedures import quantize as quantizing
-from surgery.procedures import record_inputs as recording
-from surgery.procedures import save as saving
-from surgery.procedures.configs import config_of, is_peft_s
-from surgery.procedures.examples import Examples
-from surgery.procedures.held_layers import Landing
-from surgery.procedures.treatment import Treatment
+from surgery.procedures.live import adalora, switch
+from surgery.procedures.live import inject as injection
+from surgery.procedures.live import load as loading
+from surgery.procedures.live import merge as merging
+from surgery.procedures.live import mixed_batch as mixing
+from surgery.procedures.live import quantize as quantizing
+from surgery.procedures.live import record_inputs as recording
+from surgery.procedures.live import save as saving
+from surgery.procedures.live.examples import Examples
+from surgery.procedures.live.held_layers import Landing
+from surgery.procedures.places.configs import config_of, is_peft_s
+from surgery.procedures.planning.treatment import Treatment
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub

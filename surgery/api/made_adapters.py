@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from surgery.api.files import Adapters, Where, checkpoint, weighted
-from surgery.procedures import combine as combining
-from surgery.procedures import extract as extraction
-from surgery.procedures.combinations import Recipe
-from surgery.procedures.low_rank import Truncation
+from surgery.procedures.making import combine as combining
+from surgery.procedures.making import extract as extraction
+from surgery.procedures.making.combinations import Recipe
+from surgery.procedures.making.low_rank import Truncation
 
 
 def combine(  # noqa: PLR0913  # the settings of all methods

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from surgery.procedures.report import CaseReport, Report
+    from surgery.procedures.checking.report import CaseReport, Report
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _known_endings(context: click.Context, option: click.Parameter, paths: tuple[Path, ...]) -> tuple[Path, ...]:
-    from surgery.procedures.report import ENDINGS
+    from surgery.procedures.checking.report import ENDINGS
 
     for path in paths:
         if path.suffix.lower() not in ENDINGS:
@@ -147,7 +147,7 @@ def ops_of(arguments: Sequence[str]) -> dict[str, str]:
 def show(report: "Report", as_json: bool, rows: Sequence[Sequence[str]] = (), header: Sequence[str] = ()) -> None:
     """The report as JSON, or its rows as a table with the summary below."""
     if as_json:
-        from surgery.procedures.report import as_json as text
+        from surgery.procedures.checking.report import as_json as text
 
         click.echo(text(report), nl=False)
         return
@@ -160,7 +160,7 @@ def conclude(report: "CaseReport", as_json: bool, reports: Sequence[Path]) -> No
     """Show the report with its listed cases, and write it to files, each as its ending says."""
     from surgery.errors import printable
     from surgery.io.durable import write_file
-    from surgery.procedures.report import ENDINGS
+    from surgery.procedures.checking.report import ENDINGS
 
     rows = [(printable(case.name), case.verdict, *case.cells) for case in report.cases() if case.listed]
     show(report, as_json, rows, report.columns)

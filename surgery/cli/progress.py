@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from surgery.procedures.filling import OnProgress, Progress
+    from surgery.procedures.writing.filling import OnProgress, Progress
 
 EVERY_S = 5.0  # between two lines; a command that is done before says nothing
 

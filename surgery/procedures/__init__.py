@@ -1,1 +1,1 @@
-"""What a surgeon does; one file a procedure."""
+"""What a surgeon does; one file a procedure, a folder for those of one purpose."""

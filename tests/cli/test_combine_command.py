@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.cli.combine import combine
-from surgery.procedures.combinations import COMBINATIONS
+from surgery.procedures.making.combinations import COMBINATIONS
 
 
 def test_an_adapter_halved_twice_is_itself(run: Run, adapter: Path, tmp_path: Path) -> None:

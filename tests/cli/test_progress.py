@@ -11,7 +11,7 @@ from outcomes import Run
 
 import surgery
 from surgery.cli.progress import EVERY_S, lines
-from surgery.procedures.filling import Progress
+from surgery.procedures.writing.filling import Progress
 
 
 def test_a_line_is_printed_every_few_seconds(capsys: pytest.CaptureFixture[str]) -> None:

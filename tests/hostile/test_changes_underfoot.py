@@ -18,8 +18,8 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.octets import tensor_from
 from surgery.io.strict_json import json_bytes
 from surgery.io.tensor_file import _COARSE_CLOCK, TensorFile
-from surgery.procedures import merge_checkpoint as merging
-from surgery.procedures.filling import Pace
+from surgery.procedures.writing import merge_checkpoint as merging
+from surgery.procedures.writing.filling import Pace
 
 ROWS = 64
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.errors import ConfigError, FormatError, MatchError, UsageError
-from surgery.procedures.merged_state import merged_state
+from surgery.procedures.live.merged_state import merged_state
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,9 +15,9 @@ from surgery.hosts.streamed import streamed
 from surgery.hosts.twin import doubled, twin, weightless
 from surgery.integrations.transformers.examples import example_for
 from surgery.integrations.transformers.exporting import Pretrained, sources_of, without_weights
-from surgery.procedures import export
-from surgery.procedures.proof import prepared, runs
-from surgery.procedures.proof_by_layers import Files, bytes_by_layers
+from surgery.procedures.exports import export
+from surgery.procedures.exports.proof import prepared, runs
+from surgery.procedures.exports.proof_by_layers import Files, bytes_by_layers
 
 QUICK = ("mixtral", "t5", "vit")  # fused experts, a layer that asks for another's dtype, and renamed tensors
 LITTLE = "600KB"

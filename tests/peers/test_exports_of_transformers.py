@@ -13,7 +13,7 @@ from architectures import ARCHITECTURES
 import surgery
 from surgery.cli import main
 from surgery.formats.onnx.runtime import decode
-from surgery.procedures import proof
+from surgery.procedures.exports import proof
 
 DECODERS = ("llama", "qwen3", "mistral", "gemma3", "phi3", "opt", "gpt2", "gpt-neox", "bloom", "mixtral", "qwen3-moe")
 QUICK = ("vit", "mixtral")  # one that is renamed in files, and one whose experts are fused

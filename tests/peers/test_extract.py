@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import surgery
-from surgery.procedures.low_rank import Truncation, low_rank, residual_norm
+from surgery.procedures.making.low_rank import Truncation, low_rank, residual_norm
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import surgery
 from surgery.adapters.peft import PREFIX, TENSORS, read_adapter
 from surgery.errors import ConfigError, MatchError
-from surgery.procedures.refill import refill
+from surgery.procedures.live.refill import refill
 from surgery.testing import assert_equivalent
 
 EPS = torch.finfo(torch.float32).eps

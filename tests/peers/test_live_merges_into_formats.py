@@ -20,7 +20,7 @@ from surgery import CheckError, MatchError, UsageError
 from surgery.codecs import FORMS, codec_of
 from surgery.hosts.quantized import compute_dtype, is_quantized, layer_of, packed_of_layer
 from surgery.io.octets import sha256_of
-from surgery.procedures.treatment import LIVE_FORMS
+from surgery.procedures.planning.treatment import LIVE_FORMS
 
 ANY: dict[str, Any] = {"min_retained": 0.0, "max_noise": math.inf}
 KINDS = {"Linear4bit", "Linear8bitLt", "FP8Linear"}

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import surgery
 from surgery.codecs import CODECS
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.procedures.treatment import HELD_IN
+from surgery.procedures.planning.treatment import HELD_IN
 
 ANY = {"min_retained": 0.0, "max_noise": 99.0}
 FOURBIT = ("nf4", "nf4-double", "fp4", "fp4-double")

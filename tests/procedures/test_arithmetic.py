@@ -13,9 +13,9 @@ from surgery.adapters.peft import open_adapter
 from surgery.core.adapter import Weighted
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.octets import sha256_of
-from surgery.procedures.filling import Pace
-from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
-from surgery.procedures.treatment import Treatment
+from surgery.procedures.planning.treatment import Treatment
+from surgery.procedures.writing.filling import Pace
+from surgery.procedures.writing.merge_checkpoint import Options, merge_checkpoint
 
 # In float32 PEFT's product is rounded otherwise than an exact one; in bfloat16 only a safe merge rounds twice.
 UNLIKE = [("peft", torch.float32), ("peft-safe", torch.bfloat16)]

@@ -78,7 +78,7 @@ def test_tiles_change_no_bit(adapter: Path, recorded: Path, tmp_path: Path, monk
     base = quantized_base(tmp_path / "base", "nf4")
     options = {"into": "keep", "rounding": "feedback", "calibration": recorded, **ANY}
     surgery.merge_checkpoint(base, adapter, tmp_path / "whole", **options)
-    monkeypatch.setattr("surgery.procedures.feeding.FED_ELEMENTS", 1)
+    monkeypatch.setattr("surgery.procedures.planning.feeding.FED_ELEMENTS", 1)
     monkeypatch.setattr("surgery.core.source.TILE_ELEMENTS", 1)
     surgery.merge_checkpoint(base, adapter, tmp_path / "rows", **options)
     assert tensor_hashes(read_tensors(tmp_path / "rows")) == tensor_hashes(read_tensors(tmp_path / "whole"))

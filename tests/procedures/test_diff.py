@@ -22,8 +22,8 @@ from surgery.core.arithmetic import tree_sum
 from surgery.core.source import TILE_ELEMENTS
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.tensor_file import TensorFile
-from surgery.procedures.config_difference import config_difference
-from surgery.procedures.diff import diff
+from surgery.procedures.checking.config_difference import config_difference
+from surgery.procedures.checking.diff import diff
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OTHERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64)

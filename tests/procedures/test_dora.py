@@ -18,8 +18,8 @@ from surgery.adapters.peft import read_adapter
 from surgery.core.adapter import Weighted
 from surgery.core.source import TILE_ELEMENTS
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.procedures.filling import Pace
-from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
+from surgery.procedures.writing.filling import Pace
+from surgery.procedures.writing.merge_checkpoint import Options, merge_checkpoint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = ["embed", "up", "down"]

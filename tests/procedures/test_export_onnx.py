@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import surgery
 from surgery.cli import main
 from surgery.formats.onnx.stored import Weights
-from surgery.procedures import export
-from surgery.procedures.proof import Trial
+from surgery.procedures.exports import export
+from surgery.procedures.exports.proof import Trial
 
 
 class Net(nn.Module):

@@ -24,9 +24,9 @@ from surgery.core.adapter import Weighted
 from surgery.core.survival import Bounds
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.staging import Staging
-from surgery.procedures.filling import Pace
-from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
-from surgery.procedures.treatment import Treatment
+from surgery.procedures.planning.treatment import Treatment
+from surgery.procedures.writing.filling import Pace
+from surgery.procedures.writing.merge_checkpoint import Options, merge_checkpoint
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
 SQUARE = ("model.layers.0.q_proj", "model.layers.1.q_proj")

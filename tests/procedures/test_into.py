@@ -18,9 +18,9 @@ from surgery.core.adapter import Weighted
 from surgery.core.arithmetic import exact_product
 from surgery.core.survival import Bounds, Survival
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.procedures.filling import Pace
-from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
-from surgery.procedures.treatment import HELD_IN, Treatment
+from surgery.procedures.planning.treatment import HELD_IN, Treatment
+from surgery.procedures.writing.filling import Pace
+from surgery.procedures.writing.merge_checkpoint import Options, merge_checkpoint
 
 ANY = {"min_retained": 0.0, "max_noise": math.inf}
 WHOLE_GROUPS = {"w4a16", "nvfp4"}  # which the small weights here do not have
@@ -192,7 +192,7 @@ def test_rows_are_fed_back_alike_in_tiles_of_any_size(
     base = plain_base(tmp_path / "base") if into != "keep" else quantized_base(tmp_path / "base", "nf4")
     options = {"into": into, "rounding": "feedback", **ANY}
     surgery.merge_checkpoint(base, adapter, tmp_path / "whole", **options)
-    for module in ("hosts.encoded", "procedures.feeding"):
+    for module in ("hosts.encoded", "procedures.planning.feeding"):
         monkeypatch.setattr(f"surgery.{module}.FED_ELEMENTS", 1)
     monkeypatch.setattr("surgery.core.source.TILE_ELEMENTS", 1)
     surgery.merge_checkpoint(base, adapter, tmp_path / "rows", **options)

@@ -23,7 +23,7 @@ from surgery.core.site import TensorInfo
 from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.layout import bytes_of
 from surgery.io.fingerprint import base_print_bytes
-from surgery.procedures.true_config import Outcome, true_config
+from surgery.procedures.planning.true_config import Outcome, true_config
 
 SQUARE = ("model.layers.0.q_proj", "model.layers.1.q_proj")
 

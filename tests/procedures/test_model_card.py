@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from surgery.procedures.model_card import front_matter, model_card
+from surgery.procedures.writing.model_card import front_matter, model_card
 
 COMMIT, OTHER = "a" * 40, "b" * 40
 DIGEST = "c" * 64

@@ -21,7 +21,7 @@ from surgery.errors import ConfigError, FormatError, MatchError, ShapeError, Sta
 from surgery.methods import METHODS
 from surgery.ops import ROLES
 from surgery.ops.experts import parameter_op
-from surgery.procedures.save import tensors_of
+from surgery.procedures.live.save import tensors_of
 
 
 class Bank(nn.Module):

@@ -18,9 +18,9 @@ from surgery.codecs.mxfp4 import Mxfp4
 from surgery.core.adapter import Weighted
 from surgery.core.codec import Packed
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.procedures.filling import Pace
-from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
-from surgery.procedures.treatment import Treatment
+from surgery.procedures.planning.treatment import Treatment
+from surgery.procedures.writing.filling import Pace
+from surgery.procedures.writing.merge_checkpoint import Options, merge_checkpoint
 
 RECEIPT = "surgery.receipt.json"
 each_form = pytest.mark.parametrize("form", FORMATS)

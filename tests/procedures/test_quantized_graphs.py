@@ -16,8 +16,8 @@ from surgery.formats.onnx.example import example_of
 from surgery.formats.onnx.runtime import check, run
 from surgery.hosts.twin import weightless
 from surgery.io.staging import Staging
-from surgery.procedures.export import AnyModule, Manner, traced, write_graph
-from surgery.procedures.stored_tensors import write_state
+from surgery.procedures.exports.export import AnyModule, Manner, traced, write_graph
+from surgery.procedures.exports.stored_tensors import write_state
 
 INPUTS = 70  # no whole blocks
 CASES = [

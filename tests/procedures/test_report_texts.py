@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from surgery.procedures.grade import Grade
-from surgery.procedures.report import as_json, as_junit, as_markdown, visible
-from surgery.procedures.verify_report import VerifyReport
+from surgery.procedures.checking.grade import Grade
+from surgery.procedures.checking.report import as_json, as_junit, as_markdown, visible
+from surgery.procedures.checking.verify_report import VerifyReport
 
 CONTROLS = "a\x00b\x1b[31m\r\n\t\x07\u202e\x85\ufffe\ud800|`*_<b>&amp;\"']]>"
 NAMES = st.lists(st.integers(0, 0x10FFFF) | st.integers(0, 0x2FF), max_size=12).map(

@@ -15,10 +15,10 @@ from surgery import AdaLoraConfig, ConfigError, FormatError, LoraConfig, MatchEr
 from surgery.adapters.peft import read_adapter
 from surgery.hosts.twin import as_stored, twin
 from surgery.layers.trained_bias import trained_bias
-from surgery.procedures.merged_state import merged_state
-from surgery.procedures.refill import refill
-from surgery.procedures.remove import remove
-from surgery.procedures.save import tensors_of
+from surgery.procedures.live.merged_state import merged_state
+from surgery.procedures.live.refill import refill
+from surgery.procedures.live.remove import remove
+from surgery.procedures.live.save import tensors_of
 
 TENSORS = "adapter_model.safetensors"
 EXTRA = {"head.modules_to_save.bias", "head.original_module.bias"}  # that PEFT writes besides head.bias

@@ -18,8 +18,8 @@ from surgery.core.adapter import Weighted
 from surgery.core.source import TILE_ELEMENTS
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.tensor_file import TensorFile
-from surgery.procedures.grade import Grade
-from surgery.procedures.verify import verify_checkpoint, verify_receipt
+from surgery.procedures.checking.grade import Grade
+from surgery.procedures.checking.verify import verify_checkpoint, verify_receipt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALING = 6 / 4

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.hosts.tree import state_of
-from surgery.procedures.adalora import in_training, regularizer
+from surgery.procedures.live.adalora import in_training, regularizer
 
 
 def regularized(root: nn.Module, output: Any, given: tuple[Any, ...], named: Mapping[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import torch
 from surgery.errors import FormatError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.integrations.transformers.loading import class_of
-from surgery.procedures.tying import architecture
+from surgery.procedures.places.tying import architecture
 
 
 def bare_model(base: Checkpoint) -> Any:

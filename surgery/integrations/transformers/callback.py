@@ -4,8 +4,8 @@ from typing import Any
 
 from surgery.errors import EnvironmentFault, UsageError, printable
 from surgery.methods.adalora import AdaLoraConfig
-from surgery.procedures.adalora import adalora_step, in_training
-from surgery.procedures.adalora_progress import with_open_ranks
+from surgery.procedures.live.adalora import adalora_step, in_training
+from surgery.procedures.live.adalora_progress import with_open_ranks
 
 try:
     from transformers import TrainerCallback

@@ -29,16 +29,16 @@ from surgery.io.hub import Located
 from surgery.io.memory import available_bytes
 from surgery.io.staging import Staging
 from surgery.io.strict_json import read_json
-from surgery.procedures.export import ExportReport, Manner, names_in_files, traced, write_graph
-from surgery.procedures.export_readme import write_readme
-from surgery.procedures.kept import is_of_bitsandbytes, refuse_kept
-from surgery.procedures.load import lay
-from surgery.procedures.merge_checkpoint import Options, merge_checkpoint
-from surgery.procedures.proof import Claim, Proof, Reference, prove, reference_of
-from surgery.procedures.proof_by_layers import Files, bytes_by_layers, prove_by_layers
-from surgery.procedures.save import DEFAULT
-from surgery.procedures.switch import set_adapter
-from surgery.procedures.treatment import Treatment
+from surgery.procedures.exports.export import ExportReport, Manner, names_in_files, traced, write_graph
+from surgery.procedures.exports.export_readme import write_readme
+from surgery.procedures.exports.kept import is_of_bitsandbytes, refuse_kept
+from surgery.procedures.exports.proof import Claim, Proof, Reference, prove, reference_of
+from surgery.procedures.exports.proof_by_layers import Files, bytes_by_layers, prove_by_layers
+from surgery.procedures.live.load import lay
+from surgery.procedures.live.save import DEFAULT
+from surgery.procedures.live.switch import set_adapter
+from surgery.procedures.planning.treatment import Treatment
+from surgery.procedures.writing.merge_checkpoint import Options, merge_checkpoint
 
 _PROOF_BYTES = 16  # for each weight: one as it is stored, one in float64, and what running them takes
 

@@ -16,8 +16,8 @@ from surgery.integrations.transformers.saving import write_merged
 from surgery.integrations.transformers.subclass import detach
 from surgery.io.lazy import Lazy
 from surgery.io.staging import Staging
-from surgery.procedures.export import Sources
-from surgery.procedures.stored_tensors import read_tensor
+from surgery.procedures.exports.export import Sources
+from surgery.procedures.exports.stored_tensors import read_tensor
 
 _EAGER = ("t5", "mt5", "umt5", "longt5")  # torch.onnx refuses the strides that their bias has under sdpa
 

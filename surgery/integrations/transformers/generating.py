@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from surgery.integrations.transformers.methods import AdapterMethods
-from surgery.procedures.mixed_batch import mixed_batch, repeat_rows, rows_kept
+from surgery.procedures.live.mixed_batch import mixed_batch, repeat_rows, rows_kept
 
 
 class Generating(AdapterMethods):

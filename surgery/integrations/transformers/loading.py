@@ -19,7 +19,7 @@ from surgery.integrations.transformers.quantizing import load_settings
 from surgery.integrations.transformers.subclass import attach
 from surgery.io.hub import Located, located
 from surgery.io.strict_json import read_json
-from surgery.procedures.load import lay
+from surgery.procedures.live.load import lay
 
 _TASKS: Mapping[str, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",

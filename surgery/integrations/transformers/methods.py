@@ -20,17 +20,17 @@ from surgery.integrations.transformers.adalora import regularized
 from surgery.integrations.transformers.model import output_heads
 from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.sources import given
-from surgery.procedures import switch
-from surgery.procedures.configs import config_of, is_peft_s
-from surgery.procedures.held_layers import Landing
-from surgery.procedures.inject import inject
-from surgery.procedures.load import lay
-from surgery.procedures.merge import UndoKind, merge, unmerge
-from surgery.procedures.mixed_batch import mixed_batch
-from surgery.procedures.refill import refill
-from surgery.procedures.remove import remove
-from surgery.procedures.save import DEFAULT, active_folders, tensors_of, write
-from surgery.procedures.treatment import Treatment
+from surgery.procedures.live import switch
+from surgery.procedures.live.held_layers import Landing
+from surgery.procedures.live.inject import inject
+from surgery.procedures.live.load import lay
+from surgery.procedures.live.merge import UndoKind, merge, unmerge
+from surgery.procedures.live.mixed_batch import mixed_batch
+from surgery.procedures.live.refill import refill
+from surgery.procedures.live.remove import remove
+from surgery.procedures.live.save import DEFAULT, active_folders, tensors_of, write
+from surgery.procedures.places.configs import config_of, is_peft_s
+from surgery.procedures.planning.treatment import Treatment
 
 LOADED = "_hf_peft_config_loaded"  # by it transformers and its Trainer know a model with adapters
 

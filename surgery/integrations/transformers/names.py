@@ -9,7 +9,7 @@ from surgery.core.name_map import USUAL, NameMap, Stack
 from surgery.errors import FormatError
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.integrations.transformers.bare_model import bare_model
-from surgery.procedures.op_choice import families
+from surgery.procedures.places.op_choice import families
 
 
 def name_map(config: Mapping[str, Any]) -> NameMap:

@@ -12,7 +12,7 @@ from surgery.codecs.bitsandbytes_config import OUTLIERS
 from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.quantized import compute_dtype, is_quantized, packed_of_layer
 from surgery.integrations.transformers.model import is_pretrained
-from surgery.procedures.quantize import BITS, Quantization, import_bitsandbytes
+from surgery.procedures.live.quantize import BITS, Quantization, import_bitsandbytes
 
 # By quant_method, what its config calls the modules that are left plain.
 _SKIPPED = {"bitsandbytes": "llm_int8_skip_modules", "fp8": "modules_to_not_convert"}

@@ -13,7 +13,7 @@ from surgery.hosts.packing import BESIDE
 from surgery.integrations.transformers.model import is_pretrained
 from surgery.integrations.transformers.quantizing import forget_quantization, keep_codes, refuse_joined
 from surgery.io.staging import Staging
-from surgery.procedures.merged_state import merged_state
+from surgery.procedures.live.merged_state import merged_state
 
 
 def save_merged(root: nn.Module, folder: Path, overwrite: bool = False, **options: Any) -> None:

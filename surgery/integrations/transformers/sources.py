@@ -10,7 +10,7 @@ from surgery.adapters.peft import adapter_of, read_adapter
 from surgery.core.adapter import Adapter
 from surgery.errors import UsageError, printable
 from surgery.io.hub import located
-from surgery.procedures.configs import config_of
+from surgery.procedures.places.configs import config_of
 
 # Arguments that leave things as they are, by the values that do.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {

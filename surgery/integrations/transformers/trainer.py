@@ -9,9 +9,9 @@ from torch import nn
 from surgery.adapters.peft import read_adapter
 from surgery.errors import UsageError, printable
 from surgery.hosts.tree import state_of
-from surgery.procedures.adalora_progress import read_progress, read_reduced, with_open_ranks, write_progress
-from surgery.procedures.refill import refill
-from surgery.procedures.save import active_folders
+from surgery.procedures.live.adalora_progress import read_progress, read_reduced, with_open_ranks, write_progress
+from surgery.procedures.live.refill import refill
+from surgery.procedures.live.save import active_folders
 
 
 class AdapterTrainer:

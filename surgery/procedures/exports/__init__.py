@@ -1,0 +1,1 @@
+"""Exports: a model with its adapters in another format, and the proof that it computes the same."""

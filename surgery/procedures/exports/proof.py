@@ -1,0 +1,219 @@
+"""proof: the graph computes what the model does, on inputs of several shapes.
+
+Two comparisons, both against float64: with the merged weights as they are stored, where the floor is the noise of
+float32 alone, and with the adapted model itself, where the rounding of the merged weights to their dtype counts too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.agreement import FACTOR, Agreements, Outputs, compare, floors, picked
+from surgery.errors import CheckError, InputError, printable
+from surgery.formats.onnx.example import Decoding, Example
+from surgery.formats.onnx.runtime import check, decode, run
+from surgery.hosts.tree import adapted_layers, replaced_modules
+from surgery.hosts.twin import Decoded, adapted_twin, as_computed, as_stored, doubled, exactly, twin
+from surgery.procedures.live.switch import disable_adapters
+
+MASK = "attention_mask"
+Inputs = Mapping[str, Tensor]
+Prepare = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of the graph: the shapes of its inputs, and how far its outputs lie from the model's."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    merged: Agreements | None  # None where it is adapted by a slot
+    adapted: Agreements | None  # None where there is no adapter
+    adapter: str = ""  # in the slots
+
+    @property
+    def why(self) -> str:
+        return next((one.why for one in self.compared if one.why), "")
+
+    @property
+    def compared(self) -> list[Agreements]:
+        return [one for one in (self.merged, self.adapted) if one is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "adapter": self.adapter,
+            "merged": None if self.merged is None else self.merged.to_json(),
+            "adapted": None if self.adapted is None else self.adapted.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Proof:
+    """All runs of a graph, and what could not be compared."""
+
+    trials: Sequence[Trial]
+    left_out: str = ""
+    by_layers: bool = False  # the model's weights were read as its layers ran, for it did not fit into memory
+
+    @property
+    def ok(self) -> bool:
+        return all(not one.why for one in self.trials)
+
+    def require(self, out: Path) -> None:
+        """CheckError telling the first run that is unlike the model's."""
+        wrong = next((one for one in self.trials if one.why), None)
+        if wrong is not None:
+            shapes = ", ".join(f"{name} {list(shape)}" for name, shape in wrong.shapes.items())
+            raise CheckError(
+                f"{printable(out)}: onnxruntime computes otherwise than the model{_under(wrong.adapter)}, "
+                f"for {shapes}: {wrong.why}; nothing was written; report it with the versions of torch and onnxruntime"
+            )
+
+    def summary(self) -> str:
+        """One line."""
+        if not self.trials:
+            return self.left_out
+        error = max(one.found.error for trial in self.trials for one in trial.compared[0].outputs)
+        how = " layer by layer" if self.by_layers else ""
+        told = f"equal to the model within {error:.2g} of the largest output, in {len(self.trials)} runs{how}"
+        return f"{told}; {self.left_out}" if self.left_out else told
+
+    def to_json(self) -> dict[str, Any]:
+        how = {"by_layers": self.by_layers, "left_out": self.left_out}
+        return {"ok": self.ok, "trials": [one.to_json() for one in self.trials], **how}
+
+
+class Reference(NamedTuple):
+    """What the adapted model gives, for each of the inputs: in float64, in its own dtype, and without adapters."""
+
+    exact: Sequence[Outputs]
+    own: Sequence[Outputs]
+    base: Sequence[Outputs] | None
+
+
+def reference_of(root: nn.Module, example: Example, prepare: Prepare) -> Reference | None:
+    """None of a model without active adapters, or of one that they are merged into. CheckError if they do nothing."""
+    if not any(layer.running for layer in adapted_layers(root).values()) and not replaced_modules(root):
+        return None
+    inputs = example.trials()
+    own = runs(prepared(adapted_twin(root, as_stored), prepare), inputs, example)
+    double = prepared(adapted_twin(root, doubled), prepare)
+    exact = runs(double, inputs, example)
+    with disable_adapters(double):
+        base = runs(double, inputs, example)
+    if all(torch.equal(one[name], other[name]) for one, other in zip(exact, base, strict=True) for name in one):
+        raise CheckError(
+            "export: the adapters change no output, so that no run could tell a right export from one without them; "
+            "train them, or eject them"
+        )
+    return Reference(exact, own, base)
+
+
+class Claim(NamedTuple):
+    """That a graph computes what a model does, on such inputs."""
+
+    graph: Path
+    example: Example
+    prepare: Prepare  # so that the model runs as it was traced
+
+
+def prove(model: nn.Module, claim: Claim, adapted: Reference | None, decoded: Decoded = exactly) -> Proof:
+    """By the plain model that the graph is of; its quantized weights are as `decoded` gives them."""
+    graph, example, prepare = claim
+    check(graph)
+    inputs, plain = example.trials(), prepared(twin(model, as_computed, decoded), prepare)
+    own = runs(plain, inputs, example)
+    exact = runs(prepared(twin(model, doubled, decoded), prepare), inputs, example)
+    found = run(graph, inputs)
+    if example.decoding is not None:
+        _require_tokens(plain, graph, example.decoding)
+    merged = judged(inputs, found, Reference(exact, own, None))
+    if any(one.why for one in merged):
+        _refuse_changing(plain, own, runs(plain, inputs, example))
+    over = [None] * len(inputs) if adapted is None else judged(inputs, found, adapted)
+    return Proof([Trial(shapes(feeds), one, other) for feeds, one, other in zip(inputs, merged, over, strict=True)])
+
+
+def _refuse_changing(model: nn.Module, first: Sequence[Outputs], again: Sequence[Outputs]) -> None:
+    """InputError where the model does not give the same once more: it counts its runs, or draws numbers."""
+    for one, other in zip(first, again, strict=True):
+        for name, values in one.items():
+            if not torch.equal(values.nan_to_num(), other[name].nan_to_num()):
+                raise InputError(
+                    f"a {printable(type(model).__name__)}: its output {printable(name)} changes when it runs once more "
+                    "on the same inputs, so that nothing can be compared with it; a module that keeps nothing from one "
+                    "run to the next is wanted"
+                )
+
+
+def trials_of(inputs: Sequence[Inputs], found: Sequence[Outputs], by: Reference, adapter: str) -> list[Trial]:
+    """Runs with an adapter in the slots."""
+    told = judged(inputs, found, by)
+    return [Trial(shapes(feeds), None, one, adapter) for feeds, one in zip(inputs, told, strict=True)]
+
+
+def shapes(inputs: Inputs) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(values.shape) for name, values in inputs.items()}
+
+
+def _under(adapter: str) -> str:
+    return f" under {printable(adapter)}" if adapter else ""
+
+
+def _require_tokens(model: nn.Module, graph: Path, decoding: Decoding) -> None:
+    """CheckError unless onnxruntime, step by step with its cache, decodes the tokens that the model does.
+
+    Where two tokens are nearer each other than the rounding of float32, either is right; then the rest is another text.
+    """
+    with torch.no_grad():
+        wanted = decoding.tokens(model, decoding.prompt, decoding.steps)
+        found = decode(graph, decoding.prompt, decoding.steps)
+        unlike = [i for i, (one, other) in enumerate(zip(wanted.tolist(), found.tolist(), strict=True)) if one != other]
+        if not unlike:
+            return
+        tokens = torch.cat([decoding.prompt, wanted[None, : unlike[0]]], 1)
+        logits = model(input_ids=tokens).logits[0, -1].double()
+    lead = logits.max() - logits[found[unlike[0]]]
+    if lead > FACTOR * torch.finfo(torch.float32).eps * logits.abs().max():
+        raise CheckError(
+            f"{graph.name}: token {unlike[0]} of {decoding.steps} that onnxruntime decodes is {int(found[unlike[0]])}, "
+            f"the model's is {int(wanted[unlike[0]])}; nothing was written; report it"
+        )
+
+
+def judged(inputs: Sequence[Inputs], found: Sequence[Outputs], by: Reference) -> list[Agreements]:
+    """Each run. Where float64 gives no finite numbers (BLOOM's, where a row is padded), the model's own dtype does
+    in its place, with the noise floor of another run."""
+    masks = [feeds.get(MASK) for feeds in inputs]
+    floor = [floors(*one) for one in zip(by.own, by.exact, masks, strict=True)]
+    sound = [i for i, mask in enumerate(masks) if _finite(by.exact[i], mask)]
+    told = []
+    for i, mask in enumerate(masks):
+        exact = i in sound or not sound or not _finite(by.own[i], mask)
+        true, of = (by.exact[i], floor[i]) if exact else (by.own[i], floor[sound[-1]])
+        told.append(compare(true, found[i], of, None if by.base is None or not exact else by.base[i], mask))
+    return told
+
+
+def _finite(outputs: Outputs, mask: Tensor | None) -> bool:
+    return all(bool(torch.isfinite(picked(values, mask)).all()) for values in outputs.values())
+
+
+def prepared(model: nn.Module, prepare: Prepare) -> nn.Module:
+    prepare(model)
+    return model
+
+
+def runs(model: nn.Module, trials: Sequence[Inputs], example: Example) -> list[dict[str, Tensor]]:
+    """The model's outputs, its floating inputs in the dtype that it is of."""
+    dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+    with torch.no_grad():
+        return [example.run(model, _cast(one, dtype)) for one in trials]
+
+
+def _cast(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: values.to(dtype) if values.is_floating_point() else values for name, values in inputs.items()}

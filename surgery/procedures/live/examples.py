@@ -1,0 +1,157 @@
+"""Examples run through a live model's base, for an adapter that starts from what its layers make of them."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.config import AdapterConfig
+from surgery.core.starter import Observer
+from surgery.errors import MatchError, StateError, UsageError, printable
+from surgery.procedures.checking.outputs import call, evaluating
+from surgery.procedures.live.switch import base_alone
+from surgery.procedures.places.model_tree import Tree
+
+MOST_BATCHES = 1000  # of which several rounds over the same examples may consist
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Batches, each what the model is called with: a tensor, several in a list or tuple, or keyword arguments."""
+
+    batches: Iterable[Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batches, Iterable) or isinstance(self.batches, Tensor | Mapping | str):
+            raise UsageError(
+                f"examples: a {type(self.batches).__name__}; an iterable of batches is wanted, such as a list or a "
+                "DataLoader; put a single one into a list"
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    @property
+    def runs_once(self) -> bool:
+        """Are they gone once they have been iterated over?"""
+        return isinstance(self.batches, Iterator)
+
+
+def observe(tree: Tree, config: AdapterConfig, observers: Mapping[str, Observer], examples: Examples) -> None:
+    """Let each observer see what comes to its layer, by the layers' names, with no adapter running.
+
+    UsageError for examples that do not do, MatchError for a layer that none of them reaches.
+    """
+    _refuse_processes()
+    root = tree.root
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(root))
+        stack.enter_context(base_alone(root))
+        stack.enter_context(torch.no_grad())
+        batch = _Batch()
+        stack.enter_context(_watched(tree, observers, batch))
+        _run(root, config, observers, examples, batch)
+
+
+class _Batch:
+    """What runs now."""
+
+    given: Any = None
+
+    def counted(self, x: Tensor, left_out: int | None) -> Tensor:
+        """The rows [rows, in] of a layer's input, without padding and what has the label `left_out`."""
+        rows = x.reshape(-1, x.shape[-1])
+        mask = _mask(self.given, left_out)
+        if mask is None or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
+            return rows
+        return rows[mask.flatten().to(rows.device)]
+
+
+def _run(
+    root: nn.Module, config: AdapterConfig, observers: Mapping[str, Observer], examples: Examples, batch: _Batch
+) -> None:
+    """Until the observers are content, or once where they want all."""
+    device = next((values.device for values in root.parameters() if not values.is_meta), torch.device("cpu"))
+    until_settled, ran = any(one.until_settled for one in observers.values()), 0
+    while True:
+        before = ran
+        for given in examples:
+            batch.given = _placed(given, device)
+            call(root, batch.given)
+            ran += 1
+            if until_settled and config.settled(observers):
+                return
+        if ran == before:
+            raise UsageError("examples: there are none; give batches that the model can be called with")
+        _refuse_unseen(observers)
+        if not until_settled:
+            return
+        if examples.runs_once or ran >= MOST_BATCHES:
+            again = "an iterator runs once: give a list or a DataLoader" if examples.runs_once else "give others"
+            raise UsageError(
+                f"examples: after {ran} batches the directions of inputs still turn from one to the next; {again}, or "
+                "ask for less (a smaller tau or r)"
+            )
+
+
+def _refuse_unseen(observers: Mapping[str, Observer]) -> None:
+    for name, one in observers.items():
+        if not one.seen():
+            raise MatchError(
+                f"{printable(name)}: none of the examples came to it, and init_lora_weights {one.start!r} starts from "
+                "what does; give other examples, or exclude it"
+            )
+
+
+@contextmanager
+def _watched(tree: Tree, observers: Mapping[str, Observer], batch: _Batch) -> Iterator[None]:
+    """With hooks on the layers; they are gone afterwards."""
+    hooks = [
+        tree.plain(name).register_forward_pre_hook(partial(_see, one, batch), with_kwargs=True)
+        for name, one in observers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _see(one: Observer, batch: _Batch, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    del module
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    one.see(batch.counted(x.detach(), one.left_out))
+
+
+def _mask(given: Any, left_out: int | None) -> Tensor | None:
+    """Which positions count, of a batch that says so; None where all do."""
+    if not isinstance(given, Mapping):
+        return None
+    attention, labels = given.get("attention_mask"), given.get("labels")
+    mask = attention.bool() if isinstance(attention, Tensor) and attention.dim() == 2 else None
+    if left_out is None or not isinstance(labels, Tensor) or labels.dim() != 2:
+        return mask
+    labelled = labels != left_out
+    return labelled if mask is None else mask & labelled
+
+
+def _placed(given: Any, device: torch.device) -> Any:
+    """A batch on the model's device."""
+    if isinstance(given, Tensor):
+        return given.to(device)
+    if isinstance(given, Mapping):
+        return {key: _placed(value, device) for key, value in given.items()}
+    return type(given)(_placed(one, device) for one in given) if type(given) in (list, tuple) else given
+
+
+def _refuse_processes() -> None:
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if together and torch.distributed.get_world_size() > 1:
+        raise StateError(
+            "examples: there are several processes, each of which would start from examples of its own; inject "
+            "before they begin, or start with init_lora_weights=True"
+        )

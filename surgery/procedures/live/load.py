@@ -1,0 +1,179 @@
+"""load: an adapter of PEFT's files laid over a live model, each tensor at its place."""
+
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from surgery.adapters import out_proj
+from surgery.adapters.peft import check_shapes
+from surgery.codecs.formats import Format
+from surgery.core.adapter import Adapter
+from surgery.core.method import Method, Params
+from surgery.core.names import in_base, nearest, renaming
+from surgery.core.sharded import whole
+from surgery.core.site import Site
+from surgery.errors import MatchError, printable
+from surgery.io.fingerprint import BASE_PRINT
+from surgery.io.octets import sha256_of
+from surgery.layers import Adapted
+from surgery.procedures.live.awareness import holdings
+from surgery.procedures.live.inject import Fitting, check_name, fit
+from surgery.procedures.live.merge import base_sha256
+from surgery.procedures.live.save import DEFAULT
+from surgery.procedures.places.biases import given_biases
+from surgery.procedures.places.fused import fused
+from surgery.procedures.places.model_tree import Tree
+from surgery.procedures.places.parameters import assigned, module_of, targeted
+from surgery.procedures.places.rows import refuse_missing, with_tied_rows
+from surgery.procedures.places.stacking import stacked
+from surgery.procedures.places.tied_copies import Saved, with_tied_copies
+
+_HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
+
+
+def lay(
+    root: nn.Module,
+    adapter: Adapter,
+    adapter_name: str = DEFAULT,
+    trainable: bool = False,
+    form: Format | None = None,
+) -> None:
+    """Lay an adapter over the model, aware of `form` if any; every tensor finds its place, or nothing changes."""
+    check_name(root, adapter_name)
+    for note in out_proj.notes(adapter):
+        warnings.warn(note, stacklevel=2)
+    with stacked(root, adapter.config):
+        tree = Tree(root)
+        fitting = fitting_of(tree, adapter)
+        if form is not None:
+            fitting = replace(fitting, aware=holdings(tree.modules, adapter.config, fitting.sites, form))
+        fit(tree, adapter_name, fitting, trainable)
+
+
+def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
+    """Where each tensor of an adapter goes in this model. InputError unless all have a place."""
+    adapter = fused(tree, adapter)
+    given = {name: in_base(_module(tree, adapter, name)) for name in adapter.sites}
+    renamed = renaming(list(dict.fromkeys(given.values())), tree.modules.keys())
+    if not renamed:
+        absent = next(name for name in given.values() if name not in tree.modules)
+        close = ", ".join(printable(other) for other in nearest(absent, tree.modules))
+        raise MatchError(
+            f"{printable(adapter.where)}: {printable(absent)} is not in the model; nearest there: {close}; "
+            "is this the adapter's base?"
+        )
+    names = {name: renamed[path] for name, path in given.items()}
+    alone = {name: name for name in adapter.sites if tree.reads_itself(name)}
+    alone |= assigned(
+        adapter, lambda name, _: targeted(adapter, name, tree.held(renamed[name])) if name in renamed else ()
+    )
+    _check_copies(tree, adapter)
+    _check_base(tree, adapter, names)
+    sites: dict[str, tuple[Site, Method, Params]] = {}
+    for name in (*(name for name in adapter.sites if name not in alone), *alone):
+        params, path = adapter.sites[name], names[name]
+        if name in alone:
+            site = tree.parameter_site(f"{path}.{alone[name].rpartition('.')[2]}")
+        else:
+            site = tree.site(tree.first_name(path))
+        first, method = site.name, adapter.config.method(alone.get(name, name))
+        wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
+        check_shapes(name, params, wanted, adapter.where)
+        method.check_run(site)
+        if first in sites and not all(torch.equal(values, sites[first][2][role]) for role, values in params.items()):
+            raise MatchError(
+                f"{printable(adapter.where)}: {printable(name)} and another site are one module of this model, and "
+                "their tensors differ; one adapter of each is wanted; was it renamed?"
+            )
+        sites[first] = site, method, params
+    saved = _saved(tree, adapter)
+    sites = with_tied_rows(tree, sites, saved)
+    _check_ties(tree, adapter, sites, saved)
+    refuse_missing(adapter.config, sites, adapter.where)
+    biases = given_biases(tree, adapter, list(given.values()), [*sites], saved)
+    return Fitting(adapter.config, sites, saved, biases=biases)
+
+
+def _module(tree: Tree, adapter: Adapter, name: str) -> str:
+    """The path of the module that a site is, or that holds it."""
+    if tree.reads_itself(name):
+        return name.rpartition(".")[0]
+    return module_of(name) if adapter.config.parameters() else name
+
+
+def _check_base(tree: Tree, adapter: Adapter, names: Mapping[str, str]) -> None:
+    """MatchError if the adapter was trained on another base. A few weights tell two bases apart, so few are hashed.
+
+    `names` are the model's, by the adapter's names of its sites.
+    """
+    paths = {in_base(module_of(name)): path for name, path in names.items()}
+    told = [name for name in adapter.trained_on if name.rpartition(".")[0] in paths]
+    for name in told[:: max(1, len(told) // _HASHED)]:
+        path, _, own = name.rpartition(".")
+        module, (info, digest) = tree.modules[paths[path]], adapter.trained_on[name]
+        weight = tree.held(paths[path]).get(own)
+        if weight is None or weight.is_meta or (weight.dtype, tuple(weight.shape)) != (info.dtype, info.shape):
+            continue
+        layer = tree.alone.get(f"{paths[path]}.{own}", module)
+        found = base_sha256(layer) if isinstance(layer, Adapted) else sha256_of(weight)
+        if found != digest:
+            raise MatchError(
+                f"{printable(adapter.where)}: it was trained on another base: {printable(name)} had sha256 "
+                f"{printable(digest)} there, and here {found}; load that base, or remove the adapter's {BASE_PRINT}"
+            )
+
+
+def _check_copies(tree: Tree, adapter: Adapter) -> None:
+    for name, values in adapter.copies.items():
+        path, _, own = name.rpartition(".")
+        weight = tree.held(path).get(own) if path in tree.modules else None
+        if (
+            weight is None
+            or weight.shape != values.shape
+            or not torch.equal(whole(weight).cpu(), values.to(weight.dtype))
+        ):
+            raise MatchError(
+                f"{printable(adapter.where)}: its copy of {printable(name)} is not equal to the model's; "
+                "it was trained or resized; name it in modules_to_save"
+            )
+
+
+def _check_ties(tree: Tree, adapter: Adapter, sites: Collection[str], saved: Saved) -> None:
+    """MatchError unless tied copies are all in the file."""
+    for name in with_tied_copies(tree, adapter.config, sites, saved):
+        if name not in saved:
+            raise MatchError(
+                f"{printable(adapter.where)}: ensure_weight_tying, and {printable(name)}, whose weight is tied to "
+                "one of modules_to_save, is not in it; save it again"
+            )
+
+
+def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor] | None]:
+    """The tensors of `modules_to_save` by module, each module whole."""
+    grouped: dict[str, dict[str, Tensor]] = {}
+    roots = sorted((name for name in tree.modules), key=len)
+    entries = frozenset(adapter.config.modules_to_save or ())
+    modules = [name for name in roots if name.rpartition(".")[2] in entries or name in entries]
+    for name, values in adapter.saved.items():
+        if name in adapter.biases:
+            continue
+        owner = next((module for module in modules if name.startswith(module + ".")), None)
+        if owner is None and adapter.config.ties() and name.rpartition(".")[0] in tree.modules:
+            owner = name.rpartition(".")[0]  # tied to one of them
+        if owner is None:
+            raise MatchError(f"{printable(adapter.where)}: {printable(name)} of modules_to_save is not in the model")
+        grouped.setdefault(tree.first_name(owner), {})[name.removeprefix(owner + ".")] = values
+    for owner, given in grouped.items():
+        module = tree.modules[owner]
+        wanted = {
+            key: tuple(values.shape) for key, values in getattr(module, "original_module", module).state_dict().items()
+        }
+        if {key: tuple(values.shape) for key, values in given.items()} != wanted:
+            raise MatchError(
+                f"{printable(adapter.where)}: {printable(owner)} of modules_to_save holds {sorted(given)}; "
+                f"the model's holds {sorted(wanted)}, and shapes must be equal too"
+            )
+    return dict(grouped)

@@ -1,0 +1,182 @@
+"""save: a live model's adapters to PEFT's files."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from surgery.adapters import out_proj
+from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes
+from surgery.adapters.sorting import PREFIX
+from surgery.core.config import AdapterConfig
+from surgery.core.method import Params, Spec
+from surgery.core.names import suffix_hits
+from surgery.core.sharded import rest, whole, written_by_one
+from surgery.core.site import TensorInfo
+from surgery.errors import MatchError, StateError, printable
+from surgery.hosts.tree import adapted_layers, injected, live_path, places, replaced_modules, spelled
+from surgery.io.durable import write_file
+from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
+from surgery.io.strict_json import json_bytes
+from surgery.layers import Adapted
+from surgery.methods.lora_config import LoraConfig
+from surgery.procedures.live.merge import base_sha256, own_weight
+from surgery.procedures.places.biases import written_biases
+from surgery.procedures.places.rows import repeats
+
+DEFAULT = "default"
+
+
+def save(root: nn.Module, folder: Path, adapters: Iterable[str] | None = None) -> None:
+    """Write adapters, all if None: "default" into `folder` itself, each other into a sub-folder of its name.
+
+    StateError if the model has none, or not that one.
+    """
+    state = injected(root)
+    for adapter in state.configs if adapters is None else adapters:
+        state.require(adapter)
+        write(root, folder if adapter == DEFAULT else folder / adapter, adapter)
+
+
+def write(
+    root: nn.Module,
+    folder: Path,
+    adapter: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    prefix: str = PREFIX,
+) -> None:
+    """One adapter's files into `folder`, as `tensors_of` gives its tensors, whose names begin with `prefix` there.
+
+    Of a model in shares all processes call it and the first writes; elsewhere a `state_dict` may be empty.
+    """
+    rest(root)
+    with written_by_one(root) as writes:
+        base = base_print_bytes(_base_print(root, adapter))
+        if not writes and state_dict is not None:
+            return
+        config, tensors = _written(root, adapter, state_dict)
+        held = adapter_bytes(tensors, prefix)
+        if writes:
+            write_file(folder / TENSORS, held)
+            write_file(folder / BASE_PRINT, base)
+            write_file(folder / CONFIG, json_bytes(_resolved(root, config, adapter).to_json()))
+
+
+def active_folders(root: nn.Module, folder: Path) -> dict[str, Path]:
+    """Where each active adapter is written: one into `folder` itself, several into sub-folders of their names."""
+    active = injected(root).active
+    if not active:
+        raise StateError("no adapter is active, so that none is saved or loaded; set_adapter first")
+    return {active[0]: folder} if len(active) == 1 else {name: folder / name for name in active}
+
+
+def tensors_of(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """An adapter's tensors, named as PEFT ends them; out of `state_dict`, named as in the model, if it is given."""
+    return _written(root, adapter, state_dict)[1]
+
+
+def _written(
+    root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Config and tensors, as files hold them."""
+    specs: dict[str, Mapping[str, Spec]] = {}
+    sites: dict[str, Params] = {}
+    layers = adapted_layers(root)
+    for name, layer in _layers(root, adapter).items():
+        one = layer.fitted[adapter]
+        there, held = spelled(layers, name, adapter), one.method.tensors(layer.site)
+        specs[there] = held
+        params = one.params if state_dict is None else _picked(state_dict, live_path(layers, name), adapter, held)
+        sites[there] = {role: whole(values) for role, values in params.items()}
+    config, kept = injected(root).configs[adapter].written(sites)
+    found = {
+        f"{name}.{spec.spelling}": out_proj.written(name, role, kept[name][role])
+        for name in kept
+        for role, spec in specs[name].items()
+        if role in kept[name]
+    }
+    return config, found | _replacements(root, adapter, state_dict)
+
+
+def _picked(state_dict: Mapping[str, Tensor], path: str, adapter: str, specs: Mapping[str, Spec]) -> Params:
+    """The tensors of a layer, by role, out of a model's state_dict."""
+    picked = {}
+    for role, spec in specs.items():
+        slot, leaf = spec.held
+        picked[role] = _held(state_dict, f"{path}.{slot}.{adapter}.{leaf}".rstrip("."))
+    return picked
+
+
+def _replacements(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors of `modules_to_save`, and the biases that it trains."""
+    found = {}
+    for name, module in replaced_modules(root).items():
+        if adapter in module.modules_to_save:
+            for key, values in module.modules_to_save[adapter].state_dict().items():
+                live = f"{name}.modules_to_save.{adapter}.{key}"
+                found[f"{name}.{key}"] = values if state_dict is None else _held(state_dict, live)
+    for one in written_biases(root, injected(root), adapter):
+        found[one.spelling] = one.values if state_dict is None else _held(state_dict, one.held(state_dict))
+    return found
+
+
+def _held(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in state_dict:
+        raise MatchError(f"state_dict: it has no {printable(name)}; a state_dict of this model is wanted")
+    return state_dict[name]
+
+
+def _base_print(root: nn.Module, adapter: str) -> Hashed:
+    """The base's weights under the adapter, each with its sha256."""
+    layers = _layers(root, adapter)
+    infos = {layer.site.weight.name: _held_as(layer) for layer in layers.values()}
+    hashes = map(base_sha256, layers.values())
+    return {
+        name: (info._replace(name=name), digest) for (name, info), digest in zip(infos.items(), hashes, strict=True)
+    }
+
+
+def _layers(root: nn.Module, adapter: str) -> dict[str, Adapted]:
+    """Those that it lies over, without what only shares the rows of another."""
+    layers = adapted_layers(root)
+    shared = repeats(layers, adapter)
+    return {name: layer for name, layer in layers.items() if adapter in layer.fitted and name not in shared}
+
+
+def _held_as(layer: Adapted) -> TensorInfo:
+    """The base's parameter as a file would list it: of a quantized weight, its codes."""
+    held = own_weight(layer)
+    return layer.site.weight._replace(dtype=held.dtype, shape=tuple(held.shape))
+
+
+def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterConfig:
+    """The config with the paths it stands for, so that a reader needs no matching."""
+    layers = _layers(root, adapter)
+    alone = [name for name, layer in layers.items() if layer.parameter is not None]
+    names = sorted(name for name in layers if spelled(layers, name, adapter) == name)
+    resolved = replace(
+        config.named(names).with_parameters(alone),
+        exclude_modules=_ended(root, names) or None,
+        inference_mode=True,
+        base_model_name_or_path=config.base_model_name_or_path or getattr(root, "name_or_path", None) or None,
+    )
+    if any(layer.op.name == "attention" and f"{name}.out_proj" not in layers for name, layer in layers.items()):
+        resolved = _beginning_at_zero(resolved)
+    if any(field.name == "fan_in_fan_out" for field in fields(config)):
+        transposed = any(layer.op.name == "conv1d" for layer in layers.values())
+        return replace(resolved, **{"fan_in_fan_out": transposed})  # type: ignore[arg-type]  # known only here
+    return resolved
+
+
+def _beginning_at_zero(config: AdapterConfig) -> AdapterConfig:
+    """PEFT lays over each attention layer's out_proj what the file may lack: it must begin without effect."""
+    assert isinstance(config, LoraConfig)
+    return replace(config, init_lora_weights=True)
+
+
+def _ended(root: nn.Module, names: Sequence[str]) -> list[str]:
+    """Other modules whose names end in one of these, which PEFT would adapt too."""
+    chosen = frozenset(names)
+    others = dict.fromkeys(place.name for place in places(root) if place.name not in chosen)
+    return [name for name in others if suffix_hits(chosen, name)]

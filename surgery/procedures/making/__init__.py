@@ -1,0 +1,1 @@
+"""Making: adapters out of others, or out of two models."""

@@ -1,0 +1,215 @@
+"""extract: what a tuned checkpoint has over its base, as a LoRA adapter of low rank, site by site."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from surgery.adapters.peft import CONFIG
+from surgery.adapters.spill import Spill
+from surgery.codecs.plain import PLAIN_DTYPES
+from surgery.core.arithmetic import all_finite
+from surgery.core.names import nearest, suffix_hits
+from surgery.core.op import Op
+from surgery.core.site import Site, TensorInfo
+from surgery.errors import InputError, MatchError, UsageError, ValueRangeError, printable
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
+from surgery.io.staging import Staging, refuse_overlap
+from surgery.io.strict_json import json_bytes
+from surgery.methods.lora import Lora
+from surgery.ops import OPS
+from surgery.ops.linear import LAYOUTS
+from surgery.procedures.making.fidelity import Fidelity, FidelityReport
+from surgery.procedures.making.low_rank import Truncation, low_rank, residual_norm
+from surgery.procedures.making.ranked_config import ranked_config
+from surgery.procedures.making.tuning import OwnNames, changed_modules, check_alike, of_module, whole
+from surgery.procedures.places.op_choice import layout_by_name
+from surgery.procedures.places.tying import is_embedding, tying_of
+
+Rest = Literal["refuse", "save", "drop"]
+_OPS = (*LAYOUTS, "embedding")
+
+
+@dataclass(frozen=True)
+class ExtractReport(FidelityReport):
+    """What was written, and how far it is from the tuned weights."""
+
+    saved: Sequence[str] = field(default=())  # modules that are in the adapter whole
+    dropped: Sequence[str] = field(default=())  # modules that changed and are left out
+
+    title = "surgery extract"
+
+    @property
+    def reproducible(self) -> bool:
+        return False  # LAPACK's bits differ from machine to machine
+
+    def summary(self) -> str:
+        """One line."""
+        more = [(self.saved, "saved whole"), (self.dropped, "left out though changed")]
+        return super().summary() + "".join(f", {len(names)} modules {what}" for names, what in more if names)
+
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | {"saved": list(self.saved), "dropped": list(self.dropped)}
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is taken. `targets` are ends of module names, all if None; `rest` is what becomes of other changes."""
+
+    truncation: Truncation
+    targets: Sequence[str] | None = None
+    rest: Rest = "refuse"
+    ops: Mapping[str, str] = field(default_factory=dict)  # by the end of a module's name
+
+    def __post_init__(self) -> None:
+        if self.rest not in ("refuse", "save", "drop"):
+            raise UsageError(f"rest is {printable(self.rest)!r}; refuse, save or drop is wanted")
+        for name, op in self.ops.items():
+            if op not in _OPS:
+                raise UsageError(f"op of {printable(name)} is {printable(op)!r}; one of {', '.join(_OPS)} is wanted")
+
+    def takes(self, module: str) -> bool:
+        return self.targets is None or bool(suffix_hits(self.targets, module))
+
+
+class _Sorted(NamedTuple):
+    """The modules that changed: weights that a LoRA can stand for, by the module in memory, and the files' others."""
+
+    sites: Mapping[str, TensorInfo]
+    rest: Sequence[str]
+
+
+def extract(
+    base: Checkpoint, tuned: Checkpoint, out: Path, extraction: Extraction, *, overwrite: bool = False
+) -> ExtractReport:
+    """Write `tuned` - `base` as an adapter to the new folder `out`; whole, or `out` stays as it is.
+
+    InputError for checkpoints of other names or shapes, and for changes that no LoRA stands for.
+    """
+    refuse_overlap(out, [base.path, tuned.path])
+    check_alike(base, tuned)
+    readings = base.hash_reads()
+    own = OwnNames(base)
+    found = _sorted_out(base, tuned, extraction, own)
+    _check_rest(base, found, extraction, own)
+    ops = {name: _op(base, name, info, extraction.ops) for name, info in found.sites.items()}
+    whole_ones = [info for module in sorted(found.rest) for info in of_module(tuned, module)]
+    saved = {own.of(info.name) or info.name: info for info in whole_ones} if extraction.rest == "save" else {}
+    modules = sorted({_module(name) for name in saved})
+    sites: dict[str, Fidelity] = {}
+    with Staging(out, overwrite=overwrite) as staging, Spill(staging) as spill:
+        for name, info in found.sites.items():
+            made, sites[name] = _at(base, tuned, info, ops[name], extraction.truncation)
+            specs = Lora(scaling=1.0, r=sites[name].r).tensors(Site(name, {"weight": info}, ops[name]))
+            for role, spec in specs.items():
+                spill.add(f"{name}.{spec.spelling}", made[role])
+        for name, info in saved.items():
+            spill.add(name, whole(tuned, info))
+        base.check_unchanged()
+        tuned.check_unchanged()
+        spill.write()
+        digests = {info.name: readings[base.file_of(info.name)].tensors[info.name] for info in found.sites.values()}
+        named = {f"{name}.weight": info for name, info in found.sites.items()}
+        hashed = {name: (info._replace(name=name), digests[info.name]) for name, info in named.items()}
+        staging.write(BASE_PRINT, base_print_bytes(hashed))
+        config = ranked_config(
+            {name: one.r for name, one in sites.items()},
+            modules_to_save=modules or None,
+            fan_in_fan_out=any(op.name == "conv1d" for op in ops.values()),
+            base_model_name_or_path=base.hub_id or str(base.path),
+            revision=base.commit,
+        )
+        staging.write(CONFIG, json_bytes(config.to_json()))
+    return ExtractReport(out, "low rank", sites, modules, sorted(found.rest) if extraction.rest == "drop" else [])
+
+
+def _sorted_out(base: Checkpoint, tuned: Checkpoint, extraction: Extraction, own: OwnNames) -> _Sorted:
+    """InputError where nothing changed, UsageError for a target that hits no change."""
+    modules = changed_modules(base, tuned)
+    called = {module: _module(own.of(infos[0].name) or infos[0].name) for module, infos in modules.items()}
+    for target in extraction.targets or ():
+        if not any(suffix_hits([target], name) for name in called.values()):
+            near = ", ".join(map(printable, nearest(target, called.values())))
+            raise UsageError(f"target {printable(target)!r}: no module that changed is called so; nearest are {near}")
+    taken = {
+        module: infos[0]
+        for module, infos in modules.items()
+        if extraction.takes(called[module])
+        and len(infos) == 1
+        and _has_matrix(infos[0])
+        and own.of(infos[0].name) is not None
+    }
+    if not taken:
+        raise InputError(f"{printable(tuned.path)}: no matrix changed that is to be taken; a LoRA needs one")
+    sites = {called[module]: info for module, info in taken.items()}
+    return _Sorted(sites, [module for module in modules if module not in taken])
+
+
+def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction, own: OwnNames) -> None:
+    """MatchError for changes that the adapter would not hold, unless they are to be dropped."""
+    tying, held = tying_of(base), {_module(info.name) for info in found.sites.values()}
+    held |= {*found.rest} if extraction.rest != "drop" else set()
+    if tying is not None and _module(tying.embedding.name) in held:
+        raise MatchError(
+            f"{printable(tying.embedding.name)}: it is the output head too, and an adapter changes one of the two; "
+            "extract from checkpoints that hold the head apart"
+        )
+    if found.rest and extraction.rest == "refuse":
+        name, more = found.rest[0], len(found.rest) - 1
+        raise MatchError(
+            f"{printable(name)}{f' (and {more} more)' if more else ''}: it changed, and no LoRA of these targets "
+            "stands for it in the model's own modules; save it whole with --rest save, or leave it out with --rest drop"
+        )
+    for module in found.rest if extraction.rest == "save" else ():
+        if any(own.of(info.name) is None for info in of_module(base, module)):
+            raise MatchError(
+                f"{printable(module)}: it changed, and the model in memory calls it otherwise, or holds it in a stack; "
+                "no adapter has a place for it; leave it out with --rest drop"
+            )
+    if "" in found.rest and extraction.rest == "save":
+        raise MatchError("a tensor outside of any module changed; it cannot be saved whole; take --rest drop")
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _op(base: Checkpoint, name: str, info: TensorInfo, told: Mapping[str, str]) -> Op:
+    for entry in suffix_hits(told.keys(), name):
+        return OPS[told[entry]]
+    last = name.rpartition(".")[2]
+    if is_embedding(info.name) or last in _EMBEDDINGS:
+        return OPS["embedding"]
+    if not _UNSURE.isdisjoint(last.split("_")):
+        raise MatchError(
+            f"{printable(name)}: its name does not tell whether rows of it are looked up; say which with "
+            f"--op {printable(last)}=embedding or =linear"
+        )
+    return OPS[layout_by_name(base.config, name)]
+
+
+_EMBEDDINGS = frozenset({"wpe", "position_embeddings", "token_type_embeddings"})  # others that are in many models
+_UNSURE = frozenset({"embed", "embedding", "embeddings", "bias"})  # words in names of embeddings, and of linear maps
+
+
+def _has_matrix(info: TensorInfo) -> bool:
+    return info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype in PLAIN_DTYPES
+
+
+def _at(
+    base: Checkpoint, tuned: Checkpoint, info: TensorInfo, op: Op, truncation: Truncation
+) -> tuple[Mapping[str, Tensor], Fidelity]:
+    """One site: its float32 factors by role, and their error against the change in float64."""
+    before, after = whole(base, info), whole(tuned, tuned.at[info.name][1].info)
+    for where, values in ((base, before), (tuned, after)):
+        if not all_finite(values):
+            raise ValueRangeError(
+                f"{printable(where.path)}: {printable(info.name)} holds NaN or infinity; finite numbers are wanted"
+            )
+    delta = op.matrix(after.double().sub_(before))  # [out, in]
+    made = low_rank(delta, truncation)
+    fidelity = Fidelity(len(made.A), float(delta.norm()), residual_norm(delta, made))
+    return {"A": made.A, "B": made.B}, fidelity

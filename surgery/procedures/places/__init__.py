@@ -1,0 +1,1 @@
+"""Places: where adapters go, in a model's modules and in a base's weights."""

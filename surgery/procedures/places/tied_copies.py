@@ -1,0 +1,57 @@
+"""Tied copies: PEFT's `ensure_weight_tying`, under which copies of tied modules are one weight, as the modules are."""
+
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from surgery.core.config import AdapterConfig
+from surgery.errors import MatchError, printable
+from surgery.layers import Replaced
+from surgery.procedures.places.model_tree import Tree
+
+Saved = Mapping[str, Mapping[str, Tensor] | None]
+
+
+def with_tied_copies(tree: Tree, config: AdapterConfig, adapted: Iterable[str], saved: Saved) -> Saved:
+    """Besides, the modules that hold a weight of one that is copied. MatchError where one that is adapted is tied."""
+    if not config.ties():
+        return saved
+    for name in adapted:
+        for other in _tied_to(tree, name) if name in tree.modules else ():
+            raise MatchError(
+                f"{printable(name)}: ensure_weight_tying, and its weight is tied to {printable(other)}; PEFT would lay "
+                "the same factors over both, and each merge would change both; leave it out of target_modules, or "
+                "untie them first"
+            )
+    tied = (other for name in saved for other in _tied_to(tree, name))
+    return {**dict.fromkeys(tied), **saved}
+
+
+def tie_copies(tree: Tree, adapter: str, saved: Collection[str]) -> None:
+    """Let what two originals share be shared by their copies."""
+    held: dict[int, Parameter] = {}
+    for name in saved:
+        holder = tree.modules[name]
+        assert isinstance(holder, Replaced)
+        for path, original in holder.original_module.named_parameters():
+            owner, _, own = path.rpartition(".")
+            inside = holder.modules_to_save[adapter].get_submodule(owner)
+            mine = inside._parameters[own]
+            assert mine is not None
+            inside._parameters[own] = held.setdefault(id(original), mine)
+
+
+def _tied_to(tree: Tree, name: str) -> list[str]:
+    """The other modules that hold the very weight, each at its first path."""
+    module = tree.plain(name)
+    own = module.original_module if isinstance(module, Replaced) else module
+    weight = own._parameters.get("weight")
+    return [
+        other
+        for other in tree.modules
+        if weight is not None
+        and tree.first_name(other) == other
+        and tree.plain(other) is not module
+        and tree.held(other).get("weight") is weight
+    ]

@@ -1,0 +1,1 @@
+"""Planning: what a merge would do to each weight, and all that stands against it."""

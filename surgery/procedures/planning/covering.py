@@ -1,0 +1,124 @@
+"""Covering: which weights a form holds where a merge goes into it, so that loaders find what config.json says."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+import torch
+
+from surgery.codecs import FORMS
+from surgery.codecs.methods import LISTED_PLAINLY
+from surgery.core.site import CODES, Site, TensorInfo
+from surgery.errors import ConfigError, FormatError, MatchError, UsageError, printable
+from surgery.hosts.change import Change
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.encoded import made_as, standing
+from surgery.hosts.packing import quantization_of
+from surgery.ops.linear import Linear
+from surgery.procedures.places.tying import vocabulary
+from surgery.procedures.planning.draft import Draft
+
+_HALVES = (torch.float32, torch.bfloat16, torch.float16)
+_WEIGHT = ".weight"
+
+
+def cover(draft: Draft, form: str, plainly: Collection[str] = ()) -> None:
+    """The weights that loaders take for quantized ones go into `form`, adapted or not, but for those of `plainly`.
+
+    Where no model tells which these are, the linear maps that the adapters change. MatchError where there are none.
+    """
+    held = [name for name, one in draft.base.packed.items() if one.form == form]
+    if held:
+        raise UsageError(
+            f"into {form}: {printable(held[0])} is held so already; into 'keep' keeps its scales, '16bit' writes it "
+            "plainly"
+        )
+    modules, others = _modules(draft, form, plainly)
+    covered = [info for info in draft.base.weights() if info.name in modules]
+    for info in covered:
+        change = draft.changes.get(info.name) or Change(Site(info.name, {"weight": info}), info.torch_dtype)
+        refused = list(_refusals(change, form))
+        draft.refusals += refused
+        draft.changes[info.name] = change if refused else _into(change, form)
+    if not covered:
+        left = " but those that would keep too little there" if plainly else ""
+        raise MatchError(
+            f"into {form}: {printable(draft.base.path)} has no linear weight{left} that it could hold; give into 16bit"
+        )
+    draft.notes.append(f"{len(covered)} weights are held in {form}, and {len(others)} other linear ones are not")
+    codec, settings = FORMS[form]
+    draft.quantization = codec.told(settings, draft.changes[covered[0].name].dtype, others)
+
+
+def leave_plain(draft: Draft) -> None:
+    """Let config.json tell which weights of a quantized base, that keeps its format, are written plainly now."""
+    base, told = draft.base, quantization_of(draft.base.config)
+    plainly = [name for name, change in draft.changes.items() if name in base.packed and not change.keep]
+    if not plainly or not told or draft.refusals:
+        return
+    key = LISTED_PLAINLY.get(str(told.get("quant_method")))
+    if key is None:
+        draft.refusals.append(
+            FormatError(
+                f"{printable(base.path)}: held by {printable(told.get('quant_method'))}, in which single weights are "
+                "not known to be left plain; merge into 16bit, or without fallback"
+            )
+        )
+        return
+    called, linears = base.called(), base.linears()
+    here = {_module(called(info.name)) for info in base.weights() if _is_matrix(info) and info.name not in base.packed}
+    skipped = {*(told.get(key) or here), *(() if linears is None else linears.others)}
+    draft.quantization = {**told, key: sorted(skipped | {_module(called(name)) for name in plainly})}
+
+
+def _modules(draft: Draft, form: str, plainly: Collection[str]) -> tuple[set[str], list[str]]:
+    """The weights to cover, all that fit into the form, and the other linear modules as they are called in memory."""
+    base, linears, called = draft.base, draft.base.linears(), draft.base.called()
+    matrices = {info.name: _module(called(info.name)) for info in base.weights() if _is_matrix(info)}
+    fit = {info.name for info in base.weights() if info.name in matrices and _fits(form, info)} - {*plainly}
+    chosen = {name for name, module in matrices.items() if linears is not None and module in linears.quantized}
+    if linears is None or not chosen:
+        chosen = fit & {name for name, change in draft.changes.items() if _is_linear_map(change, base)}
+        return chosen, sorted(module for name, module in matrices.items() if name not in chosen)
+    chosen &= fit
+    return chosen, sorted((linears.quantized | linears.others) - {matrices[name] for name in chosen})
+
+
+def _is_linear_map(change: Change, base: Checkpoint) -> bool:
+    site = change.site
+    linear = site.op is not None and site.op.name == Linear.name and bool(change.layers)
+    return linear and _is_matrix(site.weight) and change.origin == site and site.weight.name not in vocabulary(base)
+
+
+def _into(change: Change, form: str) -> Change:
+    """Written in the place of the first of its tensors."""
+    change = replace(change, into=form)
+    first = standing(change)[0]
+    return replace(change, site=replace(change.site, tensors={**change.site.tensors, CODES: first}))
+
+
+def _fits(form: str, info: TensorInfo) -> bool:
+    """Do its sizes? Groups of inputs have to be whole."""
+    try:
+        made_as(form, info.shape, torch.bfloat16)
+    except ConfigError:
+        return False
+    return True
+
+
+def _is_matrix(info: TensorInfo) -> bool:
+    return len(info.shape) == 2 and info.name.endswith(_WEIGHT) and isinstance(info.dtype, torch.dtype)
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(_WEIGHT)
+
+
+def _refusals(change: Change, form: str) -> Iterator[FormatError]:
+    name = printable(change.site.weight.name)
+    if change.new:
+        yield FormatError(f"{name}: the base has none of this shape, and {form} is for those it has; merge into 16bit")
+    dtype = str(change.dtype).removeprefix("torch.")
+    if change.dtype not in _HALVES:
+        yield FormatError(f"{name}: it is in {dtype}, which {form} is not made from; give --dtype bfloat16")
+    elif made_as(form, change.site.weight.shape, change.dtype)[1] not in {None, change.dtype}:
+        yield FormatError(f"{name}: it is in {dtype}, and {form} is always read as bfloat16; give --dtype bfloat16")

@@ -1,0 +1,249 @@
+"""Draft: the changes of a plan while adapters are laid over a base, one after another."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.codecs.plain import PLAIN_DTYPES
+from surgery.core.adapter import Layer, Weighted
+from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
+from surgery.core.names import Naming, suffix_hits
+from surgery.core.site import Site, TensorInfo
+from surgery.errors import ConfigError, FormatError, InputError, MatchError, UsageError, printable
+from surgery.hosts.change import Change
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.views import plainly
+from surgery.io.header import DTYPES
+from surgery.procedures.places.stacking import merge_refusal
+from surgery.procedures.places.tying import Tying, ties_head, tying_of, vocabulary
+from surgery.procedures.planning.join import Joined, Whole
+from surgery.procedures.planning.true_config import Outcome
+
+_WHOLE_NUMBERS = frozenset(DTYPES[name] for name in ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"))
+
+
+class Draft:
+    """`changes` by tensor, what stands against them, and what is worth a remark."""
+
+    def __init__(self, base: Checkpoint, ops: Mapping[str, str]) -> None:
+        self.base, self.ops = base, ops
+        self.tying = tying_of(base)
+        self.changes: dict[str, Change] = {}
+        self.refusals: list[InputError] = []
+        self.notes: list[str] = []
+        self.heads: dict[str, tuple[int, ...]] = {}  # shapes of what only an adapter brings
+        self.task_type: str | None = None  # of the adapter that brings them
+        self.untied = False
+        self.plain = False  # are weights written otherwise that config.json says are quantized?
+        self.quantization: Mapping[str, Any] | None = None  # what config.json is to say of that instead
+        self.namings: list[Naming] = []  # by adapter
+        self.laid: list[Weighted] = []  # the adapters, with the base's own tensors for sites
+        self._begun: set[str] = set()  # tensors that begin as an adapter's copy of the resized base
+        self._names: set[str] = set()  # of all sites, as the adapters and as the base have them
+
+    def lay(self, given: Weighted, index: int) -> None:
+        """Add what one adapter changes."""
+        if given.adapter.saved and given.weight != 1:
+            where = printable(given.adapter.where)
+            raise ConfigError(f"{where}: it replaces tensors (modules_to_save, bias); its weight must be 1")
+        if given.adapter.config.stacking():
+            self.refusals.append(merge_refusal(printable(given.adapter.where)))
+            self.namings.append(Naming())
+            self.laid.append(given)
+            return
+        joined = Joined(self.base, given, index, self.ops)
+        self.refusals += joined.refusals
+        self.namings.append(joined.naming)
+        self.laid.append(given._replace(adapter=joined.adapter))
+        self._names |= {*joined.adapter.sites, *(site.name for site, _ in joined.layers.values())}
+        for name, whole in joined.wholes.items():
+            self._replace(name, whole)
+        for site, layer in joined.layers.values():
+            self._add(site, layer)
+        for name in joined.heads:
+            self.heads[name] = joined.wholes[name].info.shape
+            self.task_type = given.adapter.config.task_type
+            self.notes.append(f"{printable(name)} is not in the base; the adapter brings it, and it is added")
+
+    def settle(self, tied: str) -> None:
+        """What can only be said of all changes together: `tied` is "refuse" or "untie"."""
+        for entry in self.ops:
+            if not any(suffix_hits((entry,), name) for name in self._names):
+                raise UsageError(f"--op {printable(entry)}: no site of the adapters has this name; name another")
+        if self.tying is not None:
+            self._settle_tie(self.tying, tied)
+        else:
+            self._refuse_hidden_ties()
+        self._check_vocabulary()
+        for name, change in self.changes.items():
+            held = change.site.weight.dtype
+            if held not in PLAIN_DTYPES:
+                what = str(held).removeprefix("torch.")
+                self.refusals.append(
+                    FormatError(f"{printable(name)}: held as {what}; plain floats are wanted; dequantize first")
+                )
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """All floats are written in `dtype`."""
+        for info in self.base.weights():
+            if info.name not in self.changes and info.dtype in PLAIN_DTYPES and info.dtype != dtype:
+                self.changes[info.name] = Change(Site(info.name, {"weight": info}), dtype)
+        for name, change in self.changes.items():
+            if change.dtype in PLAIN_DTYPES:
+                self.changes[name] = replace(change, dtype=dtype)
+        held = {info.dtype for info in self.base.weights()} - set(PLAIN_DTYPES) - _WHOLE_NUMBERS
+        for other in sorted(map(str, held)):
+            self.notes.append(f"tensors in {other.removeprefix('torch.')} are carried as they are, not cast")
+
+    def follow(self, arithmetic: Arithmetic) -> None:
+        """All layers are merged by this arithmetic. ConfigError for one that it does not know."""
+        laid = {name: change for name, change in self.changes.items() if change.layers and arithmetic != "exact"}
+        for name, change in laid.items():
+            for layer in change.layers:
+                refuse_unlike_peft(layer.method, change.site)
+            if change.held:
+                self.refusals.append(
+                    FormatError(
+                        f"{printable(name)}: held as {change.held}, which PEFT would quantize anew; leave arithmetic "
+                        "'exact', or dequantize the base first"
+                    )
+                )
+            self.changes[name] = replace(change, as_peft=PeftMerge(safe=arithmetic == "peft-safe"))
+
+    def ordered(self) -> list[Change]:
+        """In the order of the base's bytes; then those that the base lacks."""
+        here = [info.name for info in self.base.weights() if info.name in self.changes]
+        new = [name for name in self.changes if self.base.info(name) is None]
+        return [self.changes[name] for name in (*here, *new)]
+
+    def outcome(self) -> Outcome:
+        """What config.json has to tell of."""
+        sizes = {self.changes[name].site.weight.shape[0] for name in self._grown()}
+        return Outcome(max(sizes, default=None), self.untied, self.heads, self.task_type, self.plain, self.quantization)
+
+    def _replace(self, name: str, whole: Whole) -> None:
+        before = self.changes.get(name)
+        if before is not None:
+            same = name in self._begun and whole.copied and _same(before.saved, whole.values)
+            if not same:
+                self.refusals.append(
+                    MatchError(f"{printable(name)}: it would be replaced twice, or adapted and replaced")
+                )
+            return
+        site = Site(name, {"weight": whole.info})
+        self.changes[name] = Change(site, whole.info.torch_dtype, saved=whole.values, new=whole.new)
+        if whole.copied:
+            self._begun.add(name)
+
+    def _add(self, site: Site, layer: Layer) -> None:
+        name = site.weight.name
+        new = self.base.info(name) is None  # the head that is tied, written apart
+        before = self.changes.get(name, Change(_alone(site), site.weight.torch_dtype, new=new))
+        replaced = before.saved is not None and name not in self._begun
+        if replaced or (before.layers and before.site.op != site.op):
+            self.refusals.append(
+                MatchError(f"{printable(name)}: two adapters treat it in ways that exclude each other")
+            )
+        self.changes[name] = replace(before, site=_alone(site), layers=(*before.layers, layer))
+
+    def _settle_tie(self, tying: Tying, tied: str) -> None:
+        """An embedding and the head that is tied to it change alike, or are written apart."""
+        head = tying.head.weight.name
+        e, h = self.changes.get(tying.embedding.name), self.changes.get(head)
+        if h is not None and not h.layers and _same(h.saved, self._embedding(tying, e)):
+            del self.changes[head]
+            h = None
+            if e is None or not e.layers:
+                return
+        if h is None and (e is None or (not e.layers and tying.embedding.name in self._begun)):
+            return  # the embedding is the base's, or has only grown
+        if h is None and e is not None and _of_rows(e):
+            return  # as PEFT has it, the rows of both change
+        if tied == "refuse" or not tying.separable:
+            self.refusals.append(_tied(tying, h is None))
+        elif h is None and e is not None and e.new and tying.embedding.name not in self._begun:
+            self.refusals.append(
+                MatchError(f"{head}: the adapter's embedding has grown, and it brings no head of that size")
+            )
+        else:
+            self.changes[head] = self._apart(tying, e, h)
+            self.untied = True
+
+    def _refuse_hidden_ties(self) -> None:
+        """Where it is not clear which tensor is the embedding, what may be tied to an absent head stays as it is."""
+        known = vocabulary(self.base)
+        for name, change in self.changes.items():
+            embeds = name in known or (change.site.op is not None and change.site.op.name == "embedding")
+            info = self.base.info(name)
+            if embeds and info is not None and not _of_rows(change) and ties_head(self.base, info):
+                self.refusals.append(
+                    MatchError(
+                        f"{printable(name)}: the output head, which the base does not hold, may be tied to it; "
+                        "save the base with tie_word_embeddings=false first"
+                    )
+                )
+
+    def _embedding(self, tying: Tying, e: Change | None) -> Tensor:
+        """What the embedding becomes, layers aside."""
+        if e is not None and e.saved is not None:
+            return e.saved
+        return plainly(self.base, _site_of(tying.embedding)).tensors["weight"]
+
+    def _apart(self, tying: Tying, e: Change | None, h: Change | None) -> Change:
+        """The head, which begins as the embedding did."""
+        if h is not None and h.saved is not None:
+            return h
+        grown = e is not None and tying.embedding.name in self._begun
+        rows = e.site.weight.shape if e is not None and grown else tying.embedding.shape
+        info = tying.head.weight._replace(shape=rows)
+        change = h or Change(_site_of(info), info.torch_dtype, new=True)
+        if e is not None and grown:
+            return replace(change, saved=e.saved)
+        return replace(change, begins=_site_of(tying.embedding))
+
+    def _grown(self) -> list[str]:
+        """The tensors that have rows for more, or fewer, tokens than the base."""
+        known = vocabulary(self.base)
+        if self.tying is not None:
+            known[self.tying.head.weight.name] = self.tying.head.weight
+        here = {name: self.changes[name].site.weight for name in known if name in self.changes}
+        return [name for name, info in here.items() if info.shape[0] != known[name].shape[0]]
+
+    def _check_vocabulary(self) -> None:
+        """All tensors of the vocabulary grow alike."""
+        grown = self._grown()
+        sizes = {self.changes[name].site.weight.shape[0] for name in grown}
+        left = [name for name in vocabulary(self.base) if name not in grown]
+        if len(sizes) > 1 or (grown and left):
+            told = ", ".join(f"{printable(name)} {self.changes[name].site.weight.shape[0]}" for name in grown)
+            others = f"; {printable(left[0])} keeps the base's" if left else ""
+            self.refusals.append(MatchError(f"the vocabulary's sizes do not agree: {told}{others}; they must be equal"))
+
+
+def _of_rows(change: Change) -> bool:
+    """Are single rows replaced, and no more?"""
+    return bool(change.layers) and all(layer.method.replaced_rows for layer in change.layers)
+
+
+def _alone(site: Site) -> Site:
+    """The weight's tensor as a site of its own, named as it is."""
+    return Site(site.weight.name, {"weight": site.weight}, site.op)
+
+
+def _site_of(info: TensorInfo) -> Site:
+    return Site(info.name, {"weight": info})
+
+
+def _same(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and a.shape == b.shape and bool((a.to(b.dtype) == b).all())
+
+
+def _tied(tying: Tying, embedding: bool) -> MatchError:
+    """What the adapter changes is one of two that are tied."""
+    name = tying.embedding.name if embedding else tying.head.weight.name
+    other = tying.head.weight.name if embedding else tying.embedding.name
+    step = "--tied untie writes them apart" if tying.separable else "save the base with the two apart first"
+    return MatchError(f"{printable(name)}: it is tied to {printable(other)}, and only it is adapted; {step}")

@@ -1,0 +1,243 @@
+"""plan: what a merge would do to each weight of a checkpoint, and all that stands against it."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from surgery.adapters import out_proj
+from surgery.core.adapter import Adapter, Layer, Weighted, nbytes_of
+from surgery.core.names import Naming, in_base
+from surgery.core.select import matched_by, unmatched
+from surgery.core.site import TensorInfo
+from surgery.core.source import TILE_ELEMENTS, Source
+from surgery.errors import ConfigError, InputError, printable
+from surgery.hosts.change import Change, Watch
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.encoded import Encoded, standing
+from surgery.hosts.through import Through
+from surgery.procedures.planning.covering import cover, leave_plain
+from surgery.procedures.planning.draft import Draft
+from surgery.procedures.planning.feeding import feed_back
+from surgery.procedures.planning.treatment import HELD_IN, Treatment
+from surgery.procedures.planning.true_config import true_config
+from surgery.procedures.planning.unpacking import keep, pass_through, unpack
+
+_RUNTIME_BYTES = 300_000_000  # Python and torch themselves
+_TILE_COPIES = 12  # float64 tensors of a tile's size alive at once
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The changes in the order of the base's bytes; refusals; and remarks that stop nothing."""
+
+    changes: tuple[Change, ...]
+    refusals: tuple[InputError, ...]
+    notes: tuple[str, ...]
+    tensors: int
+    read_bytes: int
+    written_bytes: int
+    peak_bytes: int  # an estimate of the resident memory
+    undo_bytes: int  # an upper bound of what a reversible merge writes besides
+    namings: tuple[Naming, ...] = ()  # by adapter: what leads from its names to the base's
+    laid: tuple[Weighted, ...] = ()  # the adapters as their layers are called
+    config: Mapping[str, Any] | None = None  # what config.json has to say afterwards; None: what it says now
+    matched: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # by tensor, of each layer over it
+
+    @property
+    def ok(self) -> bool:
+        return not self.refusals
+
+    def require(self) -> None:
+        """Raise the first refusal, which tells how many more there are."""
+        if self.refusals:
+            more = len(self.refusals) - 1
+            first = self.refusals[0]
+            raise type(first)(f"{first}" + (f" (and {more} more; `surgery plan` lists all)" if more else ""))
+
+    def probed(self, count: int) -> "Plan":
+        """With so many probes of what a format leaves of each change."""
+        changes = (replace(one, probes=count) if one.into or one.keep else one for one in self.changes)
+        return replace(self, changes=tuple(changes))
+
+    def source(self, base: Checkpoint) -> Source:
+        """The base as the changes are laid over it."""
+        forms = {one.site.weight.name: one.through for one in self.changes if one.through}
+        return Through(base, forms) if forms else base
+
+    def view(self, base: Checkpoint, watch: Watch) -> Encoded:
+        """The base as it reads afterwards; `watch` sees its tiles."""
+        return Encoded(self.source(base), self.changes, watch)
+
+    def written(self) -> dict[str, list[TensorInfo]]:
+        """The weights that change, as their tensors stand in the output; those that keep their format aside."""
+        return _written(self.changes)
+
+    def summary(self) -> str:
+        """One line."""
+        merged = sum(bool(change.layers) for change in self.changes)
+        replaced = sum(change.saved is not None for change in self.changes)
+        touched = sum(not change.new for change in self.changes)
+        return (
+            f"{merged} weights to merge, {replaced} to replace, {self.tensors - touched} untouched, "
+            f"{len(self.refusals)} refused; {self.written_bytes / 1e6:.1f} MB to write, "
+            f"about {self.peak_bytes / 1e6:.0f} MB of memory"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "changes": [
+                {**describe(change), "matched": list(self.matched.get(change.site.weight.name, ()))}
+                for change in self.changes
+            ],
+            "refusals": [str(error) for error in self.refusals],
+            "notes": list(self.notes),
+            "bytes": {
+                "read": self.read_bytes,
+                "written": self.written_bytes,
+                "peak_memory": self.peak_bytes,
+                "undo_at_most": self.undo_bytes,
+            },
+        }
+
+
+def describe(change: Change) -> dict[str, Any]:
+    """What a change is, as data."""
+    methods = [{"method": one.method.name, **one.method.settings()} for one in change.layers]
+    return {
+        "tensor": change.site.weight.name,
+        "op": change.site.op.name if change.site.op else None,
+        "shape": list(change.site.weight.shape),
+        "dtype": str(change.dtype).removeprefix("torch."),
+        "methods": methods,
+        "replaced": change.saved is not None,
+        **({"held": change.held} if change.held else {}),
+        **({"kept": True} if change.keep else {}),
+        **({"into": change.into} if change.into else {}),
+        **({"rounding": "feedback"} if change.feedback else {}),
+        **({"calibrated": True} if change.calibrated is not None else {}),
+        **({"base_as": change.through} if change.through else {}),
+    }
+
+
+def make_plan(
+    base: Checkpoint, adapters: Sequence[Weighted], treatment: Treatment | None = None, plainly: Collection[str] = ()
+) -> Plan:
+    """The plan of laying `adapters`, in this order, over `base`; weights of `plainly` go into no format."""
+    treatment = treatment or Treatment()
+    draft = Draft(base, treatment.ops)
+    for index, given in enumerate(adapters):
+        draft.lay(given, index)
+    if treatment.base_as is not None:
+        pass_through(draft, treatment.base_as, treatment.compute_dtype)
+    elif treatment.into == "keep":
+        keep(draft, treatment.dtype or treatment.compute_dtype, plainly)
+        leave_plain(draft)
+    else:
+        unpack(draft, treatment.compute_dtype, treatment.into == "16bit")
+    draft.settle(treatment.tied)
+    draft.notes += [
+        note
+        for one, naming in zip(adapters, draft.namings, strict=True)
+        for note in _unchecked(base, one.adapter, naming)
+    ]
+    if treatment.dtype is not None:
+        draft.cast(treatment.dtype)
+    if treatment.into in HELD_IN:
+        cover(draft, treatment.into, plainly)
+    elif draft.plain:
+        draft.notes.append("config.json loses its quantization_config")
+    if treatment.rounding == "feedback":
+        feed_back(draft, treatment.calibration)
+    for one in adapters:
+        out_proj.refuse_other(one.adapter, treatment.arithmetic)
+        if treatment.arithmetic != "exact" and one.adapter.config.parameters():
+            where = printable(one.adapter.where)
+            raise ConfigError(f"{where}: PEFT's merge of target_parameters is not known; leave arithmetic 'exact'")
+    draft.follow(treatment.arithmetic)
+    config = true_config(base.config, treatment.dtype, draft.outcome())
+    return _costed(base, adapters, draft, config)
+
+
+def _notes(adapter: Adapter) -> list[str]:
+    config, where = adapter.config, printable(adapter.where)
+    notes = [
+        f"{where}: target_modules entry {printable(entry)!r} has no tensors"
+        for entry in unmatched(config, adapter.sites.keys())
+    ]
+    notes += [
+        f"{where}: {field} entry {printable(entry)!r} matches no tensors"
+        for field, entries in ({} if config.parameters() else config.unused(adapter.sites.keys())).items()
+        for entry in entries  # of parameters, whose sites the files name otherwise, nothing is said
+    ]
+    notes += out_proj.notes(adapter)
+    for entry in sorted(config.modules_to_save or ()):
+        if not any(f".{entry}." in f".{name}" for name in adapter.saved):
+            notes.append(f"{where}: modules_to_save entry {printable(entry)!r} has no tensors")
+    return notes
+
+
+def _unchecked(base: Checkpoint, adapter: Adapter, naming: Naming) -> list[str]:
+    """Whether the adapter tells of a base in another dtype, which no hash can tell from this one."""
+    for name, (info, _) in adapter.trained_on.items():
+        there = base.at[naming.of(name)][1].info if naming.of(name) in base.at else info
+        if there.dtype != info.dtype:
+            told, here = (str(one).removeprefix("torch.") for one in (info.dtype, there.dtype))
+            where = printable(adapter.where)
+            return [
+                f"{where}: trained on a base in {told}, this one is in {here}; whether it is the same cannot be told"
+            ]
+    return []
+
+
+def _sums_bytes(change: Change) -> int:
+    """Of the sums that its layers have to know, a float64 for each output."""
+    return sum(8 * change.site.shape[0] for layer in change.layers if layer.method.couples)
+
+
+def _whole_bytes(change: Change) -> int:
+    """Of a weight that is merged whole: twice itself, and its change three times in float32 or wider."""
+    weight = change.site.weight
+    wide = max(4, weight.torch_dtype.itemsize)
+    if change.into:  # as it was and as it becomes, each plain and held
+        return 4 * weight._replace(dtype=change.dtype).nbytes
+    return 0 if change.as_peft is None else 2 * weight.nbytes + 3 * wide * weight.nbytes // weight.torch_dtype.itemsize
+
+
+def _written(changes: Sequence[Change]) -> dict[str, list[TensorInfo]]:
+    return {one.site.weight.name: standing(one) for one in changes if not one.keep}
+
+
+def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config: Mapping[str, Any] | None) -> Plan:
+    changes = draft.ordered()
+    written = _written(changes)
+    gone = {held for name in written if name in base.packed for held in base.holding(name)}
+    infos = {info.name: info for info in base.tensors() if info.name not in gone}
+    infos |= {info.name: info for one in written.values() for info in one}
+    tile = max((min(TILE_ELEMENTS, info.nbytes) for info in infos.values()), default=0)
+    sites = [nbytes_of(params) for one in adapters for params in one.adapter.sites.values()]
+    whole = [v.nbytes for one in adapters for v in (*one.adapter.saved.values(), *one.adapter.copies.values())]
+    return Plan(
+        tuple(changes),
+        tuple(draft.refusals),
+        tuple(note for one in adapters for note in _notes(one.adapter)) + tuple(draft.notes),
+        tensors=sum(1 for _ in base.weights()),
+        read_bytes=sum(info.nbytes for info in base.tensors()),
+        written_bytes=sum(info.nbytes for info in infos.values()),
+        peak_bytes=_RUNTIME_BYTES
+        + sum(whole)
+        + max(sites, default=0)
+        + 8 * _TILE_COPIES * tile
+        + max(map(_whole_bytes, changes), default=0),
+        undo_bytes=sum(sites) + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
+        namings=tuple(draft.namings),
+        laid=tuple(draft.laid),
+        config=config,
+        matched={one.site.weight.name: [_matched(adapters, layer) for layer in one.layers] for one in changes},
+    )
+
+
+def _matched(adapters: Sequence[Weighted], layer: Layer) -> dict[str, Any]:
+    """The site as its adapter names it, the entry of target_modules that hits it, and its numbers."""
+    config = adapters[layer.adapter].adapter.config
+    return {"site": layer.name, "by": matched_by(config, in_base(layer.name)), **config.told(layer.name)}

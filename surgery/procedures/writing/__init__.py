@@ -1,0 +1,1 @@
+"""Writing: merged and unmerged checkpoints, their receipts and undo records, and the Hub."""

@@ -1,0 +1,86 @@
+"""unmerge_checkpoint: the original bytes out of a reversible merge, without the base at hand."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import CheckError, printable
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.shards import FilePart
+from surgery.hosts.unmerged import Unmerged
+from surgery.io.staging import Staging, refuse_overlap
+from surgery.io.strict_json import json_bytes
+from surgery.procedures.writing.filling import Pace, fill
+from surgery.procedures.writing.receipt import VERSION, read_receipt
+from surgery.procedures.writing.undo_record import FOLDER, RECORD, UndoRecord
+
+
+@dataclass(frozen=True)
+class UnmergeReport:
+    """The files written, each with the sha256 that the original had."""
+
+    out: Path
+    files: dict[str, str]
+
+    def summary(self) -> str:
+        """One line."""
+        return f"{printable(self.out)}: {len(self.files)} files, each with the sha256 of the original"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"out": str(self.out), "files": self.files}
+
+
+def unmerge_checkpoint(
+    merged: Path, out: Path, *, overwrite: bool = False, resume: bool | None = None, pace: Pace | None = None
+) -> UnmergeReport:
+    """Write the base of the merged folder `merged` to `out`.
+
+    CheckError, and `out` stays as it is, if the merged files or the record are not what the merge wrote.
+    """
+    refuse_overlap(out, [merged])
+    record, receipt = UndoRecord(merged), read_receipt(merged)
+    if record.sha256 != receipt.get("undo_record"):
+        raise CheckError(
+            f"{printable(record.folder)}: {RECORD} is not the one of the receipt; it was changed after the merge, "
+            "which cannot be undone; bring back a copy of it"
+        )
+    record.check()
+    key = hashlib.sha256(json_bytes([VERSION, record.files, record.streams_sha256])).hexdigest()
+    with Checkpoint(merged) as source, Staging(out, overwrite=overwrite, key=key, resume=resume) as staging:
+        view = Unmerged(source, record.changes(source), record.undo)
+        readings, written = fill(source, view, staging, record.layout, _NoBooks(), pace or Pace())
+        names = [file.path.name for file in source.files]
+        _compare("merged file", merged, {n: r.whole() for n, r in zip(names, readings, strict=True)}, receipt["files"])
+        found = {name: one.sha256 for name, one in written.items()}
+        for name in record.files.keys() - found.keys():
+            kept = merged / FOLDER / "files" / name  # also what a push has put its model card in place of
+            path = kept if name in record.displaced or kept.is_file() else merged / name
+            if not path.is_file():
+                raise CheckError(f"{printable(path)}: it is missing; the original cannot be restored whole")
+            found[name] = staging.carry(path, name)
+        _compare("restored file", merged, found, record.files)
+    return UnmergeReport(out, found)
+
+
+class _NoBooks:
+    """An unmerge keeps nothing but the files."""
+
+    def close(self, _: str) -> Mapping[str, str]:
+        return {}
+
+    def told(self, _: FilePart) -> Any:
+        return None
+
+    def take(self, _: str, __: Any) -> None:
+        pass
+
+
+def _compare(what: str, folder: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
+    for name in sorted(wanted):
+        if found.get(name) != wanted[name]:
+            raise CheckError(
+                f"{printable(folder)}: {what} {printable(name)} has sha256 {found.get(name)}, recorded is "
+                f"{printable(wanted[name])}; it was changed after the merge; nothing was written"
+            )
