@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from surgery.codecs.compressed_config import told_values
+from surgery.core.arithmetic import power_of_two
 from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
 from surgery.errors import ConfigError, FormatError, printable
 
@@ -109,7 +110,8 @@ def _role(headers: Mapping[str, Any]) -> str:
 def _scales(packed: Packed) -> Tensor:
     """float32, broadcast over the packed rows."""
     held = packed.tensors[_role(packed.tensors)]
-    scales = torch.exp2(held.to(torch.float32) - 127) if held.dtype == torch.uint8 else held.to(torch.float32)
+    powers = held.dtype == torch.uint8
+    scales = (power_of_two(held.to(torch.int64) - 127) if powers else held).to(torch.float32)
     height, width = packed.settings["weight_block_size"]
     count, columns = packed.tensors["weight"].shape
     first = 0 if packed.rows is None else packed.rows.start

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from surgery.codecs.compressed_config import told_of
 from surgery.codecs.fp4 import E2M1, SIZES, codes_of, joined, looked_up, nearest, neighbours
+from surgery.core.arithmetic import divided
 from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
 from surgery.errors import ConfigError, FormatError
 
@@ -69,7 +70,7 @@ class Nvfp4(Codec):
             raise ConfigError(f"nvfp4: {list(weight.shape)}; a matrix with inputs in {BLOCK}s is wanted")
         tops, largest = _blocks(weight).abs().amax(dim=2), torch.finfo(_FLOAT).max
         whole = (largest * SIZES[-1] / tops.max().clamp(min=torch.finfo(weight.dtype).tiny)).to(torch.float32).view(1)
-        scales = (whole * (tops / SIZES[-1])).clamp(max=largest).to(_FLOAT)
+        scales = (whole * divided(tops, SIZES[-1])).clamp(max=largest).to(_FLOAT)
         scales = torch.where(scales.to(torch.float32) == 0, _LEAST, scales.to(torch.float32))
         codes = nearest((_blocks(weight) / (scales / whole).unsqueeze(2)).to(torch.float64)).view(weight.shape)
         tensors = {"weight_packed": joined(codes), "weight_scale": scales.to(_FLOAT), "weight_global_scale": whole}

@@ -54,9 +54,11 @@ class Encoded:
     def encoded(self, change: Change) -> Packed:
         """The outcome of one change; tells `watch` of its tiles."""
         site, adapted = change.site, bool(change.layers) or change.saved is not None
-        was, became = (torch.empty(site.weight.shape, dtype=change.dtype) for _ in range(2))
+        was = became = torch.empty(0)
         for rows in _tiles(site):
             before, laid = self.plain.exact(site, rows)
+            if rows.start == 0:  # on whatever device it is
+                was, became = (before.new_empty(site.weight.shape, dtype=change.dtype) for _ in range(2))
             was[rows], became[rows] = round_once(before, change.dtype), round_once(laid, change.dtype)
         outcome = self._fed(change, _fresh(change, became))
         if self.watch is None:
