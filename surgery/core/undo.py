@@ -38,8 +38,9 @@ class Recorder:
         where = Survey(merged, steps, w.dtype).doubtful(w)
         low, spare = _candidates(merged, steps, w.dtype, where)
         index, width = order(w.index_select(0, where)) - low, _width(spare)
-        self.exact = _at_least_0(index) and _at_least_0(spare - index) and width.max(initial=0) <= _LONGEST
-        self.waiting.append((index.cpu().numpy(), width))
+        told = width.nonzero().squeeze(1)  # elsewhere there is one candidate alone
+        self.exact = _at_least_0(index) and _at_least_0(spare - index) and _at_least_0(_LONGEST - width)
+        self.waiting.append((index[told].cpu().numpy(), width[told].cpu().numpy()))
         if sum(map(len, (index for index, _ in self.waiting))) >= _PART:
             self._pack()
 
@@ -71,12 +72,14 @@ class Restorer:
         w = survey.guess()
         where = survey.doubtful(w)
         low, spare = _candidates(merged, steps, dtype, where)
-        index = np.zeros(len(where), dtype=np.int64)
-        ranked, ends = _by_width(_width(spare))
+        width = _width(spare)
+        told = width.nonzero().squeeze(1)
+        index = np.empty(len(told), dtype=np.int64)
+        ranked, ends = _by_width(width[told].cpu().numpy())
         for bits, (start, end) in ends.items():
             index[ranked[start:end]] = self._reader(bits).read(end - start).numpy()
-        key = low + torch.from_numpy(index).to(low.device)
-        return w.index_copy_(0, where, from_order(key, dtype)).view(merged.shape)
+        low[told] += torch.from_numpy(index).to(low.device)
+        return w.index_copy_(0, where, from_order(low, dtype)).view(merged.shape)
 
     def _reader(self, bits: int) -> BitReader:
         if bits not in self.readers:
@@ -91,10 +94,10 @@ def _candidates(
     return candidates(m, [step.at(where) for step in steps], dtype)
 
 
-def _width(spare: Tensor) -> NDArray[np.int8]:
-    """The bits that tell the first candidate from the `spare` ones; a bit too many where float64 rounds up."""
+def _width(spare: Tensor) -> Tensor:
+    """The bits that tell the first candidate from the `spare` ones; a bit too many where float64 rounds up. In int8."""
     exponent = (spare.to(torch.float64).view(torch.int64) >> 52) - 1022
-    return exponent.clamp_(min=0).to(torch.int8).cpu().numpy()
+    return exponent.clamp_(min=0).to(torch.int8)
 
 
 def _by_width(width: NDArray[np.int8]) -> tuple[NDArray[np.int64], dict[int, tuple[int, int]]]:
