@@ -100,3 +100,11 @@ def test_two_that_are_tied_and_replaced_by_different_ones_are_refused_as_such(tm
     surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", tied="untie")
     found = read_tensors(tmp_path / "out")
     assert torch.equal(found["lm_head.weight"], 2 * found["model.embed_tokens.weight"])
+
+
+def test_a_combination_keeps_them_tied(theirs: peft.PeftModel, tmp_path: Path) -> None:
+    surgery.combine([tmp_path / "theirs"], tmp_path / "combined")
+    ours = surgery.load(llama(), tmp_path / "combined", trainable=True)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    copy = theirs.base_model.model.model.embed_tokens.modules_to_save["default"].weight
+    assert torch.equal(ours.lm_head.weight, copy)

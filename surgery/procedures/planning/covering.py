@@ -97,7 +97,9 @@ def _into(change: Change, form: str) -> Change:
 
 
 def _fits(form: str, info: TensorInfo) -> bool:
-    """Do its sizes? Groups of inputs have to be whole."""
+    """Do its sizes? Groups of inputs have to be whole, and there is no scale of nothing."""
+    if not all(info.shape):
+        return False
     try:
         made_as(form, info.shape, torch.bfloat16)
     except ConfigError:
