@@ -110,6 +110,8 @@ def test_probes_are_such_inputs(adapter: Path, recorded: Path, tmp_path: Path):
         ({"model.layers.0.q_proj.inputs": torch.ones(513, 70)}, FormatError, "up to 512 inputs"),
         ({"model.layers.0.q_proj.inputs": torch.full((3, 70), torch.nan)}, ValueRangeError, "holds NaN"),
         ({"model.layers.0.q_proj": torch.ones(3, 70)}, FormatError, r"NAME\.inputs"),
+        ({"a.inputs": torch.ones(3, 70), "b.rest": torch.ones(70)}, FormatError, r"b\.inputs is not there"),
+        ({"a.inputs": torch.ones(3, 70), "a.rest": torch.ones(71)}, FormatError, r"a\.inputs is \[3, 70\]"),
     ],
 )
 def test_other_files_are_refused(tensors: Any, error: Any, why: str, adapter: Path, tmp_path: Path):
