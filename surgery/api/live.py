@@ -247,12 +247,13 @@ def record_inputs(  # noqa: PLR0913  # three things and their options
     rank: int = 64,
     overwrite: bool = False,
 ) -> recording.Recording:
-    """Run the model over `batches`, and write what its linear layers get to the folder `out`, for `calibration`.
+    """Run the model over `batches`, in eval mode, and write what its linear layers get to `out`, for `calibration`.
 
-    A batch is what the model is called with: keyword arguments, or one value; what its attention_mask masks is left
-    out. `targets` names the modules by the ends of their names, by default all. Of the second moment of a module's
-    inputs, `rank` rows are kept and the mean squares of the rest, and memory holds no more than some such rows. Inputs
-    are added up as they come: the same on another machine but for rounding, and it is the file that a merge tells.
+    A batch is what the model is called with: a tensor, several in a list or tuple, or keyword arguments, of which what
+    attention_mask masks is left out. `targets` names the modules by the ends of their names, by default all. Of the
+    second moment of a module's inputs, `rank` rows are kept and the mean squares of the rest, and memory holds no more
+    than some such rows. Inputs are added up as they come: the same on another machine but for rounding, and it is the
+    file that a merge tells.
     Raises MatchError, UsageError where no linear layer is called, ValueRangeError, OutputExistsError.
 
     >>> import surgery, tempfile, torch
@@ -261,8 +262,7 @@ def record_inputs(  # noqa: PLR0913  # three things and their options
     ...     surgery.record_inputs(model, [torch.randn(32, 8)], f"{folder}/inputs").counts
     {'0': 32}
     """
-    moments = recording.record_inputs(model, batches, targets, rank)
-    return recording.write_inputs(moments, Path(out), overwrite)
+    return recording.record_inputs(model, Examples(batches, "batches"), Path(out), targets, rank, overwrite)
 
 
 def adalora_step(model: nn.Module, step: int) -> None:

@@ -24,11 +24,12 @@ class Examples:
     """Batches, each what the model is called with: a tensor, several in a list or tuple, or keyword arguments."""
 
     batches: Iterable[Any]
+    name: str = "examples"  # of the argument that they are given as
 
     def __post_init__(self) -> None:
         if not isinstance(self.batches, Iterable) or isinstance(self.batches, Tensor | Mapping | str):
             raise UsageError(
-                f"examples: a {type(self.batches).__name__}; an iterable of batches is wanted, such as a list or a "
+                f"{self.name}: a {type(self.batches).__name__}; an iterable of batches is wanted, such as a list or a "
                 "DataLoader; put a single one into a list"
             )
 
@@ -52,17 +53,23 @@ def observe(tree: Tree, config: AdapterConfig, observers: Mapping[str, Observer]
         stack.enter_context(evaluating(root))
         stack.enter_context(base_alone(root))
         stack.enter_context(torch.no_grad())
-        batch = _Batch()
+        batch = Batch()
         stack.enter_context(_watched(tree, observers, batch))
         _run(root, config, observers, examples, batch)
 
 
-class _Batch:
+class Batch:
     """What runs now."""
 
     given: Any = None
 
-    def counted(self, x: Tensor, left_out: int | None) -> Tensor:
+    def run(self, root: nn.Module, given: Any) -> None:
+        """Call the model with it, on the model's device."""
+        device = next((values.device for values in root.parameters() if not values.is_meta), torch.device("cpu"))
+        self.given = _placed(given, device)
+        call(root, self.given)
+
+    def counted(self, x: Tensor, left_out: int | None = None) -> Tensor:
         """The rows [rows, in] of a layer's input, without padding and what has the label `left_out`."""
         rows = x.reshape(-1, x.shape[-1])
         mask = _mask(self.given, left_out)
@@ -72,16 +79,14 @@ class _Batch:
 
 
 def _run(
-    root: nn.Module, config: AdapterConfig, observers: Mapping[str, Observer], examples: Examples, batch: _Batch
+    root: nn.Module, config: AdapterConfig, observers: Mapping[str, Observer], examples: Examples, batch: Batch
 ) -> None:
     """Until the observers are content, or once where they want all."""
-    device = next((values.device for values in root.parameters() if not values.is_meta), torch.device("cpu"))
     until_settled, ran = any(one.until_settled for one in observers.values()), 0
     while True:
         before = ran
         for given in examples:
-            batch.given = _placed(given, device)
-            call(root, batch.given)
+            batch.run(root, given)
             ran += 1
             if until_settled and config.settled(observers):
                 return
@@ -108,7 +113,7 @@ def _refuse_unseen(observers: Mapping[str, Observer]) -> None:
 
 
 @contextmanager
-def _watched(tree: Tree, observers: Mapping[str, Observer], batch: _Batch) -> Iterator[None]:
+def _watched(tree: Tree, observers: Mapping[str, Observer], batch: Batch) -> Iterator[None]:
     """With hooks on the layers; they are gone afterwards."""
     hooks = [
         tree.plain(name).register_forward_pre_hook(partial(_see, one, batch), with_kwargs=True)
@@ -121,7 +126,7 @@ def _watched(tree: Tree, observers: Mapping[str, Observer], batch: _Batch) -> It
             hook.remove()
 
 
-def _see(one: Observer, batch: _Batch, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _see(one: Observer, batch: Batch, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     del module
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     one.see(batch.counted(x.detach(), one.left_out))
