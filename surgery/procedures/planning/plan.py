@@ -199,8 +199,6 @@ def _whole_bytes(change: Change) -> int:
     """Of a weight that is merged whole: twice itself, and its change three times in float32 or wider."""
     weight = change.site.weight
     wide = max(4, weight.torch_dtype.itemsize)
-    if change.into:  # as it was and as it becomes, each plain and held
-        return 4 * weight._replace(dtype=change.dtype).nbytes
     return 0 if change.as_peft is None else 2 * weight.nbytes + 3 * wide * weight.nbytes // weight.torch_dtype.itemsize
 
 
