@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import read_adapter
-from surgery.api.files import calibrated
+from surgery.api.given import calibrated
 from surgery.codecs.formats import format_of
 from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
