@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -209,9 +210,9 @@ def test_rows_are_fed_back_alike_in_tiles_of_any_size(
     base = plain_base(tmp_path / "base") if into != "keep" else quantized_base(tmp_path / "base", "nf4")
     options = {"into": into, "rounding": "feedback", **ANY}
     surgery.merge_checkpoint(base, adapter, tmp_path / "whole", **options)
-    for module in ("hosts.encoded", "procedures.planning.feeding"):
-        monkeypatch.setattr(f"surgery.{module}.FED_ELEMENTS", 1)
-    monkeypatch.setattr("surgery.core.source.TILE_ELEMENTS", 1)
+    monkeypatch.setattr("surgery.procedures.planning.feeding.FED_ELEMENTS", 1)
+    monkeypatch.setattr("surgery.api.files.Pace", partial(Pace, tile_elements=1))
+    monkeypatch.setattr("surgery.hosts.encoded.TILE_ELEMENTS", 1)
     surgery.merge_checkpoint(base, adapter, tmp_path / "rows", **options)
     assert tensor_hashes(read_tensors(tmp_path / "rows")) == tensor_hashes(read_tensors(tmp_path / "whole"))
 

@@ -97,7 +97,8 @@ def _written(
         one = layer.fitted[adapter]
         there, held = spelled(layers, name, adapter), one.method.tensors(layer.site)
         specs[there] = held
-        params = one.params if state_dict is None else _picked(state_dict, live_path(layers, name), adapter, held)
+        path = live_path(layers, name)
+        params = one.params if state_dict is None else one.own(_picked(state_dict, path, adapter, held))
         sites[there] = {role: whole(values) for role, values in params.items()}
     config, kept = injected(root).configs[adapter].written(sites)
     found = {
