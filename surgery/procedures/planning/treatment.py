@@ -11,6 +11,7 @@ from surgery.codecs import FORMS
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.as_peft import Arithmetic
 from surgery.core.names import nearest
+from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
 from surgery.hosts.calibration import Calibration
 from surgery.ops.linear import LAYOUTS
@@ -79,6 +80,17 @@ class Treatment:
         if self.rounding != "feedback":
             raise UsageError("calibration is for rounding 'feedback'; give that too, or leave it out")
         return replace(self, calibration=calibration)
+
+    def bounds(self, min_retained: float | None, max_noise: float | None, probes: int = 0) -> Bounds:
+        """What has to be left of a change; None is as usual. UsageError where nothing can be lost."""
+        given = {"min_retained": min_retained, "max_noise": max_noise}
+        told = {name: value for name, value in given.items() if value is not None}
+        for name in (*told, *(["probes"] if probes else [])):
+            if self.into in (None, "16bit"):
+                raise UsageError(
+                    f"{name} is for merges into a format, which 16 bits are not; give into, or leave it out"
+                )
+        return Bounds(**told)
 
     def to_json(self) -> dict[str, Any]:
         told = {"arithmetic": self.arithmetic, "dtype": _word(self.dtype), "tied": self.tied}
