@@ -318,6 +318,7 @@ def test_a_module_that_the_adapter_replaces_is_plain_beside_weights_that_keep_th
         ("fp8-rows", {"into": "keep", "fallback": "16bit", "min_retained": 1.1}, FormatError, "fbgemm_fp8"),
         ("plain", {"into": "nf4", "fallback": "16bit", "min_retained": 1.1}, MatchError, "too little there"),
         ("plain", {"into": "w4a16-asym"}, UsageError, "one of"),
+        ("plain", {"into": "mxfp4"}, UsageError, "kernels for GPUs"),
         ("plain", {"into": "nf4", "base_as": "nf4"}, UsageError, "base_as"),
         ("plain", {"into": "nf4", "arithmetic": "peft"}, UsageError, "exact"),
         ("plain", {"into": "nf4", "dtype": "float64"}, FormatError, "--dtype bfloat16"),

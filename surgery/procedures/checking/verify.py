@@ -18,7 +18,7 @@ from surgery.errors import UsageError, printable
 from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.encoded import held_in
+from surgery.hosts.encoded import held_in, tiles
 from surgery.hosts.packing import Held, quantization_of
 from surgery.hosts.views import told
 from surgery.io.octets import Tally
@@ -241,7 +241,7 @@ def _kept_pieces(base: Checkpoint, out: Checkpoint, name: str, change: Change | 
     if change is not None:
         change = told(base, change)
         started = change.started()
-        for rows in row_tiles(change.site.weight.shape, TILE_ELEMENTS, change.site.together):
+        for rows in tiles(change):
             yield Piece(change.site.written, partial(kept, base, out, change, started, rows))
 
 

@@ -129,6 +129,15 @@ def _check_ops(ops: Mapping[str, str]) -> Mapping[str, str]:
     return dict(ops)
 
 
+def _check_into(into: object) -> str:
+    if into == "mxfp4":
+        raise UsageError(
+            "into mxfp4: what makes it of other weights are kernels for GPUs, whose codes could not be compared with "
+            "any here; give another format, or 'keep' for a base in mxfp4"
+        )
+    return _one_of("into", INTO, into)
+
+
 def _check_fallback(fallback: object) -> str:
     if fallback == "int8":
         raise UsageError(
@@ -151,7 +160,7 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
     "tied": partial(_one_of, "tied", ("refuse", "untie")),
     "ops": _check_ops,
     "compute_dtype": check_dtype,
-    "into": partial(_one_of, "into", INTO),
+    "into": _check_into,
     "base_as": partial(_one_of, "base_as", tuple(FORMS)),
     "arithmetic": check_arithmetic,
     "fallback": _check_fallback,
