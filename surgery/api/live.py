@@ -14,7 +14,6 @@ from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import read_adapter
 from surgery.api.given import calibrated
 from surgery.codecs.formats import format_of
-from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
@@ -204,8 +203,8 @@ def merge(  # noqa: PLR0913  # one argument an option
     arithmetic: str = "exact",
     rounding: str | None = None,
     calibration: Where | None = None,
-    min_retained: float = 0.5,
-    max_noise: float = 1.0,
+    min_retained: float | None = None,
+    max_noise: float | None = None,
 ) -> Model:
     """Add the active adapters to the base weights, in place; `unmerge` brings them back to the bit.
 
@@ -220,7 +219,7 @@ def merge(  # noqa: PLR0913  # one argument an option
     """
     treatment = Treatment.of(into=into, arithmetic=arithmetic, rounding=rounding)
     with calibrated(treatment, calibration) as treatment:
-        landing = Landing(treatment, Bounds(min_retained, max_noise), hugging.output_heads(model))
+        landing = Landing(treatment, treatment.bounds(min_retained, max_noise), hugging.output_heads(model))
         merging.merge(model, undo, landing)
     return model
 
