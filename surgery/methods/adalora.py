@@ -36,10 +36,12 @@ _NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
 _NEUTRAL = {
     **NEUTRAL,
     "alpha_pattern": {},
+    "corda_config": None,
     "ensure_weight_tying": False,
     "eva_config": None,
     "layer_replication": None,
     "loftq_config": {},
+    "lora_ga_config": None,
     "target_parameters": None,
     "trainable_token_indices": None,
     "lora_bias": False,
