@@ -87,6 +87,9 @@ class Lora(Additive, AsPeft):
     def directions(self, p: Params) -> Tensor | None:
         return p["A"] if p["A"].dim() == 2 else None
 
+    def factors(self, p: Params) -> tuple[Tensor, Tensor] | None:
+        return (p["B"] * self.scaling, p["A"]) if p["A"].dim() == 2 else None
+
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:
         delta = delta_as_peft(p, site.acting, self.scaling / 2 if self.halves else self.scaling)
         rounded = delta.to(stored.dtype)
