@@ -87,6 +87,9 @@ class Lora(Additive, AsPeft):
     def directions(self, p: Params) -> Tensor | None:
         return p["A"] if p["A"].dim() == 2 else None
 
+    def factors(self, p: Params) -> tuple[Tensor, Tensor] | None:
+        return (p["B"] * self.scaling, p["A"]) if p["A"].dim() == 2 else None
+
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:
         delta = delta_as_peft(p, site.acting, self.scaling / 2 if self.halves else self.scaling)
         rounded = delta.to(stored.dtype)
@@ -156,7 +159,7 @@ def _as_matrix(values: Tensor) -> Tensor:
 
 def _kaiming(values: Tensor) -> None:
     """Kaiming's uniform start, with a = sqrt(5): by how many numbers each output is made of."""
-    bound = _as_matrix(values).shape[1] ** -0.5
+    bound = max(1, _as_matrix(values).shape[1]) ** -0.5
     values.uniform_(-bound, bound)
 
 

@@ -11,6 +11,17 @@ from surgery.hosts.quantized import codec_name, decoded_to, decoder, hold, is_qu
 from surgery.hosts.tree import places
 from surgery.layers import Adapted, Replaced
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+
 
 def check_into(layers: Mapping[str, Adapted], into: str | None, arithmetic: str) -> None:
     """UsageError unless `into` says what becomes of quantized weights, where there are any, added to exactly."""
@@ -37,6 +48,7 @@ def stand_in(layer: Adapted, model_dtype: torch.dtype) -> None:
     if quantized.bias is not None:
         made.bias = _frozen(quantized.bias.detach().clone())
     made.train(quantized.training)
+    _hook_alike(made, quantized)
     layer._modules["base_layer"] = made
     layer.__dict__.update(beneath=quantized, decode=None)
 
@@ -44,6 +56,7 @@ def stand_in(layer: Adapted, model_dtype: torch.dtype) -> None:
 def succeed(layer: Adapted, made: nn.Module) -> None:
     """Put a quantized layer there, which holds the merged weight."""
     beneath = layer.base_layer if layer.beneath is None else layer.beneath
+    _hook_alike(made, beneath)
     layer._modules["base_layer"] = made
     layer.__dict__.update(beneath=beneath, decode=decoder(made))
 
@@ -109,6 +122,11 @@ def _computed(quantized: Any, model_dtype: torch.dtype) -> torch.dtype:
     own = own_dtype(quantized)
     found: torch.dtype = model_dtype if own is None else quantized.compute_dtype or own
     return found
+
+
+def _hook_alike(made: nn.Module, like: nn.Module) -> None:
+    """Whoever watches a layer watches the one in its place, and lets go of both at once."""
+    made.__dict__.update({name: like.__dict__[name] for name in _HOOKS})
 
 
 def _frozen(values: Tensor) -> nn.Parameter:
