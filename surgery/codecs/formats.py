@@ -9,14 +9,14 @@ from surgery.codecs import FORMS
 from surgery.codecs.fp8_block import BLOCK
 from surgery.codecs.int_groups import GROUP, WORD
 from surgery.core.arithmetic import round_once
-from surgery.core.codec import Codec, Headers, Packed, Settings, Shape
+from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, TiledCodec
 from surgery.errors import UsageError, printable
 
 
 class Format(NamedTuple):
     """A codec with the settings of fresh scales."""
 
-    codec: Codec
+    codec: TiledCodec
     settings: Settings
 
     def holds(self, packed: Packed) -> bool:

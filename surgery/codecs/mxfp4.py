@@ -5,14 +5,15 @@ the weight is [expert, in, out], as transformers' experts hold it.
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from surgery.codecs.fp4 import E2M1, SIZES, codes_of, joined, looked_up, nearest, neighbours
-from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
+from surgery.core.arithmetic import divided, power_of_two
+from surgery.core.codec import Headers, Packed, Settings, Shape, TiledCodec, differs, on_meta
 from surgery.errors import ConfigError, FormatError
 
 BLOCK = 32
@@ -20,7 +21,7 @@ BLOCK = 32
 _BIAS, _NO_NUMBER = 128, 255  # the byte 255 is a number all the same to transformers
 
 
-class Mxfp4(Codec):
+class Mxfp4(TiledCodec):
     """blocks [expert, out, in / 32, 16] and scales [expert, out, in / 32], both bytes."""
 
     name = "mxfp4"
@@ -58,16 +59,19 @@ class Mxfp4(Codec):
         codes = torch.where(changed, wanted, codes_of(like.tensors["blocks"]))
         return like._replace(tensors={**like.tensors, "blocks": joined(codes)})
 
-    def fresh(self, weight: Tensor, settings: Settings) -> Packed:  # noqa: ARG002  # it has none
+    def scales(self, tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings) -> Packed:  # noqa: ARG002  # it has none
         """[expert, in, out]; each scale is the least power of two by which no value is cut."""
-        if weight.dim() != 3 or weight.shape[1] % BLOCK:
-            raise ConfigError(f"mxfp4: {list(weight.shape)}; [expert, in, out] with inputs in {BLOCK}s is wanted")
-        blocks = _as_blocks(weight.to(torch.float64))
-        mantissa, exponent = torch.frexp(blocks.abs().amax(dim=3) / (2 * SIZES[-1]))
+        if len(shape) != 3 or shape[1] % BLOCK:
+            raise ConfigError(f"mxfp4: {list(shape)}; [expert, in, out] with inputs in {BLOCK}s is wanted")
+        tops = torch.cat([_as_blocks(tile).abs().amax(dim=3) for tile in tiles]).to(torch.float64)
+        mantissa, exponent = torch.frexp(divided(tops, 2 * SIZES[-1]))
         power = torch.where(mantissa == 0.5, exponent - 1, exponent)
         scales = (power + _BIAS).clamp(0, _NO_NUMBER - 1).to(torch.uint8)
-        codes = nearest(blocks / _powers(scales) / 2)
-        return Packed({"blocks": joined(codes), "scales": scales})
+        return Packed({"blocks": on_meta((*scales.shape, BLOCK // 2), torch.uint8), "scales": scales})
+
+    def coded(self, weight: Tensor, by: Packed) -> Packed:
+        codes = nearest(_as_blocks(weight).to(torch.float64) / _scales(by) / 2)
+        return by._replace(tensors={**by.tensors, "blocks": joined(codes)})
 
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
         steps = (neighbours(packed.tensors["blocks"], step) * 2 * _scales(packed) for step in (-1, 1))
@@ -81,7 +85,7 @@ def _scales(packed: Packed) -> Tensor:
 
 def _powers(scales: Tensor) -> Tensor:
     """[expert, out, block, 1], float32."""
-    return torch.exp2(scales.to(torch.float32) - _BIAS).unsqueeze(3)
+    return power_of_two(scales.to(torch.int64) - _BIAS).to(torch.float32).unsqueeze(3)
 
 
 def _as_blocks(weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surgery.codecs import codec_of
+from surgery.codecs import FORMS, codec_of
 from surgery.core.adapter import Started
 from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.elementwise import Elementwise
@@ -21,7 +21,7 @@ from surgery.core.survival import Survival
 from surgery.errors import ValueRangeError, printable
 from surgery.hosts.change import Change, MergedTile, elementwise
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.encoded import Encoded, named
+from surgery.hosts.encoded import Encoded, beside, tiles
 from surgery.hosts.views import Merged
 from surgery.io.octets import octets
 from surgery.procedures.checking.spans import read_span
@@ -92,16 +92,23 @@ def kept(base: Checkpoint, out: Checkpoint, change: Change, started: Started, ro
 
 
 def encoded(base: Source, out: Checkpoint, change: Change) -> Grade:
-    """Grade a weight that went into a form, whole, by the bytes of its tensors; and what is left there of adapters."""
-    survived: list[Survival | None] = []
+    """Grade a weight that went into a form, by the bytes of its tensors; and what is left there of adapters."""
+    seen: list[MergedTile] = []
+    view, codec = Encoded(base, [change], seen.append), FORMS[change.into][0]
+    role, grade = next(iter(codec.endings)), Grade("bits")
     try:
-        wanted = Encoded(base, [change], lambda tile: survived.append(tile.survival)).encoded(change)
+        for name, values in beside(change, view.by(change).outcome):
+            if name not in out.at or b"".join(out.read(name)) != octets(values.contiguous()):
+                return Grade("different", why=f"{printable(name)} is not what the merge gives in {change.into}")
+        for rows in tiles(change):
+            wanted, found = view.coded(change, rows), out.load(change.site, rows)
+            tile = seen.pop()._replace(merged=codec.decode(found, torch.float64))
+            same = torch.equal(*(one.tensors[role].view(torch.uint8) for one in (found, wanted)))
+            why = "" if same else f"{printable(change.site.written)} is not what the merge gives in {change.into}"
+            grade = grade.worse(Grade("bits" if same else "different", why=why, survival=tile.survival))
     except ValueRangeError as error:
         return Grade("different", why=f"it cannot be derived: {error}")
-    for name, values in named(change, wanted):
-        if name not in out.at or b"".join(out.read(name)) != octets(values.contiguous()):
-            return Grade("different", why=f"{printable(name)} is not what the merge gives in {change.into}")
-    return Grade("bits", survival=reduce(Survival.plus, told) if (told := [one for one in survived if one]) else None)
+    return grade
 
 
 def _integers(values: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from surgery.errors import UsageError, printable
 from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.encoded import held_in
 from surgery.hosts.packing import Held, quantization_of
 from surgery.hosts.views import told
 from surgery.io.octets import Tally
@@ -212,14 +213,14 @@ def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable
 
 
 def _anew_pieces(source: Source, out: Checkpoint, info: TensorInfo, change: Change | None) -> Iterator[Piece]:
-    """Of a weight that went into a form: whole, for its scales are of all of it."""
+    """Of a weight that went into a form: one piece, for its scales are of all of it."""
     found = out.packed[info.name]
     form, dtype = found.form, found.codec.dtype(found.settings) or found.plain.torch_dtype
     if form is None:
         yield Piece(info.name, partial(Grade, "different", why="it is held in a form that no merge goes into"))
         return
     change = change or Change(Site(info.name, {"weight": info}), dtype)
-    yield Piece(info.name, partial(encoded, source, out, replace(change, dtype=dtype, keep=False, into=form)))
+    yield Piece(info.name, partial(encoded, source, out, held_in(replace(change, dtype=dtype), form)))
 
 
 def _kept_pieces(base: Checkpoint, out: Checkpoint, name: str, change: Change | None) -> Iterator[Piece]:
