@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from surgery.core.op import FEW, Factors
+from surgery.core.op import Factors, is_many
 
 _MANY = 16  # columns of a product: as many float32 numbers as a processor takes at once
 
@@ -17,7 +17,7 @@ def is_worth_one_step(x: Tensor, weight: Tensor, factors: Factors) -> bool:
 
     Half types are left to these, which round as PEFT's do.
     """
-    if x.numel() < FEW or x.dtype.itemsize < 4:
+    if not is_many(x) or x.dtype.itemsize < 4:
         return False
     given = (x, weight, factors.A, factors.B)
     return (
