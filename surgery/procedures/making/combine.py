@@ -218,6 +218,7 @@ def _config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> LoraConf
     return ranked_config(
         ranks,
         modules_to_save=sorted({name for one in configs for name in one.modules_to_save or ()}) or None,
+        ensure_weight_tying=any(one.ensure_weight_tying for one in configs),
         fan_in_fan_out=configs[0].fan_in_fan_out,
         task_type=min(tasks, default=None),
         base_model_name_or_path=base,

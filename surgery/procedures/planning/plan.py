@@ -175,7 +175,7 @@ def _notes(adapter: Adapter) -> list[str]:
     ]
     notes += out_proj.notes(adapter)
     for entry in sorted(config.modules_to_save or ()):
-        if not any(f".{entry}." in f".{name}" for name in adapter.saved):
+        if not any(f"{entry}." in name for name in adapter.saved):
             notes.append(f"{where}: modules_to_save entry {printable(entry)!r} has no tensors")
     return notes
 
@@ -202,8 +202,6 @@ def _whole_bytes(change: Change) -> int:
     """Of a weight that is merged whole: twice itself, and its change three times in float32 or wider."""
     weight = change.site.weight
     wide = max(4, weight.torch_dtype.itemsize)
-    if change.into:  # as it was and as it becomes, each plain and held
-        return 4 * weight._replace(dtype=change.dtype).nbytes
     return 0 if change.as_peft is None else 2 * weight.nbytes + 3 * wide * weight.nbytes // weight.torch_dtype.itemsize
 
 
