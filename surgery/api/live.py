@@ -1,6 +1,6 @@
 """On a model in memory: each function calls one procedure, and attaches what transformers adds to its models."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
@@ -14,7 +14,6 @@ from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import read_adapter
 from surgery.api.given import calibrated
 from surgery.codecs.formats import format_of
-from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
@@ -44,6 +43,7 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     matching: Literal["strict", "peft"] | None = None,
     quantization_aware: str | None = None,
     examples: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> Model:
     """Lay a fresh adapter over the modules that `config` names, in place; returns the model.
 
@@ -57,9 +57,10 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     "fp8_block", "w4a16", "w4a16-asym" or "nvfp4" its layers run, and it is trained, as they will once it is merged and
     their weights are held so: the base's own scales are kept where it is held in that format already.
 
-    `examples` are for `init_lora_weights` "eva": batches, each a tensor, several in a list or tuple, or keyword
-    arguments, which are run through the base, again and again until what is found settles. Raises MatchError for an
-    entry that matches nothing, UsageError without the examples that it starts from, ConfigError, StateError.
+    `examples` are for `init_lora_weights` "eva", "corda" and "lora_ga": batches, each a tensor, several in a list or
+    tuple, or keyword arguments, which are run through the base; for "lora_ga" also back, from the loss that the model
+    makes of each, or that `loss` makes of what the model gives and the batch. Raises MatchError for an entry that
+    matches nothing, UsageError without the examples that it starts from, ConfigError, StateError.
 
     >>> import surgery, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -72,7 +73,9 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
         raise UsageError(f"matching is {printable(matching)!r}; strict or peft is wanted")
     as_peft = is_peft_s(config) if matching is None else matching == "peft"
     heads = partial(hugging.output_heads, model)
-    batches = None if examples is None else Examples(examples)
+    if loss is not None and examples is None:
+        raise UsageError("loss is given, and no examples; leave it out, or give examples")
+    batches = None if examples is None else Examples(examples, loss=loss)
     wanted = hugging.with_default_targets(model, config_of(config))
     injection.inject(model, wanted, adapter_name, heads, trainable, form, as_peft, batches)
     hugging.attach(model)
@@ -204,8 +207,8 @@ def merge(  # noqa: PLR0913  # one argument an option
     arithmetic: str = "exact",
     rounding: str | None = None,
     calibration: Where | None = None,
-    min_retained: float = 0.5,
-    max_noise: float = 1.0,
+    min_retained: float | None = None,
+    max_noise: float | None = None,
 ) -> Model:
     """Add the active adapters to the base weights, in place; `unmerge` brings them back to the bit.
 
@@ -220,7 +223,7 @@ def merge(  # noqa: PLR0913  # one argument an option
     """
     treatment = Treatment.of(into=into, arithmetic=arithmetic, rounding=rounding)
     with calibrated(treatment, calibration) as treatment:
-        landing = Landing(treatment, Bounds(min_retained, max_noise), hugging.output_heads(model))
+        landing = Landing(treatment, treatment.bounds(min_retained, max_noise), hugging.output_heads(model))
         merging.merge(model, undo, landing)
     return model
 

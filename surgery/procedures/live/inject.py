@@ -123,7 +123,7 @@ def _fresh(  # noqa: PLR0913, PLR0917  # as inject
     for name in parameters:
         site, method = tree.parameter_site(name), config.method(name)
         sites[site.name] = site, method, method.init(site, _no_base)
-    saved: Saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
+    saved: Saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names, as_peft))
     sites = with_tied_rows(tree, sites, saved)
     saved = with_tied_copies(tree, config, chosen, saved)
     aware = {} if form is None else holdings(tree.modules, config, sites, form)

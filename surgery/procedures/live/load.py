@@ -12,7 +12,7 @@ from surgery.adapters.peft import check_shapes
 from surgery.codecs.formats import Format
 from surgery.core.adapter import Adapter
 from surgery.core.method import Method, Params
-from surgery.core.names import in_base, nearest, renaming
+from surgery.core.names import Endings, in_base, nearest, renaming
 from surgery.core.sharded import whole
 from surgery.core.site import Site
 from surgery.errors import MatchError, printable
@@ -162,8 +162,8 @@ def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor] | Non
     """The tensors of `modules_to_save` by module, each module whole."""
     grouped: dict[str, dict[str, Tensor]] = {}
     roots = sorted((name for name in tree.modules), key=len)
-    entries = frozenset(adapter.config.modules_to_save or ())
-    modules = [name for name in roots if name.rpartition(".")[2] in entries or name in entries]
+    ends = Endings(adapter.config.modules_to_save or ())
+    modules = [name for name in roots if ends.end(name)]
     for name, values in adapter.saved.items():
         if name in adapter.biases:
             continue

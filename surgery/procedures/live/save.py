@@ -168,6 +168,7 @@ def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterCo
     resolved = replace(
         config.named(names).with_parameters(alone),
         exclude_modules=_ended(root, names) or None,
+        modules_to_save=config.modules_to_save if config.ties() else _replaced(root, adapter),
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path or getattr(root, "name_or_path", None) or None,
     )
@@ -177,6 +178,12 @@ def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterCo
         transposed = any(layer.op.name == "conv1d" for layer in layers.values())
         return replace(resolved, **{"fan_in_fan_out": transposed})  # type: ignore[arg-type]  # known only here
     return resolved
+
+
+def _replaced(root: nn.Module, adapter: str) -> list[str] | None:
+    """Whole names: PEFT takes every module whose name ends in an entry, from whatever letter on."""
+    holders = replaced_modules(root)
+    return [name for name, one in holders.items() if adapter in one.modules_to_save] or None
 
 
 def _beginning_at_zero(config: AdapterConfig) -> AdapterConfig:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import UsageError, printable
-from surgery.hosts.quantized import codec_name, decoded_to, decoder, is_quantized, own_dtype, packed_of_layer
+from surgery.hosts.quantized import codec_name, decoded_to, decoder, hold, is_quantized, own_dtype, packed_of_layer
 from surgery.hosts.tree import places
 from surgery.layers import Adapted, Replaced
 
@@ -72,7 +72,8 @@ def put_back(layer: Adapted) -> None:
     own: Any = layer.beneath
     if own is not None:
         device = layer.base_weight.device
-        layer._modules["base_layer"] = own if own.weight.device == device else own.to(device)
+        layer._modules["base_layer"] = own = own if own.weight.device == device else own.to(device)
+        hold(own)
         layer.__dict__.update(beneath=None, decode=decoder(own))
 
 

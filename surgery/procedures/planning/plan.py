@@ -173,7 +173,7 @@ def _notes(adapter: Adapter) -> list[str]:
     ]
     notes += out_proj.notes(adapter)
     for entry in sorted(config.modules_to_save or ()):
-        if not any(f".{entry}." in f".{name}" for name in adapter.saved):
+        if not any(f"{entry}." in name for name in adapter.saved):
             notes.append(f"{where}: modules_to_save entry {printable(entry)!r} has no tensors")
     return notes
 
