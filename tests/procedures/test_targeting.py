@@ -173,7 +173,12 @@ def test_an_entry_that_hits_nothing_is_refused_with_three_near_names(
     assert not any(hasattr(module, "fitted") for module in model.modules())
 
 
-@pytest.mark.parametrize("targets", ["nothing.*", ["lm_head_"], None])
+def test_a_config_without_targets_is_refused_where_nothing_tells_them() -> None:
+    with pytest.raises(MatchError, match="target_modules is not given"):
+        _adapted(nn.Sequential(nn.Linear(2, 2)), target_modules=None)
+
+
+@pytest.mark.parametrize("targets", ["nothing.*", ["lm_head_"], []])
 def test_a_config_that_selects_nothing_is_refused(targets: object, model: nn.Module) -> None:
     before = {name: values.requires_grad for name, values in model.named_parameters()}
     with pytest.raises(MatchError, match="target_modules"):
