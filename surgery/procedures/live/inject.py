@@ -58,7 +58,7 @@ def _fresh(  # noqa: PLR0913, PLR0917  # as inject
     examples: Examples | None,
 ) -> Fitting:
     """What `config` lays over the model. MatchError for an entry that hits nothing."""
-    chosen = _choose(tree, with_task_heads(config, tree), output_heads, as_peft)
+    chosen = _choose(tree, _with_task_heads(config, tree), output_heads, as_peft)
     config, sites = fresh_sites(tree, chosen.config, chosen.spelled, examples)
     config, replaced = with_rows(tree, config, sites)
     for name in replaced:
@@ -109,7 +109,7 @@ def _choose(tree: Tree, config: AdapterConfig, output_heads: Callable[[], Collec
     return Chosen(config, modules, parameters, kept)
 
 
-def with_task_heads(config: AdapterConfig, tree: Tree) -> AdapterConfig:
+def _with_task_heads(config: AdapterConfig, tree: Tree) -> AdapterConfig:
     """As PEFT: the heads of a task are saved with the adapter, those of them that the model has.
 
     To PEFT a head is what ends in its name, from whatever letter on: DistilBERT's pre_classifier, new with its
