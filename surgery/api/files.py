@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from surgery.api.given import Adapters, Where, calibrated, checkpoint, weighted
-from surgery.core.survival import Bounds
 from surgery.errors import UsageError
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import bytes_of
@@ -68,8 +67,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     reversible: bool = False,
     calibration: Where | None = None,
     probes: int = 0,
-    min_retained: float = 0.5,
-    max_noise: float = 1.0,
+    min_retained: float | None = None,
+    max_noise: float | None = None,
     mha_out_proj_scale: int | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
@@ -89,9 +88,9 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
     bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales; "nf4",
     "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16" or "nvfp4" all that transformers would quantize, of
-    a plain base too, by new ones. Either raises CheckError where less than `min_retained` of the adapters' change is
-    left of it, or what comes beside it is more than `max_noise` of it; with `fallback` "16bit" those weights of which
-    that is so are written plainly instead.
+    a plain base too, by new ones. Either raises CheckError where less than `min_retained` (0.5) of the adapters' change
+    is left of it, or what comes beside it is more than `max_noise` (1) of it; with `fallback` "16bit" those weights of
+    which that is so are written plainly instead.
     `rounding` "feedback" looks for other codes than the nearest, where a LoRA looks at its inputs along few directions:
     more of its change is retained there, and more comes beside it elsewhere. `calibration`, a file or folder that
     `record_inputs` has written, says what inputs there are instead. `probes` seeded inputs, half of whose energy lies
@@ -122,7 +121,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         resume=resume,
         expect_base_sha256=expect_base_sha256,
         probes=check_probes(probes),
-        bounds=Bounds(min_retained, max_noise),
+        bounds=wanted.bounds(min_retained, max_noise, probes),
         pace=Pace(progress=progress),
     )
     found = weighted(adapters, mha_out_proj_scale)

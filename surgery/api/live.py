@@ -14,11 +14,11 @@ from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import read_adapter
 from surgery.api.given import calibrated
 from surgery.codecs.formats import format_of
-from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
 from surgery.procedures.live import adalora, switch
+from surgery.procedures.live import eject as ejection
 from surgery.procedures.live import inject as injection
 from surgery.procedures.live import load as loading
 from surgery.procedures.live import merge as merging
@@ -76,7 +76,7 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     heads = partial(hugging.output_heads, model)
     if loss is not None and examples is None:
         raise UsageError("loss is given, and no examples; leave it out, or give examples")
-    batches = None if examples is None else Examples(examples, loss)
+    batches = None if examples is None else Examples(examples, loss=loss)
     wanted = hugging.with_default_targets(model, config_of(config))
     injection.inject(model, wanted, adapter_name, heads, trainable, form, as_peft, batches)
     hugging.attach(model)
@@ -208,8 +208,8 @@ def merge(  # noqa: PLR0913  # one argument an option
     arithmetic: str = "exact",
     rounding: str | None = None,
     calibration: Where | None = None,
-    min_retained: float = 0.5,
-    max_noise: float = 1.0,
+    min_retained: float | None = None,
+    max_noise: float | None = None,
 ) -> Model:
     """Add the active adapters to the base weights, in place; `unmerge` brings them back to the bit.
 
@@ -224,7 +224,7 @@ def merge(  # noqa: PLR0913  # one argument an option
     """
     treatment = Treatment.of(into=into, arithmetic=arithmetic, rounding=rounding)
     with calibrated(treatment, calibration) as treatment:
-        landing = Landing(treatment, Bounds(min_retained, max_noise), hugging.output_heads(model))
+        landing = Landing(treatment, treatment.bounds(min_retained, max_noise), hugging.output_heads(model))
         merging.merge(model, undo, landing)
     return model
 
@@ -237,7 +237,7 @@ def unmerge(model: Model) -> Model:
 
 def eject(model: Model, *, keep_merged: bool = False) -> Model:
     """Put the model's own modules back, with their requires_grad flags; unmerges first unless `keep_merged`."""
-    injection.eject(model, keep_merged)
+    ejection.eject(model, keep_merged)
     hugging.detach(model)
     if keep_merged:
         hugging.tell_ejected(model)
@@ -253,12 +253,13 @@ def record_inputs(  # noqa: PLR0913  # three things and their options
     rank: int = 64,
     overwrite: bool = False,
 ) -> recording.Recording:
-    """Run the model over `batches`, and write what its linear layers get to the folder `out`, for `calibration`.
+    """Run the model over `batches`, in eval mode, and write what its linear layers get to `out`, for `calibration`.
 
-    A batch is what the model is called with: keyword arguments, or one value; what its attention_mask masks is left
-    out. `targets` names the modules by the ends of their names, by default all. Of the second moment of a module's
-    inputs, `rank` rows are kept and the mean squares of the rest, and memory holds no more than some such rows. Inputs
-    are added up as they come: the same on another machine but for rounding, and it is the file that a merge tells.
+    A batch is what the model is called with: a tensor, several in a list or tuple, or keyword arguments, of which what
+    attention_mask masks is left out. `targets` names the modules by the ends of their names, by default all. Of the
+    second moment of a module's inputs, `rank` rows are kept and the mean squares of the rest, and memory holds no more
+    than some such rows. Inputs are added up as they come: the same on another machine but for rounding, and it is the
+    file that a merge tells.
     Raises MatchError, UsageError where no linear layer is called, ValueRangeError, OutputExistsError.
 
     >>> import surgery, tempfile, torch
@@ -267,8 +268,7 @@ def record_inputs(  # noqa: PLR0913  # three things and their options
     ...     surgery.record_inputs(model, [torch.randn(32, 8)], f"{folder}/inputs").counts
     {'0': 32}
     """
-    moments = recording.record_inputs(model, batches, targets, rank)
-    return recording.write_inputs(moments, Path(out), overwrite)
+    return recording.record_inputs(model, Examples(batches, "batches"), Path(out), targets, rank, overwrite)
 
 
 def adalora_step(model: nn.Module, step: int) -> None:

@@ -15,6 +15,7 @@ from surgery.core.codec import MADE_BY, Settings, Shape, on_meta
 from surgery.errors import ConfigError, printable
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCKSIZE = 64  # where nothing else is asked for
 NESTED = 256  # absmax by block of the double quantization
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 TINY = 1e-38  # bitsandbytes divides by no less
@@ -35,7 +36,7 @@ def scales(
     tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors by role, and the quant state. ConfigError for what is no setting."""
-    kind, blocksize = settings.get("quant_type", "nf4"), settings.get("blocksize", 64)
+    kind, blocksize = settings.get("quant_type", "nf4"), settings.get("blocksize", BLOCKSIZE)
     name = str(dtype).removeprefix("torch.")
     if kind not in KINDS or blocksize not in BLOCKSIZES or name not in DTYPES:
         raise ConfigError(

@@ -24,6 +24,7 @@ class Bnb8(TiledCodec):
     """int8 codes [out, in] and a scale for each row, SCB [out]."""
 
     name = "bnb8"
+    made_in = torch.float16
     endings: ClassVar[Mapping[str, str]] = {"weight": ".weight", "SCB": ".SCB", "weight_format": ".weight_format"}
 
     def claims(self, headers: Headers) -> bool:

@@ -22,7 +22,10 @@ _BIAS, _NO_NUMBER = 128, 255  # the byte 255 is a number all the same to transfo
 
 
 class Mxfp4(TiledCodec):
-    """blocks [expert, out, in / 32, 16] and scales [expert, out, in / 32], both bytes."""
+    """blocks [expert, out, in / 32, 16] and scales [expert, out, in / 32], both bytes.
+
+    Without the axis of experts, such as rows of all of them one below another, the weight is [out, in].
+    """
 
     name = "mxfp4"
     endings: ClassVar[Mapping[str, str]] = {"blocks": "_blocks", "scales": "_scales"}
@@ -41,8 +44,8 @@ class Mxfp4(TiledCodec):
         return {}
 
     def shape(self, headers: Headers, settings: Settings) -> Shape:  # noqa: ARG002  # it has none
-        experts, out, groups, half = headers["blocks"][1]
-        return experts, groups * half * 2, out
+        *stack, out, groups, half = headers["blocks"][1]
+        return (*stack, groups * half * 2, out) if stack else (out, groups * half * 2)
 
     def spans(self, headers: Headers, settings: Settings, rows: slice) -> Mapping[str, slice]:  # noqa: ARG002
         return {"blocks": rows, "scales": rows}
@@ -50,7 +53,7 @@ class Mxfp4(TiledCodec):
     def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         blocks = packed.tensors["blocks"]
         doubled = torch.tensor(E2M1, device=blocks.device) * 2
-        scaled = looked_up(blocks, doubled).mul_(_scales(packed)).to(dtype)  # [expert, out, block, 32]
+        scaled = looked_up(blocks, doubled).mul_(_scales(packed)).to(dtype)  # [..., out, block, 32]
         return _as_weight(scaled)
 
     def encode(self, weight: Tensor, like: Packed) -> Packed:
@@ -84,16 +87,17 @@ def _scales(packed: Packed) -> Tensor:
 
 
 def _powers(scales: Tensor) -> Tensor:
-    """[expert, out, block, 1], float32."""
-    return power_of_two(scales.to(torch.int64) - _BIAS).to(torch.float32).unsqueeze(3)
+    """[..., block, 1], float32."""
+    return power_of_two(scales.to(torch.int64) - _BIAS).to(torch.float32).unsqueeze(-1)
 
 
 def _as_blocks(weight: Tensor) -> Tensor:
-    """[expert, in, out] -> [expert, out, block, 32]."""
-    experts, columns, out = weight.shape
-    return weight.transpose(1, 2).contiguous().view(experts, out, columns // BLOCK, BLOCK)
+    """[expert, in, out] -> [expert, out, block, 32]; [out, in] -> [out, block, 32]."""
+    rows = weight.transpose(1, 2).contiguous() if weight.dim() == 3 else weight
+    return rows.reshape(*rows.shape[:-1], rows.shape[-1] // BLOCK, BLOCK)
 
 
 def _as_weight(blocks: Tensor) -> Tensor:
     """The inverse of `_as_blocks`, in memory of its own."""
-    return blocks.flatten(2).transpose(1, 2).contiguous()
+    rows = blocks.flatten(-2)
+    return rows.transpose(1, 2).contiguous() if rows.dim() == 3 else rows

@@ -91,6 +91,8 @@ class Codec(ABC):
 class TiledCodec(Codec):
     """One that makes fresh weights some rows at a time, so that no whole weight has to be in memory."""
 
+    made_in: ClassVar[torch.dtype | None] = None  # what fresh codes are made from, whatever the weight's own dtype
+
     @abstractmethod
     def scales(self, tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings) -> Packed:
         """All that holds a weight of this shape and dtype, given by its rows in order, but for the codes.

@@ -141,7 +141,7 @@ def held_in(change: Change, form: str) -> Change:
 
 def tiles(change: Change) -> Iterator[slice]:
     """The rows of the weight that are held in a format, so many at a time as share nothing with others."""
-    return row_tiles(change.site.weight.shape, TILE_ELEMENTS, change.site.together)
+    return row_tiles(change.site.laid(change.site.weight).shape, TILE_ELEMENTS, change.site.together)
 
 
 def standing(change: Change) -> list[TensorInfo]:

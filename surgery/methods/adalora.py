@@ -199,6 +199,9 @@ class AdaLora(Additive, AsPeft):
     def directions(self, p: Params) -> Tensor:
         return p["AE"]  # of which those are zero that have lost their rank
 
+    def factors(self, p: Params) -> tuple[Tensor, Tensor]:
+        return p["B"] * self.scaling, p["A"] * p["E"]
+
     def weighted(self, weight: float) -> Self:
         return replace(self, scaling=self.scaling * weight, alpha=self.alpha * weight)
 

@@ -115,7 +115,8 @@ def mxfp4() -> Mapping[str, Packed]:
     blocks = torch.randint(0, 256, (5, 4, 2, 16), dtype=torch.uint8, generator=drawn)
     scales = torch.randint(0, 256, (5, 4, 2), dtype=torch.uint8, generator=drawn)
     fresh = Mxfp4().fresh(weights(320, 8).view(5, 64, 8), {})
-    return {"experts": Packed({"blocks": blocks, "scales": scales}), "fresh": fresh}
+    rows = {role: one.flatten(0, 1) for role, one in fresh.tensors.items()}
+    return {"experts": Packed({"blocks": blocks, "scales": scales}), "fresh": fresh, "rows-of-experts": Packed(rows)}
 
 
 def pack_quantized() -> Mapping[str, Packed]:
@@ -271,7 +272,7 @@ def test_the_grid_is_the_next_values_that_can_be_held(codec: Codec, name: str):
 @pytest.mark.parametrize(("codec", "name"), CASES)
 def test_settings_are_read_from_the_tensors(codec: Codec, name: str):
     packed = EXAMPLES[codec.name][name]
-    if codec.name != "plain":
+    if codec.name != "plain" and name != "rows-of-experts":  # which no file holds
         assert same(packed_of(packed.tensors, "a test", packed.settings), packed)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from surgery.core.starter import Observer
 from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.quantized import is_quantized
-from surgery.procedures.checking.outputs import call
+from surgery.procedures.checking.outputs import call, placed
 from surgery.procedures.places.model_tree import Tree
 
 Loss = Callable[[Any, Any], Tensor]  # of what the model gives, and the batch that it was called with
@@ -23,6 +23,7 @@ def gradients_told(tree: Tree, observers: Mapping[str, Observer], loss: Loss | N
     matrices = {name: tree.site(name).acting.matrix for name in observers}
 
     def run(given: Any) -> None:
+        given = placed(given, tree.root)
         found = _loss_of(call(tree.root, given), given, loss)
         if not found.requires_grad:
             return  # it depends on none of them
