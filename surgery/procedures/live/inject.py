@@ -11,7 +11,7 @@ from surgery.codecs.formats import Format
 from surgery.core.config import AdapterConfig
 from surgery.core.entries import InPeftTerms, in_peft_terms
 from surgery.core.method import Dense
-from surgery.core.names import suffix_hits
+from surgery.core.names import Endings, suffix_hits
 from surgery.core.select import kept_out, refuse_unmatched, saved_modules, select, unmatched
 from surgery.procedures.live.awareness import holdings
 from surgery.procedures.live.examples import Examples
@@ -110,10 +110,11 @@ def _choose(tree: Tree, config: AdapterConfig, output_heads: Callable[[], Collec
 
 
 def _with_task_heads(config: AdapterConfig, tree: Tree) -> AdapterConfig:
-    """As PEFT: the heads of a task are saved with the adapter, those of them that the model has."""
-    if not config.task_heads():
-        return config
-    given = list(config.modules_to_save or ())
-    heads = {head for name in tree.modules for head in suffix_hits(config.task_heads(), name)}
-    added = sorted(heads - set(given))
-    return replace(config, modules_to_save=[*given, *added]) if added else config
+    """As PEFT: the heads of a task are saved with the adapter, those of them that the model has.
+
+    To PEFT a head is what ends in its name, from whatever letter on: DistilBERT's pre_classifier, new with its
+    classifier, is one too.
+    """
+    given, ends = list(config.modules_to_save or ()), Endings(config.task_heads())
+    heads = [name for name in tree.modules if ends.end(name) and not suffix_hits(given, name)]
+    return replace(config, modules_to_save=[*given, *heads]) if heads else config

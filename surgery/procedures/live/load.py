@@ -186,12 +186,14 @@ def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor] | Non
         grouped.setdefault(tree.first_name(owner), {})[name.removeprefix(owner + ".")] = values
     for owner, given in grouped.items():
         module = tree.modules[owner]
-        wanted = {
-            key: tuple(values.shape) for key, values in getattr(module, "original_module", module).state_dict().items()
-        }
-        if {key: tuple(values.shape) for key, values in given.items()} != wanted:
+        found, wanted = map(_told, (given, getattr(module, "original_module", module).state_dict()))
+        if found != wanted:
             raise MatchError(
-                f"{printable(adapter.where)}: {printable(owner)} of modules_to_save holds {sorted(given)}; "
-                f"the model's holds {sorted(wanted)}, and shapes must be equal too"
+                f"{printable(adapter.where)}: {printable(owner)} of modules_to_save holds {found}, and the model's "
+                f"{wanted}; the same tensors are wanted; is this the adapter's base?"
             )
     return dict(grouped)
+
+
+def _told(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{printable(name)} {list(tensors[name].shape)}" for name in sorted(tensors)) or "nothing"
