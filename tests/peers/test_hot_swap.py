@@ -177,3 +177,18 @@ def test_the_methods_of_a_model_whose_adapters_are_all_gone_are_those_of_a_fresh
     model.load_adapter(saved / "first")
     model.load_adapter(saved / "all the room")
     assert_close(outputs(model), outputs(surgery.load(llama(), saved / "all the room")))
+
+
+def test_transformers_with_peft_keeps_the_first_alpha_and_refuses_another_rank(saved: Path) -> None:
+    """What ours is for; when this fails, it may no longer be."""
+    pytest.importorskip("peft")
+    wanted = {name: outputs(surgery.load(llama(), saved / name)) for name in ("first", "another alpha")}
+    model = llama()
+    model.enable_peft_hotswap(target_rank=ROOM)
+    model.load_adapter(saved / "first")
+    assert_close(outputs(model), wanted["first"])
+    model.load_adapter(saved / "another alpha", "default", hotswap=True)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_close(outputs(model), wanted["another alpha"])
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        model.load_adapter(saved / "a lower rank", "default", hotswap=True)
