@@ -113,7 +113,7 @@ def test_an_example_runs(name: str, told: str, tmp_path: Path) -> None:
 def test_the_demo_gives_the_original_bytes_back(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     done = subprocess.run(
-        [sys.executable, "-m", "surgery.cli", "demo", "--out", str(out)], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "surgery", "demo", "--out", str(out)], capture_output=True, text=True, check=True
     )
     assert "recall@1" in done.stdout
     restored = {path.name for path in (out / "restored").rglob("*") if path.is_file()}

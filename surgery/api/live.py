@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import read_adapter
-from surgery.api.files import calibrated
+from surgery.api.given import calibrated
 from surgery.codecs.formats import format_of
 from surgery.errors import UsageError, printable
 from surgery.integrations import transformers as hugging
@@ -46,8 +46,9 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
 ) -> Model:
     """Lay a fresh adapter over the modules that `config` names, in place; returns the model.
 
-    `config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter. The rest
-    of the model is frozen. The first adapter is active.
+    `config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter. Where it names no
+    `target_modules`, they are what PEFT takes for models of this type. The rest of the model is frozen. The first
+    adapter is active.
 
     `matching` "strict" takes the dots of names as dots, globs such as "layers.*.q_proj", and regular expressions after
     "re:" in lists and keys of patterns; each entry has to match. "peft" matches as PEFT does, by default where the
@@ -71,7 +72,8 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     as_peft = is_peft_s(config) if matching is None else matching == "peft"
     heads = partial(hugging.output_heads, model)
     batches = None if examples is None else Examples(examples)
-    injection.inject(model, config_of(config), adapter_name, heads, trainable, form, as_peft, batches)
+    wanted = hugging.with_default_targets(model, config_of(config))
+    injection.inject(model, wanted, adapter_name, heads, trainable, form, as_peft, batches)
     hugging.attach(model)
     return model
 
@@ -93,7 +95,7 @@ def load(  # noqa: PLR0913  # a model, an adapter, and how it is laid over it
     """
     form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
     adapter = read_adapter(locate(path), check_scale(mha_out_proj_scale))
-    loading.lay(model, adapter, adapter_name, trainable, form)
+    loading.lay(model, adapter, adapter_name, trainable, form, hugging.room_of(model))
     hugging.attach(model)
     return model
 

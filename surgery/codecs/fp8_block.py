@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from surgery.codecs.compressed_config import told_values
+from surgery.core.arithmetic import power_of_two
 from surgery.core.codec import MADE_BY, Headers, Packed, Settings, Shape, TiledCodec, differs, on_meta
 from surgery.errors import ConfigError, FormatError, printable
 
@@ -112,7 +113,7 @@ def _role(headers: Mapping[str, Any]) -> str:
 def _scales(packed: Packed) -> Tensor:
     """float32, broadcast over the packed rows."""
     held = packed.tensors[_role(packed.tensors)]
-    return _laid(torch.exp2(held.to(torch.float32) - 127) if held.dtype == torch.uint8 else held, packed)
+    return _laid(power_of_two(held.to(torch.int64) - 127) if held.dtype == torch.uint8 else held, packed)
 
 
 def _laid(scales: Tensor, packed: Packed) -> Tensor:

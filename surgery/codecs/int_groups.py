@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from surgery.codecs.bnb4_fresh import DTYPES
+from surgery.core.arithmetic import divided
 from surgery.core.codec import Settings, Shape
 from surgery.errors import ConfigError, printable
 
@@ -103,7 +104,7 @@ def _scales(grouped: Tensor, bits: int, symmetric: bool) -> Scales:
     """In the weight's dtype, as compressed-tensors computes them."""
     low, high = grouped.amin(dim=2).clamp(max=0), grouped.amax(dim=2).clamp(min=0)
     least, range_ = -(1 << bits - 1), (1 << bits) - 1
-    scales = torch.maximum(-low, high) / (range_ / 2) if symmetric else (high - low) / range_
+    scales = divided(torch.maximum(-low, high), range_ / 2) if symmetric else divided(high - low, range_)
     zeros = torch.zeros_like(scales) if symmetric else (least - low / scales).clamp(*_ends(bits))
     scales = torch.where(scales == 0, torch.finfo(scales.dtype).eps, scales)
     return Scales(scales, zeros.round().nan_to_num(0.0).to(torch.int16))

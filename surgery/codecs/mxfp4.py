@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from surgery.codecs.fp4 import E2M1, SIZES, codes_of, joined, looked_up, nearest, neighbours
+from surgery.core.arithmetic import divided, power_of_two
 from surgery.core.codec import Headers, Packed, Settings, Shape, TiledCodec, differs, on_meta
 from surgery.errors import ConfigError, FormatError
 
@@ -66,7 +67,7 @@ class Mxfp4(TiledCodec):
         if len(shape) != 3 or shape[1] % BLOCK:
             raise ConfigError(f"mxfp4: {list(shape)}; [expert, in, out] with inputs in {BLOCK}s is wanted")
         tops = torch.cat([_as_blocks(tile).abs().amax(dim=3) for tile in tiles]).to(torch.float64)
-        mantissa, exponent = torch.frexp(tops / (2 * SIZES[-1]))
+        mantissa, exponent = torch.frexp(divided(tops, 2 * SIZES[-1]))
         power = torch.where(mantissa == 0.5, exponent - 1, exponent)
         scales = (power + _BIAS).clamp(0, _NO_NUMBER - 1).to(torch.uint8)
         return Packed({"blocks": on_meta((*scales.shape, BLOCK // 2), torch.uint8), "scales": scales})
@@ -87,7 +88,7 @@ def _scales(packed: Packed) -> Tensor:
 
 def _powers(scales: Tensor) -> Tensor:
     """[..., block, 1], float32."""
-    return torch.exp2(scales.to(torch.float32) - _BIAS).unsqueeze(-1)
+    return power_of_two(scales.to(torch.int64) - _BIAS).to(torch.float32).unsqueeze(-1)
 
 
 def _as_blocks(weight: Tensor) -> Tensor:

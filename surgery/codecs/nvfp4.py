@@ -12,6 +12,7 @@ from torch import Tensor
 
 from surgery.codecs.compressed_config import told_of
 from surgery.codecs.fp4 import E2M1, SIZES, codes_of, joined, looked_up, nearest, neighbours
+from surgery.core.arithmetic import divided
 from surgery.core.codec import Headers, Packed, Settings, Shape, TiledCodec, differs, on_meta
 from surgery.errors import ConfigError, FormatError
 
@@ -69,7 +70,7 @@ class Nvfp4(TiledCodec):
             raise ConfigError(f"nvfp4: {list(shape)}; a matrix with inputs in {BLOCK}s is wanted")
         tops, largest = torch.cat([_blocks(tile).abs().amax(dim=2) for tile in tiles]), torch.finfo(_FLOAT).max
         whole = (largest * SIZES[-1] / tops.max().clamp(min=torch.finfo(dtype).tiny)).to(torch.float32).view(1)
-        scales = (whole * (tops / SIZES[-1])).clamp(max=largest).to(_FLOAT)
+        scales = (whole * divided(tops, SIZES[-1])).clamp(max=largest).to(_FLOAT)
         scales = torch.where(scales.to(torch.float32) == 0, _LEAST, scales.to(torch.float32)).to(_FLOAT)
         codes = on_meta((shape[0], shape[1] // 2), torch.uint8)
         return Packed({"weight_packed": codes, "weight_scale": scales, "weight_global_scale": whole})

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.method import Additive, Dense, Method, Params, Product, Run, Spec
-from surgery.core.op import Op, Tile
+from surgery.core.op import Op, Tile, onto
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods.eva import Eva
@@ -142,7 +142,7 @@ class FromBase(Additive):
             dropped = F.dropout(x, self.lora.dropout, training)
         # Alike at the start, so that their difference is zero to the bit.
         moved = op.mix(op.apply(dropped, A), B) - op.mix(op.apply(x, A0), B0)
-        return torch.add(below, moved, alpha=self.scaling)
+        return onto(below, moved, self.scaling)
 
     def _principal(self, weight: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """PiSSA: the r largest singular parts. https://arxiv.org/abs/2404.02948"""

@@ -156,7 +156,7 @@ def _as_matrix(values: Tensor) -> Tensor:
 
 def _kaiming(values: Tensor) -> None:
     """Kaiming's uniform start, with a = sqrt(5): by how many numbers each output is made of."""
-    bound = _as_matrix(values).shape[1] ** -0.5
+    bound = max(1, _as_matrix(values).shape[1]) ** -0.5
     values.uniform_(-bound, bound)
 
 

@@ -148,6 +148,23 @@ def test_weights_that_are_no_whole_groups_stay_plain_and_config_json_says_so(ada
         surgery.merge_checkpoint(base, adapter, tmp_path / "none", into="w4a16", **ANY)
 
 
+@pytest.mark.parametrize("form", HELD_IN)
+def test_weights_without_elements_stay_plain(form: str, tmp_path: Path):
+    shapes = {"full": (128, 128), "no_rows": (0, 128), "no_columns": (128, 0)}
+    drawn = torch.Generator().manual_seed(0)
+    base = {f"{site}.weight": torch.randn(shape, generator=drawn).bfloat16() for site, shape in shapes.items()}
+    factors = {f"{site}.lora_A.weight": torch.randn(4, shape[1], generator=drawn) for site, shape in shapes.items()}
+    factors |= {f"{site}.lora_B.weight": torch.randn(shape[0], 4, generator=drawn) for site, shape in shapes.items()}
+    begun = write_base(tmp_path / "base", base)
+    adapter = write_adapter(tmp_path / "adapter", factors, target_modules=list(shapes))
+    surgery.merge_checkpoint(begun, adapter, tmp_path / "out", into=form, reversible=True)
+    found = read_tensors(tmp_path / "out")
+    assert all(torch.equal(found[f"{site}.weight"], base[f"{site}.weight"]) for site in ("no_rows", "no_columns"))
+    assert surgery.verify_checkpoint(begun, adapter, tmp_path / "out").ok
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(begun)
+
+
 def test_what_is_always_read_as_bfloat16_is_made_of_it(adapter: Path, tmp_path: Path):
     base = plain_base(tmp_path / "base", dtype=torch.float16)
     with pytest.raises(FormatError, match="nvfp4 is always read as bfloat16; give --dtype bfloat16"):

@@ -33,7 +33,7 @@ Rest = Literal["refuse", "save", "drop"]
 _OPS = (*LAYOUTS, "embedding")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExtractReport(FidelityReport):
     """What was written, and how far it is from the tuned weights."""
 

@@ -89,7 +89,9 @@ def _is_linear_map(change: Change, base: Checkpoint) -> bool:
 
 
 def _fits(form: str, info: TensorInfo) -> bool:
-    """Do its sizes? Groups of inputs have to be whole."""
+    """Do its sizes? Groups of inputs have to be whole, and there is no scale of nothing."""
+    if not all(info.shape):
+        return False
     try:
         made_as(form, info.shape, torch.bfloat16)
     except ConfigError:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from surgery.adapters.peft import check_shapes
+from surgery.adapters.peft import check_finite, check_shapes
 from surgery.core.adapter import Adapter, Layer, Weighted, bias_layers, shape_of
 from surgery.core.names import in_base, naming_between, nearest, suffix_hits
 from surgery.core.site import RawDtype, Site, TensorInfo
@@ -125,6 +125,7 @@ class Joined:
                 f"{printable(name)}: {site.acting.name}, as --op says, it does not fit the adapter; leave --op out"
             )
         check_shapes(name, params, wanted, self.adapter.where)
+        check_finite(name, params, self.adapter.where)
         method.refuse_merge(site)
         return Layer(method.weighted(self.weight), params, self.index, name)
 

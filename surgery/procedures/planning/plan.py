@@ -7,6 +7,7 @@ from typing import Any
 from surgery.adapters import out_proj
 from surgery.core.adapter import Adapter, Layer, Weighted, nbytes_of
 from surgery.core.names import Naming, in_base
+from surgery.core.report import Report
 from surgery.core.select import matched_by, unmatched
 from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source
@@ -26,8 +27,8 @@ _RUNTIME_BYTES = 300_000_000  # Python and torch themselves
 _TILE_COPIES = 12  # float64 tensors of a tile's size alive at once
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Report):
     """The changes in the order of the base's bytes; refusals; and remarks that stop nothing."""
 
     changes: tuple[Change, ...]
@@ -236,6 +237,7 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
 
 
 def _matched(adapters: Sequence[Weighted], layer: Layer) -> dict[str, Any]:
-    """The site as its adapter names it, the entry of target_modules that hits it, and its numbers."""
-    config = adapters[layer.adapter].adapter.config
-    return {"site": layer.name, "by": matched_by(config, in_base(layer.name)), **config.told(layer.name)}
+    """Of which adapter, the site as that names it, the entry of target_modules that hits it, and its numbers."""
+    adapter = adapters[layer.adapter].adapter
+    by = matched_by(adapter.config, in_base(layer.name))
+    return {"adapter": adapter.hub_id or adapter.where, "site": layer.name, "by": by, **adapter.config.told(layer.name)}
