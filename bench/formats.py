@@ -94,11 +94,9 @@ def weight(size: int = SIZE) -> Tensor:
 
 def kept(example: Example, packed: Packed, share: float) -> str:
     """What is left of a delta of rank 16 and random directions."""
-    if example.codec.name == "mxfp4":  # a stack of experts, of which no single matrix keeps it
-        return "refused"
     drawn, codec = torch.Generator().manual_seed(1), example.codec
     before = codec.decode(packed, torch.float64)
-    size = len(before)
+    size = before.shape[-1]
     delta = torch.randn(size, 16, generator=drawn).double() @ torch.randn(16, size, generator=drawn).double()
     wanted = before + delta * (share * before.norm() / delta.norm())
     return str(Survival.of(before, wanted, codec.decode(codec.encode(wanted, like=packed), torch.float64)))

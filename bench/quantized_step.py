@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from bench.thin import middle, seconds, shuffle_adapters
+from bench.thin import DEVICE, middle, seconds, shuffle_adapters
 from bench.train import FIELDS, HIDDEN, LAYERS, step
+from bench.words import ms
 
 BATCH, SEQ, ROUNDS = 4, 256, 9
 
@@ -21,7 +22,8 @@ BATCH, SEQ, ROUNDS = 4, 256, 9
 def main() -> None:
     torch.manual_seed(0)
     bare = nn.Sequential(*(nn.Linear(HIDDEN, HIDDEN, bias=False, dtype=torch.bfloat16) for _ in range(LAYERS)))
-    base, x = surgery.quantize(bare, "nf4", double_quant=True), torch.randn(BATCH, SEQ, HIDDEN, dtype=torch.bfloat16)
+    base = surgery.quantize(bare.to(DEVICE), "nf4", double_quant=True)
+    x = torch.randn(BATCH, SEQ, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
     ours = surgery.inject(copy.deepcopy(base), surgery.LoraConfig(**FIELDS))
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**FIELDS))
     models = {"surgery": ours, "peft": theirs}
@@ -41,9 +43,9 @@ def row(models: dict[str, nn.Module], x: Tensor, what: str, run: Callable[[nn.Mo
     for _ in range(ROUNDS):
         for tool, model in models.items():
             times[tool].append(seconds(lambda m=model: run(m, x)))
-    ours, theirs = (1e3 * middle(times[tool]) for tool in ("surgery", "peft"))
+    ours, theirs = (middle(times[tool]) for tool in ("surgery", "peft"))
     told = f"{what} of {LAYERS} nf4 linears with LoRA"
-    return [told, f"{ours:.0f} ms", f"{theirs:.0f} ms", f"{ours / theirs:.2f}", "<= 1"]
+    return [told, ms(ours), ms(theirs), f"{ours / theirs:.2f}", "<= 1"]
 
 
 if __name__ == "__main__":

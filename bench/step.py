@@ -1,48 +1,72 @@
-"""A training step of a decoder of 110M parameters with LoRA (r = 16) on all linears, 4 x 256 tokens, against peft.
+"""A training step of a decoder with LoRA (r = 16) on all linears, against peft: `python -m bench.step [110M | 1.1B]`.
 
 All take turns in one process, so that a busy machine slows each alike; then each runs alone, for its memory.
-Where there is a GPU, it runs there.
 """
 
+import gc
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.merge import peak_mb
-from bench.thin import TARGETS, middle, seconds, shuffle_adapters
+from bench.thin import DEVICE, TARGETS, finish, middle, seconds, shuffle_adapters
+from bench.words import ms
 
-BATCH, SEQ, RANK, VOCAB = 4, 256, 16, 32000
+RANK, VOCAB = 16, 32000
 FIELDS = {"r": RANK, "lora_alpha": 32, "target_modules": TARGETS}
-ROUNDS, ALONE = 7, 3
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDS, ALONE = 20 if DEVICE == "cuda" else 7, 3
 Step = Callable[[], None]
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        alone(sys.argv[1])
+class Size(NamedTuple):
+    """A decoder, and what it is trained on."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    key_heads: int
+    batch: int
+    seq: int
+    dtype: torch.dtype = torch.float32
+    tied: bool = True
+
+
+SIZES: Mapping[str, Size] = {
+    "110M": Size(768, 2048, 12, 12, 12, batch=4, seq=256),
+    "1.1B": Size(2048, 5632, 22, 32, 4, batch=4, seq=1024, dtype=torch.bfloat16, tied=False),
+}
+
+
+def main(name: str = "110M", alone: str = "") -> None:
+    if alone:
+        print(peak_of(name, alone))
         return
-    steps = {kind: make() for kind, make in MAKERS.items()}
-    times: dict[str, list[float]] = {kind: [] for kind in steps}
+    print(json.dumps(table(name, times(name))))
+
+
+def times(name: str) -> Mapping[str, float]:
+    """Seconds of a step by each."""
+    steps = {kind: make(name) for kind, make in MAKERS.items()}
+    found: dict[str, list[float]] = {kind: [] for kind in steps}
     for step in steps.values():
         step()
     for _ in range(ROUNDS):
         for kind, step in steps.items():
-            times[kind].append(seconds(step))
-    steps.clear()
-    print(json.dumps(table({kind: middle(values) for kind, values in times.items()})))
+            found[kind].append(seconds(step))
+    return {kind: middle(values) for kind, values in found.items()}
 
 
-def table(took: Mapping[str, float]) -> list[list[str]]:
+def table(name: str, took: Mapping[str, float]) -> list[list[str]]:
     ours, theirs, bare = took["surgery"], took["peft"], took["bare"]
-    memory = {kind: measured(kind) for kind in ("surgery", "peft")}
-    what = f"training step of a 110M decoder, LoRA; its base alone takes {1e3 * bare:.0f} ms"
-    row = [what, f"{1e3 * ours:.0f} ms", f"{1e3 * theirs:.0f} ms", f"{ours / theirs:.2f}", "<= 0.9"]
+    memory = {kind: measured(name, kind) for kind in ("surgery", "peft")}
+    what = f"training step of a {name} decoder, LoRA; its base alone takes {ms(bare)}"
+    row = [what, ms(ours), ms(theirs), f"{ours / theirs:.2f}", "<= 0.9"]
     over = [f"{kind / bare:.2f} x" for kind in (ours, theirs)]
     used = [f"{memory[kind]:.0f} MB" for kind in ("surgery", "peft")]
     return [
@@ -52,73 +76,80 @@ def table(took: Mapping[str, float]) -> list[list[str]]:
     ]
 
 
-def measured(kind: str) -> float:
-    """Peak megabytes of a process that trains by one of the two."""
-    command = [sys.executable, "-m", "bench.step", kind]
+def measured(name: str, kind: str) -> float:
+    """Peak megabytes of training by one of the two: of a GPU's memory, or of a process."""
+    if DEVICE == "cuda":
+        return peak_of(name, kind)
+    command = [sys.executable, "-m", "bench.step", name, kind]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.splitlines()[-1])
 
 
-def alone(kind: str) -> None:
-    step = MAKERS[kind]()
+def peak_of(name: str, kind: str) -> float:
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step = MAKERS[kind](name)
     for _ in range(ALONE):
         step()
-    print(torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else peak_mb())
+    return torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else peak_mb()
 
 
-def bare() -> Step:
+def bare(name: str) -> Step:
     """Forward and backward of the frozen base, by way of its embeddings' gradients."""
-    model = decoder().requires_grad_(False)
+    model = decoder(name).requires_grad_(False)
     model.enable_input_require_grads()
-    return lambda: backward(model)
+    return lambda: backward(model, SIZES[name])
 
 
-def surgery() -> Step:
+def surgery(name: str) -> Step:
     import surgery as ours
 
-    return trained(ours.inject(decoder(), ours.LoraConfig(**FIELDS)))
+    return trained(ours.inject(decoder(name), ours.LoraConfig(**FIELDS)), SIZES[name])
 
 
-def peft() -> Step:
+def peft(name: str) -> Step:
     import peft as theirs
 
-    return trained(theirs.get_peft_model(decoder(), theirs.LoraConfig(**FIELDS)))
+    return trained(theirs.get_peft_model(decoder(name), theirs.LoraConfig(**FIELDS)), SIZES[name])
 
 
-MAKERS: Mapping[str, Callable[[], Step]] = {"bare": bare, "surgery": surgery, "peft": peft}
+MAKERS: Mapping[str, Callable[[str], Step]] = {"bare": bare, "surgery": surgery, "peft": peft}
 
 
-def decoder() -> LlamaForCausalLM:
+def decoder(name: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
+    size = SIZES[name]
     config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
+        hidden_size=size.hidden,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.key_heads,
         vocab_size=VOCAB,
-        tie_word_embeddings=True,
+        tie_word_embeddings=size.tied,
     )
-    return LlamaForCausalLM(config).to(DEVICE).train()
+    with torch.device(DEVICE):
+        return LlamaForCausalLM(config).to(size.dtype).train()
 
 
-def trained(model: Any) -> Step:
+def trained(model: Any, size: Size) -> Step:
     shuffle_adapters(model)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-4)
 
     def step() -> None:
-        backward(model)
+        backward(model, size)
         optimizer.step()
         optimizer.zero_grad()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        finish()
 
     return step
 
 
-def backward(model: Any) -> None:
-    tokens = torch.arange(BATCH * SEQ, device=DEVICE).view(BATCH, SEQ)
+def backward(model: Any, size: Size) -> None:
+    tokens = torch.arange(size.batch * size.seq, device=DEVICE).view(size.batch, size.seq)
     model(input_ids=tokens, labels=tokens).loss.backward()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

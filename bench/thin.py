@@ -1,5 +1,6 @@
-"""The thin Llama that the overhead of adapters is measured on: many layers, little arithmetic."""
+"""The thin Llama that the overhead of adapters is measured on: many layers, little arithmetic. And how it is timed."""
 
+import os
 import time
 from collections.abc import Callable
 from statistics import median
@@ -8,6 +9,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+# `python -m bench.NAME` runs on a GPU where there is one; `make bench` has it on the CPU, `python -m bench.gpu` there.
+DEVICE = os.environ.get("BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -22,7 +25,8 @@ def thin_llama(layers: int = 200) -> LlamaForCausalLM:
         vocab_size=128,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).eval()
+    with torch.device(DEVICE):
+        return LlamaForCausalLM(config).eval()
 
 
 def shuffle_adapters(model: nn.Module) -> None:
@@ -33,9 +37,18 @@ def shuffle_adapters(model: nn.Module) -> None:
 
 
 def seconds(once: Callable[[], object]) -> float:
+    """How long it takes until its outcome is there."""
+    finish()
     start = time.perf_counter()
     once()
+    finish()
     return time.perf_counter() - start
+
+
+def finish() -> None:
+    """Wait for what runs on a GPU."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def middle(values: list[float]) -> float:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from bench.thin import middle, seconds, shuffle_adapters
+from bench.thin import DEVICE, middle, seconds, shuffle_adapters
+from bench.words import ms
 
 HIDDEN, LAYERS, BATCH, SEQ, RANK = 1024, 24, 4, 256, 8
 ROUNDS = 9
@@ -20,8 +21,8 @@ FIELDS = {"r": RANK, "lora_alpha": 16, "target_modules": [str(index) for index i
 
 def main() -> None:
     torch.manual_seed(0)
-    bare = nn.Sequential(*(nn.Linear(HIDDEN, HIDDEN) for _ in range(LAYERS)))
-    x = torch.randn(BATCH, SEQ, HIDDEN)
+    bare = nn.Sequential(*(nn.Linear(HIDDEN, HIDDEN) for _ in range(LAYERS))).to(DEVICE)
+    x = torch.randn(BATCH, SEQ, HIDDEN, device=DEVICE)
     models = {}
     for use_dora in (False, True):
         models["surgery", use_dora] = surgery.inject(
@@ -46,10 +47,10 @@ def step(model: nn.Module, x: Tensor) -> None:
 
 
 def row(times: dict[tuple[str, bool], list[float]], use_dora: bool) -> list[str]:
-    ours, theirs = (1e3 * middle(times[tool, use_dora]) for tool in ("surgery", "peft"))
+    ours, theirs = (middle(times[tool, use_dora]) for tool in ("surgery", "peft"))
     method = "DoRA" if use_dora else "LoRA"
     what = f"forward and backward of {LAYERS} linears with {method}"
-    return [what, f"{ours:.0f} ms", f"{theirs:.0f} ms", f"{ours / theirs:.2f}", "<= 0.9"]
+    return [what, ms(ours), ms(theirs), f"{ours / theirs:.2f}", "<= 0.9"]
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         unmerge,
     )
     from surgery.api.made_adapters import combine, extract
-    from surgery.core.config import AdapterConfig
+    from surgery.core.config import AdapterConfig, TaskType
     from surgery.errors import (
         AbsentError,
         CheckError,
@@ -94,6 +94,7 @@ _HOMES = {
     "ShapeError": "errors",
     "StateError": "errors",
     "SurgeryError": "errors",
+    "TaskType": "core.config",
     "UnmergeReport": "procedures.writing.unmerge_checkpoint",
     "UsageError": "errors",
     "ValueRangeError": "errors",
@@ -137,6 +138,7 @@ __all__ = [
     "ShapeError",
     "StateError",
     "SurgeryError",
+    "TaskType",
     "UnmergeReport",
     "UsageError",
     "ValueRangeError",

@@ -85,6 +85,8 @@ def test_the_examples_of_docstrings_give_what_they_say(path: Path) -> None:
     ("name", "told"),
     [
         ("library", "the model is what it was, bit for bit"),
+        ("switch_adapters", "2 of 2 adapters go on as they were taught, alone and in one batch"),
+        ("train_and_merge", "transformers alone gives what the merged model gives, to the bit"),
         ("train_lora", "8 of 8 sentences are told apart by the merged model"),
         ("train_ia3", "8 of 8 sentences are told apart by the merged model"),
         ("train_adalora", "8 of 8 sentences are told apart by the merged model"),
@@ -113,7 +115,7 @@ def test_an_example_runs(name: str, told: str, tmp_path: Path) -> None:
 def test_the_demo_gives_the_original_bytes_back(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     done = subprocess.run(
-        [sys.executable, "-m", "surgery.cli", "demo", "--out", str(out)], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "surgery", "demo", "--out", str(out)], capture_output=True, text=True, check=True
     )
     assert "recall@1" in done.stdout
     restored = {path.name for path in (out / "restored").rglob("*") if path.is_file()}

@@ -10,6 +10,7 @@ import surgery
 
 ROOT = Path(surgery.__file__).parent
 FLOORS = (
+    ("__main__",),
     ("cli",),
     ("api", "testing"),
     ("integrations",),

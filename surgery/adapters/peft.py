@@ -13,10 +13,12 @@ from surgery.adapters import out_proj
 from surgery.adapters.out_proj import Scale
 from surgery.adapters.sorting import PREFIX, Found, sorted_out
 from surgery.core.adapter import Adapter, shape_of
+from surgery.core.arithmetic import all_finite
 from surgery.core.config import AdapterConfig
+from surgery.core.method import Params
 from surgery.core.sharded import whole
 from surgery.core.site import TensorInfo
-from surgery.errors import AbsentError, FormatError, InputError, ShapeError, printable
+from surgery.errors import AbsentError, FormatError, InputError, ShapeError, ValueRangeError, printable
 from surgery.io.fingerprint import read_base_print
 from surgery.io.header import Entry, encode_header
 from surgery.io.octets import octets, tensor_from
@@ -180,4 +182,14 @@ def check_shapes(
             raise ShapeError(
                 f"{printable(where)}: {printable(site_name)}: {role} is {list(found)}, but "
                 f"{list(shape)} is wanted by this base and the config; was it trained on another model?"
+            )
+
+
+def check_finite(site_name: str, given: Params, where: str) -> None:
+    """ValueRangeError for what no merge can be made with, told before one begins."""
+    for role, values in given.items():
+        if not all_finite(values):
+            raise ValueRangeError(
+                f"{printable(where)}: {printable(site_name)}: {role} holds NaN or infinity; finite numbers are wanted; "
+                "train or download it again"
             )

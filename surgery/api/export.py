@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from surgery.api.files import Adapters, Where, checkpoint, weighted
+from surgery.api.given import Adapters, Where, checkpoint, weighted
 from surgery.core.adapter import Weighted
 from surgery.errors import UsageError
 from surgery.formats.onnx.example import Example, example_of

@@ -1,27 +1,19 @@
 """On files: each function finds its inputs and calls one procedure."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Unpack
 
 import torch
 from torch import nn
 
-from surgery.adapters.out_proj import check_scale
-from surgery.adapters.peft import open_adapter
-from surgery.core.adapter import Weighted
-from surgery.core.survival import Bounds
-from surgery.errors import UsageError, printable
-from surgery.hosts.calibration import Calibration
+from surgery.api.given import Adapters, Where, calibrated, checkpoint, weighted
+from surgery.errors import UsageError
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import bytes_of
 from surgery.integrations import transformers as hugging
-from surgery.io.hub import locate, located
+from surgery.io.hub import locate
 from surgery.procedures.checking import diff as differing
 from surgery.procedures.checking import inspect as inspection
 from surgery.procedures.checking import verify as verifying
@@ -34,9 +26,6 @@ from surgery.procedures.writing import publish
 from surgery.procedures.writing import unmerge_checkpoint as unmerging
 from surgery.procedures.writing.expected import check_adapters, check_sha256
 from surgery.procedures.writing.filling import OnProgress, Pace
-
-Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
-Adapters = Where | Sequence[Where | tuple[Where, float]]  # one, or several in their order, each with a weight
 
 
 def inspect(model: nn.Module | Where, *, sha256: bool = False) -> inspection.Inspection:
@@ -78,8 +67,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     reversible: bool = False,
     calibration: Where | None = None,
     probes: int = 0,
-    min_retained: float = 0.5,
-    max_noise: float = 1.0,
+    min_retained: float | None = None,
+    max_noise: float | None = None,
     mha_out_proj_scale: int | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
@@ -99,9 +88,9 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
     bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales; "nf4",
     "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16" or "nvfp4" all that transformers would quantize, of
-    a plain base too, by new ones. Either raises CheckError where less than `min_retained` of the adapters' change is
-    left of it, or what comes beside it is more than `max_noise` of it; with `fallback` "16bit" those weights of which
-    that is so are written plainly instead.
+    a plain base too, by new ones. Either raises CheckError where less than `min_retained` (0.5) of the adapters' change
+    is left of it, or what comes beside it is more than `max_noise` (1) of it; with `fallback` "16bit" those weights of
+    which that is so are written plainly instead.
     `rounding` "feedback" looks for other codes than the nearest, where a LoRA looks at its inputs along few directions:
     more of its change is retained there, and more comes beside it elsewhere. `calibration`, a file or folder that
     `record_inputs` has written, says what inputs there are instead. `probes` seeded inputs, half of whose energy lies
@@ -132,7 +121,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         resume=resume,
         expect_base_sha256=expect_base_sha256,
         probes=check_probes(probes),
-        bounds=Bounds(min_retained, max_noise),
+        bounds=wanted.bounds(min_retained, max_noise, probes),
         pace=Pace(progress=progress),
     )
     found = weighted(adapters, mha_out_proj_scale)
@@ -199,8 +188,10 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     in its own dtype, and with the adapter's effect; `layers` also what each adapted module gives, which tells where
     they part. Padding, by `attention_mask`, is left out. Raises EnvironmentFault without transformers.
     """
-    _check_outputs(outputs, layers or inputs is not None, base_as, out is None or adapters is None)
+    derivation = (ops, compute_dtype, base_as, arithmetic, mha_out_proj_scale, calibration, probes)
+    _check_outputs(outputs, layers or inputs is not None, base_as)
     if out is None or adapters is None:
+        _check_alone(out is None and adapters is None, outputs, any(derivation))
         return verifying.verify_receipt(locate(base))
     with checkpoint(base) as source, Checkpoint(locate(out)) as found:
         told = verifying.recorded(found.folder)
@@ -214,14 +205,25 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 
 
-def _check_outputs(outputs: bool, detailed: bool, base_as: str | None, alone: bool) -> None:
+def _check_outputs(outputs: bool, detailed: bool, base_as: str | None) -> None:
     """UsageError where a run of the models is asked for that cannot be, or how to run them and no run."""
     if detailed and not outputs:
-        raise UsageError("verify_checkpoint: layers and inputs are for a run of the models; give outputs=True")
+        raise UsageError("verify: layers and inputs are for a run of the models; ask for outputs too")
     if outputs and base_as is not None:
-        raise UsageError("verify_checkpoint: outputs are compared of plain models, and base_as makes BASE none")
-    if outputs and alone:
-        raise UsageError("verify_checkpoint: outputs are compared with those of adapters over a base; name both")
+        raise UsageError("verify: outputs are of plain models, and base_as makes the base none; give one of the two")
+
+
+def _check_alone(alone: bool, outputs: bool, derived: bool) -> None:
+    """UsageError unless one folder is given, and nothing is asked of it that takes the merge to be derived anew."""
+    if not alone:
+        raise UsageError("verify: one of adapters and OUT is missing; name BASE, adapters and OUT, or OUT alone")
+    if outputs:
+        raise UsageError("verify: outputs are compared with those of adapters over a base; name both too")
+    if derived:
+        raise UsageError(
+            "verify: ops, compute_dtype, base_as, arithmetic, mha_out_proj_scale, calibration and probes are for a "
+            "merge that is derived anew; name base and adapters too"
+        )
 
 
 def diff(a: Where, b: Where) -> differing.DiffReport:
@@ -243,36 +245,3 @@ def diff(a: Where, b: Where) -> differing.DiffReport:
     """
     with Checkpoint(locate(a)) as one, Checkpoint(locate(b)) as other:
         return differing.diff(one, other)
-
-
-@contextmanager
-def calibrated(treatment: Treatment, calibration: Where | None) -> Iterator[Treatment]:
-    """The treatment with these inputs, which are open meanwhile. UsageError where it does not ask for feedback."""
-    if calibration is None:
-        yield treatment
-        return
-    with Calibration(locate(calibration)) as found:
-        yield treatment.calibrated_by(found)
-
-
-def weighted(adapters: Adapters, mha_out_proj_scale: int | None = None) -> list[Weighted]:
-    """UsageError for a weight that is no finite number."""
-    found, scale = [], check_scale(mha_out_proj_scale)
-    for one in [adapters] if isinstance(adapters, str | PathLike) else adapters:
-        where, weight = one if isinstance(one, tuple) else (one, 1.0)
-        if not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise UsageError(f"{printable(where)}: its weight is {printable(weight)}; a finite number is wanted")
-        place = located(where)
-        adapter = replace(open_adapter(place.path, scale=scale), hub_id=place.hub_id, commit=place.commit)
-        found.append(Weighted(adapter, float(weight)))
-    return found
-
-
-def checkpoint(where: Where) -> Checkpoint:
-    """Open, with what is known of where it came from."""
-    place = located(where)
-    found = Checkpoint(place.path)
-    found.hub_id, found.commit = place.hub_id, place.commit
-    found.names, found.linears = partial(hugging.name_map, found.config), partial(hugging.linears_of, found)
-    found.in_memory = partial(hugging.names_in_memory, found)
-    return found

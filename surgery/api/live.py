@@ -1,6 +1,6 @@
 """On a model in memory: each function calls one procedure, and attaches what transformers adds to its models."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import read_adapter
-from surgery.api.files import calibrated
+from surgery.api.given import calibrated
 from surgery.codecs.formats import format_of
-from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
@@ -44,11 +43,13 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     matching: Literal["strict", "peft"] | None = None,
     quantization_aware: str | None = None,
     examples: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> Model:
     """Lay a fresh adapter over the modules that `config` names, in place; returns the model.
 
-    `config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter. The rest
-    of the model is frozen. The first adapter is active.
+    `config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter. Where it names no
+    `target_modules`, they are what PEFT takes for models of this type. The rest of the model is frozen. The first
+    adapter is active.
 
     `matching` "strict" takes the dots of names as dots, globs such as "layers.*.q_proj", and regular expressions after
     "re:" in lists and keys of patterns; each entry has to match. "peft" matches as PEFT does, by default where the
@@ -56,9 +57,10 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     "fp8_block", "w4a16", "w4a16-asym" or "nvfp4" its layers run, and it is trained, as they will once it is merged and
     their weights are held so: the base's own scales are kept where it is held in that format already.
 
-    `examples` are for `init_lora_weights` "eva": batches, each a tensor, several in a list or tuple, or keyword
-    arguments, which are run through the base, again and again until what is found settles. Raises MatchError for an
-    entry that matches nothing, UsageError without the examples that it starts from, ConfigError, StateError.
+    `examples` are for `init_lora_weights` "eva", "corda" and "lora_ga": batches, each a tensor, several in a list or
+    tuple, or keyword arguments, which are run through the base; for "lora_ga" also back, from the loss that the model
+    makes of each, or that `loss` makes of what the model gives and the batch. Raises MatchError for an entry that
+    matches nothing, UsageError without the examples that it starts from, ConfigError, StateError.
 
     >>> import surgery, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -71,8 +73,11 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
         raise UsageError(f"matching is {printable(matching)!r}; strict or peft is wanted")
     as_peft = is_peft_s(config) if matching is None else matching == "peft"
     heads = partial(hugging.output_heads, model)
-    batches = None if examples is None else Examples(examples)
-    injection.inject(model, config_of(config), adapter_name, heads, trainable, form, as_peft, batches)
+    if loss is not None and examples is None:
+        raise UsageError("loss is given, and no examples; leave it out, or give examples")
+    batches = None if examples is None else Examples(examples, loss=loss)
+    wanted = hugging.with_default_targets(model, config_of(config))
+    injection.inject(model, wanted, adapter_name, heads, trainable, form, as_peft, batches)
     hugging.attach(model)
     return model
 
@@ -94,7 +99,7 @@ def load(  # noqa: PLR0913  # a model, an adapter, and how it is laid over it
     """
     form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
     adapter = read_adapter(locate(path), check_scale(mha_out_proj_scale))
-    loading.lay(model, adapter, adapter_name, trainable, form)
+    loading.lay(model, adapter, adapter_name, trainable, form, hugging.room_of(model))
     hugging.attach(model)
     return model
 
@@ -202,8 +207,8 @@ def merge(  # noqa: PLR0913  # one argument an option
     arithmetic: str = "exact",
     rounding: str | None = None,
     calibration: Where | None = None,
-    min_retained: float = 0.5,
-    max_noise: float = 1.0,
+    min_retained: float | None = None,
+    max_noise: float | None = None,
 ) -> Model:
     """Add the active adapters to the base weights, in place; `unmerge` brings them back to the bit.
 
@@ -218,7 +223,7 @@ def merge(  # noqa: PLR0913  # one argument an option
     """
     treatment = Treatment.of(into=into, arithmetic=arithmetic, rounding=rounding)
     with calibrated(treatment, calibration) as treatment:
-        landing = Landing(treatment, Bounds(min_retained, max_noise), hugging.output_heads(model))
+        landing = Landing(treatment, treatment.bounds(min_retained, max_noise), hugging.output_heads(model))
         merging.merge(model, undo, landing)
     return model
 
@@ -247,12 +252,13 @@ def record_inputs(  # noqa: PLR0913  # three things and their options
     rank: int = 64,
     overwrite: bool = False,
 ) -> recording.Recording:
-    """Run the model over `batches`, and write what its linear layers get to the folder `out`, for `calibration`.
+    """Run the model over `batches`, in eval mode, and write what its linear layers get to `out`, for `calibration`.
 
-    A batch is what the model is called with: keyword arguments, or one value; what its attention_mask masks is left
-    out. `targets` names the modules by the ends of their names, by default all. Of the second moment of a module's
-    inputs, `rank` rows are kept and the mean squares of the rest, and memory holds no more than some such rows. Inputs
-    are added up as they come: the same on another machine but for rounding, and it is the file that a merge tells.
+    A batch is what the model is called with: a tensor, several in a list or tuple, or keyword arguments, of which what
+    attention_mask masks is left out. `targets` names the modules by the ends of their names, by default all. Of the
+    second moment of a module's inputs, `rank` rows are kept and the mean squares of the rest, and memory holds no more
+    than some such rows. Inputs are added up as they come: the same on another machine but for rounding, and it is the
+    file that a merge tells.
     Raises MatchError, UsageError where no linear layer is called, ValueRangeError, OutputExistsError.
 
     >>> import surgery, tempfile, torch
@@ -261,8 +267,7 @@ def record_inputs(  # noqa: PLR0913  # three things and their options
     ...     surgery.record_inputs(model, [torch.randn(32, 8)], f"{folder}/inputs").counts
     {'0': 32}
     """
-    moments = recording.record_inputs(model, batches, targets, rank)
-    return recording.write_inputs(moments, Path(out), overwrite)
+    return recording.record_inputs(model, Examples(batches, "batches"), Path(out), targets, rank, overwrite)
 
 
 def adalora_step(model: nn.Module, step: int) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from surgery.api.files import Adapters, Where, checkpoint, weighted
+from surgery.api.given import Adapters, Where, checkpoint, weighted
 from surgery.procedures.making import combine as combining
 from surgery.procedures.making import extract as extraction
 from surgery.procedures.making.combinations import Recipe

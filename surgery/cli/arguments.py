@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from surgery.procedures.checking.report import CaseReport, Report
+    from surgery.core.report import Report
+    from surgery.procedures.checking.report import CaseReport
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])

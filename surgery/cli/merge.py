@@ -17,11 +17,9 @@ from surgery.cli.push import private
 @treatment
 @calibration
 @probes
+@click.option("--min-retained", type=float, help="Fail if --into leaves less of the adapters' change.  [default: 0.5]")
 @click.option(
-    "--min-retained", default=0.5, show_default=True, help="Fail if --into leaves less of the adapters' change."
-)
-@click.option(
-    "--max-noise", default=1.0, show_default=True, help="Fail if more comes beside it, in proportion to the change."
+    "--max-noise", type=float, help="Fail if more comes beside it, in proportion to the change.  [default: 1.0]"
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Such as 5GB. By default the files are cut as the base's are.")
 @click.option("--expect-base-sha256", metavar="HASH", help="Refuse another base; `surgery inspect --sha256` tells it.")

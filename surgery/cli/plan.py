@@ -28,7 +28,7 @@ def plan(base: str, adapters: tuple[str, ...], as_json: bool, **treatment: Any) 
             one["op"] or "",
             "x".join(map(str, one["shape"])),
             one["dtype"],
-            _what(one),
+            _what(one, len(adapters) > 1),
         )
         for one in report.to_json()["changes"]
     ]
@@ -41,19 +41,20 @@ def plan(base: str, adapters: tuple[str, ...], as_json: bool, **treatment: Any) 
         raise InputError(f"{printable(base)}: {len(report.refusals)} refused, so nothing would be merged; {told}")
 
 
-def _what(change: Mapping[str, Any]) -> str:
-    """What becomes of a weight, in words."""
+def _what(change: Mapping[str, Any], several: bool) -> str:
+    """What becomes of a weight, in words; `several` adapters are told apart."""
     done = [f"{'in' if 'kept' in change else 'from'} {change['held']}"] if "held" in change else []
     done += [f"into {change['into']}"] if "into" in change else []
     layers = zip(change["methods"], change["matched"], strict=True)
-    done += ["replaced"] if change["replaced"] else [_laid(method, matched) for method, matched in layers]
+    done += ["replaced"] if change["replaced"] else [_laid(*layer, several) for layer in layers]
     return ", ".join(done) or "cast"
 
 
-def _laid(method: Mapping[str, str], matched: Mapping[str, Any]) -> str:
-    """A layer: its method, r, alpha, scaling, and the entry of target_modules that it is there by."""
+def _laid(method: Mapping[str, str], matched: Mapping[str, Any], several: bool) -> str:
+    """A layer: its method, r, alpha, scaling, its adapter, and the entry of target_modules that it is there by."""
     from surgery.errors import printable
 
     numbers = [f"{name}={matched[name]:g}" for name in ("r", "lora_alpha") if name in matched]
     numbers += [f"scaling={float.fromhex(method['scaling']):g}"] if "scaling" in method else []
-    return " ".join([method["method"], *numbers, f"by {printable(matched['by'])!r}"])
+    told = [f"of {printable(matched['adapter'])}"] if several else []
+    return " ".join([method["method"], *numbers, *told, f"by {printable(matched['by'])!r}"])

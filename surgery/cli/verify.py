@@ -1,6 +1,6 @@
 """surgery verify OUT, or surgery verify BASE ADAPTER... OUT."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,6 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     from surgery.api import files
 
     _check_call(paths, base, adapters)
-    if len(paths) == 1 and not base:
-        _check_alone(outputs, derivation)
-    if outputs and derivation["base_as"]:
-        raise click.UsageError("--outputs runs plain models, and --base-as makes BASE none; give one of the two")
-    if layers and not outputs:
-        raise click.UsageError("--layers is for a run of the models; give --outputs too")
     if len(paths) > 2:
         base, adapters = paths[0], paths[1:-1]
     out = paths[-1]
@@ -82,14 +76,3 @@ def _check_call(paths: Sequence[str], base: str | None, adapters: Sequence[str])
     """UsageError unless base and adapters are both named, in one of the two ways, or neither is."""
     if len(paths) == 2 or (len(paths) > 2 and (base or adapters)) or bool(base) != bool(adapters):
         raise click.UsageError("name OUT; or OUT with --base and --adapter; or BASE ADAPTER... OUT")
-
-
-def _check_alone(outputs: bool, derivation: Mapping[str, Any]) -> None:
-    """UsageError for what is asked of OUT alone and takes the merge to be derived anew."""
-    if any(derivation.values()):
-        raise click.UsageError(
-            "--op, --compute-dtype, --base-as, --arithmetic, --mha-out-proj-scale, --calibration and --probes are for "
-            "a merge that is derived anew; name base and adapters too"
-        )
-    if outputs:
-        raise click.UsageError("--outputs compares with the adapters over their base; name base and adapters too")

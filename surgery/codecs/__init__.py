@@ -14,7 +14,7 @@ from surgery.codecs.mxfp4 import Mxfp4
 from surgery.codecs.nvfp4 import Nvfp4
 from surgery.codecs.plain import Plain
 from surgery.codecs.torchao import TorchaoFp8, TorchaoInt8
-from surgery.core.codec import Codec, Packed, Settings, Shape
+from surgery.core.codec import Codec, Packed, Settings, Shape, TiledCodec
 from surgery.errors import FormatError
 
 CODECS: tuple[Codec, ...] = (
@@ -24,7 +24,7 @@ CODECS: tuple[Codec, ...] = (
     Plain(),
 )
 # Formats by name, with the settings of fresh weights in them.
-FORMS: Mapping[str, tuple[Codec, Settings]] = {
+FORMS: Mapping[str, tuple[TiledCodec, Settings]] = {
     "nf4": (Bnb4(), {"quant_type": "nf4"}),
     "nf4-double": (Bnb4(), {"quant_type": "nf4", "double_quant": True}),
     "fp4": (Bnb4(), {"quant_type": "fp4"}),

@@ -7,7 +7,7 @@ nested_offset. https://arxiv.org/abs/2305.14314
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from surgery.codecs.bitsandbytes_config import told
-from surgery.codecs.bnb4_fresh import BLOCKSIZES, DTYPES, KINDS, fresh
-from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
+from surgery.codecs.bnb4_fresh import BLOCKSIZES, DTYPES, KINDS, PART, TINY, codes, scales
+from surgery.core.codec import MADE_BY, Headers, Packed, Settings, Shape, TiledCodec, differs
 from surgery.errors import FormatError, printable
 
 STATES = {f"weight.quant_state.bitsandbytes__{kind}": kind for kind in KINDS}
@@ -25,7 +25,7 @@ _STATE_BYTES = 4096
 _LONGEST = 24  # characters of a float
 
 
-class Bnb4(Codec):
+class Bnb4(TiledCodec):
     """Codes in bytes, or in wider elements of the same bytes; absmax by block; and the quant state, JSON in bytes.
 
     The settings are those of the quant state: quant_type, blocksize, dtype, shape, and where absmax is quantized too
@@ -69,7 +69,11 @@ class Bnb4(Codec):
 
     def spans(self, headers: Headers, settings: Settings, rows: slice) -> Mapping[str, slice]:
         part = _Part.of(settings, rows)
-        return {"weight": part.elements(headers["weight"][0].itemsize), "weight.absmax": part.blocks}
+        return {
+            "weight": part.elements(headers["weight"][0].itemsize),
+            "weight.absmax": part.blocks,
+            MADE_BY: part.blocks,
+        }
 
     def step(self, headers: Headers, settings: Settings) -> int:
         codes = 2 * headers["weight"][0].itemsize
@@ -94,12 +98,22 @@ class Bnb4(Codec):
         joined = (codes[::2] << 4) | codes[1::2]
         return like._replace(tensors={**like.tensors, "weight": joined.view(held.dtype).view(held.shape)})
 
-    def fresh(self, weight: Tensor, settings: Settings) -> Packed:
-        """`settings`: quant_type "nf4" or "fp4", blocksize (64), double_quant (false); the weight's dtype is kept."""
-        tensors, state = fresh(weight, settings)
+    def scales(self, tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings) -> Packed:
+        """`settings`: quant_type "nf4" or "fp4", blocksize (64), double_quant (false); the dtype is kept."""
+        tensors, state = scales(tiles, shape, dtype, settings)
         raw = torch.frombuffer(bytearray(_spelled(state).encode()), dtype=torch.uint8)
         role = f"weight.quant_state.bitsandbytes__{state['quant_type']}"
-        return Packed({**tensors, role: raw.to(weight.device)}, state)
+        return Packed({**tensors, role: raw.to(tensors["weight.absmax"].device)}, state)
+
+    def coded(self, weight: Tensor, by: Packed) -> Packed:
+        whole, flat = _Part.of(by.settings, by.rows), weight.flatten()
+        absmax, map16 = by.tensors.get(MADE_BY, by.tensors["weight.absmax"]), by.tensors["weight.quant_map"]
+        total, found = math.prod(by.settings["shape"]), []
+        for part in whole.pieces():
+            values = flat[part.first - whole.first : part.last - whole.first].to(torch.float32, copy=True)
+            blocks = slice(part.blocks.start - whole.blocks.start, part.blocks.stop - whole.blocks.start)
+            found.append(codes(part.divided(values, absmax[blocks], total), map16))
+        return by._replace(tensors={**by.tensors, "weight": torch.cat(found)})
 
     def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:
         return told(settings["quant_type"], dtype, plainly, double=settings.get("double_quant", False))
@@ -144,6 +158,24 @@ class _Part(NamedTuple):
         start = self.first - 2 * itemsize * self.elements(itemsize).start
         return slice(start, start + self.last - self.first)
 
+    def pieces(self) -> Iterator["_Part"]:
+        """Flat ones: some elements at a time, which bounds the memory."""
+        for first in range(self.first, max(self.last, self.first + 1), PART):
+            last = min(first + PART, self.last)
+            yield self._replace(first=first, last=last, shape=(last - first,))
+
+    def divided(self, values: Tensor, absmax: Tensor, total: int) -> Tensor:
+        """Each of the part's values over the absmax of its block, as bitsandbytes divides.
+
+        It multiplies by the reciprocal, but in a last block that is not full of all `total` elements.
+        """
+        over = total % self.blocksize if self.last == total else 0
+        last = values[len(values) - min(over, len(values)) :].clone()
+        scaled = self.scaled(values, 1.0 / absmax.clamp(min=TINY))
+        if len(last):
+            scaled[len(scaled) - len(last) :] = last / absmax[-1].clamp(min=TINY)
+        return scaled.clamp_(-1, 1)
+
     def scaled(self, values: Tensor, absmax: Tensor) -> Tensor:
         """Each of the part's values, flat and fresh, times the absmax of its block; in the part's shape."""
         before = self.first - self.blocks.start * self.blocksize
@@ -180,7 +212,7 @@ def _absmax(packed: Packed, part: _Part) -> Tensor:
 
 def _nearest(values: Tensor, map16: Tensor) -> Tensor:
     """The codes of the nearest of the 16 values."""
-    ordered, codes = map16.to(torch.float64).sort()
+    ordered, codes = map16.to(torch.float64).sort(stable=True)  # fp4 has two zeros, of which the first is taken
     return codes[torch.bucketize(values, (ordered[1:] + ordered[:-1]) / 2)].to(torch.uint8)
 
 

@@ -3,20 +3,23 @@
 Only the offset of a double quantization is summed otherwise, as a tree: the same bits for any number of threads.
 """
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import tree_sum
-from surgery.core.codec import Settings
+from surgery.core.codec import MADE_BY, Settings, Shape, on_meta
 from surgery.errors import ConfigError, printable
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCKSIZE = 64  # where nothing else is asked for
 NESTED = 256  # absmax by block of the double quantization
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-_TINY = 1e-38  # bitsandbytes divides by no less
-_PART = 1 << 20  # elements at a time, whole blocks of any size: bounds the memory
+TINY = 1e-38  # bitsandbytes divides by no less
+PART = 1 << 20  # elements at a time, whole blocks of any size: bounds the memory
 
 # The quantiles of a normal distribution, in float32; of a float of 4 bits, those without a sign.
 _NF4 = (
@@ -29,46 +32,50 @@ _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 KINDS = {"nf4": _NF4, "fp4": tuple(sign * value / 12 + 0.0 for sign in (1, -1) for value in _FP4)}  # no -0
 
 
-def fresh(weight: Tensor, settings: Settings) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def scales(
+    tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors by role, and the quant state. ConfigError for what is no setting."""
-    kind, blocksize = settings.get("quant_type", "nf4"), settings.get("blocksize", 64)
-    dtype = str(weight.dtype).removeprefix("torch.")
-    if kind not in KINDS or blocksize not in BLOCKSIZES or dtype not in DTYPES:
+    kind, blocksize = settings.get("quant_type", "nf4"), settings.get("blocksize", BLOCKSIZE)
+    name = str(dtype).removeprefix("torch.")
+    if kind not in KINDS or blocksize not in BLOCKSIZES or name not in DTYPES:
         raise ConfigError(
-            f"4-bit: {printable(kind)} in blocks of {printable(blocksize)} from {dtype}; {' or '.join(KINDS)} in "
+            f"4-bit: {printable(kind)} in blocks of {printable(blocksize)} from {name}; {' or '.join(KINDS)} in "
             f"blocks of {', '.join(map(str, BLOCKSIZES))} from {', '.join(DTYPES)} is wanted"
         )
-    state = {"quant_type": kind, "blocksize": blocksize, "dtype": dtype, "shape": list(weight.shape)}
-    map16 = torch.tensor(KINDS[kind], device=weight.device)
-    parts = [_blocks(part.to(torch.float32), blocksize, map16) for part in torch.split(weight.flatten(), _PART)]
-    codes, absmax = (torch.cat(one) for one in zip(*parts, strict=True))
+    state = {"quant_type": kind, "blocksize": blocksize, "dtype": name, "shape": list(shape)}
+    absmax = _absmax(tiles, blocksize)
+    codes, map16 = on_meta((-(-math.prod(shape) // 2), 1), torch.uint8), torch.tensor(KINDS[kind], device=absmax.device)
     tensors = {"weight": codes, "weight.absmax": absmax, "weight.quant_map": map16}
     if settings.get("double_quant", False):
         offset = torch.tensor(tree_sum(absmax.to(torch.float64)) / len(absmax), dtype=torch.float32)
         state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": float(offset)}
-        tensors |= _nested(absmax - offset.to(absmax.device))
+        tensors |= _nested(absmax - offset.to(absmax.device)) | {MADE_BY: absmax}
     return tensors, state
 
 
-def _blocks(flat: Tensor, blocksize: int, map16: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, and absmax by block; the values are divided by it only in a last block that is not full."""
-    full = len(flat) // blocksize * blocksize
-    blocks = flat[:full].view(-1, blocksize)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(1)).clamp(-1, 1).flatten()
-    if full < len(flat):
-        last = flat[full:].abs().amax().clamp(min=_TINY)
-        absmax = torch.cat([absmax, last.unsqueeze(0)])
-        scaled = torch.cat([scaled, (flat[full:] / last).clamp(-1, 1)])
-    return _codes(scaled, map16), absmax
+def _absmax(tiles: Iterable[Tensor], blocksize: int) -> Tensor:
+    """Of each block of a flattened weight, in float32; what bitsandbytes divides by in a last one that is not full."""
+    found: list[Tensor] = []
+    rest: Tensor | None = None  # of a block that the next tile goes on with
+    for tile in tiles:
+        flat = tile.flatten() if rest is None else torch.cat([rest, tile.flatten()])
+        full = len(flat) // blocksize * blocksize
+        found.append(flat[:full].view(-1, blocksize).abs().amax(dim=1).to(torch.float32))
+        rest = flat[full:].clone()
+    assert rest is not None
+    if len(rest):
+        found.append(rest.abs().amax().to(torch.float32).clamp(min=TINY).view(1))
+    return torch.cat(found)
 
 
-def _codes(scaled: Tensor, map16: Tensor) -> Tensor:
-    """[bytes, 1]; a value midway has the lower neighbour, and after an odd number comes a zero."""
-    ordered, codes = map16.sort(stable=True)
+def codes(scaled: Tensor, map16: Tensor) -> Tensor:
+    """[bytes, 1] of values from -1 to 1; one midway has the lower neighbour, and after an odd number comes a zero."""
+    ordered, ranked = map16.sort(stable=True)
     if len(scaled) % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
-    found = codes[torch.bucketize(scaled, (ordered[:-1] + ordered[1:]) / 2)].to(torch.uint8)
+    rank = torch.bucketize(scaled, (ordered[:-1] + ordered[1:]) / 2, out_int32=True)
+    found = ranked.to(torch.uint8).index_select(0, rank)
     return ((found[::2] << 4) | found[1::2]).unsqueeze(1)
 
 

@@ -5,14 +5,14 @@ gives other bits. https://arxiv.org/abs/2208.07339
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from surgery.codecs.bitsandbytes_config import told
-from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
+from surgery.core.codec import Headers, Packed, Settings, Shape, TiledCodec, differs, on_meta
 from surgery.errors import FormatError, ValueRangeError
 
 RECIPROCAL = 7.874015718698502e-3  # what bitsandbytes multiplies by
@@ -20,10 +20,11 @@ LARGEST = 127  # it never writes -128
 _ROWS = 256  # that are encoded at a time: bounds the memory
 
 
-class Bnb8(Codec):
+class Bnb8(TiledCodec):
     """int8 codes [out, in] and a scale for each row, SCB [out]."""
 
     name = "bnb8"
+    made_in = torch.float16
     endings: ClassVar[Mapping[str, str]] = {"weight": ".weight", "SCB": ".SCB", "weight_format": ".weight_format"}
 
     def claims(self, headers: Headers) -> bool:
@@ -63,22 +64,30 @@ class Bnb8(Codec):
         changed = differs(weight, self.decode(like, weight.dtype)) & (SCB != 0).unsqueeze(1)
         return like._replace(tensors={**like.tensors, "weight": torch.where(changed, wanted, codes)})
 
-    def fresh(self, weight: Tensor, settings: Settings) -> Packed:  # noqa: ARG002  # it has none
-        """The codes and scales are those of bitsandbytes on a CPU, which takes the weight [out, in] in float16.
+    def scales(
+        self,
+        tiles: Iterable[Tensor],
+        shape: Shape,
+        dtype: torch.dtype,  # noqa: ARG002  # of float16, whatever it was
+        settings: Settings,  # noqa: ARG002  # it has none
+    ) -> Packed:
+        """Those of bitsandbytes on a CPU, which takes the weight [out, in] in float16.
 
         ValueRangeError where it does not fit into that.
         """
-        half = weight.to(torch.float16)
-        SCB = half.abs().amax(dim=1).to(torch.float32)
+        SCB = torch.cat([tile.to(torch.float16).abs().amax(dim=1).to(torch.float32) for tile in tiles])
         if not bool(SCB.isfinite().all()):
             raise ValueRangeError(
                 "8-bit: a weight is beyond the range of float16, which is wanted; choose another format"
             )
-        scales = torch.split(LARGEST / SCB.unsqueeze(1), _ROWS)
-        parts = zip(torch.split(half, _ROWS), scales, strict=True)
+        rows = torch.zeros((), dtype=torch.uint8, device=SCB.device)
+        return Packed({"weight": on_meta(shape, torch.int8), "SCB": SCB, "weight_format": rows})
+
+    def coded(self, weight: Tensor, by: Packed) -> Packed:
+        scales = torch.split(LARGEST / by.tensors["SCB"].unsqueeze(1), _ROWS)
+        parts = zip(torch.split(weight.to(torch.float16), _ROWS), scales, strict=True)
         codes = torch.cat([torch.round(part * scale).nan_to_num(0.0).to(torch.int8) for part, scale in parts])
-        rows = torch.zeros((), dtype=torch.uint8, device=weight.device)
-        return Packed({"weight": codes, "SCB": SCB, "weight_format": rows})
+        return by._replace(tensors={**by.tensors, "weight": codes})
 
     def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:  # noqa: ARG002
         return told("int8", dtype, plainly)

@@ -6,7 +6,7 @@ https://github.com/vllm-project/compressed-tensors
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -19,13 +19,15 @@ from surgery.codecs.int_groups import (
     GROUP,
     WORD,
     Groups,
+    Scales,
     dtype_name,
-    fresh_groups,
+    fresh_codes,
+    fresh_scales,
     packed_words,
     padded,
     unpacked,
 )
-from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
+from surgery.core.codec import Headers, Packed, Settings, Shape, TiledCodec, differs, on_meta
 from surgery.errors import FormatError, printable
 
 _SCALE, _ZERO, _ORDER = "weight_scale", "weight_zero_point", "weight_g_idx"
@@ -33,7 +35,7 @@ _SCALE, _ZERO, _ORDER = "weight_scale", "weight_zero_point", "weight_g_idx"
 _BESIDE = (_SCALE, _ZERO, _ORDER, "input_scale", "input_zero_point", "output_scale", "output_zero_point")
 
 
-class PackQuantized(Codec):
+class PackQuantized(TiledCodec):
     """Codes [out, words], scales [out, groups], [out, 1] or [1], zero points packed along out, and the shape."""
 
     name = "pack-quantized"
@@ -75,19 +77,19 @@ class PackQuantized(Codec):
         found.copy_(_groups(like).nearest(weight, differs(weight, self.decode(like, weight.dtype))))
         return like._replace(tensors={**like.tensors, "weight_packed": packed_words(codes, bits)})
 
-    def fresh(self, weight: Tensor, settings: Settings) -> Packed:
-        """`settings`: num_bits (4), group_size (128; -1 for a row), symmetric (true). Scales by the least and the
-        largest of each group, as compressed-tensors has them."""
-        bits, groups = settings.get("num_bits", 4), fresh_groups(weight, settings)
-        tensors = {
-            "weight_packed": packed_words(padded(groups.codes, bits), bits),
-            _SCALE: groups.scales.to(weight.dtype),
-            "weight_shape": torch.tensor(weight.shape),
-        }
+    def scales(self, tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings) -> Packed:
+        """`settings`: num_bits (4), group_size (128; -1 for a row), symmetric (true)."""
+        bits, found = settings.get("num_bits", 4), fresh_scales(tiles, shape, dtype, settings)
+        codes = on_meta((shape[0], -(-shape[1] * bits // WORD)), torch.int32)
+        tensors = {"weight_packed": codes, _SCALE: found.scales, "weight_shape": torch.tensor(shape)}
         if not settings.get("symmetric", True):
-            tensors[_ZERO] = packed_words(padded(groups.zeros.T, bits), bits).T.contiguous()
-        told = {"num_bits": bits, "shape": list(weight.shape), "dtype": dtype_name(weight.dtype)}
-        return Packed(tensors, told)
+            tensors[_ZERO] = packed_words(padded(found.zeros.T, bits), bits).T.contiguous()
+        return Packed(tensors, {"num_bits": bits, "shape": list(shape), "dtype": dtype_name(dtype)})
+
+    def coded(self, weight: Tensor, by: Packed) -> Packed:
+        bits = by.settings["num_bits"]
+        codes = packed_words(padded(fresh_codes(weight, _scales(by, len(weight)), bits), bits), bits)
+        return by._replace(tensors={**by.tensors, "weight_packed": codes})
 
     def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:  # noqa: ARG002
         group = settings.get("group_size", GROUP)
@@ -99,7 +101,7 @@ class PackQuantized(Codec):
         return _groups(packed).grid()
 
 
-class IntQuantized(Codec):
+class IntQuantized(TiledCodec):
     """Codes [out, in] in bytes, scales [out, groups], [out, 1] or [1], and zero points of their shape."""
 
     name = "int-quantized"
@@ -131,14 +133,18 @@ class IntQuantized(Codec):
         codes = _groups(like).nearest(weight, differs(weight, self.decode(like, weight.dtype)))
         return like._replace(tensors={**like.tensors, "weight": codes.to(torch.int8)})
 
-    def fresh(self, weight: Tensor, settings: Settings) -> Packed:
-        """`settings`: group_size (-1, a row), symmetric (true)."""
+    def scales(self, tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings) -> Packed:
+        """`settings`: num_bits (8), group_size (-1, a row), symmetric (true)."""
         told = {"num_bits": 8, "group_size": -1, **settings}
-        groups = fresh_groups(weight, told)
-        tensors = {"weight": groups.codes.to(torch.int8), _SCALE: groups.scales.to(weight.dtype)}
+        found = fresh_scales(tiles, shape, dtype, told)
+        tensors = {"weight": on_meta(shape, torch.int8), _SCALE: found.scales}
         if not told.get("symmetric", True):
-            tensors[_ZERO] = groups.zeros.to(torch.int8)
-        return Packed(tensors, {"num_bits": told["num_bits"], "dtype": dtype_name(weight.dtype)})
+            tensors[_ZERO] = found.zeros.to(torch.int8)
+        return Packed(tensors, {"num_bits": told["num_bits"], "dtype": dtype_name(dtype)})
+
+    def coded(self, weight: Tensor, by: Packed) -> Packed:
+        codes = fresh_codes(weight, _scales(by, len(weight)), by.settings["num_bits"])
+        return by._replace(tensors={**by.tensors, "weight": codes.to(torch.int8)})
 
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
         return _groups(packed).grid()
@@ -151,14 +157,21 @@ def _groups(packed: Packed) -> Groups:
         codes = held["weight"].to(torch.int16)
     else:
         codes = unpacked(held["weight_packed"], bits)[:, : settings["shape"][1]]
-    scales = _matrix(held[_SCALE]).to(torch.float32)
+    by = _scales(packed, len(codes))
+    return Groups(codes, by.scales.to(torch.float32), by.zeros, bits)
+
+
+def _scales(packed: Packed, count: int) -> Scales:
+    """Of so many rows; one row where it is for all."""
+    held, bits = packed.tensors, packed.settings["num_bits"]
+    scales = _matrix(held[_SCALE])
     if _ZERO not in held:
-        return Groups(codes, scales, torch.zeros_like(scales, dtype=torch.int16), bits)
+        return Scales(scales, torch.zeros_like(scales, dtype=torch.int16))
     if held[_ZERO].dtype != torch.int32:
-        return Groups(codes, scales, _matrix(held[_ZERO]).to(torch.int16), bits)
+        return Scales(scales, _matrix(held[_ZERO]).to(torch.int16))
     zeros = unpacked(held[_ZERO].T, bits).T
     first = 0 if packed.rows is None else packed.rows.start % (WORD // bits)
-    return Groups(codes, scales, zeros[first : first + len(codes)], bits)
+    return Scales(scales, zeros[first : first + count])
 
 
 def _matrix(values: Tensor) -> Tensor:

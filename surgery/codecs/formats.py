@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from surgery.codecs import FORMS
+from surgery.codecs.bnb4_fresh import BLOCKSIZE
 from surgery.codecs.fp8_block import BLOCK
 from surgery.codecs.int_groups import GROUP, WORD
 from surgery.core.arithmetic import round_once
-from surgery.core.codec import Codec, Headers, Packed, Settings, Shape
+from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, TiledCodec
 from surgery.errors import UsageError, printable
 
 
 class Format(NamedTuple):
     """A codec with the settings of fresh scales."""
 
-    codec: Codec
+    codec: TiledCodec
     settings: Settings
 
     def holds(self, packed: Packed) -> bool:
@@ -32,7 +33,7 @@ class Format(NamedTuple):
 def form_of(codec: Codec, headers: Headers, settings: Settings, shape: Shape) -> str | None:
     """The one of FORMS that a weight of this shape is held in, if it is one."""
     found = ""
-    if codec.name == "bnb4":
+    if codec.name == "bnb4" and settings["blocksize"] == BLOCKSIZE:
         found = f"{settings['quant_type']}{'-double' * ('weight.nested_absmax' in headers)}"
     elif codec.name == "pack-quantized" and _in_groups(headers, shape):
         found = f"w4a16{'-asym' * ('weight_zero_point' in headers)}"

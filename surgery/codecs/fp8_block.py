@@ -5,14 +5,15 @@ https://arxiv.org/abs/2412.19437, section 3.3
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from surgery.codecs.compressed_config import told_values
-from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
+from surgery.core.arithmetic import power_of_two
+from surgery.core.codec import MADE_BY, Headers, Packed, Settings, Shape, TiledCodec, differs, on_meta
 from surgery.errors import ConfigError, FormatError, printable
 
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -22,7 +23,7 @@ ZERO = "weight_zero_point"
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
-class Fp8Block(Codec):
+class Fp8Block(TiledCodec):
     """Codes [out, in] and scales [out blocks, in blocks], [out], [out, 1] or []; what activations are scaled by.
 
     The setting `weight_block_size` is (out, in) of a block, whatever the scales' shape.
@@ -57,7 +58,7 @@ class Fp8Block(Codec):
         role, height = _role(headers), settings["weight_block_size"][0]
         blocks = slice(rows.start // height, -(-rows.stop // height))
         one = not headers[role][1] or headers[role][1][0] == 1
-        return {"weight": rows} if one else {"weight": rows, role: blocks}
+        return {"weight": rows} if one else {"weight": rows, role: blocks, MADE_BY: blocks}
 
     def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         return (packed.tensors["weight"].to(torch.float32) * _scales(packed)).to(dtype)
@@ -70,19 +71,22 @@ class Fp8Block(Codec):
         held = torch.where(changed, wanted.view(torch.uint8), codes.view(torch.uint8)).view(codes.dtype)
         return like._replace(tensors={**like.tensors, "weight": held})
 
-    def fresh(self, weight: Tensor, settings: Settings) -> Packed:
+    def scales(self, tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings) -> Packed:  # noqa: ARG002  # as float32
         """`settings`: weight_block_size (128, 128). The codes and scales are those of transformers."""
         block = tuple(settings.get("weight_block_size") or BLOCK)
-        if weight.dim() != 2 or not _is_block(block):
+        if len(shape) != 2 or not _is_block(block):
             raise ConfigError(
-                f"fp8: {list(weight.shape)} in blocks of {printable(block)}; a matrix and two whole numbers are wanted"
+                f"fp8: {list(shape)} in blocks of {printable(block)}; a matrix and two whole numbers are wanted"
             )
-        largest = torch.finfo(FLOATS[0]).max
-        tops = _tops(weight.abs().to(torch.float32), block)
-        scales = torch.where(tops > 0, largest / tops, 1.0)
-        held = (weight.to(torch.float32) * _spread(scales, block, weight.shape)).clamp(-largest, largest)
-        tensors = {"weight": held.to(FLOATS[0]), SCALES[0]: 1.0 / scales}
+        tops = _tops(torch.cat([_tops_of_rows(tile, block[1]) for tile in tiles]), block[0])
+        factors = torch.where(tops > 0, torch.finfo(FLOATS[0]).max / tops, 1.0)
+        tensors = {"weight": on_meta(shape, FLOATS[0]), SCALES[0]: 1.0 / factors, MADE_BY: factors}
         return Packed(tensors, {"weight_block_size": block})
+
+    def coded(self, weight: Tensor, by: Packed) -> Packed:
+        largest = torch.finfo(FLOATS[0]).max
+        held = (weight.to(torch.float32) * _laid(by.tensors[MADE_BY], by)).clamp(-largest, largest)
+        return by._replace(tensors={**by.tensors, "weight": held.to(FLOATS[0])})
 
     def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:  # noqa: ARG002
         block = list(settings.get("weight_block_size") or BLOCK)
@@ -109,7 +113,12 @@ def _role(headers: Mapping[str, Any]) -> str:
 def _scales(packed: Packed) -> Tensor:
     """float32, broadcast over the packed rows."""
     held = packed.tensors[_role(packed.tensors)]
-    scales = torch.exp2(held.to(torch.float32) - 127) if held.dtype == torch.uint8 else held.to(torch.float32)
+    return _laid(power_of_two(held.to(torch.int64) - 127) if held.dtype == torch.uint8 else held, packed)
+
+
+def _laid(scales: Tensor, packed: Packed) -> Tensor:
+    """The same of scales that `packed` has, or of others of their shape."""
+    scales = scales.to(torch.float32)
     height, width = packed.settings["weight_block_size"]
     count, columns = packed.tensors["weight"].shape
     first = 0 if packed.rows is None else packed.rows.start
@@ -157,14 +166,14 @@ def _is_block(block: tuple[Any, ...]) -> bool:
     return len(block) == 2 and all(type(extent) is int and extent > 0 for extent in block)
 
 
-def _tops(magnitudes: Tensor, block: tuple[int, int]) -> Tensor:
+def _tops_of_rows(weight: Tensor, width: int) -> Tensor:
+    """The largest of each row's blocks, in float32, [out, in blocks]."""
+    magnitudes = torch.nn.functional.pad(weight.abs(), (0, -weight.shape[1] % width))
+    return magnitudes.view(len(weight), -(-weight.shape[1] // width), width).amax(dim=2).to(torch.float32)
+
+
+def _tops(of_rows: Tensor, height: int) -> Tensor:
     """The largest of each block, [out blocks, in blocks]."""
-    (rows, columns), (height, width) = magnitudes.shape, block
-    padded = torch.nn.functional.pad(magnitudes, (0, -columns % width, 0, -rows % height))
-    blocks = padded.view(-(-rows // height), height, -(-columns // width), width)
-    return blocks.amax(dim=(1, 3))
-
-
-def _spread(scales: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
-    """Of each element, [out, in]."""
-    return scales.repeat_interleave(block[0], dim=0).repeat_interleave(block[1], dim=1)[: shape[0], : shape[1]]
+    rows, blocks = of_rows.shape
+    padded = torch.nn.functional.pad(of_rows, (0, 0, 0, -rows % height))
+    return padded.view(-(-rows // height), height, blocks).amax(dim=1)

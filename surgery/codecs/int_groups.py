@@ -3,18 +3,27 @@
 w = (code - zero point) * scale, in float32.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from surgery.codecs.bnb4_fresh import DTYPES
-from surgery.core.codec import Settings
+from surgery.core.arithmetic import divided
+from surgery.core.codec import Settings, Shape
 from surgery.errors import ConfigError, printable
 
 BITS = (4, 8)
 GROUP = 128
 WORD = 32  # bits of what codes are packed into
+
+
+class Scales(NamedTuple):
+    """Of groups, and their zero points, [out, groups]."""
+
+    scales: Tensor  # in the dtype of the weight
+    zeros: Tensor  # int16
 
 
 class Groups(NamedTuple):
@@ -70,34 +79,39 @@ def _ends(bits: int) -> tuple[int, int]:
     return -(1 << bits - 1), (1 << bits - 1) - 1
 
 
-def fresh_groups(weight: Tensor, settings: Settings) -> Groups:
-    """ConfigError for what compressed-tensors makes of no weight."""
+def fresh_scales(tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings) -> Scales:
+    """By the least and the largest of each group. ConfigError for what compressed-tensors makes of no weight."""
     bits, group = settings.get("num_bits", 4), settings.get("group_size", GROUP)
-    width = weight.shape[1] if group == -1 and weight.dim() == 2 else group
-    if weight.dim() != 2 or bits not in BITS or not _divides(width, weight) or dtype_name(weight.dtype) not in DTYPES:
-        held = f"{list(weight.shape)} in {dtype_name(weight.dtype)}"
+    width = shape[1] if group == -1 and len(shape) == 2 else group
+    if len(shape) != 2 or bits not in BITS or not _divides(width, shape[1]) or dtype_name(dtype) not in DTYPES:
         raise ConfigError(
-            f"int{printable(bits)}: {held} by groups of {printable(group)}; a matrix in {', '.join(DTYPES)}, whose "
-            "inputs are a multiple of the group, in 4 or 8 bits, is wanted"
+            f"int{printable(bits)}: {list(shape)} in {dtype_name(dtype)} by groups of {printable(group)}; a matrix in "
+            f"{', '.join(DTYPES)}, whose inputs are a multiple of the group, in 4 or 8 bits, is wanted"
         )
-    grouped = weight.reshape(len(weight), -1, width)
-    low, high = grouped.amin(dim=2).clamp(max=0), grouped.amax(dim=2).clamp(min=0)
-    scales, zeros = _scales(low, high, bits, bool(settings.get("symmetric", True)))
-    codes = (grouped / scales.unsqueeze(2) + zeros.unsqueeze(2).to(weight.dtype)).clamp(*_ends(bits)).round()
-    return Groups(codes.view(weight.shape).to(torch.int16), scales, zeros, bits)
+    symmetric = bool(settings.get("symmetric", True))
+    parts = [_scales(tile.reshape(len(tile), -1, width), bits, symmetric) for tile in tiles]
+    return Scales(*(torch.cat(one) for one in zip(*parts, strict=True)))
 
 
-def _scales(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def fresh_codes(weight: Tensor, by: Scales, bits: int) -> Tensor:
+    """[out, in], int16, as compressed-tensors computes them: in the weight's dtype."""
+    grouped = weight.reshape(len(weight), by.scales.shape[1], -1)
+    codes = (grouped / by.scales.unsqueeze(2) + by.zeros.unsqueeze(2).to(weight.dtype)).clamp(*_ends(bits)).round()
+    return codes.view(weight.shape).to(torch.int16)
+
+
+def _scales(grouped: Tensor, bits: int, symmetric: bool) -> Scales:
     """In the weight's dtype, as compressed-tensors computes them."""
+    low, high = grouped.amin(dim=2).clamp(max=0), grouped.amax(dim=2).clamp(min=0)
     least, range_ = -(1 << bits - 1), (1 << bits) - 1
-    scales = torch.maximum(-low, high) / (range_ / 2) if symmetric else (high - low) / range_
+    scales = divided(torch.maximum(-low, high), range_ / 2) if symmetric else divided(high - low, range_)
     zeros = torch.zeros_like(scales) if symmetric else (least - low / scales).clamp(*_ends(bits))
     scales = torch.where(scales == 0, torch.finfo(scales.dtype).eps, scales)
-    return scales, zeros.round().nan_to_num(0.0).to(torch.int16)
+    return Scales(scales, zeros.round().nan_to_num(0.0).to(torch.int16))
 
 
-def _divides(width: Any, weight: Tensor) -> bool:
-    return type(width) is int and width > 0 and weight.shape[1] % width == 0
+def _divides(width: Any, columns: int) -> bool:
+    return type(width) is int and width > 0 and columns % width == 0
 
 
 def dtype_name(dtype: torch.dtype) -> str:

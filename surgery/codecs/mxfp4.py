@@ -5,14 +5,15 @@ the weight is [expert, in, out], as transformers' experts hold it.
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from surgery.codecs.fp4 import E2M1, SIZES, codes_of, joined, looked_up, nearest, neighbours
-from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
+from surgery.core.arithmetic import divided, power_of_two
+from surgery.core.codec import Headers, Packed, Settings, Shape, TiledCodec, differs, on_meta
 from surgery.errors import ConfigError, FormatError
 
 BLOCK = 32
@@ -20,8 +21,11 @@ BLOCK = 32
 _BIAS, _NO_NUMBER = 128, 255  # the byte 255 is a number all the same to transformers
 
 
-class Mxfp4(Codec):
-    """blocks [expert, out, in / 32, 16] and scales [expert, out, in / 32], both bytes."""
+class Mxfp4(TiledCodec):
+    """blocks [expert, out, in / 32, 16] and scales [expert, out, in / 32], both bytes.
+
+    Without the axis of experts, such as rows of all of them one below another, the weight is [out, in].
+    """
 
     name = "mxfp4"
     endings: ClassVar[Mapping[str, str]] = {"blocks": "_blocks", "scales": "_scales"}
@@ -40,8 +44,8 @@ class Mxfp4(Codec):
         return {}
 
     def shape(self, headers: Headers, settings: Settings) -> Shape:  # noqa: ARG002  # it has none
-        experts, out, groups, half = headers["blocks"][1]
-        return experts, groups * half * 2, out
+        *stack, out, groups, half = headers["blocks"][1]
+        return (*stack, groups * half * 2, out) if stack else (out, groups * half * 2)
 
     def spans(self, headers: Headers, settings: Settings, rows: slice) -> Mapping[str, slice]:  # noqa: ARG002
         return {"blocks": rows, "scales": rows}
@@ -49,7 +53,7 @@ class Mxfp4(Codec):
     def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         blocks = packed.tensors["blocks"]
         doubled = torch.tensor(E2M1, device=blocks.device) * 2
-        scaled = looked_up(blocks, doubled).mul_(_scales(packed)).to(dtype)  # [expert, out, block, 32]
+        scaled = looked_up(blocks, doubled).mul_(_scales(packed)).to(dtype)  # [..., out, block, 32]
         return _as_weight(scaled)
 
     def encode(self, weight: Tensor, like: Packed) -> Packed:
@@ -58,16 +62,19 @@ class Mxfp4(Codec):
         codes = torch.where(changed, wanted, codes_of(like.tensors["blocks"]))
         return like._replace(tensors={**like.tensors, "blocks": joined(codes)})
 
-    def fresh(self, weight: Tensor, settings: Settings) -> Packed:  # noqa: ARG002  # it has none
+    def scales(self, tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings) -> Packed:  # noqa: ARG002  # it has none
         """[expert, in, out]; each scale is the least power of two by which no value is cut."""
-        if weight.dim() != 3 or weight.shape[1] % BLOCK:
-            raise ConfigError(f"mxfp4: {list(weight.shape)}; [expert, in, out] with inputs in {BLOCK}s is wanted")
-        blocks = _as_blocks(weight.to(torch.float64))
-        mantissa, exponent = torch.frexp(blocks.abs().amax(dim=3) / (2 * SIZES[-1]))
+        if len(shape) != 3 or shape[1] % BLOCK:
+            raise ConfigError(f"mxfp4: {list(shape)}; [expert, in, out] with inputs in {BLOCK}s is wanted")
+        tops = torch.cat([_as_blocks(tile).abs().amax(dim=3) for tile in tiles]).to(torch.float64)
+        mantissa, exponent = torch.frexp(divided(tops, 2 * SIZES[-1]))
         power = torch.where(mantissa == 0.5, exponent - 1, exponent)
         scales = (power + _BIAS).clamp(0, _NO_NUMBER - 1).to(torch.uint8)
-        codes = nearest(blocks / _powers(scales) / 2)
-        return Packed({"blocks": joined(codes), "scales": scales})
+        return Packed({"blocks": on_meta((*scales.shape, BLOCK // 2), torch.uint8), "scales": scales})
+
+    def coded(self, weight: Tensor, by: Packed) -> Packed:
+        codes = nearest(_as_blocks(weight).to(torch.float64) / _scales(by) / 2)
+        return by._replace(tensors={**by.tensors, "blocks": joined(codes)})
 
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
         steps = (neighbours(packed.tensors["blocks"], step) * 2 * _scales(packed) for step in (-1, 1))
@@ -80,16 +87,17 @@ def _scales(packed: Packed) -> Tensor:
 
 
 def _powers(scales: Tensor) -> Tensor:
-    """[expert, out, block, 1], float32."""
-    return torch.exp2(scales.to(torch.float32) - _BIAS).unsqueeze(3)
+    """[..., block, 1], float32."""
+    return power_of_two(scales.to(torch.int64) - _BIAS).to(torch.float32).unsqueeze(-1)
 
 
 def _as_blocks(weight: Tensor) -> Tensor:
-    """[expert, in, out] -> [expert, out, block, 32]."""
-    experts, columns, out = weight.shape
-    return weight.transpose(1, 2).contiguous().view(experts, out, columns // BLOCK, BLOCK)
+    """[expert, in, out] -> [expert, out, block, 32]; [out, in] -> [out, block, 32]."""
+    rows = weight.transpose(1, 2).contiguous() if weight.dim() == 3 else weight
+    return rows.reshape(*rows.shape[:-1], rows.shape[-1] // BLOCK, BLOCK)
 
 
 def _as_weight(blocks: Tensor) -> Tensor:
     """The inverse of `_as_blocks`, in memory of its own."""
-    return blocks.flatten(2).transpose(1, 2).contiguous()
+    rows = blocks.flatten(-2)
+    return rows.transpose(1, 2).contiguous() if rows.dim() == 3 else rows

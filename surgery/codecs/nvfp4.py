@@ -4,7 +4,7 @@ w = value[code] * (scale / global scale), in float32: compressed-tensors stores 
 https://github.com/vllm-project/compressed-tensors
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from surgery.codecs.compressed_config import told_of
 from surgery.codecs.fp4 import E2M1, SIZES, codes_of, joined, looked_up, nearest, neighbours
-from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, differs
+from surgery.core.arithmetic import divided
+from surgery.core.codec import Headers, Packed, Settings, Shape, TiledCodec, differs, on_meta
 from surgery.errors import ConfigError, FormatError
 
 BLOCK = 16
@@ -20,7 +21,7 @@ _FLOAT = torch.float8_e4m3fn
 _LEAST = 0.125  # what compressed-tensors makes of a scale of zero
 
 
-class Nvfp4(Codec):
+class Nvfp4(TiledCodec):
     """Codes [out, in / 2], scales [out, in / 16], the global scale [1]; what activations are scaled by."""
 
     name = "nvfp4-pack-quantized"
@@ -63,17 +64,20 @@ class Nvfp4(Codec):
         codes = torch.where(held, wanted, codes_of(like.tensors["weight_packed"]))
         return like._replace(tensors={**like.tensors, "weight_packed": joined(codes)})
 
-    def fresh(self, weight: Tensor, settings: Settings) -> Packed:  # noqa: ARG002  # it has none
+    def scales(self, tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings) -> Packed:  # noqa: ARG002  # it has none
         """[out, in]. The scales are those of compressed-tensors, by the largest of each block and of all."""
-        if weight.dim() != 2 or weight.shape[1] % BLOCK:
-            raise ConfigError(f"nvfp4: {list(weight.shape)}; a matrix with inputs in {BLOCK}s is wanted")
-        tops, largest = _blocks(weight).abs().amax(dim=2), torch.finfo(_FLOAT).max
-        whole = (largest * SIZES[-1] / tops.max().clamp(min=torch.finfo(weight.dtype).tiny)).to(torch.float32).view(1)
-        scales = (whole * (tops / SIZES[-1])).clamp(max=largest).to(_FLOAT)
-        scales = torch.where(scales.to(torch.float32) == 0, _LEAST, scales.to(torch.float32))
-        codes = nearest((_blocks(weight) / (scales / whole).unsqueeze(2)).to(torch.float64)).view(weight.shape)
-        tensors = {"weight_packed": joined(codes), "weight_scale": scales.to(_FLOAT), "weight_global_scale": whole}
-        return Packed(tensors)
+        if len(shape) != 2 or shape[1] % BLOCK:
+            raise ConfigError(f"nvfp4: {list(shape)}; a matrix with inputs in {BLOCK}s is wanted")
+        tops, largest = torch.cat([_blocks(tile).abs().amax(dim=2) for tile in tiles]), torch.finfo(_FLOAT).max
+        whole = (largest * SIZES[-1] / tops.max().clamp(min=torch.finfo(dtype).tiny)).to(torch.float32).view(1)
+        scales = (whole * divided(tops, SIZES[-1])).clamp(max=largest).to(_FLOAT)
+        scales = torch.where(scales.to(torch.float32) == 0, _LEAST, scales.to(torch.float32)).to(_FLOAT)
+        codes = on_meta((shape[0], shape[1] // 2), torch.uint8)
+        return Packed({"weight_packed": codes, "weight_scale": scales, "weight_global_scale": whole})
+
+    def coded(self, weight: Tensor, by: Packed) -> Packed:
+        codes = nearest((_blocks(weight) / _scales(by)).to(torch.float64)).view(weight.shape)
+        return by._replace(tensors={**by.tensors, "weight_packed": joined(codes)})
 
     def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:  # noqa: ARG002
         weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "symmetric": True, "group_size": BLOCK}

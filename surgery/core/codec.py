@@ -1,7 +1,7 @@
 """Codec: how a weight is held as named tensors; and packed, the tensors that together hold one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 Shape = tuple[int, ...]
 Headers = Mapping[str, tuple[torch.dtype, Shape]]  # dtype and shape of each tensor, by role
 Settings = Mapping[str, Any]
+MADE_BY = "made_by"  # the role of what fresh codes are made by, where stored scales do not tell it; in no file
 
 
 class Packed(NamedTuple):
@@ -85,6 +86,37 @@ class Codec(ABC):
     @abstractmethod
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """For each element the next values below and above that it could hold, in float64; at the ends its own."""
+
+
+class TiledCodec(Codec):
+    """One that makes fresh weights some rows at a time, so that no whole weight has to be in memory."""
+
+    made_in: ClassVar[torch.dtype | None] = None  # what fresh codes are made from, whatever the weight's own dtype
+
+    @abstractmethod
+    def scales(self, tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings) -> Packed:
+        """All that holds a weight of this shape and dtype, given by its rows in order, but for the codes.
+
+        These are on the meta device. ConfigError for settings, or a shape, that cannot be.
+        """
+
+    @abstractmethod
+    def coded(self, weight: Tensor, by: Packed) -> Packed:
+        """Rows of that weight, with fresh codes by its scales; `by` is cut to these rows, a multiple of `step`."""
+
+    def fresh(self, weight: Tensor, settings: Settings) -> Packed:
+        scales = self.scales([weight], tuple(weight.shape), weight.dtype, settings)
+        return as_stored(self.coded(weight, scales))
+
+
+def as_stored(packed: Packed) -> Packed:
+    """Without what no file holds."""
+    return packed._replace(tensors={role: one for role, one in packed.tensors.items() if role != MADE_BY})
+
+
+def on_meta(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """What stands for codes that are not made yet: their shape and dtype, and no memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def differs(weight: Tensor, held: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from enum import StrEnum
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -16,6 +17,18 @@ Where = str | PathLike[str]
 
 # Fields that say where a file came from. They change no number, so any value is carried.
 PROVENANCE = frozenset({"auto_mapping", "peft_type", "peft_version", "runtime_config"})
+
+
+class TaskType(StrEnum):
+    """What a model with an adapter is for, as PEFT names it: `task_type` of a config takes these, or their names."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
 
 # What PEFT itself puts into modules_to_save for a task, whether or not the model has it.
 TASK_HEADS: Mapping[str, frozenset[str]] = {

@@ -27,7 +27,7 @@ class Feedback:
     @classmethod
     def along(cls, directions: Tensor) -> "Feedback":
         """`directions` [r, in], such as LoRA's A: H of inputs half of whose energy lies along these, all alike."""
-        wide = directions.to(torch.float64)
+        wide = directions.to("cpu", torch.float64)  # what is found here is small, and found step by step
         norms = sum_rows(wide * wide).sqrt()
         wide = wide[norms > 0] / norms[norms > 0].unsqueeze(1)
         weight = (wide.shape[1] / max(1, len(wide))) ** 0.5
@@ -65,16 +65,17 @@ class Feedback:
         """
         wanted, held, below, above = (one.T.contiguous() for one in (wanted, held, below, above))
         chosen = torch.empty_like(held)
-        near, fed = (_Errors(wanted.shape[1], self.columns.shape[1]) for _ in range(2))
-        for index, (column, gain) in enumerate(zip(self.columns, self.gains, strict=True)):
+        columns, gains, alone = (one.to(held.device) for one in (self.columns, self.gains, self.alone))
+        near, fed = (_Errors(held, columns.shape[1]) for _ in range(2))
+        for index, (column, gain) in enumerate(zip(columns, gains, strict=True)):
             target = wanted[index] - _total(fed.along * gain)
             options = below[index], held[index], above[index]
             best = options[1]
             for other in (options[0], options[2]):
                 best = torch.where((other - target).abs() < (best - target).abs(), other, best)
             chosen[index] = best
-            near.add(held[index] - wanted[index], column, self.alone[index])
-            fed.add(best - wanted[index], column, self.alone[index])
+            near.add(held[index] - wanted[index], column, alone[index])
+            fed.add(best - wanted[index], column, alone[index])
         return torch.where(fed.measured < near.measured, chosen, held).T.contiguous()
 
     def inputs(self, white: Tensor, drawn: Tensor) -> Tensor:
@@ -85,8 +86,9 @@ class Feedback:
 class _Errors:
     """Of some rows: the sum of squares so far, and what they add up to along the directions."""
 
-    def __init__(self, rows: int, r: int) -> None:
-        self.squares, self.along = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, r, dtype=torch.float64)
+    def __init__(self, held: Tensor, r: int) -> None:
+        """`held` is [in, rows]."""
+        self.squares, self.along = held.new_zeros(held.shape[1]), held.new_zeros(held.shape[1], r)
 
     def add(self, error: Tensor, column: Tensor, alone: Tensor) -> None:
         self.squares = self.squares + alone * (error * error)

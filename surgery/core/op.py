@@ -86,7 +86,7 @@ class Op(ABC):
 
     def mix_onto(self, below: Tensor, h: Tensor, matrix: Tensor, scaling: float) -> Tensor:
         """below + scaling * mix(h, matrix)"""
-        return torch.add(below, self.mix(h, matrix), alpha=scaling)
+        return onto(below, self.mix(h, matrix), scaling)
 
     def apply_with(self, x: Tensor, matrix: Tensor, bias: Tensor | None, factors: Factors) -> Tensor | None:  # noqa: ARG002  # for those that can
         """apply(x, matrix, bias) + scaling * mix(apply(x, A), B) as one step of autograd; None where it is no gain."""
@@ -99,3 +99,15 @@ class Op(ABC):
     def settings(self) -> Mapping[str, Any]:
         """What differs between two ops of this name, for reports."""
         return {}
+
+
+def is_many(x: Tensor) -> bool:
+    """Does one more pass over them take longer than one more call? On a GPU it is calls that take the time."""
+    return x.is_cpu and x.numel() >= FEW
+
+
+def onto(below: Tensor, moved: Tensor, scaling: float) -> Tensor:
+    """below + scaling * moved, in one pass."""
+    if torch.compiler.is_compiling():  # torch's own compiler makes one product of both, and forgets an alpha
+        return below + scaling * moved
+    return torch.add(below, moved, alpha=scaling)

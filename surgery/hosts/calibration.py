@@ -17,6 +17,7 @@ from surgery.core.names import nearest
 from surgery.core.site import TensorInfo
 from surgery.errors import FormatError, MatchError, ShapeError, ValueRangeError, printable
 from surgery.io.octets import tensor_from
+from surgery.io.open_files import OpenFiles
 from surgery.io.regular import contained, file_sha256
 from surgery.io.tensor_file import TensorFile
 
@@ -24,33 +25,24 @@ INPUTS, REST = ".inputs", ".rest"
 MOST = 512  # inputs of a module: the time of rounding grows with their number
 
 
-class Calibration:
+class Calibration(OpenFiles):
     """A file, or all of a folder; a context. FormatError for tensors of other names or shapes."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
         names = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not names:
             raise FormatError(f"{printable(path)}: no .safetensors in it; what record_inputs writes is wanted")
-        self.files: list[TensorFile] = []
         self.at: dict[str, tuple[TensorFile, TensorInfo]] = {}
         try:
             for name in names:
                 self._add(contained(path, name.name) if path.is_dir() else name)
+            self._check_rests()
         except BaseException:
             self.close()
             raise
         self.sha256: Mapping[str, str] = {file.path.name: file_sha256(file.path) for file in self.files}
-
-    def __enter__(self) -> "Calibration":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
 
     def of(self, module: str, columns: int) -> Callable[[], Feedback] | None:
         """What reads that of a module of so many inputs; None where it has none. ShapeError."""
@@ -78,8 +70,7 @@ class Calibration:
         """InputError if a file is no longer what was opened."""
         rest = self._read(module + REST) if module + REST in self.at else None
         found = Feedback.of_inputs(self._read(module + INPUTS), rest)
-        for file in self.files:
-            file.check_unchanged()
+        self.check_unchanged()
         return found
 
     def _add(self, path: Path) -> None:
@@ -88,10 +79,18 @@ class Calibration:
         for entry in file.header.entries:
             self._check(entry.info, file)
             self.at[entry.info.name] = file, entry.info
-        for name, (_, info) in self.at.items():
-            stem = name.removesuffix(REST)
-            if stem != name and self.at.get(stem + INPUTS, (None, info))[1].shape[-1:] != info.shape:
-                raise FormatError(f"{file.where}: {printable(name)} is {list(info.shape)}, unlike its inputs")
+
+    def _check_rests(self) -> None:
+        for name, (file, info) in self.at.items():
+            if not name.endswith(REST):
+                continue
+            inputs = name.removesuffix(REST) + INPUTS
+            if inputs not in self.at or self.at[inputs][1].shape[1:] != info.shape:
+                found = list(self.at[inputs][1].shape) if inputs in self.at else "not there"
+                raise FormatError(
+                    f"{file.where}: {printable(name)} is {list(info.shape)}, and {printable(inputs)} is {found}; "
+                    "as many columns are wanted in both; record anew"
+                )
 
     def _check(self, info: TensorInfo, file: TensorFile) -> None:
         axes = 2 if info.name.endswith(INPUTS) else 1

@@ -12,13 +12,14 @@ from torch import Tensor
 from surgery.core.codec import Packed
 from surgery.core.linears import Linears
 from surgery.core.name_map import USUAL, NameMap
-from surgery.core.site import Site, TensorInfo
+from surgery.core.site import CODES, Site, TensorInfo
 from surgery.errors import FormatError, InputError, printable
 from surgery.hosts.packed_stacks import PackedStacks
 from surgery.hosts.packing import Held, packings, torch_dtype_of
 from surgery.hosts.reading import Reading
 from surgery.io.header import Entry
 from surgery.io.octets import tensor_from
+from surgery.io.open_files import OpenFiles
 from surgery.io.regular import contained
 from surgery.io.strict_json import parse_json, read_bytes, read_json
 from surgery.io.tensor_file import TensorFile
@@ -29,19 +30,19 @@ _SHARED, _SHARED_BYTES = 64, 1 << 14  # tensors that stay in memory, and how lar
 _SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})\.safetensors")
 
 
-class Checkpoint:
+class Checkpoint(OpenFiles):
     """Its files are open for reading; close it, or use it as a context.
 
     Raises InputError if nothing can be read at `path`, FormatError if its files contradict each other.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
         self.folder = path if path.is_dir() else path.parent
         self.config = self._config()
         self.index: dict[str, Any] | None = None
         self.index_bytes = b""
-        self.files: list[TensorFile] = []
         try:
             for name in self._names():
                 # A file that the user names may be a link to anywhere.
@@ -57,16 +58,6 @@ class Checkpoint:
         self.names: Callable[[], NameMap] = lambda: USUAL  # of the model in memory, asked for where they matter
         self.in_memory: Callable[[], Mapping[str, str]] = dict  # of what is called otherwise there, the files' names
         self.linears: Callable[[], Linears | None] = lambda: None  # the same; None where nothing tells
-
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
 
     def called(self) -> Callable[[str], str]:
         """What the model in memory calls a tensor of the files, stacks aside."""
@@ -125,6 +116,8 @@ class Checkpoint:
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """The weight, or `rows` of its first axis, as the files hold it."""
         held = self.packed.get(site.weight.name)
+        if held is not None and site.op is not None and site.op.stack and CODES in site.tensors:
+            return held.by_output().load(rows, self._part_of)
         if held is not None and site.op is not None and site.op.stack:
             return Packed({"weight": self.stacks.rows(site, held, rows)})
         if held is not None:
@@ -166,10 +159,6 @@ class Checkpoint:
         if rows is not None or info.nbytes > _SHARED_BYTES:
             return self._rows_of(info, rows)
         return self._shared(info)
-
-    def check_unchanged(self) -> None:
-        for file in self.files:
-            file.check_unchanged()
 
     def _config(self) -> dict[str, Any]:
         if not os.path.lexists(self.folder / "config.json"):

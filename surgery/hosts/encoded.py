@@ -1,97 +1,125 @@
-"""Encoded: a merge as it reads where some of its weights are held in a format, by scales of their own."""
+"""Encoded: a merge as it reads where some of its weights are held in a format, by scales of their own.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+The scales are found first, in one pass over the weight; then its codes, some rows at a time. What is in memory of a
+weight are its scales.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from surgery.codecs import FORMS, codec_of, cut
 from surgery.core.arithmetic import all_finite, round_once
-from surgery.core.codec import Codec, Headers, Packed
-from surgery.core.site import Site, TensorInfo
+from surgery.core.codec import Codec, Headers, Packed, Settings, TiledCodec, as_stored
+from surgery.core.feedback import Feedback
+from surgery.core.site import CODES, Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
-from surgery.errors import SurgeryError, ValueRangeError, printable
+from surgery.errors import ConfigError, ValueRangeError, printable
 from surgery.hosts.change import Change, MergedTile, Watch, ends
-from surgery.hosts.rounding import FED_ELEMENTS, feedback_of, rounded
-from surgery.hosts.views import Merged
+from surgery.hosts.rounding import feedback_of, rounded
+from surgery.hosts.views import Merged, plainly
+
+
+class _Begun(NamedTuple):
+    """Of a weight of which some codes are made: by what."""
+
+    outcome: Packed  # its scales
+    reference: Packed | None  # those of the weight as it was, where what is left of the change is asked for
+    feedback: Feedback | None
 
 
 class Encoded:
-    """The changes over `source`; one that goes into a form is encoded whole, when its first tensor is asked for.
+    """The changes over `source`.
 
-    What the form leaves of a change is measured against the weight as it was, held in the same form.
+    What a form leaves of a change is measured against the weight as it was, held in the same form.
     """
 
     def __init__(self, source: Source, changes: Iterable[Change], watch: Watch | None = None) -> None:
         self.plain, self.watch = Merged(source, changes, watch), watch
-        self.of = {info.name: one for one in self.plain.changes.values() for info in standing(one) if one.into}
-        self.held: dict[str, Mapping[str, Tensor]] = {}  # by the weights of which some tensors are read
+        held = [one for one in self.plain.changes.values() if one.into]
+        self.beside = {info.name: one for one in held for info in standing(one)[1:]}
+        self.begun: dict[str, _Begun] = {}  # by site, until the last of its tensors is read
 
     def sites(self) -> Iterable[Site]:
-        yield from (site for site in self.plain.sites() if not self.plain.changes[site.name].into)
+        yield from self.plain.sites()
         for change in self.plain.changes.values():
             if change.into:
-                yield from (Site(info.name, {"weight": info}) for info in standing(change))
+                yield from (Site(info.name, {"weight": info}) for info in standing(change)[1:])
 
     def reads(self, tensor: str) -> Sequence[str]:
         """The tensors of the source that one of the outcome depends on."""
-        return self.plain.reads(self.of[tensor].site.written if tensor in self.of else tensor)
+        return self.plain.reads(self.beside[tensor].site.written if tensor in self.beside else tensor)
 
     def load(self, site: Site, rows: slice | None = None) -> Packed:
         """ValueRangeError where the base or the outcome is not finite, or the form cannot hold it."""
-        change, rows = self.of.get(site.name), site.rows(rows)
-        if change is None:
+        rows = site.rows(rows)
+        if site.name in self.beside:
+            return self._scales(self.beside[site.name], site, rows)
+        change = self.plain.changes[site.name]
+        if not change.into:
             return self.plain.load(site, rows)
-        held = self.held.get(change.site.name)
-        if held is None:
-            held = self.held[change.site.name] = dict(named(change, self.encoded(change)))
-        if site.name == list(held)[-1] and ends(site, rows):
-            del self.held[change.site.name]
-        values = held[site.name]
-        return Packed({"weight": values[rows] if values.shape else values})
+        codec, _ = FORMS[change.into]
+        found = self.coded(change, rows).tensors[next(iter(codec.endings))]
+        if ends(change.site, rows) and len(standing(change)) == 1:
+            del self.begun[change.site.name]
+        return Packed({"weight": found})
 
     def encoded(self, change: Change) -> Packed:
-        """The outcome of one change; tells `watch` of its tiles."""
-        site, adapted = change.site, bool(change.layers) or change.saved is not None
-        was, became = (torch.empty(site.weight.shape, dtype=change.dtype) for _ in range(2))
-        for rows in _tiles(site):
-            before, laid = self.plain.exact(site, rows)
-            was[rows], became[rows] = round_once(before, change.dtype), round_once(laid, change.dtype)
-        outcome = self._fed(change, _fresh(change, became))
-        if self.watch is None:
-            return outcome
+        """The outcome of one change, whole; tells `watch` of its tiles."""
         codec, _ = FORMS[change.into]
-        reference = _fresh(change, was) if adapted else None
-        for rows in _tiles(site):
-            merged = codec.decode(cut(codec, outcome, rows), torch.float64)
-            if reference is None:
-                self.watch(MergedTile(change, rows, was[rows], merged, None))
-            else:
-                before, laid = self.plain.exact(site, rows)
-                held = codec.decode(cut(codec, reference, rows), torch.float64)
-                self.watch(MergedTile(change, rows, held, merged, None, held + (laid - before)))
-        return outcome
+        role = next(iter(codec.endings))
+        parts = [self.coded(change, rows).tensors[role] for rows in tiles(change)]
+        return as_stored(with_codes(codec, self.by(change).outcome, parts))
 
-    def _fed(self, change: Change, nearest: Packed) -> Packed:
-        """By the same scales, where other codes than the nearest are asked for."""
-        feedback = feedback_of(change, change.started())
-        if feedback is None:
-            return nearest
-        codec, _ = FORMS[change.into]
-        role, parts = next(iter(codec.endings)), []
-        together = codec.step(nearest.headers, nearest.settings)
-        for rows in row_tiles(change.site.weight.shape, FED_ELEMENTS, together):
-            _, laid = self.plain.exact(change.site, rows)
-            parts.append(rounded(codec, laid, cut(codec, nearest, rows), feedback).tensors[role])
-        return with_codes(codec, nearest, parts)
+    def coded(self, change: Change, rows: slice) -> Packed:
+        """Some rows of the outcome of a change, asked for in order; tells `watch` of them."""
+        codec, by = FORMS[change.into][0], self.by(change)
+        before, laid = self.plain.exact(change.site, rows)
+        held = _coded(codec, _rounded(change, laid), by.outcome, rows)
+        if by.feedback is not None:
+            held = rounded(codec, laid, held, by.feedback)
+        if self.watch is None:
+            return held
+        merged, was = codec.decode(held, torch.float64), round_once(before, change.dtype)
+        if by.reference is None:
+            self.watch(MergedTile(change, rows, was, merged, None))
+        else:
+            begin = codec.decode(_coded(codec, was, by.reference, rows), torch.float64)
+            self.watch(MergedTile(change, rows, begin, merged, None, begin + (laid - before)))
+        return held
+
+    def by(self, change: Change) -> _Begun:
+        """The scales of a change's outcome, found when they are first asked for."""
+        name = change.site.name
+        if name not in self.begun:
+            adapted = bool(change.layers) or change.saved is not None
+            outcome = _fresh(change, lambda rows: self.plain.exact(change.site, rows)[1])
+            reference = _fresh(change, lambda rows: self._was(change, rows)) if self.watch and adapted else None
+            self.begun[name] = _Begun(outcome, reference, feedback_of(change, change.started()))
+        return self.begun[name]
+
+    def _was(self, change: Change, rows: slice) -> Tensor:
+        """Rows of the weight before the change."""
+        assert change.origin is not None  # what the host lacks goes into no form
+        return plainly(self.plain.source, change.origin, rows).tensors["weight"].to(torch.float64)
+
+    def _scales(self, change: Change, site: Site, rows: slice) -> Packed:
+        """Rows of a tensor that stands beside the codes."""
+        named = dict(beside(change, self.by(change).outcome))
+        if site.name == list(named)[-1] and ends(site, rows):
+            del self.begun[change.site.name]
+        values = named[site.name]
+        return Packed({"weight": values[rows] if values.shape else values})
 
 
 def reheld(view: Merged, change: Change, packed: Packed) -> Packed:
     """The outcome of a change that keeps its format, of which `packed` is the whole weight as it was."""
     codec, site = codec_of(packed, printable(change.site.name)), change.site
-    tiles = row_tiles(site.weight.shape, TILE_ELEMENTS, site.together)
-    return with_codes(codec, packed, [view.load(site, rows).tensors["weight"] for rows in tiles])
+    return with_codes(codec, packed, [view.load(site, rows).tensors["weight"] for rows in tiles(change)])
 
 
 def with_codes(codec: Codec, packed: Packed, parts: Sequence[Tensor]) -> Packed:
@@ -102,46 +130,81 @@ def with_codes(codec: Codec, packed: Packed, parts: Sequence[Tensor]) -> Packed:
     return packed._replace(tensors={**packed.tensors, role: joined.view(codes.dtype).view(codes.shape)})
 
 
+def held_in(change: Change, form: str) -> Change:
+    """The change of a weight that goes into `form`; its codes are written in the place of the first of its tensors."""
+    made = made_as(form, change.site.weight.shape, change.dtype)
+    change = replace(change, into=form, keep=False)
+    together = FORMS[form][0].step(made.headers, made.settings)
+    tensors = {**change.site.tensors, CODES: standing(change)[0]}
+    return replace(change, site=replace(change.site, tensors=tensors, together=together))
+
+
+def tiles(change: Change) -> Iterator[slice]:
+    """The rows of the weight that are held in a format, so many at a time as share nothing with others."""
+    return row_tiles(change.site.laid(change.site.weight).shape, TILE_ELEMENTS, change.site.together)
+
+
 def standing(change: Change) -> list[TensorInfo]:
     """The tensors that hold the outcome of a change; one where it goes into no form."""
     weight = change.site.weight
     if not change.into:
         return [weight._replace(dtype=change.dtype)]
-    headers, _ = made_as(change.into, weight.shape, change.dtype)
+    headers = made_as(change.into, weight.shape, change.dtype).headers
     return [TensorInfo(name, *headers[role]) for role, name in _names(change, headers)]
 
 
-def named(change: Change, packed: Packed) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a weight, by their names in the files."""
-    return ((name, packed.tensors[role]) for role, name in _names(change, packed.headers))
+def beside(change: Change, packed: Packed) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that stand beside a weight's codes, by their names in the files."""
+    _, *others = _names(change, packed.headers)
+    return ((name, packed.tensors[role]) for role, name in others)
 
 
 def _names(change: Change, headers: Headers) -> Iterator[tuple[str, str]]:
-    """Roles and names, in the order in which they are written."""
+    """Roles and names, in the order in which they are written: codes first."""
     codec, _ = FORMS[change.into]
     stem = change.site.weight.name.removesuffix(codec.plain_ending)
     return ((role, stem + ending) for role, ending in codec.endings.items() if role in headers)
 
 
+class Made(NamedTuple):
+    """What any weight of a shape and dtype is held in."""
+
+    headers: Headers
+    settings: Settings
+    dtype: torch.dtype | None  # that it tells
+
+
 @cache
-def made_as(form: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Headers, torch.dtype | None]:
-    """What any such weight is held in, and the dtype that it tells. ConfigError where it cannot be."""
+def made_as(form: str, shape: tuple[int, ...], dtype: torch.dtype) -> Made:
+    """ConfigError where it cannot be."""
     codec, settings = FORMS[form]
-    packed = codec.fresh(torch.zeros(shape, dtype=dtype), settings)
-    return packed.headers, codec.dtype(packed.settings)
+    zeros = (torch.zeros(part.stop - part.start, *shape[1:], dtype=dtype) for part in row_tiles(shape, TILE_ELEMENTS))
+    packed = as_stored(codec.scales(zeros, shape, dtype, settings))
+    return Made(packed.headers, packed.settings, codec.dtype(packed.settings))
 
 
-def _fresh(change: Change, weight: Tensor) -> Packed:
+def _fresh(change: Change, exact: Callable[[slice], Tensor]) -> Packed:
+    """The scales of a weight that `exact` gives some rows of, in float64."""
     codec, settings = FORMS[change.into]
-    where = printable(change.site.weight.name)
+    shape, where = change.site.weight.shape, printable(change.site.weight.name)
+    values = (_rounded(change, exact(rows)) for rows in row_tiles(shape, TILE_ELEMENTS))
+    try:
+        return codec.scales(values, shape, change.dtype, settings)
+    except (ConfigError, ValueRangeError) as error:
+        told = str(error).startswith((f"{printable(change.site.name)}:", f"{where}:"))
+        raise error if told else type(error)(f"{where}: {error}") from error
+
+
+def _rounded(change: Change, exact: Tensor) -> Tensor:
+    weight = round_once(exact, change.dtype)
     if not all_finite(weight):
         dtype = str(weight.dtype).removeprefix("torch.")
-        raise ValueRangeError(f"{where}: the merged weight is not finite in {dtype}; choose a --dtype of wider range")
-    try:
-        return codec.fresh(weight, settings)
-    except SurgeryError as error:
-        raise type(error)(f"{where}: {error}") from error
+        raise ValueRangeError(
+            f"{printable(change.site.weight.name)}: the merged weight is not finite in {dtype}; choose a --dtype of "
+            "wider range"
+        )
+    return weight
 
 
-def _tiles(site: Site) -> Iterator[slice]:
-    return row_tiles(site.weight.shape, TILE_ELEMENTS)
+def _coded(codec: TiledCodec, weight: Tensor, by: Packed, rows: slice) -> Packed:
+    return codec.coded(weight, cut(codec, by, rows))

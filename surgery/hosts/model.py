@@ -10,7 +10,7 @@ from surgery.core.codec import Packed
 from surgery.core.op import Op
 from surgery.core.sharded import fill, is_sharded, whole
 from surgery.core.site import Site, TensorInfo
-from surgery.core.source import TILE_ELEMENTS, row_tiles
+from surgery.core.source import GPU_TILE_ELEMENTS, TILE_ELEMENTS, row_tiles
 from surgery.errors import MatchError, printable
 from surgery.hosts.quantized import compute_dtype, decoded, is_quantized, packed_of_layer, shape_of_layer
 from surgery.hosts.recognition import op_of, unfit
@@ -108,7 +108,7 @@ class LivePart:
 
     def tiles(self, site: Site) -> Iterator[slice]:
         self.fresh = torch.empty_like(self.live.weight(site), memory_format=torch.contiguous_format)
-        return row_tiles(site.laid(site.weight).shape, TILE_ELEMENTS)
+        return row_tiles(site.laid(site.weight).shape, TILE_ELEMENTS if self.fresh.is_cpu else GPU_TILE_ELEMENTS)
 
     def store(self, site: Site, packed: Packed, rows: slice) -> None:
         self.fresh[rows] = packed.tensors["weight"]

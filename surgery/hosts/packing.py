@@ -1,7 +1,7 @@
 """Packing: the weights of a checkpoint that several of its tensors hold together, by the codecs' endings."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,14 @@ class Held:
     def form(self) -> str | None:
         """The one of FORMS that it is held in, if it is one."""
         return form_of(self.codec, self.headers, self.settings, self.plain.shape)
+
+    def by_output(self) -> "Held":
+        """A stack whose codes lie as [stack, out, ...], its matrices one below another."""
+        flat = {
+            role: one._replace(shape=(one.shape[0] * one.shape[1], *one.shape[2:]))
+            for role, one in self.tensors.items()
+        }
+        return replace(self, tensors=flat)
 
     def load(self, rows: slice | None, load: Load) -> Packed:
         spans = {} if rows is None else self.codec.spans(self.headers, self.settings, rows)

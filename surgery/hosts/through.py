@@ -3,22 +3,26 @@
 from collections.abc import Iterable, Mapping
 from threading import Lock
 
+from torch import Tensor
+
 from surgery.codecs import FORMS, cut
 from surgery.core.codec import Packed
 from surgery.core.site import Site
-from surgery.core.source import Source
+from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
 from surgery.core.workers import default_workers
-from surgery.errors import SurgeryError, printable
+from surgery.errors import ConfigError, ValueRangeError, printable
 
 
 class Through:
-    """`forms` are by tensor; each such weight, in its site's dtype, is encoded whole by fresh scales and decoded by
-    rows. All others read as they are."""
+    """`forms` are by tensor; each such weight, in its site's dtype, is encoded by fresh scales and decoded, by rows.
+
+    All others read as they are.
+    """
 
     def __init__(self, source: Source, forms: Mapping[str, str]) -> None:
         self.source, self.forms = source, forms
-        self._lock = Lock()  # one at a time is encoded, for that takes memory
-        self._recent: dict[str, Packed] = {}
+        self._lock = Lock()
+        self._recent: dict[str, Packed] = {}  # the scales of those that are read
 
     def sites(self) -> Iterable[Site]:
         return self.source.sites()
@@ -27,10 +31,17 @@ class Through:
         if site.weight.name not in self.forms:
             return self.source.load(site, rows)
         codec, _ = FORMS[self.forms[site.weight.name]]
-        packed = cut(codec, self._encoded(site), site.rows(rows))
-        return Packed({"weight": codec.decode(packed, site.weight.torch_dtype)})
+        rows, by = site.rows(rows), self._scales(site)
+        step = codec.step(by.headers, by.settings)
+        whole = slice(rows.start // step * step, min(-(-rows.stop // step) * step, site.weight.shape[0]))
+        held = codec.coded(self._begun(site, whole), cut(codec, by, whole))
+        decoded = codec.decode(held, site.weight.torch_dtype)
+        return Packed({"weight": decoded[rows.start - whole.start : rows.stop - whole.start]})
 
-    def _encoded(self, site: Site) -> Packed:
+    def _begun(self, site: Site, rows: slice) -> Tensor:
+        return self.source.load(site, rows).tensors["weight"].to(site.weight.torch_dtype)
+
+    def _scales(self, site: Site) -> Packed:
         name = site.weight.name
         with self._lock:
             if name not in self._recent:
@@ -41,8 +52,9 @@ class Through:
 
     def _fresh(self, site: Site) -> Packed:
         codec, settings = FORMS[self.forms[site.weight.name]]
-        weight = self.source.load(site).tensors["weight"].to(site.weight.torch_dtype)
+        shape = site.weight.shape
+        tiles = (self._begun(site, rows) for rows in row_tiles(shape, TILE_ELEMENTS))
         try:
-            return codec.fresh(weight, settings)
-        except SurgeryError as error:
+            return codec.scales(tiles, shape, site.weight.torch_dtype, settings)
+        except (ConfigError, ValueRangeError) as error:
             raise type(error)(f"{printable(site.weight.name)}: {error}") from error

@@ -6,10 +6,13 @@ Each raises OSError as the system gives it; who calls them says what was being w
 import ctypes
 import errno
 import os
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 _HERE = -100  # AT_FDCWD: paths are relative to the working folder
 _NOREPLACE, _EXCHANGE = 1, 2
+_BEGIN = 2  # SYNC_FILE_RANGE_WRITE: without waiting
 _LACKING = frozenset({errno.ENOSYS, errno.EINVAL, errno.ENOTSUP})  # by the system, or by the file system
 
 
@@ -48,6 +51,13 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
         view = view[done:]
 
 
+def begin_sync(descriptor: int, start: int, size: int) -> None:
+    """Let the disk begin with these bytes of the file, where the system can be told to; what fails shows in `sync`."""
+    call = _call("sync_file_range")
+    if call is not None:
+        call(descriptor, ctypes.c_int64(start), ctypes.c_int64(size), _BEGIN)
+
+
 def sync(descriptor: int) -> None:
     """Wait until the file, or the names in the folder, are on the disk."""
     os.fsync(descriptor)
@@ -81,9 +91,15 @@ def remove_folder(path: Path) -> None:
     path.rmdir()
 
 
+@cache
+def _call(name: str) -> Any:
+    """A function of the C library; None where it is missing."""
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
+
+
 def _renameat2(old: Path, new: Path, flag: int) -> bool:
     """Linux's renameat2; false where it is missing."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    call = _call("renameat2")
     if call is None:
         return False
     if call(_HERE, os.fsencode(old), _HERE, os.fsencode(new), flag) == 0:

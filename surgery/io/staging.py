@@ -24,6 +24,7 @@ from surgery.io.regular import contained, file_sha256, open_regular
 
 _FAULTS = (EnvironmentFault, OSError, MemoryError, RuntimeError)  # after these a run can go on, as when interrupted
 
+_BEGIN_BYTES = 16 << 20  # to the disk at a time
 _CONFIGS, _WEIGHTS = ("config.json", "adapter_config.json"), (".safetensors", ".onnx")
 
 
@@ -236,15 +237,20 @@ class Staging:
 
 
 class StagedFile:
-    """A file that is being written."""
+    """A file that is being written, from front to back. The disk is kept busy meanwhile: at the end little is left."""
 
     def __init__(self, descriptor: int, out: Path) -> None:
         self.descriptor, self.out = descriptor, out
+        self.size = self.begun = 0  # bytes that are written, and that the disk has begun with
 
     def write(self, data: bytes | memoryview) -> None:
         """All of `data`."""
         with faults(self.out):
             disk.write_all(self.descriptor, data)
+            self.size += len(data)
+            if self.size - self.begun >= _BEGIN_BYTES:
+                disk.begin_sync(self.descriptor, self.begun, self.size - self.begun)
+                self.begun = self.size
 
 
 def _is_output(folder: Path) -> bool:

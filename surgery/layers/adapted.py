@@ -1,7 +1,6 @@
 """Adapted: a layer with adapters over it; any method, any op."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,13 +10,14 @@ from surgery.core.adapter import Layer
 from surgery.core.arithmetic import float_product
 from surgery.core.method import Dense, Method, Params, Product
 from surgery.core.op import WHOLE, Op
+from surgery.core.room import Room
 from surgery.core.sharded import is_sharded, whole
 from surgery.core.site import Site
 from surgery.core.sums import sum_rows
 from surgery.layers.aware import Holding, held_merge
 from surgery.layers.bare import Bare
 from surgery.layers.mixed import Mixed, Rows
-from surgery.layers.running import Below, Fitted, Over
+from surgery.layers.running import Below, Fitted, Over, Swappable
 from surgery.layers.slot import Slot
 
 
@@ -46,10 +46,18 @@ class Adapted(Bare):
         self._modules["base_layer"] = base_layer
         self.__dict__.update(site=site, op=site.acting, fitted={}, decode=decode)
 
-    def fit(self, adapter: str, method: Method, params: Params, trainable: bool, aware: Holding | None = None) -> None:
-        """Lay an adapter over the layer; it is not active yet."""
+    def fit(  # noqa: PLR0913, PLR0917  # an adapter, and how it is held
+        self,
+        adapter: str,
+        method: Method,
+        params: Params,
+        trainable: bool,
+        aware: Holding | None = None,
+        room: Room | None = None,
+    ) -> None:
+        """Lay an adapter over the layer; it is not active yet. With `room`, `params` are as they are held there."""
         slots, holders = {}, {}
-        for role, spec in method.tensors(self.site).items():
+        for role, spec in (method if room is None else room).tensors(self.site).items():
             name, leaf = spec.held
             slot = self._modules.get(name)
             if not isinstance(slot, Slot):
@@ -60,7 +68,11 @@ class Adapted(Bare):
                 slot.fix(adapter, leaf, values) if spec.fixed else slot.put(adapter, leaf, values, trainable)
             )
         shared = any(map(is_sharded, params.values()))
-        self.fitted[adapter] = Fitted(method, holders, slots, aware, shared)
+        if room is None:
+            self.fitted[adapter] = Fitted(method, holders, slots, aware, shared)
+        else:
+            slots["s"].leave_out(adapter)
+            self.fitted[adapter] = Swappable(method, holders, slots, aware, shared, room=room)
 
     def unfit(self, adapter: str) -> None:
         """Take an adapter away."""
@@ -70,8 +82,9 @@ class Adapted(Bare):
 
     def retune(self, adapter: str, method: Method) -> None:
         """The adapter's method from now on is another one, with tensors of the same shapes."""
-        if self.fitted[adapter].method != method:
-            self.fitted[adapter] = replace(self.fitted[adapter], method=method)
+        one = self.fitted[adapter]
+        self.fitted[adapter] = one.retuned(method)
+        if self.fitted[adapter] is not one:
             self.activate(self.active, self.enabled)
 
     def activate(self, adapters: tuple[str, ...], enabled: bool) -> None:

@@ -1,8 +1,8 @@
 """What runs at a layer: adapters over one another, the lowest over the base layer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from surgery.core.arithmetic import float_product
 from surgery.core.method import Dense, Method, Params, Run
 from surgery.core.op import WHOLE, Op
+from surgery.core.room import Room
 from surgery.core.sharded import gathered
 from surgery.layers.aware import Holding
 from surgery.layers.mixed import Mixed
@@ -42,8 +43,15 @@ class Fitted:
     aware: Holding | None = None  # of what it is trained to become
     shared: bool = False  # does each process hold a share of it, of which nothing but this layer knows?
 
+    has_room: ClassVar[bool] = False  # for tensors of other shapes
+
     @property
     def params(self) -> Params:
+        return self.own(self.held)
+
+    @property
+    def held(self) -> Params:
+        """The tensors in the model."""
         found = {}
         for role, (held, key) in self.holders.items():
             values = held[key]
@@ -51,18 +59,56 @@ class Fitted:
             found[role] = values
         return found
 
+    def own(self, held: Params) -> Params:
+        """What of tensors as they are held is the adapter's."""
+        return held
+
+    def laid(self, method: Method, p: Params, where: str) -> Params:  # noqa: ARG002  # for those with room
+        """Tensors that are to take the place of these, as they are to be held."""
+        return p
+
+    def retuned(self, method: Method) -> "Fitted":
+        """The same tensors under another method."""
+        return self if method == self.method else replace(self, method=method)
+
     def branch(self, x: Tensor, below: Run, op: Op, training: bool) -> Tensor:
         """The adapted output, over the layer below."""
-        params: Any = {role: held[key] for role, (held, key) in self.holders.items()}
-        return self.method.branch(x, below, op, self._whole(params), training)
+        return self.method.branch(x, below, op, self._running(), training)
 
     @property
     def computed(self) -> Params:
         """The parameters as the layer computes with them."""
         return self._whole(self.params)
 
+    def _running(self) -> Params:
+        """As `held`, without a look at each."""
+        params: Any = {role: held[key] for role, (held, key) in self.holders.items()}
+        return self._whole(params)
+
     def _whole(self, params: Params) -> Params:
         return {role: gathered(values) for role, values in params.items()} if self.shared else params
+
+
+@dataclass(frozen=True, eq=False)
+class Swappable(Fitted):
+    """One with room for others: what is compiled reads the tensors alone, so that its method may become another."""
+
+    room: Room = field(kw_only=True)
+
+    has_room = True
+
+    def own(self, held: Params) -> Params:
+        return self.room.own(self.method, held)
+
+    def laid(self, method: Method, p: Params, where: str) -> Params:
+        return self.room.laid(method, p, where)
+
+    def retuned(self, method: Method) -> Fitted:
+        self.__dict__["method"] = method
+        return self
+
+    def branch(self, x: Tensor, below: Run, op: Op, training: bool) -> Tensor:
+        return self.room.branch(x, below, op, self._running(), training)
 
 
 class Below:
@@ -115,7 +161,10 @@ class Over:
 
     def bias(self) -> Tensor | None:
         bias, on_bias = self.below.bias(), self.one.method.for_bias()
-        if bias is None or on_bias is None:
+        if on_bias is None:
             return bias
+        if bias is None:  # the adapter may bring one
+            weight = self.layer.dense().weight
+            bias = weight.new_zeros(len(weight))
         column = Dense(bias.unsqueeze(1))  # [out, 1]
         return on_bias.merge(column, self.one.computed, WHOLE, float_product).weight.squeeze(1)  # [out]

@@ -27,6 +27,10 @@ class Slot(Bare):
         owner._buffers[key] = values
         return owner._buffers, key
 
+    def leave_out(self, adapter: str) -> None:
+        """No state_dict has what it holds of the adapter by itself, which the adapter's settings tell."""
+        self._non_persistent_buffers_set.add(adapter)
+
     def _owner(self, adapter: str, leaf: str) -> tuple[nn.Module, str]:
         if not leaf:
             return self, adapter
@@ -41,6 +45,7 @@ class Slot(Bare):
         self._modules.pop(adapter, None)
         self._parameters.pop(adapter, None)
         self._buffers.pop(adapter, None)
+        self._non_persistent_buffers_set.discard(adapter)
 
     def __len__(self) -> int:
         return len(self._modules) + len(self._parameters) + len(self._buffers)

@@ -16,7 +16,7 @@ from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
-from surgery.core.op import Op, Tile
+from surgery.core.op import Op, Tile, onto
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias, check_bias
@@ -36,10 +36,12 @@ _NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
 _NEUTRAL = {
     **NEUTRAL,
     "alpha_pattern": {},
+    "corda_config": None,
     "ensure_weight_tying": False,
     "eva_config": None,
     "layer_replication": None,
     "loftq_config": {},
+    "lora_ga_config": None,
     "target_parameters": None,
     "trainable_token_indices": None,
     "lora_bias": False,
@@ -224,7 +226,7 @@ class AdaLora(Additive, AsPeft):
             x = x.to(A.dtype)
         if training and self.dropout:
             x = F.dropout(x, self.dropout)
-        return torch.add(below, op.mix(op.apply(x, A), p["B"]), alpha=self.scaling)
+        return onto(below, op.mix(op.apply(x, A), p["B"]), self.scaling)
 
 
 def _left(p: Params, mask: list[bool]) -> Params:

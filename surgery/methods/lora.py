@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
-from surgery.core.op import FEW, Factors, Op, Tile
+from surgery.core.op import Factors, Op, Tile, is_many
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods import stacks
@@ -125,7 +125,7 @@ class Lora(Additive, AsPeft):
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         A, B = p["A"], p["B"]
-        if x.numel() >= FEW and not (training and self.dropout):
+        if is_many(x) and not (training and self.dropout):
             plain = run.plain()
             out = None if plain is None else op.apply_with(x, *plain, Factors(A, B, self.scaling))
             if out is not None:
@@ -159,7 +159,7 @@ def _as_matrix(values: Tensor) -> Tensor:
 
 def _kaiming(values: Tensor) -> None:
     """Kaiming's uniform start, with a = sqrt(5): by how many numbers each output is made of."""
-    bound = _as_matrix(values).shape[1] ** -0.5
+    bound = max(1, _as_matrix(values).shape[1]) ** -0.5
     values.uniform_(-bound, bound)
 
 

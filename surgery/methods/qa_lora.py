@@ -51,7 +51,7 @@ class QaLora(Method):
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:
         fresh, shape = self.lora.init(site, base), self.tensors(site)["A"].shape
-        bound = shape[1] ** -0.5
+        bound = max(1, shape[1]) ** -0.5
         return {**fresh, "A": torch.empty(shape).uniform_(-bound, bound)}
 
     def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:

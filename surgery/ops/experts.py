@@ -46,6 +46,15 @@ class ExpertsTransposed(Experts):
     swapped = True
 
 
+@dataclass(frozen=True)
+class ExpertsByOutput(Experts):
+    """Transposed ones as codes of mxfp4 hold them: [stack, in, out] is read as [stack * out, in]."""
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        stack, columns, rows = stored
+        return stack * rows, columns
+
+
 def parameter_op(name: str, stored: tuple[int, ...], is_transposed: bool) -> Op:
     """The op of a module's parameter; one of two axes is never transposed, as in PEFT."""
     kind = ExpertsTransposed if is_transposed and len(stored) > 2 else Experts

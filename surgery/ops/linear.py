@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.op import FEW, Factors, Op, Tile
+from surgery.core.op import FEW, Factors, Op, Tile, onto
 from surgery.ops.low_rank import LowRank, is_worth_one_step
 from surgery.ops.transposed import Transposed
 
@@ -70,6 +70,6 @@ def _onto(below: Tensor, h: Tensor, matrix: Tensor, scaling: float) -> Tensor:
     Half types are left to two passes, which round as PEFT's do.
     """
     if below.numel() < FEW or not below.dtype == h.dtype == matrix.dtype or below.dtype.itemsize < 4:
-        return torch.add(below, F.linear(h, matrix), alpha=scaling)
+        return onto(below, F.linear(h, matrix), scaling)
     flat = below.reshape(-1, below.shape[-1]), h.reshape(-1, h.shape[-1])  # [batch, out], [batch, r]
     return torch.addmm(*flat, matrix.T, alpha=scaling).view(below.shape)

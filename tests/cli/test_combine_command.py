@@ -112,7 +112,7 @@ def rename(held: dict[str, torch.Tensor], before: str, after: str) -> None:
     [
         (config({"fan_in_fan_out": True}), "fan_in_fan_out is not the same"),
         (tensors(cut), "one base is wanted"),
-        (tensors(spoil), "A has NaN or infinity"),
+        (tensors(spoil), "A holds NaN or infinity"),
         (tensors(lambda held: rename(held, "base_model.model.model.", "base_model.model.")), "by another prefix"),
     ],
 )

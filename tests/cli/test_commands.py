@@ -128,6 +128,14 @@ def test_plan_shows_what_patterns_resolve_and_the_entry_that_hits(run: Run, base
     }
 
 
+def test_plan_tells_two_adapters_of_one_weight_apart(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    second = write_adapter(tmp_path / "second", factors(SITES[:1], r=2), r=2)
+    listed = {cells[0]: cells[-1] for cells in rows(run("plan", base, adapter, f"{second}=0.5"))[:-1]}
+    laid = f"LoRA r=4 lora_alpha=6 scaling=1.5 of {adapter} by 'q_proj'"
+    assert listed[f"{SITES[2]}.weight"] == laid
+    assert listed[f"{SITES[0]}.weight"] == f"{laid}, LoRA r=2 lora_alpha=6 scaling=1.5 of {second} by 'q_proj'"
+
+
 def test_plan_shows_what_a_cast_changes(run: Run, base: Path, adapter: Path) -> None:
     listed = {cells[0]: cells[-2:] for cells in rows(run("plan", base, adapter, "--dtype", "float16"))[:-1]}
     assert listed["model.layers.0.q_proj.weight"] == ["float16", "LoRA r=4 lora_alpha=6 scaling=1.5 by 'q_proj'"]

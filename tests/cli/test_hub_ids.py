@@ -118,7 +118,7 @@ def test_the_revision_chooses_the_files(
 def test_a_cache_that_the_environment_names_serves_where_the_hub_is_dead(cache: Path) -> None:
     here = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": DEAD, "NO_PROXY": "*"}
     path = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, "-m", "surgery.cli", "plan", "owner/base", "owner/adapter@v1", "--json"]
+    command = [sys.executable, "-m", "surgery", "plan", "owner/base", "owner/adapter@v1", "--json"]
     environment = {**os.environ, **here, "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, json.loads(done.stdout)["ok"]) == (0, True)

@@ -43,7 +43,7 @@ def test_a_callback_sees_the_bytes_grow_to_all_of_them(base: Path, adapter: Path
 
 def test_a_bar_is_shown_on_a_terminal_and_taken_away(base: Path, adapter: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "surgery.cli", "merge", str(base), str(adapter), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "surgery", "merge", str(base), str(adapter), str(tmp_path / "out")]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "TERM": "xterm"}, check=True
     )

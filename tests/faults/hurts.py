@@ -14,12 +14,13 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
 
-from surgery.io import disk, memory
+from surgery.io import disk, memory, staging
 
 READS = ("preadv",)  # of os, as io/tensor_file.py calls it
 KILL, HALF_KILL, SHORT, HALF, NONE_WRITTEN = "kill", "half and kill", "one byte", "half", "no byte"
 _OF_TWO_PATHS = ("rename", "place", "exchange")
 SIGNALS = ("SIGINT", "SIGTERM")
+_BEGIN_BYTES = 1 << 9  # so that the disk is told to begin with files of the tests, too
 
 
 def disk_functions() -> tuple[str, ...]:
@@ -49,6 +50,7 @@ class Hurting:
 
     def __init__(self, hurt: Hurt, tell: Callable[[str], None]) -> None:
         self.hurt, self.tell, self.calls, self.lock = hurt, tell, 0, RLock()
+        staging._BEGIN_BYTES = _BEGIN_BYTES
         if hurt.no_renameat2:
             disk._renameat2 = lambda *_: False
         self.trace = os.open(hurt.trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if hurt.trace else None

@@ -107,7 +107,7 @@ def real_command_killed(arena: Arena, call: str, at: int) -> bool:
     job = arena.jobs["overwrite"]
     arena.reset(job)
     injected = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={at}"]
-    command = ["strace", "-f", "-o", os.devnull, *injected, sys.executable, "-m", "surgery.cli", *job.argv]
+    command = ["strace", "-f", "-o", os.devnull, *injected, sys.executable, "-m", "surgery", *job.argv]
     done = subprocess.run(command, check=False, capture_output=True, cwd=Path(__file__).parents[2])
     assert done.returncode in {0, -9, 137}, done
     arena.tally["points killed at"] += done.returncode != 0

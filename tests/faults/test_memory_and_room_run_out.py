@@ -86,7 +86,7 @@ def real_run_within(arena: Arena, mebibytes: int) -> int:
     """The exit code of the command line in so much address space."""
     job = arena.jobs["overwrite"]
     arena.reset(job)
-    command = f"ulimit -v {mebibytes * 1024}; exec {sys.executable} -m surgery.cli " + " ".join(job.argv)
+    command = f"ulimit -v {mebibytes * 1024}; exec {sys.executable} -m surgery " + " ".join(job.argv)
     done = subprocess.run(["sh", "-c", command], check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode in {0, 5}, (mebibytes, done)
     assert len(said(done.stderr)) == (done.returncode == 5), (mebibytes, done)
@@ -124,7 +124,7 @@ def test_a_full_disk_is_an_error_and_with_room_a_rerun_ends_the_work(
     disk = tmp_path / "disk"
     disk.mkdir()
     code, listed, hashed = tmp_path / "code", tmp_path / "listed", tmp_path / "hashed"
-    merge = " ".join([sys.executable, "-m", "surgery.cli", "merge", *(f"'{one}'" for one in large.argv[1:3])])
+    merge = " ".join([sys.executable, "-m", "surgery", "merge", *(f"'{one}'" for one in large.argv[1:3])])
     script = f"""
         mount -t tmpfs -o {room} none {disk}
         {merge} {disk}/out; echo $? > {code}; test ! -e {disk}/out || exit 99
@@ -148,7 +148,7 @@ def test_a_read_only_disk_is_an_error_before_any_work(arena: Arena) -> None:
     arena.reset(job)
     script = f"""
         mount --bind {arena.floor} {arena.floor} && mount -o remount,ro,bind {arena.floor} || exit 99
-        exec {sys.executable} -m surgery.cli {" ".join(job.argv)}
+        exec {sys.executable} -m surgery {" ".join(job.argv)}
     """
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 5, done

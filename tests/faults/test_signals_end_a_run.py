@@ -66,7 +66,7 @@ def interrupted(err: str) -> bool:
 def run_until(arena: Arena, argv: list[str], sent: str, wait_s: float) -> tuple[int, float, str]:
     """The exit code of a run that gets a signal after a time, how long it took, and what it said."""
     began = time.monotonic()
-    command = [sys.executable, "-m", "surgery.cli", *argv]
+    command = [sys.executable, "-m", "surgery", *argv]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             process.wait(wait_s)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import surgery
-from surgery.api.files import weighted
+from surgery.api.given import weighted
 from surgery.cli import main
 from surgery.errors import InputError
 from surgery.hosts.checkpoint import Checkpoint

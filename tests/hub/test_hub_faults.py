@@ -367,7 +367,7 @@ def test_the_command_itself_tells_one_line(hub: FakeHub, model: Files, tmp_path:
     hub.faults = [Fault(dropped(4), "GET", CONFIG, 1), Fault(body(flipped), "GET", WEIGHTS)]
     here = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "surgery.cli", "inspect", ID],
+        [sys.executable, "-m", "surgery", "inspect", ID],
         env={**os.environ, **here, "NO_PROXY": "*"},
         capture_output=True,
         text=True,

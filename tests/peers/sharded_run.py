@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -225,8 +225,41 @@ def run_transformers(rank: int, folder: Path) -> None:
     other = surgery.inject(in_layers(), surgery.LoraConfig(**fields))
     other.load_adapter(places[0], "default", hotswap=True)
     assert_equal(state(other), state(model))
+    swap_with_room(llama, in_layers, places[0], tokens)
     with pytest.raises(surgery.StateError, match="gathers only what its own rows need"):
         other(tokens, adapter_names=["default", "__base__"])
+
+
+def swap_with_room(llama: Callable[[], Any], in_layers: Callable[[], Any], place: Path, tokens: Tensor) -> None:
+    """As in one process, where the tensors that others take the place of are in shares too."""
+    logits = []
+    for make in (llama, in_layers):
+        model = make()
+        model.enable_peft_hotswap(target_rank=6)
+        surgery.load(model, place)
+        fresh = surgery.LoraConfig(r=6, target_modules=["q_proj"], init_lora_weights=False)
+        torch.manual_seed(3)
+        smaller = surgery.inject(llama(), fresh).get_adapter_state_dict()
+        model.load_adapter(peft_config=fresh, adapter_state_dict=smaller)
+        with torch.no_grad():
+            logits.append(model.eval()(tokens).logits)
+    assert_close_logits(logits[1], logits[0])
+
+
+def run_class(*_: Any) -> None:
+    """A model that was sharded after its injection has its own class again, and fully_shard's, once it is ejected."""
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["q_proj"]))
+    fully_shard(model)
+    assert "FSDP" in type(model).__name__
+    surgery.eject(model)
+    assert isinstance(model, FSDPModule)
+    assert isinstance(model, LlamaForCausalLM)
+    assert type(model).__name__ == "FSDPLlamaForCausalLM"
+    assert not any("surgery" in kind.__module__ or hasattr(kind, "save_merged") for kind in type(model).__mro__)
+    assert model(torch.arange(6)[None]).logits.shape == (1, 6, 99)
+    surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert model.active_adapters() == ["default"]
 
 
 def assert_close_logits(found: Tensor, wanted: Tensor) -> None:
@@ -257,7 +290,16 @@ def run_refusals(*_: Any) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    runs = run_data_parallel, run_sharded, run_late, run_placements, run_allotting, run_transformers, run_refusals
+    runs = (
+        run_data_parallel,
+        run_sharded,
+        run_late,
+        run_placements,
+        run_allotting,
+        run_transformers,
+        run_class,
+        run_refusals,
+    )
     for run in runs:
         run(dist.get_rank(), Path(sys.argv[1]))
     print("all held")

@@ -22,6 +22,7 @@ from transformers import (
 import surgery
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.mxfp4 import Mxfp4
+from surgery.core.codec import Packed
 
 # Rows of whole blocks: the kernel of bitsandbytes for CPUs with AVX512 decodes others wrongly.
 SMALL = {
@@ -234,8 +235,31 @@ def test_adapters_over_the_experts_of_gpt_oss_are_merged_into_mxfp4(tmp_path: Pa
     assert surgery.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "out").ok
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert (tmp_path / "back" / FILE).read_bytes() == (base / FILE).read_bytes()
-    with pytest.raises(surgery.FormatError, match="held as mxfp4, which cannot keep its format"):
-        surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "kept", into="keep")
+
+
+def test_experts_keep_mxfp4_by_their_own_scales_and_transformers_decodes_them(tmp_path: Path):
+    base, adapter, out = experts_in_mxfp4(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out"
+    parameters_trained(loaded(base, torch.bfloat16), ["experts.gate_up_proj", "experts.down_proj"]).save_pretrained(
+        adapter
+    )
+    options = {"into": "keep", "reversible": True, "min_retained": 0.0, "max_noise": 9.0}
+    receipt = surgery.merge_checkpoint(base, adapter, out, **options).receipt
+    surgery.merge_checkpoint(base, adapter, tmp_path / "exact", dtype="float32")
+    before, after, exact = (load_file(one / FILE) for one in (base, out, tmp_path / "exact"))
+    state = loaded(out, torch.bfloat16).state_dict()
+    for name in ("gate_up_proj", "down_proj"):
+        stem = f"model.layers.0.mlp.experts.{name}"
+        held = Packed({role: before[f"{stem}_{role}"] for role in ("blocks", "scales")})
+        wanted = Mxfp4().encode(exact[stem].double(), like=held)
+        assert torch.equal(after[f"{stem}_blocks"], wanted.tensors["blocks"])
+        assert torch.equal(after[f"{stem}_scales"], before[f"{stem}_scales"])
+        assert not torch.equal(after[f"{stem}_blocks"], before[f"{stem}_blocks"])
+        assert torch.equal(state[stem], Mxfp4().decode(wanted, torch.bfloat16))
+        assert 0 < receipt["changed"][f"{stem}_blocks"]["retained"] < 2
+    assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert surgery.verify_checkpoint(base, adapter, out).counts["bits"] == 2
+    surgery.unmerge_checkpoint(out, tmp_path / "back")
+    assert (tmp_path / "back" / FILE).read_bytes() == (base / FILE).read_bytes()
 
 
 def test_adapters_over_experts_that_files_hold_one_by_one_are_merged_into_fp8(tmp_path: Path):
@@ -252,21 +276,3 @@ def test_adapters_over_experts_that_files_hold_one_by_one_are_merged_into_fp8(tm
     found, wanted = outputs(loaded(tmp_path / "out", torch.bfloat16)), outputs(adapted)
     assert near(found, wanted, torch.bfloat16)
     assert (before - wanted).abs().max() > 2 * (found - wanted).abs().max()
-
-
-@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
-def test_verify_passes_a_merge_of_dequantized_weights_by_peft_and_not_one_with_fresh_scales(tmp_path: Path):
-    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
-    base = pre_quantized(tmp_path, torch.float32, load_in_4bit=True, **settings)
-    trained(loaded(base, torch.float32)).save_pretrained(tmp_path / "adapter")
-    for name, model in {
-        "plain": loaded(base, torch.float32).dequantize(),
-        "anew": loaded(base, torch.float32),
-    }.items():
-        merged = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
-        merged.save_pretrained(tmp_path / name, save_original_format=False)
-    assert surgery.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "plain").ok
-    report = surgery.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "anew")
-    scales = report.tensors["model.layers.0.mlp.down_proj.weight.absmax"]
-    assert (report.ok, scales.grade) == (False, "different")
-    assert "retained" in report.summary()

@@ -1,5 +1,6 @@
 """Models whose tensors transformers calls otherwise than their files: adapters have its names, and merges find them."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import peft
 import pytest
 import torch
 import transformers
+from compressed_tensors.utils.match import match_named_modules
+from safetensors.torch import load_file
 
 import surgery
 
@@ -117,3 +120,24 @@ def test_what_is_extracted_has_the_names_in_memory(made: tuple[Any, Path, Path],
     surgery.merge_checkpoint(base, tmp_path / "extracted", tmp_path / "again")
     again = kind.from_pretrained(tmp_path / "again").state_dict()
     assert all(torch.equal(again[name], values) for name, values in found.items())
+
+
+def test_a_linear_layer_of_a_class_of_its_own_is_told_to_be_plain_and_is_extracted(tmp_path: Path) -> None:
+    """The out_proj of an nn.MultiheadAttention, which compressed-tensors takes for a Linear by its parent's name."""
+    kind, sizes = transformers.SiglipForImageClassification, {"hidden_size": 128, "intermediate_size": 256}
+    config = transformers.SiglipConfig(text_config={**_TEXT}, vision_config={**_IMAGES, **sizes}, num_labels=2)
+    base = kind(config).bfloat16()
+    base.save_pretrained(tmp_path / "base")
+    target = "vision_model.head.attention.out_proj"
+    settings = surgery.LoraConfig(r=2, target_modules=[target, "fc1"], init_lora_weights=False)
+    surgery.save(surgery.inject(kind.from_pretrained(tmp_path / "base"), settings), tmp_path / "adapter")
+    options = {"into": "w4a16", "min_retained": 0.0, "max_noise": 99.0}
+    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", **options)
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    looked_for = {name for name, _ in match_named_modules(base, ["Linear"], told["ignore"])}
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert looked_for == {name.removesuffix(".weight_packed") for name in found if name.endswith("packed")} != set()
+    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "16bit")
+    report = surgery.extract(tmp_path / "base", tmp_path / "16bit", tmp_path / "extracted", rank=2)
+    assert target in report.sites
+    surgery.load(kind.from_pretrained(tmp_path / "base"), tmp_path / "extracted")

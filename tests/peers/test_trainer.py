@@ -52,8 +52,8 @@ def trainer(model: LlamaForCausalLM, folder: Path, kind: type[Trainer] = Resumin
         "logging_steps": 1,
         "save_steps": 1,
     }
-    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
-    arguments = TrainingArguments(str(folder), **quiet, **(settings | options))
+    quiet: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
+    arguments = TrainingArguments(str(folder), **(quiet | settings | options))
     return kind(model=model, args=arguments, train_dataset=ROWS, eval_dataset=ROWS[:4])
 
 

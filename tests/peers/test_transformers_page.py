@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,26 @@ from guarded import is_guarded
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    FalconConfig,
+    FalconModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5Model,
+    Trainer,
+    TrainingArguments,
+    WhisperConfig,
+    WhisperModel,
+)
 
 import surgery
+from surgery.integrations.transformers.default_targets import DEFAULTS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "hub"))
 
@@ -64,6 +81,71 @@ def test_peft_is_not_there_and_transformers_alone_refuses_the_page(base: Path) -
         import peft  # noqa: F401
     with pytest.raises(ValueError, match="PEFT is not installed"):
         AutoModelForCausalLM.from_pretrained(base).add_adapter(config("LORA"))
+
+
+def test_the_first_example_names_no_modules_and_its_task_by_its_class(base: Path) -> None:
+    from surgery import LoraConfig, TaskType
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    told = {"inference_mode": False, "r": 8, "lora_alpha": 32, "lora_dropout": 0.1}
+    surgery.inject(model, LoraConfig(task_type=TaskType.CAUSAL_LM, **told), adapter_name="lora_1")
+    adapted = {
+        name.rpartition(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name
+    }
+    assert adapted == {"q_proj", "v_proj"}
+    model.add_adapter(LoraConfig(**told), adapter_name="lora_2")
+    assert {one.peft_type for one in model.peft_config.values()} == {"LORA"}
+
+
+CLASSES = {"LORA": surgery.LoraConfig, "IA3": surgery.Ia3Config, "ADALORA": surgery.AdaLoraConfig}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)),
+    "falcon": lambda: FalconModel(FalconConfig(**SMALL)),
+    "bert": lambda: BertModel(BertConfig(**SMALL)),
+    "t5": lambda: T5Model(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9)),
+}
+
+
+CASES = [(model, kind) for model in MODELS for kind in CLASSES if model in DEFAULTS[kind]]
+
+
+@pytest.mark.parametrize(("model", "kind"), CASES)
+def test_a_config_without_modules_adapts_those_that_it_adapts_in_peft(model: str, kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    options = {"total_step": 9} if kind == "ADALORA" else {_INIT[kind]: False}
+    ours, theirs = surgery.inject(MODELS[model](), CLASSES[kind](**options)), MODELS[model]()
+    peft.inject_adapter_in_model(peft.get_peft_config({"peft_type": kind, **options}), theirs)
+    found, wanted = (
+        {name: values.shape for name, values in one.named_parameters() if "lora_" in name or "ia3_" in name}
+        for one in (ours, theirs)
+    )
+    assert found == wanted
+    tokens = {"input_ids": TOKENS % 9} | ({"decoder_input_ids": TOKENS % 9} if model == "t5" else {})
+    ours.load_state_dict(theirs.state_dict(), strict=kind != "ADALORA")  # peft's has a number more
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(**tokens)[0], theirs.eval()(**tokens)[0])
+
+
+def test_every_default_of_peft_is_known() -> None:
+    constants = pytest.importorskip("peft.utils.constants")
+    tables = {kind: getattr(constants, f"TRANSFORMERS_MODELS_TO_{kind}_TARGET_MODULES_MAPPING") for kind in DEFAULTS}
+    for kind, table in tables.items():
+        assert {name: sorted(one) for name, one in table.items()} == {
+            name: sorted(one.targets) for name, one in DEFAULTS[kind].items()
+        }
+    feedforward = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    assert {name: list(one.feedforward) for name, one in DEFAULTS["IA3"].items()} == feedforward
+
+
+def test_a_model_without_a_known_default_is_refused() -> None:
+    config = WhisperConfig(
+        d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2
+    )
+    with pytest.raises(surgery.MatchError, match="target_modules is not given"):
+        surgery.inject(WhisperModel(config), surgery.LoraConfig())
+    with pytest.raises(surgery.MatchError, match="target_modules is not given"):
+        surgery.inject(nn.Sequential(nn.Linear(2, 2)), surgery.LoraConfig())
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -101,11 +102,32 @@ def test_a_changed_code_or_scale_is_different(form: str, adapter: Path, tmp_path
     written = read_tensors(out)
     for site, ending in zip(SITES, list(codec.endings.values())[:2], strict=False):
         if f"{site}{ending}" in written:
-            written[f"{site}{ending}"].view(torch.uint8).view(-1)[-1] ^= 1
+            written[f"{site}{ending}"].view(torch.uint8).view(-1)[-1] ^= 8  # by more than a step
     rewrite(out / "model.safetensors", written)
     report = surgery.verify_checkpoint(base, adapter, out)
     different = {name for name, one in report.tensors.items() if one.grade == "different"}
     assert different == {f"{site}.weight" for site in SITES[:2]}
+
+
+@each_form
+def test_a_merge_that_was_rounded_otherwise_before_is_rounding_and_one_off_by_more_is_different(
+    form: str, adapter: Path, tmp_path: Path
+):
+    """As other tools merge: the delta is rounded to 16 bits, then the sum. By a twentieth more, no scale is right."""
+    base, out = plain_base(tmp_path / "base"), tmp_path / "out"
+    surgery.merge_checkpoint(base, adapter, out, into=form, **ANY)
+    written, given, (codec, settings) = read_tensors(out), factors(), FORMS[form]
+    for by, grade in ((1.0, "rounding"), (1.05, "different")):
+        for site, weight in plain_weights().items():
+            A, B = (given[f"{site}.lora_{letter}.weight"] for letter in "AB")
+            delta = (exact_product(B, A) * (6 / 4)).float().bfloat16()
+            packed = codec.fresh((weight + delta) * by, settings)
+            written |= {site + codec.endings[role]: one for role, one in packed.tensors.items()}
+        rewrite(out / "model.safetensors", written)
+        report = surgery.verify_checkpoint(base, adapter, out)
+        grades = {report.tensors[f"{site}.weight"].grade for site in SITES}
+        assert grades - {"bits"} == {grade}
+        assert "retained" in report.summary()
 
 
 def test_weights_that_are_no_whole_groups_stay_plain_and_config_json_says_so(adapter: Path, tmp_path: Path):
@@ -124,6 +146,23 @@ def test_weights_that_are_no_whole_groups_stay_plain_and_config_json_says_so(ada
     assert file_hashes(tmp_path / "back") == file_hashes(base)
     with pytest.raises(MatchError, match=r"into w4a16: .* has no linear weight that it could hold"):
         surgery.merge_checkpoint(base, adapter, tmp_path / "none", into="w4a16", **ANY)
+
+
+@pytest.mark.parametrize("form", HELD_IN)
+def test_weights_without_elements_stay_plain(form: str, tmp_path: Path):
+    shapes = {"full": (128, 128), "no_rows": (0, 128), "no_columns": (128, 0)}
+    drawn = torch.Generator().manual_seed(0)
+    base = {f"{site}.weight": torch.randn(shape, generator=drawn).bfloat16() for site, shape in shapes.items()}
+    factors = {f"{site}.lora_A.weight": torch.randn(4, shape[1], generator=drawn) for site, shape in shapes.items()}
+    factors |= {f"{site}.lora_B.weight": torch.randn(shape[0], 4, generator=drawn) for site, shape in shapes.items()}
+    begun = write_base(tmp_path / "base", base)
+    adapter = write_adapter(tmp_path / "adapter", factors, target_modules=list(shapes))
+    surgery.merge_checkpoint(begun, adapter, tmp_path / "out", into=form, reversible=True)
+    found = read_tensors(tmp_path / "out")
+    assert all(torch.equal(found[f"{site}.weight"], base[f"{site}.weight"]) for site in ("no_rows", "no_columns"))
+    assert surgery.verify_checkpoint(begun, adapter, tmp_path / "out").ok
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(begun)
 
 
 def test_what_is_always_read_as_bfloat16_is_made_of_it(adapter: Path, tmp_path: Path):
@@ -192,9 +231,9 @@ def test_rows_are_fed_back_alike_in_tiles_of_any_size(
     base = plain_base(tmp_path / "base") if into != "keep" else quantized_base(tmp_path / "base", "nf4")
     options = {"into": into, "rounding": "feedback", **ANY}
     surgery.merge_checkpoint(base, adapter, tmp_path / "whole", **options)
-    for module in ("hosts.encoded", "procedures.planning.feeding"):
-        monkeypatch.setattr(f"surgery.{module}.FED_ELEMENTS", 1)
-    monkeypatch.setattr("surgery.core.source.TILE_ELEMENTS", 1)
+    monkeypatch.setattr("surgery.procedures.planning.feeding.FED_ELEMENTS", 1)
+    monkeypatch.setattr("surgery.api.files.Pace", partial(Pace, tile_elements=1))
+    monkeypatch.setattr("surgery.hosts.encoded.TILE_ELEMENTS", 1)
     surgery.merge_checkpoint(base, adapter, tmp_path / "rows", **options)
     assert tensor_hashes(read_tensors(tmp_path / "rows")) == tensor_hashes(read_tensors(tmp_path / "whole"))
 
@@ -287,12 +326,18 @@ def test_a_module_that_the_adapter_replaces_is_plain_beside_weights_that_keep_th
     [
         ("plain", {"into": "nf4", "fallback": "int8"}, UsageError, "no loader reads int8 beside"),
         ("plain", {"fallback": "16bit"}, UsageError, "give into"),
+        ("plain", {"into": "nf4", "min_retained": math.nan}, UsageError, "min_retained is 'nan'; a number"),
+        ("plain", {"into": "nf4", "max_noise": "1"}, UsageError, "max_noise is '1'; a number"),
         ("plain", {"into": "nf4", "probes": -1}, UsageError, "probes"),
         ("plain", {"rounding": "feedback"}, UsageError, "give into"),
+        ("plain", {"min_retained": 0.5}, UsageError, "min_retained is for merges into a format"),
+        ("nf4", {"max_noise": 1.0, "into": "16bit"}, UsageError, "max_noise is for merges into a format"),
+        ("nf4", {"probes": 8}, UsageError, "probes is for merges into a format"),
         ("plain", {"into": "nf4", "rounding": "up"}, UsageError, "nearest, feedback"),
         ("fp8-rows", {"into": "keep", "fallback": "16bit", "min_retained": 1.1}, FormatError, "fbgemm_fp8"),
         ("plain", {"into": "nf4", "fallback": "16bit", "min_retained": 1.1}, MatchError, "too little there"),
         ("plain", {"into": "w4a16-asym"}, UsageError, "one of"),
+        ("plain", {"into": "mxfp4"}, UsageError, "kernels for GPUs"),
         ("plain", {"into": "nf4", "base_as": "nf4"}, UsageError, "base_as"),
         ("plain", {"into": "nf4", "arithmetic": "peft"}, UsageError, "exact"),
         ("plain", {"into": "nf4", "dtype": "float64"}, FormatError, "--dtype bfloat16"),

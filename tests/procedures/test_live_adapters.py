@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,3 +216,12 @@ def test_the_modules_put_in_hold_what_any_module_holds_and_share_none_of_it() ->
         held = vars(module)
         assert {name: type(held[name]) for name in made} == {name: type(value) for name, value in made.items()}
     assert not any(value is vars(net[2].lora_A)[name] for name, value in vars(net[0].lora_A).items() if value == {})
+
+
+def test_a_model_without_its_weights_is_not_saved(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(4, 4))
+    surgery.inject(net, surgery.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(StateError, match="0: it is on the meta device"):
+        surgery.save(net, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

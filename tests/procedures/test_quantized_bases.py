@@ -217,22 +217,6 @@ def test_codes_without_scales_are_refused(adapter: Path, tmp_path: Path) -> None
         surgery.merge_checkpoint(base, adapter, tmp_path / "out")
 
 
-def test_a_plain_weight_beside_a_stale_quant_state_is_refused(adapter: Path, tmp_path: Path) -> None:
-    base = quantized_base(tmp_path / "base", "nf4")
-    rewrite(base / "model.safetensors", {f"{SITES[0]}.weight": torch.zeros(48, 70)})
-    with pytest.raises(FormatError, match=f"{SITES[0]}.*quant state"):
-        surgery.merge_checkpoint(base, adapter, tmp_path / "out")
-
-
-def test_a_quantization_config_left_behind_over_plain_weights_is_taken_away(adapter: Path, tmp_path: Path) -> None:
-    base = quantized_base(tmp_path / "base", "nf4")
-    surgery.merge_checkpoint(base, adapter, tmp_path / "plain")
-    config = json.loads((base / "config.json").read_text())
-    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
-    surgery.merge_checkpoint(tmp_path / "plain", adapter, tmp_path / "out")
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-
-
 def test_a_conv1d_that_bitsandbytes_has_turned_is_refused(tmp_path: Path) -> None:
     base = quantized_base(tmp_path / "base", "nf4", model_type="gpt2")
     path = base / "model.safetensors"

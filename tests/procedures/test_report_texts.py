@@ -9,6 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import surgery
+from surgery.core.report import Report
 from surgery.procedures.checking.grade import Grade
 from surgery.procedures.checking.report import as_json, as_junit, as_markdown, visible
 from surgery.procedures.checking.verify_report import VerifyReport
@@ -34,6 +36,19 @@ def _lines(markdown: str) -> list[list[str]]:
     """The cells of each line of a table, split at the pipes that are not escaped."""
     rows = [line for line in markdown.split("\n") if line.startswith("|")]
     return [re.split(r"(?<!\\)\|", row[1:-1]) for row in rows]
+
+
+@pytest.mark.parametrize("name", [*(one for one in surgery.__all__ if one.endswith("Report")), "Inspection", "Plan"])
+def test_a_report_that_is_shown_is_its_summary(name: str) -> None:
+    report = getattr(surgery, name)
+    assert issubclass(report, Report)
+    assert (report.__str__, report.__repr__) == (Report.__str__, Report.__repr__)
+
+
+def test_a_report_is_shown_in_one_short_line_with_its_name() -> None:
+    grades = {f"model.layers.{at}.weight": Grade("bits") for at in range(1000)}
+    assert str(_report(grades)) == "1000 bits, 0 different"
+    assert repr(_report(grades)) == "VerifyReport(1000 bits, 0 different)"
 
 
 def test_json_is_the_data_of_the_report() -> None:

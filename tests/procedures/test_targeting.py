@@ -215,6 +215,17 @@ def test_a_subclass_that_computes_as_its_parent_is_adapted() -> None:
     assert _adapted(nn.Sequential(Renamed(2, 2)), target_modules=["0"]) == {"0"}
 
 
+@pytest.mark.parametrize("sizes", [(0, 6), (6, 0)], ids=["inputs", "outputs"])
+@pytest.mark.parametrize("fields", [{}, {"init_lora_weights": False}, {"use_qalora": True, "qalora_group_size": 2}])
+def test_a_layer_without_inputs_or_outputs_is_adapted_as_others_are(
+    sizes: tuple[int, int], fields: dict[str, Any]
+) -> None:
+    net, x = nn.Sequential(nn.Linear(*sizes)), torch.zeros(2, sizes[0])
+    plain = net(x)
+    assert _adapted(net, r=2, target_modules=["0"], **fields) == {"0"}
+    assert torch.equal(net(x), plain)
+
+
 FIELDS = {"r": 3, "lora_alpha": 5, "lora_dropout": 0.1, "target_modules": ["q_proj", "up_proj"], "use_rslora": True}
 FIELDS |= {"modules_to_save": ["lm_head"], "init_lora_weights": False, "rank_pattern": {"up_proj": 2}}
 

@@ -85,3 +85,26 @@ def test_a_file_of_tied_copies_replaces_both_where_they_are_not_tied(tmp_path: P
     surgery.merge_checkpoint(base, tmp_path / "theirs", tmp_path / "out")
     merged = surgery.eject(surgery.merge(model), keep_merged=True)
     assert tensor_hashes(read_tensors(tmp_path / "out")) == tensor_hashes(merged.state_dict())
+
+
+def test_two_that_are_tied_and_replaced_by_different_ones_are_refused_as_such(tmp_path: Path) -> None:
+    config = llama().config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    state = {name: values for name, values in llama().state_dict().items() if name != "lm_head.weight"}
+    base = write_base(tmp_path / "base", state, config=config)
+    model = surgery.inject(llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    surgery.save(model, tmp_path / "adapter")
+    with pytest.raises(MatchError, match=r"tied to model\.embed_tokens\.weight, and the adapters make another tensor"):
+        surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", tied="untie")
+    found = read_tensors(tmp_path / "out")
+    assert torch.equal(found["lm_head.weight"], 2 * found["model.embed_tokens.weight"])
+
+
+def test_a_combination_keeps_them_tied(theirs: peft.PeftModel, tmp_path: Path) -> None:
+    surgery.combine([tmp_path / "theirs"], tmp_path / "combined")
+    ours = surgery.load(llama(), tmp_path / "combined", trainable=True)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    copy = theirs.base_model.model.model.embed_tokens.modules_to_save["default"].weight
+    assert torch.equal(ours.lm_head.weight, copy)

@@ -26,5 +26,5 @@ def _linears(model: Any) -> Linears:
     heads = output_heads(model)
     plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}
     quantized = {name for name in plain - heads if should(name, skipped)}
-    turned = {name for name, module in model.named_modules() if isinstance(module, conv1d)}
-    return Linears(frozenset(quantized), frozenset((plain - quantized) | turned))
+    alike = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | conv1d)}
+    return Linears(frozenset(quantized), frozenset(alike - quantized))

@@ -17,7 +17,8 @@ from surgery.core.sharded import has_shares
 from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.tree import injected, state_of
 from surgery.integrations.transformers.adalora import regularized
-from surgery.integrations.transformers.model import output_heads
+from surgery.integrations.transformers.default_targets import with_default_targets
+from surgery.integrations.transformers.model import output_heads, room_of
 from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.sources import given
 from surgery.procedures.live import switch
@@ -64,14 +65,15 @@ class AdapterMethods(nn.Module):
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
         """The config of each adapter."""
-        return injected(self).configs
+        state = state_of(self)
+        return {} if state is None else state.configs
 
     def add_adapter(self, adapter_config: object, adapter_name: str | None = None) -> None:
         """Lay a fresh adapter over the model, to be trained; from now on it runs, and no other.
 
         `adapter_config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter.
         """
-        name, config = adapter_name or DEFAULT, config_of(adapter_config)
+        name, config = adapter_name or DEFAULT, with_default_targets(self, config_of(adapter_config))
         inject(self, config, name, lambda: output_heads(self), as_peft=is_peft_s(adapter_config))
         self.set_adapter(name)
 
@@ -92,14 +94,17 @@ class AdapterMethods(nn.Module):
 
         `peft_model_id` is a folder or an id on the Hub, of which `revision` and `subfolder` may be given; or else
         `peft_config` and `adapter_state_dict` are the adapter. `hotswap=True` puts its tensors into the adapter of
-        that name, in place: what is compiled stays so.
+        that name, in place: what is compiled stays so. After `enable_peft_hotswap(target_rank)`, which transformers'
+        models have, and which is to be called before the first load, the two may be of any rank up to that and of any
+        alpha, and "auto" swaps where the name is taken.
         """
         options = {**(adapter_kwargs or {}), **kwargs, "local_files_only": local_files_only}
         name, adapter = adapter_name or DEFAULT, given(peft_model_id, peft_config, adapter_state_dict, options)
-        if hotswap is True:
+        room = room_of(self)
+        if hotswap is True or (hotswap == "auto" and room is not None and name in self.peft_config):
             refill(self, adapter, name)
         else:
-            lay(self, adapter, name, is_trainable)
+            lay(self, adapter, name, is_trainable, room=room)
             self.set_adapter(name)
         if not is_trainable:
             self.eval()

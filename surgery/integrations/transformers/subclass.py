@@ -30,8 +30,8 @@ def detach(root: nn.Module) -> None:
     """The model has the very class again that it had."""
     if isinstance(root, AdapterMethods):
         root.__dict__.pop(LOADED, None)
-    if _has_methods(type(root)):
-        root.__class__ = _without(type(root))
+        kind: Any = type(root)
+        root.__class__ = _plain(kind)
 
 
 def own_class(root: nn.Module) -> type[Any]:
@@ -46,6 +46,16 @@ def with_methods(kind: Any) -> Any:
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     methods = Generating if kind.can_generate() else AdapterMethods
     return type(kind.__name__, (methods, kind), names | {"__reduce_ex__": _reduce_ex})
+
+
+@cache
+def _plain(kind: Any) -> Any:
+    """The class without the methods, also where fully_shard has put its own before it since."""
+    if _has_methods(kind):
+        return _without(kind)
+    *before, below = kind.__bases__
+    own = {name: one for name, one in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, (*before, _plain(below)), own)
 
 
 def _has_methods(kind: type) -> bool:

@@ -13,7 +13,7 @@ from surgery.errors import CheckError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.procedures.checking.config_difference import Sides, config_difference
 from surgery.procedures.checking.difference import Difference, difference
-from surgery.procedures.checking.report import Case
+from surgery.procedures.checking.report import Case, CaseReport
 from surgery.procedures.checking.spans import read_span, spans
 
 _SAID = {
@@ -55,8 +55,8 @@ class Pair(NamedTuple):
         return told | (self.difference.to_json() if self.difference is not None else {})
 
 
-@dataclass(frozen=True)
-class DiffReport:
+@dataclass(frozen=True, repr=False)
+class DiffReport(CaseReport):
     """Every tensor of two checkpoints, in the order of the first; and the keys of config.json that differ."""
 
     a: Path

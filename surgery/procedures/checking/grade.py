@@ -12,18 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surgery.codecs import codec_of
 from surgery.core.adapter import Started
 from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.elementwise import Elementwise
 from surgery.core.source import Source
 from surgery.core.survival import Survival
-from surgery.errors import ValueRangeError, printable
+from surgery.errors import ValueRangeError
 from surgery.hosts.change import Change, MergedTile, elementwise
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.encoded import Encoded, named
 from surgery.hosts.views import Merged
-from surgery.io.octets import octets
 from surgery.procedures.checking.spans import read_span
 
 GRADES = ("bits", "rounding", "untouched", "recorded", "different")
@@ -55,10 +52,13 @@ class Grade(NamedTuple):
         return {"grade": self.grade, "max_abs_error": error, "why": self.why, **survived}
 
 
-def carried(base: Checkpoint, out: Checkpoint, name: str, span: slice) -> Grade:
-    """Grade a span that no adapter touches: by its bytes."""
+UNTOUCHED = "no adapter touches it, yet it is not the base's"
+
+
+def carried(base: Checkpoint, out: Checkpoint, name: str, span: slice, why: str = UNTOUCHED) -> Grade:
+    """Grade a span that no adapter touches: by its bytes; `why` it is different, if it is."""
     same = read_span(base, name, span) == read_span(out, name, span)
-    return Grade("untouched") if same else Grade("different", why="no adapter touches it, yet it is not the base's")
+    return Grade("untouched") if same else Grade("different", why=why)
 
 
 def derived(base: Source, out: Checkpoint, change: Change, started: Started, rows: slice) -> Grade:
@@ -73,35 +73,12 @@ def derived(base: Source, out: Checkpoint, change: Change, started: Started, row
     return _within(tiles[0], found, apart.nonzero().squeeze(1)) if bool(apart.any()) else Grade("bits")
 
 
-def kept(base: Checkpoint, out: Checkpoint, change: Change, started: Started, rows: slice) -> Grade:
-    """Grade some rows of a weight that keeps its format, by their codes; and what is left there of the adapters."""
-    tiles: list[MergedTile] = []
-    found = out.load(change.site, rows)
-    codec = codec_of(found, change.site.name)
-    codes = found.tensors[next(iter(codec.endings))]
-    try:
-        wanted = Merged(base, [change], tiles.append, {change.site.name: started}).load(change.site, rows)
-    except ValueRangeError as error:
-        return Grade("different", why=f"it cannot be derived: {error}")
-    same = torch.equal(codes.view(torch.uint8), wanted.tensors["weight"].view(torch.uint8))
-    tile, after = tiles[0], codec.decode(found, torch.float64)
-    survival = tile._replace(merged=after).survival
-    why = "" if same else "its codes are not the nearest ones by the base's scales"
-    apart = float((after - tile.merged).abs().max())
-    return Grade("bits" if same else "different", apart, why, survival)
-
-
-def encoded(base: Source, out: Checkpoint, change: Change) -> Grade:
-    """Grade a weight that went into a form, whole, by the bytes of its tensors; and what is left there of adapters."""
-    survived: list[Survival | None] = []
-    try:
-        wanted = Encoded(base, [change], lambda tile: survived.append(tile.survival)).encoded(change)
-    except ValueRangeError as error:
-        return Grade("different", why=f"it cannot be derived: {error}")
-    for name, values in named(change, wanted):
-        if name not in out.at or b"".join(out.read(name)) != octets(values.contiguous()):
-            return Grade("different", why=f"{printable(name)} is not what the merge gives in {change.into}")
-    return Grade("bits", survival=reduce(Survival.plus, told) if (told := [one for one in survived if one]) else None)
+def reach(tile: MergedTile) -> tuple[Tensor, Tensor]:
+    """What each element is before it is rounded, and how far from that a correct merge may come."""
+    steps = _steps(tile)
+    start = exact_float64(tile.merged if steps is None else _start(tile))
+    value, allowed = _rounded(start, steps or (), tile.change)
+    return value, allowed + _spread(tile, steps or ())
 
 
 def _integers(values: Tensor) -> Tensor:

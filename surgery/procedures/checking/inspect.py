@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from surgery.adapters.peft import CONFIG, TENSORS, read_adapter
 from surgery.core.adapter import Adapter
+from surgery.core.report import Report
 from surgery.core.site import Site
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.model import model_sites
@@ -29,8 +30,8 @@ class Row(NamedTuple):
     tied: str = ""
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Report):
     """What lies at a path: `kind` is model or adapter."""
 
     kind: str

@@ -91,6 +91,12 @@ def call(model: Runs, inputs: Inputs) -> Any:
     return model(inputs) if isinstance(inputs, Tensor) else model(*inputs)
 
 
+def placed(inputs: Any, model: nn.Module) -> Any:
+    """The inputs on the model's device."""
+    device = next((values.device for values in model.parameters() if not values.is_meta), torch.device("cpu"))
+    return _moved(inputs, device)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode, and afterwards each module as it was."""
@@ -101,6 +107,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: _moved(value, device) for key, value in inputs.items()}
+    return type(inputs)(_moved(one, device) for one in inputs) if type(inputs) in (list, tuple) else inputs
 
 
 @contextmanager

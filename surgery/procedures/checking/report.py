@@ -2,9 +2,12 @@
 
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 from xml.etree import ElementTree as Xml
+
+from surgery.core.report import Report
 
 
 class Case(NamedTuple):
@@ -17,26 +20,22 @@ class Case(NamedTuple):
     failure: str = ""  # why it fails, if it does
 
 
-class Report(Protocol):
-    """What api functions return."""
-
-    def summary(self) -> str: ...
-
-    def to_json(self) -> dict[str, Any]: ...
-
-
-class CaseReport(Report, Protocol):
+class CaseReport(Report):
     """A report on cases. The counts are by verdict; the first two columns are those of name and verdict."""
 
     @property
+    @abstractmethod
     def title(self) -> str: ...
 
     @property
+    @abstractmethod
     def columns(self) -> Sequence[str]: ...
 
     @property
+    @abstractmethod
     def counts(self) -> Mapping[str, int]: ...
 
+    @abstractmethod
     def cases(self) -> Iterator[Case]: ...
 
 

@@ -18,12 +18,14 @@ from surgery.errors import UsageError, printable
 from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.encoded import held_in, tiles
 from surgery.hosts.packing import Held, quantization_of
 from surgery.hosts.views import told
 from surgery.io.octets import Tally
 from surgery.io.regular import file_sha256
 from surgery.io.tensor_file import TensorFile
-from surgery.procedures.checking.grade import Grade, carried, derived, encoded, kept
+from surgery.procedures.checking.grade import UNTOUCHED, Grade, carried, derived
+from surgery.procedures.checking.held_grade import encoded, kept
 from surgery.procedures.checking.spans import spans
 from surgery.procedures.checking.verify_report import VerifyReport
 from surgery.procedures.places.tying import text_config
@@ -31,6 +33,8 @@ from surgery.procedures.planning.plan import make_plan
 from surgery.procedures.planning.treatment import Treatment
 from surgery.procedures.writing.receipt import read_receipt
 from surgery.procedures.writing.small_files import CARD, RECEIPT
+
+_ANEW = "it is not the base's: the weight was quantized anew, by scales of its own"
 
 
 class Piece(NamedTuple):
@@ -82,8 +86,10 @@ def _into(base: Checkpoint, out: Checkpoint) -> str | None:
 
 
 def _is_kept(base: Checkpoint, name: str, held: Held) -> bool:
-    """Is it held by such tensors as the base's?"""
-    return name in base.packed and base.packed[name].tensors == held.tensors
+    """Are its codes in the base's format?"""
+    there = base.packed.get(name)
+    told = [(one.codec.name, one.form, one.first) for one in (there, held) if one is not None]
+    return len(told) == 2 and told[0] == told[1]
 
 
 class Recorded(NamedTuple):
@@ -212,14 +218,14 @@ def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable
 
 
 def _anew_pieces(source: Source, out: Checkpoint, info: TensorInfo, change: Change | None) -> Iterator[Piece]:
-    """Of a weight that went into a form: whole, for its scales are of all of it."""
+    """Of a weight that went into a form: one piece, for its scales are of all of it."""
     found = out.packed[info.name]
     form, dtype = found.form, found.codec.dtype(found.settings) or found.plain.torch_dtype
     if form is None:
         yield Piece(info.name, partial(Grade, "different", why="it is held in a form that no merge goes into"))
         return
     change = change or Change(Site(info.name, {"weight": info}), dtype)
-    yield Piece(info.name, partial(encoded, source, out, replace(change, dtype=dtype, keep=False, into=form)))
+    yield Piece(info.name, partial(encoded, source, out, held_in(replace(change, dtype=dtype), form)))
 
 
 def _kept_pieces(base: Checkpoint, out: Checkpoint, name: str, change: Change | None) -> Iterator[Piece]:
@@ -227,11 +233,15 @@ def _kept_pieces(base: Checkpoint, out: Checkpoint, name: str, change: Change | 
     held = base.packed[name]
     for info in held.tensors.values():
         if change is None or info != held.first:
-            yield from (Piece(info.name, partial(carried, base, out, info.name, span)) for span in spans(info))
+            why = UNTOUCHED if change is None else _ANEW
+            if info.name not in out.at or out.at[info.name][1].info != info:
+                yield Piece(info.name, partial(Grade, "different", why=why))
+                continue
+            yield from (Piece(info.name, partial(carried, base, out, info.name, span, why)) for span in spans(info))
     if change is not None:
         change = told(base, change)
         started = change.started()
-        for rows in row_tiles(change.site.weight.shape, TILE_ELEMENTS, change.site.together):
+        for rows in tiles(change):
             yield Piece(change.site.written, partial(kept, base, out, change, started, rows))
 
 

@@ -11,13 +11,13 @@ from surgery.core.agreement import Agreements, in_words
 from surgery.core.survival import Survival
 from surgery.errors import CheckError, printable
 from surgery.procedures.checking.grade import GRADES, Grade
-from surgery.procedures.checking.report import Case
+from surgery.procedures.checking.report import Case, CaseReport
 
 _LISTED = frozenset({"rounding", "different"})
 
 
-@dataclass(frozen=True)
-class VerifyReport:
+@dataclass(frozen=True, repr=False)
+class VerifyReport(CaseReport):
     """A grade for every tensor of base and output; and how far the outputs of both models agree, if it was asked."""
 
     out: Path

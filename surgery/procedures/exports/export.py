@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from surgery.core.report import Report
 from surgery.errors import UsageError, printable
 from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.graph import name_axes, simplify, strip
@@ -87,8 +88,8 @@ class Manner:
                 raise UsageError(f"{name} is {printable(getattr(self, name))!r}; {' or '.join(known)} is wanted")
 
 
-@dataclass(frozen=True)
-class ExportReport:
+@dataclass(frozen=True, repr=False)
+class ExportReport(Report):
     """What an export has written, and what proves it."""
 
     out: Path

@@ -15,7 +15,7 @@ from surgery.core.site import Site
 from surgery.core.survival import Bounds, Survival
 from surgery.errors import EnvironmentFault, MatchError, StateError, UsageError, ValueRangeError, printable
 from surgery.hosts.change import Change, MergedTile, Watch
-from surgery.hosts.encoded import Encoded, reheld
+from surgery.hosts.encoded import Encoded, held_in, reheld
 from surgery.hosts.model import LiveWeights
 from surgery.hosts.quantized import compute_dtype, is_quantized, layer_of, packed_of_layer
 from surgery.hosts.views import Merged
@@ -115,8 +115,7 @@ class Landing:
             raise ValueRangeError(
                 f"{printable(change.site.name)}: it is in {dtype}, which no format is made from; cast it"
             )
-        change = replace(change, into=self.treatment.into)
-        change = self._fed(change)
+        change = self._fed(held_in(change, self.treatment.into))
         source = LiveWeights({change.site.name: layer.base_weight}, [change.site])
         outcome = Encoded(source, [change], watch).encoded(change)
         return layer_of(outcome, layer.base_layer, change.dtype)

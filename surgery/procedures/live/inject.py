@@ -16,6 +16,7 @@ from surgery.core.config import AdapterConfig
 from surgery.core.entries import InPeftTerms, in_peft_terms
 from surgery.core.method import Dense, Method, Params
 from surgery.core.names import suffix_hits
+from surgery.core.room import Room
 from surgery.core.select import kept_out, refuse_unmatched, saved_modules, select, unmatched
 from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, UsageError, printable
@@ -49,6 +50,7 @@ class Fitting:
     saved: Saved  # by module: tensors to start from; None: the module's own
     aware: Mapping[str, Holding] = dataclasses.field(default_factory=dict)  # by site, where it is quantization-aware
     biases: Biases = dataclasses.field(default_factory=dict)
+    rooms: Mapping[str, Room] = dataclasses.field(default_factory=dict)  # by site, where tensors are held with room
 
 
 @contextmanager
@@ -121,7 +123,7 @@ def _fresh(  # noqa: PLR0913, PLR0917  # as inject
     for name in parameters:
         site, method = tree.parameter_site(name), config.method(name)
         sites[site.name] = site, method, method.init(site, _no_base)
-    saved: Saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names))
+    saved: Saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, names, as_peft))
     sites = with_tied_rows(tree, sites, saved)
     saved = with_tied_copies(tree, config, chosen, saved)
     aware = {} if form is None else holdings(tree.modules, config, sites, form)
@@ -148,7 +150,7 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     for name, (site, method, params) in _outer_first(tree, fitting.sites):
         layer = tree.layer(name, site)
         own = placed(params, layer.base_weight, site.acting)
-        layer.fit(adapter, method, own, trainable, fitting.aware.get(name))
+        layer.fit(adapter, method, own, trainable, fitting.aware.get(name), fitting.rooms.get(name))
         touched.append(layer)
     share_rows(tree, adapter, fitting.sites)
     for name, tensors in fitting.saved.items():

@@ -12,7 +12,7 @@ from surgery.adapters.peft import check_shapes
 from surgery.codecs.formats import Format
 from surgery.core.adapter import Adapter
 from surgery.core.method import Method, Params
-from surgery.core.names import in_base, nearest, renaming
+from surgery.core.names import Endings, in_base, nearest, renaming
 from surgery.core.sharded import whole
 from surgery.core.site import Site
 from surgery.errors import MatchError, printable
@@ -22,6 +22,7 @@ from surgery.layers import Adapted
 from surgery.procedures.live.awareness import holdings
 from surgery.procedures.live.inject import Fitting, check_name, fit
 from surgery.procedures.live.merge import base_sha256
+from surgery.procedures.live.room import with_room
 from surgery.procedures.live.save import DEFAULT
 from surgery.procedures.places.biases import given_biases
 from surgery.procedures.places.fused import fused
@@ -34,14 +35,18 @@ from surgery.procedures.places.tied_copies import Saved, with_tied_copies
 _HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
 
 
-def lay(
+def lay(  # noqa: PLR0913, PLR0917  # an adapter, and how it is held and runs
     root: nn.Module,
     adapter: Adapter,
     adapter_name: str = DEFAULT,
     trainable: bool = False,
     form: Format | None = None,
+    room: int | None = None,
 ) -> None:
-    """Lay an adapter over the model, aware of `form` if any; every tensor finds its place, or nothing changes."""
+    """Lay an adapter over the model, aware of `form` if any; every tensor finds its place, or nothing changes.
+
+    With `room` others of ranks up to it can take its place by `refill`.
+    """
     check_name(root, adapter_name)
     for note in out_proj.notes(adapter):
         warnings.warn(note, stacklevel=2)
@@ -50,6 +55,8 @@ def lay(
         fitting = fitting_of(tree, adapter)
         if form is not None:
             fitting = replace(fitting, aware=holdings(tree.modules, adapter.config, fitting.sites, form))
+        if room is not None:
+            fitting = with_room(fitting, room, adapter)
         fit(tree, adapter_name, fitting, trainable)
 
 
@@ -155,8 +162,8 @@ def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor] | Non
     """The tensors of `modules_to_save` by module, each module whole."""
     grouped: dict[str, dict[str, Tensor]] = {}
     roots = sorted((name for name in tree.modules), key=len)
-    entries = frozenset(adapter.config.modules_to_save or ())
-    modules = [name for name in roots if name.rpartition(".")[2] in entries or name in entries]
+    ends = Endings(adapter.config.modules_to_save or ())
+    modules = [name for name in roots if ends.end(name)]
     for name, values in adapter.saved.items():
         if name in adapter.biases:
             continue

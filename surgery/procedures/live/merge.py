@@ -1,6 +1,6 @@
 """merge and unmerge of a live model: the base weights change in place, and come back to the bit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -12,6 +12,7 @@ from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
 from surgery.core.sharded import is_sharded, rest, whole
 from surgery.core.source import copy
 from surgery.core.undo import Recorder
+from surgery.core.workers import default_workers, in_order
 from surgery.errors import MatchError, StateError, UsageError, printable
 from surgery.hosts.change import Change, MergedTile
 from surgery.hosts.model import LiveWeights, live_site
@@ -56,7 +57,6 @@ class LiveRecorder:
         self.live, self.kind = live, kind
         self.recorder: Recorder | None = None
         self.undos: dict[str, Undo] = {}
-        self.originals: dict[str, str] = {}
         self.told: dict[str, Change] = {}  # as the tiles were merged, with all that the layers had to know
 
     def __call__(self, tile: MergedTile) -> None:
@@ -69,17 +69,9 @@ class LiveRecorder:
         if tile.last:
             self._end(tile.change)
 
-    def undo(self, change: Change) -> LiveUndo:
-        """Of a change that is in its place."""
-        name = change.site.name
-        return LiveUndo(
-            self.told[name], self.undos[name], self.originals[name], sha256_of(self.live.weight(change.site))
-        )
-
     def _end(self, change: Change) -> None:
         name, weight = change.site.name, self.live.weight(change.site)
         self.told[name] = change
-        self.originals[name] = sha256_of(weight)
         streams = self.recorder.streams() if self.recorder is not None and self.recorder.exact else None
         if streams is None or sum(map(len, streams.values())) >= weight.nbytes:
             self.undos[name] = Undo(weight.dtype, kept=weight.clone())
@@ -140,15 +132,29 @@ def _merge(layers: Mapping[str, Adapted], changes: Mapping[str, tuple[Change, ..
     targets = {one.site.name: _parameter(layer, one) for name, layer in layers.items() for one in changes[name]}
     flat = [one for name in layers for one in changes[name]]
     live = LiveWeights(targets, [change.site for change in flat])
-    recorder = LiveRecorder(live, undo)
+    recorder, undone = LiveRecorder(live, undo), [one for one in flat if not one.held]
+    originals = _hashes(live, undone)
     try:
         copy(Merged(live, flat, recorder), live)
     except BaseException:
         done = [recorder.told[name] for name in live.stored if name in recorder.told]
         copy(Unmerged(live, done, lambda change: recorder.undos[change.site.name]), live)
         raise
+    merged = _hashes(live, undone)
+    undos = {
+        name: LiveUndo(recorder.told[name], recorder.undos[name], original, merged[name])
+        for name, original in originals.items()
+    }
     for name, layer in layers.items():
-        _rest_merged(layer, tuple(recorder.undo(change) for change in changes[name] if not change.held))
+        _rest_merged(layer, tuple(undos[one.site.name] for one in changes[name] if not one.held))
+
+
+def _hashes(live: LiveWeights, changes: Iterable[Change]) -> dict[str, str]:
+    """sha256 of each weight as it is now; several at once, unless it takes all processes to gather one."""
+    sites = [change.site for change in changes]
+    workers = 1 if any(map(is_sharded, live.parameters.values())) else default_workers()
+    found = in_order(lambda site: sha256_of(live.weight(site)), sites, workers)
+    return {site.name: digest for site, digest in zip(sites, found, strict=True)}
 
 
 def _rest_merged(layer: Adapted, undos: tuple[LiveUndo, ...]) -> None:
@@ -175,16 +181,26 @@ def unmerge(root: nn.Module) -> None:
 
 def _unmerge(layers: Sequence[Adapted]) -> None:
     """All plain layers, in place."""
-    undos = {one.change.site.name: one for layer in layers for one in _here(layer)}
+    undos = {one.change.site.name: _beside(one, layer.base_weight) for layer in layers for one in _here(layer)}
     targets = {one.change.site.name: _parameter(layer, one.change) for layer in layers for one in _here(layer)}
     live = LiveWeights(targets, [])
-    for name, undo in undos.items():
-        if sha256_of(live.weight(undo.change.site)) != undo.merged_sha256:
+    changes = [undo.change for undo in undos.values()]
+    for name, digest in _hashes(live, changes).items():
+        if digest != undos[name].merged_sha256:
             raise StateError(f"{printable(name)}: its merged weight has changed since the merge; it cannot be unmerged")
-    copy(Unmerged(live, [undo.change for undo in undos.values()], lambda change: undos[change.site.name].undo), live)
-    for name, undo in undos.items():
-        if sha256_of(live.weight(undo.change.site)) != undo.original_sha256:
+    copy(Unmerged(live, changes, lambda change: undos[change.site.name].undo), live)
+    for name, digest in _hashes(live, changes).items():
+        if digest != undos[name].original_sha256:
             raise StateError(f"{printable(name)}: the unmerged weight is not the original; its undo record has changed")
+
+
+def _beside(undo: LiveUndo, weight: Tensor) -> LiveUndo:
+    """The same with its clones of the factors where the weight is now: the model may have moved since the merge."""
+    layers = tuple(
+        one._replace(params={role: values.to(weight.device) for role, values in one.params.items()})
+        for one in undo.change.layers
+    )
+    return replace(undo, change=replace(undo.change, layers=layers))
 
 
 def base_sha256(layer: Adapted) -> str:

@@ -16,6 +16,7 @@ from surgery.layers.trained_bias import trained_bias
 from surgery.procedures.live.inject import Fitting
 from surgery.procedures.live.load import fitting_of
 from surgery.procedures.live.merge import refuse_merged
+from surgery.procedures.live.room import with_zeros
 from surgery.procedures.places.model_tree import Tree
 from surgery.procedures.places.stacking import check_stack
 
@@ -23,7 +24,8 @@ from surgery.procedures.places.stacking import check_stack
 def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     """Make the adapter that is there the one that is given; its parameters stay the very same objects.
 
-    Nothing changes unless all fits: MatchError if it lies over other modules, ShapeError for another rank.
+    Nothing changes unless all fits: MatchError if it lies over other modules, ShapeError for another rank. One that
+    was laid with room takes any rank up to that, and what lies over fewer modules.
     """
     state = injected(root)
     state.require(adapter_name)
@@ -31,13 +33,15 @@ def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     check_stack(root, adapter.config)
     layers = {name: layer for name, layer in adapted_layers(root).items() if adapter_name in layer.fitted}
     fitting = _as_held(fitting_of(Tree(root), adapter), layers, adapter_name, state.configs[adapter_name])
+    fitting = with_zeros(fitting, layers, adapter_name)
     holders = {name: one for name, one in replaced_modules(root).items() if adapter_name in one.modules_to_save}
     _check_same(fitting.sites, layers, adapter)
+    _check_tensors(fitting, layers, adapter_name, adapter)
     _check_same(fitting.saved, holders, adapter)
     there = state.biases.get(adapter_name, {})
     _check_same(fitting.biases, there, adapter)
     biases = [(f"{name}.bias", trained_bias(one), _given(fitting.biases[name])) for name, one in there.items()]
-    pairs = [*_factors(fitting, layers, adapter_name), *_wholes(fitting, holders, adapter_name), *biases]
+    pairs = [*_factors(fitting, layers, adapter_name, adapter), *_wholes(fitting, holders, adapter_name), *biases]
     for name, old, new in pairs:
         if old.shape != new.shape:
             raise ShapeError(
@@ -73,15 +77,30 @@ def _check_same(given: Collection[str], there: Collection[str], adapter: Adapter
         )
 
 
+def _check_tensors(fitting: Fitting, layers: dict[str, Adapted], adapter_name: str, adapter: Adapter) -> None:
+    for name, (_, method, params) in fitting.sites.items():
+        one = layers[name].fitted[adapter_name]
+        if params.keys() != one.params.keys():
+            raise MatchError(
+                f"{printable(adapter.where)}: {printable(name)} is {method.name} of {', '.join(params)}, and in the "
+                f"model's adapter {adapter_name!r} {one.method.name} of {', '.join(one.params)}; the same tensors are "
+                "wanted; delete that adapter and load this one"
+            )
+
+
 def _given(values: Tensor | None) -> Tensor:
     assert values is not None  # as in any file
     return values
 
 
-def _factors(fitting: Fitting, layers: dict[str, Adapted], adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-    for name, layer in layers.items():
-        held, (_, _, params) = layer.fitted[adapter_name].params, fitting.sites[name]
-        yield from ((f"{name}: {role}", held[role], values) for role, values in params.items())
+def _factors(
+    fitting: Fitting, layers: dict[str, Adapted], adapter_name: str, adapter: Adapter
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for name, (_, method, params) in fitting.sites.items():
+        one = layers[name].fitted[adapter_name]
+        held = one.held
+        laid = one.laid(method, params, f"{printable(adapter.where)}: {printable(name)}")
+        yield from ((f"{name}: {role}", held[role], values) for role, values in laid.items())
 
 
 def _wholes(fitting: Fitting, holders: dict[str, Replaced], adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:

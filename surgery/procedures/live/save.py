@@ -51,6 +51,7 @@ def write(
     Of a model in shares all processes call it and the first writes; elsewhere a `state_dict` may be empty.
     """
     rest(root)
+    _refuse_meta(root, adapter)
     with written_by_one(root) as writes:
         base = base_print_bytes(_base_print(root, adapter))
         if not writes and state_dict is not None:
@@ -61,6 +62,15 @@ def write(
             write_file(folder / TENSORS, held)
             write_file(folder / BASE_PRINT, base)
             write_file(folder / CONFIG, json_bytes(_resolved(root, config, adapter).to_json()))
+
+
+def _refuse_meta(root: nn.Module, adapter: str) -> None:
+    """StateError where there are no values that could be written."""
+    for name, layer in _layers(root, adapter).items():
+        if own_weight(layer).is_meta:
+            raise StateError(
+                f"{printable(name)}: it is on the meta device; give the model its weights before it is saved"
+            )
 
 
 def active_folders(root: nn.Module, folder: Path) -> dict[str, Path]:
@@ -87,7 +97,8 @@ def _written(
         one = layer.fitted[adapter]
         there, held = spelled(layers, name, adapter), one.method.tensors(layer.site)
         specs[there] = held
-        params = one.params if state_dict is None else _picked(state_dict, live_path(layers, name), adapter, held)
+        path = live_path(layers, name)
+        params = one.params if state_dict is None else one.own(_picked(state_dict, path, adapter, held))
         sites[there] = {role: whole(values) for role, values in params.items()}
     config, kept = injected(root).configs[adapter].written(sites)
     found = {
@@ -158,6 +169,7 @@ def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterCo
     resolved = replace(
         config.named(names).with_parameters(alone),
         exclude_modules=_ended(root, names) or None,
+        modules_to_save=config.modules_to_save if config.ties() else _replaced(root, adapter),
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path or getattr(root, "name_or_path", None) or None,
     )
@@ -167,6 +179,12 @@ def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterCo
         transposed = any(layer.op.name == "conv1d" for layer in layers.values())
         return replace(resolved, **{"fan_in_fan_out": transposed})  # type: ignore[arg-type]  # known only here
     return resolved
+
+
+def _replaced(root: nn.Module, adapter: str) -> list[str] | None:
+    """Whole names: PEFT takes every module whose name ends in an entry, from whatever letter on."""
+    holders = replaced_modules(root)
+    return [name for name, one in holders.items() if adapter in one.modules_to_save] or None
 
 
 def _beginning_at_zero(config: AdapterConfig) -> AdapterConfig:

@@ -77,7 +77,7 @@ def train_running(root: nn.Module) -> None:
     trained = {name for name in state.active if not state.configs[name].inference_mode}
     for layer in adapted_layers(root).values():
         for adapter, one in layer.fitted.items():
-            for values in one.params.values():
+            for values in one.held.values():
                 if isinstance(values, nn.Parameter):
                     values.requires_grad_(adapter in trained)
     for holder in replaced_modules(root).values():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.adapters import out_proj
-from surgery.adapters.peft import CONFIG
+from surgery.adapters.peft import CONFIG, check_finite
 from surgery.adapters.spill import Spill
 from surgery.core.adapter import Weighted
 from surgery.core.names import prefix_between
@@ -39,7 +39,7 @@ _LEFT_OUT = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CombineReport(FidelityReport):
     """What was written, and how far it is from the exact sum."""
 
@@ -156,12 +156,7 @@ def _factors(name: str, one: Weighted) -> Factors:
             f"{printable(one.adapter.where)}: {printable(name)}: A is {list(p['A'].shape)}, B {list(p['B'].shape)}; "
             f"[{method.r}, in] and [out, {method.r}] are wanted by its config; save it again"
         )
-    for role, values in p.items():
-        if not values.isfinite().all():
-            raise ValueRangeError(
-                f"{printable(one.adapter.where)}: {printable(name)}: {role} has NaN or infinity; "
-                "finite numbers are wanted; train or download it again"
-            )
+    check_finite(name, p, one.adapter.where)
     return Factors(p["A"].double(), p["B"].double(), one.weight * method.scaling)
 
 
@@ -223,6 +218,7 @@ def _config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> LoraConf
     return ranked_config(
         ranks,
         modules_to_save=sorted({name for one in configs for name in one.modules_to_save or ()}) or None,
+        ensure_weight_tying=any(one.ensure_weight_tying for one in configs),
         fan_in_fan_out=configs[0].fan_in_fan_out,
         task_type=min(tasks, default=None),
         base_model_name_or_path=base,

@@ -21,6 +21,7 @@ from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
 from surgery.methods.lora import Lora
 from surgery.ops import OPS
+from surgery.ops.convolution import Convolution
 from surgery.ops.linear import LAYOUTS
 from surgery.procedures.making.fidelity import Fidelity, FidelityReport
 from surgery.procedures.making.low_rank import Truncation, low_rank, residual_norm
@@ -33,7 +34,7 @@ Rest = Literal["refuse", "save", "drop"]
 _OPS = (*LAYOUTS, "embedding")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExtractReport(FidelityReport):
     """What was written, and how far it is from the tuned weights."""
 
@@ -105,7 +106,7 @@ def extract(
             made, sites[name] = _at(base, tuned, info, ops[name], extraction.truncation)
             specs = Lora(scaling=1.0, r=sites[name].r).tensors(Site(name, {"weight": info}, ops[name]))
             for role, spec in specs.items():
-                spill.add(f"{name}.{spec.spelling}", made[role])
+                spill.add(f"{name}.{spec.spelling}", made[role].view(spec.shape))
         for name, info in saved.items():
             spill.add(name, whole(tuned, info))
         base.check_unchanged()
@@ -180,6 +181,8 @@ def _module(name: str) -> str:
 def _op(base: Checkpoint, name: str, info: TensorInfo, told: Mapping[str, str]) -> Op:
     for entry in suffix_hits(told.keys(), name):
         return OPS[told[entry]]
+    if len(info.shape) > 2:
+        return Convolution(kernel=info.shape[2:])
     last = name.rpartition(".")[2]
     if is_embedding(info.name) or last in _EMBEDDINGS:
         return OPS["embedding"]
@@ -196,7 +199,8 @@ _UNSURE = frozenset({"embed", "embedding", "embeddings", "bias"})  # words in na
 
 
 def _has_matrix(info: TensorInfo) -> bool:
-    return info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype in PLAIN_DTYPES
+    """Or a convolution's kernel, whose matrix is [out, in]. Files do not tell its groups: they are taken for one."""
+    return info.name.endswith(".weight") and 2 <= len(info.shape) <= 5 and info.dtype in PLAIN_DTYPES
 
 
 def _at(

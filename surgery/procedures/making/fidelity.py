@@ -1,14 +1,14 @@
 """Fidelity: how near an adapter that was made comes to what it stands for, site by site and in all."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from surgery.errors import printable
-from surgery.procedures.checking.report import Case
+from surgery.procedures.checking.report import Case, CaseReport
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Fidelity:
         return _ratio(self.error_norm, self.exact_norm)
 
 
-@dataclass(frozen=True)
-class FidelityReport(ABC):
+@dataclass(frozen=True, repr=False)
+class FidelityReport(CaseReport):
     """What was written, how, and how far it is from the exact change."""
 
     out: Path

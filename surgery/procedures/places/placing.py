@@ -20,7 +20,9 @@ def placed(params: Params, weight: Tensor, op: Op) -> Params:
     """
     half = weight.dtype.itemsize < 4
     dtype = torch.float32 if half else weight.dtype
-    found = {role: values.to(weight.device, dtype) for role, values in params.items()}
+    found = {
+        role: values.to(weight.device, dtype if values.is_floating_point() else None) for role, values in params.items()
+    }
     if not is_sharded(weight):
         return found
     row = slice(0, 1)

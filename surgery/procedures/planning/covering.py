@@ -1,17 +1,16 @@
 """Covering: which weights a form holds where a merge goes into it, so that loaders find what config.json says."""
 
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 
 import torch
 
 from surgery.codecs import FORMS
 from surgery.codecs.methods import LISTED_PLAINLY
-from surgery.core.site import CODES, Site, TensorInfo
+from surgery.core.site import Site, TensorInfo
 from surgery.errors import ConfigError, FormatError, MatchError, UsageError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.encoded import made_as, standing
+from surgery.hosts.encoded import held_in, made_as
 from surgery.hosts.packing import quantization_of
 from surgery.ops.linear import Linear
 from surgery.procedures.places.tying import vocabulary
@@ -38,7 +37,7 @@ def cover(draft: Draft, form: str, plainly: Collection[str] = ()) -> None:
         change = draft.changes.get(info.name) or Change(Site(info.name, {"weight": info}), info.torch_dtype)
         refused = list(_refusals(change, form))
         draft.refusals += refused
-        draft.changes[info.name] = change if refused else _into(change, form)
+        draft.changes[info.name] = change if refused else held_in(change, form)
     if not covered:
         left = " but those that would keep too little there" if plainly else ""
         raise MatchError(
@@ -89,15 +88,10 @@ def _is_linear_map(change: Change, base: Checkpoint) -> bool:
     return linear and _is_matrix(site.weight) and change.origin == site and site.weight.name not in vocabulary(base)
 
 
-def _into(change: Change, form: str) -> Change:
-    """Written in the place of the first of its tensors."""
-    change = replace(change, into=form)
-    first = standing(change)[0]
-    return replace(change, site=replace(change.site, tensors={**change.site.tensors, CODES: first}))
-
-
 def _fits(form: str, info: TensorInfo) -> bool:
-    """Do its sizes? Groups of inputs have to be whole."""
+    """Do its sizes? Groups of inputs have to be whole, and there is no scale of nothing."""
+    if not all(info.shape):
+        return False
     try:
         made_as(form, info.shape, torch.bfloat16)
     except ConfigError:
@@ -120,5 +114,5 @@ def _refusals(change: Change, form: str) -> Iterator[FormatError]:
     dtype = str(change.dtype).removeprefix("torch.")
     if change.dtype not in _HALVES:
         yield FormatError(f"{name}: it is in {dtype}, which {form} is not made from; give --dtype bfloat16")
-    elif made_as(form, change.site.weight.shape, change.dtype)[1] not in {None, change.dtype}:
+    elif made_as(form, change.site.weight.shape, change.dtype).dtype not in {None, change.dtype}:
         yield FormatError(f"{name}: it is in {dtype}, and {form} is always read as bfloat16; give --dtype bfloat16")

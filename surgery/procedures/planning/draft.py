@@ -163,7 +163,7 @@ class Draft:
         if h is None and e is not None and _of_rows(e):
             return  # as PEFT has it, the rows of both change
         if tied == "refuse" or not tying.separable:
-            self.refusals.append(_tied(tying, h is None))
+            self.refusals.append(_tied(tying, e, h))
         elif h is None and e is not None and e.new and tying.embedding.name not in self._begun:
             self.refusals.append(
                 MatchError(f"{head}: the adapter's embedding has grown, and it brings no head of that size")
@@ -241,9 +241,11 @@ def _same(a: Tensor | None, b: Tensor) -> bool:
     return a is not None and a.shape == b.shape and bool((a.to(b.dtype) == b).all())
 
 
-def _tied(tying: Tying, embedding: bool) -> MatchError:
-    """What the adapter changes is one of two that are tied."""
-    name = tying.embedding.name if embedding else tying.head.weight.name
-    other = tying.head.weight.name if embedding else tying.embedding.name
+def _tied(tying: Tying, e: Change | None, h: Change | None) -> MatchError:
+    """What the adapters make of two that are tied is not the same."""
+    embedding, head = printable(tying.embedding.name), printable(tying.head.weight.name)
     step = "--tied untie writes them apart" if tying.separable else "save the base with the two apart first"
-    return MatchError(f"{printable(name)}: it is tied to {printable(other)}, and only it is adapted; {step}")
+    if e is not None and h is not None:
+        return MatchError(f"{head}: it is tied to {embedding}, and the adapters make another tensor of each; {step}")
+    one, other = (embedding, head) if h is None else (head, embedding)
+    return MatchError(f"{one}: it is tied to {other}, and only it is adapted; {step}")

@@ -34,7 +34,7 @@ def fed(change: Change, calibration: Calibration | None, module: str) -> Change:
         change = replace(change, calibrated=calibration.of(module, change.site.shape[1]))
     if not _is_fed(change):
         return change
-    return replace(change, site=_in_large_tiles(change.site) if change.keep else change.site, feedback=True)
+    return replace(change, site=_in_large_tiles(change.site), feedback=True)
 
 
 def _is_fed(change: Change) -> bool:

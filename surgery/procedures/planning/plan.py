@@ -7,6 +7,7 @@ from typing import Any
 from surgery.adapters import out_proj
 from surgery.core.adapter import Adapter, Layer, Weighted, nbytes_of
 from surgery.core.names import Naming, in_base
+from surgery.core.report import Report
 from surgery.core.select import matched_by, unmatched
 from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source
@@ -26,8 +27,8 @@ _RUNTIME_BYTES = 300_000_000  # Python and torch themselves
 _TILE_COPIES = 12  # float64 tensors of a tile's size alive at once
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Report):
     """The changes in the order of the base's bytes; refusals; and remarks that stop nothing."""
 
     changes: tuple[Change, ...]
@@ -172,7 +173,7 @@ def _notes(adapter: Adapter) -> list[str]:
     ]
     notes += out_proj.notes(adapter)
     for entry in sorted(config.modules_to_save or ()):
-        if not any(f".{entry}." in f".{name}" for name in adapter.saved):
+        if not any(f"{entry}." in name for name in adapter.saved):
             notes.append(f"{where}: modules_to_save entry {printable(entry)!r} has no tensors")
     return notes
 
@@ -199,8 +200,6 @@ def _whole_bytes(change: Change) -> int:
     """Of a weight that is merged whole: twice itself, and its change three times in float32 or wider."""
     weight = change.site.weight
     wide = max(4, weight.torch_dtype.itemsize)
-    if change.into:  # as it was and as it becomes, each plain and held
-        return 4 * weight._replace(dtype=change.dtype).nbytes
     return 0 if change.as_peft is None else 2 * weight.nbytes + 3 * wide * weight.nbytes // weight.torch_dtype.itemsize
 
 
@@ -238,6 +237,7 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
 
 
 def _matched(adapters: Sequence[Weighted], layer: Layer) -> dict[str, Any]:
-    """The site as its adapter names it, the entry of target_modules that hits it, and its numbers."""
-    config = adapters[layer.adapter].adapter.config
-    return {"site": layer.name, "by": matched_by(config, in_base(layer.name)), **config.told(layer.name)}
+    """Of which adapter, the site as that names it, the entry of target_modules that hits it, and its numbers."""
+    adapter = adapters[layer.adapter].adapter
+    by = matched_by(adapter.config, in_base(layer.name))
+    return {"adapter": adapter.hub_id or adapter.where, "site": layer.name, "by": by, **adapter.config.told(layer.name)}

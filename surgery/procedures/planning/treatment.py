@@ -11,6 +11,7 @@ from surgery.codecs import FORMS
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.as_peft import Arithmetic
 from surgery.core.names import nearest
+from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
 from surgery.hosts.calibration import Calibration
 from surgery.ops.linear import LAYOUTS
@@ -80,6 +81,17 @@ class Treatment:
             raise UsageError("calibration is for rounding 'feedback'; give that too, or leave it out")
         return replace(self, calibration=calibration)
 
+    def bounds(self, min_retained: float | None, max_noise: float | None, probes: int = 0) -> Bounds:
+        """What has to be left of a change; None is as usual. UsageError where nothing can be lost."""
+        given = {"min_retained": min_retained, "max_noise": max_noise}
+        told = {name: value for name, value in given.items() if value is not None}
+        for name in (*told, *(["probes"] if probes else [])):
+            if self.into in (None, "16bit"):
+                raise UsageError(
+                    f"{name} is for merges into a format, which 16 bits are not; give into, or leave it out"
+                )
+        return Bounds(**told)
+
     def to_json(self) -> dict[str, Any]:
         told = {"arithmetic": self.arithmetic, "dtype": _word(self.dtype), "tied": self.tied}
         more: dict[str, Any] = {"compute_dtype": _word(self.compute_dtype), "into": self.into, "base_as": self.base_as}
@@ -117,6 +129,15 @@ def _check_ops(ops: Mapping[str, str]) -> Mapping[str, str]:
     return dict(ops)
 
 
+def _check_into(into: object) -> str:
+    if into == "mxfp4":
+        raise UsageError(
+            "into mxfp4: what makes it of other weights are kernels for GPUs, whose codes could not be compared with "
+            "any here; give another format, or 'keep' for a base in mxfp4"
+        )
+    return _one_of("into", INTO, into)
+
+
 def _check_fallback(fallback: object) -> str:
     if fallback == "int8":
         raise UsageError(
@@ -139,7 +160,7 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
     "tied": partial(_one_of, "tied", ("refuse", "untie")),
     "ops": _check_ops,
     "compute_dtype": check_dtype,
-    "into": partial(_one_of, "into", INTO),
+    "into": _check_into,
     "base_as": partial(_one_of, "base_as", tuple(FORMS)),
     "arithmetic": check_arithmetic,
     "fallback": _check_fallback,

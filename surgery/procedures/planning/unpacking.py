@@ -9,11 +9,13 @@ import torch
 from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
 from surgery.codecs.methods import refuse_unread
+from surgery.codecs.mxfp4 import Mxfp4
 from surgery.core.site import CODES, RawDtype, Site, TensorInfo
 from surgery.errors import FormatError, InputError, UsageError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.packing import BESIDE, Held, model_dtype, quantization_of
+from surgery.ops.experts import ExpertsByOutput
 from surgery.ops.linear import Conv1D, Linear
 from surgery.procedures.places.op_choice import CONV1D_FAMILIES, CONV1D_NAMES, families
 from surgery.procedures.places.tying import vocabulary
@@ -59,14 +61,17 @@ def keep(draft: Draft, dtype: torch.dtype | None, plainly: Collection[str] = ())
         if name in plainly or change.saved is not None:
             draft.changes[name] = _plain(change, held, held.plain.torch_dtype, draft.base)
             continue
-        if change.site.acting.stack:
+        op = change.site.acting
+        if op.stack and not (op.swapped and held.codec.name == Mxfp4.name):
             draft.refusals.append(
                 FormatError(
-                    f"{printable(name)}: held as {held.codec.name}, which cannot keep its format; "
+                    f"{printable(name)}: a stack held as {held.codec.name}, which cannot keep its format; "
                     "merge into 16bit instead"
                 )
             )
             continue
+        if op.stack:
+            change = replace(change, site=change.site.with_op(ExpertsByOutput(stack=op.stack, roles=op.roles)))
         together = held.codec.step(held.headers, held.settings)
         weight = change.site.weight._replace(dtype=torch.float32)  # what its codes and scales are multiplied in
         tensors = {**change.site.tensors, "weight": weight, CODES: held.first}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.core.adapter import Weighted
+from surgery.core.report import Report
 from surgery.core.survival import Bounds, Survival
 from surgery.errors import EnvironmentFault, printable
 from surgery.hosts.change import MergedTile
@@ -54,8 +55,8 @@ class Options:
         return self.pace if self.treatment.arithmetic == "exact" else replace(self.pace, workers=1)
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, repr=False)
+class MergeReport(Report):
     """What a merge has written, and its receipt."""
 
     out: Path

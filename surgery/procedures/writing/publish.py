@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.core.report import Report
 from surgery.errors import CheckError, EnvironmentFault, InputError, SurgeryError, UsageError, printable
 from surgery.io.hub_files import HubFile
 from surgery.io.patience import Patience
@@ -23,8 +24,8 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".h5", ".msgpack", ".pt", ".pth")
 
 
-@dataclass(frozen=True)
-class PushReport:
+@dataclass(frozen=True, repr=False)
+class PushReport(Report):
     """What was uploaded: the sha256 of each file, which the Hub states too."""
 
     hub_id: str

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial, reduce
 
-from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
+from surgery.core.source import Source
 from surgery.core.survival import Bounds, Survival
 from surgery.core.workers import in_order
 from surgery.errors import CheckError, printable
 from surgery.hosts.change import Change
-from surgery.hosts.encoded import Encoded
-from surgery.hosts.views import Merged
+from surgery.hosts.encoded import Encoded, tiles
 
 
 def survivals(source: Source, changes: Iterable[Change], workers: int) -> Iterator[tuple[str, Survival]]:
@@ -32,10 +31,7 @@ def refuse_lost(told: Mapping[str, Survival], bounds: Bounds, what: str, step: s
 
 def _survival(source: Source, change: Change) -> tuple[str, Survival]:
     told: list[Survival | None] = []
-    if change.into:
-        Encoded(source, [change], lambda tile: told.append(tile.survival)).encoded(change)
-    else:
-        view, shape = Merged(source, [change], lambda tile: told.append(tile.survival)), change.site.weight.shape
-        for rows in row_tiles(shape, TILE_ELEMENTS, change.site.together):
-            view.load(change.site, rows)
+    view = Encoded(source, [change], lambda tile: told.append(tile.survival))
+    for rows in tiles(change):
+        view.load(change.site, rows)
     return change.site.weight.name, reduce(Survival.plus, [one for one in told if one is not None], Survival())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.core.report import Report
 from surgery.errors import CheckError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.shards import FilePart
@@ -17,8 +18,8 @@ from surgery.procedures.writing.receipt import VERSION, read_receipt
 from surgery.procedures.writing.undo_record import FOLDER, RECORD, UndoRecord
 
 
-@dataclass(frozen=True)
-class UnmergeReport:
+@dataclass(frozen=True, repr=False)
+class UnmergeReport(Report):
     """The files written, each with the sha256 that the original had."""
 
     out: Path

@@ -1,0 +1,81 @@
+"""What functions on files are given: a base, and adapters with their weights; found, and opened."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from os import PathLike
+from typing import Any
+
+from surgery.adapters.out_proj import Scale, check_scale
+from surgery.adapters.peft import open_adapter
+from surgery.core.adapter import Weighted
+from surgery.errors import UsageError, printable
+from surgery.hosts.calibration import Calibration
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.integrations import transformers as hugging
+from surgery.io.hub import locate, located
+from surgery.procedures.planning.treatment import Treatment
+
+Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
+Given = Where | tuple[Where, float]  # an adapter, which may have a weight
+Adapters = Given | Sequence[Given]  # one, or several in their order
+
+
+def checkpoint(where: Where) -> Checkpoint:
+    """Open, with what is known of where it came from."""
+    place = located(where)
+    found = Checkpoint(place.path)
+    found.hub_id, found.commit = place.hub_id, place.commit
+    found.names, found.linears = partial(hugging.name_map, found.config), partial(hugging.linears_of, found)
+    found.in_memory = partial(hugging.names_in_memory, found)
+    return found
+
+
+def weighted(adapters: Adapters, mha_out_proj_scale: int | None = None) -> list[Weighted]:
+    """UsageError for what names no adapter, and for a weight that is no finite number."""
+    scale = check_scale(mha_out_proj_scale)
+    return [_opened(*_with_weight(one), scale) for one in _listed(adapters)]
+
+
+def _listed(adapters: Any) -> Iterable[Any]:
+    """One alone, or with its weight, is a list of one."""
+    match adapters:
+        case str() | PathLike() | (_, int() | float()):
+            return [adapters]
+        case Sequence():
+            return adapters
+    raise _no_adapter(adapters)
+
+
+def _with_weight(given: Any) -> tuple[Where, float]:
+    match given:
+        case str() | PathLike():
+            return given, 1.0
+        case (str() | PathLike() as where, int() | float() as weight) if math.isfinite(weight):
+            return where, float(weight)
+        case (str() | PathLike() as where, weight):
+            raise UsageError(f"{printable(where)}: its weight is {printable(weight)}; a finite number is wanted")
+    raise _no_adapter(given)
+
+
+def _no_adapter(given: object) -> UsageError:
+    wanted = "a path or Hub id, (path, weight), or a list of those is wanted"
+    return UsageError(f"adapters: {printable(repr(given))} is none; {wanted}")
+
+
+def _opened(where: Where, weight: float, scale: Scale | None) -> Weighted:
+    place = located(where)
+    adapter = open_adapter(place.path, scale=scale)
+    return Weighted(replace(adapter, hub_id=place.hub_id, commit=place.commit), weight)
+
+
+@contextmanager
+def calibrated(treatment: Treatment, calibration: Where | None) -> Iterator[Treatment]:
+    """The treatment with these inputs, which are open meanwhile. UsageError where it does not ask for feedback."""
+    if calibration is None:
+        yield treatment
+        return
+    with Calibration(locate(calibration)) as found:
+        yield treatment.calibrated_by(found)

@@ -1,5 +1,0 @@
-"""python -m surgery.cli."""
-
-from surgery.cli import main
-
-main()

@@ -1,0 +1,106 @@
+"""What a config that names no modules adapts in a model of transformers: what PEFT 0.21.2 adapts there.
+
+By the model's type, as its config tells it. The families are few, so they are listed by what they call their layers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from surgery.core.config import AdapterConfig
+from surgery.core.names import suffix_hits
+from surgery.hosts.tree import places
+from surgery.integrations.transformers.model import is_pretrained
+
+
+class Default(NamedTuple):
+    """Modules by the ends of their names, or one pattern; and those of them whose inputs IA3 scales."""
+
+    targets: Sequence[str]
+    types: str
+    feedforward: Sequence[str] = ()
+
+
+_LORA = (
+    Default(
+        ("q_proj", "v_proj"),
+        "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 stablelm",
+    ),
+    Default(("query", "value"), "bert electra layoutlm roberta xlm-roberta"),
+    Default(("query_key_value",), "RefinedWeb RefinedWebModel bloom chatglm falcon gpt_neox"),
+    Default(("q", "v"), "mt5 t5"),
+    Default(("c_attn",), "gpt2 gpt_bigcode"),
+    Default(("q", "v", "q_proj", "v_proj"), "blip-2"),
+    Default(("query_proj", "value_proj"), "deberta-v2"),
+    Default(("in_proj",), "deberta"),
+    Default(("Wqkv",), "mpt"),
+    Default(("c_proj", "c_attn"), "btlm"),
+    Default(("qkv_proj",), "codegen"),
+    Default(("q_proj", "v_proj", "fc1", "fc2"), "phi"),
+    Default(r".*language_model\..*\.(q_proj|v_proj)", "gemma4"),
+    Default(("q_proj", "k_proj", "v_proj", "o_proj"), "nemotron_h"),
+    Default(("key", "value", "receptance", "output"), "rwkv"),
+    Default(("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"), "rwkv7"),
+)
+_ADALORA = (
+    Default(("q_proj", "v_proj"), "gemma gemma2 gemma3_text gpt_neo gptj llama llama4 qwen2 qwen3"),
+    Default(("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), "bart opt"),
+    Default(("query_key_value",), "bloom gpt_neox"),
+    Default(("c_attn",), "gpt2 gpt_bigcode"),
+    Default(("query", "value"), "bert"),
+    Default(("query", "key", "value", "dense"), "roberta"),
+    Default(("query_proj", "key_proj", "value_proj", "dense"), "deberta-v2"),
+    Default(("in_proj",), "deberta"),
+    Default(("q", "k", "v", "o", "wi", "wo"), "t5"),
+    Default(("q", "k", "v", "o", "wi_0", "wi_1", "wo"), "mt5"),
+    Default(r".*language_model\..*\.(q_proj|v_proj)", "gemma4"),
+    Default(("q_proj", "k_proj", "v_proj", "o_proj"), "nemotron_h"),
+)
+_IA3 = (
+    Default(("q_proj", "v_proj", "down_proj"), "gemma gemma2 gemma3_text llama4 qwen2 qwen3", ("down_proj",)),
+    Default(("k_proj", "v_proj", "down_proj"), "llama mistral", ("down_proj",)),
+    Default(("k_proj", "v_proj", "w2"), "mixtral", ("w2",)),
+    Default(("q_proj", "v_proj", "fc2"), "bart phi", ("fc2",)),
+    Default(("q_proj", "k_proj", "fc2"), "opt", ("fc2",)),
+    Default(("q_proj", "v_proj", "fc_out"), "gptj", ("fc_out",)),
+    Default(("q_proj", "v_proj", "c_proj"), "gpt_neo", ("c_proj",)),
+    Default(("key", "value", "output.dense"), "bert roberta", ("output.dense",)),
+    Default(("key_proj", "value_proj", "output.dense"), "deberta-v2", ("output.dense",)),
+    Default(("in_proj", "output.dense"), "deberta", ("output.dense",)),
+    Default(("query_key_value", "dense_4h_to_h"), "RefinedWeb RefinedWebModel falcon gpt_neox", ("dense_4h_to_h",)),
+    Default(("query_key_value", "mlp.dense_4h_to_h"), "bloom", ("mlp.dense_4h_to_h",)),
+    Default(("c_attn", "mlp.c_proj"), "gpt2 gpt_bigcode", ("mlp.c_proj",)),
+    Default(("k", "v", "wo"), "t5", ("wo",)),
+    Default(("k", "v", "wi_1"), "mt5"),
+)
+DEFAULTS: Mapping[str, Mapping[str, Default]] = {
+    kind: {one: default for default in table for one in default.types.split()}
+    for kind, table in (("LORA", _LORA), ("ADALORA", _ADALORA), ("IA3", _IA3))
+}
+
+
+def with_default_targets(root: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """The config, with the modules named that its kind adapts in such a model, if it names none and they are known."""
+    if config.target_modules is not None or config.parameters() or not is_pretrained(root):
+        return config
+    model: Any = root
+    default = DEFAULTS.get(config.peft_type, {}).get(model.config.model_type)
+    if default is None:
+        return config
+    missing: dict[str, Any] = {
+        field: named for field, named in _named(root, default) if getattr(config, field, ()) is None
+    }
+    return replace(config, **missing)
+
+
+def _named(root: nn.Module, default: Default) -> Iterator[tuple[str, str | Sequence[str]]]:
+    """By field, what of the default the model has."""
+    names = [place.name for place in places(root)]
+    for field, ends in (("target_modules", default.targets), ("feedforward_modules", default.feedforward)):
+        yield field, ends if isinstance(ends, str) else [end for end in ends if _is_there(end, names)]
+
+
+def _is_there(end: str, names: Sequence[str]) -> bool:
+    return any(suffix_hits((end,), name) for name in names)
