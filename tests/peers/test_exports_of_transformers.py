@@ -1,6 +1,7 @@
 """Exports of transformers' models, in memory and from files, of every architecture in the table."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import surgery
 from surgery.cli import main
 from surgery.formats.onnx.runtime import decode
-from surgery.integrations.transformers import exporting
+from surgery.integrations.transformers import export_files, exporting
 from surgery.integrations.transformers.exporting import _one_of
 from surgery.procedures.exports import proof
 
@@ -88,6 +89,23 @@ def test_an_adapter_of_another_base_is_refused_as_merge_does(
     with pytest.raises(surgery.InputError, match=told):
         surgery.export_onnx(tmp_path / "other", tmp_path / "adapter", tmp_path / "out", **way)
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_at_a_weight_are_compared_with_the_live_model_too(folders: Path, tmp_path: Path) -> None:
+    proof = surgery.export_onnx(folders / "base", (folders / "adapter", 0.5), tmp_path / "out").proof
+    assert all(one.adapted is not None and one.adapted.ok for one in proof.trials)
+    assert not proof.left_out
+
+
+def test_a_model_that_transformers_does_not_know_is_refused_before_anything_is_merged(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folders / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    monkeypatch.setattr(export_files, "merge_checkpoint", None)
+    with pytest.raises(surgery.FormatError, match=r"config\.json: transformers makes no config of it: .*unheard-of"):
+        surgery.export_onnx(tmp_path / "base", None, tmp_path / "out")
 
 
 def test_an_export_draws_no_bars_and_leaves_the_settings_of_transformers(

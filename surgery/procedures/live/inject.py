@@ -2,16 +2,15 @@
 
 import copy
 import dataclasses
-import gc
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor, nn
 
 from surgery.codecs.formats import Format
+from surgery.core.collector import collector_paused
 from surgery.core.config import AdapterConfig
 from surgery.core.entries import InPeftTerms, in_peft_terms
 from surgery.core.method import Dense, Method, Params
@@ -52,20 +51,13 @@ class Fitting:
     biases: Biases = dataclasses.field(default_factory=dict)
     rooms: Mapping[str, Room] = dataclasses.field(default_factory=dict)  # by site, where tensors are held with room
 
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Thousands of modules are made and all of them stay: a search for garbage would double the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    def weighted(self, weight: float) -> "Fitting":
+        """The same, `weight` times as strong."""
+        sites = {name: (site, method.weighted(weight), p) for name, (site, method, p) in self.sites.items()}
+        return dataclasses.replace(self, sites=sites)
 
 
-@_collector_paused()
+@collector_paused()
 def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it runs
     root: nn.Module,
     config: AdapterConfig,
@@ -131,7 +123,7 @@ def _fresh(  # noqa: PLR0913, PLR0917  # as inject
     return Fitting(config, sites, saved, aware, biases)
 
 
-@_collector_paused()
+@collector_paused()
 def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
     """Lay a checked adapter over the model. The first one of a model is active, later ones are not."""
     root = tree.root
