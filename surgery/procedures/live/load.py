@@ -20,7 +20,7 @@ from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
 from surgery.procedures.live.awareness import holdings
-from surgery.procedures.live.inject import Fitting, check_name, fit
+from surgery.procedures.live.fitting import Fitting, check_name, fit
 from surgery.procedures.live.merge import base_sha256
 from surgery.procedures.live.room import with_room
 from surgery.procedures.live.save import DEFAULT
@@ -79,6 +79,22 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
     )
     _check_copies(tree, adapter)
     _check_base(tree, adapter, names)
+    sites = _sites_of(tree, adapter, names, alone)
+    saved = _saved(tree, adapter)
+    sites = with_tied_rows(tree, sites, saved)
+    _check_ties(tree, adapter, sites, saved)
+    refuse_missing(adapter.config, sites, adapter.where)
+    biases = given_biases(tree, adapter, list(given.values()), [*sites], saved)
+    return Fitting(adapter.config, sites, saved, biases=biases)
+
+
+def _sites_of(
+    tree: Tree, adapter: Adapter, names: Mapping[str, str], alone: Mapping[str, str]
+) -> dict[str, tuple[Site, Method, Params]]:
+    """The adapter at each site, by the model's `names`; of those of `alone` that is a parameter, the rest are modules.
+
+    ShapeError for tensors that do not fit; MatchError where two of the adapter's are one here, and differ.
+    """
     sites: dict[str, tuple[Site, Method, Params]] = {}
     for name in (*(name for name in adapter.sites if name not in alone), *alone):
         params, path = adapter.sites[name], names[name]
@@ -96,12 +112,7 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
                 "their tensors differ; one adapter of each is wanted; was it renamed?"
             )
         sites[first] = site, method, params
-    saved = _saved(tree, adapter)
-    sites = with_tied_rows(tree, sites, saved)
-    _check_ties(tree, adapter, sites, saved)
-    refuse_missing(adapter.config, sites, adapter.where)
-    biases = given_biases(tree, adapter, list(given.values()), [*sites], saved)
-    return Fitting(adapter.config, sites, saved, biases=biases)
+    return sites
 
 
 def _module(tree: Tree, adapter: Adapter, name: str) -> str:
