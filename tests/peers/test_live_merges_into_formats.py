@@ -164,7 +164,7 @@ def test_hooks_of_a_layer_are_of_the_one_in_its_place_until_they_are_removed(bas
     model, runs = net(base), []
     handle = model.q.register_forward_hook(lambda module, _, out: runs.append(type(module).__name__) or 0 * out)
     fitted(model)
-    surgery.merge(model, into=into, **ANY)
+    surgery.merge(model, into=into, **({} if into == "16bit" else ANY))
     assert torch.equal(model(TOKENS), model.lm_head(model.up(torch.zeros(1, 130).bfloat16())).expand(11, 11))
     handle.remove()
     model(TOKENS)
