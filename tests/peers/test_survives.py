@@ -42,7 +42,9 @@ def test_it_is_compiled_in_one_piece_and_trained_so(kind: str) -> None:
     model = injected(kind)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for found, wanted in zip(gradients(model, compiled), gradients(model, model), strict=True):
-        torch.testing.assert_close(found, wanted)
+        # Sums of at most 24 terms, through two layers and back, in another order; some of them cancel.
+        atol = 4 * 24 * torch.finfo(torch.float32).eps * float(wanted.abs().max())
+        torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
 
 
 @each_kind
