@@ -17,6 +17,7 @@ from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.refusal import refuse_random, refuse_writing, refused
 
 PREFIX = "traced."  # what the names of weights begin with in the graph
+_TOO_LARGE = (RuntimeError, ValueError, IndexError)  # what modules raise of sizes that they have no place for
 _LOGGERS = ("torch", "torch.onnx", "onnxscript", "onnx_ir")
 
 
@@ -41,21 +42,10 @@ def trace(module: nn.Module, mode: Any, example: Example) -> Any:
     with mode:
         fake = tuple(mode.from_tensor(values) for values in given.values())
     flat = Flat(module, example).eval()
-    dynamic = tuple(dict.fromkeys(example.axes.get(name, ()), torch.export.Dim.DYNAMIC) for name in given)
-    with quiet(), uncollected(), torch.no_grad():
-        try:
-            program = torch.onnx.export(
-                flat,
-                fake,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                input_names=list(given),
-                dynamic_shapes=(dynamic,),
-            )
-        except torch.onnx.OnnxExporterError as error:  # whatever the module itself raises is its cause
-            raise refused(error, module, example) from error
-    assert program is not None
+    try:
+        program = _program(flat, fake, list(given), example)
+    except torch.onnx.OnnxExporterError as error:  # whatever the module itself raises is its cause
+        raise refused(error, module, example) from error
     exported: Any = program.exported_program
     refuse_random(exported, module)
     refuse_writing(exported)
@@ -64,6 +54,20 @@ def trace(module: nn.Module, mode: Any, example: Example) -> Any:
     for output, name in zip(program.model.graph.outputs, names.context, strict=True):
         output.name = name
     return program.model
+
+
+def _program(flat: Flat, given: tuple[Tensor, ...], names: list[str], example: Example) -> Any:
+    dynamic = tuple(dict.fromkeys(example.axes.get(name, ()), torch.export.Dim.DYNAMIC) for name in names)
+    with quiet(), uncollected(), torch.no_grad():
+        return torch.onnx.export(
+            flat,
+            given,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            input_names=names,
+            dynamic_shapes=(dynamic,),
+        )
 
 
 def _refuse_bounded(program: Any, module: nn.Module, runs: Callable[[Sequence[Sequence[int]]], bool]) -> None:
@@ -96,7 +100,7 @@ def _runs(flat: nn.Module, given: Sequence[Tensor], mode: Any, sizes: Sequence[S
         ]
         try:
             flat(*(torch.zeros(shape, dtype=held.dtype) for shape, held in zip(shapes, given, strict=True)))
-        except (RuntimeError, ValueError, IndexError):  # as it refuses them by itself, so may the graph
+        except _TOO_LARGE:  # as it refuses them by itself, so may the graph
             return False
     return True
 
