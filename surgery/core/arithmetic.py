@@ -163,6 +163,10 @@ def all_finite(values: Tensor) -> bool:
     if values.dtype in _INFINITY and values.device.type == "cpu":
         magnitude = values.view(torch.int16).numpy() & 0x7FFF  # numpy takes a quarter of torch's time
         return bool(magnitude.max() < _INFINITY[values.dtype])
+    if not values.is_floating_point():
+        return bool(torch.isfinite(values).all())
+    if values.dtype.itemsize == 1:  # torch finds the largest of no float8
+        values = values.to(torch.float32)
     lowest, largest = torch.aminmax(values)  # a NaN anywhere makes both NaN
     return bool(torch.isfinite(lowest) & torch.isfinite(largest))
 

@@ -1,5 +1,6 @@
 """The grid and the product, held against Python's integers and fractions."""
 
+import cmath
 import math
 from collections.abc import Iterator
 from fractions import Fraction
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from rational import dot, fractions, gridded, power, same_bits, transposed
 from torch import Tensor
 
-from surgery.core.arithmetic import BLOCK, exact_product, on_grid
+from surgery.core.arithmetic import BLOCK, all_finite, exact_product, on_grid
 from surgery.errors import ValueRangeError
+from surgery.io.header import DTYPES as IN_FILES
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -229,3 +231,13 @@ def test_the_largest_and_smallest_allowed_magnitudes_are_multiplied_exactly(ends
     B, A = B / B.abs().amax(), A / A.abs().amax()  # the largest is 1
     B, A = B / B.abs().amax(1, keepdim=True) * 2.0 ** ends[0], A / A.abs().amax(0) * 2.0 ** ends[1]
     assert torch.equal(exact_product(B, A), reference_product(B, A))
+
+
+@pytest.mark.parametrize("dtype", [one for one in IN_FILES.values() if isinstance(one, torch.dtype)], ids=str)
+def test_nan_and_infinity_are_found_in_every_dtype_of_files(dtype: torch.dtype) -> None:
+    assert all_finite(torch.ones(5).to(dtype))
+    assert all_finite(torch.ones(0).to(dtype))
+    for bad in (torch.nan, torch.inf, -torch.inf) if dtype.is_floating_point or dtype.is_complex else ():
+        values = torch.tensor([1.0, bad, 2.0]).to(dtype)  # float8 has no infinity in all its kinds
+        held = all(cmath.isfinite(one) for one in values.to(torch.complex128).tolist())
+        assert all_finite(values) is held
