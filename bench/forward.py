@@ -10,7 +10,7 @@ import surgery
 from bench.thin import DEVICE, TARGETS, middle, seconds, shuffle_adapters, thin_llama
 from bench.words import ms
 
-ROUNDS = 40
+ROUNDS = 15 if DEVICE == "cuda" else 40
 
 
 def main() -> None:

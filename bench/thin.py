@@ -25,7 +25,8 @@ def thin_llama(layers: int = 200) -> LlamaForCausalLM:
         vocab_size=128,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).eval().to(DEVICE)
+    with torch.device(DEVICE):
+        return LlamaForCausalLM(config).eval()
 
 
 def shuffle_adapters(model: nn.Module) -> None:

@@ -85,6 +85,8 @@ def test_the_examples_of_docstrings_give_what_they_say(path: Path) -> None:
     ("name", "told"),
     [
         ("library", "the model is what it was, bit for bit"),
+        ("switch_adapters", "2 of 2 adapters go on as they were taught, alone and in one batch"),
+        ("train_and_merge", "transformers alone gives what the merged model gives, to the bit"),
         ("train_lora", "8 of 8 sentences are told apart by the merged model"),
         ("train_ia3", "8 of 8 sentences are told apart by the merged model"),
         ("train_adalora", "8 of 8 sentences are told apart by the merged model"),

@@ -1,6 +1,6 @@
 """Sorting out: each tensor of an adapter's file has its place, by its name, or the file is refused."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from surgery.core.adapter import Adapter, Stored
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params
-from surgery.core.names import in_base, suffix_hits, suffixes
+from surgery.core.names import Endings, in_base, owners, suffixes
 from surgery.core.site import TensorInfo
 from surgery.errors import ConfigError, FormatError, printable
 from surgery.io.header import SPELLINGS
@@ -56,7 +56,7 @@ class _Sorting:
 
     def __init__(self, config: AdapterConfig, where: str) -> None:
         self.config, self.where = config, where
-        self.entries, self.endings = frozenset(config.modules_to_save or ()), config.endings()
+        self.whole, self.endings = Endings(config.modules_to_save or ()), config.endings()
         self.sites: dict[str, dict[str, Found]] = {}
         self.saved: dict[str, Tensor] = {}
         self.copies: dict[str, Tensor] = {}
@@ -115,7 +115,7 @@ class _Sorting:
             self.biases.add(name)
 
     def _is_saved(self, name: str) -> bool:
-        return any(suffix_hits(self.entries, module) for module in _parents(name))
+        return any(self.whole.end(module) for module in owners(name))
 
     def _put(self, held: dict[str, Tensor], name: str, found: Found) -> None:
         """Each tensor once; a copy may be there twice, if it is the same."""
@@ -128,12 +128,6 @@ class _Sorting:
 def _stored(held: Mapping[str, Found]) -> Params:
     load = next(iter(held.values())).load
     return Stored({role: found.info for role, found in held.items()}, load)
-
-
-def _parents(name: str) -> Iterator[str]:
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]], where: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,35 +68,53 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
     without `model-surgery[onnx]`, OutputExistsError, and as `merge` and `merge_checkpoint` do; nothing is written then.
     """
     require_packages()
-    how = Manner(weights, names, overwrite, portable)
-    options = Options(
-        Treatment.of(dtype=dtype, tied=tied, ops=ops, into=into), overwrite=overwrite, pace=Pace(progress=progress)
+    treatment = Treatment.of(dtype=dtype, tied=tied, ops=ops, into=into)
+    asked = _Asked(
+        Path(out),
+        Manner(weights, names, overwrite, portable),
+        Options(treatment, overwrite=overwrite, pace=Pace(progress=progress)),
+        kv=kv,
+        swappable=swappable,
     )
     if isinstance(model, nn.Module):
-        if adapters is not None or options.treatment != Treatment():
+        if adapters is not None or treatment != Treatment():
             raise UsageError("export_onnx: of a model in memory the active adapters are exported; adapters is None")
-        example, kind = _example(model, inputs, dynamic_axes, kv)
-        write = export_swappable if swappable else export_model
-        return write(model, example, Path(out), kind, how)
+        return _of_model(model, inputs, dynamic_axes, asked)
     if inputs is not None or dynamic_axes is not None:
         raise UsageError("export_onnx: of files, inputs are made of the config; load the model to give others")
-    with checkpoint(model) as source:
-        found = weighted([] if adapters is None else adapters)
-        if swappable:
-            return _with_slots(source, found, Path(out), options, how, kv)
-        export = hugging.Export(how, kv, bytes_of(max_memory, "max_memory"))
-        return hugging.export_checkpoint(source, found, Path(out), options, export)
+    return _of_files(model, [] if adapters is None else adapters, bytes_of(max_memory, "max_memory"), asked)
 
 
-def _with_slots(  # noqa: PLR0913, PLR0917  # what is exported, and how
-    source: Checkpoint, adapters: Sequence[Weighted], out: Path, options: Options, how: Manner, kv: bool
-) -> ExportReport:
-    """Of files; the base is loaded for it."""
-    refuse_overlap(out, [source.path, *(Path(one.adapter.where) for one in adapters)])
-    _refuse_for_slots(adapters, options)
-    live = hugging.live_model(source, adapters)
-    example, kind = _example(live, None, None, kv)
-    return export_swappable(live, example, out, kind, how)
+class _Asked(NamedTuple):
+    """Where an export goes to, and how it is made."""
+
+    out: Path
+    how: Manner
+    options: Options  # of the merge, where it is one of files
+    kv: bool
+    swappable: bool
+
+
+def _of_model(model: nn.Module, inputs: Any, axes: Any, asked: _Asked) -> ExportReport:
+    example, kind = _example(model, inputs, axes, asked.kv)
+    write = export_swappable if asked.swappable else export_model
+    return write(model, example, asked.out, kind, asked.how)
+
+
+def _of_files(where: Where, adapters: Adapters, max_memory: int | None, asked: _Asked) -> ExportReport:
+    with checkpoint(where) as source:
+        found = weighted(adapters)
+        if asked.swappable:
+            return _with_slots(source, found, asked)
+        export = hugging.Export(asked.how, asked.kv, max_memory)
+        return hugging.export_checkpoint(source, found, asked.out, asked.options, export)
+
+
+def _with_slots(source: Checkpoint, adapters: Sequence[Weighted], asked: _Asked) -> ExportReport:
+    """The base is loaded for it."""
+    refuse_overlap(asked.out, [source.path, *(Path(one.adapter.where) for one in adapters)])
+    _refuse_for_slots(adapters, asked.options)
+    return _of_model(hugging.live_model(source, adapters), None, None, asked)
 
 
 def _example(model: nn.Module, inputs: Any, axes: Any, kv: bool) -> tuple[Example, Kind]:

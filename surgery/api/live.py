@@ -1,6 +1,6 @@
 """On a model in memory: each function calls one procedure, and attaches what transformers adds to its models."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
@@ -18,6 +18,7 @@ from surgery.errors import UsageError, printable
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
 from surgery.procedures.live import adalora, switch
+from surgery.procedures.live import eject as ejection
 from surgery.procedures.live import inject as injection
 from surgery.procedures.live import load as loading
 from surgery.procedures.live import merge as merging
@@ -43,6 +44,7 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     matching: Literal["strict", "peft"] | None = None,
     quantization_aware: str | None = None,
     examples: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> Model:
     """Lay a fresh adapter over the modules that `config` names, in place; returns the model.
 
@@ -56,9 +58,10 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     "fp8_block", "w4a16", "w4a16-asym" or "nvfp4" its layers run, and it is trained, as they will once it is merged and
     their weights are held so: the base's own scales are kept where it is held in that format already.
 
-    `examples` are for `init_lora_weights` "eva": batches, each a tensor, several in a list or tuple, or keyword
-    arguments, which are run through the base, again and again until what is found settles. Raises MatchError for an
-    entry that matches nothing, UsageError without the examples that it starts from, ConfigError, StateError.
+    `examples` are for `init_lora_weights` "eva", "corda" and "lora_ga": batches, each a tensor, several in a list or
+    tuple, or keyword arguments, which are run through the base; for "lora_ga" also back, from the loss that the model
+    makes of each, or that `loss` makes of what the model gives and the batch. Raises MatchError for an entry that
+    matches nothing, UsageError without the examples that it starts from, ConfigError, StateError.
 
     >>> import surgery, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -71,7 +74,9 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
         raise UsageError(f"matching is {printable(matching)!r}; strict or peft is wanted")
     as_peft = is_peft_s(config) if matching is None else matching == "peft"
     heads = partial(hugging.output_heads, model)
-    batches = None if examples is None else Examples(examples)
+    if loss is not None and examples is None:
+        raise UsageError("loss is given, and no examples; leave it out, or give examples")
+    batches = None if examples is None else Examples(examples, loss=loss)
     wanted = hugging.with_default_targets(model, config_of(config))
     injection.inject(model, wanted, adapter_name, heads, trainable, form, as_peft, batches)
     hugging.attach(model)
@@ -232,7 +237,7 @@ def unmerge(model: Model) -> Model:
 
 def eject(model: Model, *, keep_merged: bool = False) -> Model:
     """Put the model's own modules back, with their requires_grad flags; unmerges first unless `keep_merged`."""
-    injection.eject(model, keep_merged)
+    ejection.eject(model, keep_merged)
     hugging.detach(model)
     if keep_merged:
         hugging.tell_ejected(model)
@@ -248,12 +253,13 @@ def record_inputs(  # noqa: PLR0913  # three things and their options
     rank: int = 64,
     overwrite: bool = False,
 ) -> recording.Recording:
-    """Run the model over `batches`, and write what its linear layers get to the folder `out`, for `calibration`.
+    """Run the model over `batches`, in eval mode, and write what its linear layers get to `out`, for `calibration`.
 
-    A batch is what the model is called with: keyword arguments, or one value; what its attention_mask masks is left
-    out. `targets` names the modules by the ends of their names, by default all. Of the second moment of a module's
-    inputs, `rank` rows are kept and the mean squares of the rest, and memory holds no more than some such rows. Inputs
-    are added up as they come: the same on another machine but for rounding, and it is the file that a merge tells.
+    A batch is what the model is called with: a tensor, several in a list or tuple, or keyword arguments, of which what
+    attention_mask masks is left out. `targets` names the modules by the ends of their names, by default all. Of the
+    second moment of a module's inputs, `rank` rows are kept and the mean squares of the rest, and memory holds no more
+    than some such rows. Inputs are added up as they come: the same on another machine but for rounding, and it is the
+    file that a merge tells.
     Raises MatchError, UsageError where no linear layer is called, ValueRangeError, OutputExistsError.
 
     >>> import surgery, tempfile, torch
@@ -262,8 +268,7 @@ def record_inputs(  # noqa: PLR0913  # three things and their options
     ...     surgery.record_inputs(model, [torch.randn(32, 8)], f"{folder}/inputs").counts
     {'0': 32}
     """
-    moments = recording.record_inputs(model, batches, targets, rank)
-    return recording.write_inputs(moments, Path(out), overwrite)
+    return recording.record_inputs(model, Examples(batches, "batches"), Path(out), targets, rank, overwrite)
 
 
 def adalora_step(model: nn.Module, step: int) -> None:

@@ -212,7 +212,7 @@ def _absmax(packed: Packed, part: _Part) -> Tensor:
 
 def _nearest(values: Tensor, map16: Tensor) -> Tensor:
     """The codes of the nearest of the 16 values."""
-    ordered, codes = map16.to(torch.float64).sort()
+    ordered, codes = map16.to(torch.float64).sort(stable=True)  # fp4 has two zeros, of which the first is taken
     return codes[torch.bucketize(values, (ordered[1:] + ordered[:-1]) / 2)].to(torch.uint8)
 
 

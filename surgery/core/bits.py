@@ -21,8 +21,9 @@ class BitWriter:
     def write(self, values: Tensor) -> None:
         """`values` are int64, each in [0, 2^bits)."""
         for part in torch.split(values.cpu(), _PART):
-            little = part.numpy().astype("<i8").view(np.uint8).reshape(-1, 8)  # [n, 8]
-            single = np.unpackbits(little, axis=1, count=self.bits, bitorder="little")  # [n, bits]
+            numbers, single = part.numpy(), np.empty((len(part), self.bits), dtype=np.uint8)  # [n], [n, bits]
+            for bit in range(self.bits):
+                single[:, bit] = (numbers >> bit) & 1
             stream = np.concatenate([self.rest, single.reshape(-1)])
             full = len(stream) // 8 * 8
             self.done += np.packbits(stream[:full], bitorder="little").tobytes()

@@ -119,6 +119,10 @@ class Method(ABC):
         """[r, in]: along which it looks at its inputs, where these alone matter to it."""
         return None
 
+    def factors(self, p: Params) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002  # most add other things
+        """B [out, r], scaled, and A [r, in], where what it adds is their product and nothing else."""
+        return None
+
     @abstractmethod
     def spread(self, p: Params, tile: Tile) -> Tensor:
         """[out, in] of the tile, or what broadcasts over it: how far two correct merges in the factors' dtype may

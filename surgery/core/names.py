@@ -24,6 +24,13 @@ def suffix_hits(entries: Collection[str], name: str) -> list[str]:
     return [suffix for suffix in suffixes(name) if suffix in entries]
 
 
+def owners(name: str) -> Iterator[str]:
+    """The modules that a tensor lies in, the innermost first: `a.b` and `a` of `a.b.weight`."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
 def in_base(name: str) -> str:
     """The path in the base of a site, which PEFT spells with `base_layer` where it lies in another adapted layer.
 
@@ -34,7 +41,7 @@ def in_base(name: str) -> str:
 
 
 class Endings:
-    """Many texts, of which it is quickly told whether a name ends in one.
+    """Many texts, of which it is quickly told whether a name ends in one, at a dot or not, as PEFT compares them.
 
     >>> ends = Endings(["proj", "q_proj", "fc"])
     >>> [ends.end(name) for name in ("0.q_proj", "0.fc2", "xfc")]

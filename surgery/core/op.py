@@ -101,6 +101,11 @@ class Op(ABC):
         return {}
 
 
+def is_many(x: Tensor) -> bool:
+    """Does one more pass over them take longer than one more call? On a GPU it is calls that take the time."""
+    return x.is_cpu and x.numel() >= FEW
+
+
 def onto(below: Tensor, moved: Tensor, scaling: float) -> Tensor:
     """below + scaling * moved, in one pass."""
     if torch.compiler.is_compiling():  # torch's own compiler makes one product of both, and forgets an alpha

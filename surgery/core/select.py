@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from surgery.core.config import AdapterConfig
-from surgery.core.names import nearest, suffix_hits, suffixes
+from surgery.core.names import Endings, nearest, suffix_hits, suffixes
 from surgery.core.patterns import LAYER, SAVED, Budget, PatternTable
 from surgery.errors import ConfigError, MatchError, printable
 
@@ -81,13 +81,18 @@ def refuse_unmatched(field: str, entries: Sequence[str], names: Collection[str])
     raise MatchError(f"{field}: nothing matches {told}; each must match; `surgery.inspect(model)` lists the names")
 
 
-def saved_modules(config: AdapterConfig, names: Collection[str]) -> list[str]:
-    """The modules that `modules_to_save` names; MatchError for an entry that names none."""
+def saved_modules(config: AdapterConfig, names: Collection[str], as_peft: bool = False) -> list[str]:
+    """The modules that `modules_to_save` names, `as_peft` by any end of theirs; MatchError for an entry without one."""
     entries = frozenset(config.modules_to_save or ())
     if not entries:
         return []
-    chosen = [name for name in names if suffix_hits(entries, name)]
-    found = {entry for name in chosen for entry in suffix_hits(entries, name)}
+    if as_peft:
+        ends = Endings(entries)
+        chosen = [name for name in names if ends.end(name)]
+        found = {entry for entry in entries if any(name.endswith(entry) for name in chosen)}
+    else:
+        chosen = [name for name in names if suffix_hits(entries, name)]
+        found = {entry for name in chosen for entry in suffix_hits(entries, name)}
     refuse_unmatched("modules_to_save", sorted(entries - found - config.task_heads()), names)
     return chosen
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ class Starter(ABC):
 class Observer(Starter):
     """What it gathers of its layer while examples run does not grow with them."""
 
+    sees: ClassVar[Literal["inputs", "gradients"]] = "inputs"
     until_settled: ClassVar[bool] = False  # do examples run until the config is content, for all layers at once?
     left_out: int | None = None  # positions with this label do not count
 
@@ -34,8 +35,8 @@ class Observer(Starter):
         """Of what it will hold."""
 
     @abstractmethod
-    def see(self, x: Tensor) -> None:
-        """An input [rows, in] of the layer."""
+    def see(self, values: Tensor) -> None:
+        """Inputs [rows, in] of the layer; or the gradient [out, in] of its weight, by the loss of one batch."""
 
     @abstractmethod
     def seen(self) -> bool:

@@ -5,18 +5,26 @@ it. Both are needed: of what is rounded by chance all seems retained, and the no
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from surgery.core.arithmetic import tree_sum
+from surgery.errors import UsageError, printable
 
 
-class Bounds(NamedTuple):
-    """How much of a change has to be left, and how much may come beside it."""
+@dataclass(frozen=True)
+class Bounds:
+    """How much of a change has to be left, and how much may come beside it. UsageError for what is no number."""
 
     min_retained: float = 0.5
     max_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("min_retained", self.min_retained), ("max_noise", self.max_noise)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+                raise UsageError(f"{name} is {printable(value)!r}; a number is wanted, such as {getattr(Bounds, name)}")
 
     def admit(self, survival: "Survival") -> bool:
         return survival.retained >= self.min_retained and survival.noise <= self.max_noise

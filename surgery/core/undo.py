@@ -5,11 +5,9 @@ often there is one candidate and nothing is stored.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from surgery.core.bits import BitReader, BitWriter
@@ -28,7 +26,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.writers: dict[int, BitWriter] = {}
-        self.waiting: list[tuple[NDArray[np.int64], NDArray[np.int8]]] = []  # indices and their widths
+        self.waiting: list[tuple[Tensor, Tensor]] = []  # indices and their widths
         self.exact = True  # False: this tensor cannot be recomputed and has to be kept
 
     def add(self, original: Tensor, merged: Tensor, steps: Sequence[Elementwise]) -> None:
@@ -38,8 +36,9 @@ class Recorder:
         where = Survey(merged, steps, w.dtype).doubtful(w)
         low, spare = _candidates(merged, steps, w.dtype, where)
         index, width = order(w.index_select(0, where)) - low, _width(spare)
-        self.exact = _at_least_0(index) and _at_least_0(spare - index) and width.max(initial=0) <= _LONGEST
-        self.waiting.append((index.cpu().numpy(), width))
+        told = width.nonzero().squeeze(1)  # elsewhere there is one candidate alone
+        self.exact = _at_least_0(index) and _at_least_0(spare - index) and _at_least_0(_LONGEST - width)
+        self.waiting.append((index[told], width[told]))
         if sum(map(len, (index for index, _ in self.waiting))) >= _PART:
             self._pack()
 
@@ -51,12 +50,12 @@ class Recorder:
     def _pack(self) -> None:
         if not self.waiting:
             return
-        index, width = (np.concatenate(part) for part in zip(*self.waiting, strict=True))
+        index, width = (torch.cat(part) for part in zip(*self.waiting, strict=True))
         self.waiting.clear()
-        ranked, ends = _by_width(width)
-        for bits, (start, end) in ends.items():
-            writer = self.writers.setdefault(bits, BitWriter(bits))
-            writer.write(torch.from_numpy(index[ranked[start:end]]))
+        ranked, counts = _by_width(width)
+        parts = torch.split(index[ranked].cpu(), list(counts.values()))
+        for bits, part in zip(counts, parts, strict=True):
+            self.writers.setdefault(bits, BitWriter(bits)).write(part)
 
 
 class Restorer:
@@ -71,12 +70,13 @@ class Restorer:
         w = survey.guess()
         where = survey.doubtful(w)
         low, spare = _candidates(merged, steps, dtype, where)
-        index = np.zeros(len(where), dtype=np.int64)
-        ranked, ends = _by_width(_width(spare))
-        for bits, (start, end) in ends.items():
-            index[ranked[start:end]] = self._reader(bits).read(end - start).numpy()
-        key = low + torch.from_numpy(index).to(low.device)
-        return w.index_copy_(0, where, from_order(key, dtype)).view(merged.shape)
+        width = _width(spare)
+        told = width.nonzero().squeeze(1)
+        ranked, counts = _by_width(width[told])
+        read = [self._reader(bits).read(count) for bits, count in counts.items()]
+        if read:
+            low[told[ranked]] += torch.cat(read).to(low.device)
+        return w.index_copy_(0, where, from_order(low, dtype)).view(merged.shape)
 
     def _reader(self, bits: int) -> BitReader:
         if bits not in self.readers:
@@ -91,19 +91,18 @@ def _candidates(
     return candidates(m, [step.at(where) for step in steps], dtype)
 
 
-def _width(spare: Tensor) -> NDArray[np.int8]:
-    """The bits that tell the first candidate from the `spare` ones; a bit too many where float64 rounds up."""
+def _width(spare: Tensor) -> Tensor:
+    """The bits that tell the first candidate from the `spare` ones; a bit too many where float64 rounds up. In int8."""
     exponent = (spare.to(torch.float64).view(torch.int64) >> 52) - 1022
-    return exponent.clamp_(min=0).to(torch.int8).cpu().numpy()
+    return exponent.clamp_(min=0).to(torch.int8)
 
 
-def _by_width(width: NDArray[np.int8]) -> tuple[NDArray[np.int64], dict[int, tuple[int, int]]]:
-    """Positions sorted by their width, in order where it is the same; and where in that each width above 0 lies."""
-    ranked = np.argsort(width, kind="stable")
-    starts = np.searchsorted(width[ranked], np.arange(_LONGEST + 3, dtype=np.int8)).tolist()
-    spans = {bits: span for bits, span in enumerate(pairwise(starts)) if span[0] < span[1]}
-    spans.pop(0, None)
-    return ranked, spans
+def _by_width(width: Tensor) -> tuple[Tensor, dict[int, int]]:
+    """Positions sorted by their width, in order where it is the same; and how many there are of each width."""
+    counts = {bits: count for bits, count in enumerate(torch.bincount(width.to(torch.int32)).tolist()) if count}
+    if width.is_cpu:  # numpy takes half of torch's time there
+        return torch.from_numpy(np.argsort(width.numpy(), kind="stable")), counts
+    return width.argsort(stable=True), counts
 
 
 def _at_least_0(numbers: Tensor) -> bool:

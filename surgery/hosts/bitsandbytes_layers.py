@@ -44,7 +44,7 @@ class BitsandbytesLayers:
     def tensors(self, module: Any) -> Mapping[str, Tensor]:
         beside: Mapping[str, Tensor]
         if _is_8bit(module):
-            beside = {"SCB": _scales(module)}
+            beside = {"SCB": _scales(module).to(module.weight.device)}
         else:
             beside = {f"weight.{part}": values for part, values in _quant_state(module).as_dict(packed=True).items()}
         return {"weight": module.weight.detach().as_subclass(torch.Tensor), **beside}
@@ -72,6 +72,8 @@ class BitsandbytesLayers:
 
     def hold(self, module: nn.Module) -> None:
         """From now on it runs in eval mode as in training: its scales stay."""
+        if _is_8bit(module):
+            _bring_along(module)
         if module.__dict__.get(_PACKS):
             module.__dict__.update({_PACKS: False, _PACKED_BEFORE: module.__dict__[_PACKS]})
 
@@ -85,6 +87,14 @@ def never_round_scales(module: nn.Module) -> None:
     """Its scales stay for good, however it runs."""
     if module.__dict__.get(_PACKS):
         module.__dict__[_PACKS] = False
+
+
+def _bring_along(module: Any) -> None:
+    """What lies beside its codes, which bitsandbytes 0.50 leaves behind where the model that holds them is moved."""
+    codes = module.weight.data
+    for holder in (module.weight, module.state):
+        if holder.SCB is not None and holder.SCB.device != codes.device:
+            holder.CB, holder.SCB = codes, holder.SCB.to(codes.device)
 
 
 def _made_4bit(layers: Any, packed: Packed, like: Any, dtype: torch.dtype) -> Any:

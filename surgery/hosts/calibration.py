@@ -38,6 +38,7 @@ class Calibration(OpenFiles):
         try:
             for name in names:
                 self._add(contained(path, name.name) if path.is_dir() else name)
+            self._check_rests()
         except BaseException:
             self.close()
             raise
@@ -78,10 +79,18 @@ class Calibration(OpenFiles):
         for entry in file.header.entries:
             self._check(entry.info, file)
             self.at[entry.info.name] = file, entry.info
-        for name, (_, info) in self.at.items():
-            stem = name.removesuffix(REST)
-            if stem != name and self.at.get(stem + INPUTS, (None, info))[1].shape[-1:] != info.shape:
-                raise FormatError(f"{file.where}: {printable(name)} is {list(info.shape)}, unlike its inputs")
+
+    def _check_rests(self) -> None:
+        for name, (file, info) in self.at.items():
+            if not name.endswith(REST):
+                continue
+            inputs = name.removesuffix(REST) + INPUTS
+            if inputs not in self.at or self.at[inputs][1].shape[1:] != info.shape:
+                found = list(self.at[inputs][1].shape) if inputs in self.at else "not there"
+                raise FormatError(
+                    f"{file.where}: {printable(name)} is {list(info.shape)}, and {printable(inputs)} is {found}; "
+                    "as many columns are wanted in both; record anew"
+                )
 
     def _check(self, info: TensorInfo, file: TensorFile) -> None:
         axes = 2 if info.name.endswith(INPUTS) else 1

@@ -13,6 +13,7 @@ from surgery.hosts.quantized import is_quantized, quantized_kinds, unready
 from surgery.ops import OPS
 from surgery.ops.convolution import Convolution
 from surgery.ops.embedding import Embedding
+from surgery.ops.linear import Linear
 
 
 def op_of(module: nn.Module) -> Op | None:
@@ -20,7 +21,7 @@ def op_of(module: nn.Module) -> Op | None:
     for kind, name in _kinds():
         if isinstance(module, kind):
             if not _computes_as(module, kind):
-                return _scaled_embedding(module) if name == Embedding.name else None
+                return _written_otherwise(module, name)
             return _convolution(module) if name == Convolution.name else OPS[name]
     return None
 
@@ -54,6 +55,23 @@ def _convolution(module: Any) -> Convolution:
         groups=module.groups,
         padding_mode=module.padding_mode,
     )
+
+
+def _written_otherwise(module: nn.Module, name: str) -> Op | None:
+    """Of a subclass with a forward of its own, where that computes an op of ours all the same."""
+    if name == Embedding.name:
+        return _scaled_embedding(module)
+    return OPS[name] if name == Linear.name and _code(type(module).forward) == _code(_WrittenOut.forward) else None
+
+
+class _WrittenOut(nn.Linear):
+    """As Falcon's linear layers compute."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = input @ self.weight.T
+        if self.bias is None:
+            return out
+        return out + self.bias
 
 
 class _Scaled(nn.Embedding):

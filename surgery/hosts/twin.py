@@ -45,13 +45,13 @@ def computed(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_stored(held: Tensor) -> Tensor:
-    """A copy on the CPU."""
-    return held.detach().to("cpu", copy=True)
+    """On the CPU: a parameter's own memory, for no run changes it, and a copy of a buffer."""
+    return held.detach().to("cpu", copy=not isinstance(held, nn.Parameter))
 
 
 def as_computed(held: Tensor) -> Tensor:
-    """A copy on the CPU, of halves in float32."""
-    return held.detach().to("cpu", computed(held.dtype), copy=True)
+    """The same, of halves in float32."""
+    return as_stored(held).to(computed(held.dtype))
 
 
 def doubled(held: Tensor) -> Tensor:

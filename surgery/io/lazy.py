@@ -30,4 +30,5 @@ def write_tensors(staging: Staging, file: str, tensors: Mapping[str, Lazy]) -> s
             values = one.load().detach().cpu().contiguous()
             sha256.update(octets(values))
             staged.write(octets(values))
+            del values  # before the next is made
     return sha256.hexdigest()

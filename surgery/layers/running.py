@@ -161,7 +161,10 @@ class Over:
 
     def bias(self) -> Tensor | None:
         bias, on_bias = self.below.bias(), self.one.method.for_bias()
-        if bias is None or on_bias is None:
+        if on_bias is None:
             return bias
+        if bias is None:  # the adapter may bring one
+            weight = self.layer.dense().weight
+            bias = weight.new_zeros(len(weight))
         column = Dense(bias.unsqueeze(1))  # [out, 1]
         return on_bias.merge(column, self.one.computed, WHOLE, float_product).weight.squeeze(1)  # [out]

@@ -36,10 +36,12 @@ _NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
 _NEUTRAL = {
     **NEUTRAL,
     "alpha_pattern": {},
+    "corda_config": None,
     "ensure_weight_tying": False,
     "eva_config": None,
     "layer_replication": None,
     "loftq_config": {},
+    "lora_ga_config": None,
     "target_parameters": None,
     "trainable_token_indices": None,
     "lora_bias": False,
@@ -196,6 +198,9 @@ class AdaLora(Additive, AsPeft):
 
     def directions(self, p: Params) -> Tensor:
         return p["AE"]  # of which those are zero that have lost their rank
+
+    def factors(self, p: Params) -> tuple[Tensor, Tensor]:
+        return p["B"] * self.scaling, p["A"] * p["E"]
 
     def weighted(self, weight: float) -> Self:
         return replace(self, scaling=self.scaling * weight, alpha=self.alpha * weight)

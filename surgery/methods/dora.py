@@ -154,7 +154,8 @@ class Dora(Method):
             norm = sum_rows(V.square()).sqrt()
         else:
             norm = torch.linalg.vector_norm(V, dim=1, dtype=torch.float64).to(_wide(m))
-        return torch.where(norm == 0, 1, m / norm.masked_fill(norm == 0, 1))
+        zero = norm == 0
+        return torch.where(zero, 1, m / norm.masked_fill(zero, 1))
 
     def _factor(self, p: Params, tile: Tile) -> Tensor:
         """m / |V| of the tile, [out, 1]; 1 where V is zero."""

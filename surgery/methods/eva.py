@@ -61,10 +61,10 @@ class Eva(Observer):
     def nbytes(self) -> int:
         return 4 * self.most * self.width
 
-    def see(self, x: Tensor) -> None:
-        if len(x) and not self.settled():
+    def see(self, values: Tensor) -> None:
+        if len(values) and not self.settled():
             self.before = self.directions.V
-            self.directions.add(x)
+            self.directions.add(values)
 
     def seen(self) -> bool:
         return self.directions.V is not None

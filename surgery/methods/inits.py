@@ -22,14 +22,11 @@ from surgery.methods.eva import Eva
 from surgery.methods.lora import Lora
 
 CONVERSION = "path_initial_model_for_weight_conversion"
-_CONVERT = f"convert the adapter in PEFT first, by {CONVERSION}"
 _ROUNDS = re.compile(r"pissa_niter_([0-9]{1,3})")
 
-_FROM_BASE = frozenset({"pissa", "olora", "loftq"})
+_FROM_BASE = frozenset({"pissa", "olora", "loftq", "corda", "lora_ga"})
 
 _UNSERVED: Mapping[str, str] = {
-    "corda": f"it needs the covariances of inputs; start with 'pissa', or {_CONVERT}",
-    "lora_ga": f"it needs gradients of examples; start with 'pissa', or {_CONVERT}",
     "mica": "it trains A alone; start with True; what was trained from it is an ordinary LoRA, so that in its config "
     "this may be set to true, as PEFT reads it",
 }
@@ -46,8 +43,8 @@ def check_init(start: object) -> None:
         return
     why = _UNSERVED.get(start) if isinstance(start, str) else None
     known = (
-        "True, False, 'gaussian', 'orthogonal', 'eva', 'pissa', 'pissa_niter_N', 'olora' and 'loftq' are supported; "
-        "start with one of them, or train it in PEFT"
+        "True, False, 'gaussian', 'orthogonal', 'eva', 'pissa', 'pissa_niter_N', 'olora', 'corda', 'lora_ga' and "
+        "'loftq' are supported; start with one of them, or train it in PEFT"
     )
     raise ConfigError(f"init_lora_weights is {printable(start)!r}; {why or known}")
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
-from surgery.core.op import FEW, Factors, Op, Tile
+from surgery.core.op import Factors, Op, Tile, is_many
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods import stacks
@@ -87,6 +87,9 @@ class Lora(Additive, AsPeft):
     def directions(self, p: Params) -> Tensor | None:
         return p["A"] if p["A"].dim() == 2 else None
 
+    def factors(self, p: Params) -> tuple[Tensor, Tensor] | None:
+        return (p["B"] * self.scaling, p["A"]) if p["A"].dim() == 2 else None
+
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:
         delta = delta_as_peft(p, site.acting, self.scaling / 2 if self.halves else self.scaling)
         rounded = delta.to(stored.dtype)
@@ -122,7 +125,7 @@ class Lora(Additive, AsPeft):
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         A, B = p["A"], p["B"]
-        if x.numel() >= FEW and not (training and self.dropout):
+        if is_many(x) and not (training and self.dropout):
             plain = run.plain()
             out = None if plain is None else op.apply_with(x, *plain, Factors(A, B, self.scaling))
             if out is not None:

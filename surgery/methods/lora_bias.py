@@ -32,19 +32,22 @@ class LoraBias(Method, AsPeft):
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         if site.acting.name not in _OPS:
-            found = f"its op is {site.acting.name}"
-            wanted = "lora_bias is supported over Linear, Conv1D and convolutions"
-        elif "bias" not in site.tensors:
-            found, wanted = "it has no bias", "lora_bias adds to the one of the layer"
-        else:
-            return {**self.lora.tensors(site), **self.for_bias().tensors(site)}
-        raise MatchError(f"{printable(site.name)}: {found}; {wanted}; exclude it, or leave lora_bias out")
+            raise MatchError(
+                f"{printable(site.name)}: its op is {site.acting.name}; lora_bias is supported over Linear, Conv1D and "
+                "convolutions; exclude it, or leave lora_bias out"
+            )
+        return {**self.lora.tensors(site), **self.for_bias().tensors(site)}
 
     def matrices(self, p: Params, site: Site) -> Params:
         return self.lora.matrices(p, site)
 
     def refuse_merge(self, site: Site) -> None:
         self.lora.refuse_merge(site)
+        if "bias" not in site.tensors:
+            raise MatchError(
+                f"{printable(site.name)}: it has no bias, and this adapter adds one (lora_bias), for which a model of "
+                "this kind has no place; leave it unmerged, or train without lora_bias"
+            )
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:
         b = torch.zeros(self.tensors(site)["b"].shape)

@@ -76,6 +76,8 @@ class LoraConfig(AdapterConfig):
     use_bdlora: Mapping[str, Any] | None = None  # PEFT's BdLoraConfig: which factors are block-diagonal
     loftq_config: Mapping[str, Any] | None = field(default_factory=dict)  # PEFT's LoftQConfig, for "loftq"
     eva_config: Mapping[str, Any] | None = None  # PEFT's EvaConfig, for init_lora_weights "eva"
+    corda_config: Mapping[str, Any] | None = None  # PEFT's CordaConfig, for "corda"
+    lora_ga_config: Mapping[str, Any] | None = None  # PEFT's LoraGAConfig, for "lora_ga"
     use_qalora: bool = False  # A sees the means of groups of inputs
     qalora_group_size: int = 16
     layer_replication: Ranges = None  # the model's layers, stacked anew beneath the adapter
@@ -171,6 +173,8 @@ class LoraConfig(AdapterConfig):
             self,
             init_lora_weights=True,
             loftq_config={},
+            corda_config=None,
+            lora_ga_config=None,
             r=r,
             lora_alpha=alpha,
             rank_pattern={name: self._doubled(one, 0)[0] for name, one in self.rank_pattern.items()},

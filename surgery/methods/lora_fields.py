@@ -17,24 +17,19 @@ _MOST_LAYERS = 4096
 NEUTRAL: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
-    "corda_config": None,
     "kasa_config": None,
-    "lora_ga_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
     "monteclora_config": None,
     "velora_config": None,
 }
 
-_BASE = "its start changes the base too; convert it in PEFT first, by path_initial_model_for_weight_conversion"
 _MEGATRON = "Megatron's layers hold a part of a weight each; train it there"
 
 REASONS: Mapping[str, str] = {
     "alora_invocation_tokens": "aLoRA acts after certain tokens only, which no merged weight can do; run it in PEFT",
     "arrow_config": "Arrow chooses among adapters for each token, which no merged weight can do; run it in PEFT",
-    "corda_config": _BASE,
     "kasa_config": "KaSA first cuts the base down to a lower rank; merge it in PEFT",
-    "lora_ga_config": _BASE,
     "megatron_config": _MEGATRON,
     "megatron_core": _MEGATRON,
     "monteclora_config": "MonteCLoRA draws its factors anew in each step of training; train and merge it in PEFT",

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from surgery.core.op import FEW, Factors
+from surgery.core.op import Factors, is_many
+
+_MANY = 16  # columns of a product: as many float32 numbers as a processor takes at once
 
 
 def is_worth_one_step(x: Tensor, weight: Tensor, factors: Factors) -> bool:
@@ -15,7 +17,7 @@ def is_worth_one_step(x: Tensor, weight: Tensor, factors: Factors) -> bool:
 
     Half types are left to these, which round as PEFT's do.
     """
-    if x.numel() < FEW or x.dtype.itemsize < 4:
+    if not is_many(x) or x.dtype.itemsize < 4:
         return False
     given = (x, weight, factors.A, factors.B)
     return (
@@ -29,16 +31,13 @@ def is_worth_one_step(x: Tensor, weight: Tensor, factors: Factors) -> bool:
 
 
 class LowRank(torch.autograd.Function):
-    """x W^T + bias + scaling * x A^T B^T, for x of [*batch, in] to [*batch, out].
-
-    What is of r columns is held as r rows, for which products are fastest.
-    """
+    """x W^T + bias + scaling * x A^T B^T, for x of [*batch, in] to [*batch, out]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:  # noqa: PLR0913, PLR0917  # autograd passes no values but tensors and numbers
         out = F.linear(x, W, bias)
-        h = A @ _flat(x).T  # [r, batch]
-        out.view(-1, out.shape[-1]).addmm_(h.T, B.T, alpha=scaling)
+        h = _narrowed(_flat(x), A)  # [batch, r]
+        out.view(-1, out.shape[-1]).addmm_(h, B.T, alpha=scaling)
         trains_base, trains_A, trains_B = (ctx.needs_input_grad[index] for index in (1, 3, 4))
         ctx.save_for_backward(x if trains_base or trains_A or trains_B else None, W, A, B, h if trains_B else None)
         ctx.scaling = scaling
@@ -51,20 +50,25 @@ class LowRank(torch.autograd.Function):
         rows = _flat(grad)  # [batch, out]
         found: list[Tensor | None] = [None] * 6
         if of_x or of_A:
-            through = (ctx.scaling * B.T).contiguous() @ rows.T  # [r, batch]
+            through = _narrowed(rows, ctx.scaling * B.T)  # [batch, r]
         if of_x:
-            found[0] = (rows @ W).addmm_(through.T, A).view(*grad.shape[:-1], -1)
+            found[0] = (rows @ W).addmm_(through, A).view(*grad.shape[:-1], -1)
         if of_W:
             found[1] = rows.T @ _flat(x)
         if of_bias:
             found[2] = rows.sum(0)
         if of_A:
-            found[3] = through @ _flat(x)
+            found[3] = through.T @ _flat(x)
         if of_B:
             if torch.is_grad_enabled():  # h as it was kept has no graph
-                h = A @ _flat(x).T
-            found[4] = (ctx.scaling * (h @ rows)).T
+                h = _narrowed(_flat(x), A)
+            found[4] = (ctx.scaling * (h.T @ rows)).T
         return tuple(found)
+
+
+def _narrowed(rows: Tensor, factor: Tensor) -> Tensor:
+    """rows factor^T, [batch, r]; few columns are held as rows, of which the product takes half the time."""
+    return rows @ factor.T if len(factor) >= _MANY else (factor @ rows.T).T
 
 
 def _flat(values: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ CONFIG_VALUES: dict[str, tuple[object, ...]] = {
         {"unheard": 1},
         {"label_mask_value": 10**400},
     ),
+    "corda_config": (5, [], {"corda_method": 1}, {"verbose": 1}, {"unheard": 1}),
+    "lora_ga_config": (5, [], {"direction": []}, {"scale": None}, {"stable_gamma": 10**400}, {"unheard": 1}),
     "trainable_token_indices": ([1], {"0": [1]}, "1", [[1]], {"0": 5}, [10**400]),
     "bias": ("all", "some", 5, [], {}),
 }

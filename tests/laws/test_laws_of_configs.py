@@ -33,7 +33,7 @@ SHARED = {
     "task_type": st.sampled_from([None, "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]),
     "inference_mode": st.booleans(),
 }
-FROM_BASE = ("pissa", "pissa_niter_4", "olora", "loftq")
+FROM_BASE = ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga")
 OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "LORA": {
         "r": st.integers(1, 512),
@@ -46,6 +46,8 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_lora_weights": st.sampled_from([True, False, "gaussian", "orthogonal", "eva", *FROM_BASE]),
         "loftq_config": st.fixed_dictionaries({"loftq_bits": st.sampled_from([4, 8]), "loftq_iter": st.integers(1, 9)}),
         "eva_config": st.none() | st.fixed_dictionaries({"rho": st.floats(1, 9), "tau": st.floats(0, 1)}),
+        "corda_config": st.none() | st.fixed_dictionaries({"corda_method": st.sampled_from(["ipm", "kpm"])}),
+        "lora_ga_config": st.none() | st.fixed_dictionaries({"stable_gamma": st.integers(1, 99)}),
         "rank_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
         "alpha_pattern": st.dictionaries(patterns, numbers, max_size=3),
         "bias": st.sampled_from(["none", "all", "lora_only"]),

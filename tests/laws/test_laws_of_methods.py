@@ -18,6 +18,8 @@ from surgery.core.sums import sum_rows
 from surgery.core.undo import Recorder, Restorer, accumulate
 from surgery.errors import MatchError, ValueRangeError
 from surgery.methods import METHODS
+from surgery.methods.adalora import AdaLora
+from surgery.methods.lora import Lora
 from surgery.ops.bias import Bias
 
 EPS = torch.finfo(torch.float64).eps
@@ -215,6 +217,19 @@ def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op
     assert bool((apart <= spread + rounding).all())
     effect = (branch - op.apply(x, base.weight, base.bias)).abs()
     assert float(effect.mean()) > 100 * float((spread + rounding).mean())  # else the law could not fail
+
+
+@each_case
+def test_the_product_of_factors_is_all_that_a_method_adds(method: Method, op: Op):
+    p = trained(method, op)
+    factors = method.factors(p)
+    if factors is None:  # which those with products in them must have
+        assert type(method) not in {Lora, AdaLora} or max(values.dim() for values in p.values()) > 2
+        return
+    B, A = factors
+    merged = method.merge(Dense(torch.zeros(OUT, IN).double()), matrices(method, op, p), WHOLE, float_product)
+    # Of each of r products three factors and the sum are rounded on either side.
+    assert bool(((B @ A - merged.weight).abs() <= 2 * (B.shape[1] + 3) * EPS * (B.abs() @ A.abs())).all())
 
 
 @each_pair

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from corda_of_peft import CordaConfig, preprocess_corda
+from peft import LoraGAConfig
+from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -84,6 +87,24 @@ def linears_as_gptq() -> Iterator[None]:
         yield
 
 
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+def loss(outcome: Tensor, given: Tensor) -> Tensor:
+    """Of what a layer gives, for those that start from gradients."""
+    return (outcome - given.mean()).square().mean()
+
+
+def corda_of_peft(model: nn.Module, config: Any, x: Tensor) -> None:
+    config.corda_config = CordaConfig()
+    preprocess_corda(model, config, lambda: model(x))
+
+
+def lora_ga_of_peft(model: nn.Module, config: Any, x: Tensor) -> None:
+    config.lora_ga_config = LoraGAConfig()
+    preprocess_loraga(model, config, lambda: loss(model(x), x).backward())
+
+
 class Form(NamedTuple):
     """What a config says besides, the kinds of layers that refuse it, each with what is said, and what it needs."""
 
@@ -93,6 +114,8 @@ class Form(NamedTuple):
     net: Callable[[Layer], nn.Module] = Net
     unmerged: str = ""  # why it is not merged, if it is not
     peft: Callable[[], AbstractContextManager[None]] = nullcontext
+    seen: Callable[[nn.Module, Any, Tensor], None] | None = None  # what peft does with an example, where one is needed
+    loss: Loss | None = None
 
 
 PARAMETER = {"target_modules": [], "target_parameters": ["layer.held"]}
@@ -125,6 +148,7 @@ LAYERS: Mapping[str, Layer] = {
 }
 LINEARS = ("nn.Linear", "Conv1D of transformers")
 STARTED = dict.fromkeys(PARAMETERS, "it goes without use_dora, target_parameters")  # as a part of the base
+OF_EXAMPLES = {name: "is for Linear and Conv1D" for name in LAYERS if name not in LINEARS}
 FORMS: Mapping[str, Form] = {
     "LoRA": Form({}),
     "rsLoRA": Form({"use_rslora": True}),
@@ -153,6 +177,8 @@ FORMS: Mapping[str, Form] = {
     ),
     "PiSSA": Form({}, STARTED, "pissa"),
     "OLoRA": Form({}, STARTED, "olora"),
+    "CorDA": Form({}, OF_EXAMPLES | STARTED, "corda", seen=corda_of_peft),
+    "LoRA-GA": Form({}, OF_EXAMPLES | STARTED, "lora_ga", seen=lora_ga_of_peft, loss=loss),
     "`layer_replication`": Form({"layer_replication": [[0, 2], [1, 2]]}, net=Layered, unmerged="share one weight"),
     "patterns": Form({"rank_pattern": {".*layer.*": 2}, "alpha_pattern": {".*layer.*": 7}}),
 }

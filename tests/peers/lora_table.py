@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -45,12 +46,15 @@ class Cell:
     def ours(self, fresh: bool = False) -> nn.Module:
         """With an adapter that is new, or random as if it were trained."""
         config = surgery.LoraConfig(**self.fields, init_lora_weights=self.form.start or fresh)
-        return self._stirred(surgery.inject(self.base(), config).eval(), fresh)
+        return self._stirred(surgery.inject(self.base(), config, **self._examples).eval(), fresh)
 
     def theirs(self) -> nn.Module:
         """The same by peft."""
         config = peft.LoraConfig(**self.fields, init_lora_weights=self.form.start or False)
-        model = peft.get_peft_model(self.base(), config).eval()
+        base = self.base()
+        if self.form.seen is not None:
+            self.form.seen(base, config, self.x)
+        model = peft.get_peft_model(base, config).eval()
         if self.form.start:
             model.save_pretrained(self.folder / "initial")
         return self._stirred(model, fresh=False)
@@ -76,6 +80,13 @@ class Cell:
             if values.requires_grad and not fresh:  # what begins as the base has it, or as a part of that
                 values.data.mul_(torch.rand_like(values) + 0.5)
         return model
+
+    @property
+    def _examples(self) -> dict[str, Any]:
+        """Those that a form starts from."""
+        if self.form.seen is None:
+            return {}
+        return {"examples": [self.x]} | ({} if self.form.loss is None else {"loss": self.form.loss})
 
     @property
     def _drawn(self) -> bool:

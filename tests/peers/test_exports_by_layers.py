@@ -16,8 +16,8 @@ from surgery.hosts.twin import doubled, twin, weightless
 from surgery.integrations.transformers.examples import example_for
 from surgery.integrations.transformers.exporting import Pretrained, sources_of, without_weights
 from surgery.procedures.exports import export
-from surgery.procedures.exports.proof import prepared, runs
 from surgery.procedures.exports.proof_by_layers import Files, bytes_by_layers
+from surgery.procedures.exports.runs import prepared, runs
 
 QUICK = ("mixtral", "t5", "vit")  # fused experts, a layer that asks for another's dtype, and renamed tensors
 LITTLE = "600KB"

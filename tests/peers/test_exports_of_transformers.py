@@ -1,6 +1,7 @@
 """Exports of transformers' models, in memory and from files, of every architecture in the table."""
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from architectures import ARCHITECTURES
 import surgery
 from surgery.cli import main
 from surgery.formats.onnx.runtime import decode
+from surgery.integrations.transformers import exporting
+from surgery.integrations.transformers.exporting import _one_of
 from surgery.procedures.exports import proof
 
 DECODERS = ("llama", "qwen3", "mistral", "gemma3", "phi3", "opt", "gpt2", "gpt-neox", "bloom", "mixtral", "qwen3-moe")
@@ -66,6 +69,56 @@ def test_a_checkpoint_is_merged_and_exported_in_one_go(
     transformers.AutoModelForCausalLM.from_pretrained(out)
     (out / "model.onnx").write_bytes((out / "model.onnx").read_bytes() + b"\x72\x00")  # an empty producer_name more
     assert run("verify", out) == 4
+
+
+@pytest.mark.parametrize("way", [{}, {"swappable": True}], ids=["merged", "swappable"])
+def test_an_adapter_of_another_base_is_refused_as_merge_does(
+    way: dict[str, Any], folders: Path, tmp_path: Path
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders / "base", dtype="auto")
+    surgery.inject(model, surgery.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    surgery.save(model, tmp_path / "adapter")
+    with torch.no_grad():
+        for layer in surgery.eject(model).model.layers:
+            layer.self_attn.q_proj.weight.neg_()
+    model.save_pretrained(tmp_path / "other")
+    told = r"trained on another base: .*q_proj.weight had sha256 \w+ there, and here \w+"
+    with pytest.raises(surgery.InputError, match=told):
+        surgery.merge_checkpoint(tmp_path / "other", tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(surgery.InputError, match=told):
+        surgery.export_onnx(tmp_path / "other", tmp_path / "adapter", tmp_path / "out", **way)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_draws_no_bars_and_leaves_the_settings_of_transformers(
+    folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logging = transformers.utils.logging
+    was = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        surgery.export_onnx(folders / "base", folders / "adapter", tmp_path / "out")
+        assert logging.is_progress_bar_enabled()
+    finally:
+        if not was[1]:
+            logging.disable_progress_bar()
+    assert logging.get_verbosity() == was[0]
+    assert capfd.readouterr().err == ""
+
+
+def test_fused_experts_are_made_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(*given: Any) -> torch.Tensor:
+        assert not any(one() is not None for one in made), "the last is still held"
+        values = _one_of(*given)
+        made.append(weakref.ref(values))
+        return values
+
+    monkeypatch.setattr(exporting, "_one_of", watched)
+    ARCHITECTURES["mixtral"]().save_pretrained(tmp_path / "base")
+    surgery.export_onnx(tmp_path / "base", None, tmp_path / "out", max_memory="1KB")
+    assert len(made) == 4  # two stacks in each of two layers
 
 
 def test_what_does_not_fit_the_memory_is_not_compared_and_the_report_says_so(folders: Path, tmp_path: Path) -> None:

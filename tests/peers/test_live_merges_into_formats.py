@@ -159,6 +159,20 @@ def test_it_computes_in_what_the_base_does() -> None:
         assert compute_dtype(model.q.base_layer) == torch.bfloat16
 
 
+@pytest.mark.parametrize(("base", "into"), [("plain", "nf4"), ("nf4", "16bit"), ("nf4", "keep"), ("int8", "nf4")])
+def test_hooks_of_a_layer_are_of_the_one_in_its_place_until_they_are_removed(base: str, into: str) -> None:
+    model, runs = net(base), []
+    handle = model.q.register_forward_hook(lambda module, _, out: runs.append(type(module).__name__) or 0 * out)
+    fitted(model)
+    surgery.merge(model, into=into, **ANY)
+    assert torch.equal(model(TOKENS), model.lm_head(model.up(torch.zeros(1, 130).bfloat16())).expand(11, 11))
+    handle.remove()
+    model(TOKENS)
+    assert runs == ["Linear" if into == "16bit" else "Linear4bit"]
+    surgery.unmerge(model)
+    assert not model.q.base_layer._forward_hooks
+
+
 @pytest.mark.parametrize(
     ("base", "options", "error", "why"),
     [

@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft.tuners.lora.config import CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -217,10 +217,8 @@ def test_inject_takes_a_config_however_it_is_spelled(spelled: str, tmp_path: Pat
 REFUSED = {
     "alora_invocation_tokens": ([1], "aLoRA"),
     "arrow_config": (peft.ArrowConfig(), "Arrow"),
-    "corda_config": (CordaConfig(), "changes the base"),
     "init_lora_weights": ("mica", "trains A alone"),
     "kasa_config": (KasaConfig(), "KaSA"),
-    "lora_ga_config": (LoraGAConfig(), "changes the base"),
     "megatron_config": ({"x": 1}, "Megatron"),
     "megatron_core": ("other", "Megatron"),
     "monteclora_config": (MontecloraConfig(), "MonteCLoRA"),

@@ -211,6 +211,16 @@ def test_a_swap_takes_the_scaling_of_the_file_and_refuses_another_rank_or_place(
     assert unchanged(model, before)
 
 
+@pytest.mark.parametrize(("here", "there"), [(False, True), (True, False)], ids=["DoRA for LoRA", "LoRA for DoRA"])
+def test_a_swap_is_of_the_same_tensors(here: bool, there: bool, tmp_path: Path) -> None:
+    surgery.inject(llama(), surgery.LoraConfig(**FIRST, use_dora=there)).save_pretrained(tmp_path)
+    model = surgery.inject(llama(), surgery.LoraConfig(**FIRST, use_dora=here), adapter_name="first")
+    before = state(model)
+    with pytest.raises(surgery.MatchError, match="the same tensors are wanted"):
+        model.load_adapter(tmp_path, "first", hotswap=True)
+    assert unchanged(model, before)
+
+
 def test_deleted_adapters_leave_no_module_and_others_run_on() -> None:
     model = adapted()
     model.set_adapter(["first", "second"])

@@ -110,6 +110,8 @@ def test_probes_are_such_inputs(adapter: Path, recorded: Path, tmp_path: Path):
         ({"model.layers.0.q_proj.inputs": torch.ones(513, 70)}, FormatError, "up to 512 inputs"),
         ({"model.layers.0.q_proj.inputs": torch.full((3, 70), torch.nan)}, ValueRangeError, "holds NaN"),
         ({"model.layers.0.q_proj": torch.ones(3, 70)}, FormatError, r"NAME\.inputs"),
+        ({"a.inputs": torch.ones(3, 70), "b.rest": torch.ones(70)}, FormatError, r"b\.inputs is not there"),
+        ({"a.inputs": torch.ones(3, 70), "a.rest": torch.ones(71)}, FormatError, r"a\.inputs is \[3, 70\]"),
     ],
 )
 def test_other_files_are_refused(tensors: Any, error: Any, why: str, adapter: Path, tmp_path: Path):
@@ -163,6 +165,44 @@ def test_padding_is_no_input_and_wrappers_have_the_names_of_what_they_wrap(tmp_p
     assert report.counts == {"q": 12}
     found, wanted = (load_file(tmp_path / one / "calibration.safetensors") for one in ("padded", "alone"))
     assert tensor_hashes(found) == tensor_hashes(wanted)
+
+
+class Flat(Net):
+    """Drops out in training, and joins rows as layers of experts do."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(nn.functional.dropout(x, 0.5, self.training).flatten(0, 1), attention_mask)
+
+
+def test_dropout_does_not_act_and_padding_is_left_out_where_rows_are_joined(tmp_path: Path):
+    torch.manual_seed(0)
+    net, x, mask = Flat().train(), torch.randn(4, 5, 70), torch.ones(4, 5)
+    mask[:, 3:] = 0
+    surgery.record_inputs(net, [x[:, :3]], tmp_path / "alone", targets=["q"])
+    report = surgery.record_inputs(net, [{"x": x, "attention_mask": mask}], tmp_path / "padded", targets=["q"])
+    assert report.counts == {"q": 12}
+    assert net.training
+    found = load_file(tmp_path / "alone" / "calibration.safetensors")
+    wanted, inputs = second_moment(x[:, :3].flatten(0, 1)), second_moment(found["q.inputs"])
+    room = 70 * torch.finfo(torch.float32).eps * float(wanted.abs().max())
+    assert float((inputs + found["q.rest"].diag() - wanted).abs().max()) < room
+    both = (load_file(tmp_path / one / "calibration.safetensors") for one in ("padded", "alone"))
+    assert len({tuple(tensor_hashes(one).items()) for one in both}) == 1
+
+
+def test_batches_are_called_as_examples_are(tmp_path: Path):
+    x, mask = torch.randn(2, 3, 70), torch.ones(2, 3)
+    assert surgery.record_inputs(Net(), [(x, mask), [x]], tmp_path / "out").counts == {"q": 12, "up": 12}
+    for batches in (x, {"x": x}, "x"):
+        with pytest.raises(UsageError, match="put a single one into a list"):
+            surgery.record_inputs(Net(), batches, tmp_path / "other")
+    ran = []
+    with pytest.raises(surgery.OutputExistsError):
+        surgery.record_inputs(Net(), (ran.append(x) or x for _ in "ab"), tmp_path / "out")
+    assert not ran
+    for rank in (0, 2.0, "4", True):
+        with pytest.raises(UsageError, match="a whole number from 1 to 512"):
+            surgery.record_inputs(Net(), [x], tmp_path / "other", rank=rank)
 
 
 def test_nothing_to_record_is_refused(tmp_path: Path):

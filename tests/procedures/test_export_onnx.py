@@ -137,7 +137,7 @@ def test_a_graph_that_computes_otherwise_is_not_put_in_place(tmp_path: Path, mon
                 **stored,
                 "head.bias": stored["head.bias"]._replace(info=stored["head.bias"].info._replace(dtype=torch.int32)),
             },
-            "head.bias: it is stored in torch.int32, the graph wants FLOAT",
+            "head.bias: it is stored in torch.int32, the graph wants FLOAT; .* `surgery inspect`",
         ),
     ],
     ids=["absent", "shape", "dtype"],
@@ -231,6 +231,57 @@ class Counting(nn.Module):
 def test_a_module_that_gives_other_outputs_when_it_runs_again_is_refused_as_such(tmp_path: Path) -> None:
     with pytest.raises(surgery.InputError, match="a Counting: its output output changes when it runs once more"):
         surgery.export_onnx(Counting(), None, tmp_path / "out", inputs=torch.randn(2, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+class Writing(nn.Module):
+    """Keeps how often it has run in a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return x * self.runs
+
+
+def test_a_module_that_writes_to_its_parameters_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    model = nn.Sequential(Writing())
+    with pytest.raises(surgery.InputError, match=r"^0\.runs: a parameter that the model writes to as it runs"):
+        surgery.export_onnx(model, None, tmp_path / "out", inputs=torch.randn(2, 4))
+    assert model[0].runs.item() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+BY_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
+    "a slice up to what values tell": lambda x: x[:, : int((x[0] > 0).sum())],
+    "a slice from what values tell": lambda x: x[:, int((x[0] > 9).sum()) :],
+    "what values pick": lambda x: x[x > 0],
+    "numbers of float32 that it makes itself": lambda x: x @ torch.ones(4, 4),
+}
+
+
+@pytest.mark.parametrize("does", BY_VALUES.values(), ids=BY_VALUES.keys())
+def test_sizes_that_hang_on_values_and_constants_are_exported(does: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Of(does))
+    assert surgery.export_onnx(model, None, tmp_path / "out", inputs=torch.randn(2, 6, 4)).proof.ok
+
+
+NO_PROOF: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "empty": (lambda x: x[:, int((x > -99).sum()) :], r"1\.0: what it gives is empty for input \[1, 6, 4\]"),
+    "of float32 alone": (lambda x: x @ torch.ones(4, 4, dtype=torch.float32), r"1\.0: it does not run in float64"),
+}
+
+
+@pytest.mark.parametrize(("does", "told"), NO_PROOF.values(), ids=NO_PROOF.keys())
+def test_what_cannot_be_compared_is_refused_in_one_line_that_names_its_module(
+    does: Callable[[Tensor], Tensor], told: str, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Of(does)))
+    with pytest.raises(surgery.InputError, match=f"^{told}") as refused:
+        surgery.export_onnx(model, None, tmp_path / "out", inputs=torch.ones(2, 6, 4))
+    assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -44,6 +44,18 @@ def test_adapters_of_other_ranks_and_layers_are_put_into_the_slots_of_one_graph(
     }
 
 
+def test_every_method_that_adds_a_product_has_slots(tmp_path: Path) -> None:
+    """AdaLoRA's is B (E A)."""
+    config = surgery.AdaLoraConfig(
+        init_r=3, target_r=2, total_step=10, lora_alpha=4, target_modules=["1"], init_lora_weights=False
+    )
+    model, out = surgery.inject(base(), config), tmp_path / "out"
+    report = surgery.export_onnx(model, None, out, inputs=torch.randint(30, (2, 3)), swappable=True)
+    assert [one.adapter for one in report.proof.trials] == [""] * 3 + ["default"] * 3
+    adapter = onnxruntime.AdapterFormat.read_adapter(str(out / "default.onnx_adapter")).get_parameters()
+    assert adapter["1.lora_A.weight"].shape() == [8, 3]
+
+
 @pytest.mark.parametrize(
     ("config", "told"),
     [

@@ -326,6 +326,8 @@ def test_a_module_that_the_adapter_replaces_is_plain_beside_weights_that_keep_th
     [
         ("plain", {"into": "nf4", "fallback": "int8"}, UsageError, "no loader reads int8 beside"),
         ("plain", {"fallback": "16bit"}, UsageError, "give into"),
+        ("plain", {"into": "nf4", "min_retained": math.nan}, UsageError, "min_retained is 'nan'; a number"),
+        ("plain", {"into": "nf4", "max_noise": "1"}, UsageError, "max_noise is '1'; a number"),
         ("plain", {"into": "nf4", "probes": -1}, UsageError, "probes"),
         ("plain", {"rounding": "feedback"}, UsageError, "give into"),
         ("plain", {"min_retained": 0.5}, UsageError, "min_retained is for merges into a format"),

@@ -119,17 +119,54 @@ def test_dora_over_it_leaves_the_bias_as_it_is_then(adapter: Path, x: Tensor, tm
     assert float((model(x).detach() - out).abs().max()) <= 40 * torch.finfo(torch.float32).eps * float(out.abs().max())
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(6, 6, bias=False), nn.Embedding(6, 6)], ids=["no bias", "embedding"])
-def test_a_layer_without_a_bias_is_refused_and_nothing_changes(layer: nn.Module, adapter: Path, tmp_path: Path) -> None:
+def test_an_embedding_is_refused_and_nothing_changes() -> None:
+    layer = nn.Embedding(6, 6)
     model = nn.Sequential(layer)
     with pytest.raises(MatchError, match=r"0: .*lora_bias"):
         surgery.inject(model, LoraConfig(lora_bias=True, target_modules=["0"]))
     assert model[0] is layer
-    tensors = {name: values for name, values in net().state_dict().items() if name != "0.bias"}
-    plan = surgery.plan(write_base(tmp_path / "base", tensors), adapter)
-    assert [str(error) for error in plan.refusals] == [
-        "0: it has no bias; lora_bias adds to the one of the layer; exclude it, or leave lora_bias out"
-    ]
+
+
+def without_biases(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10, bias=False), nn.Tanh(), nn.Linear(10, 8, bias=False)).to(dtype)
+
+
+@each_dtype
+def test_layers_without_a_bias_are_given_one_as_in_peft_and_merged_by_neither(
+    dtype: torch.dtype, x: Tensor, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(without_biases(dtype), peft.LoraConfig(**FIELDS)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, wanted = surgery.load(without_biases(dtype), tmp_path / "theirs", trainable=True), theirs(x.to(dtype))
+    room = 2 * (10 + 4) * torch.finfo(dtype).eps * float(wanted.detach().abs().max())
+    assert float((ours(x.to(dtype)) - wanted).detach().abs().max()) <= room
+    ours(x.to(dtype)).sum().backward()
+    assert all(bool(one.grad.any()) for name, one in ours.named_parameters() if name.endswith("lora_B.default.bias"))
+    surgery.save(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(without_biases(dtype), tmp_path / "ours").eval()
+    assert torch.equal(again(x.to(dtype)), wanted)
+    before, base = tensor_hashes(ours.state_dict()), without_biases(dtype).state_dict()
+    said = r"0: it has no bias, and this adapter adds one \(lora_bias\)"
+    with pytest.raises(MatchError, match=said):
+        surgery.merge(ours)
+    assert tensor_hashes(ours.state_dict()) == before
+    with pytest.raises(MatchError, match=said):
+        surgery.merge_checkpoint(write_base(tmp_path / "base", base), tmp_path / "ours", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RuntimeError, match="no bias"):
+        theirs.merge_and_unload()
+
+
+def test_dora_over_a_bias_that_only_an_adapter_brings_leaves_it_as_it_is() -> None:
+    model = surgery.inject(without_biases()[:1], LoraConfig(**FIELDS | {"target_modules": ["0"]}))
+    surgery.inject(model, LoraConfig(r=2, use_dora=True, target_modules=["0"]), adapter_name="dora")
+    surgery.set_adapter(model, ["default", "dora"])
+    with torch.no_grad():
+        model[0].fitted["dora"].params["m"].mul_(2)  # which scales what comes of the inputs, here of none
+        found, wanted = model(torch.zeros(1, 6))[0], 1.5 * model[0].lora_B.default.bias
+    torch.testing.assert_close(found, wanted, rtol=0.0, atol=4 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("other", [{"use_dora": True}, {"init_lora_weights": "gaussian"}], ids=str)

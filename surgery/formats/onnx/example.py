@@ -1,7 +1,7 @@
 """Example: inputs that a graph is traced with, and which of their axes may have other sizes."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from surgery.core.leaves import leaves
 from surgery.errors import UsageError, printable
 from surgery.hosts.twin import computed
 
@@ -50,7 +51,10 @@ class Example(NamedTuple):
 
     def run(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The module's outputs by name: those it gives them, else `output`, and a number where there are more."""
-        return dict(_flat(self.call(module, {**inputs, **self.fixed}), ""))
+        given = self.call(module, {**inputs, **self.fixed})
+        flat = leaves(given, "output" if isinstance(given, tuple | list) else "")
+        # A decoder may give its cache though it is told not to.
+        return {name: _tensor(name, value) for name, value in flat if CACHE not in name.split(".")}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -90,18 +94,10 @@ class Example(NamedTuple):
         return values
 
 
-def _flat(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name or "output", value
-    elif isinstance(value, Mapping):
-        for key, one in value.items():
-            if key != CACHE:  # a decoder may give one though it is told not to
-                yield from _flat(one, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, tuple | list):
-        for i, one in enumerate(value):
-            yield from _flat(one, f"{name or 'output'}.{i}")
-    elif value is not None:
+def _tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
         raise TypeError(f"the output {name} is a {type(value).__name__}; tensors are wanted")
+    return value
 
 
 def example_of(module: nn.Module, inputs: Any, axes: Axes | None) -> Example:

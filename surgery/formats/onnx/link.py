@@ -15,6 +15,7 @@ from surgery.formats.onnx.stored import Stored, Weights, initializer, onnx_dtype
 from surgery.formats.onnx.trace import PREFIX
 
 HEADERS = "surgery.header_sha256"  # in the metadata: JSON, by file
+_NEXT = "the weights of the model that was traced are wanted; `surgery inspect` lists those that are there"
 _CASTS = {torch.bfloat16, torch.float16}
 
 
@@ -45,10 +46,7 @@ def _found(name: str, names: Sequence[str], stored: Mapping[str, Stored]) -> Sto
     for one in (name, *names):
         if one in stored:
             return stored[one]
-    raise FormatError(
-        f"{printable(name)}: no tensor of this name is among the {len(stored)} that are stored; the weights of the "
-        "model that was traced are wanted"
-    )
+    raise FormatError(f"{printable(name)}: no tensor of this name is among the {len(stored)} that are stored; {_NEXT}")
 
 
 def _link(model: Any, value: Any, found: Stored) -> None:
@@ -58,7 +56,9 @@ def _link(model: Any, value: Any, found: Stored) -> None:
     _check_shape(value, found.info.shape)
     name, wanted, held = value.name.removeprefix(PREFIX), ir.DataType(value.dtype), onnx_dtype(found.info)
     if held is None or (held != wanted and not (found.info.dtype in _CASTS and wanted == ir.DataType.FLOAT)):
-        raise FormatError(f"{printable(name)}: it is stored in {found.info.dtype}, the graph wants {wanted.name}")
+        raise FormatError(
+            f"{printable(name)}: it is stored in {found.info.dtype}, the graph wants {wanted.name}; {_NEXT}"
+        )
     model.graph.initializers.pop(value.name)
     whole = stored = initializer(model, found)
     if held != wanted:
@@ -70,7 +70,7 @@ def _check_shape(value: Any, held: tuple[int, ...]) -> None:
     shape = tuple(int(extent) for extent in value.shape)
     if shape != held:
         name = printable(value.name.removeprefix(PREFIX))
-        raise FormatError(f"{name}: it is stored as {list(held)}, the graph wants {list(shape)}")
+        raise FormatError(f"{name}: it is stored as {list(held)}, the graph wants {list(shape)}; {_NEXT}")
 
 
 def _cast(model: Any, stored: Any, wanted: Any) -> Any:

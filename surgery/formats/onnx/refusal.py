@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ _SWITCHES = ("train", "training", "dropout_p")  # with which an operator that ma
 def refused(error: BaseException, module: nn.Module, example: Example) -> InputError:
     """Of all that the exporter tells, the first cause."""
     cause = next(_causes(error))
-    where = _place(cause.__traceback__, module) or type(module).__name__
+    where = place_of(cause, module) or type(module).__name__
     return InputError(
         f"{printable(where)}: it has no ONNX graph: {_why(cause, example)}; --debug shows where it stopped"
     )
@@ -34,6 +33,15 @@ def refuse_random(program: Any, module: nn.Module) -> None:
                 f"{node.target} draws random numbers, though the model is in eval mode; take it out, or give its "
                 "numbers as an input"
             )
+
+
+def refuse_writing(program: Any) -> None:
+    """InputError where the module changes its own parameters as it runs."""
+    for name in program.graph_signature.parameters_to_mutate.values():
+        raise InputError(
+            f"{printable(name.partition('.')[2])}: a parameter that the model writes to as it runs, so that no graph "
+            "and no two runs would be alike; a module that keeps nothing from one run to the next is wanted"
+        )
 
 
 def _why(cause: BaseException, example: Example) -> str:
@@ -77,10 +85,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     yield error
 
 
-def _place(trace: TracebackType | None, module: nn.Module) -> str:
+def place_of(error: BaseException, module: nn.Module) -> str:
     """The path of the innermost module that was at work when this was raised, and the operator that was translated."""
-    names = {id(one): name for name, one in module.named_modules()}
-    found = ""
+    names, found, trace = {id(one): name for name, one in module.named_modules()}, "", error.__traceback__
     while trace is not None:
         held = trace.tb_frame.f_locals
         found = names.get(id(held.get("self"))) or found

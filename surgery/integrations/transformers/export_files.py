@@ -25,6 +25,7 @@ from surgery.integrations.transformers.cached import cached_example
 from surgery.integrations.transformers.examples import example_for
 from surgery.integrations.transformers.exporting import Pretrained, sources_of, without_weights
 from surgery.integrations.transformers.loading import Wanted, base_model, class_of, transformers_package
+from surgery.integrations.transformers.quiet import quiet
 from surgery.io.hub import Located
 from surgery.io.memory import available_bytes
 from surgery.io.staging import Staging
@@ -64,7 +65,8 @@ def export_checkpoint(
         raise AbsentError(f"{printable(base.path)}: no config.json in it; a model of transformers is wanted")
     treatment = _treatment(base, adapters, options.treatment)
     writer = _Graph(base, adapters, out, export, treatment.into not in (None, "16bit"))
-    merge_checkpoint(base, adapters, out, replace(options, treatment=treatment, beside=writer))
+    with quiet():
+        merge_checkpoint(base, adapters, out, replace(options, treatment=treatment, beside=writer))
     assert writer.report is not None
     return writer.report
 
@@ -153,7 +155,8 @@ class _Graph:
 def live_model(base: Checkpoint, adapters: Sequence[Weighted], kind: Any = None) -> nn.Module:
     """The base in memory under its adapters, all active; each is called as its folder is."""
     first = adapters[0].adapter if adapters else None
-    found = base_model(Located(base.folder), Wanted(kind), first)
+    with quiet():
+        found = base_model(Located(base.folder), Wanted(kind), first)
     names: list[str] = []
     for adapter, _ in adapters:
         name = re.sub(r"[^\w-]", "_", Path(adapter.where).name) or DEFAULT

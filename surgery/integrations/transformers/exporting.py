@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from surgery.core.site import TensorInfo
 from surgery.errors import FormatError, printable
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.integrations.transformers.quiet import quiet
 from surgery.integrations.transformers.saving import write_merged
 from surgery.integrations.transformers.subclass import detach
 from surgery.io.lazy import Lazy
@@ -35,7 +36,8 @@ class Pretrained:
             model.set_attn_implementation("eager")
 
     def write(self, root: nn.Module, staging: Staging, state: Mapping[str, Tensor]) -> None:
-        write_merged(root, dict(state), staging)
+        with quiet():
+            write_merged(root, dict(state), staging)
 
     def sources(self, twin: nn.Module, files: Checkpoint) -> Sources:
         return sources_of(twin, files)

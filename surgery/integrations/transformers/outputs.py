@@ -3,8 +3,7 @@
 Both run in float64, so that what parts them is the merge; the noise floor is that of the merged model's own dtype.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,10 +17,11 @@ from surgery.hosts.checkpoint import INDEX, SINGLE, Checkpoint
 from surgery.hosts.packing import quantization_of
 from surgery.hosts.tree import adapted_layers
 from surgery.integrations.transformers.example_inputs import arguments, example_inputs
-from surgery.integrations.transformers.loading import Wanted, class_of, read_model, transformers_package
+from surgery.integrations.transformers.loading import Wanted, class_of, read_model
+from surgery.integrations.transformers.quiet import quiet
 from surgery.io.hub import Located
 from surgery.procedures.checking.outputs import Given, Inputs, mask_of, narrow_run, run, widened
-from surgery.procedures.live.inject import fit
+from surgery.procedures.live.fitting import fit
 from surgery.procedures.live.load import fitting_of
 from surgery.procedures.live.switch import disable_adapters, set_adapter
 from surgery.procedures.places.model_tree import Tree
@@ -54,7 +54,7 @@ def agreements(
     One model is in memory at a time. Raises EnvironmentFault without transformers, InputError for what it cannot
     load, UsageError for a model whose inputs cannot be made from its config.
     """
-    with _quiet(transformers_package()) as transformers:
+    with quiet() as transformers:
         kind = class_of(transformers, _folder(out), adapters[0].adapter)
         known = _run_adapted(base, adapters, kind, inputs, layers)
         rows = mask_of(known.given)
@@ -145,18 +145,3 @@ def _folder(place: Checkpoint) -> Path:
     if not place.path.is_dir() or (place.index is None and place.files[0].path.name != SINGLE):
         raise InputError(f"{printable(place.path)}: a folder with {SINGLE} or {INDEX} is wanted to run it")
     return place.folder
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[Any]:
-    """Without what it logs and draws while it loads."""
-    logging = transformers.utils.logging
-    level, drawn = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield transformers
-    finally:
-        logging.set_verbosity(level)
-        if drawn:
-            logging.enable_progress_bar()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.core.agreement import Outputs, floors
 from surgery.core.distance import Distance
+from surgery.core.leaves import leaves
 
 Runs = Callable[..., Any]  # a module, or any callable
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]  # one argument, several, or keyword arguments
@@ -90,6 +91,12 @@ def call(model: Runs, inputs: Inputs) -> Any:
     return model(inputs) if isinstance(inputs, Tensor) else model(*inputs)
 
 
+def placed(inputs: Any, model: nn.Module) -> Any:
+    """The inputs on the model's device."""
+    device = next((values.device for values in model.parameters() if not values.is_meta), torch.device("cpu"))
+    return _moved(inputs, device)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode, and afterwards each module as it was."""
@@ -100,6 +107,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: _moved(value, device) for key, value in inputs.items()}
+    return type(inputs)(_moved(one, device) for one in inputs) if type(inputs) in (list, tuple) else inputs
 
 
 @contextmanager
@@ -124,19 +139,10 @@ def _note(seen: dict[str, Any], path: str, module: nn.Module, inputs: Any, outco
 
 
 def _given(outcome: Any) -> Given:
-    flat = dict(_flat("", outcome))
+    flat = dict(leaves(outcome))
     outputs = {name: torch.as_tensor(value) for name, value in flat.items() if isinstance(value, _TENSORS)}
     left_out = [f"{name} ({type(value).__name__})" for name, value in flat.items() if name not in outputs]
     return Given(outputs, tuple(left_out))
 
 
 _TENSORS = (Tensor, np.ndarray, float, int)
-
-
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested tuples and mappings, by the path of their keys; what is None is not there."""
-    if isinstance(value, Mapping | list | tuple):
-        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _flat(f"{name}.{key}" if name else str(key), part)
-    elif value is not None:
-        yield name or "output", value

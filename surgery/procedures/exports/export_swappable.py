@@ -15,7 +15,6 @@ from surgery.hosts.tree import adapted_layers, injected, replaced_modules
 from surgery.hosts.twin import weightless
 from surgery.io.staging import Staging
 from surgery.layers import Adapted
-from surgery.methods.lora import Lora
 from surgery.procedures.exports.export import ExportReport, Kind, Manner, traced, write_graph
 from surgery.procedures.exports.export_readme import write_readme
 from surgery.procedures.exports.proof import Claim, Proof, prove, reference_of, trials_of
@@ -78,10 +77,10 @@ def _slots(root: nn.Module, names: str) -> list[Slot]:
 
 def _slot(path: str, layer: Adapted, names: str) -> Slot:
     for adapter, one in layer.fitted.items():
-        if type(one.method) is not Lora:
+        if one.method.factors(one.params) is None:
             raise MatchError(
                 f"{printable(path)}: adapter {printable(adapter)!r} is {one.method.name} there; a slot "
-                f"holds what is added as B A, which LoRA alone is; {_INSTEAD}"
+                f"holds what is added as a product of two factors, and nothing else; {_INSTEAD}"
             )
     if layer.op.name not in ("linear", "conv1d") or layer.op.roles:
         raise MatchError(f"{printable(path)}: its op is {layer.op.name}; slots lie over linear layers; {_INSTEAD}")
@@ -90,12 +89,12 @@ def _slot(path: str, layer: Adapted, names: str) -> Slot:
 
 
 def _factors(root: nn.Module, adapter: str, slots: Sequence[Slot]) -> Mapping[str, Tensor]:
-    """[in, r] and [r, out], the scaling within the latter."""
+    """[in, r] and [r, out], by the slots' names."""
     layers, found = adapted_layers(root), {}
     for slot in slots:
         one = layers[slot.layer].fitted.get(adapter)
         if one is not None:
-            assert isinstance(one.method, Lora)
-            p = {role: values.detach().cpu().float() for role, values in one.params.items()}
-            found[slot.a], found[slot.b] = p["A"].T, p["B"].T * one.method.scaling
+            factors = one.method.factors({role: values.detach().cpu().float() for role, values in one.params.items()})
+            assert factors is not None
+            found[slot.b], found[slot.a] = (values.T for values in factors)
     return found

@@ -4,7 +4,7 @@ Two comparisons, both against float64: with the merged weights as they are store
 float32 alone, and with the adapted model itself, where the rounding of the merged weights to their dtype counts too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from surgery.core.agreement import FACTOR, Agreements, Outputs, compare, floors, picked
 from surgery.errors import CheckError, InputError, printable
 from surgery.formats.onnx.example import Decoding, Example
-from surgery.formats.onnx.runtime import check, decode, run
+from surgery.formats.onnx.runtime import check, decode, running
 from surgery.hosts.tree import adapted_layers, replaced_modules
 from surgery.hosts.twin import Decoded, adapted_twin, as_computed, as_stored, doubled, exactly, twin
+from surgery.procedures.exports.runs import Inputs, Prepare, prepared, refuse_empty, runs, shapes
 from surgery.procedures.live.switch import disable_adapters
 
 MASK = "attention_mask"
-Inputs = Mapping[str, Tensor]
-Prepare = Callable[[nn.Module], None]
 
 
 @dataclass(frozen=True)
@@ -125,10 +124,13 @@ def prove(model: nn.Module, claim: Claim, adapted: Reference | None, decoded: De
     """By the plain model that the graph is of; its quantized weights are as `decoded` gives them."""
     graph, example, prepare = claim
     check(graph)
-    inputs, plain = example.trials(), prepared(twin(model, as_computed, decoded), prepare)
-    own = runs(plain, inputs, example)
-    exact = runs(prepared(twin(model, doubled, decoded), prepare), inputs, example)
-    found = run(graph, inputs)
+    inputs = example.trials()
+    with running(graph, inputs) as outputs:
+        plain = prepared(twin(model, as_computed, decoded), prepare)
+        own = runs(plain, inputs, example)
+        refuse_empty(plain, inputs, own, example)
+        exact = runs(prepared(twin(model, doubled, decoded), prepare), inputs, example)
+        found = outputs()
     if example.decoding is not None:
         _require_tokens(plain, graph, example.decoding)
     merged = judged(inputs, found, Reference(exact, own, None))
@@ -154,10 +156,6 @@ def trials_of(inputs: Sequence[Inputs], found: Sequence[Outputs], by: Reference,
     """Runs with an adapter in the slots."""
     told = judged(inputs, found, by)
     return [Trial(shapes(feeds), None, one, adapter) for feeds, one in zip(inputs, told, strict=True)]
-
-
-def shapes(inputs: Inputs) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(values.shape) for name, values in inputs.items()}
 
 
 def _under(adapter: str) -> str:
@@ -201,19 +199,3 @@ def judged(inputs: Sequence[Inputs], found: Sequence[Outputs], by: Reference) ->
 
 def _finite(outputs: Outputs, mask: Tensor | None) -> bool:
     return all(bool(torch.isfinite(picked(values, mask)).all()) for values in outputs.values())
-
-
-def prepared(model: nn.Module, prepare: Prepare) -> nn.Module:
-    prepare(model)
-    return model
-
-
-def runs(model: nn.Module, trials: Sequence[Inputs], example: Example) -> list[dict[str, Tensor]]:
-    """The model's outputs, its floating inputs in the dtype that it is of."""
-    dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
-    with torch.no_grad():
-        return [example.run(model, _cast(one, dtype)) for one in trials]
-
-
-def _cast(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: values.to(dtype) if values.is_floating_point() else values for name, values in inputs.items()}

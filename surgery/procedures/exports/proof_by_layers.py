@@ -12,7 +12,8 @@ from surgery.formats.onnx.runtime import check, run
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.streamed import held_elements, streamed
 from surgery.io.lazy import Lazy
-from surgery.procedures.exports.proof import Claim, Proof, Reference, Trial, judged, prepared, runs, shapes
+from surgery.procedures.exports.proof import Claim, Proof, Reference, Trial, judged
+from surgery.procedures.exports.runs import prepared, runs, shapes
 
 # For each weight at hand: as it is stored, in float64, and what onnxruntime casts or decodes it to.
 _BYTES = 20

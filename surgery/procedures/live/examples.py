@@ -1,6 +1,6 @@
 """Examples run through a live model's base, for an adapter that starts from what its layers make of them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from surgery.core.config import AdapterConfig
 from surgery.core.starter import Observer
 from surgery.errors import MatchError, StateError, UsageError, printable
-from surgery.procedures.checking.outputs import call, evaluating
+from surgery.procedures.checking.outputs import call, evaluating, placed
+from surgery.procedures.live.gradients import Loss, gradients_told
 from surgery.procedures.live.switch import base_alone
 from surgery.procedures.places.model_tree import Tree
 
@@ -24,11 +25,13 @@ class Examples:
     """Batches, each what the model is called with: a tensor, several in a list or tuple, or keyword arguments."""
 
     batches: Iterable[Any]
+    name: str = "examples"  # of the argument that they are given as
+    loss: Loss | None = None  # where the model itself makes none of a batch
 
     def __post_init__(self) -> None:
         if not isinstance(self.batches, Iterable) or isinstance(self.batches, Tensor | Mapping | str):
             raise UsageError(
-                f"examples: a {type(self.batches).__name__}; an iterable of batches is wanted, such as a list or a "
+                f"{self.name}: a {type(self.batches).__name__}; an iterable of batches is wanted, such as a list or a "
                 "DataLoader; put a single one into a list"
             )
 
@@ -42,7 +45,7 @@ class Examples:
 
 
 def observe(tree: Tree, config: AdapterConfig, observers: Mapping[str, Observer], examples: Examples) -> None:
-    """Let each observer see what comes to its layer, by the layers' names, with no adapter running.
+    """Let each observer see what comes to its layer, or back to it, by the layers' names, with no adapter running.
 
     UsageError for examples that do not do, MatchError for a layer that none of them reaches.
     """
@@ -51,18 +54,24 @@ def observe(tree: Tree, config: AdapterConfig, observers: Mapping[str, Observer]
     with ExitStack() as stack:
         stack.enter_context(evaluating(root))
         stack.enter_context(base_alone(root))
-        stack.enter_context(torch.no_grad())
-        batch = _Batch()
-        stack.enter_context(_watched(tree, observers, batch))
-        _run(root, config, observers, examples, batch)
+        if any(one.sees == "gradients" for one in observers.values()):
+            run = stack.enter_context(gradients_told(tree, observers, examples.loss))
+        else:
+            run = stack.enter_context(_watched(tree, observers))
+        _run_all(config, observers, examples, run)
 
 
-class _Batch:
+class Batch:
     """What runs now."""
 
     given: Any = None
 
-    def counted(self, x: Tensor, left_out: int | None) -> Tensor:
+    def run(self, root: nn.Module, given: Any) -> None:
+        """Call the model with it, on the model's device."""
+        self.given = placed(given, root)
+        call(root, self.given)
+
+    def counted(self, x: Tensor, left_out: int | None = None) -> Tensor:
         """The rows [rows, in] of a layer's input, without padding and what has the label `left_out`."""
         rows = x.reshape(-1, x.shape[-1])
         mask = _mask(self.given, left_out)
@@ -71,17 +80,15 @@ class _Batch:
         return rows[mask.flatten().to(rows.device)]
 
 
-def _run(
-    root: nn.Module, config: AdapterConfig, observers: Mapping[str, Observer], examples: Examples, batch: _Batch
+def _run_all(
+    config: AdapterConfig, observers: Mapping[str, Observer], examples: Examples, run: Callable[[Any], None]
 ) -> None:
     """Until the observers are content, or once where they want all."""
-    device = next((values.device for values in root.parameters() if not values.is_meta), torch.device("cpu"))
     until_settled, ran = any(one.until_settled for one in observers.values()), 0
     while True:
         before = ran
         for given in examples:
-            batch.given = _placed(given, device)
-            call(root, batch.given)
+            run(given)
             ran += 1
             if until_settled and config.settled(observers):
                 return
@@ -108,20 +115,22 @@ def _refuse_unseen(observers: Mapping[str, Observer]) -> None:
 
 
 @contextmanager
-def _watched(tree: Tree, observers: Mapping[str, Observer], batch: _Batch) -> Iterator[None]:
-    """With hooks on the layers; they are gone afterwards."""
+def _watched(tree: Tree, observers: Mapping[str, Observer]) -> Iterator[Callable[[Any], None]]:
+    """Within it, what runs the model on a batch, with hooks on the layers; they are gone afterwards."""
+    batch = Batch()
     hooks = [
         tree.plain(name).register_forward_pre_hook(partial(_see, one, batch), with_kwargs=True)
         for name, one in observers.items()
     ]
     try:
-        yield
+        with torch.no_grad():
+            yield partial(batch.run, tree.root)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _see(one: Observer, batch: _Batch, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _see(one: Observer, batch: Batch, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     del module
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     one.see(batch.counted(x.detach(), one.left_out))
@@ -137,15 +146,6 @@ def _mask(given: Any, left_out: int | None) -> Tensor | None:
         return mask
     labelled = labels != left_out
     return labelled if mask is None else mask & labelled
-
-
-def _placed(given: Any, device: torch.device) -> Any:
-    """A batch on the model's device."""
-    if isinstance(given, Tensor):
-        return given.to(device)
-    if isinstance(given, Mapping):
-        return {key: _placed(value, device) for key, value in given.items()}
-    return type(given)(_placed(one, device) for one in given) if type(given) in (list, tuple) else given
 
 
 def _refuse_processes() -> None:

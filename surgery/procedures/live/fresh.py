@@ -1,6 +1,6 @@
 """Fresh: the tensors that a new adapter starts with, of the base alone or of examples run through it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -16,6 +16,8 @@ from surgery.procedures.live.examples import Examples, observe
 from surgery.procedures.places.model_tree import Tree
 
 FittedSite = tuple[Site, Method, Params]
+Starters = dict[str, Starter | None]
+MOST_BYTES = 4 << 30  # of what is gathered at once, of layers that need not be seen together
 
 
 def fresh_sites(
@@ -23,21 +25,43 @@ def fresh_sites(
 ) -> tuple[AdapterConfig, dict[str, FittedSite]]:
     """The adapter at each module, by name and as PEFT spells it; and its config, with the ranks that it was given.
 
-    UsageError where examples are missing, or given and not needed.
+    UsageError where examples are missing, or given and not needed, or run once and are needed again.
     """
     sites = {name: tree.site(name) for name in spelled}
     starters = {name: config.starter(site, partial(_held, tree, name)) for name, site in sites.items()}
-    observers = {name: one for name, one in starters.items() if isinstance(one, Observer)}
-    _check(observers, examples)
-    if observers and examples is not None:
-        observe(tree, config, observers, examples)
-        config, kept = config.after(observers)
-        sites = {name: sites[name] for name in kept}
+    rounds = _rounds(starters)
+    _check([one for one in starters.values() if isinstance(one, Observer)], len(rounds), examples)
     found = {}
-    for name, site in sites.items():
-        method = config.method(spelled[name])
-        found[name] = site, method, _params(tree, name, site, method, starters[name])
+    for names in rounds:
+        now: Starters = {name: starters.pop(name) for name in names}  # what they have gathered goes with them
+        config, kept = (config, names) if examples is None else _seen(tree, config, now, examples)
+        for name in kept:
+            method = config.method(spelled[name])
+            found[name] = sites[name], method, _params(tree, name, sites[name], method, now.pop(name))
     return config, found
+
+
+def _rounds(starters: Mapping[str, Starter | None]) -> list[list[str]]:
+    """The layers, as many at a time as their observers may gather of."""
+    rounds: list[list[str]] = [[]]
+    held = 0
+    for name, one in starters.items():
+        size = one.nbytes if isinstance(one, Observer) and not one.until_settled else 0
+        if rounds[-1] and held + size > MOST_BYTES:
+            rounds.append([])
+            held = 0
+        rounds[-1].append(name)
+        held += size
+    return rounds
+
+
+def _seen(
+    tree: Tree, config: AdapterConfig, starters: Starters, examples: Examples
+) -> tuple[AdapterConfig, Collection[str]]:
+    """The config, and the layers that remain, after the examples have run."""
+    observers = {name: one for name, one in starters.items() if isinstance(one, Observer)}
+    observe(tree, config, observers, examples)
+    return config.after(observers)
 
 
 def _params(tree: Tree, name: str, site: Site, method: Method, starter: Starter | None) -> Params:
@@ -45,14 +69,24 @@ def _params(tree: Tree, name: str, site: Site, method: Method, starter: Starter 
     return method.init(site, base) if starter is None else starter.begin(site, method, base)
 
 
-def _check(observers: Mapping[str, Observer], examples: Examples | None) -> None:
-    if examples is not None and not observers:
-        raise UsageError("examples are given, and this adapter starts without; leave them out")
-    if observers and examples is None:
-        start = next(iter(observers.values())).start
+def _check(observers: Sequence[Observer], rounds: int, examples: Examples | None) -> None:
+    if examples is None and observers:
         raise UsageError(
-            f"examples: none are given, and init_lora_weights {start!r} starts from what the model makes of some; "
-            "give inject an iterable of batches, examples=..."
+            f"examples: none are given, and init_lora_weights {observers[0].start!r} starts from what the model makes "
+            "of some; give inject an iterable of batches, examples=..."
+        )
+    if examples is None:
+        return
+    if not observers:
+        raise UsageError("examples are given, and this adapter starts without; leave them out")
+    if examples.loss is not None and observers[0].sees != "gradients":
+        raise UsageError(
+            f"loss is given, and init_lora_weights {observers[0].start!r} starts without gradients; leave it out"
+        )
+    if rounds > 1 and examples.runs_once:
+        raise UsageError(
+            f"examples: an iterator runs once, and {rounds} rounds are needed, for what is gathered of all layers is "
+            f"more than {MOST_BYTES >> 30} GiB; give a list or a DataLoader"
         )
 
 

@@ -5,7 +5,7 @@ the part of S that is largest, Y (O'Y)^-1 Y'; and the sum of squares by input, f
 https://arxiv.org/abs/1706.05736
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,8 @@ from surgery.io.lazy import Lazy, write_tensors
 from surgery.io.staging import Staging
 from surgery.layers import Adapted, Replaced
 from surgery.ops.linear import Linear
+from surgery.procedures.checking.outputs import evaluating
+from surgery.procedures.live.examples import Batch, Examples
 
 FILE = "calibration.safetensors"
 _MORE = 8  # columns beside those that are kept, by which these come out better
@@ -76,30 +78,23 @@ class Moments:
         return rows * len(rows) ** 0.5, rest
 
 
-def record_inputs(
-    root: nn.Module, batches: Iterable[Any], targets: Sequence[str] | None, rank: int
-) -> dict[str, Moments]:
-    """Run the model over `batches`: what its linear layers get, by their paths.
+def record_inputs(  # noqa: PLR0913, PLR0917  # three things and their options
+    root: nn.Module, examples: Examples, out: Path, targets: Sequence[str] | None, rank: int, overwrite: bool
+) -> Recording:
+    """Run the model in eval mode, and write what its linear layers get, by their paths, to a new folder of one file.
 
     Raises MatchError for an entry that hits nothing, UsageError where none is called, ValueRangeError.
     """
-    if not 1 <= rank <= MOST:
-        raise UsageError(f"record_inputs: rank is {rank}; 1 to {MOST} is wanted")
+    if type(rank) is not int or not 1 <= rank <= MOST:
+        raise UsageError(f"record_inputs: rank is {printable(rank)}; a whole number from 1 to {MOST} is wanted")
     moments: dict[str, Moments] = {}
-    modules = _chosen(root, targets)
-    mask: list[Tensor | None] = [None]
-    with _hooked(modules, moments, mask, rank), torch.no_grad():
-        for batch in batches:
-            mask[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            _ = root(**batch) if isinstance(batch, Mapping) else root(batch)
-    if not moments:
-        raise UsageError("record_inputs: no linear layer was called; give batches that the model is called with")
-    return moments
-
-
-def write_inputs(moments: Mapping[str, Moments], out: Path, overwrite: bool) -> Recording:
-    """A new folder of one file."""
+    modules, batch = _chosen(root, targets), Batch()
     with Staging(out, overwrite=overwrite) as staging:
+        with evaluating(root), _hooked(modules, moments, batch, rank), torch.no_grad():
+            for given in examples:
+                batch.run(root, given)
+        if not moments:
+            raise UsageError("record_inputs: no linear layer was called; give batches that the model is called with")
         sha256 = write_tensors(staging, FILE, _tensors(moments))
     return Recording(out, {name: one.count for name, one in moments.items()}, sha256)
 
@@ -120,14 +115,10 @@ def _chosen(root: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Modu
 
 
 @contextmanager
-def _hooked(
-    modules: Mapping[str, nn.Module], moments: dict[str, Moments], mask: list[Tensor | None], rank: int
-) -> Iterator[None]:
+def _hooked(modules: Mapping[str, nn.Module], moments: dict[str, Moments], batch: Batch, rank: int) -> Iterator[None]:
     def see(name: str, _: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         inputs: Tensor = given[0] if given else next(iter(named.values()))
-        rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        if mask[0] is not None and mask[0].shape == inputs.shape[:-1]:  # padding is no input
-            rows = rows[mask[0].reshape(-1).to(rows.device) != 0]
+        rows = batch.counted(inputs.detach())
         if not bool(rows.isfinite().all()):
             raise ValueRangeError(
                 f"{printable(name)}: it gets NaN or infinity; finite inputs are wanted; see to the model"

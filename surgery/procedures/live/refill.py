@@ -13,7 +13,7 @@ from surgery.errors import MatchError, ShapeError, printable
 from surgery.hosts.tree import adapted_layers, injected, replaced_modules
 from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import trained_bias
-from surgery.procedures.live.inject import Fitting
+from surgery.procedures.live.fitting import Fitting
 from surgery.procedures.live.load import fitting_of
 from surgery.procedures.live.merge import refuse_merged
 from surgery.procedures.live.room import with_zeros
@@ -36,6 +36,7 @@ def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     fitting = with_zeros(fitting, layers, adapter_name)
     holders = {name: one for name, one in replaced_modules(root).items() if adapter_name in one.modules_to_save}
     _check_same(fitting.sites, layers, adapter)
+    _check_tensors(fitting, layers, adapter_name, adapter)
     _check_same(fitting.saved, holders, adapter)
     there = state.biases.get(adapter_name, {})
     _check_same(fitting.biases, there, adapter)
@@ -74,6 +75,17 @@ def _check_same(given: Collection[str], there: Collection[str], adapter: Adapter
             f"{printable(adapter.where)}: {found} {printable(name)}, unlike the model's adapter; "
             "the same modules are wanted; was it saved from a model with another config?"
         )
+
+
+def _check_tensors(fitting: Fitting, layers: dict[str, Adapted], adapter_name: str, adapter: Adapter) -> None:
+    for name, (_, method, params) in fitting.sites.items():
+        one = layers[name].fitted[adapter_name]
+        if params.keys() != one.params.keys():
+            raise MatchError(
+                f"{printable(adapter.where)}: {printable(name)} is {method.name} of {', '.join(params)}, and in the "
+                f"model's adapter {adapter_name!r} {one.method.name} of {', '.join(one.params)}; the same tensors are "
+                "wanted; delete that adapter and load this one"
+            )
 
 
 def _given(values: Tensor | None) -> Tensor:

@@ -7,9 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import UsageError, printable
-from surgery.hosts.quantized import codec_name, decoded_to, decoder, is_quantized, own_dtype, packed_of_layer
+from surgery.hosts.quantized import codec_name, decoded_to, decoder, hold, is_quantized, own_dtype, packed_of_layer
 from surgery.hosts.tree import places
 from surgery.layers import Adapted, Replaced
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
 
 
 def check_into(layers: Mapping[str, Adapted], into: str | None, arithmetic: str) -> None:
@@ -37,6 +48,7 @@ def stand_in(layer: Adapted, model_dtype: torch.dtype) -> None:
     if quantized.bias is not None:
         made.bias = _frozen(quantized.bias.detach().clone())
     made.train(quantized.training)
+    _hook_alike(made, quantized)
     layer._modules["base_layer"] = made
     layer.__dict__.update(beneath=quantized, decode=None)
 
@@ -44,6 +56,7 @@ def stand_in(layer: Adapted, model_dtype: torch.dtype) -> None:
 def succeed(layer: Adapted, made: nn.Module) -> None:
     """Put a quantized layer there, which holds the merged weight."""
     beneath = layer.base_layer if layer.beneath is None else layer.beneath
+    _hook_alike(made, beneath)
     layer._modules["base_layer"] = made
     layer.__dict__.update(beneath=beneath, decode=decoder(made))
 
@@ -59,7 +72,8 @@ def put_back(layer: Adapted) -> None:
     own: Any = layer.beneath
     if own is not None:
         device = layer.base_weight.device
-        layer._modules["base_layer"] = own if own.weight.device == device else own.to(device)
+        layer._modules["base_layer"] = own = own if own.weight.device == device else own.to(device)
+        hold(own)
         layer.__dict__.update(beneath=None, decode=decoder(own))
 
 
@@ -108,6 +122,11 @@ def _computed(quantized: Any, model_dtype: torch.dtype) -> torch.dtype:
     own = own_dtype(quantized)
     found: torch.dtype = model_dtype if own is None else quantized.compute_dtype or own
     return found
+
+
+def _hook_alike(made: nn.Module, like: nn.Module) -> None:
+    """Whoever watches a layer watches the one in its place, and lets go of both at once."""
+    made.__dict__.update({name: like.__dict__[name] for name in _HOOKS})
 
 
 def _frozen(values: Tensor) -> nn.Parameter:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from surgery.adapters.peft import CONFIG
+from surgery.adapters.peft import CONFIG, config_bytes
 from surgery.adapters.spill import Spill
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.arithmetic import all_finite
@@ -18,9 +18,9 @@ from surgery.errors import InputError, MatchError, UsageError, ValueRangeError, 
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.staging import Staging, refuse_overlap
-from surgery.io.strict_json import json_bytes
 from surgery.methods.lora import Lora
 from surgery.ops import OPS
+from surgery.ops.convolution import Convolution
 from surgery.ops.linear import LAYOUTS
 from surgery.procedures.making.fidelity import Fidelity, FidelityReport
 from surgery.procedures.making.low_rank import Truncation, low_rank, residual_norm
@@ -105,7 +105,7 @@ def extract(
             made, sites[name] = _at(base, tuned, info, ops[name], extraction.truncation)
             specs = Lora(scaling=1.0, r=sites[name].r).tensors(Site(name, {"weight": info}, ops[name]))
             for role, spec in specs.items():
-                spill.add(f"{name}.{spec.spelling}", made[role])
+                spill.add(f"{name}.{spec.spelling}", made[role].view(spec.shape))
         for name, info in saved.items():
             spill.add(name, whole(tuned, info))
         base.check_unchanged()
@@ -122,7 +122,7 @@ def extract(
             base_model_name_or_path=base.hub_id or str(base.path),
             revision=base.commit,
         )
-        staging.write(CONFIG, json_bytes(config.to_json()))
+        staging.write(CONFIG, config_bytes(config))
     return ExtractReport(out, "low rank", sites, modules, sorted(found.rest) if extraction.rest == "drop" else [])
 
 
@@ -180,6 +180,8 @@ def _module(name: str) -> str:
 def _op(base: Checkpoint, name: str, info: TensorInfo, told: Mapping[str, str]) -> Op:
     for entry in suffix_hits(told.keys(), name):
         return OPS[told[entry]]
+    if len(info.shape) > 2:
+        return Convolution(kernel=info.shape[2:])
     last = name.rpartition(".")[2]
     if is_embedding(info.name) or last in _EMBEDDINGS:
         return OPS["embedding"]
@@ -196,7 +198,8 @@ _UNSURE = frozenset({"embed", "embedding", "embeddings", "bias"})  # words in na
 
 
 def _has_matrix(info: TensorInfo) -> bool:
-    return info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype in PLAIN_DTYPES
+    """Or a convolution's kernel, whose matrix is [out, in]. Files do not tell its groups: they are taken for one."""
+    return info.name.endswith(".weight") and 2 <= len(info.shape) <= 5 and info.dtype in PLAIN_DTYPES
 
 
 def _at(

@@ -11,10 +11,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from surgery.core.adapter import Adapter
-from surgery.core.method import Params
+from surgery.core.method import Additive, Params
 from surgery.core.name_map import USUAL, Part
 from surgery.errors import ConfigError, FormatError, MatchError, printable
-from surgery.methods.lora import Lora
 from surgery.methods.lora_config import LoraConfig
 from surgery.procedures.places.model_tree import Tree
 
@@ -25,7 +24,7 @@ class Piece(NamedTuple):
     site: str
     part: Part | None
     params: Params
-    method: Lora
+    method: Additive
 
 
 def fused(tree: Tree, adapter: Adapter) -> Adapter:
@@ -41,7 +40,7 @@ def fused(tree: Tree, adapter: Adapter) -> Adapter:
         whole = name if part is None else part.whole
         if tree.reads_itself(whole):
             method = config.method(site)
-            if not isinstance(method, Lora):
+            if not isinstance(method, Additive):
                 raise FormatError(f"{printable(adapter.where)}: {printable(site)}: {_LACKS}")
             found.setdefault(whole, []).append(Piece(site, part, adapter.sites[site], method))
     if not found or not isinstance(config, LoraConfig):
@@ -84,7 +83,7 @@ def _whole(name: str, pieces: Sequence[Piece], tree: Tree, where: str) -> Params
 
 def _ranks(name: str, pieces: Sequence[Piece], where: str) -> Mapping[int, int]:
     """By place. MatchError where experts differ in them, or in how strongly they apply."""
-    found = {(one.part.place, one.method.r) for one in pieces if one.part is not None}
+    found = {(one.part.place, one.params["A"].shape[0]) for one in pieces if one.part is not None}
     if len(found) != len({place for place, _ in found}) or len({one.method.scaling for one in pieces}) > 1:
         raise MatchError(
             f"{where}: {printable(name)}: its experts have several ranks or alphas, and a stack has one; merge it into "
@@ -114,7 +113,7 @@ def _config(
         ) from error
     for name, pieces in found.items():
         method = told.method(name)
-        if not isinstance(method, Lora) or method.scaling != pieces[0].method.scaling:
+        if not isinstance(method, Additive) or method.scaling != pieces[0].method.scaling:
             raise FormatError(
                 f"{where}: {printable(name)}: no lora_alpha gives a stack its scaling; leave use_rslora out"
             )

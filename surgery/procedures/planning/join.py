@@ -1,14 +1,14 @@
 """The join of an adapter to a checkpoint: names, ops and shapes agree, or it is refused."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from surgery.adapters.peft import check_finite, check_shapes
-from surgery.core.adapter import Adapter, Layer, Weighted, bias_layers, shape_of
-from surgery.core.names import in_base, naming_between, nearest, suffix_hits
+from surgery.core.adapter import Layer, Weighted, bias_layers, shape_of
+from surgery.core.names import Endings, in_base, naming_between, nearest, owners, suffix_hits
 from surgery.core.site import RawDtype, Site, TensorInfo
 from surgery.errors import FormatError, InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
@@ -203,7 +203,8 @@ class Joined:
 
     def _is_new(self, name: str) -> bool:
         """Does the tensor belong to a module of which the base has nothing, so that only the adapter brings it?"""
-        last = {entry.rpartition(".")[2] for entry in _owners(self.adapter, name)}
+        ends = Endings(self.adapter.config.modules_to_save or ())
+        last = {module.rpartition(".")[2] for module in owners(name) if ends.end(module)}
         return bool(last) and not any(last & set(info.name.split(".")) for info in self.base.weights())
 
     def _as_grown(self, site: Site) -> Site:
@@ -240,14 +241,6 @@ class Joined:
             f"{where}: its copy of {printable(name)} is not equal to the base's; "
             "it was trained or resized; name it in modules_to_save"
         )
-
-
-def _owners(adapter: Adapter, name: str) -> Iterator[str]:
-    """The entries of modules_to_save that `name` lies in."""
-    entries = frozenset(adapter.config.modules_to_save or ())
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield from suffix_hits(entries, name)
 
 
 def _grown(info: TensorInfo, values: Tensor, base: Checkpoint) -> bool:

@@ -87,10 +87,7 @@ class Plan(Report):
     def to_json(self) -> dict[str, Any]:
         return {
             "ok": self.ok,
-            "changes": [
-                {**describe(change), "matched": list(self.matched.get(change.site.weight.name, ()))}
-                for change in self.changes
-            ],
+            "changes": [self._told(change) for change in self.changes],
             "refusals": [str(error) for error in self.refusals],
             "notes": list(self.notes),
             "bytes": {
@@ -100,6 +97,11 @@ class Plan(Report):
                 "undo_at_most": self.undo_bytes,
             },
         }
+
+    def _told(self, change: Change) -> dict[str, Any]:
+        """What a change is, and why: what each layer is there by, and what a tensor that is new begins as."""
+        begins = {"begins": change.begins.weight.name} if change.begins is not None else {}
+        return {**describe(change), "matched": list(self.matched.get(change.site.weight.name, ())), **begins}
 
 
 def describe(change: Change) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def _notes(adapter: Adapter) -> list[str]:
     ]
     notes += out_proj.notes(adapter)
     for entry in sorted(config.modules_to_save or ()):
-        if not any(f".{entry}." in f".{name}" for name in adapter.saved):
+        if not any(f"{entry}." in name for name in adapter.saved):
             notes.append(f"{where}: modules_to_save entry {printable(entry)!r} has no tensors")
     return notes
 
