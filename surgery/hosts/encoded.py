@@ -4,6 +4,7 @@ The scales are found first, in one pass over the weight; then its codes, some ro
 weight are its scales.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -134,7 +135,7 @@ def held_in(change: Change, form: str) -> Change:
     """The change of a weight that goes into `form`; its codes are written in the place of the first of its tensors."""
     made = made_as(form, change.site.weight.shape, change.dtype)
     change = replace(change, into=form, keep=False)
-    together = FORMS[form][0].step(made.headers, made.settings)
+    together = math.lcm(change.site.together, FORMS[form][0].step(made.headers, made.settings))
     tensors = {**change.site.tensors, CODES: standing(change)[0]}
     return replace(change, site=replace(change.site, tensors=tensors, together=together))
 

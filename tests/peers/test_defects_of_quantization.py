@@ -131,6 +131,7 @@ def test_an_fp8_model_that_is_saved_without_its_quantization_block_is_found_and_
     live, files = (load_file(tmp_path / one / FILE) for one in ("live", "files"))
     assert all(torch.equal(live[name], one) for name, one in files.items())
     assert near(outputs(loaded(tmp_path / "live", HALF)), wanted, HALF)
+    assert near(outputs(surgery.load_model(adapter)), wanted, HALF)
     surgery.merge_checkpoint(broken, adapter, tmp_path / "scaled")  # as a base it is read by its scales all the same
     scaled = load_file(tmp_path / "scaled" / FILE)[f"{SITE}.weight"]
     assert float(scaled.abs().max()) < 4 * float(live[f"{SITE}.weight"].abs().max())
