@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from surgery.adapters.peft import CONFIG, config_from
+from surgery.adapters.peft import CONFIG, config_bytes, config_from
 from surgery.core.config import AdapterConfig, Where
 from surgery.errors import printable
 from surgery.io.durable import write_file
 from surgery.io.hub import located
 from surgery.io.regular import contained
-from surgery.io.strict_json import json_bytes, read_json
+from surgery.io.strict_json import read_json
 
 
 class PeftFiles:
@@ -20,7 +20,7 @@ class PeftFiles:
         return config_from(read_json(contained(place.path, CONFIG), "an adapter's config"), printable(where))
 
     def write(self, config: AdapterConfig, folder: Where) -> None:
-        write_file(Path(folder) / CONFIG, json_bytes(config.to_json()))
+        write_file(Path(folder) / CONFIG, config_bytes(config))
 
 
 AdapterConfig.files = PeftFiles()

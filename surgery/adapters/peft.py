@@ -23,7 +23,7 @@ from surgery.io.fingerprint import read_base_print
 from surgery.io.header import Entry, encode_header
 from surgery.io.octets import octets, tensor_from
 from surgery.io.regular import contained, open_descriptor
-from surgery.io.strict_json import parse_json, read_bytes
+from surgery.io.strict_json import ordered_json_bytes, parse_json, read_bytes
 from surgery.io.tensor_file import TensorFile, read_at
 from surgery.methods import METHODS
 
@@ -106,6 +106,11 @@ def adapter_bytes(tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> bytes:
     found = [(prefix + name, whole(tensors[name].detach()).cpu().contiguous()) for name in sorted(tensors)]
     infos = [TensorInfo(key, values.dtype, tuple(values.shape)) for key, values in found]
     return b"".join([encode_header(infos, {"format": "pt"}), *(octets(values) for _, values in found)])
+
+
+def config_bytes(config: AdapterConfig) -> bytes:
+    """The bytes of adapter_config.json. PEFT sorts patterns too, and then another may be the first that hits."""
+    return ordered_json_bytes(config.to_json())
 
 
 def _refuse_pickles(folder: Path, file: Path) -> None:

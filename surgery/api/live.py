@@ -18,6 +18,7 @@ from surgery.errors import UsageError, printable
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
 from surgery.procedures.live import adalora, switch
+from surgery.procedures.live import eject as ejection
 from surgery.procedures.live import inject as injection
 from surgery.procedures.live import load as loading
 from surgery.procedures.live import merge as merging
@@ -236,7 +237,7 @@ def unmerge(model: Model) -> Model:
 
 def eject(model: Model, *, keep_merged: bool = False) -> Model:
     """Put the model's own modules back, with their requires_grad flags; unmerges first unless `keep_merged`."""
-    injection.eject(model, keep_merged)
+    ejection.eject(model, keep_merged)
     hugging.detach(model)
     if keep_merged:
         hugging.tell_ejected(model)

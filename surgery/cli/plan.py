@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from surgery.cli.arguments import adapters_of, as_json, show, treatment
+from surgery.errors import printable
 
 
 @click.command()
@@ -19,7 +20,7 @@ def plan(base: str, adapters: tuple[str, ...], as_json: bool, **treatment: Any) 
     Exit code 3 if anything is refused.
     """
     from surgery.api import files
-    from surgery.errors import InputError, printable
+    from surgery.errors import InputError
 
     report = files.plan(base, adapters_of(adapters), **treatment)
     rows = [
@@ -44,6 +45,7 @@ def plan(base: str, adapters: tuple[str, ...], as_json: bool, **treatment: Any) 
 def _what(change: Mapping[str, Any], several: bool) -> str:
     """What becomes of a weight, in words; `several` adapters are told apart."""
     done = [f"{'in' if 'kept' in change else 'from'} {change['held']}"] if "held" in change else []
+    done += [f"begins as {printable(change['begins'])}"] if "begins" in change else []
     done += [f"into {change['into']}"] if "into" in change else []
     layers = zip(change["methods"], change["matched"], strict=True)
     done += ["replaced"] if change["replaced"] else [_laid(*layer, several) for layer in layers]
@@ -52,8 +54,6 @@ def _what(change: Mapping[str, Any], several: bool) -> str:
 
 def _laid(method: Mapping[str, str], matched: Mapping[str, Any], several: bool) -> str:
     """A layer: its method, r, alpha, scaling, its adapter, and the entry of target_modules that it is there by."""
-    from surgery.errors import printable
-
     numbers = [f"{name}={matched[name]:g}" for name in ("r", "lora_alpha") if name in matched]
     numbers += [f"scaling={float.fromhex(method['scaling']):g}"] if "scaling" in method else []
     told = [f"of {printable(matched['adapter'])}"] if several else []

@@ -276,11 +276,11 @@ def _listed(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON has it; sets are sorted, so that equal configs give equal bytes."""
+    """`value` as JSON has it; sorted, so that equal configs give equal bytes, but for patterns, whose order counts."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if isinstance(value, tuple):
         return list(value)
     if isinstance(value, Mapping):
-        return dict(value)
+        return dict(value if isinstance(value, PatternTable) else sorted(value.items()))
     return value

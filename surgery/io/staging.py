@@ -147,10 +147,10 @@ class Staging:
     def _refuse_existing(self) -> None:
         if os.path.lexists(self.out) and not self.overwrite:
             raise OutputExistsError(f"{printable(self.out)}: it exists; a new folder is wanted; or say --overwrite")
-        if self.out.is_dir() and not _is_output(self.out):
+        if os.path.lexists(self.out) and not _is_output(self.out):
             raise OutputExistsError(
-                f"{printable(self.out)}: it is a folder that holds no model and no adapter; --overwrite would remove "
-                "all that is in it; name another, or remove it first"
+                f"{printable(self.out)}: it holds no model and no adapter; --overwrite would remove all of it; "
+                "name another, or remove it first"
             )
 
     def _put_back(self) -> None:
@@ -254,7 +254,9 @@ class StagedFile:
 
 
 def _is_output(folder: Path) -> bool:
-    """Is it empty, or does it hold itself, not in folders within, what models and adapters consist of?"""
+    """Is it a folder that is empty, or holds itself, not in folders within, what models and adapters consist of?"""
+    if not folder.is_dir():
+        return False
     with os.scandir(folder) as found:
         names = [one.name for one in found]
     return not names or any(name in _CONFIGS or name.endswith(_WEIGHTS) for name in names)

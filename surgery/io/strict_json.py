@@ -60,6 +60,11 @@ def json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def ordered_json_bytes(value: object) -> bytes:
+    """The same with the keys in the order that they have, where it means something."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 class _Twice(Exception):  # noqa: N818  # it never leaves this file
     """A key stands twice."""
 

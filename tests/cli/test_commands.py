@@ -136,6 +136,16 @@ def test_plan_tells_two_adapters_of_one_weight_apart(run: Run, base: Path, adapt
     assert listed[f"{SITES[0]}.weight"] == f"{laid}, LoRA r=2 lora_alpha=6 scaling=1.5 of {second} by 'q_proj'"
 
 
+def test_plan_says_what_a_head_that_is_written_apart_begins_as(run: Run, tmp_path: Path) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    tied = write_base(tmp_path / "tied", {"model.embed_tokens.weight": torch.randn(11, 6)}, config=config)
+    named = {"lm_head.lora_A.weight": torch.randn(4, 6), "lm_head.lora_B.weight": torch.randn(11, 4)}
+    adapter = write_adapter(tmp_path / "adapter", named, target_modules=["lm_head"])
+    listed = rows(run("plan", tied, adapter, "--tied", "untie"))[0]
+    assert listed[-1].startswith("begins as model.embed_tokens.weight, LoRA r=4")
+    assert surgery.plan(tied, adapter, tied="untie").to_json()["changes"][0]["begins"] == "model.embed_tokens.weight"
+
+
 def test_plan_shows_what_a_cast_changes(run: Run, base: Path, adapter: Path) -> None:
     listed = {cells[0]: cells[-2:] for cells in rows(run("plan", base, adapter, "--dtype", "float16"))[:-1]}
     assert listed["model.layers.0.q_proj.weight"] == ["float16", "LoRA r=4 lora_alpha=6 scaling=1.5 by 'q_proj'"]

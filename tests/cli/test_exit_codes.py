@@ -206,6 +206,17 @@ def test_an_output_that_exists_is_code_6(made: Callable[[Path], None], run: Run,
     assert file_hashes(base.parent) == before
 
 
+@pytest.mark.parametrize("made", [_file, _dangling])
+def test_overwrite_never_removes_what_is_no_folder(
+    made: Callable[[Path], None], run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    made(tmp_path / "out")
+    before = file_hashes(tmp_path)
+    assert "holds no model and no adapter" in told(run("merge", base, adapter, tmp_path / "out", "--overwrite"), 6)
+    assert file_hashes(tmp_path) == before
+    assert (tmp_path / "out").is_symlink() is (made is _dangling)
+
+
 @pytest.mark.parametrize("command", ["merge", "combine"])
 def test_overwrite_never_removes_a_folder_of_other_things(
     command: str, run: Run, base: Path, adapter: Path, tmp_path: Path

@@ -77,6 +77,15 @@ def test_verify_writes_nothing_and_needs_a_receipt_or_the_base(run: Run, base: P
     assert sorted(merged.parent.rglob("*")) == before
 
 
+def test_a_merge_over_a_base_as_a_form_is_verified_over_that_form(
+    run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert run("merge", base, adapter, out, "--base-as", "nf4").code == 0
+    assert "name what it was made with" in run("verify", base, adapter, out).err
+    assert "0 different" in run("verify", base, adapter, out, "--base-as", "nf4").out
+
+
 def test_a_merge_as_peft_is_planned_made_and_verified_by_the_commands(
     run: Run, base: Path, adapter: Path, tmp_path: Path
 ) -> None:

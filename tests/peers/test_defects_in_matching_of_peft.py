@@ -8,7 +8,7 @@ import pytest
 import torch
 from made_by_peft import ADAPTER, CONFIG, adapted, llama, lora, net, outputs, saved
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaForCausalLM
 
 import surgery
 from surgery.testing import assert_equivalent
@@ -67,3 +67,32 @@ def test_modules_to_save_are_named_by_whole_parts_where_peft_takes_any_end_and_i
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert_equivalent(laid, merged, torch.arange(9)[None], base=llama())
     assert surgery.plan(tmp_path / "base", tmp_path / "theirs").notes == ()
+
+
+def distilbert() -> DistilBertForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "hidden_dim": 24, "n_heads": 2, "n_layers": 2, "vocab_size": 29, "num_labels": 3}
+    return DistilBertForSequenceClassification(DistilBertConfig(**sizes)).eval()
+
+
+@pytest.mark.parametrize("tool", ["peft", "surgery"])
+def test_all_layers_of_a_new_head_are_saved_and_run_over_a_base_without_one(tool: str, tmp_path: Path) -> None:
+    fields = {"r": 4, "target_modules": ["q_lin"], "task_type": "SEQ_CLS", "init_lora_weights": False}
+    made = {
+        "peft": lambda: peft.get_peft_model(distilbert(), peft.LoraConfig(**fields)).eval(),
+        "surgery": lambda: surgery.inject(distilbert(), surgery.LoraConfig(**fields)),
+    }[tool]()
+    with torch.no_grad():
+        for values in made.parameters():
+            values.mul_(1.5 if values.requires_grad else 1)
+    made.save_pretrained(tmp_path / "adapter")
+    given = torch.arange(9)[None]
+    for loaded in (
+        surgery.load(distilbert(), tmp_path / "adapter"),
+        peft.PeftModel.from_pretrained(distilbert(), tmp_path / "adapter").eval(),
+    ):
+        assert_equivalent(made, loaded, given, base=distilbert())
+    distilbert().distilbert.save_pretrained(tmp_path / "base")
+    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = DistilBertForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert_equivalent(made, merged, given, base=distilbert())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
-from surgery import LoraConfig, StateError, UsageError
+from surgery import LoraConfig, MatchError, StateError, UsageError
 
 WIDTH = 6
 
@@ -225,3 +225,14 @@ def test_a_model_without_its_weights_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="0: it is on the meta device"):
         surgery.save(net, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_of_another_shape_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    surgery.save(_with(_net(), target_modules=["0"], modules_to_save=["2"]), tmp_path)
+    other = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 4, bias=False))
+    told = r"2 of modules_to_save holds bias \[3\], weight \[3, 6\], and the model's weight \[4, 6\]"
+    (tmp_path / "surgery.base.json").unlink()
+    with pytest.raises(MatchError, match=told):
+        surgery.load(other, tmp_path)
+    assert type(other[2]) is nn.Linear
+    assert all(values.requires_grad for values in other.parameters())

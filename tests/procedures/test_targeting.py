@@ -115,6 +115,20 @@ def test_patterns_give_ranks_and_scalings_of_their_own(model: nn.Module) -> None
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_the_first_pattern_that_hits_is_the_first_in_the_file_too(
+    field: str, tiny: LlamaConfig, model: nn.Module, tmp_path: Path
+) -> None:
+    patterns, tokens = {"q_proj": 3, "1.self_attn.q_proj": 2}, torch.arange(5)[None]  # no sorted order
+    surgery.inject(model, LoraConfig(r=1, target_modules=["q_proj"], init_lora_weights=False, **{field: patterns}))
+    surgery.save(model, tmp_path)
+    torch.manual_seed(0)
+    again = surgery.load(LlamaForCausalLM(tiny), tmp_path)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    told = getattr(LoraConfig.from_pretrained(tmp_path), field)
+    assert [*told.values()] == [*getattr(peft.LoraConfig.from_pretrained(tmp_path), field).values()] == [3, 2]
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_hits_no_adapted_module_is_refused_by_its_key(field: str, model: nn.Module) -> None:
     with pytest.raises(MatchError, match=f"{field}: nothing matches 'v_proj'"):
         _adapted(model, target_modules=["q_proj"], **{field: {"q_proj": 4, "v_proj": 2}})
@@ -159,7 +173,12 @@ def test_an_entry_that_hits_nothing_is_refused_with_three_near_names(
     assert not any(hasattr(module, "fitted") for module in model.modules())
 
 
-@pytest.mark.parametrize("targets", ["nothing.*", ["lm_head_"], None])
+def test_a_config_without_targets_is_refused_where_nothing_tells_them() -> None:
+    with pytest.raises(MatchError, match="target_modules is not given"):
+        _adapted(nn.Sequential(nn.Linear(2, 2)), target_modules=None)
+
+
+@pytest.mark.parametrize("targets", ["nothing.*", ["lm_head_"], []])
 def test_a_config_that_selects_nothing_is_refused(targets: object, model: nn.Module) -> None:
     before = {name: values.requires_grad for name, values in model.named_parameters()}
     with pytest.raises(MatchError, match="target_modules"):

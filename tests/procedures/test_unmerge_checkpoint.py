@@ -48,6 +48,15 @@ def merged(tmp_path: Path) -> Path:
     return surgery.merge_checkpoint(base, _adapters(tmp_path), tmp_path / "merged", reversible=True).out
 
 
+def test_the_first_pattern_that_hits_is_the_first_in_the_record_too(tmp_path: Path) -> None:
+    base = _base(tmp_path / "base", torch.bfloat16)
+    patterns = {"q_proj": 32, "layers.0.q_proj": 2}  # in no sorted order
+    adapter = write_adapter(tmp_path / "adapter", alpha_pattern=patterns)
+    surgery.merge_checkpoint(base, adapter, tmp_path / "out", reversible=True)
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("cast", [None, *DTYPES])
 @pytest.mark.parametrize("dtype", DTYPES)

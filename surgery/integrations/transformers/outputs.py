@@ -21,7 +21,7 @@ from surgery.integrations.transformers.loading import Wanted, class_of, read_mod
 from surgery.integrations.transformers.quiet import quiet
 from surgery.io.hub import Located
 from surgery.procedures.checking.outputs import Given, Inputs, mask_of, narrow_run, run, widened
-from surgery.procedures.live.inject import fit
+from surgery.procedures.live.fitting import fit
 from surgery.procedures.live.load import fitting_of
 from surgery.procedures.live.switch import disable_adapters, set_adapter
 from surgery.procedures.places.model_tree import Tree

@@ -14,7 +14,7 @@ from surgery.core.site import Site
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.model import model_sites
 from surgery.hosts.quantized import codec_name, is_quantized, packed_of_layer, unready
-from surgery.procedures.places.op_choice import CONV1D_FAMILIES, CONV1D_NAMES
+from surgery.procedures.places.op_choice import layout_by_name
 from surgery.procedures.places.tying import ties_head
 from surgery.procedures.writing.receipt import base_fingerprint
 
@@ -107,6 +107,5 @@ def likely_op(base: Checkpoint, site: Site) -> str:
     last = site.name.rpartition(".")[2]
     if "weight" not in site.tensors or len(site.weight.shape) != 2:
         return ""
-    if base.config.get("model_type") in CONV1D_FAMILIES and last in CONV1D_NAMES:
-        return "conv1d"
-    return "embedding" if "emb" in last or last in ("wte", "wpe", "tokens_embed", "positions_embed") else "linear"
+    embeds = "emb" in last or last in ("wte", "wpe")
+    return "embedding" if embeds else layout_by_name(base.config, site.name)

@@ -105,7 +105,9 @@ class Recorded(NamedTuple):
         given = {} if treatment.calibration is None else treatment.calibration.sha256
         if self.calibration and sorted(map(str, self.calibration.values())) != sorted(given.values()):
             names = ", ".join(map(printable, self.calibration))
-            raise UsageError(f"it was rounded by calibration inputs of {names}; give calibration, the same by sha256")
+            raise UsageError(
+                f"verify: it was rounded by calibration inputs of {names}; give calibration, the same by sha256"
+            )
 
 
 def recorded(folder: Path) -> Recorded:

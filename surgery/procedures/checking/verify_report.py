@@ -36,7 +36,10 @@ class VerifyReport(CaseReport):
         if wrong:
             name, why = wrong[0]
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise CheckError(f"{printable(self.out)}: {printable(name)} is different{more}: {why}; merge it anew")
+            raise CheckError(
+                f"{printable(self.out)}: {printable(name)} is different{more}: {why}; merge it anew, or name what it "
+                "was made with: the same adapters, weights and base_as"
+            )
         if self.outputs is not None and not self.outputs.ok:
             raise CheckError(
                 f"{printable(self.out)}: outputs: {printable(self.outputs.why)}; the table has the figures"

@@ -20,7 +20,7 @@ from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
 from surgery.procedures.live.awareness import holdings
-from surgery.procedures.live.inject import Fitting, check_name, fit
+from surgery.procedures.live.fitting import Fitting, check_name, fit
 from surgery.procedures.live.merge import base_sha256
 from surgery.procedures.live.room import with_room
 from surgery.procedures.live.save import DEFAULT
@@ -80,6 +80,22 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
     )
     _check_copies(tree, adapter)
     _check_base(tree, adapter, names)
+    sites = _sites_of(tree, adapter, names, alone)
+    saved = _saved(tree, adapter)
+    sites = with_tied_rows(tree, sites, saved)
+    _check_ties(tree, adapter, sites, saved)
+    refuse_missing(adapter.config, sites, adapter.where)
+    biases = given_biases(tree, adapter, list(given.values()), [*sites], saved)
+    return Fitting(adapter.config, sites, saved, biases=biases)
+
+
+def _sites_of(
+    tree: Tree, adapter: Adapter, names: Mapping[str, str], alone: Mapping[str, str]
+) -> dict[str, tuple[Site, Method, Params]]:
+    """The adapter at each site, by the model's `names`; of those of `alone` that is a parameter, the rest are modules.
+
+    ShapeError for tensors that do not fit; MatchError where two of the adapter's are one here, and differ.
+    """
     sites: dict[str, tuple[Site, Method, Params]] = {}
     for name in (*(name for name in adapter.sites if name not in alone), *alone):
         params, path = adapter.sites[name], names[name]
@@ -97,12 +113,7 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
                 "their tensors differ; one adapter of each is wanted; was it renamed?"
             )
         sites[first] = site, method, params
-    saved = _saved(tree, adapter)
-    sites = with_tied_rows(tree, sites, saved)
-    _check_ties(tree, adapter, sites, saved)
-    refuse_missing(adapter.config, sites, adapter.where)
-    biases = given_biases(tree, adapter, list(given.values()), [*sites], saved)
-    return Fitting(adapter.config, sites, saved, biases=biases)
+    return sites
 
 
 def _module(tree: Tree, adapter: Adapter, name: str) -> str:
@@ -176,12 +187,14 @@ def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor] | Non
         grouped.setdefault(tree.first_name(owner), {})[name.removeprefix(owner + ".")] = values
     for owner, given in grouped.items():
         module = tree.modules[owner]
-        wanted = {
-            key: tuple(values.shape) for key, values in getattr(module, "original_module", module).state_dict().items()
-        }
-        if {key: tuple(values.shape) for key, values in given.items()} != wanted:
+        found, wanted = map(_told, (given, getattr(module, "original_module", module).state_dict()))
+        if found != wanted:
             raise MatchError(
-                f"{printable(adapter.where)}: {printable(owner)} of modules_to_save holds {sorted(given)}; "
-                f"the model's holds {sorted(wanted)}, and shapes must be equal too"
+                f"{printable(adapter.where)}: {printable(owner)} of modules_to_save holds {found}, and the model's "
+                f"{wanted}; the same tensors are wanted; is this the adapter's base?"
             )
     return dict(grouped)
+
+
+def _told(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{printable(name)} {list(tensors[name].shape)}" for name in sorted(tensors)) or "nothing"

@@ -13,7 +13,7 @@ from surgery.errors import MatchError, ShapeError, printable
 from surgery.hosts.tree import adapted_layers, injected, replaced_modules
 from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import trained_bias
-from surgery.procedures.live.inject import Fitting
+from surgery.procedures.live.fitting import Fitting
 from surgery.procedures.live.load import fitting_of
 from surgery.procedures.live.merge import refuse_merged
 from surgery.procedures.live.room import with_zeros

@@ -9,7 +9,7 @@ from surgery.core.adapter import Adapter
 from surgery.errors import printable
 from surgery.layers import Adapted
 from surgery.methods.lora_room import room_for
-from surgery.procedures.live.inject import Fitting
+from surgery.procedures.live.fitting import Fitting
 
 
 def with_room(fitting: Fitting, rank: int, adapter: Adapter) -> Fitting:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from surgery.adapters import out_proj
-from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes
+from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes, config_bytes
 from surgery.adapters.sorting import PREFIX
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params, Spec
@@ -18,7 +18,6 @@ from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.tree import adapted_layers, injected, live_path, places, replaced_modules, spelled
 from surgery.io.durable import write_file
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
-from surgery.io.strict_json import json_bytes
 from surgery.layers import Adapted
 from surgery.methods.lora_config import LoraConfig
 from surgery.procedures.live.merge import base_sha256, own_weight
@@ -61,7 +60,7 @@ def write(
         if writes:
             write_file(folder / TENSORS, held)
             write_file(folder / BASE_PRINT, base)
-            write_file(folder / CONFIG, json_bytes(_resolved(root, config, adapter).to_json()))
+            write_file(folder / CONFIG, config_bytes(_resolved(root, config, adapter)))
 
 
 def _refuse_meta(root: nn.Module, adapter: str) -> None:

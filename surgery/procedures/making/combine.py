@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.adapters import out_proj
-from surgery.adapters.peft import CONFIG, check_finite
+from surgery.adapters.peft import CONFIG, check_finite, config_bytes
 from surgery.adapters.spill import Spill
 from surgery.core.adapter import Weighted
 from surgery.core.names import prefix_between
@@ -19,7 +19,6 @@ from surgery.errors import InputError, ShapeError, UsageError, ValueRangeError, 
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.octets import octets
 from surgery.io.staging import Staging, refuse_overlap
-from surgery.io.strict_json import json_bytes
 from surgery.methods.lora import Lora
 from surgery.methods.lora_config import LoraConfig
 from surgery.procedures.making.combinations import COMBINATIONS, Factors, Recipe, norm
@@ -79,7 +78,7 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
         spill.write()
         if trained_on:
             staging.write(BASE_PRINT, base_print_bytes(trained_on))
-        staging.write(CONFIG, json_bytes(config.to_json()))
+        staging.write(CONFIG, config_bytes(config))
     return CombineReport(out, recipe.method, sites)
 
 

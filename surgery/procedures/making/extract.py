@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from surgery.adapters.peft import CONFIG
+from surgery.adapters.peft import CONFIG, config_bytes
 from surgery.adapters.spill import Spill
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.arithmetic import all_finite
@@ -18,7 +18,6 @@ from surgery.errors import InputError, MatchError, UsageError, ValueRangeError, 
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.staging import Staging, refuse_overlap
-from surgery.io.strict_json import json_bytes
 from surgery.methods.lora import Lora
 from surgery.ops import OPS
 from surgery.ops.convolution import Convolution
@@ -123,7 +122,7 @@ def extract(
             base_model_name_or_path=base.hub_id or str(base.path),
             revision=base.commit,
         )
-        staging.write(CONFIG, json_bytes(config.to_json()))
+        staging.write(CONFIG, config_bytes(config))
     return ExtractReport(out, "low rank", sites, modules, sorted(found.rest) if extraction.rest == "drop" else [])
 
 

@@ -68,10 +68,8 @@ class Tree:
     def reads_itself(self, name: str) -> bool:
         """Is `name` a parameter of a module that is none of our ops, and so reads it by itself?"""
         owner, _, own = name.rpartition(".")
-        module = self.modules.get(owner)
-        if module is None or self.held(owner).get(own) is None:
-            return False
-        return op_of(module.base_layer if isinstance(module, Adapted) else module) is None
+        held = owner in self.modules and self.held(owner).get(own) is not None
+        return held and op_of(self.plain(owner)) is None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a parameter."""
@@ -111,23 +109,20 @@ class Tree:
 
     def is_linear(self, name: str) -> bool:
         """Is it of what "all-linear" stands for, output heads aside?"""
-        module = self.modules[name]
-        op = op_of(module.base_layer if isinstance(module, Adapted) else module)
+        op = op_of(self.plain(name))
         return op is not None and op.name in LAYOUTS
 
     def spelled(self, names: Iterable[str]) -> dict[str, str]:
         """What is adapted with `names`, as PEFT spells each: an attention layer has its out_proj with it."""
         found = {name: name for name in names}
         for name in list(found):
-            module = self.modules[name]
-            if isinstance(module.base_layer if isinstance(module, Adapted) else module, nn.MultiheadAttention):
+            if isinstance(self.plain(name), nn.MultiheadAttention):
                 found[f"{name}.out_proj"] = f"{name}.base_layer.out_proj"
         return found
 
     def site(self, name: str) -> Site:
         """The site at a path. MatchError if no op of ours acts there."""
-        module = self.modules[name]
-        base = module.base_layer if isinstance(module, Adapted) else module
+        base = self.plain(name)
         op = op_of(base)
         if op is None:
             kind = f"{type(base).__module__}.{type(base).__name__}"
@@ -155,8 +150,7 @@ class Tree:
 
     def dense(self, name: str) -> Dense:
         """The base's weight at a path where a site is, outside autograd."""
-        module = self.modules[name]
-        base: Any = module.base_layer if isinstance(module, Adapted) else module
+        base: Any = self.plain(name)
         op = self.site(name).acting
         return Dense(op.matrix(stored_weight(base, op)))
 

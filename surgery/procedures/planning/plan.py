@@ -87,10 +87,7 @@ class Plan(Report):
     def to_json(self) -> dict[str, Any]:
         return {
             "ok": self.ok,
-            "changes": [
-                {**describe(change), "matched": list(self.matched.get(change.site.weight.name, ()))}
-                for change in self.changes
-            ],
+            "changes": [self._told(change) for change in self.changes],
             "refusals": [str(error) for error in self.refusals],
             "notes": list(self.notes),
             "bytes": {
@@ -100,6 +97,11 @@ class Plan(Report):
                 "undo_at_most": self.undo_bytes,
             },
         }
+
+    def _told(self, change: Change) -> dict[str, Any]:
+        """What a change is, and why: what each layer is there by, and what a tensor that is new begins as."""
+        begins = {"begins": change.begins.weight.name} if change.begins is not None else {}
+        return {**describe(change), "matched": list(self.matched.get(change.site.weight.name, ())), **begins}
 
 
 def describe(change: Change) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from surgery.adapters import out_proj
-from surgery.adapters.peft import adapter_bytes
+from surgery.adapters.peft import adapter_bytes, config_bytes
 from surgery.core.adapter import Adapter, Layer, Weighted
 from surgery.core.site import TensorInfo
 from surgery.core.undo import Recorder
@@ -54,7 +54,7 @@ class UndoWriter:
             self.staging.carry(self.base.folder / name, f"{FOLDER}/files/{name}")
         for index, (adapter, _) in enumerate(adapters):
             self.staging.write(f"{FOLDER}/adapter-{index}.tensors", adapter_bytes(_spelled(adapter)))
-            self.staging.write(f"{FOLDER}/adapter-{index}.json", json_bytes(adapter.config.to_json()))
+            self.staging.write(f"{FOLDER}/adapter-{index}.json", config_bytes(adapter.config))
         named = [(self.base.written_name(file), file) for file in self.base.files]
         record = {
             "format": FORMAT,

@@ -1,0 +1,151 @@
+"""fit: an adapter that is checked whole, laid over a model's modules."""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from surgery.core.collector import collector_paused
+from surgery.core.config import AdapterConfig
+from surgery.core.method import Method, Params
+from surgery.core.room import Room
+from surgery.core.site import Site
+from surgery.errors import MatchError, StateError, UsageError, printable
+from surgery.hosts.quantized import hold, is_quantized
+from surgery.hosts.tree import State, set_state, state_of
+from surgery.layers import Adapted, Replaced, Slot
+from surgery.layers.aware import Holding
+from surgery.procedures.live.merge import refuse_merged
+from surgery.procedures.places.biases import Biases, lay_biases, refuse_clash, run_biases
+from surgery.procedures.places.model_tree import Tree, wrap
+from surgery.procedures.places.parameters import refuse_nested
+from surgery.procedures.places.placing import placed, refuse_shares
+from surgery.procedures.places.rows import share_rows
+from surgery.procedures.places.stacking import own_parameters
+from surgery.procedures.places.tied_copies import Saved, tie_copies
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_PROBE = Slot()
+Fitted = tuple[Site, Method, Params]
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """All that one adapter lays over a model, checked: nothing is changed before it is whole."""
+
+    config: AdapterConfig
+    sites: Mapping[str, Fitted]
+    saved: Saved  # by module: tensors to start from; None: the module's own
+    aware: Mapping[str, Holding] = dataclasses.field(default_factory=dict)  # by site, where it is quantization-aware
+    biases: Biases = dataclasses.field(default_factory=dict)
+    rooms: Mapping[str, Room] = dataclasses.field(default_factory=dict)  # by site, where tensors are held with room
+
+    def weighted(self, weight: float) -> "Fitting":
+        """The same, `weight` times as strong."""
+        sites = {name: (site, method.weighted(weight), p) for name, (site, method, p) in self.sites.items()}
+        return replace(self, sites=sites)
+
+
+@collector_paused()
+def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
+    """Lay a checked adapter over the model. The first one of a model is active, later ones are not."""
+    _refuse_unfit(tree, fitting)
+    state = state_of(tree.root) or _frozen(tree)
+    for place in tree.places:
+        hold(place.module)
+    if fitting.biases:
+        state.biases[adapter] = lay_biases(tree, fitting.biases, trainable)
+    touched: list[Adapted | Replaced] = [
+        *_lay_layers(tree, adapter, fitting, trainable),
+        *_lay_copies(tree, adapter, fitting, trainable),
+    ]
+    state.configs[adapter] = replace(fitting.config, inference_mode=not trainable)
+    if len(state.configs) == 1:
+        state.active = (adapter,)
+    for wrapper in touched:  # elsewhere nothing has changed
+        wrapper.activate(state.active, state.enabled)
+    run_biases(state, state.active, state.enabled)
+
+
+def _refuse_unfit(tree: Tree, fitting: Fitting) -> None:
+    """An error by name for what this model cannot hold."""
+    _refuse_quantized_copies(tree, fitting)
+    refuse_shares(tree, fitting.saved, "modules_to_save names it")
+    refuse_shares(tree, fitting.biases, "its bias would be trained")
+    refuse_shares(tree, fitting.aware, "the adapter would be aware of its format")
+    refuse_nested(tree, {name: site for name, (site, _, _) in fitting.sites.items()}, fitting.saved)
+    refuse_clash(tree, state_of(tree.root), fitting.biases, fitting.saved)
+
+
+def _refuse_quantized_copies(tree: Tree, fitting: Fitting) -> None:
+    """MatchError where modules_to_save names what cannot be trained."""
+    for name in fitting.saved:
+        if any(is_quantized(one) for one in tree.modules[name].modules()):
+            raise MatchError(
+                f"{printable(name)}: modules_to_save names it, and its weight is quantized, which no gradient can "
+                "train; leave it out there, or load the model with it skipped"
+            )
+
+
+def _frozen(tree: Tree) -> State:
+    """Freeze the model, and remember what was not."""
+    wanted = {name: values for name, values in own_parameters(tree) if values.requires_grad}
+    for values in wanted.values():
+        values.requires_grad_(False)
+    state = State(frozenset(wanted))
+    set_state(tree.root, state)
+    return state
+
+
+def _lay_layers(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> list[Adapted]:
+    """The layers that the adapter lies over from now on."""
+    touched = []
+    for name, (site, method, params) in _outer_first(tree, fitting.sites):
+        layer = tree.layer(name, site)
+        own = placed(params, layer.base_weight, site.acting)
+        layer.fit(adapter, method, own, trainable, fitting.aware.get(name), fitting.rooms.get(name))
+        touched.append(layer)
+    share_rows(tree, adapter, fitting.sites)
+    return touched
+
+
+def _outer_first(tree: Tree, sites: Mapping[str, Fitted]) -> Iterator[tuple[str, Fitted]]:
+    """Modules, then parameters from the last of each module on: as PEFT has it, the first lies innermost."""
+    alone = {name for name, (site, _, _) in sites.items() if site.acting.alone}
+    yield from ((name, one) for name, one in sites.items() if name not in alone)
+    for name in reversed(tree.parameter_names()) if alone else ():
+        if name in alone:
+            yield name, sites[name]
+
+
+def _lay_copies(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> list[Replaced]:
+    """What holds the adapter's copies of modules from now on."""
+    touched = []
+    for name, tensors in fitting.saved.items():
+        module = tree.modules[name]
+        holder = module if isinstance(module, Replaced) else wrap(tree, module, Replaced(module))
+        holder.modules_to_save[adapter] = _copied(holder.original_module, tensors, trainable)
+        touched.append(holder)
+    if fitting.config.ties():
+        tie_copies(tree, adapter, fitting.saved)
+    return touched
+
+
+def _copied(original: nn.Module, tensors: Mapping[str, Tensor] | None, trainable: bool) -> nn.Module:
+    module = copy.deepcopy(original)
+    if tensors is not None:
+        module.load_state_dict(dict(tensors))
+    return module.requires_grad_(trainable)
+
+
+def check_name(root: nn.Module, adapter: str) -> None:
+    """UsageError for a name that cannot be one; StateError if it is taken, or adapters are merged."""
+    if not _NAME.fullmatch(adapter) or hasattr(_PROBE, adapter) or hasattr(nn.ModuleDict(), adapter):
+        raise UsageError(f"adapter name {printable(adapter)!r}: letters, digits, _ and - are wanted")
+    state = state_of(root)
+    if state is not None and adapter in state.configs:
+        raise StateError(f"adapter {adapter!r} is there already; choose another adapter_name, or eject first")
+    refuse_merged(root, "add an adapter")
