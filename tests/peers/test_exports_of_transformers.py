@@ -1,7 +1,7 @@
 """Exports of transformers' models, in memory and from files, of every architecture in the table."""
 
 import json
-import weakref
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import surgery
 from surgery.cli import main
 from surgery.formats.onnx.runtime import decode
-from surgery.integrations.transformers import exporting
+from surgery.integrations.transformers import export_files, exporting
 from surgery.integrations.transformers.exporting import _one_of
 from surgery.procedures.exports import proof
 
@@ -90,6 +91,23 @@ def test_an_adapter_of_another_base_is_refused_as_merge_does(
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_at_a_weight_are_compared_with_the_live_model_too(folders: Path, tmp_path: Path) -> None:
+    proof = surgery.export_onnx(folders / "base", (folders / "adapter", 0.5), tmp_path / "out").proof
+    assert all(one.adapted is not None and one.adapted.ok for one in proof.trials)
+    assert not proof.left_out
+
+
+def test_a_model_that_transformers_does_not_know_is_refused_before_anything_is_merged(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folders / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    monkeypatch.setattr(export_files, "merge_checkpoint", None)
+    with pytest.raises(surgery.FormatError, match=r"config\.json: transformers makes no config of it: .*unheard-of"):
+        surgery.export_onnx(tmp_path / "base", None, tmp_path / "out")
+
+
 def test_an_export_draws_no_bars_and_leaves_the_settings_of_transformers(
     folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,12 +125,12 @@ def test_an_export_draws_no_bars_and_leaves_the_settings_of_transformers(
 
 
 def test_fused_experts_are_made_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[weakref.ref[torch.Tensor]] = []
+    made: list[StorageWeakRef] = []
 
     def watched(*given: Any) -> torch.Tensor:
-        assert not any(one() is not None for one in made), "the last is still held"
+        assert all(one.expired() for one in made)
         values = _one_of(*given)
-        made.append(weakref.ref(values))
+        made.append(StorageWeakRef(values.untyped_storage()))
         return values
 
     monkeypatch.setattr(exporting, "_one_of", watched)

@@ -1,6 +1,5 @@
 """trace: a module without weights -> a graph. The one place that calls torch.onnx."""
 
-import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.core.collector import collector_paused
 from surgery.errors import EnvironmentFault, InputError
 from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.refusal import refuse_random, refuse_writing, refused
@@ -58,7 +58,7 @@ def trace(module: nn.Module, mode: Any, example: Example) -> Any:
 
 def _program(flat: Flat, given: tuple[Tensor, ...], names: list[str], example: Example) -> Any:
     dynamic = tuple(dict.fromkeys(example.axes.get(name, ()), torch.export.Dim.DYNAMIC) for name in names)
-    with quiet(), uncollected(), torch.no_grad():
+    with quiet(), collector_paused(), torch.no_grad():
         return torch.onnx.export(
             flat,
             given,
@@ -113,18 +113,6 @@ def require_packages() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise EnvironmentFault(f'export: {error.name} is missing; pip install "model-surgery[onnx]"') from error
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without the garbage collector, which would go over a growing graph again and again: a tenth of the time."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ fits into memory.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from surgery.core.adapter import Weighted
-from surgery.errors import AbsentError, InputError, UsageError, printable
+from surgery.errors import AbsentError, FormatError, InputError, UsageError, printable
 from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.links import GRAPH
 from surgery.formats.onnx.runtime import check
@@ -63,6 +64,7 @@ def export_checkpoint(
     """
     if not (base.folder / "config.json").is_file():
         raise AbsentError(f"{printable(base.path)}: no config.json in it; a model of transformers is wanted")
+    _config(base.folder)  # before anything is merged
     treatment = _treatment(base, adapters, options.treatment)
     writer = _Graph(base, adapters, out, export, treatment.into not in (None, "16bit"))
     with quiet():
@@ -143,8 +145,8 @@ class _Graph:
             return None, "compared with the merged weights alone: the receipt tells what their codes hold of the change"
         if why := _unloadable(self.base.folder):
             return None, f"compared with the merged weights alone: {why}"
-        if any(weight != 1 for _, weight in self.adapters):
-            return None, "compared with the merged weights alone: a live adapter has no weight"
+        if any(weight != 1 and (adapter.saved or adapter.biases) for adapter, weight in self.adapters):
+            return None, "compared with the merged weights alone: what an adapter replaces has no weight"
         try:
             live = live_model(self.base, self.adapters, kind)
         except InputError as error:
@@ -153,15 +155,15 @@ class _Graph:
 
 
 def live_model(base: Checkpoint, adapters: Sequence[Weighted], kind: Any = None) -> nn.Module:
-    """The base in memory under its adapters, all active; each is called as its folder is."""
+    """The base in memory under its adapters, all active, at their weights; each is called as its folder is."""
     first = adapters[0].adapter if adapters else None
     with quiet():
         found = base_model(Located(base.folder), Wanted(kind), first)
     names: list[str] = []
-    for adapter, _ in adapters:
+    for adapter, weight in adapters:
         name = re.sub(r"[^\w-]", "_", Path(adapter.where).name) or DEFAULT
         names.append(name if name not in names else f"{name}_{len(names)}")
-        lay(found, adapter, names[-1])
+        lay(found, adapter, names[-1], weight=weight)
     if names:
         set_adapter(found, names)
     return found.eval()
@@ -173,10 +175,22 @@ def _unloadable(folder: Path) -> str:
     return "bitsandbytes is missing" if method == "bitsandbytes" and find_spec("bitsandbytes") is None else ""
 
 
+def _config(folder: Path) -> Any:
+    """FormatError for one that transformers cannot read."""
+    strict: Any = import_module("huggingface_hub.errors").StrictDataclassError  # what a config's fields raise
+    try:
+        return transformers_package().AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (strict, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise FormatError(
+            f"{printable(folder / 'config.json')}: transformers makes no config of it: {printable(error)}; a model "
+            "that this version of transformers knows is wanted"
+        ) from error
+
+
 def _built(folder: Path, base: Path, adapter: Any) -> nn.Module:
     """The model of a folder's config, without weights."""
     transformers = transformers_package()
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = _config(folder)
     kind = class_of(transformers, base, adapter)
     with without_weights():
         model = kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)

@@ -99,10 +99,7 @@ def _lay(model: nn.Module, adapters: Sequence[Weighted]) -> None:
     for index, (adapter, weight) in enumerate(adapters):
         tree = Tree(model)
         fitting = fitting_of(tree, adapter)
-        if weight != 1:
-            sites = {name: (site, method.weighted(weight), p) for name, (site, method, p) in fitting.sites.items()}
-            fitting = replace(fitting, sites=sites)
-        fit(tree, str(index), fitting, trainable=False)
+        fit(tree, str(index), fitting if weight == 1 else fitting.weighted(weight), trainable=False)
     set_adapter(model, [str(index) for index in range(len(adapters))])
 
 

@@ -2,14 +2,13 @@
 
 import copy
 import dataclasses
-import gc
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from surgery.core.collector import collector_paused
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Method, Params
 from surgery.core.room import Room
@@ -44,17 +43,10 @@ class Fitting:
     biases: Biases = dataclasses.field(default_factory=dict)
     rooms: Mapping[str, Room] = dataclasses.field(default_factory=dict)  # by site, where tensors are held with room
 
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Thousands of modules are made and all of them stay: a search for garbage would double the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    def weighted(self, weight: float) -> "Fitting":
+        """The same, `weight` times as strong."""
+        sites = {name: (site, method.weighted(weight), p) for name, (site, method, p) in self.sites.items()}
+        return replace(self, sites=sites)
 
 
 @collector_paused()

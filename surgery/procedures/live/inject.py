@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from surgery.codecs.formats import Format
+from surgery.core.collector import collector_paused
 from surgery.core.config import AdapterConfig
 from surgery.core.entries import InPeftTerms, in_peft_terms
 from surgery.core.method import Dense
@@ -15,7 +16,7 @@ from surgery.core.names import Endings, suffix_hits
 from surgery.core.select import kept_out, refuse_unmatched, saved_modules, select, unmatched
 from surgery.procedures.live.awareness import holdings
 from surgery.procedures.live.examples import Examples
-from surgery.procedures.live.fitting import Fitting, check_name, collector_paused, fit
+from surgery.procedures.live.fitting import Fitting, check_name, fit
 from surgery.procedures.live.fresh import fresh_sites
 from surgery.procedures.places.biases import trained_modules
 from surgery.procedures.places.model_tree import Tree

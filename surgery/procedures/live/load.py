@@ -42,6 +42,7 @@ def lay(  # noqa: PLR0913, PLR0917  # an adapter, and how it is held and runs
     trainable: bool = False,
     form: Format | None = None,
     room: int | None = None,
+    weight: float = 1.0,
 ) -> None:
     """Lay an adapter over the model, aware of `form` if any; every tensor finds its place, or nothing changes.
 
@@ -57,7 +58,7 @@ def lay(  # noqa: PLR0913, PLR0917  # an adapter, and how it is held and runs
             fitting = replace(fitting, aware=holdings(tree.modules, adapter.config, fitting.sites, form))
         if room is not None:
             fitting = with_room(fitting, room, adapter)
-        fit(tree, adapter_name, fitting, trainable)
+        fit(tree, adapter_name, fitting if weight == 1 else fitting.weighted(weight), trainable)
 
 
 def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
