@@ -17,15 +17,18 @@ from bench.words import put_between, table
 from surgery.codecs import CODECS, FORMS
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.core.codec import Codec, Packed
+from surgery.core.feedback import Feedback
 from surgery.core.survival import Survival
 
 PAGE = Path(__file__).parents[1] / "docs" / "quantization.md"
 MARKS = "<!-- table: written by `python -m bench.formats` -->", "<!-- end of table -->"
 SIZE, SITE = 1024, "model.layers.0.q_proj"
 SHARES = (0.01, 0.03, 0.1)  # |delta| / |W|
+CALIBRATED, INPUTS, DIRECTIONS = 0.03, 64, 16  # of that share, by so many inputs, most of them along so few directions
 HEAD = (
     *("format", "decoded as by its library", "merged to 16 bit, verified", "undone"),
     *(f"kept, delta of {share:.0%}" for share in SHARES),
+    f"error of outputs over effect, delta of {CALIBRATED:.0%}: nearest, calibrated",
     *("live layers", "quantization-aware"),
 )
 CODEC = {codec.name: codec for codec in CODECS}
@@ -84,7 +87,7 @@ def rows() -> Iterator[list[str]]:
     for name, example in EXAMPLES.items():
         drawn = weight()
         packed = example.fresh(drawn)
-        left = [kept(example, packed, share) for share in SHARES]
+        left = [*(kept(example, packed, share) for share in SHARES), calibrated(example, packed)]
         yield [name, compared(example, packed), *merged(example, packed, drawn), *left, live(name), aware(name)]
 
 
@@ -94,12 +97,33 @@ def weight(size: int = SIZE) -> Tensor:
 
 def kept(example: Example, packed: Packed, share: float) -> str:
     """What is left of a delta of rank 16 and random directions."""
-    drawn, codec = torch.Generator().manual_seed(1), example.codec
-    before = codec.decode(packed, torch.float64)
+    codec, (before, wanted) = example.codec, changed(example, packed, share)
+    return str(Survival.of(before, wanted, codec.decode(codec.encode(wanted, like=packed), torch.float64)))
+
+
+def changed(example: Example, packed: Packed, share: float) -> tuple[Tensor, Tensor]:
+    """The weight as it is held, and as it is wanted."""
+    drawn, before = torch.Generator().manual_seed(1), example.codec.decode(packed, torch.float64)
     size = before.shape[-1]
     delta = torch.randn(size, 16, generator=drawn).double() @ torch.randn(16, size, generator=drawn).double()
-    wanted = before + delta * (share * before.norm() / delta.norm())
-    return str(Survival.of(before, wanted, codec.decode(codec.encode(wanted, like=packed), torch.float64)))
+    return before, before + delta * (share * before.norm() / delta.norm())
+
+
+def calibrated(example: Example, packed: Packed) -> str:
+    """The error of outputs over the effect of the delta, for inputs such as the calibration has."""
+    codec, (before, wanted) = example.codec, changed(example, packed, CALIBRATED)
+    if before.dim() > 2:
+        return "not for experts"
+    drawn = torch.Generator().manual_seed(2)
+    few = torch.randn(2 * INPUTS, DIRECTIONS, generator=drawn) @ torch.randn(
+        DIRECTIONS, before.shape[1], generator=drawn
+    )
+    seen, others = (few + torch.randn(few.shape, generator=drawn)).double().split(INPUTS)
+    near = codec.encode(wanted, like=packed)
+    fed = Feedback.of_inputs(seen).choose(wanted, codec.decode(near, torch.float64), *codec.grid(near))
+    effect = ((wanted - before) @ others.T).norm()
+    errors = (((one - wanted) @ others.T).norm() / effect for one in (codec.decode(near, torch.float64), fed))
+    return ", ".join(f"{float(one):.3g}" for one in errors)
 
 
 def compared(example: Example, packed: Packed) -> str:

@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from surgery.adapters.out_proj import Scale, check_scale
-from surgery.adapters.peft import open_adapter
+from surgery.adapters.peft import CONFIG, TENSORS, open_adapter
 from surgery.core.adapter import Weighted
-from surgery.errors import UsageError, printable
+from surgery.errors import InputError, UsageError, printable
 from surgery.hosts.calibration import Calibration
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.integrations import transformers as hugging
@@ -26,11 +27,19 @@ Adapters = Given | Sequence[Given]  # one, or several in their order
 def checkpoint(where: Where) -> Checkpoint:
     """Open, with what is known of where it came from."""
     place = located(where)
+    if _is_adapter(place.path):
+        raise InputError(f"{printable(where)}: it is an adapter; a model is wanted; name BASE first, then its adapters")
     found = Checkpoint(place.path)
     found.hub_id, found.commit = place.hub_id, place.commit
     found.names, found.linears = partial(hugging.name_map, found.config), partial(hugging.linears_of, found)
     found.in_memory = partial(hugging.names_in_memory, found)
     return found
+
+
+def _is_adapter(path: Path) -> bool:
+    """Is it a folder of an adapter, without a model beside, or the file of one?"""
+    alone = (path / TENSORS).is_file() and not (path / "config.json").exists()
+    return path.name == TENSORS or (alone and (path / CONFIG).is_file())
 
 
 def weighted(adapters: Adapters, mha_out_proj_scale: int | None = None) -> list[Weighted]:

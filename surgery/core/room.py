@@ -18,7 +18,7 @@ class Room(Protocol):
         ...
 
     def laid(self, method: Method, p: Params, where: str) -> Params:
-        """The tensors of an adapter as they are held. ShapeError where there is no room for them."""
+        """The tensors of an adapter as they are held. ShapeError without room, MatchError for another method."""
         ...
 
     def own(self, method: Method, held: Params) -> Params:

@@ -10,7 +10,7 @@ from surgery.core.method import Method, Params, Run, Spec
 from surgery.core.op import Op
 from surgery.core.room import Room
 from surgery.core.site import Site
-from surgery.errors import ShapeError
+from surgery.errors import MatchError, ShapeError
 from surgery.methods.lora import Lora
 
 
@@ -35,7 +35,10 @@ class LoraRoom(Room):
         return {**self.whole.tensors(site), "s": Spec("lora_scaling", (), fixed=True)}
 
     def laid(self, method: Method, p: Params, where: str) -> Params:
-        assert isinstance(method, Lora)
+        if not isinstance(method, Lora):
+            raise MatchError(
+                f"{where}: it is {method.name}, and the room is for LoRA; delete that adapter and load this"
+            )
         if method.r > self.whole.r:
             raise ShapeError(
                 f"{where}: r is {method.r}, and there is room for {self.whole.r}; call "

@@ -47,7 +47,7 @@ def example(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def test_no_sum_with_a_factor_is_left_to_it() -> None:
-    """torch 2.11 and 2.13 make one product of such a sum and the product in it, and forget the factor."""
+    """torch 2.13 makes one product of such a sum and the product in it, and forgets the factor."""
     sums: list[Any] = []
 
     def watched(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:

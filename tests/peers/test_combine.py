@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import surgery
+from surgery.testing import assert_equivalent
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "tie_word_embeddings": False}
@@ -111,6 +112,46 @@ def test_dare_keeps_what_peft_keeps_with_the_same_seed(llama: nn.Module, tmp_pat
     torch.manual_seed(7)
     for key in sorted(found):  # A, then B
         assert torch.equal(found[key], merge_utils.dare_linear([one[key] for one in given], torch.ones(2), 0.5))
+
+
+def images() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 6, (2, 3)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:The density")
+def test_convolutions_are_combined_as_the_matrices_that_they_are(method: str, tmp_path: Path) -> None:
+    fields = {"r": 4, "lora_alpha": 9, "target_modules": ["0", "2", "3"]}
+    both = [adapter(images(), tmp_path / str(n), n, **fields) for n in range(2)]
+    report = surgery.combine(list(zip(both, WEIGHTS, strict=True)), tmp_path / "out", method=method, **METHODS[method])
+    first, second, found = (deltas(in_peft(images(), [*both, tmp_path / "out"]), name) for name in "012")
+    for name, delta in found.items():
+        exact = WEIGHTS[0] * first[name] + WEIGHTS[1] * second[name]
+        told = report.sites[name.removeprefix("base_model.model.")].relative_error
+        # Sums of up to 8 products in each of the three deltas.
+        near = 3 * 8 * torch.finfo(torch.float32).eps
+        assert told == pytest.approx(float((delta - exact).norm() / exact.norm()), abs=near)
+        assert method != "cat" or close(delta, exact, terms=8)
+    ours, x = surgery.load(images(), tmp_path / "out"), torch.randn(4, 3, 9, 9)
+    assert_equivalent(ours, in_peft(images(), [tmp_path / "out"]).eval(), x, base=images())
+
+
+def test_convolutions_of_other_kernels_or_in_groups_are_refused(tmp_path: Path) -> None:
+    made = {
+        "wide": nn.Conv2d(2, 8, (3, 1)),
+        "high": nn.Conv2d(2, 8, (1, 3)),
+        "groups": nn.Conv2d(4, 8, 3, groups=2),
+    }
+    held = {
+        name: adapter(nn.Sequential(one), tmp_path / name, 0, r=2, target_modules=["0"]) for name, one in made.items()
+    }
+    for folder in held.values():
+        (folder / "surgery.base.json").unlink()  # which tells the bases apart before
+    with pytest.raises(surgery.ShapeError, match=r"made for weights of \[\(8, 2, 1, 3\), \(8, 2, 3, 1\)\]"):
+        surgery.combine([held["wide"], held["high"]], tmp_path / "out")
+    with pytest.raises(surgery.ShapeError, match=r"\[out, 2, 1, ...\] in one group"):
+        surgery.combine([held["groups"]], tmp_path / "out")
 
 
 def test_peft_gives_each_of_two_names_that_end_alike_its_own_rank(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     ElectraConfig,
@@ -106,6 +106,21 @@ def test_peft_reads_the_adapter_as_it_is_meant(kind: str, tmp_path: Path) -> Non
         wanted = type(make()).from_pretrained(tuned).eval()(given).logits
         found = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter").eval()(given).logits
     assert (found - wanted).abs().max() < 1e-4 * (before - wanted).abs().max()  # the energy left out is 1e-9
+
+
+def test_what_is_made_for_a_convolution_in_groups_is_merged_on_files_and_refused_by_a_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    grouped, tuned = (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)) for _ in range(2))
+    for name, model in (("base", grouped), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(tuned.state_dict() | {"0.weight": model[0].weight.detach()}, tmp_path / name / "model.safetensors")
+    surgery.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", energy=1.0)
+    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    change = (tuned[0].weight - grouped[0].weight).detach()
+    found = load_file(tmp_path / "out" / "model.safetensors")["0.weight"] - tuned[0].weight.detach()
+    assert float(found.norm()) <= 32 * EPS * float(change.norm()) + math.hypot(*grids(tmp_path / "adapter"))
+    with pytest.raises(surgery.ShapeError, match=r"\[8, 4, 3, 3\] is wanted by this base"):
+        surgery.load(grouped, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("wanted", [1, 3, 7])

@@ -66,6 +66,25 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=4 * 64 * EPS * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True},
+        {"use_qalora": True, "qalora_group_size": 8},
+        {"use_bdlora": {"target_modules_bd_a": ["proj"], "nblocks": 2}},
+    ],
+    ids=lambda one: next(iter(one)),
+)
+def test_the_room_of_lora_is_for_no_other_method(fields: dict[str, Any], saved: Path, tmp_path: Path) -> None:
+    config = surgery.LoraConfig(r=4, target_modules=["q_proj"], **fields)
+    surgery.save(surgery.inject(llama(), config), tmp_path)
+    model = roomy(saved, "fewer modules")
+    before = state(model)
+    with pytest.raises(surgery.MatchError, match="delete that adapter and load this"):
+        model.load_adapter(tmp_path, "default", hotswap=True)
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
+
+
 def test_none_of_several_adapters_makes_anything_compile_anew(saved: Path) -> None:
     model = roomy(saved)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -177,3 +196,18 @@ def test_the_methods_of_a_model_whose_adapters_are_all_gone_are_those_of_a_fresh
     model.load_adapter(saved / "first")
     model.load_adapter(saved / "all the room")
     assert_close(outputs(model), outputs(surgery.load(llama(), saved / "all the room")))
+
+
+def test_transformers_with_peft_keeps_the_first_alpha_and_refuses_another_rank(saved: Path) -> None:
+    """What ours is for; when this fails, it may no longer be."""
+    pytest.importorskip("peft")
+    wanted = {name: outputs(surgery.load(llama(), saved / name)) for name in ("first", "another alpha")}
+    model = llama()
+    model.enable_peft_hotswap(target_rank=ROOM)
+    model.load_adapter(saved / "first")
+    assert_close(outputs(model), wanted["first"])
+    model.load_adapter(saved / "another alpha", "default", hotswap=True)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_close(outputs(model), wanted["another alpha"])
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        model.load_adapter(saved / "a lower rank", "default", hotswap=True)

@@ -192,6 +192,24 @@ def test_a_second_adapter_is_added_and_they_are_switched_disabled_and_enabled(
     assert torch.equal(outputs(model), two)
 
 
+def test_adapters_of_other_ranks_are_swapped_in_place(base: Path, tmp_path: Path) -> None:
+    wanted = []
+    for name, r in (("one", 4), ("two", 8)):
+        torch.manual_seed(r)
+        made = surgery.inject(AutoModelForCausalLM.from_pretrained(base), {**config("LORA"), "r": r})
+        made.save_pretrained(tmp_path / name)
+        wanted.append(outputs(made))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.enable_peft_hotswap(target_rank=8)  # transformers' own, before the first adapter
+    surgery.load(model, tmp_path / "one", adapter_name="default")
+    parameters = [id(values) for values in model.parameters()]
+    # A rank of 4 among 8 rows: at most as many roundings as there are terms, in two layers.
+    torch.testing.assert_close(outputs(model), wanted[0], rtol=0, atol=2 * 64 * torch.finfo(torch.float32).eps)
+    model.load_adapter(tmp_path / "two", adapter_name="default")
+    torch.testing.assert_close(outputs(model), wanted[1], rtol=0, atol=2 * 64 * torch.finfo(torch.float32).eps)
+    assert [id(values) for values in model.parameters()] == parameters
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_text_is_generated_with_the_adapter_and_without(kind: str, base: Path) -> None:
     # Frozen, as under an adapter: torch takes another kernel, with other last bits, where a weight has gradients.

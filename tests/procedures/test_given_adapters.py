@@ -49,6 +49,17 @@ def test_what_names_no_adapter_is_refused_with_the_forms(taker: str, given: Any,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("file", ["", "adapter_model.safetensors"])
+def test_an_adapter_in_place_of_the_base_is_refused_as_one(
+    file: str, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(surgery.InputError, match="it is an adapter; a model is wanted"):
+        surgery.merge_checkpoint(adapter / file, adapter, tmp_path / "out")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # a model with an adapter beside it is a base
+        (base / name).write_bytes((adapter / name).read_bytes())
+    assert surgery.plan(base, adapter).ok
+
+
 def test_a_verification_of_half_a_merge_is_refused(base: Path, adapter: Path) -> None:
     for given in ({"adapters": adapter}, {"out": base}):
         with pytest.raises(surgery.UsageError, match="one of adapters and OUT is missing"):

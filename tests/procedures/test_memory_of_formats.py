@@ -45,7 +45,7 @@ def largest(folder: Path, rows: int, options: dict[str, Any]) -> int:
     factors = {"A": torch.randn(4, COLUMNS, generator=drawn), "B": torch.randn(rows, 4, generator=drawn)}
     adapter = write_adapter(folder / "adapter", {f"{site}.lora_{role}.weight": one for role, one in factors.items()})
     with Largest() as seen:
-        surgery.merge_checkpoint(base, adapter, folder / "out", **options, **ANY)
+        surgery.merge_checkpoint(base, adapter, folder / "out", **options, **(ANY if "into" in options else {}))
         treatment = Treatment.of(base_as=options.get("base_as"))
         with Checkpoint(base) as before, Checkpoint(folder / "out") as after:
             assert verify_checkpoint(before, files.weighted(adapter), after, treatment, workers=1).ok

@@ -230,3 +230,12 @@ def test_an_option_that_is_none_is_refused_before_anything_is_read(tmp_path: Pat
         surgery.merge_checkpoint("nowhere", "nothing", tmp_path / "out", revresible=True)  # type: ignore[call-arg]
     with pytest.raises(surgery.UsageError, match="option 'revresible' is not known"):
         surgery.plan("nowhere", "nothing", revresible=None)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64], ids=str)
+def test_factors_of_any_floats_are_merged_as_their_values(dtype: torch.dtype, base: Path, tmp_path: Path) -> None:
+    held = {name: values.to(dtype) for name, values in factors().items()}
+    for name, tensors in (("held", held), ("wide", {name: values.float() for name, values in held.items()})):
+        surgery.merge_checkpoint(base, write_adapter(tmp_path / name, tensors), tmp_path / f"out-{name}")
+    found, wanted = (tensor_hashes(read_tensors(tmp_path / f"out-{name}")) for name in ("held", "wide"))
+    assert found == wanted

@@ -108,3 +108,36 @@ def test_a_combination_keeps_them_tied(theirs: peft.PeftModel, tmp_path: Path) -
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
     copy = theirs.base_model.model.model.embed_tokens.modules_to_save["default"].weight
     assert torch.equal(ours.lm_head.weight, copy)
+
+
+def held_apart(folder: Path, tied: bool) -> Path:
+    """A base as older tools write it, with a head that is equal to the embedding."""
+    state = {name: values.clone() for name, values in llama().state_dict().items()}
+    config = llama(tied).config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    return write_base(folder, state, config=config)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_a_head_that_is_held_and_tied_is_no_longer_tied_where_one_of_the_two_changes(
+    target: str, tmp_path: Path
+) -> None:
+    base = held_apart(tmp_path / "base", tied=True)
+    adapted = surgery.inject(llama(), LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    surgery.save(adapted, tmp_path / "adapter")
+    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", reversible=True)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert not merged.config.tie_word_embeddings
+    room = 4 * 24 * torch.finfo(torch.float32).eps * float(logits(adapted).abs().max())
+    assert float((logits(merged) - logits(adapted)).abs().max()) <= room
+    assert surgery.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "out").ok
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
+def test_rows_of_a_head_that_is_held_and_tied_are_refused(tmp_path: Path) -> None:
+    base = held_apart(tmp_path / "base", tied=True)
+    fields = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [3]}
+    surgery.save(surgery.inject(llama(), LoraConfig(**fields)), tmp_path / "adapter")
+    with pytest.raises(MatchError, match=r"config\.json ties lm_head\.weight to it, which the files hold apart"):
+        surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    surgery.merge_checkpoint(held_apart(tmp_path / "untied", tied=False), tmp_path / "adapter", tmp_path / "out")

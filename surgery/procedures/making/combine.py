@@ -13,7 +13,7 @@ from torch import Tensor
 from surgery.adapters import out_proj
 from surgery.adapters.peft import CONFIG, check_finite, config_bytes
 from surgery.adapters.spill import Spill
-from surgery.core.adapter import Weighted
+from surgery.core.adapter import Weighted, shape_of
 from surgery.core.names import prefix_between
 from surgery.errors import InputError, ShapeError, UsageError, ValueRangeError, printable
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
@@ -125,8 +125,10 @@ def _lora(one: Weighted) -> LoraConfig:
 
 def _at(name: str, given: Sequence[Weighted], recipe: Recipe, draws: torch.Generator) -> tuple[Factors, Fidelity]:
     """One site combined, as it is written; and its error, against what the files say in float64."""
-    found = [_factors(name, one) for one in given if name in one.adapter.sites]
-    _check_shapes(name, found, recipe)
+    there = [one for one in given if name in one.adapter.sites]
+    found = [_factors(name, one) for one in there]
+    inputs = _inputs(name, there)
+    _check_ranks(name, found, recipe)
     kinds = [factor.dtype for one in given for factor in one.adapter.sites.get(name, {}).values()]
     dtype = reduce(torch.promote_types, kinds, torch.float32)
     whole = norm(found)
@@ -139,30 +141,34 @@ def _at(name: str, given: Sequence[Weighted], recipe: Recipe, draws: torch.Gener
             f"{printable(name)}: the outcome overflows {dtype}; finite numbers are wanted; take smaller weights"
         )
     error = norm([*found, Factors(written.A.double(), written.B.double(), -1.0)])
-    return written, Fidelity(len(written.A), whole, error)
+    r, points = len(written.A), (1 for _ in inputs[1:])
+    return Factors(written.A.view(r, *inputs), written.B.view(-1, r, *points)), Fidelity(r, whole, error)
 
 
 def _factors(name: str, one: Weighted) -> Factors:
     method, p = one.adapter.config.method(name), dict(one.adapter.sites[name])
     assert isinstance(method, Lora)
-    if p["A"].dim() > 2:
+    A, B = p["A"].shape, p["B"].shape
+    if not 2 <= len(A) == len(B) or len(A) > 5 or A[0] != method.r or B[1] != method.r or math.prod(B[2:]) != 1:
         raise ShapeError(
-            f"{printable(one.adapter.where)}: {printable(name)}: it adapts a convolution; combine takes linear layers "
-            "and embeddings; merge such adapters one over the other"
-        )
-    if p["A"].dim() != 2 or p["B"].dim() != 2 or len(p["A"]) != method.r or p["B"].shape[1] != method.r:
-        raise ShapeError(
-            f"{printable(one.adapter.where)}: {printable(name)}: A is {list(p['A'].shape)}, B {list(p['B'].shape)}; "
-            f"[{method.r}, in] and [out, {method.r}] are wanted by its config; save it again"
+            f"{printable(one.adapter.where)}: {printable(name)}: A is {list(A)}, B {list(B)}; [{method.r}, in] and "
+            f"[out, {method.r}] are wanted by its config, of a convolution [{method.r}, channels, *kernel] and [out, "
+            f"{method.r}, 1, ...] in one group; save it again, or merge such adapters one over the other"
         )
     check_finite(name, p, one.adapter.where)
-    return Factors(p["A"].double(), p["B"].double(), one.weight * method.scaling)
+    return Factors(p["A"].double().flatten(1), p["B"].double().flatten(1), one.weight * method.scaling)
 
 
-def _check_shapes(name: str, found: Sequence[Factors], recipe: Recipe) -> None:
-    shapes = sorted({(one.B.shape[0], one.A.shape[1]) for one in found})
+def _inputs(name: str, given: Sequence[Weighted]) -> tuple[int, ...]:
+    """Those that A takes: how many, or channels and kernel of a convolution. ShapeError unless they are one base's."""
+    held = [one.adapter.sites[name] for one in given]
+    shapes = sorted({(shape_of(p, "B")[0], *shape_of(p, "A")[1:]) for p in held})
     if len(shapes) > 1:
         raise ShapeError(f"{printable(name)}: the adapters are made for weights of {shapes}; one base is wanted")
+    return shapes[0][1:]
+
+
+def _check_ranks(name: str, found: Sequence[Factors], recipe: Recipe) -> None:
     ranks = sorted({len(one.A) for one in found})
     if len(ranks) > 1 and recipe.method not in ("cat", "svd"):
         raise ShapeError(f"{printable(name)}: the ranks are {ranks}; {recipe.method} wants equal ones; take cat or svd")

@@ -48,6 +48,19 @@ def tying_of(base: Checkpoint) -> Tying | None:
     return Tying(found[0], free and base.info(HEAD) is None)
 
 
+def tied_though_held(base: Checkpoint) -> Tying | None:
+    """The embedding and a head that the files hold, though config.json ties it to that; None where it does not.
+
+    Loaders then leave the head out, or take it where the two differ.
+    """
+    found = [info for info in base.weights() if is_embedding(info.name) and len(info.shape) == 2]
+    head, parts = base.info(HEAD), (text_config(base.config), base.config)
+    told = next((part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part), False)
+    if told is not True or len(found) != 1 or head is None or head.shape != found[0].shape:
+        return None
+    return Tying(found[0], base.config.get("model_type") in _SEPARABLE)
+
+
 def is_embedding(name: str) -> bool:
     """Is it the weight of a token embedding?"""
     parts = name.split(".")

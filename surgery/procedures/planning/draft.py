@@ -18,7 +18,7 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import plainly
 from surgery.io.header import DTYPES
 from surgery.procedures.places.stacking import merge_refusal
-from surgery.procedures.places.tying import Tying, ties_head, tying_of, vocabulary
+from surgery.procedures.places.tying import Tying, tied_though_held, ties_head, tying_of, vocabulary
 from surgery.procedures.planning.join import Joined, Whole
 from surgery.procedures.planning.true_config import Outcome
 
@@ -77,6 +77,7 @@ class Draft:
             self._settle_tie(self.tying, tied)
         else:
             self._refuse_hidden_ties()
+            self._settle_held_tie(tied_though_held(self.base))
         self._check_vocabulary()
         for name, change in self.changes.items():
             held = change.site.weight.dtype
@@ -170,6 +171,25 @@ class Draft:
             )
         else:
             self.changes[head] = self._apart(tying, e, h)
+            self.untied = True
+
+    def _settle_held_tie(self, tying: Tying | None) -> None:
+        """A head that the files hold and config.json ties: changed apart from the embedding it has to be read."""
+        if tying is None:
+            return
+        embedding, head = tying.embedding.name, tying.head.weight.name
+        e, h = self.changes.get(embedding), self.changes.get(head)
+        (name, change), other = ((embedding, e), head) if h is None else ((head, h), embedding)
+        if (e is None) != (h is None) and change is not None and _of_rows(change):
+            self.refusals.append(
+                MatchError(
+                    f"{printable(name)}: rows of it are replaced, and config.json ties {printable(other)} to it, which "
+                    "the files hold apart; set tie_word_embeddings to false there, or save the base with transformers"
+                )
+            )
+        elif (
+            change is not None and tying.separable and not (e and h and e.saved is not None and _same(h.saved, e.saved))
+        ):
             self.untied = True
 
     def _refuse_hidden_ties(self) -> None:
