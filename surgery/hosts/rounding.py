@@ -8,7 +8,7 @@ from surgery.core.codec import Codec, Packed
 from surgery.core.feedback import Feedback
 from surgery.hosts.change import Change, importance_of
 
-FED_ELEMENTS = 1 << 20  # of a weight at a time: with fewer rows the steps from column to column would take the time
+FED_ELEMENTS = 1 << 21  # of a weight at a time: with fewer rows the steps from column to column would take the time
 
 
 def feedback_of(change: Change, started: Started) -> Feedback | None:
