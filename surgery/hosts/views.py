@@ -66,7 +66,7 @@ class Merged:
             outcome, steps = self._cut(change, change.as_peft, rows), None
         merged = outcome.tensors["weight"]
         if not all_finite(merged):
-            raise _non_finite(site, begin.tensors["weight"], merged)
+            raise _non_finite(change, begin.tensors["weight"], merged)
         if self.watch is not None:
             before = None if original is None else original.tensors["weight"]
             chained = None if change.saved is not None or change.new else steps
@@ -79,7 +79,7 @@ class Merged:
         original, begin = _opened(self.source, change, rows)
         laid, _ = _lay(change, rows, _decoded(change, begin), started)
         if not all_finite(laid):
-            raise _non_finite(site, begin.tensors["weight"], laid)
+            raise _non_finite(change, begin.tensors["weight"], laid)
         return _decoded(change, begin if original is None else original), laid.to(torch.float64)
 
     def _kept(self, change: Change, rows: slice, started: Started) -> Packed:
@@ -89,7 +89,7 @@ class Merged:
         before = codec.decode(packed, torch.float64)
         laid, _ = _lay(change, rows, before.clone(), started)
         if not all_finite(laid):
-            raise _non_finite(change.site, before, laid)
+            raise _non_finite(change, before, laid)
         outcome = rounded(codec, laid, packed, self._feedback(change, rows, started))
         after = codec.decode(outcome, torch.float64)
         if self.watch is not None:
@@ -201,10 +201,12 @@ def _encode(laid: Tensor, packed: Packed, change: Change) -> Packed:
     return Packed({"weight": round_once(laid.to(torch.float64), change.dtype)})
 
 
-def _non_finite(site: Site, base: Tensor, merged: Tensor) -> ValueRangeError:
-    what, values = ("the merged weight", merged) if all_finite(base) else ("the base weight", base)
-    dtype = str(values.dtype).removeprefix("torch.")
+def _non_finite(change: Change, begin: Tensor, merged: Tensor) -> ValueRangeError:
+    """`begin` is what the layers are laid over."""
+    begins = "the weight that the adapter brings" if change.saved is not None else "the base weight"
+    what, values = ("the merged weight", merged) if all_finite(begin) else (begins, begin)
+    dtype, source = str(values.dtype).removeprefix("torch."), "adapter" if change.saved is not None else "base"
     return ValueRangeError(
-        f"{printable(site.name)}: {what} holds NaN or infinity in {dtype}; "
-        "finite numbers are wanted; check the base, or choose a --dtype of wider range"
+        f"{printable(change.site.name)}: {what} holds NaN or infinity in {dtype}; "
+        f"finite numbers are wanted; check the {source}, or choose a --dtype of wider range"
     )

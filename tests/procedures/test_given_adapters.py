@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import SITES, factors, file_hashes, llama_base, write_adapter
+from checkpoint_folders import SHAPES, SITES, factors, file_hashes, llama_base, write_adapter
 
 import surgery
 
@@ -85,3 +85,12 @@ def test_factors_that_are_no_numbers_are_in_the_plan_and_nothing_is_begun(
         surgery.merge_checkpoint(base, adapter, tmp_path / "out", progress=calls.append)
     assert calls == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_weight_of_the_adapter_that_is_no_number_is_told_as_the_adapters(base: Path, tmp_path: Path) -> None:
+    head = torch.full(SHAPES["lm_head"], torch.nan)
+    adapter = write_adapter(tmp_path / "adapter", factors() | {"lm_head.weight": head}, modules_to_save=["lm_head"])
+    with pytest.raises(
+        surgery.ValueRangeError, match=r"lm_head\.weight: the weight that the adapter brings.*the adapter,"
+    ):
+        surgery.merge_checkpoint(base, adapter, tmp_path / "out")

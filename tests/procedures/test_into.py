@@ -365,7 +365,7 @@ def test_a_config_of_more_layers_than_tensors_builds_no_model(adapter: Path, tmp
     told = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 10**9}
     (base / "config.json").write_text(json.dumps(told))
     report = surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="nf4", **ANY)
-    assert "4 weights are held in nf4, and 2 other linear ones are not" in report.receipt["notes"]
+    assert "4 weights are held in nf4; linear ones that are not: 2" in report.receipt["notes"]
 
 
 def test_a_base_without_a_linear_weight_is_refused(tmp_path: Path):

@@ -43,7 +43,7 @@ def cover(draft: Draft, form: str, plainly: Collection[str] = ()) -> None:
         raise MatchError(
             f"into {form}: {printable(draft.base.path)} has no linear weight{left} that it could hold; give into 16bit"
         )
-    draft.notes.append(f"{len(covered)} weights are held in {form}, and {len(others)} other linear ones are not")
+    draft.notes.append(f"{len(covered)} weights are held in {form}; linear ones that are not: {len(others)}")
     codec, settings = FORMS[form]
     draft.quantization = codec.told(settings, draft.changes[covered[0].name].dtype, others)
 
