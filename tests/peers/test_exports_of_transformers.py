@@ -156,8 +156,11 @@ def test_a_model_that_runs_for_one_length_alone_is_refused(tmp_path: Path) -> No
 def test_an_export_of_files_asks_for_no_inputs(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(surgery.UsageError, match="inputs are made of the config"):
         surgery.export_onnx(folders / "base", None, tmp_path / "out", inputs=torch.ones(1, 2))
+    alone = shutil.copy(next((folders / "base").glob("*.safetensors")), tmp_path)
     with pytest.raises(surgery.AbsentError, match=r"no config\.json"):
-        surgery.export_onnx(folders / "adapter" / "adapter_model.safetensors", None, tmp_path / "out")
+        surgery.export_onnx(alone, None, tmp_path / "out")
+    with pytest.raises(surgery.InputError, match="it is an adapter"):
+        surgery.export_onnx(folders / "adapter", None, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
