@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery import testing
+    from surgery.api.adalora import adalora_step, orthogonal_loss
     from surgery.api.export import export_onnx
     from surgery.api.files import (
         diff,
@@ -16,24 +17,21 @@ if TYPE_CHECKING:
         verify_checkpoint,
     )
     from surgery.api.live import (
-        adalora_step,
         disable_adapters,
         eject,
         enable_adapters,
         inject,
         load,
-        load_model,
         merge,
         mixed_batch,
-        orthogonal_loss,
         quantize,
         record_inputs,
         save,
-        save_merged,
         set_adapter,
         unmerge,
     )
     from surgery.api.made_adapters import combine, extract
+    from surgery.api.pretrained import load_model, save_merged
     from surgery.core.config import AdapterConfig, TaskType
     from surgery.errors import (
         AbsentError,
@@ -99,14 +97,18 @@ _HOMES = {
     "UsageError": "errors",
     "ValueRangeError": "errors",
     "VerifyReport": "procedures.checking.verify",
+    "adalora_step": "api.adalora",
     "combine": "api.made_adapters",
     "diff": "api.files",
     "export_onnx": "api.export",
     "extract": "api.made_adapters",
     "inspect": "api.files",
+    "load_model": "api.pretrained",
     "merge_checkpoint": "api.files",
+    "orthogonal_loss": "api.adalora",
     "plan": "api.files",
     "push_to_hub": "api.files",
+    "save_merged": "api.pretrained",
     "unmerge_checkpoint": "api.files",
     "verify_checkpoint": "api.files",
 }

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -12,12 +11,11 @@ from torch import Tensor, nn
 
 from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import read_adapter
-from surgery.api.given import calibrated
+from surgery.api.given import Where, calibrated
 from surgery.codecs.formats import format_of
 from surgery.errors import UsageError, printable
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
-from surgery.procedures.live import adalora, switch
 from surgery.procedures.live import eject as ejection
 from surgery.procedures.live import inject as injection
 from surgery.procedures.live import load as loading
@@ -26,13 +24,13 @@ from surgery.procedures.live import mixed_batch as mixing
 from surgery.procedures.live import quantize as quantizing
 from surgery.procedures.live import record_inputs as recording
 from surgery.procedures.live import save as saving
+from surgery.procedures.live import switch
 from surgery.procedures.live.examples import Examples
 from surgery.procedures.live.held_layers import Landing
 from surgery.procedures.places.configs import config_of, is_peft_s
 from surgery.procedures.planning.treatment import Treatment
 
 Model = TypeVar("Model", bound=nn.Module)
-Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
 
 
 def inject(  # noqa: PLR0913  # what is laid over what, and how
@@ -105,42 +103,9 @@ def load(  # noqa: PLR0913  # a model, an adapter, and how it is laid over it
     return model
 
 
-def load_model(  # noqa: PLR0913  # as transformers' from_pretrained
-    where: Where,
-    *,
-    model_class: Any = None,
-    dtype: str | torch.dtype = "auto",
-    device_map: Any = None,
-    quantization: str | None = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    trainable: bool = False,
-) -> Any:
-    """A model of transformers with the adapter at `where`, a folder or owner/name on the Hub, laid over its base.
-
-    The base is the one that the adapter's config names, in the class of its task, or that either config names, or
-    in `model_class`. Where no adapter lies, the model itself. `dtype` and `device_map` as in transformers;
-    `quantization` "nf4", "fp4" or "int8" holds the weights so from the start. No code of a repository is ever run.
-    Raises InputError for what is not there or not known, EnvironmentFault without
-    transformers or a network.
-    """
-    wanted = hugging.Wanted(model_class, dtype, device_map, quantization)
-    return hugging.load_model(where, wanted, revision, subfolder, trainable)
-
-
 def save(model: nn.Module, folder: Where, *, adapter_name: str | None = None) -> None:
     """Write the model's adapters as PEFT does: "default" into `folder`, others into sub-folders of their name."""
     saving.save(model, Path(folder), None if adapter_name is None else [adapter_name])
-
-
-def save_merged(model: nn.Module, folder: Where, *, overwrite: bool = False, **options: Any) -> None:
-    """Write a model of transformers with its active adapters merged, as a plain checkpoint; the model stays as it is.
-
-    transformers alone loads it, with no key missing or left over. `options` are those of its `save_pretrained`.
-    Raises OutputExistsError if `folder` is there and `overwrite` is false, UsageError for a model of another kind,
-    and as `merge` does.
-    """
-    hugging.save_merged(model, Path(folder), overwrite, **options)
 
 
 def quantize(
@@ -269,33 +234,3 @@ def record_inputs(  # noqa: PLR0913  # three things and their options
     {'0': 32}
     """
     return recording.record_inputs(model, Examples(batches, "batches"), Path(out), targets, rank, overwrite)
-
-
-def adalora_step(model: nn.Module, step: int) -> None:
-    """Allot the ranks of the AdaLoRA adapters in training; PEFT's `update_and_allocate`.
-
-    To be called after the optimizer's step number `step`, counted from 0, and before `zero_grad`. Raises
-    StateError without such an adapter or without gradients, ConfigError for a schedule that cannot be followed.
-    """
-    adalora.adalora_step(model, step)
-
-
-def orthogonal_loss(model: nn.Module) -> Tensor:
-    """AdaLoRA's regularizer, to be added to the loss before `backward`; a scalar.
-
-    A model of transformers that is called with labels adds it to its own loss; there it must not be added again,
-    and this raises UsageError.
-
-    >>> import surgery, torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    >>> config = surgery.AdaLoraConfig(init_r=4, target_r=2, total_step=3, target_modules=["0"])
-    >>> model, x = surgery.inject(model, config), torch.randn(8, 4)
-    >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    >>> for step in range(3):
-    ...     loss = model(x).square().mean() + surgery.orthogonal_loss(model)
-    ...     loss.backward()
-    ...     optimizer.step()
-    ...     surgery.adalora_step(model, step)
-    ...     optimizer.zero_grad()
-    """
-    return adalora.orthogonal_loss(model)

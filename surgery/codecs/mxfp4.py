@@ -30,6 +30,7 @@ class Mxfp4(TiledCodec):
     name = "mxfp4"
     endings: ClassVar[Mapping[str, str]] = {"blocks": "_blocks", "scales": "_scales"}
     plain_ending = ""
+    stacked = True
 
     def claims(self, headers: Headers) -> bool:
         return {dtype for dtype, _ in headers.values()} == {torch.uint8} and {"blocks", "scales"} <= headers.keys()

@@ -34,6 +34,7 @@ class Codec(ABC):
     name: ClassVar[str]
     endings: ClassVar[Mapping[str, str]]  # by role, what the tensor's name has after that of its site
     plain_ending: ClassVar[str] = ".weight"  # the same of the one tensor that would hold the weight plainly
+    stacked: ClassVar[bool] = False  # does it hold a stack [stack, in, out], the codes of each output in a row?
 
     @abstractmethod
     def claims(self, headers: Headers) -> bool:

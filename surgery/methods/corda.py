@@ -16,6 +16,7 @@ from surgery.core.site import Site
 from surgery.core.starter import Observer
 from surgery.errors import ConfigError, ValueRangeError, printable
 from surgery.methods.inits import FromBase, halves
+from surgery.methods.mean import Mean
 from surgery.methods.start_settings import check_choice
 
 _DAMP, _INEXACT = 0.01, 0.05  # of PEFT: what is added to C, and how far its inverse may be off
@@ -55,8 +56,7 @@ class Corda(Observer):
     def __init__(self, site: Site, settings: CordaSettings) -> None:
         settings.refuse_files()
         self.name, self.width, self.settings = site.name, site.shape[1], settings
-        self.sum: Tensor | None = None  # [in, in]
-        self.batches = 0
+        self.mean = Mean()  # [in, in]
 
     @property
     def nbytes(self) -> int:
@@ -73,17 +73,15 @@ class Corda(Observer):
                 f"{printable(self.name)}: the covariance of its inputs is not finite; finite numbers, of which some "
                 "are not zero, are wanted; give other examples, or exclude it"
             )
-        self.sum = products if self.sum is None else self.sum.add_(products)
-        self.batches += 1
+        self.mean.add(products)
 
     def seen(self) -> bool:
-        return self.sum is not None
+        return self.mean.count > 0
 
     def begin(self, site: Site, method: Method, base: Callable[[], Dense]) -> Params:
         assert isinstance(method, FromBase)
-        assert self.sum is not None
         W, r = method.checked_weight(site, base), method.rank
-        C, inverse = _invertible((self.sum / self.batches).float().to(W.device))
+        C, inverse = _invertible(self.mean.value.float().to(W.device))
         U, S, Vh = torch.linalg.svd(W @ C, full_matrices=False)
         part = slice(r) if self.settings.corda_method == "ipm" else slice(-r, None)
         return method.begun(site, *halves(U[:, part], S[part], Vh[part] @ inverse, r, method.positive_scaling(site)))

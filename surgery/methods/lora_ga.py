@@ -16,6 +16,7 @@ from surgery.core.site import Site
 from surgery.core.starter import Observer
 from surgery.errors import ValueRangeError, printable
 from surgery.methods.inits import FromBase
+from surgery.methods.mean import Mean
 from surgery.methods.start_settings import check_choice, check_whole
 
 _ROUNDS = 4  # of the randomized SVD, as in PEFT
@@ -43,8 +44,7 @@ class LoraGa(Observer):
 
     def __init__(self, site: Site, settings: LoraGaSettings) -> None:
         self.name, self.shape, self.settings = site.name, site.shape, settings
-        self.sum: Tensor | None = None  # [out, in]
-        self.batches = 0
+        self.mean = Mean()  # [out, in]
 
     @property
     def nbytes(self) -> int:
@@ -56,18 +56,15 @@ class LoraGa(Observer):
                 f"{printable(self.name)}: its gradient holds NaN or infinity; finite numbers are wanted; give other "
                 "examples, or another loss"
             )
-        self.sum = values.float().clone() if self.sum is None else self.sum.add_(values)
-        self.batches += 1
+        self.mean.add(values.float())
 
     def seen(self) -> bool:
-        return self.sum is not None
+        return self.mean.count > 0
 
     def begin(self, site: Site, method: Method, base: Callable[[], Dense]) -> Params:
         assert isinstance(method, FromBase)
-        assert self.sum is not None
         r, W = method.rank, method.checked_weight(site, base, parts=2)
-        G = self.sum / self.batches
-        U, S, V = _leading(G, r)
+        U, S, V = _leading(self.mean.value, r)
         for_A, for_B = _parts(self.settings.direction, r)
         A, B = V.T[for_A], U[:, for_B] * S[for_B]  # [r, in], [out, r]
         if self.settings.scale == "gd_scale":

@@ -48,7 +48,7 @@ class ExpertsTransposed(Experts):
 
 @dataclass(frozen=True)
 class ExpertsByOutput(Experts):
-    """Transposed ones as codes of mxfp4 hold them: [stack, in, out] is read as [stack * out, in]."""
+    """Transposed ones by the rows of their outputs: [stack, in, out] is read as [stack * out, in]."""
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         stack, columns, rows = stored

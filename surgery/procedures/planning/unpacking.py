@@ -9,7 +9,6 @@ import torch
 from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
 from surgery.codecs.methods import refuse_unread
-from surgery.codecs.mxfp4 import Mxfp4
 from surgery.core.site import CODES, RawDtype, Site, TensorInfo
 from surgery.errors import FormatError, InputError, UsageError, printable
 from surgery.hosts.change import Change
@@ -62,7 +61,7 @@ def keep(draft: Draft, dtype: torch.dtype | None, plainly: Collection[str] = ())
             draft.changes[name] = _plain(change, held, held.plain.torch_dtype, draft.base)
             continue
         op = change.site.acting
-        if op.stack and not (op.swapped and held.codec.name == Mxfp4.name):
+        if op.stack and not (op.swapped and held.codec.stacked):
             draft.refusals.append(
                 FormatError(
                     f"{printable(name)}: a stack held as {held.codec.name}, which cannot keep its format; "
