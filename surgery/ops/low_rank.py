@@ -58,17 +58,38 @@ class LowRank(torch.autograd.Function):
         if of_bias:
             found[2] = rows.sum(0)
         if of_A:
-            found[3] = through.T @ _flat(x)
+            found[3] = _gathered(through, _flat(x))
         if of_B:
             if torch.is_grad_enabled():  # h as it was kept has no graph
                 h = _narrowed(_flat(x), A)
-            found[4] = (ctx.scaling * (h.T @ rows)).T
+            found[4] = (ctx.scaling * _gathered(h, rows)).T
         return tuple(found)
 
 
 def _narrowed(rows: Tensor, factor: Tensor) -> Tensor:
     """rows factor^T, [batch, r]; few columns are held as rows, of which the product takes half the time."""
-    return rows @ factor.T if len(factor) >= _MANY else (factor @ rows.T).T
+    if len(factor) >= _MANY:
+        return rows @ factor.T
+    parts = _parts(len(rows), rows)
+    if parts == 1:
+        return (factor @ rows.T).T
+    blocks = rows.view(parts, -1, rows.shape[-1])
+    return torch.bmm(factor.expand(parts, *factor.shape), blocks.mT).mT.reshape(len(rows), -1)
+
+
+def _gathered(thin: Tensor, rows: Tensor) -> Tensor:
+    """thin^T rows, [r, n], by blocks of columns."""
+    parts = _parts(rows.shape[-1], rows)
+    if parts == 1:
+        return thin.T @ rows
+    blocks = rows.view(len(rows), parts, -1).transpose(0, 1)
+    return torch.bmm(thin.T.expand(parts, *thin.T.shape), blocks).transpose(0, 1).reshape(thin.shape[-1], -1)
+
+
+def _parts(length: int, values: Tensor) -> int:
+    """How many blocks to cut a thin product into: threads of a CPU do whole ones faster than shares of one."""
+    parts = 2 * torch.get_num_threads()
+    return parts if values.device.type == "cpu" and length % parts == 0 else 1
 
 
 def _flat(values: Tensor) -> Tensor:
