@@ -123,18 +123,21 @@ class Dora(Method):
         return replace(self, strength=self.strength * weight)
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
-        weight, bias, below = run.base().weight, run.bias(), run(x)
+        weight, bias = run.base().weight, run.bias()
         if op.kernel:
             p = {"A": p["A"].flatten(1), "B": p["B"].flatten(1), "m": p["m"].flatten()}
         factor = op.beside(self._live_factor(weight, p))
-        if training and self.dropout and op.accepts_dropout():  # of what the base alone makes, so much is dropped too
+        constant = None if bias is None else (1 - factor) * op.beside(bias)  # a bias is not scaled
+        drops = training and self.dropout > 0 and op.accepts_dropout()
+        if not drops and self.strength == 1:
+            return _scaled(self.lora.branch(x, run, op, p, training), factor, constant)
+        below = run(x)
+        if drops:  # of what the base alone makes, so much is dropped too
             x = F.dropout(x.to(p["A"].dtype), self.dropout)
             plain = op.apply(x, weight.to(x.dtype))
             out = below + (self._low_rank(x, plain, op, p) * factor - plain)
-        elif bias is None:
-            out = self._low_rank(x, below, op, p) * factor
         else:
-            out = torch.addcmul((1 - factor) * op.beside(bias), self._low_rank(x, below, op, p), factor)
+            out = _scaled(self._low_rank(x, below, op, p), factor, constant)
         return out if self.strength == 1 else below + self.strength * (out - below)
 
     def _low_rank(self, x: Tensor, below: Tensor, op: Op, p: Params) -> Tensor:
@@ -170,6 +173,10 @@ class Dora(Method):
 
     def _norm(self, weight: Tensor, p: Params, rows: slice) -> Tensor:
         return sum_rows(self.terms(weight, p, (rows, slice(None)), exact_product)).sqrt()
+
+
+def _scaled(values: Tensor, factor: Tensor, constant: Tensor | None) -> Tensor:
+    return values * factor if constant is None else torch.addcmul(constant, values, factor)
 
 
 def _wide(m: Tensor) -> torch.dtype:
