@@ -9,7 +9,7 @@ from surgery.core.codec import Packed
 from surgery.core.site import Site
 from surgery.core.workers import single_threads, startable
 
-TILE_ELEMENTS = 1 << 18  # of a weight at a time: 2 MB of float64, which bounds the memory of every procedure
+TILE_ELEMENTS = 1 << 19  # of a weight at a time: 4 MB of float64, which bounds the memory of every procedure
 GPU_TILE_ELEMENTS = 1 << 22  # the same on a GPU, where it is calls that take the time
 
 

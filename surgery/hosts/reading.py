@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from surgery.core.workers import Backlog
 from surgery.errors import InputError, printable
 from surgery.io.header import Entry
-from surgery.io.tensor_file import TensorFile
+from surgery.io.tensor_file import CHUNK_BYTES, TensorFile
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -26,7 +26,7 @@ class Reading:
         self._backlog = Backlog(ahead)
         self._lock = Lock()
         self._begun: dict[str, tuple[_Hash, int]] = {}  # and how far each has come
-        self._whole, self._at = hashlib.sha256(file.header.raw), len(file.header.raw)
+        self._whole = _Whole(file)
 
     @property
     def tensors(self) -> Mapping[str, str]:
@@ -50,16 +50,14 @@ class Reading:
             if end == entry.start + entry.info.nbytes:
                 self._tensors[name] = sha256.hexdigest()
                 del self._begun[name]
-            if at == self._at:
-                self._whole.update(fresh)
-                self._at = end
+            self._whole.feed(at, fresh)
 
     def whole(self) -> str:
-        """sha256 of the file. It is read again where it was not read from front to back."""
+        """sha256 of the file. What was not read from front to back is read for it. InputError if it has changed."""
         self._backlog.catch_up()
-        if self._at != self.file.state.st_size:
-            self.read_again()
-        return self._whole.hexdigest()
+        digest = self._whole.digest()
+        self.file.check_unchanged()
+        return digest
 
     def complete(self) -> None:
         """Read the file again where a tensor of it has not been read."""
@@ -70,7 +68,7 @@ class Reading:
         """InputError if a tensor is not what it was when it was read before."""
         before, self._tensors = self.tensors, {}
         self._begun = {}
-        self._whole, self._at = hashlib.sha256(self.file.header.raw), len(self.file.header.raw)
+        self._whole = _Whole(self.file)
         for entry in self.file.header.entries:
             start = entry.start
             for chunk in self.file.chunks(entry):
@@ -80,3 +78,29 @@ class Reading:
         for name, digest in before.items():
             if self._tensors[name] != digest:
                 raise InputError(f"{self.file.where}: {printable(name)} changed while it was read; run again")
+
+
+class _Whole:
+    """The sha256 of a file as far as it has come; what others leave out on the way it reads by itself.
+
+    The codes of a quantized weight lie far from their scales, and one is read beside the other.
+    """
+
+    def __init__(self, file: TensorFile) -> None:
+        self.file, self.sha256, self.at = file, hashlib.sha256(file.header.raw), len(file.header.raw)
+
+    def feed(self, start: int, data: memoryview) -> None:
+        if start + len(data) > self.at:
+            self._reach(start)
+            self.sha256.update(data[self.at - start :])
+            self.at = start + len(data)
+
+    def digest(self) -> str:
+        self._reach(self.file.state.st_size)
+        return self.sha256.hexdigest()
+
+    def _reach(self, end: int) -> None:
+        while self.at < end:
+            chunk = self.file.read(self.at, min(CHUNK_BYTES, end - self.at))
+            self.sha256.update(chunk)
+            self.at += len(chunk)
