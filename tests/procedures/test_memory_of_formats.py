@@ -13,13 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 import surgery
 from surgery.api import files
+from surgery.core.source import TILE_ELEMENTS
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.procedures.checking.verify import verify_checkpoint
 from surgery.procedures.planning.treatment import HELD_IN, Treatment
 
 ANY: dict[str, Any] = {"min_retained": -math.inf, "max_noise": math.inf}
 COLUMNS = 512
-FEW, MANY = 576, 1280  # rows, of which a tile has less than either
+FEW, MANY = (TILE_ELEMENTS // COLUMNS // 8 * eighths for eighths in (9, 20))  # rows, of which a tile has less
 
 
 class Largest(TorchDispatchMode):
