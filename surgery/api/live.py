@@ -27,6 +27,7 @@ from surgery.procedures.live import save as saving
 from surgery.procedures.live import switch
 from surgery.procedures.live.examples import Examples
 from surgery.procedures.live.held_layers import Landing
+from surgery.procedures.live.in_place import UndoKind
 from surgery.procedures.places.configs import config_of, is_peft_s
 from surgery.procedures.planning.treatment import Treatment
 
@@ -168,7 +169,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractConte
 def merge(  # noqa: PLR0913  # one argument an option
     model: Model,
     *,
-    undo: merging.UndoKind = "index",
+    undo: UndoKind = "index",
     into: str | None = None,
     arithmetic: str = "exact",
     rounding: str | None = None,

@@ -57,6 +57,20 @@ def injected(root: nn.Module) -> State:
     return state
 
 
+def refuse_merged(root: nn.Module, what: str) -> None:
+    """StateError while adapters are merged, or a batch is mixed."""
+    refuse_mixed(root, what)
+    if state_of(root) is not None and any(layer.merged is not None for layer in adapted_layers(root).values()):
+        raise StateError(f"cannot {what} while adapters are merged; unmerge first")
+
+
+def refuse_mixed(root: nn.Module, what: str) -> None:
+    """StateError while a batch is mixed."""
+    state = state_of(root)
+    if state is not None and state.mixed:
+        raise StateError(f"cannot {what} while a batch is mixed; leave mixed_batch first")
+
+
 def set_state(root: nn.Module, state: State | None) -> None:
     if state is None:
         root.__dict__.pop(_STATE, None)

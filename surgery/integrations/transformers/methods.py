@@ -23,9 +23,10 @@ from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.sources import given
 from surgery.procedures.live import switch
 from surgery.procedures.live.held_layers import Landing
+from surgery.procedures.live.in_place import UndoKind
 from surgery.procedures.live.inject import inject
 from surgery.procedures.live.load import lay
-from surgery.procedures.live.merge import UndoKind, merge, unmerge
+from surgery.procedures.live.merge import merge, unmerge
 from surgery.procedures.live.mixed_batch import mixed_batch
 from surgery.procedures.live.refill import refill
 from surgery.procedures.live.remove import remove

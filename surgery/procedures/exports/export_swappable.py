@@ -11,14 +11,13 @@ from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.links import GRAPH
 from surgery.formats.onnx.runtime import run
 from surgery.formats.onnx.slots import Slot, default_to_nothing, slot_of, with_slots, write_adapter
-from surgery.hosts.tree import adapted_layers, injected, replaced_modules
+from surgery.hosts.tree import adapted_layers, injected, refuse_merged, replaced_modules
 from surgery.hosts.twin import weightless
 from surgery.io.staging import Staging
 from surgery.layers import Adapted
 from surgery.procedures.exports.export import ExportReport, Kind, Manner, traced, write_graph
 from surgery.procedures.exports.export_readme import write_readme
 from surgery.procedures.exports.proof import Claim, Proof, prove, reference_of, trials_of
-from surgery.procedures.live.merge import refuse_merged
 from surgery.procedures.live.merged_state import plain_state
 from surgery.procedures.live.switch import set_adapter
 from surgery.procedures.places.stacking import stack_of

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from surgery.core.method import Params
 from surgery.core.sharded import fill, rest, whole
 from surgery.errors import StateError, UsageError, printable
-from surgery.hosts.tree import State, adapted_layers, injected, state_of
+from surgery.hosts.tree import State, adapted_layers, injected, refuse_merged, state_of
 from surgery.methods.adalora import AdaLoraConfig
 from surgery.methods.adalora_ranks import Importance, Smoothed, budget, masks
-from surgery.procedures.live.merge import refuse_merged
 
 
 class Trained(NamedTuple):

@@ -4,10 +4,10 @@ from torch import nn
 
 from surgery.errors import StateError
 from surgery.hosts.quantized import release
-from surgery.hosts.tree import places, set_state, state_of
+from surgery.hosts.tree import places, refuse_mixed, set_state, state_of
 from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import lift_bias
-from surgery.procedures.live.merge import refuse_mixed, unmerge
+from surgery.procedures.live.merge import unmerge
 from surgery.procedures.places.biases import keep_biases
 from surgery.procedures.places.stacking import unstack
 

@@ -15,10 +15,9 @@ from surgery.core.room import Room
 from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, UsageError, printable
 from surgery.hosts.quantized import hold, is_quantized
-from surgery.hosts.tree import State, set_state, state_of
+from surgery.hosts.tree import State, refuse_merged, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
 from surgery.layers.aware import Holding
-from surgery.procedures.live.merge import refuse_merged
 from surgery.procedures.places.biases import Biases, lay_biases, refuse_clash, run_biases
 from surgery.procedures.places.model_tree import Tree, wrap
 from surgery.procedures.places.parameters import refuse_nested

@@ -21,7 +21,7 @@ from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
 from surgery.procedures.live.awareness import holdings
 from surgery.procedures.live.fitting import Fitting, check_name, fit
-from surgery.procedures.live.merge import base_sha256
+from surgery.procedures.live.own_weight import base_sha256
 from surgery.procedures.live.room import with_room
 from surgery.procedures.live.save import DEFAULT
 from surgery.procedures.places.biases import given_biases

@@ -9,10 +9,9 @@ from torch import nn
 from surgery.core.op import Op
 from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.recognition import op_of
-from surgery.hosts.tree import State, adapted_layers, injected, replaced_modules, state_of
+from surgery.hosts.tree import State, adapted_layers, injected, refuse_merged, replaced_modules, state_of
 from surgery.layers import BASE, Replaced, Rows
 from surgery.procedures.live.adalora import trained_of
-from surgery.procedures.live.merge import refuse_merged
 from surgery.procedures.live.switch import activate
 from surgery.procedures.places.biases import run_biases
 

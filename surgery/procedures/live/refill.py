@@ -10,12 +10,11 @@ from surgery.core.adapter import Adapter
 from surgery.core.config import AdapterConfig
 from surgery.core.sharded import fill
 from surgery.errors import MatchError, ShapeError, printable
-from surgery.hosts.tree import adapted_layers, injected, replaced_modules
+from surgery.hosts.tree import adapted_layers, injected, refuse_merged, replaced_modules
 from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import trained_bias
 from surgery.procedures.live.fitting import Fitting
 from surgery.procedures.live.load import fitting_of
-from surgery.procedures.live.merge import refuse_merged
 from surgery.procedures.live.room import with_zeros
 from surgery.procedures.places.model_tree import Tree
 from surgery.procedures.places.stacking import check_stack

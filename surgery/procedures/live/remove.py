@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from surgery.hosts.tree import Place, injected, places
+from surgery.hosts.tree import Place, injected, places, refuse_merged
 from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import lift_bias
-from surgery.procedures.live.merge import refuse_merged
 from surgery.procedures.live.switch import activate
 from surgery.procedures.places.stacking import unstack
 

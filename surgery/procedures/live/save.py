@@ -20,7 +20,7 @@ from surgery.io.durable import write_file
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.layers import Adapted
 from surgery.methods.lora_config import LoraConfig
-from surgery.procedures.live.merge import base_sha256, own_weight
+from surgery.procedures.live.own_weight import base_sha256, own_weight
 from surgery.procedures.places.biases import written_biases
 from surgery.procedures.places.rows import repeats
 

@@ -1,6 +1,7 @@
 """Standing in: a linear layer in the place of one held otherwise, for as long as adapters are merged into it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +41,20 @@ def check_into(layers: Mapping[str, Adapted], into: str | None, arithmetic: str)
         raise UsageError(f"merge: into is {into!r}, and no adapted weight is quantized; leave it out")
 
 
-def stand_in(layer: Adapted, model_dtype: torch.dtype) -> None:
+@contextmanager
+def standing_in(layers: Sequence[Adapted], model_dtype: torch.dtype) -> Iterator[None]:
+    """Plain layers are in the place of these from now on; on an error within, the very layers are."""
+    try:
+        for layer in layers:
+            _stand_in(layer, model_dtype)
+        yield
+    except BaseException:
+        for layer in layers:
+            put_back(layer)
+        raise
+
+
+def _stand_in(layer: Adapted, model_dtype: torch.dtype) -> None:
     """Put a plain layer there, with the weight as the quantized one computes with it."""
     quantized: Any = layer.base_layer
     made = nn.Linear(quantized.in_features, quantized.out_features, device="meta", bias=quantized.bias is not None)

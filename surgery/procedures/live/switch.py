@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from surgery.errors import UsageError
-from surgery.hosts.tree import State, adapted_layers, injected, places, replaced_modules, state_of
+from surgery.hosts.tree import State, adapted_layers, injected, places, refuse_merged, replaced_modules, state_of
 from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import trained_bias
-from surgery.procedures.live.merge import refuse_merged
 from surgery.procedures.places.biases import run_biases
 
 
