@@ -2,11 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from surgery.core.method import Dense, Method, Params
+from surgery.core.method import Dense, Params
 from surgery.core.site import Site
 
 Held = Callable[[str, Tensor], Tensor]  # a weight [out, in] as the format of that name would hold it
@@ -18,8 +18,11 @@ class Starter(ABC):
     start: ClassVar[str]  # the init that asks for it
 
     @abstractmethod
-    def begin(self, site: Site, method: Method, base: Callable[[], Dense]) -> Params:
-        """The tensors that the method starts with, in place of those of its `init`."""
+    def begin(self, site: Site, method: Any, base: Callable[[], Dense]) -> Params:
+        """The tensors that a method starts with, in place of those of its `init`.
+
+        It is of the kind that a config with this start makes, which each starter names.
+        """
 
 
 class Observer(Starter):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import all_finite
-from surgery.core.method import Dense, Method, Params
+from surgery.core.method import Dense, Params
 from surgery.core.site import Site
 from surgery.core.starter import Observer
 from surgery.errors import ConfigError, ValueRangeError, printable
@@ -78,8 +78,7 @@ class Corda(Observer):
     def seen(self) -> bool:
         return self.mean.count > 0
 
-    def begin(self, site: Site, method: Method, base: Callable[[], Dense]) -> Params:
-        assert isinstance(method, FromBase)
+    def begin(self, site: Site, method: FromBase, base: Callable[[], Dense]) -> Params:
         W, r = method.checked_weight(site, base), method.rank
         C, inverse = _invertible(self.mean.value.float().to(W.device))
         U, S, Vh = torch.linalg.svd(W @ C, full_matrices=False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.core.method import Dense, Method, Params
+from surgery.core.method import Dense, Params
 from surgery.core.site import Site
 from surgery.core.starter import Held, Starter
 from surgery.errors import StateError, printable
@@ -39,8 +39,7 @@ class Loftq(Starter):
     def __init__(self, settings: LoftqSettings, held: Held) -> None:
         self.settings, self.held = settings, held
 
-    def begin(self, site: Site, method: Method, base: Callable[[], Dense]) -> Params:
-        assert isinstance(method, FromBase)
+    def begin(self, site: Site, method: FromBase, base: Callable[[], Dense]) -> Params:
         W = method.checked_weight(site, base)
         low, form, scaling = torch.zeros_like(W), _FORMS[self.settings.loftq_bits], method.positive_scaling(site)
         for _ in range(self.settings.loftq_iter):

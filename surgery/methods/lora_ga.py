@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import all_finite
-from surgery.core.method import Dense, Method, Params
+from surgery.core.method import Dense, Params
 from surgery.core.site import Site
 from surgery.core.starter import Observer
 from surgery.errors import ValueRangeError, printable
@@ -61,8 +61,7 @@ class LoraGa(Observer):
     def seen(self) -> bool:
         return self.mean.count > 0
 
-    def begin(self, site: Site, method: Method, base: Callable[[], Dense]) -> Params:
-        assert isinstance(method, FromBase)
+    def begin(self, site: Site, method: FromBase, base: Callable[[], Dense]) -> Params:
         r, W = method.rank, method.checked_weight(site, base, parts=2)
         U, S, V = _leading(self.mean.value, r)
         for_A, for_B = _parts(self.settings.direction, r)
