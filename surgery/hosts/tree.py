@@ -8,7 +8,7 @@ from torch import nn
 
 from surgery.core.config import AdapterConfig
 from surgery.errors import StateError, printable
-from surgery.layers import Adapted, Replaced
+from surgery.layers import Adapted, Replaced, base_of
 from surgery.methods.adalora_ranks import Importance
 
 _STATE = "surgery_state"
@@ -91,7 +91,7 @@ def places(root: nn.Module, prefix: str = "") -> Iterator[Place]:
             *alone, place = _unwrapped(place)
             yield from alone
         yield place
-        base = place.module.base_layer if isinstance(place.module, Adapted) else place.module
+        base = base_of(place.module)
         if base._modules and not isinstance(base, Replaced):
             yield from places(base, place.name + ".")
 

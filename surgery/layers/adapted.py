@@ -228,3 +228,9 @@ class Adapted(Bare):
                 if name == own:  # a caller that reads weights gets the effective ones
                     return self._weight() if self.op.alone else getattr(self, role)
             return getattr(super().__getattr__("base_layer"), name)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """A module without the adapters that lie over it, if any do."""
+    base: nn.Module = module.base_layer if isinstance(module, Adapted) else module
+    return base

@@ -11,7 +11,7 @@ from surgery.core.method import Method, Params
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, StateError, printable
 from surgery.hosts.holding import holding_of
-from surgery.layers import Adapted
+from surgery.layers import Adapted, base_of
 from surgery.layers.aware import Holding
 
 
@@ -39,9 +39,8 @@ def holdings(
                 "held quantized; exclude it"
             )
         module = modules[name]
-        base = module.base_layer if isinstance(module, Adapted) else module
         method.refuse_merge(site)
-        found[name] = holding_of(form, base, site.acting, name)
+        found[name] = holding_of(form, base_of(module), site.acting, name)
         others = module.fitted.values() if isinstance(module, Adapted) else ()
         if any(one.aware not in (None, found[name]) for one in others):
             raise StateError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from surgery.errors import UsageError, printable
 from surgery.hosts.quantized import codec_name, decoded_to, decoder, hold, is_quantized, own_dtype, packed_of_layer
 from surgery.hosts.tree import places
-from surgery.layers import Adapted, Replaced
+from surgery.layers import Adapted, Replaced, base_of
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -111,8 +111,7 @@ def decode_others(root: nn.Module, state: dict[str, Tensor]) -> None:
     """In a state_dict without wrappers, the quantized weights that no adapter lies over become plain too."""
     model_dtype = dtype_of_model(root)
     for place in places(root):
-        module = place.module.running if isinstance(place.module, Replaced) else place.module
-        module = module.base_layer if isinstance(module, Adapted) else module
+        module = base_of(place.module.running if isinstance(place.module, Replaced) else place.module)
         if is_quantized(module):
             packed = packed_of_layer(module, place.name)
             for role in (*packed.tensors, "weight_format"):

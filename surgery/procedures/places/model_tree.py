@@ -15,7 +15,7 @@ from surgery.hosts.model import live_site, parameter_site, stored_weight
 from surgery.hosts.quantized import decoder, is_quantized
 from surgery.hosts.recognition import op_of, unfit
 from surgery.hosts.tree import Place, places
-from surgery.layers import Adapted, Replaced
+from surgery.layers import Adapted, Replaced, base_of
 from surgery.ops.linear import LAYOUTS
 
 Wrapper = TypeVar("Wrapper", Adapted, Replaced)
@@ -53,9 +53,7 @@ class Tree:
 
     def plain(self, name: str) -> nn.Module:
         """The module at `name`, without what lies over it."""
-        module = self.modules[name]
-        base: nn.Module = module.base_layer if isinstance(module, Adapted) else module
-        return base
+        return base_of(self.modules[name])
 
     def held(self, name: str) -> Mapping[str, nn.Parameter | None]:
         """The parameters of the module at `name`, in its order."""
