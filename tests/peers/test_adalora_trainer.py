@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, Trainer
 
 import surgery
+from surgery.procedures.live.adalora_progress import read_reduced
 
 FIELDS: dict[str, Any] = {
     "init_r": 4,
@@ -139,6 +140,16 @@ def test_a_checkpoint_with_half_of_its_progress_changes_nothing(
     before, config = state(model), model.peft_config["default"]
     with pytest.raises(surgery.InputError, match=rf"surgery.adalora: .*{name}.* is wanted"):
         run(model, tmp_path / "again").train(resume_from_checkpoint=str(file.parent))
+    assert equal(state(model), before)
+    assert model.peft_config["default"] == config
+
+
+def test_a_best_checkpoint_that_holds_another_kind_of_adapter_changes_nothing(tmp_path: Path) -> None:
+    surgery.save(surgery.inject(llama(), surgery.LoraConfig(r=4, target_modules=FIELDS["target_modules"])), tmp_path)
+    model = injected()
+    before, config = state(model), model.peft_config["default"]
+    with pytest.raises(surgery.MatchError, match="its adapter is of LORA, and the model's of ADALORA"):
+        read_reduced(model, "default", tmp_path)
     assert equal(state(model), before)
     assert model.peft_config["default"] == config
 

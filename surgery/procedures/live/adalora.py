@@ -35,6 +35,13 @@ def trained_of(state: State, adapters: Iterable[str]) -> dict[str, AdaLoraConfig
     return {name: one for name, one in found.items() if isinstance(one, AdaLoraConfig) and not one.inference_mode}
 
 
+def adalora_of(state: State, adapter: str) -> AdaLoraConfig:
+    """Of an adapter that is AdaLoRA's."""
+    found = state.configs[adapter]
+    assert isinstance(found, AdaLoraConfig)
+    return found
+
+
 def orthogonal_loss(root: nn.Module) -> Tensor:
     """What keeps the vectors of the triplets orthogonal: weight * mean |A A^T - I|, |B^T B - I|, summed over adapters.
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from surgery.adapters.peft import adapter_bytes, read_adapter
 from surgery.core.adapter import Adapter
-from surgery.core.config import AdapterConfig
 from surgery.core.method import Params
-from surgery.errors import InputError, printable
+from surgery.errors import InputError, MatchError, printable
 from surgery.hosts.tree import injected
 from surgery.io.durable import write_file
 from surgery.io.octets import tensor_from
@@ -23,7 +22,7 @@ from surgery.io.regular import contained
 from surgery.io.tensor_file import TensorFile
 from surgery.methods.adalora import AdaLoraConfig
 from surgery.methods.adalora_ranks import Importance, Smoothed
-from surgery.procedures.live.adalora import in_training, sites_of
+from surgery.procedures.live.adalora import adalora_of, in_training, sites_of
 from surgery.procedures.live.refill import refill
 
 FILE = "surgery.adalora"
@@ -41,8 +40,7 @@ def with_open_ranks(root: nn.Module) -> list[str]:
 
 def write_progress(root: nn.Module, adapter: str, folder: Path) -> None:
     """Into the folder that the adapter is saved in."""
-    importance, config = injected(root).importance.get(adapter, {}), injected(root).configs[adapter]
-    assert isinstance(config, AdaLoraConfig)
+    importance, config = injected(root).importance.get(adapter, {}), adalora_of(injected(root), adapter)
     tensors: dict[str, Tensor] = {}
     for name, p in sites_of(root, adapter).items():
         tensors |= {f"{name}.{role}": values for role, values in p.items()}
@@ -61,46 +59,44 @@ def read_progress(root: nn.Module, adapter_name: str, folder: Path) -> None:
             f"{printable(folder)}: it holds no {FILE}, by which AdaLoRA's training goes on; a checkpoint that "
             "AdapterTrainer has written is wanted, with save_only_model false"
         )
-    held, state, adapter = _tensors(file), injected(root), read_adapter(folder)
+    held, state, (adapter, config) = _tensors(file), injected(root), _read(folder)
     fitted = sites_of(root, adapter_name)
     masks = {f"{name}.lora_E": held[f"{name}.{_MASK}"].tolist() for name in fitted if f"{name}.{_MASK}" in held}
-    told = _with_masks(state.configs[adapter_name], masks)  # refuses masks that are none, while nothing has changed
+    told = replace(config, rank_pattern=masks or None)  # refuses masks that are none, while nothing has changed
     importance = {}
     if any(key.endswith(Smoothed._fields) for key in held):
         importance = {name: _importance(held, name, p) for name, p in fitted.items()}
-    _refill_whole(root, adapter, adapter_name, {name: _whole(held, name, p) for name, p in fitted.items()})
-    state.configs[adapter_name] = _with_masks(state.configs[adapter_name], told.rank_pattern)
+    sites = {name: _whole(held, name, p) for name, p in fitted.items()}
+    _refill_whole(root, replace(adapter, sites=sites), told, adapter_name)
     state.importance.pop(adapter_name, None)
     if importance:
         state.importance[adapter_name] = importance
 
 
-def _with_masks(config: AdapterConfig, masks: Mapping[str, list[bool]] | None) -> AdaLoraConfig:
-    assert isinstance(config, AdaLoraConfig)
-    return replace(config, rank_pattern=masks or None)
-
-
 def read_reduced(root: nn.Module, adapter_name: str, folder: Path) -> None:
     """The adapter that was saved, without its progress: what is gone is zero in the model."""
+    adapter, config = _read(folder)
+    sites = {name: _spread(p, config.mask(name)) for name, p in adapter.sites.items()}
+    _refill_whole(root, replace(adapter, sites=sites), config, adapter_name)
+
+
+def _read(folder: Path) -> tuple[Adapter, AdaLoraConfig]:
+    """The adapter in a folder, and its config. MatchError for one of another kind."""
     adapter = read_adapter(folder)
-    config = adapter.config
-    if isinstance(config, AdaLoraConfig):
-        whole = {name: _spread(p, config.mask(name)) for name, p in adapter.sites.items()}
-        _refill_whole(root, adapter, adapter_name, whole)
-    else:
-        refill(root, adapter, adapter_name)  # which says that it is another
+    if not isinstance(adapter.config, AdaLoraConfig):
+        raise MatchError(
+            f"{printable(folder)}: its adapter is of {adapter.config.peft_type}, and the model's of "
+            f"{AdaLoraConfig.peft_type}; the same kind is wanted; was it saved from a model with another config?"
+        )
+    return adapter, adapter.config
 
 
-def _refill_whole(root: nn.Module, adapter: Adapter, adapter_name: str, sites: Mapping[str, Params]) -> None:
-    config = adapter.config
-    masks = config.rank_pattern if isinstance(config, AdaLoraConfig) else None
-    if isinstance(config, AdaLoraConfig):
-        config = replace(config, rank_pattern=None)
-    refill(root, replace(adapter, config=config, sites=sites), adapter_name)
+def _refill_whole(root: nn.Module, adapter: Adapter, config: AdaLoraConfig, adapter_name: str) -> None:
+    """The adapter, with all the triplets that it began with, into the model's; `config` tells which are left."""
+    refill(root, replace(adapter, config=replace(config, rank_pattern=None)), adapter_name)
     state = injected(root)
-    told = state.configs[adapter_name]
-    if isinstance(told, AdaLoraConfig):
-        state.configs[adapter_name] = replace(told, rank_pattern=masks)
+    told = adalora_of(state, adapter_name)
+    state.configs[adapter_name] = replace(told, rank_pattern=config.rank_pattern)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
