@@ -76,7 +76,7 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     if loss is not None and examples is None:
         raise UsageError("loss is given, and no examples; leave it out, or give examples")
     batches = None if examples is None else Examples(examples, loss=loss)
-    wanted = hugging.with_default_targets(model, config_of(config))
+    wanted = hugging.with_default_targets(model, config_of(config), as_peft)
     injection.inject(model, wanted, adapter_name, heads, trainable, form, as_peft, batches)
     hugging.attach(model)
     return model

@@ -1,6 +1,7 @@
 """Each example of transformers' page on adapters, with surgery in peft's place; peft need not be installed."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,6 +137,30 @@ def test_every_default_of_peft_is_known() -> None:
         }
     feedforward = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
     assert {name: list(one.feedforward) for name, one in DEFAULTS["IA3"].items()} == feedforward
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize(
+    "fields", [("exclude_modules", ["{}"]), ("exclude_modules", "re:.*{}"), ("modules_to_save", ["{}"])], ids=str
+)
+def test_of_the_default_modules_those_are_left_out_that_the_config_takes_away(
+    kind: str, fields: tuple[str, Any]
+) -> None:
+    options, (*kept, gone) = {"total_step": 9} if kind == "ADALORA" else {}, DEFAULTS[kind]["llama"].targets
+    field, entry = fields
+    taken = entry.format(gone) if isinstance(entry, str) else [one.format(gone) for one in entry]
+    model = surgery.inject(MODELS["llama"](), CLASSES[kind](**options, **{field: taken}))
+    names = [re.split(r"\.(?:lora|ia3)_", name) for name, _ in model.named_parameters()]
+    adapted = {before.rpartition(".")[2] for before, *after in names if after}
+    assert adapted == {*kept}
+    with pytest.raises(surgery.MatchError, match=r"target_modules: nothing matches .*takes away all it hits"):
+        surgery.inject(MODELS["llama"](), CLASSES[kind](**options, exclude_modules=[*kept, gone]))
+    with pytest.raises(surgery.MatchError, match=f"nothing matches '{gone}' .exclude_modules"):
+        surgery.inject(
+            MODELS["llama"](), CLASSES[kind](**options, target_modules=[*kept, gone], exclude_modules=[gone])
+        )
+    with pytest.raises(surgery.MatchError, match="exclude_modules: nothing matches 'absent'"):
+        surgery.inject(MODELS["llama"](), CLASSES[kind](**options, exclude_modules=["absent"]))
 
 
 def test_a_model_without_a_known_default_is_refused() -> None:

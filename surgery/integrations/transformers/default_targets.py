@@ -3,14 +3,16 @@
 By the model's type, as its config tells it. The families are few, so they are listed by what they call their layers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from surgery.core.config import AdapterConfig
+from surgery.core.entries import in_peft_terms
 from surgery.core.names import suffix_hits
+from surgery.core.select import select
 from surgery.hosts.tree import places
 from surgery.integrations.transformers.model import is_pretrained
 
@@ -81,26 +83,28 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
 }
 
 
-def with_default_targets(root: nn.Module, config: AdapterConfig) -> AdapterConfig:
-    """The config, with the modules named that its kind adapts in such a model, if it names none and they are known."""
+def with_default_targets(root: nn.Module, config: AdapterConfig, as_peft: bool = False) -> AdapterConfig:
+    """The config, with the modules named that its kind adapts in such a model, if it names none and they are known.
+
+    Those are left out of which the config takes away all: that nothing else matches is an error of what a user names.
+    """
     if config.target_modules is not None or config.parameters() or not is_pretrained(root):
         return config
     model: Any = root
     default = DEFAULTS.get(config.peft_type, {}).get(model.config.model_type)
     if default is None:
         return config
+    names = [place.name for place in places(root)]
+    wanted = replace(config, target_modules=default.targets)
+    chosen = select(wanted if as_peft else in_peft_terms(wanted, names).config, names, tuple, as_peft)
     missing: dict[str, Any] = {
-        field: named for field, named in _named(root, default) if getattr(config, field, ()) is None
+        field: _meant(ends, chosen or names)
+        for field, ends in (("target_modules", default.targets), ("feedforward_modules", default.feedforward))
+        if getattr(config, field, ()) is None
     }
     return replace(config, **missing)
 
 
-def _named(root: nn.Module, default: Default) -> Iterator[tuple[str, str | Sequence[str]]]:
-    """By field, what of the default the model has."""
-    names = [place.name for place in places(root)]
-    for field, ends in (("target_modules", default.targets), ("feedforward_modules", default.feedforward)):
-        yield field, ends if isinstance(ends, str) else [end for end in ends if _is_there(end, names)]
-
-
-def _is_there(end: str, names: Sequence[str]) -> bool:
-    return any(suffix_hits((end,), name) for name in names)
+def _meant(ends: str | Sequence[str], names: Sequence[str]) -> str | Sequence[str]:
+    """Those that hit some of the names."""
+    return ends if isinstance(ends, str) else [end for end in ends if any(suffix_hits((end,), name) for name in names)]

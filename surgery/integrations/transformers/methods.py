@@ -74,8 +74,9 @@ class AdapterMethods(nn.Module):
 
         `adapter_config` is a config of surgery or peft, a dict of PEFT's fields, or the folder of an adapter.
         """
-        name, config = adapter_name or DEFAULT, with_default_targets(self, config_of(adapter_config))
-        inject(self, config, name, lambda: output_heads(self), as_peft=is_peft_s(adapter_config))
+        name, as_peft = adapter_name or DEFAULT, is_peft_s(adapter_config)
+        config = with_default_targets(self, config_of(adapter_config), as_peft)
+        inject(self, config, name, lambda: output_heads(self), as_peft=as_peft)
         self.set_adapter(name)
 
     def load_adapter(  # noqa: PLR0913, PLR0917  # transformers' arguments
