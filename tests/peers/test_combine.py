@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from peft.utils import merge_utils
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -49,6 +49,24 @@ def in_peft(model: nn.Module, folders: list[Path]) -> peft.PeftModel:
     for number, folder in enumerate(folders[1:], 1):
         held.load_adapter(folder, str(number))
     return held
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(0, 6), (6, 0)], ids=str)
+def test_over_a_weight_without_elements_there_is_nothing_to_combine(
+    method: str, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    (out, into), folders = shape, [tmp_path / "0", tmp_path / "1"]
+    for folder, r in zip(folders, (2, 2) if method not in {"cat", "svd"} else (2, 3), strict=True):
+        config = surgery.LoraConfig(r=r, target_modules=["0"])
+        config.save_pretrained(folder)
+        factors = {"lora_A": torch.ones(r, into), "lora_B": torch.ones(out, r)}
+        tensors = {f"base_model.model.0.{role}.weight": values for role, values in factors.items()}
+        save_file(tensors, folder / "adapter_model.safetensors")
+    report = surgery.combine(folders, tmp_path / "out", method=method, **METHODS[method])
+    assert report.sites["0"].relative_error == 0
+    model = surgery.load(nn.Sequential(nn.Linear(into, out)), tmp_path / "out")
+    assert surgery.merge(model)[0].base_layer.weight.shape == shape
 
 
 def close(found: Tensor, wanted: Tensor, terms: int) -> bool:

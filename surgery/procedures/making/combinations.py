@@ -81,6 +81,8 @@ def svd(given: Sequence[Factors], recipe: Recipe, draws: torch.Generator) -> Fac
     rank = recipe.rank or max(len(one.A) for one in given)
     left, right = torch.linalg.qr(B), torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    if not len(S):  # of a weight without elements, whose factors have a rank all the same
+        return Factors(A[:1] * 0, B[:, :1] * 0)
     return Factors(Vh[:rank] @ right.Q.T, left.Q @ (U[:, :rank] * S[:rank]))
 
 
