@@ -220,6 +220,14 @@ def test_corda_starts_over_a_quantized_base_and_lora_ga_cannot() -> None:
         assert_equivalent(lambda _given: before, ours, x)
 
 
+def test_lora_ga_says_where_nothing_has_a_gradient() -> None:
+    model, seen = made(), batches()
+    with torch.inference_mode(), pytest.raises(StateError, match=r"torch\.inference_mode is on.* call inject outside"):
+        surgery.inject(model, surgery.LoraConfig(**FIELDS, init_lora_weights="lora_ga"), examples=seen, loss=loss)
+    assert all(one.requires_grad for one in model.parameters())
+    assert "lora_A" not in str(started("lora_ga", model)[1])
+
+
 @pytest.mark.parametrize("start", ["corda", "lora_ga"])
 def test_a_file_that_would_change_the_base_again_is_refused_and_its_conversion_is_read(
     start: str, tmp_path: Path

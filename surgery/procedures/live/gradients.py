@@ -19,6 +19,7 @@ Loss = Callable[[Any, Any], Tensor]  # of what the model gives, and the batch th
 @contextmanager
 def gradients_told(tree: Tree, observers: Mapping[str, Observer], loss: Loss | None) -> Iterator[Callable[[Any], None]]:
     """Within it, what runs the model on a batch and lets each observer see the gradient of its layer's weight."""
+    _refuse_inference(observers)
     weights = {name: _weight(tree, name, one.start) for name, one in observers.items()}
     matrices = {name: tree.site(name).acting.matrix for name in observers}
 
@@ -35,6 +36,16 @@ def gradients_told(tree: Tree, observers: Mapping[str, Observer], loss: Loss | N
 
     with _learning(tree.root, weights.values()), torch.enable_grad():
         yield run
+
+
+def _refuse_inference(observers: Mapping[str, Observer]) -> None:
+    """StateError where nothing has a gradient, whatever is asked for."""
+    if torch.is_inference_mode_enabled():
+        start = next(one.start for one in observers.values())
+        raise StateError(
+            f"examples: torch.inference_mode is on, in which nothing has a gradient, and init_lora_weights {start!r} "
+            "starts from those of the weights; call inject outside of it"
+        )
 
 
 def _weight(tree: Tree, name: str, start: str) -> nn.Parameter:
