@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import tree_sum
+from surgery.core.arithmetic import power_of_two, tree_sum
 from surgery.core.sums import sum_rows
 
 _REST = 0.01  # of the mean energy of an input, that any other may have besides
@@ -35,9 +35,11 @@ class Feedback:
 
     @classmethod
     def of_inputs(cls, inputs: Tensor, rest: Tensor | None = None) -> "Feedback":
-        """`inputs` [n, in] and, of what is not in them, the mean square of each, [in]."""
+        """`inputs` [n, in] and, of what is not in them, the mean square of each, [in]; their unit does not matter."""
         wide = inputs.to(torch.float64)
         alone = torch.zeros(wide.shape[1], dtype=torch.float64) if rest is None else rest.to(torch.float64)
+        unit = _unit(torch.maximum(wide.abs().max(), alone.max().sqrt()))
+        wide, alone = wide * unit, alone * unit * unit
         squares = sum_rows((wide * wide).T) / len(wide) + alone
         floor = _REST * tree_sum(squares) / len(squares)
         return cls(wide.T / len(wide) ** 0.5, alone + (floor or 1.0))
@@ -98,6 +100,11 @@ class _Errors:
     def measured(self) -> Tensor:
         """E H E' of each row."""
         return self.squares + _total(self.along * self.along)
+
+
+def _unit(largest: Tensor) -> Tensor:
+    """A power of two that makes this about 1, so that no square overflows; to multiply by it changes no bit."""
+    return power_of_two((-torch.frexp(largest).exponent).clamp(-1022, 1022))
 
 
 def _total(values: Tensor) -> Tensor:

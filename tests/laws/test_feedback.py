@@ -60,6 +60,19 @@ def test_the_codes_are_those_of_gptq_where_they_are_better_than_the_nearest(by: 
     assert bool((measured(found - wanted, H) <= measured(held - wanted, H)).all())
 
 
+@pytest.mark.parametrize(("unit", "most"), [(2.0**-500, 1), (2.0**511, 1), (2.0**1000, 0)], ids=str)
+def test_the_unit_of_inputs_changes_no_bit(unit: float, most: int):
+    wanted, directions = drawn(9, 24, 3)
+    rest = torch.linspace(0, most, 24, dtype=torch.float64) if most else None
+    known = Feedback.of_inputs(directions, rest)
+    found = Feedback.of_inputs(directions * unit, None if rest is None else rest * unit * unit)
+    assert torch.equal(found.columns, known.columns)
+    assert torch.equal(found.alone, known.alone)
+    assert bool(found.gains.isfinite().all())
+    held = wanted.round()
+    assert not torch.equal(found.choose(wanted, held, held - 1, held + 1), held)
+
+
 def test_rows_know_nothing_of_each_other_and_a_zero_direction_counts_for_nothing():
     wanted, directions = drawn(9, 70, 5)
     held = wanted.round()
