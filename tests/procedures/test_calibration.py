@@ -1,6 +1,7 @@
 """Calibration: inputs that a model was seen to get tell feedback which errors matter."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from test_into import adapter, factors, plain_base
 from torch import Tensor, nn
 
 import surgery
-from surgery import FormatError, MatchError, ShapeError, UsageError, ValueRangeError
+from surgery import FormatError, MatchError, ShapeError, StateError, UsageError, ValueRangeError
 from surgery.core.arithmetic import exact_product
 
 __all__ = ["adapter"]
 
+EVA = surgery.LoraConfig(r=2, target_modules=["q", "up"], init_lora_weights="eva")
 ANY: dict[str, Any] = {"min_retained": 0.0, "max_noise": math.inf}
 
 
@@ -212,7 +214,35 @@ def test_nothing_to_record_is_refused(tmp_path: Path):
         surgery.record_inputs(Net(), [], tmp_path / "out")
     with pytest.raises(ValueRangeError, match="q: it gets NaN"):
         surgery.record_inputs(Net(), [torch.full((2, 70), torch.nan)], tmp_path / "out")
+    with pytest.raises(ValueRangeError, match=r"q: it gets inputs of 1e\+200; such up to 9.22e\+18 are wanted"):
+        surgery.record_inputs(Net().double(), [torch.full((2, 70), -1e200, dtype=torch.float64)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda net, out: surgery.record_inputs(net, [torch.ones(2, 70)], out),
+        lambda net, _: surgery.inject(net, EVA, examples=[torch.ones(2, 70)]),
+    ],
+    ids=["record_inputs", "eva"],
+)
+def test_a_model_without_weights_cannot_be_run(ask: Callable[[nn.Module, Path], object], tmp_path: Path):
+    net = Net()
+    net.up.to("meta")
+    with pytest.raises(StateError, match=r"up\.weight: it is on the meta device, .* give the model its weights"):
+        ask(net, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_are_recorded_up_to_the_largest_whose_squares_are_written(tmp_path: Path):
+    x = torch.full((2, 70), 2.0**63, dtype=torch.float64)
+    x[1, ::2] = 0
+    surgery.record_inputs(Net().double(), [x], tmp_path / "out", targets=["q"], rank=1)
+    held = load_file(tmp_path / "out" / "calibration.safetensors")
+    assert all(bool(values.isfinite().all()) for values in held.values())
+    found = second_moment(held["q.inputs"]).diagonal() + held["q.rest"].double()
+    torch.testing.assert_close(found, second_moment(x).diagonal(), rtol=70 * torch.finfo(torch.float32).eps, atol=0.0)
 
 
 def test_a_live_merge_takes_what_was_recorded_of_the_model(tmp_path: Path):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def observe(tree: Tree, config: AdapterConfig, observers: Mapping[str, Observer]
     """
     _refuse_processes()
     root = tree.root
+    refuse_meta(root)
     with ExitStack() as stack:
         stack.enter_context(evaluating(root))
         stack.enter_context(base_alone(root))
@@ -146,6 +148,18 @@ def _mask(given: Any, left_out: int | None) -> Tensor | None:
         return mask
     labelled = labels != left_out
     return labelled if mask is None else mask & labelled
+
+
+def refuse_meta(root: nn.Module) -> None:
+    """StateError for a model that lacks weights, and has no hooks of accelerate that bring them."""
+    if any("_hf_hook" in module.__dict__ for module in root.modules()):
+        return
+    for name, values in chain(root.named_parameters(), root.named_buffers()):
+        if values.is_meta:
+            raise StateError(
+                f"{printable(name)}: it is on the meta device, so that nothing can be run; give the model its weights "
+                "first"
+            )
 
 
 def _refuse_processes() -> None:

@@ -5,6 +5,7 @@ the part of S that is largest, Y (O'Y)^-1 Y'; and the sum of squares by input, f
 https://arxiv.org/abs/1706.05736
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ from surgery.io.staging import Staging
 from surgery.layers import Adapted, Replaced
 from surgery.ops.linear import Linear
 from surgery.procedures.checking.outputs import evaluating
-from surgery.procedures.live.examples import Batch, Examples
+from surgery.procedures.live.examples import Batch, Examples, refuse_meta
 
 FILE = "calibration.safetensors"
 _MORE = 8  # columns beside those that are kept, by which these come out better
+_LARGEST = 2.0**63  # of inputs: the means of their squares are written in float32
 _LEAST = 1e-10  # of the largest eigenvalue: those below are noise of float32
 
 
@@ -83,10 +85,12 @@ def record_inputs(  # noqa: PLR0913, PLR0917  # three things and their options
 ) -> Recording:
     """Run the model in eval mode, and write what its linear layers get, by their paths, to a new folder of one file.
 
-    Raises MatchError for an entry that hits nothing, UsageError where none is called, ValueRangeError.
+    Raises MatchError for an entry that hits nothing, UsageError where none is called, StateError without weights,
+    ValueRangeError.
     """
     if type(rank) is not int or not 1 <= rank <= MOST:
         raise UsageError(f"record_inputs: rank is {printable(rank)}; a whole number from 1 to {MOST} is wanted")
+    refuse_meta(root)
     moments: dict[str, Moments] = {}
     modules, batch = _chosen(root, targets), Batch()
     with Staging(out, overwrite=overwrite) as staging:
@@ -119,11 +123,8 @@ def _hooked(modules: Mapping[str, nn.Module], moments: dict[str, Moments], batch
     def see(name: str, _: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         inputs: Tensor = given[0] if given else next(iter(named.values()))
         rows = batch.counted(inputs.detach())
-        if not bool(rows.isfinite().all()):
-            raise ValueRangeError(
-                f"{printable(name)}: it gets NaN or infinity; finite inputs are wanted; see to the model"
-            )
-        if len(rows):
+        if rows.numel():
+            _check_inputs(name, rows)
             moments.setdefault(name, Moments(rows.shape[1], rank)).add(rows)
 
     handles = [one.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, one in modules.items()]
@@ -132,6 +133,18 @@ def _hooked(modules: Mapping[str, nn.Module], moments: dict[str, Moments], batch
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _check_inputs(name: str, rows: Tensor) -> None:
+    """ValueRangeError for what no moment in float32 could be of."""
+    largest = float(rows.abs().amax())
+    if not math.isfinite(largest):
+        raise ValueRangeError(f"{printable(name)}: it gets NaN or infinity; finite inputs are wanted; see to the model")
+    if largest > _LARGEST:
+        raise ValueRangeError(
+            f"{printable(name)}: it gets inputs of {largest:.3g}; such up to {_LARGEST:.3g} are wanted, whose squares "
+            "float32 holds; see to the model"
+        )
 
 
 def _tensors(moments: Mapping[str, Moments]) -> dict[str, Lazy]:
