@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     )
     from surgery.integrations.transformers import AdapterTrainer
     from surgery.integrations.transformers.callback import AdaLoraCallback
-    from surgery.methods.adalora import AdaLoraConfig
+    from surgery.methods.adalora_config import AdaLoraConfig
     from surgery.methods.ia3 import Ia3Config
     from surgery.methods.lora_config import LoraConfig
     from surgery.procedures.checking.diff import DiffReport
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AbsentError": "errors",
     "AdaLoraCallback": "integrations.transformers.callback",
-    "AdaLoraConfig": "methods.adalora",
+    "AdaLoraConfig": "methods.adalora_config",
     "AdapterConfig": "core.config",
     "AdapterTrainer": "integrations.transformers",
     "CheckError": "errors",

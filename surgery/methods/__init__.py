@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from surgery.core.config import AdapterConfig
-from surgery.methods.adalora import AdaLoraConfig
+from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.ia3 import Ia3Config
 from surgery.methods.lora_config import LoraConfig
 

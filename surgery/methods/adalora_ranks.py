@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.core.sharded import whole
 from surgery.errors import ValueRangeError
-from surgery.methods.adalora import AdaLoraConfig
+from surgery.methods.adalora_config import AdaLoraConfig
 
 
 class Smoothed(NamedTuple):

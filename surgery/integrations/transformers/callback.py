@@ -3,7 +3,7 @@
 from typing import Any
 
 from surgery.errors import EnvironmentFault, UsageError, printable
-from surgery.methods.adalora import AdaLoraConfig
+from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.procedures.live.adalora import adalora_step, in_training
 from surgery.procedures.live.adalora_progress import with_open_ranks
 

@@ -11,7 +11,7 @@ from surgery.core.method import Params
 from surgery.core.sharded import fill, rest, whole
 from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.tree import State, adapted_layers, injected, refuse_merged, state_of
-from surgery.methods.adalora import AdaLoraConfig
+from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.adalora_ranks import Importance, Smoothed, budget, masks
 
 

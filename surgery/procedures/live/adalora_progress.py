@@ -20,7 +20,7 @@ from surgery.io.durable import write_file
 from surgery.io.octets import tensor_from
 from surgery.io.regular import contained
 from surgery.io.tensor_file import TensorFile
-from surgery.methods.adalora import AdaLoraConfig
+from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.adalora_ranks import Importance, Smoothed
 from surgery.procedures.live.adalora import adalora_of, in_training, sites_of
 from surgery.procedures.live.refill import refill
