@@ -12,7 +12,7 @@ from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Params
 from surgery.errors import ConfigError, printable
 from surgery.methods.adalora import BESIDE_RANK, AdaLora
-from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias, check_bias
+from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias, check_bias, check_count
 
 _COUNTS: Mapping[str, int] = {"r": 0, "init_r": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
 _LARGEST = sys.float_info.max
@@ -84,7 +84,7 @@ class AdaLoraConfig(AdapterConfig):
         super().__post_init__()
         for field, lowest in _COUNTS.items():
             if field != "total_step" or self.total_step is not None:
-                _check_count(field, getattr(self, field), lowest)
+                check_count(field, getattr(self, field), lowest)
         for field in _NUMBERS:
             _check_number(field, getattr(self, field))
         check_bias(self.bias)
@@ -170,11 +170,6 @@ def _check_mask(name: object, mask: object, init_r: int) -> None:
             f"rank_pattern[{printable(name)!r}] is {printable(mask)}; it must be a list of init_r, "
             f"{printable(init_r)}, times true or false"
         )
-
-
-def _check_count(field: str, value: object, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < 1 << 31:
-        raise ConfigError(f"{field} is {printable(value)!r}; it must be a whole number, from {lowest} to 2^31 - 1")
 
 
 def _check_number(field: str, value: object) -> None:

@@ -27,6 +27,7 @@ from surgery.methods.lora_fields import (
     Ranges,
     TokenIndices,
     check_bias,
+    check_count,
     check_ranges,
     check_tokens,
     layers_of,
@@ -86,7 +87,7 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_rank("r", self.r)
+        check_count("r", self.r)
         _check_number("lora_alpha", self.lora_alpha)
         _check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
@@ -100,7 +101,7 @@ class LoraConfig(AdapterConfig):
         check_settings(self)
         check_names("target_parameters", self.target_parameters, or_pattern=False)
         for key, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{printable(key)!r}]", rank)
+            check_count(f"rank_pattern[{printable(key)!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
             _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
         self._check_together()
@@ -266,11 +267,6 @@ class LoraConfig(AdapterConfig):
         """r and alpha of a site."""
         alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
         return pattern_value(self.rank_pattern, name, self.r), alpha
-
-
-def _check_rank(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-        raise ConfigError(f"{name} is {printable(value)!r}; it must be a whole number, from 1 to 2^31 - 1")
 
 
 def _check_number(name: str, value: object) -> None:

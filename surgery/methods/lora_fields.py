@@ -1,6 +1,7 @@
 """LoRA's fields that PEFT writes and we do not serve: the value that leaves the maths alone, and what another means.
 
-And what is served beside the factors: `bias`, which AdaLoRA's configs have too, and `trainable_token_indices`.
+And what is served beside the factors: `bias` and ranks, which AdaLoRA's configs have too, and
+`trainable_token_indices`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,12 @@ def check_bias(value: object) -> None:
     """ConfigError for what says nothing of which biases are trained."""
     if value not in get_args(Bias):
         raise ConfigError(f"bias is {printable(value)!r}; 'none', 'all' or 'lora_only' is wanted")
+
+
+def check_count(name: str, value: object, lowest: int = 1) -> None:
+    """ConfigError for what is no number of ranks, or steps."""
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < 1 << 31:
+        raise ConfigError(f"{name} is {printable(value)!r}; it must be a whole number, from {lowest} to 2^31 - 1")
 
 
 def check_tokens(value: object) -> None:
