@@ -20,6 +20,7 @@ from surgery.methods.eva import Eva, is_settled, patterns_of
 from surgery.methods.inits import CONVERSION, FromBase, check_init, doubled, is_from_base, joined
 from surgery.methods.lora import OUT_PROJ, Init, Lora
 from surgery.methods.lora_bias import LoraBias
+from surgery.methods.lora_clashes import check_together
 from surgery.methods.lora_fields import (
     NEUTRAL,
     REASONS,
@@ -104,38 +105,7 @@ class LoraConfig(AdapterConfig):
             check_count(f"rank_pattern[{printable(key)!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
             _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """ConfigError for settings of which each is served, but not beside the other."""
-        plain = self.init_lora_weights in (True, False)
-        if self._from_base and (self.use_dora or self.target_parameters or self.trainable_token_indices):
-            raise ConfigError(
-                f"init_lora_weights is {self.init_lora_weights!r}; it goes without use_dora, target_parameters and "
-                "trainable_token_indices; start with True"
-            )
-        if self.lora_bias and (self.use_dora or not plain):
-            raise ConfigError(
-                "lora_bias is true; as in PEFT it goes with init_lora_weights True or False, without DoRA"
-            )
-        for one in ("use_bdlora", "use_qalora"):
-            if getattr(self, one) and (self.use_dora or self.lora_bias or self.target_parameters or not plain):
-                raise ConfigError(
-                    f"{one} is given; as in PEFT it goes without use_dora, lora_bias and target_parameters, and with "
-                    "init_lora_weights True or False"
-                )
-        if self.use_bdlora and self.use_qalora:
-            raise ConfigError("use_bdlora and use_qalora are given, each of which shapes A; leave one out")
-        if self.target_parameters and (self.use_dora or self.lora_bias or self.lora_dropout):
-            raise ConfigError(
-                "target_parameters is given; as in PEFT it goes without use_dora, lora_bias and lora_dropout"
-            )
-        if self.target_parameters and self.init_lora_weights == Eva.start:
-            raise ConfigError("target_parameters is given; it goes without init_lora_weights 'eva'; start with True")
-        if self.target_parameters and self.bias != "none":
-            raise ConfigError("target_parameters is given; it goes with bias 'none' alone; set one of the two")
-        if self.layer_replication and self.bias != "none":
-            raise ConfigError("layer_replication is given, whose layers share biases; it goes with bias 'none' alone")
+        check_together(self)
 
     def check_fresh(self) -> None:
         check_used(self, self.init_lora_weights)
