@@ -7,8 +7,9 @@ from enum import StrEnum
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
+from surgery.core.field_checks import check_layers, check_names, check_pattern
 from surgery.core.method import Method, Params
-from surgery.core.patterns import Budget, PatternTable
+from surgery.core.patterns import PatternTable
 from surgery.core.site import Site
 from surgery.core.starter import Held, Starter
 from surgery.errors import ConfigError, FormatError, printable
@@ -110,7 +111,7 @@ class AdapterConfig(ABC, metaclass=_OfFields):
                 check_pattern(name, value)
         self._take_patterns()
         check_names("modules_to_save", self.modules_to_save, or_pattern=False)
-        _check_layers(self.layers_to_transform)
+        check_layers(self.layers_to_transform)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is bool and not isinstance(value, bool):
@@ -244,35 +245,6 @@ class AdapterConfig(ABC, metaclass=_OfFields):
             raise FormatError(f"{where}: {error}") from error
         except (TypeError, AttributeError) as error:
             raise FormatError(f"{where}: {error}; a field has the wrong type") from error
-
-
-def check_names(field: str, value: Any, or_pattern: bool) -> None:
-    """ConfigError for what is no list of names, nor, if `or_pattern`, one string."""
-    if value is None or (or_pattern and isinstance(value, str)):
-        return
-    wanted = "a list of module names" + (" or one string" if or_pattern else "")
-    if not _listed(value):
-        raise ConfigError(f"{field} is {printable(value)!r}; it must be {wanted}")
-    if not all(isinstance(entry, str) and entry for entry in value):
-        raise ConfigError(f"{field} holds an entry that is not a name; it must be {wanted}")
-
-
-def _check_layers(value: Any) -> None:
-    numbers = value if _listed(value) else [] if value is None else [value]
-    if not all(type(number) is int for number in numbers):
-        raise ConfigError(f"layers_to_transform is {printable(value)!r}; it must be a whole number or a list of them")
-
-
-def check_pattern(field: str, pattern: str) -> None:
-    """ConfigError for what is no regular expression, or may take too long."""
-    try:
-        Budget().check(pattern)
-    except ConfigError as error:
-        raise ConfigError(f"{field}: {error}") from error
-
-
-def _listed(value: Any) -> bool:
-    return isinstance(value, (list, tuple, set, frozenset))
 
 
 def _plain(value: Any) -> Any:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from surgery.core.arithmetic import all_finite, exact_float64
 from surgery.core.as_peft import AsPeft
-from surgery.core.config import AdapterConfig, Spelling, check_names, check_pattern
+from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.elementwise import Scale
+from surgery.core.field_checks import check_names, check_pattern
 from surgery.core.method import Dense, Method, Params, Product, Run, Spec
 from surgery.core.names import Endings
 from surgery.core.op import Op, Tile

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from surgery.core.config import AdapterConfig, Spelling, check_names
+from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.field_checks import check_names
 from surgery.core.method import Params
 from surgery.core.names import suffix_hits
 from surgery.core.patterns import PatternTable
