@@ -188,10 +188,12 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     in its own dtype, and with the adapter's effect; `layers` also what each adapted module gives, which tells where
     they part. Padding, by `attention_mask`, is left out. Raises EnvironmentFault without transformers.
     """
-    derivation = (ops, compute_dtype, base_as, arithmetic, mha_out_proj_scale, calibration, probes)
+    derivation: dict[str, object] = {"ops": ops, "compute_dtype": compute_dtype, "base_as": base_as}
+    derivation |= {"arithmetic": arithmetic, "mha_out_proj_scale": mha_out_proj_scale, "calibration": calibration}
+    derivation |= {"probes": probes}
     _check_outputs(outputs, layers or inputs is not None, base_as)
     if out is None or adapters is None:
-        _check_alone(out is None and adapters is None, outputs, any(derivation))
+        _check_alone(out is None and adapters is None, outputs, [name for name, given in derivation.items() if given])
         return verifying.verify_receipt(locate(base))
     with checkpoint(base) as source, Checkpoint(locate(out)) as found:
         told = verifying.recorded(found.folder)
@@ -213,16 +215,16 @@ def _check_outputs(outputs: bool, detailed: bool, base_as: str | None) -> None:
         raise UsageError("verify: outputs are of plain models, and base_as makes the base none; give one of the two")
 
 
-def _check_alone(alone: bool, outputs: bool, derived: bool) -> None:
+def _check_alone(alone: bool, outputs: bool, derivation: Sequence[str]) -> None:
     """UsageError unless one folder is given, and nothing is asked of it that takes the merge to be derived anew."""
     if not alone:
         raise UsageError("verify: one of adapters and OUT is missing; name BASE, adapters and OUT, or OUT alone")
     if outputs:
         raise UsageError("verify: outputs are compared with those of adapters over a base; name both too")
-    if derived:
+    if derivation:
         raise UsageError(
-            "verify: ops, compute_dtype, base_as, arithmetic, mha_out_proj_scale, calibration and probes are for a "
-            "merge that is derived anew; name base and adapters too"
+            f"verify: {' and '.join(derivation)} given, which only a merge that is derived anew takes into account; "
+            "name base and adapters too"
         )
 
 
