@@ -19,8 +19,9 @@ from surgery.hosts.views import plainly
 from surgery.io.header import DTYPES
 from surgery.procedures.places.stacking import merge_refusal
 from surgery.procedures.places.tying import Tying, tied_though_held, ties_head, tying_of, vocabulary
-from surgery.procedures.planning.join import Joined, Whole
+from surgery.procedures.planning.join import Joined
 from surgery.procedures.planning.true_config import Outcome
+from surgery.procedures.planning.wholes import Whole
 
 _WHOLE_NUMBERS = frozenset(DTYPES[name] for name in ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"))
 
