@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from surgery.core.op import Op, Tile
+from surgery.core.op import Tile
 from surgery.core.site import Site
+from surgery.ops.multiplying import Multiplying
 
 
 @dataclass(frozen=True)
-class Bias(Op):
+class Bias(Multiplying):
     """No module of its own: a method that changes a site's bias meets it so."""
 
     name = "bias"
@@ -26,12 +26,6 @@ class Bias(Op):
 
     def tile(self, rows: slice) -> Tile:
         return rows, slice(None)
-
-    def apply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, matrix, bias)
-
-    def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
-        return F.linear(h, matrix)
 
 
 def bias_site(site: Site) -> Site | None:
