@@ -1,6 +1,5 @@
 """nn.MultiheadAttention: LoRA to peft and from it; what runs is what is merged; both are undone to the bit."""
 
-import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from pairs import gradients, merge_live_and_on_files, saved, trainable
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -55,13 +55,6 @@ def by_peft(folder: Path, dtype: torch.dtype = torch.float32) -> peft.PeftModel:
     return theirs
 
 
-def saved(model: nn.Module, folder: Path) -> Path:
-    """The base as a checkpoint."""
-    folder.mkdir()
-    save_file({name: values.clone() for name, values in model.state_dict().items()}, folder / "model.safetensors")
-    return folder
-
-
 @contextmanager
 def slow_path() -> Iterator[None]:
     """peft's adapters do nothing where an encoder layer takes its fast path, which reads the base's weights."""
@@ -95,10 +88,6 @@ def test_an_adapter_saved_by_peft_gives_its_outputs_here_and_back_again(tmp_path
 
 
 def test_a_config_hits_the_same_modules_with_the_same_names_and_shapes_as_in_peft(tmp_path: Path) -> None:
-    def trainable(model: nn.Module) -> dict[str, tuple[int, ...]]:
-        found = {name: tuple(values.shape) for name, values in model.named_parameters() if values.requires_grad}
-        return {name.removeprefix("base_model.model."): shape for name, shape in found.items()}
-
     wanted = trainable(peft.get_peft_model(made(), peft.LoraConfig(**FIELDS)))
     ours = surgery.inject(made(), surgery.LoraConfig(**FIELDS))
     assert trainable(ours) == wanted
@@ -112,8 +101,7 @@ def test_gradients_are_those_of_peft_but_for_out_proj_where_they_are_those_of_th
     for model in (theirs, ours):
         with slow_path():
             model(given()).square().sum().backward()
-        grads = {name: values.grad for name, values in model.named_parameters() if values.grad is not None}
-        found.append({name.removeprefix("base_model.model."): values for name, values in grads.items()})
+        found.append(gradients(model))
     assert found[1].keys() == found[0].keys()
     for name, values in found[0].items():
         # Of the two times that peft adds the delta of out_proj, autograd sees one; here B is twice that of the file.
@@ -125,20 +113,9 @@ def test_gradients_are_those_of_peft_but_for_out_proj_where_they_are_those_of_th
 def test_a_live_merge_is_that_on_files_to_the_bit_and_both_are_undone(dtype: torch.dtype, tmp_path: Path) -> None:
     by_peft(tmp_path / "adapter", dtype)
     base, ours = saved(made(dtype), tmp_path / "base"), surgery.load(made(dtype), tmp_path / "adapter")
-    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", reversible=True)
-    surgery.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "out").require()
-    surgery.merge(ours)
-    live = surgery.eject(copy.deepcopy(ours), keep_merged=True).state_dict()
-    streamed, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
-    assert live.keys() == streamed.keys() == original.keys()
-    assert all(torch.equal(live[name], streamed[name]) for name in live)
-    changed = {name for name in live if not torch.equal(live[name], original[name])}
+    changed = merge_live_and_on_files(base, tmp_path / "adapter", ours, tmp_path)
     wanted = {"in_proj_weight", "out_proj.weight"}
     assert changed == {"head.weight"} | {f"{path}.{name}" for path in ("attn", "layer.self_attn") for name in wanted}
-    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
-    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
-    back = surgery.eject(ours).state_dict()
-    assert all(torch.equal(back[name], original[name]) for name in original)
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "fast path"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from pairs import gradients, saved, trainable, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -90,27 +91,11 @@ def outputs(name: str, model: nn.Module) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
 
-def trained(model: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for values in model.parameters():
-            if values.requires_grad:
-                values.add_(torch.randn_like(values) / 4)
-    return model.eval()
-
-
-def saved(model: nn.Module, folder: Path) -> Path:
-    """The base as a checkpoint."""
-    folder.mkdir()
-    save_file({name: values.clone() for name, values in model.state_dict().items()}, folder / "model.safetensors")
-    return folder
-
-
 @each_case
 def test_what_peft_saves_gives_equal_outputs_here_and_back_again(kind: str, case: str, tmp_path: Path) -> None:
     name, config = settings(kind, case)
     model = made(name)
-    before, theirs = outputs(name, model), trained(peft.get_peft_model(copy.deepcopy(model), config))
+    before, theirs = outputs(name, model), trained(peft.get_peft_model(copy.deepcopy(model), config), 1 / 4)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = surgery.load(copy.deepcopy(model), tmp_path / "theirs")
     assert torch.equal(outputs(name, ours), outputs(name, theirs))
@@ -125,10 +110,6 @@ def test_what_peft_saves_gives_equal_outputs_here_and_back_again(kind: str, case
 
 @each_case
 def test_a_config_hits_the_same_modules_with_the_same_shapes_as_in_peft(kind: str, case: str) -> None:
-    def trainable(model: nn.Module) -> dict[str, tuple[int, ...]]:
-        found = {name: tuple(values.shape) for name, values in model.named_parameters() if values.requires_grad}
-        return {name.removeprefix("base_model.model."): shape for name, shape in found.items()}
-
     name, config = settings(kind, case)
     wanted = trainable(peft.get_peft_model(made(name), copy.deepcopy(config)))
     assert trainable(surgery.inject(made(name), config)) == wanted
@@ -137,7 +118,7 @@ def test_a_config_hits_the_same_modules_with_the_same_shapes_as_in_peft(kind: st
 @each_case
 def test_gradients_are_those_of_peft_to_the_bit(kind: str, case: str, tmp_path: Path) -> None:
     name, config = settings(kind, case)
-    theirs = trained(peft.get_peft_model(made(name), config))
+    theirs = trained(peft.get_peft_model(made(name), config), 1 / 4)
     theirs.save_pretrained(tmp_path)
     ours = surgery.load(made(name), tmp_path, trainable=True)
     found = []
@@ -145,8 +126,7 @@ def test_gradients_are_those_of_peft_to_the_bit(kind: str, case: str, tmp_path: 
         torch.manual_seed(2)
         out = model(torch.randn(MODELS[name][1]))
         (out if isinstance(out, Tensor) else out[0]).square().sum().backward()
-        grads = {key: values.grad for key, values in model.named_parameters() if values.grad is not None}
-        found.append({key.removeprefix("base_model.model."): values for key, values in grads.items()})
+        found.append(gradients(model))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
@@ -158,7 +138,7 @@ def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
 ) -> None:
     name, config = settings(kind, case)
     model = made(name)
-    base, theirs = saved(model, tmp_path / "base"), trained(peft.get_peft_model(model, config))
+    base, theirs = saved(model, tmp_path / "base"), trained(peft.get_peft_model(model, config), 1 / 4)
     theirs.save_pretrained(tmp_path / "adapter")
     out = saved(theirs.merge_and_unload(safe_merge=safe), tmp_path / "out")
     surgery.verify_checkpoint(base, tmp_path / "adapter", out).require()

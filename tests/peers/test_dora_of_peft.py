@@ -6,7 +6,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from pairs import gradients, judge_merge_of_peft, merge_for_transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -122,8 +123,7 @@ def test_gradients_are_those_of_peft(case: str, dropout: float, tmp_path: Path) 
         torch.manual_seed(2)
         one.train(dropout > 0)
         one(torch.arange(1, 13)[None])[0].square().mean().backward()
-        grads = {name: values.grad for name, values in one.named_parameters() if values.grad is not None}
-        found.append({name.removeprefix("base_model.model."): values for name, values in grads.items()})
+        found.append(gradients(one))
     assert found[0].keys() == found[1].keys()
     assert all(near(found[1][name], found[0][name], torch.float32) for name in found[0])
 
@@ -157,22 +157,7 @@ def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
     model = made(case, dtype)
     if case == "embedding":
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
-    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
-    model.save_pretrained(base)
-    theirs = by_peft(model, case)
-    theirs.save_pretrained(adapter)
-    theirs.merge_and_unload(safe_merge=safe).save_pretrained(out)
-    report = surgery.verify_checkpoint(base, adapter, out)
-    report.require()
-    grades = {name: one.grade for name, one in report.tensors.items()}
-    before, after = load_file(base / FILE), load_file(out / FILE)
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    assert moved
-    assert {name for name, grade in grades.items() if grade != "untouched"} == set(moved)
-    for name in moved[:: max(1, len(moved) // 3)]:
-        save_file(after | {name: before[name]}, out / FILE, {"format": "pt"})
-        judged = surgery.verify_checkpoint(base, adapter, out).tensors.items()
-        assert [judge for judge, one in judged if one.grade == "different"] == [name]
+    judge_merge_of_peft(model, by_peft(model, case), tmp_path, safe)
 
 
 @each_dtype
@@ -191,11 +176,4 @@ def test_what_is_merged_here_loads_in_transformers_as_the_live_merge_to_the_bit(
     case: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = made(case, dtype)
-    model.save_pretrained(tmp_path / "base")
-    by_peft(model, case).save_pretrained(tmp_path / "adapter")
-    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    read, fresh = (type(model).from_pretrained(tmp_path / one, dtype=dtype).eval() for one in ("base", "out"))
-    before = outputs(read)
-    live = surgery.merge(surgery.load(read, tmp_path / "adapter"))
-    assert torch.equal(outputs(fresh), outputs(live))
-    assert not torch.equal(outputs(fresh), before)
+    merge_for_transformers(model, by_peft(model, case), tmp_path, dtype)

@@ -7,8 +7,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from pairs import gradients, judge_merge_of_peft, merge_for_transformers, outputs, trainable, trained
+from safetensors.torch import load_file
+from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import surgery
@@ -54,23 +55,9 @@ def config(case: str) -> peft.IA3Config:
     return peft.IA3Config(**copy.deepcopy(CASES[case][1]))
 
 
-def outputs(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(torch.arange(12)[None])[0]
-
-
-def trained(model: nn.Module) -> nn.Module:
-    """Every trainable tensor moved off its start; some factors are negative."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for values in model.parameters():
-            if values.requires_grad:
-                values.add_(torch.randn_like(values) / 2)
-    return model.eval()
-
-
 def by_peft(model: nn.Module, case: str) -> peft.PeftModel:
-    return trained(peft.get_peft_model(copy.deepcopy(model), config(case)))
+    """Some factors are negative."""
+    return trained(peft.get_peft_model(copy.deepcopy(model), config(case)), 1 / 2)
 
 
 @each_dtype
@@ -92,10 +79,6 @@ def test_what_peft_saves_gives_equal_outputs_here_and_back_again(case: str, dtyp
 
 @each_case
 def test_a_config_hits_the_same_modules_with_the_same_shapes_as_in_peft(case: str) -> None:
-    def trainable(model: nn.Module) -> dict[str, tuple[int, ...]]:
-        found = {name: tuple(values.shape) for name, values in model.named_parameters() if values.requires_grad}
-        return {name.removeprefix("base_model.model."): shape for name, shape in found.items()}
-
     wanted = trainable(peft.get_peft_model(made(case), config(case)))
     assert trainable(surgery.inject(made(case), config(case))) == wanted
 
@@ -110,8 +93,7 @@ def test_gradients_are_those_of_peft_to_the_bit(case: str, dtype: torch.dtype, t
     found = []
     for one in (theirs, ours):
         one(torch.arange(12)[None])[0].float().square().sum().backward()
-        grads = {name: values.grad for name, values in one.named_parameters() if values.grad is not None}
-        found.append({name.removeprefix("base_model.model."): values for name, values in grads.items()})
+        found.append(gradients(one))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert all(bool(values.any()) for values in found[0].values())
@@ -144,22 +126,7 @@ def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
     case: str, dtype: torch.dtype, safe: bool, tmp_path: Path
 ) -> None:
     model = made(case, dtype)
-    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
-    model.save_pretrained(base)
-    theirs = by_peft(model, case)
-    theirs.save_pretrained(adapter)
-    theirs.merge_and_unload(safe_merge=safe).save_pretrained(out)
-    report = surgery.verify_checkpoint(base, adapter, out)
-    report.require()
-    grades = {name: one.grade for name, one in report.tensors.items()}
-    before, after = load_file(base / FILE), load_file(out / FILE)
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    assert moved
-    assert {name for name, grade in grades.items() if grade != "untouched"} == set(moved)
-    for name in moved[:: max(1, len(moved) // 3)]:
-        save_file(after | {name: before[name]}, out / FILE, {"format": "pt"})
-        judged = surgery.verify_checkpoint(base, adapter, out).tensors.items()
-        assert [judge for judge, one in judged if one.grade == "different"] == [name]
+    judge_merge_of_peft(model, by_peft(model, case), tmp_path, safe)
 
 
 def test_two_adapters_merged_by_peft_pass_verify_in_either_order_and_one_alone_does_not(tmp_path: Path) -> None:
@@ -185,11 +152,4 @@ def test_what_is_merged_here_loads_in_transformers_as_the_live_merge_to_the_bit(
     case: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = made(case, dtype)
-    model.save_pretrained(tmp_path / "base")
-    by_peft(model, case).save_pretrained(tmp_path / "adapter")
-    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    read, fresh = (type(model).from_pretrained(tmp_path / one, dtype=dtype).eval() for one in ("base", "out"))
-    before = outputs(read)
-    live = surgery.merge(surgery.load(read, tmp_path / "adapter"))
-    assert torch.equal(outputs(fresh), outputs(live))
-    assert not torch.equal(outputs(fresh), before)
+    merge_for_transformers(model, by_peft(model, case), tmp_path, dtype)

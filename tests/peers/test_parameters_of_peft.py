@@ -1,12 +1,12 @@
 """`target_parameters`: adapters to peft and from it; what runs is what is merged, live and on files; all is undone."""
 
-import copy
 import json
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from pairs import gradients, merge_live_and_on_files, saved, trainable
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -73,13 +73,6 @@ def by_peft(folder: Path, dtype: torch.dtype = torch.float32, **fields: object) 
     return theirs
 
 
-def saved(model: nn.Module, folder: Path) -> Path:
-    """The base as a checkpoint."""
-    folder.mkdir()
-    save_file({name: values.clone() for name, values in model.state_dict().items()}, folder / "model.safetensors")
-    return folder
-
-
 def near(wanted: Tensor, unit: float) -> dict[str, float]:
     """Of six layers, with sums of at most 24 terms of rounded weights, none of which makes its input larger."""
     return {"rtol": 0.0, "atol": 6 * 24 * 4 * unit * float(wanted.detach().abs().max() + 1)}
@@ -103,10 +96,6 @@ def test_peft_s_files_give_its_outputs_here_and_ours_give_the_same_there(
 
 @each_case
 def test_a_config_hits_the_same_parameters_with_the_same_names_and_shapes_as_in_peft(fields: dict[str, object]) -> None:
-    def trainable(model: nn.Module) -> dict[str, tuple[int, ...]]:
-        found = {name: tuple(values.shape) for name, values in model.named_parameters() if values.requires_grad}
-        return {name.removeprefix("base_model.model."): shape for name, shape in found.items()}
-
     wanted = trainable(peft.get_peft_model(made(), peft.LoraConfig(**fields)))
     ours = surgery.inject(made(), surgery.LoraConfig(**fields))
     assert trainable(ours) == wanted
@@ -119,8 +108,7 @@ def test_gradients_are_those_of_peft(tmp_path: Path) -> None:
     ours, found = surgery.load(made(), tmp_path, trainable=True), []
     for model in (theirs, ours):
         model(given()).square().sum().backward()
-        grads = {name: values.grad for name, values in model.named_parameters() if values.grad is not None}
-        found.append({name.removeprefix("base_model.model."): values for name, values in grads.items()})
+        found.append(gradients(model))
     assert found[0].keys() == found[1].keys()
     for name, values in found[0].items():
         torch.testing.assert_close(found[1][name], values, **near(values, torch.finfo(torch.float32).eps))
@@ -130,18 +118,8 @@ def test_gradients_are_those_of_peft(tmp_path: Path) -> None:
 def test_a_live_merge_is_that_on_files_to_the_bit_and_both_are_undone(dtype: torch.dtype, tmp_path: Path) -> None:
     by_peft(tmp_path / "adapter", dtype)
     base, ours = saved(made(dtype), tmp_path / "base"), surgery.load(made(dtype), tmp_path / "adapter")
-    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", reversible=True)
-    surgery.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "out").require()
-    surgery.merge(ours)
-    live = surgery.eject(copy.deepcopy(ours), keep_merged=True).state_dict()
-    streamed, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
-    assert live.keys() == streamed.keys() == original.keys()
-    assert all(torch.equal(live[name], streamed[name]) for name in live)
-    assert {name for name in live if not torch.equal(live[name], original[name])} == HELD | {"fc.weight"}
-    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
-    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
-    back = surgery.eject(ours).state_dict()
-    assert all(torch.equal(back[name], original[name]) for name in original)
+    changed = merge_live_and_on_files(base, tmp_path / "adapter", ours, tmp_path)
+    assert changed == HELD | {"fc.weight"}
 
 
 def test_adapted_is_merged_within_the_rounding_of_the_grid(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from pairs import outputs, trainable, trained
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -78,26 +79,6 @@ def made(kind: str) -> nn.Module:
     return MODELS[kind]().eval()
 
 
-def outputs(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(torch.arange(12)[None])[0]
-
-
-def trained(model: nn.Module) -> nn.Module:
-    """The model with every trainable tensor off its start, copies of the base's own too."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for values in model.parameters():
-            if values.requires_grad:
-                values.add_(torch.randn_like(values) / 8)
-    return model.eval()
-
-
-def trainable(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    shapes = {name: tuple(values.shape) for name, values in model.named_parameters() if values.requires_grad}
-    return {name.removeprefix("base_model.model."): shape for name, shape in shapes.items()}
-
-
 def as_json(config: peft.LoraConfig, folder: Path) -> dict[str, object]:
     """The file that peft writes, but for the order of its sets, which is arbitrary."""
     config.save_pretrained(folder)
@@ -116,7 +97,7 @@ def test_a_config_is_hit_by_the_same_modules_as_in_peft(case: Case) -> None:
 def test_what_peft_saves_gives_equal_outputs_here(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     model, config = case[0].to(dtype), case[1]
     before = outputs(model)
-    theirs = trained(peft.get_peft_model(copy.deepcopy(model), config))
+    theirs = trained(peft.get_peft_model(copy.deepcopy(model), config), 1 / 8)
     theirs.save_pretrained(tmp_path)
     ours = surgery.load(model, tmp_path)
     assert torch.equal(outputs(ours), outputs(theirs))
@@ -127,7 +108,7 @@ def test_what_peft_saves_gives_equal_outputs_here(case: Case, dtype: torch.dtype
 def test_what_is_saved_here_gives_equal_outputs_in_peft(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     model, config = case[0].to(dtype), case[1]
     before, other = outputs(model), copy.deepcopy(model)
-    ours = trained(surgery.inject(model, config))
+    ours = trained(surgery.inject(model, config), 1 / 8)
     surgery.save(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(other, tmp_path).eval()
     assert torch.equal(outputs(theirs), outputs(ours))
@@ -144,7 +125,7 @@ def test_the_layout_of_the_weights_is_told_to_peft(case: Case, tmp_path: Path) -
 
 def test_a_folder_keeps_its_meaning_through_both_tools(case: Case, tmp_path: Path) -> None:
     model, config = case
-    theirs = trained(peft.get_peft_model(copy.deepcopy(model), config))
+    theirs = trained(peft.get_peft_model(copy.deepcopy(model), config), 1 / 8)
     theirs.save_pretrained(tmp_path / "theirs")
     surgery.save(surgery.load(copy.deepcopy(model), tmp_path / "theirs"), tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(model, tmp_path / "ours")
