@@ -18,6 +18,7 @@ from surgery.procedures.checking import diff as differing
 from surgery.procedures.checking import inspect as inspection
 from surgery.procedures.checking import verify as verifying
 from surgery.procedures.checking.outputs import Inputs
+from surgery.procedures.checking.recorded import recorded
 from surgery.procedures.checking.verify_report import VerifyReport
 from surgery.procedures.planning import plan as planning
 from surgery.procedures.planning.treatment import Treatment, TreatmentOptions, check_probes
@@ -196,7 +197,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
         _check_alone(out is None and adapters is None, outputs, [name for name, given in derivation.items() if given])
         return verifying.verify_receipt(locate(base))
     with checkpoint(base) as source, Checkpoint(locate(out)) as found:
-        told = verifying.recorded(found.folder)
+        told = recorded(found.folder)
         how = arithmetic or told.arithmetic
         treatment = Treatment.of(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=how)
         treatment = replace(treatment, rounding=told.rounding)

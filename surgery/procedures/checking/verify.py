@@ -14,7 +14,7 @@ from surgery.core.adapter import Weighted
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
 from surgery.core.workers import default_workers, in_order
-from surgery.errors import UsageError, printable
+from surgery.errors import printable
 from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
@@ -90,43 +90,6 @@ def _is_kept(base: Checkpoint, name: str, held: Held) -> bool:
     there = base.packed.get(name)
     told = [(one.codec.name, one.form, one.first) for one in (there, held) if one is not None]
     return len(told) == 2 and told[0] == told[1]
-
-
-class Recorded(NamedTuple):
-    """What a merge by surgery says that it was made with."""
-
-    arithmetic: str = "exact"
-    mha_out_proj_scale: int | None = None
-    rounding: str | None = None
-    calibration: Mapping[str, Any] = {}  # sha256 by file
-
-    def require_calibration(self, treatment: Treatment) -> None:
-        """UsageError unless the very inputs are given that it was rounded by."""
-        given = {} if treatment.calibration is None else treatment.calibration.sha256
-        if self.calibration and sorted(map(str, self.calibration.values())) != sorted(given.values()):
-            names = ", ".join(map(printable, self.calibration))
-            raise UsageError(
-                f"verify: it was rounded by calibration inputs of {names}; give calibration, the same by sha256"
-            )
-
-
-def recorded(folder: Path) -> Recorded:
-    """The defaults of what has no receipt."""
-    if not (folder / RECEIPT).is_file():
-        return Recorded()
-    receipt = read_receipt(folder)
-    options = receipt.get("options")
-    options = options if isinstance(options, dict) else {}
-    scales = [one.get("mha_out_proj_scale") for one in receipt["adapters"] if isinstance(one, dict)]
-    scale = next((one for one in scales if one is not None), None)
-    rounding = "feedback" if options.get("rounding") == "feedback" else None
-    calibration = options.get("calibration")
-    return Recorded(
-        str(options.get("arithmetic", "exact")),
-        scale,
-        rounding,
-        calibration if isinstance(calibration, dict) and rounding else {},
-    )
 
 
 def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
