@@ -16,6 +16,7 @@ from surgery.layers import Adapted
 from surgery.ops.bias import Bias, bias_site
 from surgery.procedures.live.standing_in import held_as, plain_dtype
 from surgery.procedures.places.rows import merged_once
+from surgery.procedures.places.tied_heads import merged_with_embedding, unlike_peft
 
 Changes = Mapping[str, tuple[Change, ...]]  # by layer: of its weight and, if that is changed too, of its bias
 
@@ -23,11 +24,14 @@ Changes = Mapping[str, tuple[Change, ...]]  # by layer: of its weight and, if th
 def changes_of(
     root: nn.Module, layers: Mapping[str, Adapted], arithmetic: Arithmetic, model_dtype: torch.dtype
 ) -> Changes:
-    """Of each layer; none where the same rows are replaced in another that shares its weight.
+    """Of each layer; none where another that shares its weight is changed alike.
 
     MatchError for a tied weight, ConfigError for an adapter whose merge by this arithmetic is not known.
     """
-    once = merged_once(layers)
+    heads = merged_with_embedding(layers)
+    if heads and arithmetic != "exact":
+        raise unlike_peft(printable(min(heads)))
+    once = merged_once(layers) | heads
     found = {
         name: () if name in once else _followed(_changes(name, layer, model_dtype), arithmetic)
         for name, layer in layers.items()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from surgery.adapters.peft import check_finite, check_shapes
 from surgery.core.adapter import Layer, Weighted, bias_layers, shape_of
+from surgery.core.name_map import USUAL
 from surgery.core.names import in_base, naming_between, nearest, suffix_hits
 from surgery.core.site import Site
 from surgery.errors import InputError, MatchError, ShapeError, printable
@@ -33,7 +34,10 @@ class Joined:
         if self.tying is not None and self.tying.separable:
             known[self.tying.head.name] = self.tying.head
         known |= {site.name: site for site in alone.values()}
-        self.naming = naming_between([in_base(name) for name in self.adapter.sites], known, base.in_memory)
+        named = [in_base(name) for name in self.adapter.sites]
+        usual = {name: known.get(USUAL.rename(name)) for name in named if name not in known}
+        known |= {name: site for name, site in usual.items() if site is not None}
+        self.naming = naming_between(named, known, base.in_memory)
         brought = Wholes(base, self.adapter, self.naming, self.tying)
         self.wholes, self.heads = brought.by_name, brought.heads
         self.refusals: list[InputError] = brought.refusals
