@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from surgery.core.collector import collector_paused
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Method, Params
 from surgery.core.room import Room
-from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, UsageError, printable
 from surgery.hosts.quantized import hold, is_quantized
 from surgery.hosts.tree import State, set_state, state_of
@@ -23,14 +21,13 @@ from surgery.procedures.places.biases import Biases, lay_biases, refuse_clash, r
 from surgery.procedures.places.model_tree import Tree, wrap
 from surgery.procedures.places.parameters import refuse_nested
 from surgery.procedures.places.placing import placed, refuse_shares
-from surgery.procedures.places.rows import share_rows
+from surgery.procedures.places.rows import FittedSite, share_rows
 from surgery.procedures.places.stacking import own_parameters
 from surgery.procedures.places.tied_copies import Saved, tie_copies
 from surgery.procedures.places.tied_heads import Heads, lay_head
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _PROBE = Slot()
-Fitted = tuple[Site, Method, Params]
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Fitting:
     """All that one adapter lays over a model, checked: nothing is changed before it is whole."""
 
     config: AdapterConfig
-    sites: Mapping[str, Fitted]
+    sites: Mapping[str, FittedSite]
     saved: Saved  # by module: tensors to start from; None: the module's own
     aware: Mapping[str, Holding] = dataclasses.field(default_factory=dict)  # by site, where it is quantization-aware
     biases: Biases = dataclasses.field(default_factory=dict)
@@ -120,7 +117,7 @@ def _lay_layers(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> 
     return touched
 
 
-def _outer_first(tree: Tree, sites: Mapping[str, Fitted]) -> Iterator[tuple[str, Fitted]]:
+def _outer_first(tree: Tree, sites: Mapping[str, FittedSite]) -> Iterator[tuple[str, FittedSite]]:
     """Modules, then parameters from the last of each module on: as PEFT has it, the first lies innermost."""
     alone = {name for name, (site, _, _) in sites.items() if site.acting.alone}
     yield from ((name, one) for name, one in sites.items() if name not in alone)

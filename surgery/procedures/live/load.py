@@ -11,10 +11,8 @@ from surgery.adapters import out_proj
 from surgery.adapters.peft import check_shapes
 from surgery.codecs.formats import Format
 from surgery.core.adapter import Adapter
-from surgery.core.method import Method, Params
 from surgery.core.names import Endings, in_base, nearest, renaming
 from surgery.core.sharded import whole
-from surgery.core.site import Site
 from surgery.errors import MatchError, printable
 from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.octets import sha256_of
@@ -28,7 +26,7 @@ from surgery.procedures.places.biases import given_biases
 from surgery.procedures.places.fused import fused
 from surgery.procedures.places.model_tree import Tree
 from surgery.procedures.places.parameters import assigned, module_of, targeted
-from surgery.procedures.places.rows import refuse_missing, with_tied_rows
+from surgery.procedures.places.rows import FittedSite, refuse_missing, with_tied_rows
 from surgery.procedures.places.stacking import stacked
 from surgery.procedures.places.tied_copies import Saved, with_tied_copies
 from surgery.procedures.places.tied_heads import agreeing_heads
@@ -92,12 +90,12 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
 
 def _sites_of(
     tree: Tree, adapter: Adapter, names: Mapping[str, str], alone: Mapping[str, str]
-) -> dict[str, tuple[Site, Method, Params]]:
+) -> dict[str, FittedSite]:
     """The adapter at each site, by the model's `names`; of those of `alone` that is a parameter, the rest are modules.
 
     ShapeError for tensors that do not fit; MatchError where two of the adapter's are one here, and differ.
     """
-    sites: dict[str, tuple[Site, Method, Params]] = {}
+    sites: dict[str, FittedSite] = {}
     for name in (*(name for name in adapter.sites if name not in alone), *alone):
         params, path = adapter.sites[name], names[name]
         if name in alone:

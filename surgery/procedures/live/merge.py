@@ -18,7 +18,7 @@ from surgery.hosts.change import Change, MergedTile
 from surgery.hosts.model import LiveWeights, live_site
 from surgery.hosts.quantized import is_quantized
 from surgery.hosts.tree import adapted_layers, state_of
-from surgery.hosts.unmerged import Undo, Unmerged
+from surgery.hosts.unmerged import Undo, Unmerged, kept_whole
 from surgery.hosts.views import Merged
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
@@ -75,7 +75,7 @@ class LiveRecorder:
         self.told[name] = change
         streams = self.recorder.streams() if self.recorder is not None and self.recorder.exact else None
         if streams is None or sum(map(len, streams.values())) >= weight.nbytes:
-            self.undos[name] = Undo(weight.dtype, kept=weight.clone())
+            self.undos[name] = Undo(weight.dtype, kept=kept_whole(weight.clone()))
         else:
             self.undos[name] = Undo(weight.dtype, streams=streams)
 

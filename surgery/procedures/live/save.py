@@ -17,7 +17,7 @@ from surgery.core.site import TensorInfo
 from surgery.core.turned import turned
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.tree import adapted_layers, injected, live_path, places, replaced_modules, spelled
-from surgery.io.durable import write_file
+from surgery.io.durable import remove_other, write_file
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.layers import Adapted
 from surgery.layers.running import Turned
@@ -60,9 +60,11 @@ def write(
         config, tensors = _written(root, adapter, state_dict)
         held = adapter_bytes(tensors, prefix)
         if writes:
+            told = config_bytes(_resolved(root, config, adapter))
+            remove_other(folder / CONFIG, told)  # cut short from here on it is no adapter, and none of old settings
             write_file(folder / TENSORS, held)
             write_file(folder / BASE_PRINT, base)
-            write_file(folder / CONFIG, config_bytes(_resolved(root, config, adapter)))
+            write_file(folder / CONFIG, told)
 
 
 def _refuse_meta(root: nn.Module, adapter: str) -> None:

@@ -17,7 +17,6 @@ from surgery.errors import MatchError, printable
 from surgery.hosts.recognition import op_of
 from surgery.layers import Adapted
 from surgery.procedures.places.model_tree import Tree
-from surgery.procedures.places.tied_copies import tied_to
 from surgery.procedures.places.tying import EMBEDDINGS
 
 FittedSite = tuple[Site, Method, Params]
@@ -62,7 +61,7 @@ def with_tied_rows(tree: Tree, sites: Mapping[str, FittedSite], saved: Collectio
             raise MatchError(
                 f"{printable(name)}: trainable_token_indices and modules_to_save both name it; leave one out"
             )
-        for other in tied_to(tree, name):
+        for other in tree.tied_to(name):
             if other in sites and not _same(sites[other], method, params):
                 raise MatchError(
                     f"{printable(other)}: its weight is tied to {printable(name)}, and the adapter makes something "

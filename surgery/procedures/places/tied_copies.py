@@ -17,7 +17,7 @@ def with_tied_copies(tree: Tree, config: AdapterConfig, adapted: Iterable[str], 
     """Besides, the modules that hold a weight of one that is copied. MatchError where one of them is adapted."""
     if not config.ties():
         return saved
-    tied = {other: name for name in saved for other in tied_to(tree, name)}
+    tied = {other: name for name in saved for other in tree.tied_to(name)}
     for name in adapted:
         if name in tied:
             raise MatchError(
@@ -39,18 +39,3 @@ def tie_copies(tree: Tree, adapter: str, saved: Collection[str]) -> None:
             mine = inside._parameters[own]
             assert mine is not None
             inside._parameters[own] = held.setdefault(id(original), mine)
-
-
-def tied_to(tree: Tree, name: str) -> list[str]:
-    """The other modules that hold the very weight, each at its first path."""
-    module = tree.plain(name)
-    own = module.original_module if isinstance(module, Replaced) else module
-    weight = own._parameters.get("weight")
-    return [
-        other
-        for other in tree.modules
-        if weight is not None
-        and tree.first_name(other) == other
-        and tree.plain(other) is not module
-        and tree.held(other).get("weight") is weight
-    ]

@@ -15,7 +15,6 @@ from surgery.layers import Adapted
 from surgery.layers.running import Turned
 from surgery.methods.lora import Lora
 from surgery.procedures.places.model_tree import Tree
-from surgery.procedures.places.tied_copies import tied_to
 
 FittedSite = tuple[Site, Method, Params]
 Heads = Mapping[str, str]  # by the head, the embedding
@@ -25,7 +24,7 @@ def tied_heads(tree: Tree, config: AdapterConfig, adapted: Iterable[str]) -> Hea
     """Those of embeddings of which one of the two is adapted. MatchError where they cannot have the same factors."""
     found = {}
     for name in adapted if config.ties() else ():
-        group = [name, *tied_to(tree, name)] if name in tree.modules else []
+        group = [name, *tree.tied_to(name)] if name in tree.modules else []
         if len(group) > 1:
             embedding, head = _pair(tree, group)
             methods = config.method(embedding), config.method(head)
