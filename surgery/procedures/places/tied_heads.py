@@ -45,7 +45,7 @@ def agreeing_heads(tree: Tree, config: AdapterConfig, sites: Mapping[str, Fitted
     """
     found = {}
     for name in sites if config.ties() else ():
-        for head in tied_to(tree, name) if name in tree.modules else ():
+        for head in tree.tied_to(name) if name in tree.modules else ():
             if head in sites and sites[head][1] == sites[name][1] and is_turned(sites[head][2], sites[name][2]):
                 found[head] = name
     return {head: name for head, name in found.items() if sites[name][0].acting.name == "embedding"}
