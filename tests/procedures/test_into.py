@@ -207,6 +207,35 @@ def test_an_adapter_that_is_drowned_there_fails_with_the_option_that_would_keep_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("base", "into", "part", "falls"),
+    [
+        ("plain", "nf4", 0.5, True),
+        ("plain", "nf4", 1.5, False),  # of all weights too little is left
+        ("nf4", "keep", 1.5, True),
+        ("w8a8", "keep", 0.5, True),
+        ("fp8-rows", "keep", 0.5, False),  # its config.json lists no weights that are left plain
+    ],
+)
+def test_a_fallback_is_named_where_it_is_of_use_and_then_keeps_the_adapter(
+    base: str, into: str, part: float, falls: bool, tmp_path: Path
+):
+    begun = plain_base(tmp_path / "base") if base == "plain" else quantized_base(tmp_path / "base", base)
+    adapter = uneven(tmp_path / "adapter")
+    told = surgery.merge_checkpoint(begun, adapter, tmp_path / "any", into=into, **ANY).receipt
+    most = max(one["retained"] for one in told["changed"].values() if "retained" in one)
+    least = told["survived"]["retained"]
+    bounds = {"min_retained": least + part * (most - least), "max_noise": math.inf}
+    with pytest.raises(CheckError, match="--into 16bit keeps all of it") as raised:
+        surgery.merge_checkpoint(begun, adapter, tmp_path / "out", into=into, **bounds)
+    assert ("--fallback 16bit" in str(raised.value)) is falls
+    if falls:
+        surgery.merge_checkpoint(begun, adapter, tmp_path / "out", into=into, fallback="16bit", **bounds)
+    else:
+        with pytest.raises((FormatError, MatchError)):
+            surgery.merge_checkpoint(begun, adapter, tmp_path / "out", into=into, fallback="16bit", **bounds)
+
+
 @pytest.mark.parametrize("into", ["keep", "nf4", "fp8_block"])
 def test_feedback_retains_more_is_verified_and_undone(into: str, adapter: Path, tmp_path: Path):
     base = plain_base(tmp_path / "base") if into != "keep" else quantized_base(tmp_path / "base", "nf4")

@@ -18,7 +18,7 @@ from surgery.errors import UsageError, printable
 from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.encoded import held_in, tiles
+from surgery.hosts.encoded import held_in
 from surgery.hosts.packing import Held, quantization_of
 from surgery.hosts.views import told
 from surgery.io.octets import Tally
@@ -241,10 +241,7 @@ def _kept_pieces(base: Checkpoint, out: Checkpoint, name: str, change: Change | 
                 continue
             yield from (Piece(info.name, partial(carried, base, out, info.name, span, why)) for span in spans(info))
     if change is not None:
-        change = told(base, change)
-        started = change.started()
-        for rows in tiles(change):
-            yield Piece(change.site.written, partial(kept, base, out, change, started, rows))
+        yield Piece(change.site.written, partial(kept, base, out, change))
 
 
 def _refused(info: TensorInfo, there: TensorInfo | None, change: Change | None) -> str:
