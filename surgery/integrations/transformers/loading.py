@@ -113,7 +113,8 @@ def class_of(transformers: Any, base: Path, adapter: Adapter | None) -> Any:
     if adapter is not None and adapter.config.task_type in _TASKS:
         return getattr(transformers, _TASKS[str(adapter.config.task_type)])
     if adapter is not None:
-        mapping = read_json(Path(adapter.where) / CONFIG).get("auto_mapping")
+        where = Path(adapter.where)
+        mapping = read_json((where if where.is_dir() else where.parent) / CONFIG).get("auto_mapping")
         named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
         if named is not None:
             return _known_class(transformers, named, f"{printable(adapter.where)}: auto_mapping")
