@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from surgery.api.given import Where
+from surgery.hosts.within import within
 from surgery.integrations import transformers as hugging
 
 
@@ -40,4 +41,4 @@ def save_merged(model: nn.Module, folder: Where, *, overwrite: bool = False, **o
     Raises OutputExistsError if `folder` is there and `overwrite` is false, UsageError for a model of another kind,
     and as `merge` does.
     """
-    hugging.save_merged(model, Path(folder), overwrite, **options)
+    hugging.save_merged(within(model), Path(folder), overwrite, **options)

@@ -19,6 +19,7 @@ from surgery.hosts.tree import injected, state_of
 from surgery.integrations.transformers.adalora import regularized
 from surgery.integrations.transformers.default_targets import with_default_targets
 from surgery.integrations.transformers.model import output_heads, room_of
+from surgery.integrations.transformers.peft_methods import PeftMethods
 from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.sources import given
 from surgery.procedures.live import switch
@@ -48,7 +49,7 @@ class Loaded(NamedTuple):
     error_msgs: tuple[str, ...] = ()
 
 
-class AdapterMethods(nn.Module):
+class AdapterMethods(PeftMethods):
     """The methods. StateError, which is a ValueError, where the model has no adapter, or not that one."""
 
     def __call__(self, *given: Any, adapter_names: Sequence[str] | None = None, **named: Any) -> Any:
