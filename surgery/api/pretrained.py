@@ -17,7 +17,7 @@ def load_model(  # noqa: PLR0913  # as transformers' from_pretrained
     model_class: Any = None,
     dtype: str | torch.dtype = "auto",
     device_map: Any = None,
-    quantization: str | None = None,
+    quantization: Any = None,
     revision: str | None = None,
     subfolder: str | None = None,
     trainable: bool = False,
@@ -26,7 +26,8 @@ def load_model(  # noqa: PLR0913  # as transformers' from_pretrained
 
     The base is the one that the adapter's config names, in the class of its task, or that either config names, or
     in `model_class`. Where no adapter lies, the model itself. `dtype` and `device_map` as in transformers;
-    `quantization` "nf4", "fp4" or "int8" holds the weights so from the start. No code of a repository is ever run.
+    `quantization` "nf4", "fp4" or "int8", or a config of transformers such as BitsAndBytesConfig, holds the weights so
+    from the start. No code of a repository is ever run.
     Raises InputError for what is not there or not known, EnvironmentFault without
     transformers or a network.
     """

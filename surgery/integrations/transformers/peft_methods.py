@@ -13,7 +13,7 @@ from surgery.integrations.transformers.quantizing import tell_ejected
 from surgery.procedures.live import switch
 from surgery.procedures.live.eject import eject
 from surgery.procedures.live.held_layers import Landing
-from surgery.procedures.live.merge import merge
+from surgery.procedures.live.merge import UndoKind, merge, unmerge
 from surgery.procedures.planning.treatment import Treatment
 
 
@@ -35,19 +35,33 @@ class PeftMethods(nn.Module):
         """Run the base alone; a context manager that takes it back."""
         return switch.disable_adapters(self)
 
+    def merge_adapter(
+        self,
+        adapter_names: str | Sequence[str] | None = None,
+        safe_merge: bool = False,  # noqa: ARG002  # what is not finite is always refused
+        undo: UndoKind = "index",
+        into: str | None = None,
+    ) -> None:
+        """Add the active adapters, or those named, which are active then, to the base weights; see surgery.merge."""
+        with ExitStack() as taken_back:
+            if adapter_names is not None:
+                taken_back.enter_context(switch.set_adapter(self, adapter_names))
+            merge(self, undo, Landing(Treatment.of(into=into), heads=output_heads(self)))
+            taken_back.pop_all()
+
+    def unmerge_adapter(self) -> None:
+        """The base weights as they were before `merge_adapter`, to the bit."""
+        unmerge(self)
+
     def merge_and_unload(
         self,
         progressbar: bool = False,  # noqa: ARG002  # nothing is shown
         safe_merge: bool = False,  # noqa: ARG002  # what is not finite is always refused
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: str | Sequence[str] | None = None,
         into: str | None = None,
     ) -> Any:
         """Add the active adapters, or those named, to the weights for good, and take all adapters out."""
-        with ExitStack() as taken_back:
-            if adapter_names is not None:
-                taken_back.enter_context(switch.set_adapter(self, adapter_names))
-            merge(self, landing=Landing(Treatment.of(into=into), heads=output_heads(self)))
-            taken_back.pop_all()
+        self.merge_adapter(adapter_names, into=into)
         return self._bare(keep_merged=True)
 
     def unload(self) -> Any:
