@@ -11,6 +11,7 @@ from torch import nn
 from surgery.api.given import Adapters, Where, calibrated, checkpoint, merged_folder, weighted
 from surgery.errors import UsageError
 from surgery.hosts.layout import bytes_of
+from surgery.hosts.within import within
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
 from surgery.procedures.checking import diff as differing
@@ -37,7 +38,7 @@ def inspect(model: nn.Module | Where, *, sha256: bool = False) -> inspection.Ins
     [('0', 'linear', (2, 4))]
     """
     if isinstance(model, nn.Module):
-        return inspection.inspect_model(model)
+        return inspection.inspect_model(within(model))
     return inspection.inspect(locate(model), sha256)
 
 

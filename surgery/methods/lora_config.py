@@ -270,9 +270,9 @@ class LoraConfig(AdapterConfig):
 
 def _check_rank(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-        raise ConfigError(f"{name} is {printable(value)!r}; it must be a whole number, from 1 to 2^31 - 1")
+        raise ConfigError(f"{name} is {printable(repr(value))}; it must be a whole number, from 1 to 2^31 - 1")
 
 
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise ConfigError(f"{name} is {printable(value)!r}; it must be a finite number")
+        raise ConfigError(f"{name} is {printable(repr(value))}; it must be a finite number")

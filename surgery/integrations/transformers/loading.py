@@ -13,7 +13,7 @@ from torch import nn
 
 from surgery.adapters.peft import CONFIG, read_adapter
 from surgery.core.adapter import Adapter
-from surgery.errors import AbsentError, EnvironmentFault, InputError, MatchError, printable
+from surgery.errors import AbsentError, EnvironmentFault, InputError, MatchError, UsageError, printable
 from surgery.hosts.bitsandbytes_layers import never_round_scales
 from surgery.integrations.transformers.quantizing import load_settings
 from surgery.integrations.transformers.subclass import attach
@@ -39,7 +39,7 @@ class Wanted(NamedTuple):
     model_class: Any = None
     dtype: Any = "auto"
     device_map: Any = None
-    quantization: str | None = None
+    quantization: Any = None
 
 
 def load_model(
@@ -85,7 +85,7 @@ def read_model(place: Located, wanted: Wanted, adapter: Adapter | None = None) -
     transformers = transformers_package()
     if not (place.path / "config.json").is_file():
         raise AbsentError(f"{printable(place.path)}: no config.json in it; a model or an adapter folder is wanted")
-    kind = wanted.model_class or class_of(transformers, place.path, adapter)
+    kind = _checked(wanted.model_class or class_of(transformers, place.path, adapter))
     config = transformers.AutoConfig.from_pretrained(place.path, trust_remote_code=False)
     labels = None if adapter is None else _labels(adapter)
     if labels is not None and labels != config.num_labels:
@@ -106,6 +106,16 @@ def read_model(place: Located, wanted: Wanted, adapter: Adapter | None = None) -
     if place.hub_id is not None:
         model.name_or_path = model.config.name_or_path = place.hub_id
     return model, told["missing_keys"]
+
+
+def _checked(kind: Any) -> Any:
+    """UsageError for what is no class, such as the name of one."""
+    if isinstance(kind, type):
+        return kind
+    raise UsageError(
+        f"load_model: model_class is {printable(kind)!r}; the class itself is wanted, such as "
+        "transformers.AutoModelForCausalLM"
+    )
 
 
 def class_of(transformers: Any, base: Path, adapter: Adapter | None) -> Any:

@@ -16,6 +16,7 @@ from surgery.core.workers import default_workers, in_order
 from surgery.errors import MatchError, StateError, UsageError, printable
 from surgery.hosts.change import Change, MergedTile
 from surgery.hosts.model import LiveWeights, live_site
+from surgery.hosts.of_peft import refuse_adapters_of_peft
 from surgery.hosts.quantized import is_quantized
 from surgery.hosts.tree import adapted_layers, state_of
 from surgery.hosts.unmerged import Undo, Unmerged, kept_whole
@@ -98,6 +99,7 @@ def merge(root: nn.Module, undo: UndoKind = "index", landing: Landing | None = N
     rest(root)
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.running}
     if not layers:
+        refuse_adapters_of_peft(root)
         raise StateError("merge: no active adapter; inject one, or set_adapter and enable_adapters")
     if stack_of(root) is not None:
         raise merge_refusal("merge")
