@@ -53,7 +53,7 @@ class Recorder:
         index, width = (torch.cat(part) for part in zip(*self.waiting, strict=True))
         self.waiting.clear()
         ranked, counts = _by_width(width)
-        parts = torch.split(index[ranked].cpu(), list(counts.values()))
+        parts = torch.split(index.index_select(0, ranked).cpu(), list(counts.values()))
         for bits, part in zip(counts, parts, strict=True):
             self.writers.setdefault(bits, BitWriter(bits)).write(part)
 
