@@ -72,12 +72,6 @@ def test_a_merge_keeps_them_tied_and_is_undone(theirs: peft.PeftModel, tmp_path:
     assert file_hashes(tmp_path / "back") == file_hashes(base)
 
 
-def test_an_adapted_weight_that_is_tied_is_refused_with_the_reason() -> None:
-    with pytest.raises(MatchError, match="ensure_weight_tying, and its weight is tied to lm_head"):
-        surgery.inject(llama(), LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
-    surgery.inject(llama(tied=False), LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
-
-
 @pytest.mark.usefixtures("theirs")
 def test_a_file_of_tied_copies_replaces_both_where_they_are_not_tied(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", llama(tied=False).state_dict())

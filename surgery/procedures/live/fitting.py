@@ -24,6 +24,7 @@ from surgery.procedures.places.placing import placed, refuse_shares
 from surgery.procedures.places.rows import FittedSite, share_rows
 from surgery.procedures.places.stacking import own_parameters
 from surgery.procedures.places.tied_copies import Saved, tie_copies
+from surgery.procedures.places.tied_heads import Heads, lay_head
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _PROBE = Slot()
@@ -39,6 +40,7 @@ class Fitting:
     aware: Mapping[str, Holding] = dataclasses.field(default_factory=dict)  # by site, where it is quantization-aware
     biases: Biases = dataclasses.field(default_factory=dict)
     rooms: Mapping[str, Room] = dataclasses.field(default_factory=dict)  # by site, where tensors are held with room
+    heads: Heads = dataclasses.field(default_factory=dict)  # sites that have the factors of another, turned
 
     def weighted(self, weight: float) -> "Fitting":
         """The same, `weight` times as strong."""
@@ -73,6 +75,7 @@ def _refuse_unfit(tree: Tree, fitting: Fitting) -> None:
     refuse_shares(tree, fitting.saved, "modules_to_save names it")
     refuse_shares(tree, fitting.biases, "its bias would be trained")
     refuse_shares(tree, fitting.aware, "the adapter would be aware of its format")
+    refuse_shares(tree, fitting.heads, "its factors are those of the embedding that it is tied to")
     refuse_nested(tree, {name: site for name, (site, _, _) in fitting.sites.items()}, fitting.saved)
     refuse_clash(tree, state_of(tree.root), fitting.biases, fitting.saved)
 
@@ -101,10 +104,15 @@ def _lay_layers(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> 
     """The layers that the adapter lies over from now on."""
     touched = []
     for name, (site, method, params) in _outer_first(tree, fitting.sites):
+        if name in fitting.heads:
+            continue
         layer = tree.layer(name, site)
         own = placed(params, layer.base_weight, site.acting)
         layer.fit(adapter, method, own, trainable, fitting.aware.get(name), fitting.rooms.get(name))
         touched.append(layer)
+    touched += [
+        lay_head(tree, adapter, head, embedding, fitting.sites[head]) for head, embedding in fitting.heads.items()
+    ]
     share_rows(tree, adapter, fitting.sites)
     return touched
 

@@ -36,6 +36,7 @@ from surgery.procedures.live.standing_in import (
 )
 from surgery.procedures.places.rows import merged_once
 from surgery.procedures.places.stacking import merge_refusal, stack_of
+from surgery.procedures.places.tied_heads import merged_with_embedding, unlike_peft
 
 UndoKind = Literal["index", "copy"]
 
@@ -107,7 +108,10 @@ def merge(root: nn.Module, undo: UndoKind = "index", landing: Landing | None = N
     try:
         for layer in quantized:
             stand_in(layer, model_dtype)
-        once = merged_once(layers)
+        heads = merged_with_embedding(layers)
+        if heads and arithmetic != "exact":
+            raise unlike_peft(printable(min(heads)))
+        once = merged_once(layers) | heads
         changes = {
             name: () if name in once else _followed(_changes(name, layer, model_dtype), arithmetic)
             for name, layer in layers.items()
