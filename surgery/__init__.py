@@ -174,11 +174,27 @@ __all__ = [
     "verify_checkpoint",
 ]
 
+_OF_PEFT = {
+    "AutoPeftModel": "surgery.load_model(path)",
+    "AutoPeftModelForCausalLM": "surgery.load_model(path)",
+    "AutoPeftModelForSequenceClassification": "surgery.load_model(path)",
+    "IA3Config": "surgery.Ia3Config",
+    "PeftConfig": "surgery.LoraConfig, surgery.Ia3Config or surgery.AdaLoraConfig",
+    "PeftModel": "surgery.load(model, path)",
+    "PeftModelForCausalLM": "surgery.load(model, path)",
+    "get_peft_model": "surgery.inject(model, config)",
+    "get_peft_model_state_dict": "model.get_adapter_state_dict()",
+    "inject_adapter_in_model": "surgery.inject(model, config)",
+    "prepare_model_for_kbit_training": "surgery.inject(model, config), which takes quantized models as they are",
+    "set_peft_model_state_dict": "model.load_adapter(peft_config=config, adapter_state_dict=tensors)",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Public names come from their files when they are first used: torch is not imported before."""
     if name not in __all__:
-        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+        here = f"; what peft has so is here {_OF_PEFT[name]}" if name in _OF_PEFT else ""
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}{here}", name=name)
     if name == "testing":
         return import_module("surgery.testing")
     if name.endswith("Config"):

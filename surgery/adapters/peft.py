@@ -20,6 +20,7 @@ from surgery.core.site import TensorInfo
 from surgery.errors import AbsentError, FormatError, InputError, ShapeError, ValueRangeError, printable
 from surgery.io.fingerprint import read_base_print
 from surgery.io.header import Entry, encode_header
+from surgery.io.misplaced import folder_in_words, refuse_other
 from surgery.io.octets import octets, tensor_from
 from surgery.io.regular import contained
 from surgery.io.strict_json import ordered_json_bytes, parse_json, read_bytes
@@ -61,6 +62,8 @@ def open_adapter(path: Path, config_name: str = CONFIG, scale: Scale | None = No
     folder, file = (path, contained(path, TENSORS)) if path.is_dir() else (path.parent, path)
     if config_name == CONFIG:
         _refuse_pickles(folder, file)
+    if not path.is_dir():
+        refuse_other(path)
     if not path.is_dir() and not (folder / config_name).exists():
         raise AbsentError(f"{printable(path)}: no {config_name} beside it; an adapter folder, or its file, is wanted")
     told = read_bytes(contained(folder, config_name), "an adapter's config")
@@ -120,9 +123,12 @@ def _refuse_pickles(folder: Path, file: Path) -> None:
             "load it in PEFT and save it again"
         )
     if not file.exists():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{TENSORS}"))
-        hint = f"name one of its sub-folders: {printable(', '.join(inside))}" if inside else "check the path"
-        raise AbsentError(f"{printable(folder)}: it holds no {TENSORS}; an adapter folder is wanted; {hint}")
+        told = "it looks like a model; name BASE first, then its adapters" if _has_weights(folder) else ""
+        raise AbsentError(f"{printable(folder)}: it holds no {TENSORS}: {told or folder_in_words(folder)}")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
 
 
 def _read_tensors(path: Path) -> tuple[list[Found], dict[str, str]]:

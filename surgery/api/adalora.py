@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from surgery.hosts.within import within
 from surgery.procedures.live import adalora
 
 
@@ -11,7 +12,7 @@ def adalora_step(model: nn.Module, step: int) -> None:
     To be called after the optimizer's step number `step`, counted from 0, and before `zero_grad`. Raises
     StateError without such an adapter or without gradients, ConfigError for a schedule that cannot be followed.
     """
-    adalora.adalora_step(model, step)
+    adalora.adalora_step(within(model), step)
 
 
 def orthogonal_loss(model: nn.Module) -> Tensor:
@@ -32,4 +33,4 @@ def orthogonal_loss(model: nn.Module) -> Tensor:
     ...     surgery.adalora_step(model, step)
     ...     optimizer.zero_grad()
     """
-    return adalora.orthogonal_loss(model)
+    return adalora.orthogonal_loss(within(model))

@@ -15,6 +15,7 @@ from surgery.formats.onnx.trace import require_packages
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import bytes_of
 from surgery.hosts.twin import weightless
+from surgery.hosts.within import within
 from surgery.integrations import transformers as hugging
 from surgery.io.staging import refuse_overlap
 from surgery.procedures.exports.export import AnyModule, ExportReport, Kind, Manner, export_model
@@ -80,7 +81,7 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
     if isinstance(model, nn.Module):
         if adapters is not None or treatment != Treatment():
             raise UsageError("export_onnx: of a model in memory the active adapters are exported; adapters is None")
-        return _of_model(model, inputs, dynamic_axes, asked)
+        return _of_model(within(model), inputs, dynamic_axes, asked)
     if inputs is not None or dynamic_axes is not None:
         raise UsageError("export_onnx: of files, inputs are made of the config; load the model to give others")
     return _of_files(model, [] if adapters is None else adapters, bytes_of(max_memory, "max_memory"), asked)

@@ -8,10 +8,10 @@ from typing import Unpack
 import torch
 from torch import nn
 
-from surgery.api.given import Adapters, Where, calibrated, checkpoint, weighted
+from surgery.api.given import Adapters, Where, calibrated, checkpoint, merged_folder, weighted
 from surgery.errors import UsageError
-from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import bytes_of
+from surgery.hosts.within import within
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
 from surgery.procedures.checking import diff as differing
@@ -39,7 +39,7 @@ def inspect(model: nn.Module | Where, *, sha256: bool = False) -> inspection.Ins
     [('0', 'linear', (2, 4))]
     """
     if isinstance(model, nn.Module):
-        return inspection.inspect_model(model)
+        return inspection.inspect_model(within(model))
     return inspection.inspect(locate(model), sha256)
 
 
@@ -157,7 +157,8 @@ def unmerge_checkpoint(
 ) -> unmerging.UnmergeReport:
     """Write the base of a reversible merge to `out`: the original bytes, checked by their sha256."""
     pace = Pace(progress=progress)
-    return unmerging.unmerge_checkpoint(locate(merged), Path(out), overwrite=overwrite, resume=resume, pace=pace)
+    folder = merged_folder(merged)
+    return unmerging.unmerge_checkpoint(folder, Path(out), overwrite=overwrite, resume=resume, pace=pace)
 
 
 def verify_checkpoint(  # noqa: PLR0913  # three things and their options
@@ -195,8 +196,8 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     _check_outputs(outputs, layers or inputs is not None, base_as)
     if out is None or adapters is None:
         _check_alone(out is None and adapters is None, outputs, [name for name, given in derivation.items() if given])
-        return verifying.verify_receipt(locate(base))
-    with checkpoint(base) as source, Checkpoint(locate(out)) as found:
+        return verifying.verify_receipt(merged_folder(base))
+    with checkpoint(base) as source, checkpoint(out) as found:
         told = recorded(found.folder)
         how = arithmetic or told.arithmetic
         treatment = Treatment.of(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=how)
@@ -246,5 +247,5 @@ def diff(a: Where, b: Where) -> differing.DiffReport:
     >>> report.tensors["weight"].difference.max_abs_error
     0.5
     """
-    with Checkpoint(locate(a)) as one, Checkpoint(locate(b)) as other:
+    with checkpoint(a) as one, checkpoint(b) as other:
         return differing.diff(one, other)

@@ -17,6 +17,7 @@ from surgery.hosts.calibration import Calibration
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate, located
+from surgery.io.misplaced import refuse_other
 from surgery.procedures.planning.treatment import Treatment
 
 Where = str | PathLike[str]  # a path, or owner/name[@revision] on the Hub
@@ -27,8 +28,7 @@ Adapters = Given | Sequence[Given]  # one, or several in their order
 def checkpoint(where: Where) -> Checkpoint:
     """Open, with what is known of where it came from."""
     place = located(where)
-    if _is_adapter(place.path):
-        raise InputError(f"{printable(where)}: it is an adapter; a model is wanted; name BASE first, then its adapters")
+    _refuse_adapter(place.path)
     found = Checkpoint(place.path)
     found.hub_id, found.commit = place.hub_id, place.commit
     found.names, found.linears = partial(hugging.name_map, found.config), partial(hugging.linears_of, found)
@@ -36,10 +36,20 @@ def checkpoint(where: Where) -> Checkpoint:
     return found
 
 
-def _is_adapter(path: Path) -> bool:
-    """Is it a folder of an adapter, without a model beside, or the file of one?"""
+def merged_folder(where: Where) -> Path:
+    """Where a merge of ours is to lie. InputError for an adapter, or for a file that is no model."""
+    path = locate(where)
+    _refuse_adapter(path)
+    if path.is_file():
+        refuse_other(path)
+    return path
+
+
+def _refuse_adapter(path: Path) -> None:
+    """InputError for a folder of an adapter, without a model beside, or the file of one."""
     alone = (path / TENSORS).is_file() and not (path / "config.json").exists()
-    return path.name == TENSORS or (alone and (path / CONFIG).is_file())
+    if path.name == TENSORS or (alone and (path / CONFIG).is_file()):
+        raise InputError(f"{printable(path)}: it is an adapter; a model is wanted; name BASE first, then its adapters")
 
 
 def weighted(adapters: Adapters, mha_out_proj_scale: int | None = None) -> list[Weighted]:

@@ -14,6 +14,7 @@ from surgery.adapters.peft import read_adapter
 from surgery.api.given import Where, calibrated
 from surgery.codecs.formats import format_of
 from surgery.errors import UsageError, printable
+from surgery.hosts.within import trainable_within, within
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import locate
 from surgery.procedures.live import eject as ejection
@@ -72,13 +73,14 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     if matching not in (None, "strict", "peft"):
         raise UsageError(f"matching is {printable(matching)!r}; strict or peft is wanted")
     as_peft = is_peft_s(config) if matching is None else matching == "peft"
-    heads = partial(hugging.output_heads, model)
+    root = trainable_within(model) if trainable else within(model)
+    heads = partial(hugging.output_heads, root)
     if loss is not None and examples is None:
         raise UsageError("loss is given, and no examples; leave it out, or give examples")
     batches = None if examples is None else Examples(examples, loss=loss)
-    wanted = hugging.with_default_targets(model, config_of(config), as_peft)
-    injection.inject(model, wanted, adapter_name, heads, trainable, form, as_peft, batches)
-    hugging.attach(model)
+    wanted = hugging.with_default_targets(root, config_of(config), as_peft)
+    injection.inject(root, wanted, adapter_name, heads, trainable, form, as_peft, batches)
+    hugging.attach(root)
     return model
 
 
@@ -99,14 +101,15 @@ def load(  # noqa: PLR0913  # a model, an adapter, and how it is laid over it
     """
     form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
     adapter = read_adapter(locate(path), check_scale(mha_out_proj_scale))
-    loading.lay(model, adapter, adapter_name, trainable, form, hugging.room_of(model))
-    hugging.attach(model)
+    root = trainable_within(model) if trainable else within(model)
+    loading.lay(root, adapter, adapter_name, trainable, form, hugging.room_of(root))
+    hugging.attach(root)
     return model
 
 
 def save(model: nn.Module, folder: Where, *, adapter_name: str | None = None) -> None:
     """Write the model's adapters as PEFT does: "default" into `folder`, others into sub-folders of their name."""
-    saving.save(model, Path(folder), None if adapter_name is None else [adapter_name])
+    saving.save(within(model), Path(folder), None if adapter_name is None else [adapter_name])
 
 
 def quantize(
@@ -129,24 +132,25 @@ def quantize(
     >>> model = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]))
     """
     wanted = quantizing.Quantization(kind, compute_dtype, double_quant)
-    skipped = quantizing.quantize(model, wanted, skip, hugging.output_heads(model))
-    hugging.tell_quantized(model, wanted, skipped)
+    root = within(model)
+    skipped = quantizing.quantize(root, wanted, skip, hugging.output_heads(root))
+    hugging.tell_quantized(root, wanted, skipped)
     return model
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> switch.Switched:
     """Run this adapter, or these in their order; a context manager that takes it back."""
-    return switch.set_adapter(model, adapter_name)
+    return switch.set_adapter(within(model), adapter_name)
 
 
 def enable_adapters(model: nn.Module) -> switch.Switched:
     """Run the active adapters; a context manager that takes it back."""
-    return switch.enable_adapters(model)
+    return switch.enable_adapters(within(model))
 
 
 def disable_adapters(model: nn.Module) -> switch.Switched:
     """Run the base alone; a context manager that takes it back."""
-    return switch.disable_adapters(model)
+    return switch.disable_adapters(within(model))
 
 
 def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractContextManager[None]:
@@ -163,7 +167,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractConte
     >>> with surgery.mixed_batch(model, ["en", "__base__", "fr"]):
     ...     y = model(torch.randn(3, 4))
     """
-    return mixing.mixed_batch(model, adapter_names)
+    return mixing.mixed_batch(within(model), adapter_names)
 
 
 def merge(  # noqa: PLR0913  # one argument an option
@@ -188,25 +192,26 @@ def merge(  # noqa: PLR0913  # one argument an option
     `arithmetic` "peft" or "peft-safe" gives the bits that PEFT 0.21.2's merge, or safe merge, gives of the same
     parameters, and keeps the original weights.
     """
-    treatment = Treatment.of(into=into, arithmetic=arithmetic, rounding=rounding)
+    root, treatment = within(model), Treatment.of(into=into, arithmetic=arithmetic, rounding=rounding)
     with calibrated(treatment, calibration) as treatment:
-        landing = Landing(treatment, treatment.bounds(min_retained, max_noise), hugging.output_heads(model))
-        merging.merge(model, undo, landing)
+        landing = Landing(treatment, treatment.bounds(min_retained, max_noise), hugging.output_heads(root))
+        merging.merge(root, undo, landing)
     return model
 
 
 def unmerge(model: Model) -> Model:
     """The base weights as they were before `merge`, to the bit. StateError if they have changed since."""
-    merging.unmerge(model)
+    merging.unmerge(within(model))
     return model
 
 
 def eject(model: Model, *, keep_merged: bool = False) -> Model:
     """Put the model's own modules back, with their requires_grad flags; unmerges first unless `keep_merged`."""
-    ejection.eject(model, keep_merged)
-    hugging.detach(model)
+    root = within(model)
+    ejection.eject(root, keep_merged)
+    hugging.detach(root)
     if keep_merged:
-        hugging.tell_ejected(model)
+        hugging.tell_ejected(root)
     return model
 
 
@@ -234,4 +239,4 @@ def record_inputs(  # noqa: PLR0913  # three things and their options
     ...     surgery.record_inputs(model, [torch.randn(32, 8)], f"{folder}/inputs").counts
     {'0': 32}
     """
-    return recording.record_inputs(model, Examples(batches, "batches"), Path(out), targets, rank, overwrite)
+    return recording.record_inputs(within(model), Examples(batches, "batches"), Path(out), targets, rank, overwrite)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from surgery.api.given import Where
+from surgery.hosts.within import within
 from surgery.integrations import transformers as hugging
 
 
@@ -16,7 +17,7 @@ def load_model(  # noqa: PLR0913  # as transformers' from_pretrained
     model_class: Any = None,
     dtype: str | torch.dtype = "auto",
     device_map: Any = None,
-    quantization: str | None = None,
+    quantization: Any = None,
     revision: str | None = None,
     subfolder: str | None = None,
     trainable: bool = False,
@@ -25,7 +26,8 @@ def load_model(  # noqa: PLR0913  # as transformers' from_pretrained
 
     The base is the one that the adapter's config names, in the class of its task, or that either config names, or
     in `model_class`. Where no adapter lies, the model itself. `dtype` and `device_map` as in transformers;
-    `quantization` "nf4", "fp4" or "int8" holds the weights so from the start. No code of a repository is ever run.
+    `quantization` "nf4", "fp4" or "int8", or a config of transformers such as BitsAndBytesConfig, holds the weights so
+    from the start. No code of a repository is ever run.
     Raises InputError for what is not there or not known, EnvironmentFault without
     transformers or a network.
     """
@@ -40,4 +42,4 @@ def save_merged(model: nn.Module, folder: Where, *, overwrite: bool = False, **o
     Raises OutputExistsError if `folder` is there and `overwrite` is false, UsageError for a model of another kind,
     and as `merge` does.
     """
-    hugging.save_merged(model, Path(folder), overwrite, **options)
+    hugging.save_merged(within(model), Path(folder), overwrite, **options)

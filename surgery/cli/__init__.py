@@ -1,6 +1,7 @@
 """The command line: each command parses, calls one api function and prints its report."""
 
 import gc
+import logging
 import re
 import sys
 import traceback
@@ -57,8 +58,9 @@ for command in (inspect, plan, merge, verify, unmerge, combine, extract, diff, e
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error is one line on stderr, and its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    if arguments is None:
-        listen()  # as a program of its own; in another's process the signals are its
+    if arguments is None:  # as a program of its own; in another's process signals and loggers are its
+        listen()
+        _hush()
     try:
         code = _run(given)
     except Exception as error:  # noqa: BLE001  # the last resort: a bug of ours is one line too
@@ -70,6 +72,12 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is None:
         gc.freeze()  # looking through all of torch for cycles at the exit takes 0.3 seconds
     sys.exit(code)
+
+
+def _hush() -> None:
+    """Without what torchao, which transformers imports, logs of parts that it lacks, and torch of how it is written."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _run(arguments: list[str]) -> Any:

@@ -5,24 +5,18 @@ first is the high half. With double quantization, absmax[b] = nested_quant_map[a
 nested_offset. https://arxiv.org/abs/2305.14314
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from surgery.codecs.bitsandbytes_config import told
-from surgery.codecs.bnb4_fresh import BLOCKSIZES, DTYPES, KINDS, PART, TINY, codes, scales
+from surgery.codecs.bnb4_fresh import DTYPES, PART, TINY, codes, scales
+from surgery.codecs.bnb4_state import PARTS, STATES, read_state, spelled
 from surgery.core.codec import MADE_BY, Headers, Packed, Settings, Shape, TiledCodec, differs
-from surgery.errors import FormatError, printable
-
-STATES = {f"weight.quant_state.bitsandbytes__{kind}": kind for kind in KINDS}
-_PARTS = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
-_STATE_BYTES = 4096
-_LONGEST = 24  # characters of a float
 
 
 class Bnb4(TiledCodec):
@@ -33,33 +27,13 @@ class Bnb4(TiledCodec):
     """
 
     name = "bnb4"
-    endings: ClassVar[Mapping[str, str]] = {role: f".{role}" for role in ("weight", *_PARTS, *STATES)}
+    endings: ClassVar[Mapping[str, str]] = {role: f".{role}" for role in ("weight", *PARTS, *STATES)}
 
     def claims(self, headers: Headers) -> bool:
-        return "weight" in headers and not {*_PARTS[:2], *STATES}.isdisjoint(headers)
+        return "weight" in headers and not {*PARTS[:2], *STATES}.isdisjoint(headers)
 
     def read(self, headers: Headers, config: Settings, load: Callable[[str], Tensor]) -> Settings:  # noqa: ARG002
-        for part in (part for part in _PARTS[:2] if part not in headers):
-            raise FormatError(f"{part} is missing, without which its 4-bit codes mean nothing; save the model again")
-        states = sorted(STATES.keys() & headers.keys())
-        if len(states) != 1:
-            raise FormatError(
-                f"{' and '.join(states) or 'no quant state'} beside its 4-bit codes; one of "
-                f"{' and '.join(STATES)} is wanted; save the model again"
-            )
-        role = states[0]
-        if headers[role][0] != torch.uint8 or math.prod(headers[role][1]) > _STATE_BYTES:
-            raise FormatError("its quant state is no JSON in bytes; was it saved by bitsandbytes?")
-        _check_dtypes(headers)
-        state = _state(bytes(load(role).flatten().tolist()), STATES[role], "weight.nested_absmax" in headers)
-        for part, wanted in _sizes(headers, state).items():
-            found = math.prod(headers[part][1]) if part in headers else 0
-            if found != wanted:
-                raise FormatError(
-                    f"{part} has {found} elements; {wanted} are wanted for {state['shape']} in blocks of "
-                    f"{state['blocksize']}, as its quant state says; was it changed by another tool?"
-                )
-        return state
+        return read_state(headers, load)
 
     def shape(self, headers: Headers, settings: Settings) -> Shape:  # noqa: ARG002  # only the state tells
         return tuple(settings["shape"])
@@ -101,7 +75,7 @@ class Bnb4(TiledCodec):
     def scales(self, tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings) -> Packed:
         """`settings`: quant_type "nf4" or "fp4", blocksize (64), double_quant (false); the dtype is kept."""
         tensors, state = scales(tiles, shape, dtype, settings)
-        raw = torch.frombuffer(bytearray(_spelled(state).encode()), dtype=torch.uint8)
+        raw = torch.frombuffer(bytearray(spelled(state).encode()), dtype=torch.uint8)
         role = f"weight.quant_state.bitsandbytes__{state['quant_type']}"
         return Packed({**tensors, role: raw.to(tensors["weight.absmax"].device)}, state)
 
@@ -214,62 +188,3 @@ def _nearest(values: Tensor, map16: Tensor) -> Tensor:
     """The codes of the nearest of the 16 values."""
     ordered, codes = map16.to(torch.float64).sort(stable=True)  # fp4 has two zeros, of which the first is taken
     return codes[torch.bucketize(values, (ordered[1:] + ordered[:-1]) / 2)].to(torch.uint8)
-
-
-def _state(raw: bytes, kind: str, nested: bool) -> dict[str, Any]:
-    """The quant state. FormatError where it is none that bitsandbytes writes."""
-    try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError):
-        found = None
-    state = found if isinstance(found, dict) else {}
-    wanted: Mapping[str, Callable[[Any], bool]] = {
-        "quant_type": lambda one: one == kind,
-        "blocksize": lambda one: type(one) is int and one in BLOCKSIZES,
-        "dtype": lambda one: isinstance(one, str) and one in DTYPES,
-        "shape": _is_shape,
-    }
-    if nested:
-        wanted = {
-            **wanted,
-            "nested_blocksize": wanted["blocksize"],
-            "nested_offset": lambda one: type(one) in {int, float} and math.isfinite(one),
-        }
-    for key, holds in wanted.items():
-        if not holds(state.get(key)):
-            raise FormatError(
-                f"{key} of its quant state is {printable(state.get(key))}; what bitsandbytes writes is wanted; "
-                "was the file damaged?"
-            )
-    return state
-
-
-def _spelled(state: Settings) -> str:
-    """As JSON, of a length that no values decide, so that a file can be laid out before they are known."""
-    if "nested_offset" not in state:
-        return json.dumps(state)
-    return json.dumps(state).ljust(len(json.dumps({**state, "nested_offset": 0.0})) + _LONGEST - len("0.0"))
-
-
-def _check_dtypes(headers: Headers) -> None:
-    """FormatError unless each tensor has a dtype that can be looked up in, or multiplied by."""
-    scale = (torch.uint8,) if _PARTS[2] in headers else (torch.float32, torch.bfloat16, torch.float16)
-    wanted = dict.fromkeys(_PARTS[1:], (torch.float32,)) | {_PARTS[0]: scale}
-    for role, dtypes in wanted.items():
-        if role in headers and headers[role][0] not in dtypes:
-            held = str(headers[role][0]).removeprefix("torch.")
-            raise FormatError(f"{role} is in {held}, which bitsandbytes does not write; was it cast by another tool?")
-
-
-def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(one) is int and 0 < one < 1 << 40 for one in value)
-
-
-def _sizes(headers: Headers, state: Settings) -> dict[str, int]:
-    """How many elements each tensor has to have."""
-    count = math.prod(state["shape"])
-    blocks = -(-count // state["blocksize"])
-    found = {"weight": -(-count // (2 * headers["weight"][0].itemsize)), _PARTS[0]: blocks, _PARTS[1]: 16}
-    if _PARTS[2] in headers:
-        found |= {_PARTS[2]: -(-blocks // state["nested_blocksize"]), _PARTS[3]: 256}
-    return found

@@ -61,7 +61,7 @@ class Fp8Block(TiledCodec):
         return {"weight": rows} if one else {"weight": rows, role: blocks, MADE_BY: blocks}
 
     def decode(self, packed: Packed, dtype: torch.dtype) -> Tensor:
-        return (packed.tensors["weight"].to(torch.float32) * _scales(packed)).to(dtype)
+        return _times(_numbers(packed.tensors["weight"]), _single(packed), packed).to(dtype)
 
     def encode(self, weight: Tensor, like: Packed) -> Packed:
         codes = like.tensors["weight"]
@@ -85,7 +85,7 @@ class Fp8Block(TiledCodec):
 
     def coded(self, weight: Tensor, by: Packed) -> Packed:
         largest = torch.finfo(FLOATS[0]).max
-        held = (weight.to(torch.float32) * _laid(by.tensors[MADE_BY], by)).clamp(-largest, largest)
+        held = _times(weight.to(torch.float32, copy=True), by.tensors[MADE_BY], by).clamp_(-largest, largest)
         return by._replace(tensors={**by.tensors, "weight": held.to(FLOATS[0])})
 
     def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:  # noqa: ARG002
@@ -95,9 +95,9 @@ class Fp8Block(TiledCodec):
 
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
         codes, scales = packed.tensors["weight"], _scales(packed)
-        every = torch.arange(256, dtype=torch.uint8).view(codes.dtype).to(torch.float32)
+        every = _every(codes)
         values = torch.tensor(sorted({*every[every.isfinite()].tolist()}), device=codes.device)  # with one zero
-        held = codes.to(torch.float32)
+        held = _numbers(codes)
         rank = torch.searchsorted(values, held.nan_to_num(0.0))
         pair = [
             torch.where(held.isfinite(), values[(rank + step).clamp(0, len(values) - 1)], held) * scales
@@ -112,23 +112,49 @@ def _role(headers: Mapping[str, Any]) -> str:
 
 def _scales(packed: Packed) -> Tensor:
     """float32, broadcast over the packed rows."""
+    return _by_rows(_wide(_single(packed), packed), packed)
+
+
+def _single(packed: Packed) -> Tensor:
+    """The scales as they are held, in float32."""
     held = packed.tensors[_role(packed.tensors)]
-    return _laid(power_of_two(held.to(torch.int64) - 127) if held.dtype == torch.uint8 else held, packed)
+    return (power_of_two(held.to(torch.int64) - 127) if held.dtype == torch.uint8 else held).to(torch.float32)
 
 
-def _laid(scales: Tensor, packed: Packed) -> Tensor:
-    """The same of scales that `packed` has, or of others of their shape."""
-    scales = scales.to(torch.float32)
-    height, width = packed.settings["weight_block_size"]
-    count, columns = packed.tensors["weight"].shape
-    first = 0 if packed.rows is None else packed.rows.start
-    if scales.dim() < 2:
-        scales = scales.view(-1, 1)
-    wide = scales.repeat_interleave(width, dim=1)[:, :columns] if scales.shape[1] > 1 else scales
+def _times(values: Tensor, scales: Tensor, packed: Packed) -> Tensor:
+    """`values` of the packed rows, in whose memory each is multiplied by the scale of its block."""
+    wide, height = _wide(scales, packed), packed.settings["weight_block_size"][0]
+    if len(values) == len(wide) * height:  # whole blocks, for which nothing as large as they is made
+        return values.view(len(wide), height, values.shape[1]).mul_(wide.unsqueeze(1)).view(values.shape)
+    return values.mul_(_by_rows(wide, packed))
+
+
+def _wide(scales: Tensor, packed: Packed) -> Tensor:
+    """One row for each block of rows, [blocks, in or 1]."""
+    width, columns = packed.settings["weight_block_size"][1], packed.tensors["weight"].shape[1]
+    matrix = scales if scales.dim() == 2 else scales.view(-1, 1)
+    return matrix.repeat_interleave(width, dim=1)[:, :columns] if matrix.shape[1] > 1 else matrix
+
+
+def _by_rows(wide: Tensor, packed: Packed) -> Tensor:
+    """One row for each of the packed rows, or one for all of them."""
     if len(wide) < 2:
         return wide
+    height, count = packed.settings["weight_block_size"][0], len(packed.tensors["weight"])
+    first = 0 if packed.rows is None else packed.rows.start
     rows = torch.arange(first, first + count, device=wide.device) // height - first // height
-    return wide[rows]
+    return wide.index_select(0, rows)
+
+
+def _every(codes: Tensor) -> Tensor:
+    """What each code stands for, [256], in float32."""
+    return torch.arange(256, dtype=torch.uint8, device=codes.device).view(codes.dtype).to(torch.float32)
+
+
+def _numbers(codes: Tensor) -> Tensor:
+    """In float32; looked up, for torch takes several times as long to convert them."""
+    octets = codes.contiguous().view(torch.uint8).flatten()
+    return _every(codes).index_select(0, octets.to(torch.int32)).view(codes.shape)
 
 
 def _nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,8 +194,8 @@ def _is_block(block: tuple[Any, ...]) -> bool:
 
 def _tops_of_rows(weight: Tensor, width: int) -> Tensor:
     """The largest of each row's blocks, in float32, [out, in blocks]."""
-    magnitudes = torch.nn.functional.pad(weight.abs(), (0, -weight.shape[1] % width))
-    return magnitudes.view(len(weight), -(-weight.shape[1] // width), width).amax(dim=2).to(torch.float32)
+    magnitudes = torch.nn.functional.pad(weight.to(torch.float32).abs(), (0, -weight.shape[1] % width))
+    return magnitudes.view(len(weight), -(-weight.shape[1] // width), width).amax(dim=2)
 
 
 def _tops(of_rows: Tensor, height: int) -> Tensor:

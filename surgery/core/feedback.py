@@ -6,14 +6,19 @@ Every operation is one of elements, in a fixed order: the same bits for any tile
 """
 
 from functools import cached_property
+from threading import Lock
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import power_of_two, tree_sum
 from surgery.core.sums import sum_rows
 
+Array = Any  # of numpy on a CPU, where its calls take less time than those of torch; of torch elsewhere
 _REST = 0.01  # of the mean energy of an input, that any other may have besides
+_TURN = Lock()  # steps from column to column are so short that threads would only take turns at them, one by one
 
 
 class Feedback:
@@ -50,56 +55,37 @@ class Feedback:
 
         What is best knows that the columns after it will take off what they can: they leave (I + C' C / D)^-1 of it.
         """
-        left = torch.eye(self.columns.shape[1], dtype=torch.float64)
-        found = torch.empty_like(self.columns)
-        for index in range(len(self.columns) - 1, -1, -1):
-            column = self.columns[index]
-            seen = _total(left * column)  # [r]
-            whole = self.alone[index] + _total(seen * column)
-            found[index] = seen / whole
-            left = left - seen.unsqueeze(1) * found[index]
-        return found
+        columns, alone = self.columns.numpy(), self.alone.numpy()
+        left, found = np.eye(columns.shape[1]), np.empty_like(columns)
+        for index in range(len(columns) - 1, -1, -1):
+            seen = _total((left * columns[index]).T)  # [r]
+            found[index] = seen / (alone[index] + _total(seen * columns[index]))
+            left = left - seen[:, None] * found[index]
+        return torch.from_numpy(found)
 
     def choose(self, wanted: Tensor, held: Tensor, below: Tensor, above: Tensor) -> Tensor:
         """Of each element `held`, the nearest to what is wanted, or a neighbour of it; all [rows, in], float64.
 
         A row for which that turns out no better stays as it is held.
         """
-        wanted, held, below, above = (one.T.contiguous() for one in (wanted, held, below, above))
-        chosen = torch.empty_like(held)
-        columns, gains, alone = (one.to(held.device) for one in (self.columns, self.gains, self.alone))
-        near, fed = (_Errors(held, columns.shape[1]) for _ in range(2))
-        for index, (column, gain) in enumerate(zip(columns, gains, strict=True)):
-            target = wanted[index] - _total(fed.along * gain)
-            options = below[index], held[index], above[index]
-            best = options[1]
-            for other in (options[0], options[2]):
-                best = torch.where((other - target).abs() < (best - target).abs(), other, best)
-            chosen[index] = best
-            near.add(held[index] - wanted[index], column, alone[index])
-            fed.add(best - wanted[index], column, alone[index])
-        return torch.where(fed.measured < near.measured, chosen, held).T.contiguous()
+        options = _side_by_side(held, below, above)
+        by = (one.to(held.device) for one in (self.columns.unsqueeze(2), self.gains.unsqueeze(2), self.alone))
+        with _TURN:
+            near, fed = _feed_back(*map(_array, (wanted.T.contiguous(), options, *by)))
+        better = torch.as_tensor(fed < near)
+        return torch.where(better, options[:, 1], options[:, 0]).T.contiguous()
 
     def inputs(self, white: Tensor, drawn: Tensor) -> Tensor:
         """Such inputs [in, n], of normal numbers [in, n] and [r, n]."""
         return white * self.alone.sqrt().unsqueeze(1) + self.columns @ drawn
 
 
-class _Errors:
-    """Of some rows: the sum of squares so far, and what they add up to along the directions."""
-
-    def __init__(self, held: Tensor, r: int) -> None:
-        """`held` is [in, rows]."""
-        self.squares, self.along = held.new_zeros(held.shape[1]), held.new_zeros(held.shape[1], r)
-
-    def add(self, error: Tensor, column: Tensor, alone: Tensor) -> None:
-        self.squares = self.squares + alone * (error * error)
-        self.along = self.along + error.unsqueeze(1) * column
-
-    @property
-    def measured(self) -> Tensor:
-        """E H E' of each row."""
-        return self.squares + _total(self.along * self.along)
+def _side_by_side(held: Tensor, below: Tensor, above: Tensor) -> Tensor:
+    """[in, 3, rows]: what each column has to choose from lies together."""
+    found = held.new_empty(held.shape[1], 3, held.shape[0])
+    for index, one in enumerate((held, below, above)):
+        found[:, index] = one.T
+    return found
 
 
 def _unit(largest: Tensor) -> Tensor:
@@ -107,9 +93,34 @@ def _unit(largest: Tensor) -> Tensor:
     return power_of_two((-torch.frexp(largest).exponent).clamp(-1022, 1022))
 
 
-def _total(values: Tensor) -> Tensor:
-    """Over the last axis, a power of two long, by halves."""
-    while values.shape[-1] > 1:
-        half = values.shape[-1] // 2
-        values = values[..., :half] + values[..., half:]
-    return values[..., 0]
+def _array(values: Tensor) -> Array:
+    return values.numpy() if values.device.type == "cpu" else values
+
+
+def _feed_back(wanted: Array, options: Array, columns: Array, gains: Array, alone: Array) -> Array:
+    """Puts what is chosen in place of the second options; returns E H E' of the first and of these, [2, rows].
+
+    By input: what is wanted [rows], the options [3, rows], its column of C and its gains [r, 1], and D [].
+    """
+    squares = 0 * options[0, :2]
+    along = squares[:, None] * columns[0]  # [2, r, rows]
+    for here, three, column, gain, energy in zip(wanted, options, columns, gains, alone, strict=True):
+        three[1] = _nearest(three, here - _total(along[1] * gain))
+        error = three[:2] - here
+        squares += energy * (error * error)
+        along += error[:, None] * column
+    return squares + _total((along * along).swapaxes(0, 1))
+
+
+def _nearest(three: Array, target: Array) -> Array:
+    """Of three options [3, rows] the nearest; the first of those that are as near."""
+    (first, second, third), (a, b, c), of = three, abs(three - target), torch if torch.is_tensor(three) else np
+    return of.where(c < of.minimum(a, b), third, of.where(b < a, second, first))
+
+
+def _total(values: Array) -> Array:
+    """Over the first axis, a power of two long, by halves."""
+    while len(values) > 1:
+        half = len(values) // 2
+        values = values[:half] + values[half:]
+    return values[0]

@@ -18,6 +18,7 @@ from surgery.hosts.packed_stacks import PackedStacks
 from surgery.hosts.packing import Held, packings, torch_dtype_of
 from surgery.hosts.reading import Reading
 from surgery.io.header import Entry
+from surgery.io.misplaced import folder_in_words, refuse_other
 from surgery.io.octets import tensor_from
 from surgery.io.open_files import OpenFiles
 from surgery.io.regular import contained
@@ -168,6 +169,7 @@ class Checkpoint(OpenFiles):
 
     def _names(self) -> list[str]:
         if self.path.is_file():
+            refuse_other(self.path)
             return [self.path.name]
         if os.path.lexists(self.folder / INDEX):
             if os.path.lexists(self.folder / SINGLE):
@@ -247,6 +249,4 @@ def _check_complete(names: list[str], where: str) -> None:
 def _what_lies_there(folder: Path, found: list[str]) -> str:
     if found:
         return f"{len(found)} safetensors files and no {INDEX}; name one of the files"
-    if any(folder.glob("*.bin")):
-        return "weights in .bin files, which can run code when they are read; save the model as safetensors first"
-    return f"no {SINGLE} and no {INDEX}; a folder with safetensors is wanted"
+    return folder_in_words(folder)

@@ -8,6 +8,7 @@ from torch import nn
 
 from surgery.core.config import AdapterConfig
 from surgery.errors import StateError, printable
+from surgery.hosts.of_peft import refuse_adapters_of_peft
 from surgery.layers import Adapted, Replaced, base_of
 from surgery.methods.adalora_ranks import Importance
 
@@ -53,6 +54,7 @@ def injected(root: nn.Module) -> State:
     """The state of a model with adapters. StateError if it has none."""
     state = state_of(root)
     if state is None or not state.configs:
+        refuse_adapters_of_peft(root)
         raise StateError("the model has no adapters; inject or load one first")
     return state
 

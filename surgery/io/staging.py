@@ -146,7 +146,9 @@ class Staging:
 
     def _refuse_existing(self) -> None:
         if os.path.lexists(self.out) and not self.overwrite:
-            raise OutputExistsError(f"{printable(self.out)}: it exists; a new folder is wanted; or say --overwrite")
+            raise OutputExistsError(
+                f"{printable(self.out)}: it exists; a new folder is wanted; or say --overwrite (overwrite=True)"
+            )
         if os.path.lexists(self.out) and not _is_output(self.out):
             raise OutputExistsError(
                 f"{printable(self.out)}: it holds no model and no adapter; --overwrite would remove all of it; "

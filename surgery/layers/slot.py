@@ -1,6 +1,7 @@
 """Slot: one tensor name, such as `lora_A`, holding its tensor for each adapter."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,6 +12,18 @@ Holder = tuple[Mapping[str, Tensor | None], str]  # where a tensor is held, and 
 
 class Slot(Bare):
     """Spelled as PEFT does: `lora_B.default.weight` and `.bias`, or `lora_embedding_A.default`, without a leaf."""
+
+    def __getitem__(self, adapter: str) -> Any:
+        """As PEFT's layers are asked: `lora_A["default"].weight`."""
+        return {**self._modules, **self._parameters, **self._buffers}[adapter]
+
+    def __contains__(self, adapter: str) -> bool:
+        return adapter in self._modules or adapter in self._parameters or adapter in self._buffers
+
+    def extra_repr(self) -> str:
+        """The shapes that it holds by itself."""
+        held = {**self._parameters, **self._buffers}
+        return ", ".join(f"{name}: {list(values.shape)}" for name, values in held.items() if values is not None)
 
     def put(self, adapter: str, leaf: str, values: Tensor, trainable: bool) -> Holder:
         """Hold an adapter's tensor, under a name of its own if there is a `leaf`.

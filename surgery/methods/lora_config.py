@@ -242,4 +242,4 @@ class LoraConfig(AdapterConfig):
 
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise ConfigError(f"{name} is {printable(value)!r}; it must be a finite number")
+        raise ConfigError(f"{name} is {printable(repr(value))}; it must be a finite number")

@@ -47,7 +47,7 @@ def check_bias(value: object) -> None:
 def check_count(name: str, value: object, lowest: int = 1) -> None:
     """ConfigError for what is no number of ranks, or steps."""
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < 1 << 31:
-        raise ConfigError(f"{name} is {printable(value)!r}; it must be a whole number, from {lowest} to 2^31 - 1")
+        raise ConfigError(f"{name} is {printable(repr(value))}; it must be a whole number, from {lowest} to 2^31 - 1")
 
 
 def check_tokens(value: object) -> None:

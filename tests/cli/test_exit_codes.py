@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -58,6 +59,25 @@ def test_help_is_code_0_and_imports_nothing_heavy(name: str) -> None:
     found = subprocess.run([sys.executable, "-c", HELP, *arguments], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout.startswith(f"Usage: surgery {name}".rstrip())
+
+
+LOGGING = """
+import sys
+from surgery.cli import main
+sys.argv = ["surgery", "inspect", "/nowhere"]
+try:
+    main()
+except SystemExit as stopped:
+    assert stopped.code == 3
+import torchao.quantization
+"""
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="of torchao, which transformers imports where it is")
+def test_a_command_prints_nothing_of_what_torchao_logs() -> None:
+    found = subprocess.run([sys.executable, "-c", LOGGING], capture_output=True, text=True, check=True)
+    (line,) = found.stderr.splitlines()
+    assert line.startswith("surgery: /nowhere: no such file")
 
 
 @pytest.mark.parametrize(

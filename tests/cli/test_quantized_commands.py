@@ -48,13 +48,26 @@ def test_the_options_of_a_merge_are_those_of_the_function(
     assert (judged.code, "0 different" in judged.out) == (0, True)
 
 
-def test_an_erased_adapter_is_exit_code_4_and_names_the_way_out(base: Path, tmp_path: Path, run: Run) -> None:
-    adapter = laid(tmp_path / "a", 0.001)
-    found = run("merge", base, adapter, tmp_path / "out", "--into", "keep")
-    assert "--into 16bit" in told(found, 4)
+@pytest.mark.parametrize("into", ["keep", "fp4", "int8"])
+@pytest.mark.parametrize(
+    ("size", "bounds", "loose"),
+    [
+        (0.0001, (), ("--min-retained", "0", "--max-noise", "99")),
+        (0.2, ("--min-retained", "1.1"), ("--min-retained", "0.5")),
+        (0.2, ("--max-noise", "0.001"), ("--max-noise", "1")),
+    ],
+    ids=["erased", "too little", "too much beside it"],
+)
+def test_a_lost_adapter_is_exit_code_4_and_names_the_way_out(
+    into: str, size: float, bounds: tuple[str, ...], loose: tuple[str, ...], base: Path, tmp_path: Path, run: Run
+) -> None:
+    adapter = laid(tmp_path / "a", size)
+    message = told(run("merge", base, adapter, tmp_path / "out", "--into", into, *bounds), 4)
+    assert "--into 16bit keeps all of it" in message
+    assert {"--min-retained", "--max-noise"} <= {*message.split()}
     assert not (tmp_path / "out").exists()
-    loose = ("--min-retained", "0", "--max-noise", "9")
-    assert run("merge", base, adapter, tmp_path / "out", "--into", "keep", *loose).code == 0
+    assert run("merge", base, adapter, tmp_path / "out", "--into", into, *loose).code == 0
+    assert run("merge", base, adapter, tmp_path / "plain", "--into", "16bit").code == 0
 
 
 def test_the_plan_tells_what_each_weight_is_held_in(base: Path, tmp_path: Path, run: Run) -> None:

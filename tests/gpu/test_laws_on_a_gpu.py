@@ -1,7 +1,7 @@
 """Exact arithmetic, every method over every op, and every codec: a GPU gives the bits that a CPU gives."""
 
+import codec_examples
 import pytest
-import test_laws_of_codecs as codec_laws
 import torch
 from device import DEVICE, all_there, here, there
 from op_examples import IN, OUT, site_of
@@ -21,7 +21,7 @@ from surgery.core.undo import Recorder, Restorer, accumulate
 
 HALVES = (torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-each_packed = pytest.mark.parametrize(("codec", "name"), codec_laws.CASES)
+each_packed = pytest.mark.parametrize(("codec", "name"), codec_examples.CASES)
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +145,7 @@ def placed(packed: Packed) -> Packed:
 
 @each_packed
 def test_a_codec_gives_the_same_bits(codec: Codec, name: str):
-    packed = codec_laws.EXAMPLES[codec.name][name]
+    packed = codec_examples.EXAMPLES[codec.name][name]
     there_too = placed(packed)
     for dtype in (torch.float64, *HALVES):
         assert same_numbers(codec.decode(there_too, dtype), codec.decode(packed, dtype))

@@ -17,10 +17,18 @@ from surgery.methods import METHODS
 
 IN, OUT = 128, 192
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "LORA": [{"r": 4, "lora_alpha": 6}, {"r": 4, "use_dora": True}, {"r": 4, "lora_bias": True}],
+    "LORA": [
+        {"r": 4, "lora_alpha": 6},
+        {"r": 4, "use_dora": True},
+        {"r": 4, "lora_bias": True},
+        {"r": 4, "use_qalora": True, "qalora_group_size": 16},
+        {"r": 4, "use_bdlora": {"target_modules_bd_a": ["0"], "nblocks": 2}},
+        {"r": 4, "init_lora_weights": "pissa"},
+    ],
     "IA3": [{"feedforward_modules": []}, {"feedforward_modules": ["0"]}],
     "ADALORA": [{"init_r": 4, "target_r": 2, "total_step": 9}],
 }
+PLAIN, OTHER = (METHODS[name](target_modules=["0"], **SETTINGS[name][0]) for name in ("LORA", "IA3"))
 CASES = [METHODS[name](target_modules=["0"], **one) for name in METHODS for one in SETTINGS[name]]
 each_case = pytest.mark.parametrize("config", CASES, ids=range(len(CASES)))
 each_format = pytest.mark.parametrize("form", FORMS)
@@ -92,8 +100,8 @@ def _fitted(model: nn.Module) -> list[nn.Parameter]:
 @each_format
 def test_several_adapters_are_held_as_their_merge_together(form: str) -> None:
     def made(aware: str | None) -> Any:
-        model = surgery.inject(net(), CASES[0], quantization_aware=aware)
-        surgery.inject(model, CASES[3], adapter_name="b")
+        model = surgery.inject(net(), PLAIN, quantization_aware=aware)
+        surgery.inject(model, OTHER, adapter_name="b")
         surgery.set_adapter(model, ["default", "b"])
         return trained(model)
 
@@ -127,7 +135,7 @@ def test_what_cannot_be_aware_is_refused_by_name_and_nothing_changes() -> None:
     refused(net(), surgery.ConfigError, r"lora_dropout is 0\.1", lora_dropout=0.1)
     refused(net(layer=Conv1D), surgery.MatchError, "0: its op is conv1d; quantization_aware is for Linear")
     refused(net(torch.float64), surgery.MatchError, "0: 4-bit: nf4 .* from float64")
-    model = surgery.inject(net(), CASES[0], quantization_aware="nf4")
+    model = surgery.inject(net(), PLAIN, quantization_aware="nf4")
     refused(model, surgery.StateError, "aware of another format", form="int8")
     mixing = surgery.mixed_batch(model, ["default", "__base__"] * 2)
     with pytest.raises(surgery.StateError, match="its weight is read while a batch is mixed"), mixing:
@@ -151,8 +159,8 @@ def test_training_moves_it_and_the_loss_of_what_is_held_falls() -> None:
 
 @each_format
 def test_a_saved_adapter_is_loaded_aware_of_the_format(form: str, tmp_path: Path) -> None:
-    surgery.save(trained(surgery.inject(net(), CASES[0])), tmp_path / "adapter")
-    wanted = trained(surgery.inject(net(), CASES[0], quantization_aware=form))
+    surgery.save(trained(surgery.inject(net(), PLAIN)), tmp_path / "adapter")
+    wanted = trained(surgery.inject(net(), PLAIN, quantization_aware=form))
     found = surgery.load(net(), tmp_path / "adapter", quantization_aware=form)
     assert same_bits(found(given()), wanted(given()))
     with pytest.raises(surgery.UsageError, match="quantization_aware"):

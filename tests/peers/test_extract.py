@@ -1,6 +1,7 @@
 """extract: the adapter between two checkpoints, as peft and a merge read it."""
 
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 import surgery
+from surgery.procedures.making.combinations import Factors
 from surgery.procedures.making.low_rank import Truncation, low_rank, residual_norm
 from surgery.testing import assert_equivalent
 
@@ -203,6 +205,29 @@ def test_a_head_that_is_tied_has_the_factors_of_its_embedding(tmp_path: Path) ->
         other.transformer.h[0].mlp.c_fc.weight.mul_(2)
     with pytest.raises(surgery.MatchError, match="it is the output head too"):
         surgery.extract(base, saved(other, tmp_path / "2"), tmp_path / "3", rank=2, targets=["c_fc"], rest="save")
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"energy": 0.9}], ids=str)
+def test_of_the_weights_and_factors_those_of_one_site_are_in_memory(
+    options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, other = saved(llama(), tmp_path / "base"), llama()
+    with torch.no_grad():
+        for values in other.parameters():
+            values.add_(torch.randn_like(values) * (values.dim() > 1))
+    tuned = saved(other, tmp_path / "tuned")
+    del other
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(delta: torch.Tensor, truncation: Truncation) -> Factors:
+        assert not any(one() is not None for one in seen), "what an earlier site was made of is still there"
+        made = low_rank(delta, truncation)
+        seen[:] = [weakref.ref(one) for one in (delta, made.A, made.B)]
+        return made
+
+    monkeypatch.setattr("surgery.procedures.making.extract.low_rank", watched)
+    report = surgery.extract(base, tuned, tmp_path / "adapter", **options)
+    assert len(report.sites) > 4
 
 
 def damaged(change: Callable[[nn.Module], None]) -> Callable[[Path], Path]:

@@ -127,7 +127,7 @@ def test_a_merge_into_16_bits_runs_and_comes_back_to_the_very_layers(
 ) -> None:
     model = fitted(loaded(plain, case), method)
     kept, before, running = dict(model.named_modules()), held(model), logits(model)
-    model.merge_adapter(undo, into="16bit")
+    model.merge_adapter(undo=undo, into="16bit")
     assert not torch.equal(logits(model), running)
     model.unmerge_adapter()
     assert dict(model.named_modules()) == kept

@@ -107,6 +107,22 @@ def test_a_fresh_adapter_leaves_the_output_equal_to_the_bit_and_everything_train
 
 @each_kind
 @each_config
+@pytest.mark.parametrize("given_in", [torch.float32, torch.float16], ids=str)
+@each_mode
+def test_the_output_has_the_dtype_of_the_input_whatever_the_adapter_is_in(
+    kind: str, name: str, given_in: torch.dtype, training: bool
+) -> None:
+    """Over a base that computes in bfloat16. With several adapters too, one after another."""
+    model, x = net(kind, torch.bfloat16).train(training), given(given_in)
+    surgery.inject(model, TARGETS | CONFIGS[name])
+    assert trained(model)(x).dtype == given_in
+    surgery.inject(model, TARGETS | CONFIGS["lora"], adapter_name="b")
+    surgery.set_adapter(model, ["default", "b"])
+    assert trained(model)(x).dtype == given_in
+
+
+@each_kind
+@each_config
 def test_what_runs_is_the_effective_weight_within_rounding(kind: str, name: str) -> None:
     model, x = net(kind), given()
     before = model(x).detach()

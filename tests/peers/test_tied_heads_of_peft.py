@@ -1,6 +1,7 @@
 """`ensure_weight_tying` over an adapted embedding or head: both change alike, beside peft, live and on files."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import peft
@@ -9,7 +10,7 @@ import torch
 from made_by_peft import ADAPTER, FILE, adapted, llama, lora, outputs
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import surgery
 from surgery.io.octets import sha256_of
@@ -37,9 +38,10 @@ def trained(model: nn.Module) -> nn.Module:
     return model
 
 
-def by_peft(folder: Path, targets: list[str] = [EMBEDDING], dtype: torch.dtype = torch.float32) -> peft.PeftModel:  # noqa: B006
-    theirs = trained(adapted(tied(dtype), lora(target_modules=targets, **TIED))).eval()
-    theirs.save_pretrained(folder, save_embedding_layers=False)
+def by_peft(folder: Path, targets: Sequence[str] = (EMBEDDING,), copies: bool = False) -> peft.PeftModel:
+    """`copies`, its default: beside the factors it saves the base's own embedding and head."""
+    theirs = trained(adapted(tied(), lora(target_modules=list(targets), **TIED))).eval()
+    theirs.save_pretrained(folder, save_embedding_layers=copies)
     return theirs
 
 
@@ -88,8 +90,9 @@ def test_a_fresh_one_changes_nothing_and_trains_one_pair_by_the_gradients_of_bot
         torch.testing.assert_close(found, apart + turned, **near)  # sums of at most 29 terms, in about 64 steps
 
 
-def test_a_merge_keeps_them_tied_live_and_on_files_and_is_undone(tmp_path: Path) -> None:
-    by_peft(tmp_path / "adapter")
+@pytest.mark.parametrize("copies", [False, True], ids=["factors", "factors and copies"])
+def test_a_merge_keeps_them_tied_live_and_on_files_and_is_undone(copies: bool, tmp_path: Path) -> None:
+    by_peft(tmp_path / "adapter", copies=copies)
     base = tmp_path / "base"
     tied().save_pretrained(base)
     plan = surgery.plan(base, tmp_path / "adapter")
@@ -165,6 +168,24 @@ def test_a_combination_stays_tied_and_peft_gives_its_outputs(method: str, tmp_pa
     tied().save_pretrained(tmp_path / "base")
     surgery.merge_checkpoint(tmp_path / "base", tmp_path / "sum", tmp_path / "out")
     assert_equivalent(laid, LlamaForCausalLM.from_pretrained(tmp_path / "out"), X, base=tied())
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 29, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+
+
+def test_what_peft_ties_by_no_name_of_its_own_is_read_as_it_was_trained_and_tied_when_new(tmp_path: Path) -> None:
+    """To it embeddings are called embed_tokens and lm_head; of wte it adapts that alone, and warns."""
+    theirs = trained(adapted(gpt2(), lora(target_modules=["wte"], **TIED)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_equivalent(surgery.load(gpt2(), tmp_path / "theirs"), theirs, X, base=gpt2())
+    new = trained(surgery.inject(gpt2(), surgery.LoraConfig(target_modules=["wte"], **TIED)))
+    surgery.save(new, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "ours").eval()
+    assert_equivalent(new, again, X, base=gpt2())
+    assert len(load_file(tmp_path / "ours" / ADAPTER)) == 2 * len(load_file(tmp_path / "theirs" / ADAPTER))
 
 
 def test_a_combination_with_one_that_is_not_tied_is_the_sum_apart(tmp_path: Path) -> None:

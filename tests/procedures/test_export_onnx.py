@@ -235,23 +235,59 @@ def test_a_module_that_gives_other_outputs_when_it_runs_again_is_refused_as_such
 
 
 class Writing(nn.Module):
-    """Keeps how often it has run in a parameter."""
+    """Changes a parameter as it runs."""
+
+    def __init__(self, write: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.runs, self.write = nn.Parameter(torch.zeros(2)), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write(self)
+        return x * self.runs.sum()
+
+
+def _in_place(module: Any) -> None:
+    module.runs += 1
+
+
+def _by_data(module: Any) -> None:
+    module.runs.data.add_(1)
+
+
+def _by_other_data(module: Any) -> None:
+    module.runs.data = module.runs.data + 1
+
+
+def _a_part(module: Any) -> None:
+    module.runs.view(2, 1)[0].data[0] = 1
+
+
+@pytest.mark.parametrize("write", [_in_place, _by_data, _by_other_data, _a_part])
+def test_a_module_that_writes_to_its_parameters_is_refused_and_stays_as_it_is(
+    write: Callable[[nn.Module], Any], tmp_path: Path
+) -> None:
+    """By its .data, the exporter of torch would end the process with a segmentation fault."""
+    model = nn.Sequential(Writing(write))
+    with pytest.raises(surgery.InputError, match=r"^0\.runs: a parameter that the model writes to as it runs"):
+        surgery.export_onnx(model, None, tmp_path / "out", inputs=torch.randn(2, 4))
+    assert model[0].runs.tolist() == [0, 0]
+    assert list(tmp_path.iterdir()) == []
+
+
+class Keeping(nn.Module):
+    """Keeps a table that it makes when it first runs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.runs = nn.Parameter(torch.zeros(1))
+        self.kept: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        self.runs += 1
-        return x * self.runs
+        return x + self.kept.setdefault("table", torch.arange(4.0))
 
 
-def test_a_module_that_writes_to_its_parameters_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
-    model = nn.Sequential(Writing())
-    with pytest.raises(surgery.InputError, match=r"^0\.runs: a parameter that the model writes to as it runs"):
-        surgery.export_onnx(model, None, tmp_path / "out", inputs=torch.randn(2, 4))
-    assert model[0].runs.item() == 0
-    assert list(tmp_path.iterdir()) == []
+def test_a_table_that_a_module_makes_as_it_first_runs_has_its_numbers(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Keeping())
+    assert surgery.export_onnx(model, None, tmp_path / "out", inputs=torch.randn(2, 4)).proof.ok
 
 
 BY_VALUES: dict[str, Callable[[Tensor], Tensor]] = {

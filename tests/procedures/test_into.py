@@ -207,6 +207,35 @@ def test_an_adapter_that_is_drowned_there_fails_with_the_option_that_would_keep_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("base", "into", "part", "falls"),
+    [
+        ("plain", "nf4", 0.5, True),
+        ("plain", "nf4", 1.5, False),  # of all weights too little is left
+        ("nf4", "keep", 1.5, True),
+        ("w8a8", "keep", 0.5, True),
+        ("fp8-rows", "keep", 0.5, False),  # its config.json lists no weights that are left plain
+    ],
+)
+def test_a_fallback_is_named_where_it_is_of_use_and_then_keeps_the_adapter(
+    base: str, into: str, part: float, falls: bool, tmp_path: Path
+):
+    begun = plain_base(tmp_path / "base") if base == "plain" else quantized_base(tmp_path / "base", base)
+    adapter = uneven(tmp_path / "adapter")
+    told = surgery.merge_checkpoint(begun, adapter, tmp_path / "any", into=into, **ANY).receipt
+    most = max(one["retained"] for one in told["changed"].values() if "retained" in one)
+    least = told["survived"]["retained"]
+    bounds = {"min_retained": least + part * (most - least), "max_noise": math.inf}
+    with pytest.raises(CheckError, match="--into 16bit keeps all of it") as raised:
+        surgery.merge_checkpoint(begun, adapter, tmp_path / "out", into=into, **bounds)
+    assert ("--fallback 16bit" in str(raised.value)) is falls
+    if falls:
+        surgery.merge_checkpoint(begun, adapter, tmp_path / "out", into=into, fallback="16bit", **bounds)
+    else:
+        with pytest.raises((FormatError, MatchError)):
+            surgery.merge_checkpoint(begun, adapter, tmp_path / "out", into=into, fallback="16bit", **bounds)
+
+
 @pytest.mark.parametrize("into", ["keep", "nf4", "fp8_block"])
 def test_feedback_retains_more_is_verified_and_undone(into: str, adapter: Path, tmp_path: Path):
     base = plain_base(tmp_path / "base") if into != "keep" else quantized_base(tmp_path / "base", "nf4")
@@ -377,3 +406,70 @@ def test_a_base_without_a_linear_weight_is_refused(tmp_path: Path):
     )
     with pytest.raises(MatchError, match="no linear weight"):
         surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="nf4")
+
+
+Q = "quantization_config."
+NF4 = f"{SITES[0]}.weight"
+# By the form: what is changed of the quantization_config, and what verify then says of it.
+RETOLD: dict[str, tuple[str, dict[str, object], str]] = {
+    "another type": ("nf4", {"bnb_4bit_quant_type": "fp4"}, f"{Q}bnb_4bit_quant_type is fp4, nf4 is wanted"),
+    "8 bits of 4": ("nf4", {"load_in_4bit": False, "load_in_8bit": True}, f"{Q}load_in_4bit is False, True is wanted"),
+    "another threshold": ("int8", {"llm_int8_threshold": 0.5}, f"{Q}llm_int8_threshold is 0.5, 6.0 is wanted"),
+    "other blocks": ("fp8_block", {"weight_block_size": [64, 64]}, f"{Q}weight_block_size is [64, 64], [128, 128] is"),
+    "no blocks": ("fp8_block", {"weight_block_size": None}, f"{Q}weight_block_size is None, [128, 128] is"),
+    "another method": ("fp8_block", {"quant_method": "fbgemm_fp8"}, f"{Q}quant_method is fbgemm_fp8, fp8 is wanted"),
+    "codes left plain": (
+        "nf4",
+        {"llm_int8_skip_modules": ["lm_head", SITES[0]]},
+        f"names {NF4}, which is held in codes",
+    ),
+    "a list in another order": ("fp8_block", {"modules_to_not_convert": ["model.embed_tokens", "lm_head"]}, ""),
+    "a list that loaders make themselves": ("nf4", {"llm_int8_skip_modules": None}, ""),
+    "as transformers spells it": ("nf4", {"load_in_4bit": None, "_load_in_4bit": True, "_load_in_8bit": False}, ""),
+    "what is so by default": ("nf4", {"bnb_4bit_quant_storage": None, "bnb_4bit_use_double_quant": None}, ""),
+    "another dtype to compute in": ("nf4", {"bnb_4bit_compute_dtype": "float16"}, ""),
+}
+
+
+def retell(folder: Path, **changed: object) -> None:
+    """Other fields in its quantization_config; those that are None are left out."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changed
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("form", "changed", "told"), RETOLD.values(), ids=RETOLD.keys())
+def test_a_quantization_config_of_another_meaning_is_different_by_its_field(
+    form: str, changed: dict[str, object], told: str, adapter: Path, tmp_path: Path
+):
+    base, out = plain_base(tmp_path / "base"), tmp_path / "out"
+    surgery.merge_checkpoint(base, adapter, out, into=form, **ANY)
+    retell(out, **changed)
+    report = surgery.verify_checkpoint(base, adapter, out)
+    assert told in report.tensors["config.json"].why if told else report.ok
+
+
+KEPT: dict[str, tuple[str, dict[str, object], str]] = {
+    "another dtype to compute in": (
+        "nf4",
+        {"bnb_4bit_compute_dtype": "float16"},
+        f"{Q}bnb_4bit_compute_dtype is float16",
+    ),
+    "other groups": ("w4a16", {"symmetric": False}, f"{Q}config_groups is "),
+    "groups by another name": ("w4a16", {}, ""),
+}
+
+
+@pytest.mark.parametrize(("form", "changed", "told"), KEPT.values(), ids=KEPT.keys())
+def test_a_base_that_keeps_its_format_keeps_what_its_config_says(
+    form: str, changed: dict[str, object], told: str, adapter: Path, tmp_path: Path
+):
+    base, out = quantized_base(tmp_path / "base", form), tmp_path / "out"
+    surgery.merge_checkpoint(base, adapter, out, into="keep", **ANY)
+    if form == "w4a16":
+        groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+        (group,) = groups.values()
+        changed = {"config_groups": {"mine": {**group, "weights": {**group["weights"], "dynamic": False, **changed}}}}
+    retell(out, version="0.99", **changed)
+    report = surgery.verify_checkpoint(base, adapter, out)
+    assert told in report.tensors["config.json"].why if told else report.ok

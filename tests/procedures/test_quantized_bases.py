@@ -12,7 +12,7 @@ from torch import Tensor
 import surgery
 from surgery import FormatError, InputError, UsageError
 from surgery.adapters.peft import open_adapter
-from surgery.codecs import packed_of
+from surgery.codecs import FORMS, packed_of
 from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.mxfp4 import Mxfp4
 from surgery.core.adapter import Weighted
@@ -401,6 +401,7 @@ def test_a_merge_of_any_method_is_that_into_the_decoded_base(form: str, method, 
     assert surgery.verify_checkpoint(base, adapter, tmp_path / "out").counts["different"] == 0
 
 
+LORA = {"A": (4, 128), "B": (160, 4)}
 AS = {"nf4": "nf4", "nf4-double": "nf4-double", "int8": "int8"}
 
 
@@ -420,6 +421,23 @@ def test_a_plain_base_is_merged_as_the_form_that_the_adapter_was_trained_over(fo
     assert report.receipt["options"]["base_as"] == form
     assert surgery.verify_checkpoint(tmp_path / "plain", adapter, out, base_as=form).counts["bits"] == 3
     assert not surgery.verify_checkpoint(tmp_path / "plain", adapter, out).ok
+    surgery.unmerge_checkpoint(out, tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_base_as_any_form_is_a_merge_into_what_that_form_decodes_to(form: str, tmp_path: Path) -> None:
+    (codec, settings), drawn = FORMS[form], torch.Generator().manual_seed(0)
+    weight = torch.randn(160, 128, generator=drawn).bfloat16()  # whole groups of inputs, and no whole blocks of outputs
+    held = codec.decode(codec.fresh(weight, settings), torch.bfloat16)
+    for name, one in (("plain", weight), ("held", held)):
+        write_base(tmp_path / name, {f"{SITES[0]}.weight": one}, config={"model_type": "llama", "dtype": "bfloat16"})
+    given = {f"{SITES[0]}.lora_{one}.weight": torch.randn(shape, generator=drawn) for one, shape in LORA.items()}
+    adapter, out = write_adapter(tmp_path / "a", given), tmp_path / "out"
+    surgery.merge_checkpoint(tmp_path / "plain", adapter, out, base_as=form, reversible=True)
+    surgery.merge_checkpoint(tmp_path / "held", adapter, tmp_path / "wanted")
+    assert tensor_hashes(read_tensors(out)) == tensor_hashes(read_tensors(tmp_path / "wanted"))
+    assert surgery.verify_checkpoint(tmp_path / "plain", adapter, out, base_as=form).counts["bits"] == 1
     surgery.unmerge_checkpoint(out, tmp_path / "back")
     assert file_hashes(tmp_path / "back") == file_hashes(tmp_path / "plain")
 

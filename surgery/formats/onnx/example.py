@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +42,7 @@ class Example(NamedTuple):
 
     inputs: Mapping[str, Tensor]
     axes: Axes
-    fixed: Mapping[str, Any] = MappingProxyType({})
+    fixed: Mapping[str, Any] = {}
     make: Callable[[Sizes, int], Mapping[str, Tensor]] | None = None
     call: Callable[[nn.Module, Mapping[str, Any]], Any] = _call
     tried: tuple[Sizes, ...] = ()

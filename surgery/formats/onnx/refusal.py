@@ -1,7 +1,7 @@
 """refusal: what torch's exporter says of a module, told once, with the place in the module where it stopped."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,9 +35,9 @@ def refuse_random(program: Any, module: nn.Module) -> None:
             )
 
 
-def refuse_writing(program: Any) -> None:
-    """InputError where the module changes its own parameters as it runs."""
-    for name in program.graph_signature.parameters_to_mutate.values():
+def refuse_writing(parameters: Iterable[str]) -> None:
+    """InputError where the module changes its own parameters, by their names in what is traced, as it runs."""
+    for name in parameters:
         raise InputError(
             f"{printable(name.partition('.')[2])}: a parameter that the model writes to as it runs, so that no graph "
             "and no two runs would be alike; a module that keeps nothing from one run to the next is wanted"

@@ -53,7 +53,7 @@ def with_slots(module: nn.Module, slots: Sequence[Slot], example: Example) -> Ex
         inputs={**example.inputs, **inputs},
         axes={**example.axes, **axes},
         make=partial(_made, example, slots),
-        call=partial(_call, example.call, held, inputs.keys()),
+        call=partial(_call, example.call, held, frozenset(inputs)),
     )
 
 
@@ -88,7 +88,9 @@ def _made(example: Example, slots: Sequence[Slot], sizes: Sizes, seed: int) -> d
     return {**example.sized(sizes, seed), **factors}
 
 
-def _call(call: Callable[..., Any], held: Held, names: Any, module: nn.Module, inputs: Mapping[str, Any]) -> Any:
+def _call(
+    call: Callable[..., Any], held: Held, names: frozenset[str], module: nn.Module, inputs: Mapping[str, Any]
+) -> Any:
     held.update({name: values for name, values in inputs.items() if name in names})
     try:
         return call(module, {name: values for name, values in inputs.items() if name not in names})

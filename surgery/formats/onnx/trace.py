@@ -15,6 +15,7 @@ from surgery.core.collector import collector_paused
 from surgery.errors import EnvironmentFault, InputError
 from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.refusal import refuse_random, refuse_writing, refused
+from surgery.formats.onnx.writes import written_by
 
 PREFIX = "traced."  # what the names of weights begin with in the graph
 _TOO_LARGE = (RuntimeError, ValueError, IndexError)  # what modules raise of sizes that they have no place for
@@ -42,13 +43,14 @@ def trace(module: nn.Module, mode: Any, example: Example) -> Any:
     with mode:
         fake = tuple(mode.from_tensor(values) for values in given.values())
     flat = Flat(module, example).eval()
+    refuse_writing(written_by(flat, fake, mode))  # such as reach a parameter by its .data crash torch's exporter
     try:
         program = _program(flat, fake, list(given), example)
     except torch.onnx.OnnxExporterError as error:  # whatever the module itself raises is its cause
         raise refused(error, module, example) from error
     exported: Any = program.exported_program
     refuse_random(exported, module)
-    refuse_writing(exported)
+    refuse_writing(exported.graph_signature.parameters_to_mutate.values())
     _refuse_bounded(exported, module, partial(_runs, flat, fake, mode))
     names: Any = exported.call_spec.out_spec
     for output, name in zip(program.model.graph.outputs, names.context, strict=True):

@@ -13,7 +13,7 @@ from torch import nn
 
 from surgery.adapters.peft import CONFIG, read_adapter
 from surgery.core.adapter import Adapter
-from surgery.errors import AbsentError, EnvironmentFault, InputError, MatchError, printable
+from surgery.errors import AbsentError, EnvironmentFault, InputError, MatchError, UsageError, printable
 from surgery.hosts.bitsandbytes_layers import never_round_scales
 from surgery.integrations.transformers.quantizing import load_settings
 from surgery.integrations.transformers.subclass import attach
@@ -39,7 +39,7 @@ class Wanted(NamedTuple):
     model_class: Any = None
     dtype: Any = "auto"
     device_map: Any = None
-    quantization: str | None = None
+    quantization: Any = None
 
 
 def load_model(
@@ -85,7 +85,7 @@ def read_model(place: Located, wanted: Wanted, adapter: Adapter | None = None) -
     transformers = transformers_package()
     if not (place.path / "config.json").is_file():
         raise AbsentError(f"{printable(place.path)}: no config.json in it; a model or an adapter folder is wanted")
-    kind = wanted.model_class or class_of(transformers, place.path, adapter)
+    kind = _checked(wanted.model_class or class_of(transformers, place.path, adapter))
     config = transformers.AutoConfig.from_pretrained(place.path, trust_remote_code=False)
     labels = None if adapter is None else _labels(adapter)
     if labels is not None and labels != config.num_labels:
@@ -108,12 +108,23 @@ def read_model(place: Located, wanted: Wanted, adapter: Adapter | None = None) -
     return model, told["missing_keys"]
 
 
+def _checked(kind: Any) -> Any:
+    """UsageError for what is no class, such as the name of one."""
+    if isinstance(kind, type):
+        return kind
+    raise UsageError(
+        f"load_model: model_class is {printable(kind)!r}; the class itself is wanted, such as "
+        "transformers.AutoModelForCausalLM"
+    )
+
+
 def class_of(transformers: Any, base: Path, adapter: Adapter | None) -> Any:
     """By the adapter's task, the class that it names, or the one that the base names."""
     if adapter is not None and adapter.config.task_type in _TASKS:
         return getattr(transformers, _TASKS[str(adapter.config.task_type)])
     if adapter is not None:
-        mapping = read_json(Path(adapter.where) / CONFIG).get("auto_mapping")
+        where = Path(adapter.where)
+        mapping = read_json((where if where.is_dir() else where.parent) / CONFIG).get("auto_mapping")
         named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
         if named is not None:
             return _known_class(transformers, named, f"{printable(adapter.where)}: auto_mapping")

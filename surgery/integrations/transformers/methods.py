@@ -19,20 +19,17 @@ from surgery.hosts.tree import injected, state_of
 from surgery.integrations.transformers.adalora import regularized
 from surgery.integrations.transformers.default_targets import with_default_targets
 from surgery.integrations.transformers.model import output_heads, room_of
+from surgery.integrations.transformers.peft_methods import PeftMethods
 from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.sources import given
 from surgery.procedures.live import switch
-from surgery.procedures.live.held_layers import Landing
-from surgery.procedures.live.in_place import UndoKind
 from surgery.procedures.live.inject import inject
 from surgery.procedures.live.load import lay
-from surgery.procedures.live.merge import merge, unmerge
 from surgery.procedures.live.mixed_batch import mixed_batch
 from surgery.procedures.live.refill import refill
 from surgery.procedures.live.remove import remove
 from surgery.procedures.live.save import DEFAULT, active_folders, tensors_of, write
 from surgery.procedures.places.configs import config_of, is_peft_s
-from surgery.procedures.planning.treatment import Treatment
 
 LOADED = "_hf_peft_config_loaded"  # by it transformers and its Trainer know a model with adapters
 
@@ -49,7 +46,7 @@ class Loaded(NamedTuple):
     error_msgs: tuple[str, ...] = ()
 
 
-class AdapterMethods(nn.Module):
+class AdapterMethods(PeftMethods):
     """The methods. StateError, which is a ValueError, where the model has no adapter, or not that one."""
 
     def __call__(self, *given: Any, adapter_names: Sequence[str] | None = None, **named: Any) -> Any:
@@ -182,14 +179,6 @@ class AdapterMethods(nn.Module):
             push: Any = self.push_to_hub
             push(kwargs.get("repo_id") or folder.name, token=token, **hub_options)
         return None
-
-    def merge_adapter(self, undo: UndoKind = "index", into: str | None = None) -> None:
-        """Add the active adapters to the base weights, in place; see surgery.merge."""
-        merge(self, undo, Landing(Treatment.of(into=into), heads=output_heads(self)))
-
-    def unmerge_adapter(self) -> None:
-        """The base weights as they were before `merge_adapter`, to the bit."""
-        unmerge(self)
 
     def save_merged(self, save_directory: str | PathLike[str], overwrite: bool = False, **options: Any) -> None:
         """Write the model with its active adapters merged, as transformers alone loads it; see surgery.save_merged."""

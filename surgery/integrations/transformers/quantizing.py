@@ -152,16 +152,29 @@ def _decoding(conversion: Any) -> int:
     return sum(type(one).__module__.endswith(_OPERATIONS) for one in getattr(conversion, "operations", ()))
 
 
-def load_settings(kind: str | None, config: Any, dtype: Any) -> dict[str, Any]:
+def load_settings(kind: Any, config: Any, dtype: Any) -> dict[str, Any]:
     """What `from_pretrained` is to be given besides. UsageError where the files are quantized already."""
     if kind is None:
         return {}
-    wanted, there = Quantization(kind), getattr(config, "quantization_config", None)
+    wanted, there = _wanted(kind), getattr(config, "quantization_config", None)
     if there is not None:
-        raise UsageError(
-            f"load_model: quantization={printable(kind)!r}, and the model is held quantized already; leave it out"
-        )
+        raise UsageError("load_model: quantization is given, and the model is held quantized already; leave it out")
+    if wanted is None:
+        return {"quantization_config": kind}
     import_bitsandbytes("load_model")
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     held = named if isinstance(named, torch.dtype) else getattr(config, "dtype", None)
     return {"quantization_config": settings_of(wanted, held or torch.float32)}
+
+
+def _wanted(kind: Any) -> Quantization | None:
+    """None for a config of transformers, which says all by itself."""
+    configs: Any = import_module("transformers.utils.quantization_config")
+    if isinstance(kind, configs.QuantizationConfigMixin):
+        return None
+    if isinstance(kind, str):
+        return Quantization(kind)
+    raise UsageError(
+        f"load_model: quantization is {printable(kind)!r}; one of {', '.join(BITS)}, or a config of transformers such "
+        "as BitsAndBytesConfig, is wanted"
+    )

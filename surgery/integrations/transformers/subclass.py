@@ -13,6 +13,7 @@ from surgery.core.sharded import gathering
 from surgery.integrations.transformers.generating import Generating
 from surgery.integrations.transformers.methods import LOADED, AdapterMethods
 from surgery.integrations.transformers.model import is_pretrained
+from surgery.integrations.transformers.peft_methods import PeftMethods
 
 
 def attach(root: nn.Module) -> None:
@@ -36,7 +37,7 @@ def detach(root: nn.Module) -> None:
 
 def own_class(root: nn.Module) -> type[Any]:
     """The class of a model without what surgery, and fully_shard, have put before it."""
-    before: tuple[type[Any], ...] = (AdapterMethods, *gathering())
+    before: tuple[type[Any], ...] = (PeftMethods, *gathering())
     return next(kind for kind in type(root).__mro__ if not issubclass(kind, before))
 
 

@@ -12,6 +12,7 @@ from surgery.hosts.tree import state_of
 from surgery.procedures.live.adalora_progress import read_progress, read_reduced, with_open_ranks, write_progress
 from surgery.procedures.live.refill import refill
 from surgery.procedures.live.save import active_folders
+from surgery.procedures.live.switch import refuse_untrained
 
 
 class AdapterTrainer:
@@ -42,6 +43,13 @@ class AdapterTrainer:
         handler: Any = self.callback_handler  # type: ignore[attr-defined]  # Trainer's
         if not any(isinstance(one, AdaLoraCallback) for one in handler.callbacks):
             handler.add_callback(AdaLoraCallback())
+
+    def train(self: Any, *given: Any, **named: Any) -> Any:
+        """As ever. StateError where no gradient would reach what is to be trained."""
+        mine = _mine(self, self.model)
+        if mine is not None:
+            refuse_untrained(mine)
+        return super().train(*given, **named)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from surgery.codecs import FORMS, codec_of
-from surgery.core.adapter import Started
 from surgery.core.arithmetic import ulp
 from surgery.core.codec import Codec, Packed
 from surgery.core.source import Source
@@ -35,29 +34,17 @@ class _Rows(NamedTuple):
     found: Packed
 
 
-def kept(base: Checkpoint, out: Checkpoint, change: Change, started: Started, rows: slice) -> Grade:
-    """Grade some rows of a weight that keeps its format, by their codes."""
+def kept(base: Checkpoint, out: Checkpoint, change: Change) -> Grade:
+    """Grade the codes of a weight that keeps its format."""
     seen: list[MergedTile] = []
-    found = out.load(change.site, rows)
-    codec = codec_of(found, change.site.name)
+    view, grade = Merged(base, [change], seen.append), Grade("bits")
     try:
-        wanted = Merged(base, [change], seen.append, {change.site.name: started}).load(change.site, rows)
+        for rows in tiles(change):
+            wanted, found = view.load(change.site, rows), out.load(change.site, rows)
+            grade = grade.worse(_kept_rows(base, seen.pop(), wanted.tensors["weight"], found))
     except ValueRangeError as error:
         return Grade("different", why=f"it cannot be derived: {error}")
-    tile, after = seen[0], codec.decode(found, torch.float64)
-    survival = tile._replace(merged=after).survival
-    if _same(_codes(codec, found), wanted.tensors["weight"]):
-        return Grade("bits", survival=survival)
-    apart = float((after - tile.merged).abs().max())
-    # Others decode to what the base computes in, add, and round to that.
-    dtype = base.packed[change.site.weight.name].plain.torch_dtype
-    plain = change.site.weight._replace(dtype=dtype)
-    site = replace(change.site, tensors={**change.site.tensors, "weight": plain})
-    value, allowed = reach(tile._replace(change=replace(change, site=site, dtype=dtype)))
-    assert tile.original is not None
-    near = not change.feedback and _are_nearest(codec, found, value, allowed + ulp(tile.original, dtype) / 2, dtype)
-    why = "" if near else "its codes are not the nearest ones by the base's scales"
-    return Grade("rounding" if near else "different", apart, why, survival)
+    return grade
 
 
 def encoded(base: Source, out: Checkpoint, change: Change) -> Grade:
@@ -72,6 +59,26 @@ def encoded(base: Source, out: Checkpoint, change: Change) -> Grade:
     except ValueRangeError as error:
         return Grade("different", why=f"it cannot be derived: {error}")
     return grade
+
+
+def _kept_rows(base: Checkpoint, tile: MergedTile, codes: Tensor, found: Packed) -> Grade:
+    """`codes` are those that the merge gives."""
+    change = tile.change
+    codec = codec_of(found, change.site.name)
+    after = codec.decode(found, torch.float64)
+    survival = tile._replace(merged=after).survival
+    if _same(_codes(codec, found), codes):
+        return Grade("bits", survival=survival)
+    apart = float((after - tile.merged).abs().max())
+    # Others decode to what the base computes in, add, and round to that.
+    dtype = base.packed[change.site.weight.name].plain.torch_dtype
+    plain = change.site.weight._replace(dtype=dtype)
+    site = replace(change.site, tensors={**change.site.tensors, "weight": plain})
+    value, allowed = reach(tile._replace(change=replace(change, site=site, dtype=dtype)))
+    assert tile.original is not None
+    near = not change.feedback and _are_nearest(codec, found, value, allowed + ulp(tile.original, dtype) / 2, dtype)
+    why = "" if near else "its codes are not the nearest ones by the base's scales"
+    return Grade("rounding" if near else "different", apart, why, survival)
 
 
 def _encoded_rows(view: Encoded, rows: _Rows, scales: bool) -> Grade:

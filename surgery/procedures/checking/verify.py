@@ -2,33 +2,32 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Weighted
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
 from surgery.core.workers import default_workers, in_order
-from surgery.errors import printable
 from surgery.formats.onnx.links import GRAPH, broken_links, is_exported
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.encoded import held_in, tiles
-from surgery.hosts.packing import Held, quantization_of
+from surgery.hosts.encoded import held_in
+from surgery.hosts.packing import Held
 from surgery.hosts.views import told
 from surgery.io.octets import Tally
 from surgery.io.regular import contained, file_sha256
 from surgery.io.tensor_file import TensorFile
+from surgery.procedures.checking.config_grade import config_differs
 from surgery.procedures.checking.grade import UNTOUCHED, Grade, carried, derived
 from surgery.procedures.checking.held_grade import encoded, kept
 from surgery.procedures.checking.spans import spans
 from surgery.procedures.checking.verify_report import VerifyReport
-from surgery.procedures.places.tying import text_config
 from surgery.procedures.planning.plan import make_plan
 from surgery.procedures.planning.treatment import Treatment
 from surgery.procedures.writing.receipt import read_receipt
@@ -68,7 +67,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things, and how they are looked
     pieces = _pieces(base, plan.source(base), out, plan.changes)
     for name, grade in in_order(_graded, pieces, workers or default_workers()):
         grades[name] = grades[name].worse(grade) if name in grades else grade
-    why = _config_differs(base.config, plan.config or base.config, out.config)
+    why = config_differs(base, plan.config or base.config, out, kept=treatment.into == "keep")
     if why:
         grades["config.json"] = Grade("different", why=why)
     base.check_unchanged()
@@ -132,21 +131,6 @@ def _links(folder: Path) -> dict[str, Grade]:
     return told | {name: Grade("different", why=why) for name, why in broken.items()}
 
 
-def _config_differs(base: Mapping[str, Any], wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Where a config.json would have other weights loaded, or these in another way; nothing if it would not."""
-    if not found or not wanted:
-        return ""
-    if bool(quantization_of(found)) != bool(quantization_of(wanted)):
-        return f"it {'has' if quantization_of(found) else 'lacks'} a quantization_config, unlike the weights"
-    parts = [text_config(one) for one in (base, wanted, found)]
-    for key in ("tie_word_embeddings", "vocab_size"):
-        told = parts[1].get(key, wanted.get(key))
-        here = parts[2].get(key, found.get(key, parts[0].get(key, base.get(key))))
-        if told is not None and here != told:
-            return f"{key} is {printable(here)}, {printable(told)} is wanted"
-    return ""
-
-
 def _graded(piece: Piece) -> tuple[str, Grade]:
     return piece.name, piece.grade()
 
@@ -204,10 +188,7 @@ def _kept_pieces(base: Checkpoint, out: Checkpoint, name: str, change: Change | 
                 continue
             yield from (Piece(info.name, partial(carried, base, out, info.name, span, why)) for span in spans(info))
     if change is not None:
-        change = told(base, change)
-        started = change.started()
-        for rows in tiles(change):
-            yield Piece(change.site.written, partial(kept, base, out, change, started, rows))
+        yield Piece(change.site.written, partial(kept, base, out, change))
 
 
 def _refused(info: TensorInfo, there: TensorInfo | None, change: Change | None) -> str:

@@ -12,6 +12,7 @@ from surgery.core.collector import collector_paused
 from surgery.core.config import AdapterConfig
 from surgery.core.room import Room
 from surgery.errors import MatchError, StateError, UsageError, printable
+from surgery.hosts.of_peft import refuse_adapters_of_peft
 from surgery.hosts.quantized import hold, is_quantized
 from surgery.hosts.tree import State, refuse_merged, set_state, state_of
 from surgery.layers import Adapted, Replaced, Slot
@@ -149,6 +150,7 @@ def check_name(root: nn.Module, adapter: str) -> None:
     """UsageError for a name that cannot be one; StateError if it is taken, or adapters are merged."""
     if not _NAME.fullmatch(adapter) or hasattr(_PROBE, adapter) or hasattr(nn.ModuleDict(), adapter):
         raise UsageError(f"adapter name {printable(adapter)!r}: letters, digits, _ and - are wanted")
+    refuse_adapters_of_peft(root)
     state = state_of(root)
     if state is not None and adapter in state.configs:
         raise StateError(f"adapter {adapter!r} is there already; choose another adapter_name, or eject first")

@@ -29,7 +29,7 @@ from surgery.procedures.places.parameters import assigned, module_of, targeted
 from surgery.procedures.places.rows import FittedSite, refuse_missing, with_tied_rows
 from surgery.procedures.places.stacking import stacked
 from surgery.procedures.places.tied_copies import Saved, with_tied_copies
-from surgery.procedures.places.tied_heads import agreeing, tied_heads, with_heads
+from surgery.procedures.places.tied_heads import agreeing_heads
 
 _HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
 
@@ -81,14 +81,11 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
     _check_base(tree, adapter, names)
     sites = _sites_of(tree, adapter, names, alone)
     saved = _saved(tree, adapter)
-    heads = tied_heads(
-        tree, adapter.config, sites, lambda name: sites[name][1] if name in sites else adapter.config.method(name)
-    )
-    sites = with_heads(tree, with_tied_rows(tree, sites, saved), heads)
+    sites = with_tied_rows(tree, sites, saved)
     _check_ties(tree, adapter, sites, saved)
     refuse_missing(adapter.config, sites, adapter.where)
     biases = given_biases(tree, adapter, list(given.values()), [*sites], saved)
-    return Fitting(adapter.config, sites, saved, biases=biases, heads=agreeing(sites, heads))
+    return Fitting(adapter.config, sites, saved, biases=biases, heads=agreeing_heads(tree, adapter.config, sites))
 
 
 def _sites_of(

@@ -7,6 +7,7 @@ from torch import nn
 
 from surgery.core.sharded import rest
 from surgery.errors import StateError, UsageError, printable
+from surgery.hosts.of_peft import refuse_adapters_of_peft
 from surgery.hosts.quantized import is_quantized
 from surgery.hosts.tree import adapted_layers, refuse_merged
 from surgery.layers import Adapted
@@ -68,6 +69,7 @@ def _running(root: nn.Module) -> Mapping[str, Adapted]:
     rest(root)
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.running}
     if not layers:
+        refuse_adapters_of_peft(root)
         raise StateError("merge: no active adapter; inject one, or set_adapter and enable_adapters")
     if stack_of(root) is not None:
         raise merge_refusal("merge")

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from surgery.errors import UsageError
+from surgery.errors import StateError, UsageError
 from surgery.hosts.tree import State, adapted_layers, injected, places, refuse_merged, replaced_modules, state_of
 from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import trained_bias
@@ -85,6 +85,20 @@ def train_running(root: nn.Module) -> None:
     for adapter, modules in state.biases.items():
         for module in modules.values():
             trained_bias(module).requires_grad_(adapter in trained)
+
+
+def refuse_untrained(root: nn.Module) -> None:
+    """StateError where nothing but adapters could be trained, and none of them is."""
+    state, layers = state_of(root), adapted_layers(root).values()
+    if state is None or not state.configs:
+        return
+    refuse_merged(root, "train")
+    mine = {id(values) for layer in layers for one in layer.fitted.values() for values in one.held.values()}
+    trained = [id(one) for one in root.parameters() if one.requires_grad]
+    if not trained:
+        raise StateError("nothing is to be trained: load the adapter with trainable=True, or inject a fresh one")
+    if not state.enabled and mine.issuperset(trained):
+        raise StateError("nothing is to be trained while adapters are disabled; enable_adapters first")
 
 
 def _switch(root: nn.Module, adapters: tuple[str, ...], enabled: bool) -> Switched:

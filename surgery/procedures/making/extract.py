@@ -5,13 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
-
 from surgery.adapters.peft import CONFIG, config_bytes
 from surgery.adapters.spill import Spill
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.arithmetic import all_finite
-from surgery.core.method import Params
 from surgery.core.names import nearest, suffix_hits
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
@@ -106,11 +103,10 @@ def extract(
     tied_ranks: dict[str, int] = {}
     with Staging(out, overwrite=overwrite) as staging, Spill(staging) as spill:
         for name, info in found.sites.items():
-            made, sites[name] = _at(base, tuned, info, ops[name], extraction.truncation)
-            _spill(spill, Site(name, {"weight": info}, ops[name]), made)
-            if info.name == tied:
-                _spill(spill, Site(head, {"weight": info}, OPS["linear"]), turned(made))
-                tied_ranks[head] = sites[name].r
+            site = Site(name, {"weight": info}, ops[name])
+            heads = [Site(head, {"weight": info}, OPS["linear"])] if info.name == tied else []
+            sites[name] = _extracted(base, tuned, [site, *heads], extraction.truncation, spill)
+            tied_ranks |= {one.name: sites[name].r for one in heads}
         for name, info in saved.items():
             spill.add(name, whole(tuned, info))
         base.check_unchanged()
@@ -186,11 +182,6 @@ def _tied(base: Checkpoint) -> tuple[str, str]:
     return ("", "") if tying is None else (tying.embedding.name, tying.head.name)
 
 
-def _spill(spill: Spill, site: Site, made: Params) -> None:
-    for role, spec in Lora(scaling=1.0, r=made["A"].shape[0]).tensors(site).items():
-        spill.add(f"{site.name}.{spec.spelling}", made[role].reshape(spec.shape))
-
-
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
@@ -220,17 +211,21 @@ def _has_matrix(info: TensorInfo) -> bool:
     return info.name.endswith(".weight") and 2 <= len(info.shape) <= 5 and info.dtype in PLAIN_DTYPES
 
 
-def _at(
-    base: Checkpoint, tuned: Checkpoint, info: TensorInfo, op: Op, truncation: Truncation
-) -> tuple[Mapping[str, Tensor], Fidelity]:
-    """One site: its float32 factors by role, and their error against the change in float64."""
+def _extracted(
+    base: Checkpoint, tuned: Checkpoint, sites: Sequence[Site], truncation: Truncation, spill: Spill
+) -> Fidelity:
+    """The first of the sites, whose float32 factors the others have turned; and their error against its change."""
+    info = sites[0].weight
     before, after = whole(base, info), whole(tuned, tuned.at[info.name][1].info)
     for where, values in ((base, before), (tuned, after)):
         if not all_finite(values):
             raise ValueRangeError(
                 f"{printable(where.path)}: {printable(info.name)} holds NaN or infinity; finite numbers are wanted"
             )
-    delta = op.matrix(after.double().sub_(before))  # [out, in]
+    delta = sites[0].acting.matrix(after.double().sub_(before))  # [out, in]
     made = low_rank(delta, truncation)
-    fidelity = Fidelity(len(made.A), float(delta.norm()), residual_norm(delta, made))
-    return {"A": made.A, "B": made.B}, fidelity
+    r, factors = len(made.A), {"A": made.A, "B": made.B}
+    for site, held in zip(sites, (factors, turned(factors)), strict=False):
+        for role, spec in Lora(scaling=1.0, r=r).tensors(site).items():
+            spill.add(f"{site.name}.{spec.spelling}", held[role].reshape(spec.shape))
+    return Fidelity(r, float(delta.norm()), residual_norm(delta, made))

@@ -3,7 +3,7 @@
 Both weights change alike: the head's A and B are those of the embedding, turned and in each other's place.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Method, Params
@@ -20,19 +20,14 @@ FittedSite = tuple[Site, Method, Params]
 Heads = Mapping[str, str]  # by the head, the embedding
 
 
-def tied_heads(
-    tree: Tree, config: AdapterConfig, adapted: Iterable[str], method: Callable[[str], Method] | None = None
-) -> Heads:
-    """Those of embeddings of which one of the two is adapted; `method` is what the config means at a site.
-
-    MatchError where the two cannot have the same factors.
-    """
-    method_of, found = method or config.method, {}
+def tied_heads(tree: Tree, config: AdapterConfig, adapted: Iterable[str]) -> Heads:
+    """Those of embeddings of which one of the two is adapted. MatchError where they cannot have the same factors."""
+    found = {}
     for name in adapted if config.ties() else ():
         group = [name, *tree.tied_to(name)] if name in tree.modules else []
         if len(group) > 1:
             embedding, head = _pair(tree, group)
-            methods = method_of(embedding), method_of(head)
+            methods = config.method(embedding), config.method(head)
             if type(methods[0]) is not Lora or methods[0] != methods[1]:
                 raise MatchError(
                     f"{printable(head)}: ensure_weight_tying, and its weight is tied to {printable(embedding)}; both "
@@ -43,19 +38,26 @@ def tied_heads(
     return found
 
 
+def agreeing_heads(tree: Tree, config: AdapterConfig, sites: Mapping[str, FittedSite]) -> Heads:
+    """Those whose factors are, in a file, those of their embedding.
+
+    PEFT trains the two apart in a half type, and adapts one alone that is called otherwise than embed_tokens.
+    """
+    found = {}
+    for name in sites if config.ties() else ():
+        for head in tree.tied_to(name) if name in tree.modules else ():
+            if head in sites and sites[head][1] == sites[name][1] and is_turned(sites[head][2], sites[name][2]):
+                found[head] = name
+    return {head: name for head, name in found.items() if sites[name][0].acting.name == "embedding"}
+
+
 def with_heads(tree: Tree, sites: Mapping[str, FittedSite], heads: Heads) -> dict[str, FittedSite]:
-    """Besides, of each pair the one that is not there."""
+    """Besides, each head with the factors of its embedding."""
     found = dict(sites)
-    for one, other in (*heads.items(), *((embedding, head) for head, embedding in heads.items())):
-        if one not in found and other in found:
-            _, method, params = found[other]
-            found[one] = tree.site(one), method, turned(params)
+    for head, embedding in heads.items():
+        _, method, params = sites[embedding]
+        found[head] = tree.site(head), method, turned(params)
     return found
-
-
-def agreeing(sites: Mapping[str, FittedSite], heads: Heads) -> Heads:
-    """Those whose factors are their embedding's: PEFT lets go of the tie in a half type, and trains the two apart."""
-    return {head: other for head, other in heads.items() if is_turned(sites[head][2], sites[other][2])}
 
 
 def lay_head(tree: Tree, adapter: str, head: str, embedding: str, fitted: FittedSite) -> Adapted:

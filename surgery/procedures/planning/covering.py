@@ -1,6 +1,7 @@
 """Covering: which weights a form holds where a merge goes into it, so that loaders find what config.json says."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -9,6 +10,7 @@ from surgery.codecs.methods import LISTED_PLAINLY
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import ConfigError, FormatError, MatchError, UsageError, printable
 from surgery.hosts.change import Change
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.encoded import held_in, made_as
 from surgery.hosts.packing import quantization_of
 from surgery.ops.linear import Linear
@@ -53,7 +55,7 @@ def leave_plain(draft: Draft) -> None:
     plainly = [name for name, change in draft.changes.items() if name in base.packed and not change.keep]
     if not plainly or not told or draft.refusals:
         return
-    key = LISTED_PLAINLY.get(str(told.get("quant_method")))
+    key = _list_of_plain(told)
     if key is None:
         draft.refusals.append(
             FormatError(
@@ -66,6 +68,16 @@ def leave_plain(draft: Draft) -> None:
     here = {_module(called(info.name)) for info in base.weights() if _is_matrix(info) and info.name not in base.packed}
     skipped = {*(told.get(key) or here), *(() if linears is None else linears.others)}
     draft.quantization = {**told, key: sorted(skipped | {_module(called(name)) for name in plainly})}
+
+
+def can_leave_plain(base: Checkpoint) -> bool:
+    """Does the format of a quantized base let single weights be written plainly?"""
+    return _list_of_plain(quantization_of(base.config)) is not None
+
+
+def _list_of_plain(told: Mapping[str, Any]) -> str | None:
+    """The key of a quantization_config under which modules are listed that are left plain."""
+    return LISTED_PLAINLY.get(str(told.get("quant_method")))
 
 
 def _modules(draft: Draft, form: str, plainly: Collection[str]) -> tuple[set[str], list[str]]:

@@ -160,7 +160,7 @@ class Draft:
         """An embedding and the head that is tied to it change alike, or are written apart."""
         head = tying.head.weight.name
         e, h = self.changes.get(tying.embedding.name), self.changes.get(head)
-        if _are_turned(e, h):
+        if self._are_turned(tying, e, h):
             del self.changes[head]
             self.turned = True
             self.notes.append(f"{head}: it has the factors of {printable(tying.embedding.name)}, and stays tied to it")
@@ -190,7 +190,7 @@ class Draft:
             return
         embedding, head = tying.embedding.name, tying.head.weight.name
         e, h = self.changes.get(embedding), self.changes.get(head)
-        self.turned = _are_turned(e, h)
+        self.turned = self._are_turned(tying, e, h)
         (name, change), other = ((embedding, e), head) if h is None else ((head, h), embedding)
         if (e is None) != (h is None) and change is not None and _of_rows(change):
             self.refusals.append(
@@ -199,8 +199,9 @@ class Draft:
                     "the files hold apart; set tie_word_embeddings to false there, or save the base with transformers"
                 )
             )
-        elif change is not None and tying.separable and not _are_alike(e, h):
-            self.untied = True
+        elif change is not None and tying.separable:
+            saved = e is not None and h is not None and e.saved is not None and _same(h.saved, e.saved)
+            self.untied = not (saved or self.turned)
 
     def _refuse_hidden_ties(self) -> None:
         """Where it is not clear which tensor is the embedding, what may be tied to an absent head stays as it is."""
@@ -215,6 +216,17 @@ class Draft:
                         "save the base with tie_word_embeddings=false first"
                     )
                 )
+
+    def _are_turned(self, tying: Tying, e: Change | None, h: Change | None) -> bool:
+        """Has a head, which begins as the embedding, its factors, turned, in each layer?"""
+        if e is None or h is None or not e.layers or len(e.layers) != len(h.layers):
+            return False
+        if (e.saved, h.saved) != (None, None) and not _same(h.saved, self._embedding(tying, e)):
+            return False
+        return all(
+            one.method == other.method and is_turned(other.params, one.params)
+            for one, other in zip(e.layers, h.layers, strict=True)
+        )
 
     def _embedding(self, tying: Tying, e: Change | None) -> Tensor:
         """What the embedding becomes, layers aside."""
@@ -256,25 +268,6 @@ class Draft:
 def _of_rows(change: Change) -> bool:
     """Are single rows replaced, and no more?"""
     return bool(change.layers) and all(layer.method.replaced_rows for layer in change.layers)
-
-
-def _are_alike(e: Change | None, h: Change | None) -> bool:
-    """Do an embedding and a head, equal before, stay so?"""
-    if e is None or h is None:
-        return False
-    return _are_turned(e, h) or (e.saved is not None and _same(h.saved, e.saved))
-
-
-def _are_turned(e: Change | None, h: Change | None) -> bool:
-    """Does a head have the factors of the embedding, turned, in each layer, over equal weights?"""
-    if e is None or h is None or not e.layers or len(e.layers) != len(h.layers):
-        return False
-    if (e.saved is None) != (h.saved is None) or (e.saved is not None and not _same(h.saved, e.saved)):
-        return False
-    return all(
-        one.method == other.method and is_turned(other.params, one.params)
-        for one, other in zip(e.layers, h.layers, strict=True)
-    )
 
 
 def _alone(site: Site) -> Site:

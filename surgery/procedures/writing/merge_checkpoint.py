@@ -18,6 +18,7 @@ from surgery.hosts.reading import Reading
 from surgery.hosts.shards import FilePart
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
+from surgery.procedures.planning.covering import can_leave_plain
 from surgery.procedures.planning.plan import Plan, describe, make_plan
 from surgery.procedures.planning.treatment import Treatment
 from surgery.procedures.writing.expected import check_base
@@ -94,7 +95,7 @@ def merge_checkpoint(
         books = _Books(Receipt(base, adapters, plan), undo)
         readings, written = fill(base, plan.view(base, books), staging, layout, books, options.paced())
         check_base(base, adapters, plan, readings, options.expect_base_sha256)
-        _check_survival(books.receipt, options)
+        _check_survival(books.receipt.survival, base, options)
         _write_small(files, plan, layout, staging)
         if options.beside is not None:
             files.sha256 |= options.beside(staging)
@@ -152,13 +153,18 @@ class _Books:
             self.undo.files[part].take(told["undo"])
 
 
-def _check_survival(receipt: Receipt, options: Options) -> None:
+def _check_survival(told: Mapping[str, Survival], base: Checkpoint, options: Options) -> None:
     """CheckError where too little of the adapters is left, or too much came beside it."""
-    step = (
-        "--into 16bit keeps all of it, --fallback 16bit does where it is needed, and --min-retained and --max-noise "
-        "let it pass"
-    )
-    refuse_lost(receipt.survival, options.bounds, f"merge into {options.treatment.into}", step)
+    falling = ", --fallback 16bit does where it is needed" if _can_fall_back(told, base, options) else ""
+    step = f"--into 16bit keeps all of it{falling}, and --min-retained and --max-noise let it pass"
+    refuse_lost(told, options.bounds, f"merge into {options.treatment.into}", step)
+
+
+def _can_fall_back(told: Mapping[str, Survival], base: Checkpoint, options: Options) -> bool:
+    """Would single weights in 16 bits be of use, and does config.json tell of them?"""
+    if options.treatment.fallback is not None:
+        return False
+    return can_leave_plain(base) if options.treatment.into == "keep" else any(map(options.bounds.admit, told.values()))
 
 
 def _key(base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, layout: Layout, options: Options) -> str:

@@ -1,0 +1,121 @@
+"""Paths that could be meant and are not: each command says in one line what lies there, and what to name instead."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from outcomes import Run
+
+Made = Callable[[Path, Path, Path], Path]
+
+
+def file(name: str, content: bytes = b"print(1)\n") -> Made:
+    def made(folder: Path, base: Path, adapter: Path) -> Path:
+        del base, adapter
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return made
+
+
+def holding(*names: str) -> Made:
+    """A folder with these files, as base or adapter have them, or of some bytes."""
+
+    def made(folder: Path, base: Path, adapter: Path) -> Path:
+        found = folder / "found"
+        found.mkdir()
+        for name in names:
+            source = next((one / name for one in (base, adapter) if (one / name).is_file()), None)
+            (found / name).write_bytes(b"\x08\x07" if source is None else source.read_bytes())
+        return found
+
+    return made
+
+
+def within(folder: Path, base: Path, adapter: Path) -> Path:
+    del base
+    shutil.copytree(adapter, folder / "run" / "default")
+    return folder / "run"
+
+
+# What lies there, and what each command that looks for a model or an adapter has to say.
+PLACES: Mapping[str, tuple[Made, str]] = {
+    "a program": (file("train.py"), "no safetensors file; a model's folder or .safetensors file"),
+    "a config of a model": (lambda _, base, __: base / "config.json", "it is the config of a model; name the folder"),
+    "a config of an adapter": (lambda *given: given[2] / "adapter_config.json", "it is the config of an adapter; name"),
+    "a receipt": (file("surgery.receipt.json", b"{}"), "it is the receipt of a merge; name the folder"),
+    "a graph": (file("model.onnx"), "it is an ONNX graph; `surgery verify` takes the folder"),
+    "a pickle": (file("pytorch_model.bin"), "a pickle, which can run code"),
+    "GGUF": (file("model.gguf"), "it is GGUF, which is not read; name the safetensors"),
+    "an empty folder": (holding(), "an empty folder; a model's folder"),
+    "a config alone": (holding("config.json"), "config.json and no safetensors; copy it again, whole"),
+    "an adapter's config alone": (holding("adapter_config.json"), "adapter_config.json and no safetensors; copy it"),
+    "a graph alone": (holding("model.onnx"), "no safetensors, but model.onnx, an ONNX graph; "),
+    "pickles": (holding("config.json", "pytorch_model.bin"), "no safetensors, but pytorch_model.bin, a pickle"),
+    "a folder of folders": (within, "no safetensors in it; name one of its sub-folders: default"),
+}
+# Where X is looked for; OUT is new.
+READ: Mapping[str, str] = {
+    "inspect": "inspect X",
+    "plan, base": "plan X ADAPTER",
+    "plan, adapter": "plan BASE X",
+    "merge, base": "merge X ADAPTER OUT",
+    "merge, adapter": "merge BASE X OUT",
+    "verify, base": "verify X ADAPTER BASE",
+    "verify, adapter": "verify BASE X BASE",
+    "verify, out": "verify BASE ADAPTER X",
+    "combine": "combine ADAPTER X OUT",
+    "extract, base": "extract X BASE OUT --rank 1",
+    "extract, tuned": "extract BASE X OUT --rank 1",
+    "diff": "diff BASE X",
+    "export, base": "export X OUT",
+    "export, adapter": "export BASE X OUT",
+}
+
+
+@pytest.mark.parametrize("line", READ.values(), ids=READ.keys())
+def test_a_path_to_something_else_is_told_as_what_it_is(
+    line: str, run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    for name, (made, told) in PLACES.items():
+        shutil.rmtree(tmp_path / "there", ignore_errors=True)
+        (tmp_path / "there").mkdir()
+        words = {
+            "X": made(tmp_path / "there", base, adapter),
+            "BASE": base,
+            "ADAPTER": adapter,
+            "OUT": tmp_path / "out",
+        }
+        found = run(*(words.get(word, word) for word in line.split()))
+        assert (found.code, found.err.count("\n")) == (3, 1), (name, found)
+        assert told in found.err, (name, found)
+        assert not (tmp_path / "out").exists()
+
+
+# What a folder that is one thing is not.
+OTHERS: Mapping[str, tuple[str, str]] = {
+    "a model for an adapter": ("merge BASE BASE OUT", "it looks like a model; name BASE first, then its adapters"),
+    "an adapter for a model": ("merge ADAPTER ADAPTER OUT", "it is an adapter; a model is wanted; name BASE first"),
+    "an adapter for a merge": ("verify BASE ADAPTER ADAPTER", "it is an adapter; a model is wanted"),
+    "an adapter to compare": ("diff BASE ADAPTER", "it is an adapter; a model is wanted"),
+    "an adapter for a tuned model": ("extract BASE ADAPTER OUT --rank 1", "it is an adapter; a model is wanted"),
+    "a model to check alone": ("verify BASE", "give base and adapter too"),
+    "an adapter to check alone": ("verify ADAPTER", "it is an adapter"),
+    "a model that no merge made": ("unmerge BASE OUT", "only a merge made with --reversible can be unmerged"),
+    "an adapter to unmerge": ("unmerge ADAPTER OUT", "it is an adapter; a model is wanted"),
+    "a config to check": ("verify BASE/config.json", "it is the config of a model; name the folder"),
+    "a config to unmerge": ("unmerge BASE/config.json OUT", "it is the config of a model; name the folder"),
+    "a model to push": ("push BASE me/there", "no surgery.receipt.json in it; "),
+}
+
+
+@pytest.mark.parametrize(("line", "told"), OTHERS.values(), ids=OTHERS.keys())
+def test_one_kind_of_folder_in_the_place_of_another_is_told(
+    line: str, told: str, run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    words = {"BASE": base, "BASE/config.json": base / "config.json", "ADAPTER": adapter, "OUT": tmp_path / "out"}
+    found = run(*(words.get(word, word) for word in line.split()))
+    assert (found.code, found.err.count("\n")) == (3, 1), found
+    assert told in found.err
+    assert not (tmp_path / "out").exists()
