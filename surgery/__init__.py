@@ -96,7 +96,7 @@ _HOMES = {
     "UnmergeReport": "procedures.writing.unmerge_checkpoint",
     "UsageError": "errors",
     "ValueRangeError": "errors",
-    "VerifyReport": "procedures.checking.verify",
+    "VerifyReport": "procedures.checking.verify_report",
     "adalora_step": "api.adalora",
     "combine": "api.made_adapters",
     "diff": "api.files",

@@ -1,7 +1,6 @@
 """PEFT's adapter folder: adapter_config.json and adapter_model.safetensors."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,9 @@ from surgery.errors import AbsentError, FormatError, InputError, ShapeError, Val
 from surgery.io.fingerprint import read_base_print
 from surgery.io.header import Entry, encode_header
 from surgery.io.octets import octets, tensor_from
-from surgery.io.regular import contained, open_descriptor
+from surgery.io.regular import contained
 from surgery.io.strict_json import ordered_json_bytes, parse_json, read_bytes
-from surgery.io.tensor_file import TensorFile, read_at
+from surgery.io.tensor_file import TensorFile, read_span
 from surgery.methods import METHODS
 
 CONFIG = "adapter_config.json"
@@ -157,11 +156,7 @@ class _Tensors:
 
     def load(self, name: str) -> Tensor:
         info, start = self.entries[name]
-        descriptor = open_descriptor(self.path, "an adapter's tensors")
-        try:
-            data = read_at(descriptor, start, info.nbytes, printable(self.path))
-        finally:
-            os.close(descriptor)
+        data = read_span(self.path, start, info.nbytes, "an adapter's tensors")
         if hashlib.sha256(data).hexdigest() != self.sha256[name]:
             raise InputError(
                 f"{printable(self.path)}: {printable(name)} changed while it was read; let no one write to it, "

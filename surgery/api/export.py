@@ -18,10 +18,11 @@ from surgery.hosts.twin import weightless
 from surgery.integrations import transformers as hugging
 from surgery.io.staging import refuse_overlap
 from surgery.procedures.exports.export import AnyModule, ExportReport, Kind, Manner, export_model
-from surgery.procedures.exports.export_swappable import export_swappable
+from surgery.procedures.exports.export_swappable import Carrying, export_swappable
 from surgery.procedures.planning.treatment import Treatment
 from surgery.procedures.writing.filling import OnProgress, Pace
 from surgery.procedures.writing.merge_checkpoint import Options
+from surgery.procedures.writing.small_files import small_files
 
 
 def export_onnx(  # noqa: PLR0913  # three things and their options
@@ -111,10 +112,14 @@ def _of_files(where: Where, adapters: Adapters, max_memory: int | None, asked: _
 
 
 def _with_slots(source: Checkpoint, adapters: Sequence[Weighted], asked: _Asked) -> ExportReport:
-    """The base is loaded for it."""
-    refuse_overlap(asked.out, [source.path, *(Path(one.adapter.where) for one in adapters)])
+    """The base is loaded for it; what lies beside its weights is carried, as a merge carries it."""
+    folders = [Path(one.adapter.where) for one in adapters]
+    refuse_overlap(asked.out, [source.path, *folders])
     _refuse_for_slots(adapters, asked.options)
-    return _of_model(hugging.live_model(source, adapters), None, None, asked)
+    files = small_files(source, folders).contents
+    live = hugging.live_model(source, adapters)
+    example, kind = _example(live, None, None, asked.kv)
+    return export_swappable(live, example, asked.out, Carrying(kind, files), asked.how)
 
 
 def _example(model: nn.Module, inputs: Any, axes: Any, kv: bool) -> tuple[Example, Kind]:

@@ -1,1 +1,1 @@
-"""The contracts, each beside the values it speaks of; imports nothing but torch and the errors."""
+"""The contracts, each beside the values it speaks of; imports nothing else of surgery but the errors."""

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -61,8 +61,6 @@ class Method(ABC):
     """One site's settings, patterns resolved; holds no tensor."""
 
     name: ClassVar[str]  # as users know it
-    reproducible: ClassVar[bool]
-    undo: ClassVar[Literal["index", "residual", "copy"]]
     couples: ClassVar[frozenset[str]]  # along which axes elements depend on each other, by sums: see `terms`
 
     @property
@@ -151,8 +149,6 @@ class Additive(Method):
 
     scaling: float
 
-    reproducible = True
-    undo = "index"
     couples = frozenset()
 
     @abstractmethod

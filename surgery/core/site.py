@@ -62,6 +62,10 @@ class TensorInfo(NamedTuple):
         """The same for some rows of the first axis."""
         return self._replace(shape=(rows.stop - rows.start, *self.shape[1:]))
 
+    def part(self, rows: slice) -> tuple["TensorInfo", int]:
+        """The same for some rows, all of a scalar; and the bytes that lie before them."""
+        return (self.rows(rows), self.rows(slice(0, rows.start)).nbytes) if self.shape else (self, 0)
+
 
 @dataclass(frozen=True)
 class Site:

@@ -64,9 +64,10 @@ def copy(source: Source, sink: Sink, workers: int = 1) -> None:
     with single_threads(), ThreadPoolExecutor(workers) as pool:
         running = [pool.submit(_fill, source, part, stop) for part in parts]
         try:
-            done, _ = wait(running, return_when=FIRST_EXCEPTION)
-            for one in done:
-                one.result()
+            wait(running, return_when=FIRST_EXCEPTION)
+            for one in running:
+                if one.done():
+                    one.result()
         finally:
             stop.set()
 

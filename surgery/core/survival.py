@@ -5,7 +5,9 @@ it. Both are needed: of what is rounded by chance all seems retained, and the no
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 from torch import Tensor
@@ -81,3 +83,8 @@ class Survival(NamedTuple):
         found = {"retained": self.retained, "noise": self.noise}
         found |= {} if self.output_error is None else {"output_error": self.output_error}
         return {key: float(f"{value:.6g}") if math.isfinite(value) else None for key, value in found.items()}
+
+
+def total(told: Mapping[str, Survival]) -> Survival:
+    """Of all weights, added in the order of their names, whichever was measured first: the same bits each time."""
+    return reduce(Survival.plus, (told[name] for name in sorted(told)), Survival())

@@ -15,10 +15,10 @@ from surgery.core.candidates import Survey, accumulate, accumulate_onto, candida
 from surgery.core.elementwise import Elementwise
 from surgery.errors import CheckError
 
-__all__ = ["Recorder", "Restorer", "accumulate", "accumulate_onto", "from_order", "merged_value", "order"]
+__all__ = ["LONGEST", "Recorder", "Restorer", "accumulate", "accumulate_onto", "from_order", "merged_value", "order"]
 
 _PART = 1 << 16  # indices sorted and packed at a time, so that small tiles cost little each
-_LONGEST = 62  # bits of an index
+LONGEST = 62  # bits of an index
 
 
 class Recorder:
@@ -37,7 +37,7 @@ class Recorder:
         low, spare = _candidates(merged, steps, w.dtype, where)
         index, width = order(w.index_select(0, where)) - low, _width(spare)
         told = width.nonzero().squeeze(1)  # elsewhere there is one candidate alone
-        self.exact = _at_least_0(index) and _at_least_0(spare - index) and _at_least_0(_LONGEST - width)
+        self.exact = _at_least_0(index) and _at_least_0(spare - index) and _at_least_0(LONGEST - width)
         self.waiting.append((index[told], width[told]))
         if sum(map(len, (index for index, _ in self.waiting))) >= _PART:
             self._pack()
@@ -53,7 +53,7 @@ class Recorder:
         index, width = (torch.cat(part) for part in zip(*self.waiting, strict=True))
         self.waiting.clear()
         ranked, counts = _by_width(width)
-        parts = torch.split(index[ranked].cpu(), list(counts.values()))
+        parts = torch.split(index.index_select(0, ranked).cpu(), list(counts.values()))
         for bits, part in zip(counts, parts, strict=True):
             self.writers.setdefault(bits, BitWriter(bits)).write(part)
 

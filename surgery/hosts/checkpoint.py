@@ -147,8 +147,7 @@ class Checkpoint(OpenFiles):
     def _rows_of(self, info: TensorInfo, rows: slice | None) -> Tensor:
         """A tensor of the files, or `rows` of its first axis."""
         index, entry = self.at[info.name]
-        part = info if rows is None or not info.shape else info.rows(rows)
-        skipped = 0 if rows is None or not info.shape else info.rows(slice(0, rows.start)).nbytes
+        part, skipped = (info, 0) if rows is None else info.part(rows)
         data = self.files[index].read(entry.start + skipped, part.nbytes)
         if self.readings is not None:
             self.readings[index].feed(entry, entry.start + skipped, data)

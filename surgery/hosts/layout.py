@@ -60,7 +60,11 @@ def layout_like(base: Checkpoint, written: Mapping[str, Together], max_shard_byt
     With `max_shard_bytes` the weights go, in the same order, into new files of at most that size; one that is larger
     has a file for itself.
     """
-    standing = [list(_standing(base, file, written)) for file in base.files]
+    packed = {name: infos for name, infos in written.items() if name in base.packed}
+    gone: dict[str, Together] = {held: () for name in packed for held in base.holding(name)}
+    firsts = {base.packed[name].first.name: infos for name, infos in packed.items()}
+    placed = {**written, **gone, **firsts}
+    standing = [list(_standing(file, placed)) for file in base.files]
     standing[-1] += [infos for name, infos in written.items() if base.info(name) is None]
     if max_shard_bytes is not None:
         standing = list(_packed((one for group in standing for one in group), max_shard_bytes))
@@ -96,16 +100,12 @@ def bytes_of(size: int | str | None, option: str) -> int | None:
     return count
 
 
-def _standing(base: Checkpoint, file: TensorFile, written: Mapping[str, Together]) -> Iterator[Together]:
-    """What stands in a file now."""
-    gone = {name for one in written for name in base.holding(one) if one in base.packed}
-    firsts = {base.packed[one].first.name: infos for one, infos in written.items() if one in base.packed}
+def _standing(file: TensorFile, placed: Mapping[str, Together]) -> Iterator[Together]:
+    """What stands in a file now: in a tensor's place what is placed there, which may be nothing."""
     for entry in file.header.entries:
-        name = entry.info.name
-        if name in firsts:
-            yield firsts[name]
-        elif name not in gone:
-            yield written.get(name, (entry.info,))
+        infos = placed.get(entry.info.name, (entry.info,))
+        if infos:
+            yield infos
 
 
 def _packed(weights: Iterable[Together], max_shard_bytes: int) -> Iterator[list[Together]]:

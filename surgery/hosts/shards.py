@@ -57,6 +57,7 @@ class CheckpointSink:
     ) -> None:
         for file in self.files:
             file.backlog.drop()
+        for file in self.files:
             file.context.__exit__(kind, value, trace)
 
     def parts(self, sites: Iterable[Site]) -> Sequence["FilePart"]:

@@ -20,7 +20,12 @@ class Undo:
 
     dtype: torch.dtype
     streams: Mapping[int, bytes] | None = None
-    kept: Tensor | None = None
+    kept: Callable[[slice], Tensor] | None = None  # rows of it
+
+
+def kept_whole(original: Tensor) -> Callable[[slice], Tensor]:
+    """The rows of an original that is in memory; a scalar counts as one row."""
+    return lambda rows: original[rows if original.dim() else ...]
 
 
 class Unmerged:
@@ -49,7 +54,7 @@ class Unmerged:
         if ends(site, rows):
             del self.begun[site.name]
         if undo.kept is not None:
-            return Packed({"weight": undo.kept[rows if site.weight.shape else ...]})
+            return Packed({"weight": undo.kept(rows)})
         steps = elementwise(change, rows, started)
         assert merged is not None
         assert steps is not None  # what has no steps is kept

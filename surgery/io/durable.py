@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from surgery.errors import EnvironmentFault, printable
+from surgery.errors import EnvironmentFault, SurgeryError, printable
 from surgery.io import disk
 
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """`data` as the file `path`, which is the old one or the new one, never a part."""
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    """`data` as the file `path`: the old one or the new one, never a part, also where several processes write it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     with faults(path):
         make_folder(path.parent)
         partial.unlink(missing_ok=True)
@@ -29,11 +29,21 @@ def write_file(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
+def remove_other(path: Path, data: bytes) -> None:
+    """A file at `path` that holds anything but `data` is gone, from the disk too, when this returns."""
+    with faults(path):
+        if path.exists() and path.read_bytes() != data:
+            disk.remove(path)
+            sync_folder(path.parent)
+
+
 @contextmanager
 def faults(where: Path) -> Iterator[None]:
-    """EnvironmentFault, naming `where`, for what the system refuses."""
+    """EnvironmentFault, naming `where`, for what the system refuses; what is told already stays."""
     try:
         yield
+    except SurgeryError:  # an AbsentError is an OSError too
+        raise
     except OSError as error:
         found = error.strerror or type(error).__name__
         raise EnvironmentFault(

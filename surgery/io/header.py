@@ -123,7 +123,7 @@ def header_length(first: bytes, file_bytes: int, where: str) -> int:
 
 def encode_header(infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
     """The header of a file that holds `infos` in this order; padded so that the data is 8-byte aligned."""
-    fields: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    fields: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
     at = 0
     for info in infos:
         span = [at, at + info.nbytes]

@@ -3,10 +3,13 @@
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
-from surgery.errors import AbsentError, FormatError, InputError, printable
+from surgery.errors import AbsentError, EnvironmentFault, FormatError, InputError, printable
+
+_PIECE_BYTES = 1 << 20
 
 
 def open_descriptor(path: Path, what: str) -> int:
@@ -29,10 +32,22 @@ def open_regular(path: Path, what: str) -> BufferedReader:
     return os.fdopen(open_descriptor(path, what), "rb")
 
 
+def read_pieces(path: Path, what: str) -> Iterator[bytes]:
+    """The bytes of the regular file at `path`, some at a time. EnvironmentFault where the disk gives none."""
+    with open_regular(path, what) as file:
+        try:
+            while piece := file.read(_PIECE_BYTES):
+                yield piece
+        except OSError as error:
+            raise EnvironmentFault(f"{printable(path)}: reading failed ({error.strerror}); check the disk") from error
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes."""
-    with open_regular(path, "a file") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = hashlib.sha256()
+    for piece in read_pieces(path, "a file"):
+        sha256.update(piece)
+    return sha256.hexdigest()
 
 
 def contained(folder: Path, name: str | Path) -> Path:

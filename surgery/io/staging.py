@@ -20,7 +20,7 @@ from surgery.io.durable import PARTIAL, faults, make_folder, remove_all, sync_fo
 from surgery.io.journal import NAME as JOURNAL
 from surgery.io.journal import Journal
 from surgery.io.lock import Lock
-from surgery.io.regular import contained, file_sha256, open_regular
+from surgery.io.regular import contained, file_sha256, read_pieces
 
 _FAULTS = (EnvironmentFault, OSError, MemoryError, RuntimeError)  # after these a run can go on, as when interrupted
 
@@ -69,7 +69,7 @@ class Staging:
             if kind is None:
                 with faults(self.out):
                     self._publish()
-            elif not self.finished or (issubclass(kind, Exception) and not issubclass(kind, _FAULTS)):
+            elif not self.finished or not _goes_on(kind):
                 remove_all(self.folder)
             elif value is not None:
                 value.add_note(f"what is finished lies in {printable(self.folder)}; the same call goes on from there")
@@ -128,8 +128,8 @@ class Staging:
     def carry(self, source: Path, name: str) -> str:
         """A copy of `source` under `name`; returns the sha256 of the bytes written."""
         sha256 = hashlib.sha256()
-        with open_regular(source, "a file to carry") as found, self.file(name) as file:
-            while data := found.read(1 << 20):
+        with self.file(name) as file:
+            for data in read_pieces(source, "a file to carry"):
                 sha256.update(data)
                 file.write(data)
         return sha256.hexdigest()
@@ -192,7 +192,7 @@ class Staging:
         """Are the files of a finished part still those that were written?"""
         try:
             return all(file_sha256(contained(self.folder, name)) == wanted for name, wanted in one["files"].items())
-        except (InputError, OSError, KeyError, TypeError, AttributeError):
+        except (InputError, EnvironmentFault, KeyError, TypeError, AttributeError):
             return False
 
     def _publish(self) -> None:
@@ -251,6 +251,11 @@ class StagedFile:
             if self.size - self.begun >= _BEGIN_BYTES:
                 disk.begin_sync(self.descriptor, self.begun, self.size - self.begun)
                 self.begun = self.size
+
+
+def _goes_on(kind: type[BaseException]) -> bool:
+    """Can a run that ended so be gone on with: was it interrupted, or did the environment fail it?"""
+    return not issubclass(kind, Exception) or (issubclass(kind, _FAULTS) and not issubclass(kind, InputError))
 
 
 def _is_output(folder: Path) -> bool:

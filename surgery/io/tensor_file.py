@@ -76,6 +76,15 @@ def read_at(descriptor: int, start: int, size: int, where: str) -> bytearray:
     return buffer
 
 
+def read_span(path: Path, start: int, size: int, what: str) -> bytearray:
+    """`size` bytes from `start` of a file that is open for no longer; errors as `read_at`."""
+    descriptor = open_descriptor(path, what)
+    try:
+        return read_at(descriptor, start, size, printable(path))
+    finally:
+        os.close(descriptor)
+
+
 def _mark(state: os.stat_result) -> tuple[int, ...]:
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 

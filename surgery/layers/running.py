@@ -12,6 +12,7 @@ from surgery.core.method import Dense, Method, Params, Run
 from surgery.core.op import WHOLE, Op
 from surgery.core.room import Room
 from surgery.core.sharded import gathered
+from surgery.core.turned import turned
 from surgery.layers.aware import Holding
 from surgery.layers.mixed import Mixed
 from surgery.layers.plain import is_plain_linear
@@ -109,6 +110,20 @@ class Swappable(Fitted):
 
     def branch(self, x: Tensor, below: Run, op: Op, training: bool) -> Tensor:
         return self.room.branch(x, below, op, self._running(), training)
+
+
+@dataclass(frozen=True, eq=False)
+class Turned(Fitted):
+    """One that holds nothing: its A and B are B and A of the layer `of`, turned, by which the two weights stay one."""
+
+    of: str = field(kw_only=True)
+
+    @property
+    def held(self) -> Params:
+        return self._running()
+
+    def _running(self) -> Params:
+        return turned(super()._running())
 
 
 class Below:

@@ -38,8 +38,6 @@ class BdLora(Method):
     blocks: Blocks
 
     name = "BD-LoRA"
-    reproducible = True
-    undo = "index"
     couples = frozenset()
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:

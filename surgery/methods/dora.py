@@ -36,8 +36,6 @@ class Dora(Method):
     strength: float = 1.0
 
     name = "DoRA"
-    reproducible = True
-    undo = "index"
     couples = frozenset({"in"})
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:

@@ -3,6 +3,7 @@
 B starts at zero, so that the base and its outputs stay. https://arxiv.org/abs/2410.07170
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -102,9 +103,9 @@ def _allot(observers: Mapping[str, Eva]) -> None:
         for share in one.directions.explained()[: one.most]
         if share > _NOTHING
     ]
-    taken = [name for _, name in islice(sorted(shares, key=lambda found: -found[0]), budget)]
+    taken = Counter(name for _, name in islice(sorted(shares, key=lambda found: -found[0]), budget))
     for name, one in observers.items():
-        one.rank = taken.count(name)
+        one.rank = taken[name]
 
 
 def patterns_of(observers: Mapping[str, Eva], alphas: Mapping[str, float]) -> dict[str, Any]:

@@ -96,8 +96,6 @@ class Ia3(Method, AsPeft):
     strength: float = 1.0
 
     name = "IA3"
-    reproducible = True
-    undo = "index"
     couples = frozenset()
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:

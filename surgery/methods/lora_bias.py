@@ -26,8 +26,6 @@ class LoraBias(Method, AsPeft):
     lora: Lora
 
     name = "lora_bias"
-    reproducible = True
-    undo = "index"
     couples = frozenset()
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:

@@ -28,8 +28,6 @@ class QaLora(Method):
     group: int
 
     name = "QALoRA"
-    reproducible = True
-    undo = "index"
     couples = frozenset()
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:

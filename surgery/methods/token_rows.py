@@ -23,8 +23,6 @@ class TokenRows(Method, AsPeft):
     tokens: tuple[int, ...]
 
     name = "trainable_token_indices"
-    reproducible = True
-    undo = "copy"
     couples = frozenset()
 
     @property

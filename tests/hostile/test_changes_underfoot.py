@@ -15,6 +15,7 @@ from surgery.api.given import weighted
 from surgery.cli import main
 from surgery.errors import InputError
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.io import disk
 from surgery.io.octets import tensor_from
 from surgery.io.strict_json import json_bytes
 from surgery.io.tensor_file import _COARSE_CLOCK, TensorFile
@@ -201,3 +202,22 @@ def test_an_adapter_that_changes_while_it_is_read_is_refused(folder: Path, monke
 
     monkeypatch.setattr("surgery.adapters.peft.tensor_from", read)
     assert merged(folder) == 3
+
+
+@pytest.mark.parametrize("max_shard_bytes", [None, 900])
+def test_an_adapter_that_goes_away_while_it_is_merged_is_refused(
+    folder: Path, max_shard_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file that is not there, though its error is one of the system's kind; no shard is kept to go on from."""
+    create = disk.create
+
+    def created(path: Path) -> int:
+        if "safetensors" in path.name:  # that of `a`, which no adapter touches
+            (folder / "adapter/adapter_model.safetensors").unlink(missing_ok=True)
+        return create(path)
+
+    monkeypatch.setattr(disk, "create", created)
+    options = merging.Options(max_shard_bytes=max_shard_bytes, pace=Pace(workers=1))
+    with Checkpoint(folder / "base") as base, pytest.raises(InputError, match="cannot be opened"):
+        merging.merge_checkpoint(base, weighted(folder / "adapter"), folder / "out", options)
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]

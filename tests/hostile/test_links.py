@@ -67,6 +67,25 @@ def test_a_link_in_a_snapshot_to_anything_else_is_refused(
     assert "leads out of its folder" in refuses(folder, capsys)
 
 
+@pytest.mark.parametrize("file", ["record.json", "streams-0", "adapter-0.tensors", "adapter-0.json", "../notes.txt"])
+def test_a_link_out_of_a_merged_folder_is_not_followed_by_an_unmerge(folder: Path, file: str) -> None:
+    (folder / "base/notes.txt").write_text("as they were")
+    surgery.merge_checkpoint(folder / "base", folder / "adapter", folder / "out", reversible=True)
+    out_of(f"out/surgery.undo/{file}")(folder)
+    with pytest.raises(FormatError, match="leads out of its folder"):
+        surgery.unmerge_checkpoint(folder / "out", folder / "back")
+    assert not (folder / "back").exists()
+
+
+@pytest.mark.parametrize("file", ["surgery.receipt.json", "notes.txt"])
+def test_a_link_out_of_a_merged_folder_is_not_followed_by_verify(folder: Path, file: str) -> None:
+    (folder / "base/notes.txt").write_text("as they were")
+    surgery.merge_checkpoint(folder / "base", folder / "adapter", folder / "out")
+    out_of(f"out/{file}")(folder)
+    with pytest.raises(FormatError, match="leads out of its folder"):
+        surgery.verify_checkpoint(folder / "out")
+
+
 def test_a_folder_may_itself_be_reached_through_links(folder: Path) -> None:
     for kind in ("base", "adapter"):
         (folder / kind).rename(folder / f"real-{kind}")

@@ -86,6 +86,31 @@ def test_a_record_that_says_anything_is_refused_and_nothing_is_written(here: Pat
         assert not (here.parent / "out").exists(), case
 
 
+@pytest.mark.parametrize(
+    "field",
+    [*({"streams": {bits: [0, 0]}} for bits in ("x", "0", "-1", "63", "9" * 99)), {"kept": [0, 1]}, {"kept": [0, 0]}],
+    ids=str,
+)
+def test_a_field_of_a_tensor_that_cannot_be_is_refused_though_the_receipt_vouches_for_it(
+    here: Path, field: dict[str, Any]
+) -> None:
+    told = json.loads((here / RECORD).read_bytes())
+    name = next(name for name, one in told["tensors"].items() if name.endswith("weight") and "layers" in one)
+    told["tensors"][name] |= field
+    (here / RECORD).write_text(json.dumps(told))
+    vouched(here)
+    with pytest.raises(InputError, match="damaged"):
+        surgery.unmerge_checkpoint(here, here.parent / "out")
+    assert not (here.parent / "out").exists()
+
+
+def test_a_weight_beyond_all_numbers_is_refused(here: Path) -> None:
+    told = json.loads((here / RECORD).read_bytes())
+    (here / RECORD).write_text(json.dumps(told | {"weights": ["0x1p9999", "0x1p+0"]}))
+    with pytest.raises(InputError, match="damaged"):
+        surgery.unmerge_checkpoint(here, here.parent / "out")
+
+
 @pytest.mark.slow
 def test_a_record_and_a_receipt_that_vouches_for_it_give_no_bytes_but_the_originals(merged: Path, here: Path) -> None:
     """Who can write both can leave a file out, but not have another made."""

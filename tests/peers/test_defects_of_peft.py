@@ -21,6 +21,9 @@ DEFECTS = {
     "a merge counts an attention layer's out_proj twice": Defect(DIFFERENT, MERGES, "a_merge_of_attention_counts"),
     "OFT over a convolution is no identity when fresh": Defect(NO_METHOD, LAYERS, "oft_over_a_convolution"),
     "one of two tied weights is merged": Defect(DIFFERENT, MERGES, "a_merge_into_one_of_two_tied"),
+    "the factors of tied weights are merged twice": Defect(
+        DIFFERENT, "test_tied_heads_of_peft", "a_merge_by_peft_adds"
+    ),
     "a hot swap leaves alpha_pattern and rank_pattern out": Defect(RIGHT, LAYERS, "a_hot_swap_takes_the_alphas"),
     "safe merges have other bits": Defect(ROUNDING, MERGES, "merges_safe_or_not_with_factors"),
     "factors in another dtype merge to other bits": Defect(ROUNDING, MERGES, "merges_safe_or_not_with_factors"),

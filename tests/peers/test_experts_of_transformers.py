@@ -195,6 +195,42 @@ def test_an_adapter_of_single_experts_is_fused_for_a_model_that_holds_stacks(
     torch.testing.assert_close(logits(theirs), adapted, **near(adapted, torch.finfo(torch.float32).eps))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_an_adapter_of_single_experts_is_fused_for_files_that_hold_stacks(name: str, tmp_path: Path) -> None:
+    adapter = old_adapter(name, tmp_path)
+    made(name).save_pretrained(tmp_path / "stacks", save_original_format=False)
+    planned = surgery.plan(tmp_path / "stacks", adapter).to_json()["changes"]
+    stacks = [one for one in planned if one["tensor"].endswith("experts.gate_up_proj")]
+    assert {one["matched"][0]["by"] for one in stacks} == {"w1, w3" if name == "mixtral" else "gate_proj, up_proj"}
+    surgery.merge_checkpoint(tmp_path / "stacks", adapter, tmp_path / "merged", reversible=True)
+    surgery.verify_checkpoint(tmp_path / "stacks", adapter, tmp_path / "merged").require()
+    ours = surgery.load(made(name), adapter)
+    adapted, merged = logits(ours), AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(merged), adapted, **near(adapted, 2 * 2.0**-21))
+    live = surgery.eject(surgery.merge(ours), keep_merged=True).state_dict()
+    streamed = tensors(tmp_path / "merged")
+    assert live.keys() == streamed.keys()
+    assert all(torch.equal(live[one], streamed[one]) for one in live)
+    surgery.unmerge_checkpoint(tmp_path / "merged", tmp_path / "back")
+    back = tensors(tmp_path / "back")
+    assert all(torch.equal(values, back[one]) for one, values in tensors(tmp_path / "stacks").items())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@each_model
+def test_the_plan_tells_the_numbers_and_the_entry_of_each_expert(name: str, tmp_path: Path) -> None:
+    by_peft(name, tmp_path / "adapter")
+    made(name).save_pretrained(tmp_path / "base")
+    for change in surgery.plan(tmp_path / "base", tmp_path / "adapter").to_json()["changes"]:
+        (told,), (method,) = change["matched"], change["methods"]
+        is_down = any(one in change["tensor"] for one in ("down_proj", "w2"))
+        wanted = "o_proj" if "o_proj" in change["tensor"] else f"experts.{'down' if is_down else 'gate_up'}_proj"
+        assert told["by"] == wanted
+        assert told["r"] == (3 if is_down else 2)
+        assert told["lora_alpha"] == (4 if is_down and "layers.1" in change["tensor"] else 5)
+        assert float.fromhex(method["scaling"]) == told["lora_alpha"] / told["r"]
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_it_is_fused_as_peft_does_it(name: str, tmp_path: Path) -> None:
     adapter = old_adapter(name, tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import surgery
@@ -106,6 +109,93 @@ def test_a_model_that_transformers_does_not_know_is_refused_before_anything_is_m
     monkeypatch.setattr(export_files, "merge_checkpoint", None)
     with pytest.raises(surgery.FormatError, match=r"config\.json: transformers makes no config of it: .*unheard-of"):
         surgery.export_onnx(tmp_path / "base", None, tmp_path / "out")
+
+
+def rewritten(base: Path, out: Path, tensors: Callable[[dict[str, Tensor]], Any], **config: Any) -> Path:
+    """The base with other tensors, in one file, and another config."""
+    out.mkdir()
+    held = {name: one for file in base.glob("*.safetensors") for name, one in load_file(file).items()}
+    tensors(held)
+    save_file(held, out / "model.safetensors", {"format": "pt"})
+    told = json.loads((base / "config.json").read_text()) | config
+    (out / "config.json").write_text(json.dumps(told))
+    return out
+
+
+def without_layer(held: dict[str, Tensor]) -> None:
+    for name in [name for name in held if name.startswith("model.layers.1.")]:
+        del held[name]
+
+
+def without_prefix(held: dict[str, Tensor]) -> None:
+    for name in list(held):
+        held[name.removeprefix("model.")] = held.pop(name)
+
+
+def with_bias(held: dict[str, Tensor]) -> None:
+    held["model.layers.0.self_attn.q_proj.bias"] = torch.ones(len(held["model.layers.0.self_attn.q_proj.weight"]))
+
+
+NOT_WHOLE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], int, str]] = {
+    "fewer layers in the config": (len, 1, r"place for model\.layers\.1\.[\w.]+, .* and 6 more; a config"),
+    "the same of files without a head": (without_prefix, 1, r"place for layers\.1\.[\w.]+, .* and 6 more; a config"),
+    "a bias that the config leaves out": (
+        with_bias,
+        2,
+        r"place for model\.layers\.0\.self_attn\.q_proj\.bias; a config",
+    ),
+    "fewer layers in the files": (without_layer, 2, r"model\.layers\.1\.[\w.]+[:,] "),
+}
+
+
+@pytest.mark.parametrize("way", [{}, {"swappable": True}], ids=["merged", "swappable"])
+@pytest.mark.parametrize(("tensors", "layers", "told"), NOT_WHOLE.values(), ids=NOT_WHOLE.keys())
+def test_config_and_files_that_do_not_tell_of_the_same_tensors_are_refused(
+    tensors: Callable[[dict[str, Tensor]], Any],
+    layers: int,
+    told: str,
+    way: dict[str, Any],
+    folders: Path,
+    tmp_path: Path,
+) -> None:
+    base = rewritten(folders / "base", tmp_path / "base", tensors, num_hidden_layers=layers)
+    adapter = surgery.LoraConfig(r=2, target_modules=["layers.0.self_attn.q_proj"], init_lora_weights=False)
+    model = surgery.inject(ARCHITECTURES["llama"](), adapter)
+    surgery.save(model, tmp_path / "adapter")
+    with pytest.raises(surgery.InputError, match=told):
+        surgery.export_onnx(base, [tmp_path / "adapter"] if way else None, tmp_path / "out", **way)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_head_of_another_task_stays_in_the_files_and_is_told_of(folders: Path, tmp_path: Path) -> None:
+    """And so do masks that were once stored, which the class says to ignore, and which are not told of."""
+
+    def with_head(held: dict[str, Tensor]) -> None:
+        held["score.weight"] = torch.ones(2, 64)
+        held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    base = rewritten(folders / "base", tmp_path / "base", with_head)
+    report = surgery.export_onnx(base, None, tmp_path / "out")
+    assert report.unread == ["score.weight"]
+    assert report.summary().endswith("; 1 tensors are of no part of the model")
+    assert "score.weight" in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_swappable_adapters_come_with_the_tokenizer_as_merged_ones_do(folders: Path, tmp_path: Path) -> None:
+    """What the adapter brings wins; an index of other files of weights is not carried."""
+    for name in ("base", "adapter"):
+        shutil.copytree(folders / name, tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"of": name}))
+    (tmp_path / "base" / "special_tokens_map.json").write_text("{}")
+    given = tmp_path / "base", tmp_path / "adapter"
+    surgery.export_onnx(*given, tmp_path / "merged")
+    surgery.export_onnx(*given, tmp_path / "out", swappable=True)
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == {"of": "adapter"}
+    assert (tmp_path / "merged" / "model.safetensors.index.json").exists()
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_an_export_draws_no_bars_and_leaves_the_settings_of_transformers(

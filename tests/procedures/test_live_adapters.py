@@ -1,6 +1,7 @@
 """Adapters that run: which of them, in what order, how they train, and what reads their weights."""
 
 import copy
+import errno
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
-from surgery import LoraConfig, MatchError, StateError, UsageError
+from surgery import EnvironmentFault, LoraConfig, MatchError, StateError, UsageError
+from surgery.io import disk
 
 WIDTH = 6
 
@@ -236,3 +238,21 @@ def test_a_copy_of_another_shape_is_refused_and_nothing_changes(tmp_path: Path) 
         surgery.load(other, tmp_path)
     assert type(other[2]) is nn.Linear
     assert all(values.requires_grad for values in other.parameters())
+
+
+def test_a_save_over_another_adapter_that_is_cut_short_leaves_none_with_the_settings_of_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surgery.save(_with(_net(), lora_alpha=4), tmp_path)
+    rename = disk.rename
+
+    def renamed(old: Path, new: Path) -> None:
+        if new.name == "adapter_config.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(old, new)
+
+    monkeypatch.setattr(disk, "rename", renamed)
+    with pytest.raises(EnvironmentFault):
+        surgery.save(_with(_net(seed=1), lora_alpha=64), tmp_path)
+    with pytest.raises(surgery.AbsentError):
+        surgery.load(_net(), tmp_path)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import write_adapter, write_base
+from checkpoint_folders import file_hashes, write_adapter, write_base
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,6 +17,8 @@ from surgery.core.source import TILE_ELEMENTS
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.procedures.checking.verify import verify_checkpoint
 from surgery.procedures.planning.treatment import HELD_IN, Treatment
+from surgery.procedures.writing.filling import Pace
+from surgery.procedures.writing.unmerge_checkpoint import unmerge_checkpoint
 
 ANY: dict[str, Any] = {"min_retained": -math.inf, "max_noise": math.inf}
 COLUMNS = 512
@@ -51,6 +53,24 @@ def largest(folder: Path, rows: int, options: dict[str, Any]) -> int:
         with Checkpoint(base) as before, Checkpoint(folder / "out") as after:
             assert verify_checkpoint(before, files.weighted(adapter), after, treatment, workers=1).ok
     return seen.elements
+
+
+def largest_undone(folder: Path, rows: int) -> int:
+    """While a merge into a format is undone, whose record holds the weight itself."""
+    weight = torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(0)).bfloat16()
+    base = write_base(folder / "base", {"q_proj.weight": weight}, config={"model_type": "llama", "dtype": "bfloat16"})
+    pair = {"q_proj.lora_A.weight": torch.ones(4, COLUMNS), "q_proj.lora_B.weight": torch.ones(rows, 4)}
+    adapter = write_adapter(folder / "adapter", pair)
+    surgery.merge_checkpoint(base, adapter, folder / "out", into="nf4", reversible=True, **ANY)
+    with Largest() as seen:
+        unmerge_checkpoint(folder / "out", folder / "back", pace=Pace(workers=1))
+    assert file_hashes(folder / "back") == file_hashes(base)
+    return seen.elements
+
+
+def test_an_undo_holds_some_rows_of_a_weight_that_is_in_its_record(tmp_path: Path) -> None:
+    few, many = largest_undone(tmp_path / "few", FEW), largest_undone(tmp_path / "many", MANY)
+    assert few == many <= TILE_ELEMENTS
 
 
 @pytest.mark.parametrize(

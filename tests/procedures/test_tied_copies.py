@@ -72,12 +72,6 @@ def test_a_merge_keeps_them_tied_and_is_undone(theirs: peft.PeftModel, tmp_path:
     assert file_hashes(tmp_path / "back") == file_hashes(base)
 
 
-def test_an_adapted_weight_that_is_tied_is_refused_with_the_reason() -> None:
-    with pytest.raises(MatchError, match="ensure_weight_tying, and its weight is tied to lm_head"):
-        surgery.inject(llama(), LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
-    surgery.inject(llama(tied=False), LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
-
-
 @pytest.mark.usefixtures("theirs")
 def test_a_file_of_tied_copies_replaces_both_where_they_are_not_tied(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", llama(tied=False).state_dict())
@@ -141,3 +135,15 @@ def test_rows_of_a_head_that_is_held_and_tied_are_refused(tmp_path: Path) -> Non
     with pytest.raises(MatchError, match=r"config\.json ties lm_head\.weight to it, which the files hold apart"):
         surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
     surgery.merge_checkpoint(held_apart(tmp_path / "untied", tied=False), tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_second_adapter_has_tied_copies_of_its_own(theirs: peft.PeftModel, tmp_path: Path) -> None:
+    model = surgery.inject(llama(), LoraConfig(**FIELDS))
+    surgery.inject(model, LoraConfig(**FIELDS), adapter_name="second")
+    surgery.load(model, tmp_path / "theirs", adapter_name="third")
+    surgery.set_adapter(model, "third")
+    assert torch.equal(logits(model), logits(theirs))
+    for name in ("default", "second", "third"):
+        surgery.set_adapter(model, name)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len({id(model.lm_head.modules_to_save[name].weight) for name in ("default", "second", "third")}) == 3

@@ -18,6 +18,7 @@ from checkpoint_folders import (
 
 import surgery
 from surgery import CheckError, FormatError, OutputExistsError
+from surgery.io.staging import Staging
 
 DTYPES = ("float32", "bfloat16", "float16")
 CONFIG = {"model_type": "llama", "dtype": "float32", "architectures": ["LlamaForCausalLM"]}
@@ -179,3 +180,25 @@ def test_a_record_may_be_empty(dtype: str | None, tmp_path: Path) -> None:
     surgery.merge_checkpoint(base, adapter, tmp_path / "out", reversible=True, dtype=dtype)
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
+@pytest.mark.parametrize("changed", ["special_tokens_map.json", "tokenizer.json"])  # carried, and displaced
+def test_a_small_file_that_changes_once_it_is_copied_comes_back_as_it_was_copied(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = _base(tmp_path / "base", torch.bfloat16)
+    adapter, carry = write_adapter(tmp_path / "adapter"), Staging.carry
+    (adapter / "tokenizer.json").write_text("of the adapter")
+    before = file_hashes(base)
+
+    def copied(self: Staging, source: Path, name: str) -> str:
+        digest = carry(self, source, name)
+        if source == base / changed:
+            source.write_text("other")
+        return digest
+
+    monkeypatch.setattr(Staging, "carry", copied)
+    surgery.merge_checkpoint(base, adapter, tmp_path / "out", reversible=True)
+    assert (base / changed).read_text() == "other"
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == before

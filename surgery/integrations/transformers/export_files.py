@@ -25,8 +25,9 @@ from surgery.hosts.twin import weightless
 from surgery.integrations.transformers.cached import cached_example
 from surgery.integrations.transformers.examples import example_for
 from surgery.integrations.transformers.exporting import Pretrained, sources_of, without_weights
-from surgery.integrations.transformers.loading import Wanted, base_model, class_of, transformers_package
+from surgery.integrations.transformers.loading import Wanted, base_model, class_of, read_model, transformers_package
 from surgery.integrations.transformers.quiet import quiet
+from surgery.integrations.transformers.whole import refuse_missing, unread
 from surgery.io.hub import Located
 from surgery.io.memory import available_bytes
 from surgery.io.staging import Staging
@@ -64,13 +65,14 @@ def export_checkpoint(
     """
     if not (base.folder / "config.json").is_file():
         raise AbsentError(f"{printable(base.path)}: no config.json in it; a model of transformers is wanted")
-    _config(base.folder)  # before anything is merged
+    first = adapters[0].adapter if adapters else None
+    left = unread(_built(base.folder, base.folder, first), base)  # before anything is merged
     treatment = _treatment(base, adapters, options.treatment)
     writer = _Graph(base, adapters, out, export, treatment.into not in (None, "16bit"))
     with quiet():
         merge_checkpoint(base, adapters, out, replace(options, treatment=treatment, beside=writer))
     assert writer.report is not None
-    return writer.report
+    return replace(writer.report, unread=left)
 
 
 def _treatment(base: Checkpoint, adapters: Sequence[Weighted], asked: Treatment) -> Treatment:
@@ -155,10 +157,15 @@ class _Graph:
 
 
 def live_model(base: Checkpoint, adapters: Sequence[Weighted], kind: Any = None) -> nn.Module:
-    """The base in memory under its adapters, all active, at their weights; each is called as its folder is."""
+    """The base in memory under its adapters, all active, at their weights; each is called as its folder is.
+
+    InputError for a base that is not whole, or that its config does not tell all of.
+    """
     first = adapters[0].adapter if adapters else None
     with quiet():
-        found = base_model(Located(base.folder), Wanted(kind), first)
+        found, missing = read_model(Located(base.folder), Wanted(kind), first)
+    refuse_missing(missing, adapters, base)
+    unread(found, base)
     names: list[str] = []
     for adapter, weight in adapters:
         name = re.sub(r"[^\w-]", "_", Path(adapter.where).name) or DEFAULT

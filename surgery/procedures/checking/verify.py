@@ -22,7 +22,7 @@ from surgery.hosts.encoded import held_in
 from surgery.hosts.packing import Held, quantization_of
 from surgery.hosts.views import told
 from surgery.io.octets import Tally
-from surgery.io.regular import file_sha256
+from surgery.io.regular import contained, file_sha256
 from surgery.io.tensor_file import TensorFile
 from surgery.procedures.checking.grade import UNTOUCHED, Grade, carried, derived
 from surgery.procedures.checking.held_grade import encoded, kept
@@ -150,7 +150,7 @@ def verify_receipt(folder: Path, workers: int | None = None) -> VerifyReport:
         out.check_unchanged()
     for name, digest in receipt["carried"].items():
         path = folder / name
-        if name != CARD and (not path.is_file() or file_sha256(path) != digest):
+        if name != CARD and (not path.is_file() or file_sha256(contained(folder, name)) != digest):
             grades[name] = Grade("different", why="the file's sha256 is not the receipt's")
     for name in wanted:
         grades[name] = Grade("different", why="it is missing")

@@ -96,13 +96,15 @@ class ExportReport(Report):
     graph_bytes: int
     weights: Mapping[str, int]  # bytes of each file that the graph points into
     proof: Proof
+    unread: Sequence[str] = ()  # tensors of the files that are of no part of the model, such as another task's head
 
     def summary(self) -> str:
         """One line."""
         size = sum(self.weights.values())
+        unread = f"; {len(self.unread)} tensors are of no part of the model" if self.unread else ""
         return (
             f"{printable(self.out)}: {GRAPH} of {self.graph_bytes:,} bytes over {size:,} bytes of weights; "
-            f"{self.proof.summary()}"
+            f"{self.proof.summary()}{unread}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -111,6 +113,7 @@ class ExportReport(Report):
             "graph_bytes": self.graph_bytes,
             "weights": dict(self.weights),
             "proof": self.proof.to_json(),
+            "unread": list(self.unread),
         }
 
 

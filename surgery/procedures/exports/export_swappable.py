@@ -1,5 +1,6 @@
 """export_swappable: a model's base with slots, and each of its adapters as a file that onnxruntime puts into them."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.links import GRAPH
 from surgery.formats.onnx.runtime import run
 from surgery.formats.onnx.slots import Slot, default_to_nothing, slot_of, with_slots, write_adapter
+from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.tree import adapted_layers, injected, replaced_modules
 from surgery.hosts.twin import weightless
 from surgery.io.staging import Staging
 from surgery.layers import Adapted
-from surgery.procedures.exports.export import ExportReport, Kind, Manner, traced, write_graph
+from surgery.procedures.exports.export import ExportReport, Kind, Manner, Sources, State, traced, write_graph
 from surgery.procedures.exports.export_readme import write_readme
 from surgery.procedures.exports.proof import Claim, Proof, prove, reference_of, trials_of
 from surgery.procedures.live.merge import refuse_merged
@@ -25,6 +27,26 @@ from surgery.procedures.places.stacking import stack_of
 
 _INSTEAD = "export it merged"
 _FILE = re.compile(r"[\w.-]+")
+
+
+class Carrying:
+    """A Kind, with small files beside the weights, such as a tokenizer; those that it writes itself win."""
+
+    def __init__(self, kind: Kind, files: Mapping[str, Path | bytes]) -> None:
+        self.kind, self.files = kind, files
+
+    def prepare(self, twin: nn.Module) -> None:
+        self.kind.prepare(twin)
+
+    def write(self, root: nn.Module, staging: Staging, state: State) -> None:
+        self.kind.write(root, staging, state)
+        for name, content in self.files.items():
+            if name == INDEX or os.path.lexists(staging.folder / name):
+                continue  # the weights may be cut otherwise than the base's
+            _ = staging.write(name, content) if isinstance(content, bytes) else staging.carry(content, name)
+
+    def sources(self, twin: nn.Module, files: Checkpoint) -> Sources:
+        return self.kind.sources(twin, files)
 
 
 def export_swappable(root: nn.Module, example: Example, out: Path, kind: Kind, how: Manner) -> ExportReport:

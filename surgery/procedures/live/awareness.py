@@ -7,18 +7,17 @@ from torch import nn
 
 from surgery.codecs.formats import Format
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Method, Params
-from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, StateError, printable
 from surgery.hosts.holding import holding_of
 from surgery.layers import Adapted
 from surgery.layers.aware import Holding
+from surgery.procedures.places.rows import FittedSite
 
 
 def holdings(
     modules: Mapping[str, nn.Module],
     config: AdapterConfig,
-    sites: Mapping[str, tuple[Site, Method, Params]],
+    sites: Mapping[str, FittedSite],
     form: Format,
 ) -> dict[str, Holding]:
     """By site, how its weight will be held.

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from surgery.core.collector import collector_paused
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Method, Params
 from surgery.core.room import Room
-from surgery.core.site import Site
 from surgery.errors import MatchError, StateError, UsageError, printable
 from surgery.hosts.quantized import hold, is_quantized
 from surgery.hosts.tree import State, set_state, state_of
@@ -23,13 +21,13 @@ from surgery.procedures.places.biases import Biases, lay_biases, refuse_clash, r
 from surgery.procedures.places.model_tree import Tree, wrap
 from surgery.procedures.places.parameters import refuse_nested
 from surgery.procedures.places.placing import placed, refuse_shares
-from surgery.procedures.places.rows import share_rows
+from surgery.procedures.places.rows import FittedSite, share_rows
 from surgery.procedures.places.stacking import own_parameters
 from surgery.procedures.places.tied_copies import Saved, tie_copies
+from surgery.procedures.places.tied_heads import Heads, lay_head
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _PROBE = Slot()
-Fitted = tuple[Site, Method, Params]
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,12 @@ class Fitting:
     """All that one adapter lays over a model, checked: nothing is changed before it is whole."""
 
     config: AdapterConfig
-    sites: Mapping[str, Fitted]
+    sites: Mapping[str, FittedSite]
     saved: Saved  # by module: tensors to start from; None: the module's own
     aware: Mapping[str, Holding] = dataclasses.field(default_factory=dict)  # by site, where it is quantization-aware
     biases: Biases = dataclasses.field(default_factory=dict)
     rooms: Mapping[str, Room] = dataclasses.field(default_factory=dict)  # by site, where tensors are held with room
+    heads: Heads = dataclasses.field(default_factory=dict)  # sites that have the factors of another, turned
 
     def weighted(self, weight: float) -> "Fitting":
         """The same, `weight` times as strong."""
@@ -76,6 +75,7 @@ def _refuse_unfit(tree: Tree, fitting: Fitting) -> None:
     refuse_shares(tree, fitting.saved, "modules_to_save names it")
     refuse_shares(tree, fitting.biases, "its bias would be trained")
     refuse_shares(tree, fitting.aware, "the adapter would be aware of its format")
+    refuse_shares(tree, fitting.heads, "its factors are those of the embedding that it is tied to")
     refuse_nested(tree, {name: site for name, (site, _, _) in fitting.sites.items()}, fitting.saved)
     refuse_clash(tree, state_of(tree.root), fitting.biases, fitting.saved)
 
@@ -104,15 +104,20 @@ def _lay_layers(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> 
     """The layers that the adapter lies over from now on."""
     touched = []
     for name, (site, method, params) in _outer_first(tree, fitting.sites):
+        if name in fitting.heads:
+            continue
         layer = tree.layer(name, site)
         own = placed(params, layer.base_weight, site.acting)
         layer.fit(adapter, method, own, trainable, fitting.aware.get(name), fitting.rooms.get(name))
         touched.append(layer)
+    touched += [
+        lay_head(tree, adapter, head, embedding, fitting.sites[head]) for head, embedding in fitting.heads.items()
+    ]
     share_rows(tree, adapter, fitting.sites)
     return touched
 
 
-def _outer_first(tree: Tree, sites: Mapping[str, Fitted]) -> Iterator[tuple[str, Fitted]]:
+def _outer_first(tree: Tree, sites: Mapping[str, FittedSite]) -> Iterator[tuple[str, FittedSite]]:
     """Modules, then parameters from the last of each module on: as PEFT has it, the first lies innermost."""
     alone = {name for name, (site, _, _) in sites.items() if site.acting.alone}
     yield from ((name, one) for name, one in sites.items() if name not in alone)

@@ -14,8 +14,8 @@ from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.quantized import is_quantized
 from surgery.procedures.live.examples import Examples, observe
 from surgery.procedures.places.model_tree import Tree
+from surgery.procedures.places.rows import FittedSite
 
-FittedSite = tuple[Site, Method, Params]
 Starters = dict[str, Starter | None]
 MOST_BYTES = 4 << 30  # of what is gathered at once, of layers that need not be seen together
 

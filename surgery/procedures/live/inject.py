@@ -24,6 +24,7 @@ from surgery.procedures.places.parameters import targeted_parameters
 from surgery.procedures.places.rows import with_rows, with_tied_rows
 from surgery.procedures.places.stacking import stacked
 from surgery.procedures.places.tied_copies import Saved, with_tied_copies
+from surgery.procedures.places.tied_heads import tied_heads, with_heads
 
 
 @collector_paused()
@@ -60,7 +61,10 @@ def _fresh(  # noqa: PLR0913, PLR0917  # as inject
 ) -> Fitting:
     """What `config` lays over the model. MatchError for an entry that hits nothing."""
     chosen = _choose(tree, _with_task_heads(config, tree), output_heads, as_peft)
-    config, sites = fresh_sites(tree, chosen.config, chosen.spelled, examples)
+    heads = tied_heads(tree, chosen.config, chosen.spelled)
+    spelled = {name: one for name, one in chosen.spelled.items() if name not in heads}
+    spelled |= {name: name for name in heads.values()}
+    config, sites = fresh_sites(tree, chosen.config, spelled, examples)
     config, replaced = with_rows(tree, config, sites)
     for name in replaced:
         site, method = tree.site(name), config.method(name)
@@ -69,11 +73,11 @@ def _fresh(  # noqa: PLR0913, PLR0917  # as inject
         site, method = tree.parameter_site(name), config.method(name)
         sites[site.name] = site, method, method.init(site, _no_base)
     saved: Saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, list(tree.modules), as_peft))
-    sites = with_tied_rows(tree, sites, saved)
-    saved = with_tied_copies(tree, config, chosen.modules, saved)
+    sites = with_heads(tree, with_tied_rows(tree, sites, saved), heads)
+    saved = with_tied_copies(tree, config, sites, saved)
     aware = {} if form is None else holdings(tree.modules, config, sites, form)
     biases = dict.fromkeys(trained_modules(tree, config, sites, saved))
-    return Fitting(config, sites, saved, aware, biases)
+    return Fitting(config, sites, saved, aware, biases, heads=heads)
 
 
 def _no_base() -> Dense:

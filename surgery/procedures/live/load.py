@@ -11,10 +11,8 @@ from surgery.adapters import out_proj
 from surgery.adapters.peft import check_shapes
 from surgery.codecs.formats import Format
 from surgery.core.adapter import Adapter
-from surgery.core.method import Method, Params
 from surgery.core.names import Endings, in_base, nearest, renaming
 from surgery.core.sharded import whole
-from surgery.core.site import Site
 from surgery.errors import MatchError, printable
 from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.octets import sha256_of
@@ -28,9 +26,10 @@ from surgery.procedures.places.biases import given_biases
 from surgery.procedures.places.fused import fused
 from surgery.procedures.places.model_tree import Tree
 from surgery.procedures.places.parameters import assigned, module_of, targeted
-from surgery.procedures.places.rows import refuse_missing, with_tied_rows
+from surgery.procedures.places.rows import FittedSite, refuse_missing, with_tied_rows
 from surgery.procedures.places.stacking import stacked
 from surgery.procedures.places.tied_copies import Saved, with_tied_copies
+from surgery.procedures.places.tied_heads import agreeing, tied_heads, with_heads
 
 _HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
 
@@ -82,21 +81,24 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
     _check_base(tree, adapter, names)
     sites = _sites_of(tree, adapter, names, alone)
     saved = _saved(tree, adapter)
-    sites = with_tied_rows(tree, sites, saved)
+    heads = tied_heads(
+        tree, adapter.config, sites, lambda name: sites[name][1] if name in sites else adapter.config.method(name)
+    )
+    sites = with_heads(tree, with_tied_rows(tree, sites, saved), heads)
     _check_ties(tree, adapter, sites, saved)
     refuse_missing(adapter.config, sites, adapter.where)
     biases = given_biases(tree, adapter, list(given.values()), [*sites], saved)
-    return Fitting(adapter.config, sites, saved, biases=biases)
+    return Fitting(adapter.config, sites, saved, biases=biases, heads=agreeing(sites, heads))
 
 
 def _sites_of(
     tree: Tree, adapter: Adapter, names: Mapping[str, str], alone: Mapping[str, str]
-) -> dict[str, tuple[Site, Method, Params]]:
+) -> dict[str, FittedSite]:
     """The adapter at each site, by the model's `names`; of those of `alone` that is a parameter, the rest are modules.
 
     ShapeError for tensors that do not fit; MatchError where two of the adapter's are one here, and differ.
     """
-    sites: dict[str, tuple[Site, Method, Params]] = {}
+    sites: dict[str, FittedSite] = {}
     for name in (*(name for name in adapter.sites if name not in alone), *alone):
         params, path = adapter.sites[name], names[name]
         if name in alone:

@@ -18,7 +18,7 @@ from surgery.hosts.change import Change, MergedTile
 from surgery.hosts.model import LiveWeights, live_site
 from surgery.hosts.quantized import is_quantized
 from surgery.hosts.tree import adapted_layers, state_of
-from surgery.hosts.unmerged import Undo, Unmerged
+from surgery.hosts.unmerged import Undo, Unmerged, kept_whole
 from surgery.hosts.views import Merged
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
@@ -36,6 +36,7 @@ from surgery.procedures.live.standing_in import (
 )
 from surgery.procedures.places.rows import merged_once
 from surgery.procedures.places.stacking import merge_refusal, stack_of
+from surgery.procedures.places.tied_heads import merged_with_embedding, unlike_peft
 
 UndoKind = Literal["index", "copy"]
 
@@ -74,7 +75,7 @@ class LiveRecorder:
         self.told[name] = change
         streams = self.recorder.streams() if self.recorder is not None and self.recorder.exact else None
         if streams is None or sum(map(len, streams.values())) >= weight.nbytes:
-            self.undos[name] = Undo(weight.dtype, kept=weight.clone())
+            self.undos[name] = Undo(weight.dtype, kept=kept_whole(weight.clone()))
         else:
             self.undos[name] = Undo(weight.dtype, streams=streams)
 
@@ -107,7 +108,10 @@ def merge(root: nn.Module, undo: UndoKind = "index", landing: Landing | None = N
     try:
         for layer in quantized:
             stand_in(layer, model_dtype)
-        once = merged_once(layers)
+        heads = merged_with_embedding(layers)
+        if heads and arithmetic != "exact":
+            raise unlike_peft(printable(min(heads)))
+        once = merged_once(layers) | heads
         changes = {
             name: () if name in once else _followed(_changes(name, layer, model_dtype), arithmetic)
             for name, layer in layers.items()

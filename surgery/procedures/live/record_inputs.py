@@ -102,11 +102,13 @@ def record_inputs(  # noqa: PLR0913, PLR0917  # three things and their options
 def _chosen(root: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Module]:
     """The linear layers by their paths without wrappers; each once."""
     found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
     for place in places(root):
         module = place.module.innermost if isinstance(place.module, Adapted) else place.module
         op = None if isinstance(module, Replaced) else op_of(module)
-        if op is not None and op.name == Linear.name and place.module not in found.values():
+        if op is not None and op.name == Linear.name and id(place.module) not in seen:
             found[place.name] = place.module
+            seen.add(id(place.module))
     refuse_unmatched("targets", [one for one in targets or () if not any(suffix_hits((one,), n) for n in found)], found)
     chosen = {name: one for name, one in found.items() if targets is None or suffix_hits(targets, name)}
     if not chosen:

@@ -12,6 +12,7 @@ from surgery.core.sharded import fill
 from surgery.errors import MatchError, ShapeError, printable
 from surgery.hosts.tree import adapted_layers, injected, replaced_modules
 from surgery.layers import Adapted, Replaced
+from surgery.layers.running import Turned
 from surgery.layers.trained_bias import trained_bias
 from surgery.procedures.live.fitting import Fitting
 from surgery.procedures.live.load import fitting_of
@@ -40,6 +41,7 @@ def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     _check_same(fitting.saved, holders, adapter)
     there = state.biases.get(adapter_name, {})
     _check_same(fitting.biases, there, adapter)
+    _check_heads(fitting, layers, adapter_name, adapter)
     biases = [(f"{name}.bias", trained_bias(one), _given(fitting.biases[name])) for name, one in there.items()]
     pairs = [*_factors(fitting, layers, adapter_name, adapter), *_wholes(fitting, holders, adapter_name), *biases]
     for name, old, new in pairs:
@@ -86,6 +88,18 @@ def _check_tensors(fitting: Fitting, layers: dict[str, Adapted], adapter_name: s
                 f"model's adapter {adapter_name!r} {one.method.name} of {', '.join(one.params)}; the same tensors are "
                 "wanted; delete that adapter and load this one"
             )
+
+
+def _check_heads(fitting: Fitting, layers: dict[str, Adapted], adapter_name: str, adapter: Adapter) -> None:
+    """MatchError where only one of the two lets a head have the factors of its embedding."""
+    there = {name for name, layer in layers.items() if isinstance(layer.fitted[adapter_name], Turned)}
+    for name in sorted(there ^ {*fitting.heads}):
+        told = "the same, turned" if name in fitting.heads else "others"
+        raise MatchError(
+            f"{printable(adapter.where)}: {printable(name)} has factors that are {told}, unlike those of the model's "
+            f"adapter {adapter_name!r}, over the weight that it shares with an embedding; delete that adapter and "
+            "load this one"
+        )
 
 
 def _given(values: Tensor | None) -> Tensor:

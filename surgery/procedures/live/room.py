@@ -17,7 +17,9 @@ def with_room(fitting: Fitting, rank: int, adapter: Adapter) -> Fitting:
 
     ShapeError for a rank that is larger already.
     """
-    found = {name: room_for(method, rank, site) for name, (site, method, _) in fitting.sites.items()}
+    tied = {*fitting.heads, *fitting.heads.values()}  # whose factors others read as they are
+    free = {name: one for name, one in fitting.sites.items() if name not in tied}
+    found = {name: room_for(method, rank, site) for name, (site, method, _) in free.items()}
     rooms = {name: room for name, room in found.items() if room is not None}
     sites = dict(fitting.sites)
     for name, room in rooms.items():

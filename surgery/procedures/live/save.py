@@ -14,11 +14,13 @@ from surgery.core.method import Params, Spec
 from surgery.core.names import suffix_hits
 from surgery.core.sharded import rest, whole, written_by_one
 from surgery.core.site import TensorInfo
+from surgery.core.turned import turned
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.tree import adapted_layers, injected, live_path, places, replaced_modules, spelled
-from surgery.io.durable import write_file
+from surgery.io.durable import remove_other, write_file
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.layers import Adapted
+from surgery.layers.running import Turned
 from surgery.methods.lora_config import LoraConfig
 from surgery.procedures.live.merge import base_sha256, own_weight
 from surgery.procedures.places.biases import written_biases
@@ -58,9 +60,11 @@ def write(
         config, tensors = _written(root, adapter, state_dict)
         held = adapter_bytes(tensors, prefix)
         if writes:
+            told = config_bytes(_resolved(root, config, adapter))
+            remove_other(folder / CONFIG, told)  # cut short from here on it is no adapter, and none of old settings
             write_file(folder / TENSORS, held)
             write_file(folder / BASE_PRINT, base)
-            write_file(folder / CONFIG, config_bytes(_resolved(root, config, adapter)))
+            write_file(folder / CONFIG, told)
 
 
 def _refuse_meta(root: nn.Module, adapter: str) -> None:
@@ -96,8 +100,7 @@ def _written(
         one = layer.fitted[adapter]
         there, held = spelled(layers, name, adapter), one.method.tensors(layer.site)
         specs[there] = held
-        path = live_path(layers, name)
-        params = one.params if state_dict is None else one.own(_picked(state_dict, path, adapter, held))
+        params = one.params if state_dict is None else _picked(state_dict, layers, name, adapter)
         sites[there] = {role: whole(values) for role, values in params.items()}
     config, kept = injected(root).configs[adapter].written(sites)
     found = {
@@ -109,13 +112,16 @@ def _written(
     return config, found | _replacements(root, adapter, state_dict)
 
 
-def _picked(state_dict: Mapping[str, Tensor], path: str, adapter: str, specs: Mapping[str, Spec]) -> Params:
+def _picked(state_dict: Mapping[str, Tensor], layers: Mapping[str, Adapted], name: str, adapter: str) -> Params:
     """The tensors of a layer, by role, out of a model's state_dict."""
-    picked = {}
-    for role, spec in specs.items():
+    layer, path, picked = layers[name], live_path(layers, name), {}
+    one = layer.fitted[adapter]
+    if isinstance(one, Turned):
+        return turned(_picked(state_dict, layers, one.of, adapter))
+    for role, spec in one.method.tensors(layer.site).items():
         slot, leaf = spec.held
         picked[role] = _held(state_dict, f"{path}.{slot}.{adapter}.{leaf}".rstrip("."))
-    return picked
+    return one.own(picked)
 
 
 def _replacements(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -138,8 +144,9 @@ def _held(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _base_print(root: nn.Module, adapter: str) -> Hashed:
-    """The base's weights under the adapter, each with its sha256."""
-    layers = _layers(root, adapter)
+    """The base's weights under the adapter, each with its sha256; one that two layers hold, once."""
+    found = _layers(root, adapter).items()
+    layers = {name: layer for name, layer in found if not isinstance(layer.fitted[adapter], Turned)}
     infos = {layer.site.weight.name: _held_as(layer) for layer in layers.values()}
     hashes = map(base_sha256, layers.values())
     return {

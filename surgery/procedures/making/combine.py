@@ -24,6 +24,7 @@ from surgery.methods.lora_config import LoraConfig
 from surgery.procedures.making.combinations import COMBINATIONS, Factors, Recipe, norm
 from surgery.procedures.making.fidelity import Fidelity, FidelityReport
 from surgery.procedures.making.ranked_config import ranked_config
+from surgery.procedures.making.tied_sites import tied_sites
 
 Value = TypeVar("Value")
 
@@ -66,20 +67,28 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
     trained_on = _united(given, "the base's", lambda one: one.adapter.trained_on, lambda told: told)
     sites: dict[str, Fidelity] = {}
     with Staging(out, overwrite=overwrite) as staging, Spill(staging) as spill:
-        draws = recipe.draws()
-        for name in sorted({name for one in given for name in one.adapter.sites}):
+        draws, tied = recipe.draws(), tied_sites(given)
+        heads = tied or {}
+        for name in sorted({name for one in given for name in one.adapter.sites} - {*heads.values()}):
             made, sites[name] = _at(name, given, recipe, draws)
-            prefix, suffix = ("lora_embedding_", "") if ops.get(name) == "embedding" else ("lora_", ".weight")
-            spill.add(f"{name}.{prefix}A{suffix}", made.A)
-            spill.add(f"{name}.{prefix}B{suffix}", out_proj.written(name, "B", made.B))
+            _spill(spill, name, ops.get(name), made)
+            if name in heads:
+                sites[heads[name]] = sites[name]
+                _spill(spill, heads[name], None, Factors(made.B.mT, made.A.mT))
         for name, values in (saved | _placed(copies, sites)).items():
             spill.add(name, values)
-        config = _config(configs, {name: one.r for name, one in sites.items()})
+        config = _config(configs, {name: one.r for name, one in sites.items()}, tied is not None)
         spill.write()
         if trained_on:
             staging.write(BASE_PRINT, base_print_bytes(trained_on))
         staging.write(CONFIG, config_bytes(config))
     return CombineReport(out, recipe.method, sites)
+
+
+def _spill(spill: Spill, name: str, op: str | None, made: Factors) -> None:
+    prefix, suffix = ("lora_embedding_", "") if op == "embedding" else ("lora_", ".weight")
+    spill.add(f"{name}.{prefix}A{suffix}", made.A)
+    spill.add(f"{name}.{prefix}B{suffix}", out_proj.written(name, "B", made.B))
 
 
 def _check_names(given: Sequence[Weighted]) -> None:
@@ -208,8 +217,11 @@ def _content(values: Tensor) -> object:
     return values.dtype, tuple(values.shape), bytes(octets(values.contiguous()))
 
 
-def _config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> LoraConfig:
-    """Of one base, if all name the same; of the task that those tell which tell one."""
+def _config(configs: Sequence[LoraConfig], ranks: Mapping[str, int], ties: bool) -> LoraConfig:
+    """Of one base, if all name the same; of the task that those tell which tell one.
+
+    `ties`: may heads and embeddings that are tied stay so?
+    """
     tasks = {one.task_type for one in configs if one.task_type is not None}
     for field, values in (("fan_in_fan_out", {one.fan_in_fan_out for one in configs}), ("task_type", tasks)):
         if len(values) > 1:
@@ -223,7 +235,7 @@ def _config(configs: Sequence[LoraConfig], ranks: Mapping[str, int]) -> LoraConf
     return ranked_config(
         ranks,
         modules_to_save=sorted({name for one in configs for name in one.modules_to_save or ()}) or None,
-        ensure_weight_tying=any(one.ensure_weight_tying for one in configs),
+        ensure_weight_tying=ties and any(one.ensure_weight_tying for one in configs),
         fan_in_fan_out=configs[0].fan_in_fan_out,
         task_type=min(tasks, default=None),
         base_model_name_or_path=base,

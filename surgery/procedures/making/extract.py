@@ -11,9 +11,11 @@ from surgery.adapters.peft import CONFIG, config_bytes
 from surgery.adapters.spill import Spill
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.arithmetic import all_finite
+from surgery.core.method import Params
 from surgery.core.names import nearest, suffix_hits
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
+from surgery.core.turned import turned
 from surgery.errors import InputError, MatchError, UsageError, ValueRangeError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
@@ -99,13 +101,16 @@ def extract(
     whole_ones = [info for module in sorted(found.rest) for info in of_module(tuned, module)]
     saved = {own.of(info.name) or info.name: info for info in whole_ones} if extraction.rest == "save" else {}
     modules = sorted({_module(name) for name in saved})
+    tied, head = _tied(base)
     sites: dict[str, Fidelity] = {}
+    tied_ranks: dict[str, int] = {}
     with Staging(out, overwrite=overwrite) as staging, Spill(staging) as spill:
         for name, info in found.sites.items():
             made, sites[name] = _at(base, tuned, info, ops[name], extraction.truncation)
-            specs = Lora(scaling=1.0, r=sites[name].r).tensors(Site(name, {"weight": info}, ops[name]))
-            for role, spec in specs.items():
-                spill.add(f"{name}.{spec.spelling}", made[role].view(spec.shape))
+            _spill(spill, Site(name, {"weight": info}, ops[name]), made)
+            if info.name == tied:
+                _spill(spill, Site(head, {"weight": info}, OPS["linear"]), turned(made))
+                tied_ranks[head] = sites[name].r
         for name, info in saved.items():
             spill.add(name, whole(tuned, info))
         base.check_unchanged()
@@ -116,8 +121,9 @@ def extract(
         hashed = {name: (info._replace(name=name), digests[info.name]) for name, info in named.items()}
         staging.write(BASE_PRINT, base_print_bytes(hashed))
         config = ranked_config(
-            {name: one.r for name, one in sites.items()},
+            {name: one.r for name, one in sites.items()} | tied_ranks,
             modules_to_save=modules or None,
+            ensure_weight_tying=bool(tied_ranks),
             fan_in_fan_out=any(op.name == "conv1d" for op in ops.values()),
             base_model_name_or_path=base.hub_id or str(base.path),
             revision=base.commit,
@@ -151,6 +157,7 @@ def _sorted_out(base: Checkpoint, tuned: Checkpoint, extraction: Extraction, own
 def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction, own: OwnNames) -> None:
     """MatchError for changes that the adapter would not hold, unless they are to be dropped."""
     tying, held = tying_of(base), {_module(info.name) for info in found.sites.values()}
+    held = held if tying is None or not tying.separable else set()
     held |= {*found.rest} if extraction.rest != "drop" else set()
     if tying is not None and _module(tying.embedding.name) in held:
         raise MatchError(
@@ -171,6 +178,17 @@ def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction, own: O
             )
     if "" in found.rest and extraction.rest == "save":
         raise MatchError("a tensor outside of any module changed; it cannot be saved whole; take --rest drop")
+
+
+def _tied(base: Checkpoint) -> tuple[str, str]:
+    """The embedding's weight that the output head is too, and the head's module; nothing where there is no such."""
+    tying = tying_of(base)
+    return ("", "") if tying is None else (tying.embedding.name, tying.head.name)
+
+
+def _spill(spill: Spill, site: Site, made: Params) -> None:
+    for role, spec in Lora(scaling=1.0, r=made["A"].shape[0]).tensors(site).items():
+        spill.add(f"{site.name}.{spec.spelling}", made[role].reshape(spec.shape))
 
 
 def _module(name: str) -> str:

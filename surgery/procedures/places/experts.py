@@ -21,6 +21,7 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.methods.lora_config import LoraConfig
 from surgery.methods.stacks import by_expert
 from surgery.ops.experts import Experts, parameter_op
+from surgery.procedures.places.fused import fused
 from surgery.procedures.places.parameters import assigned, module_of, targeted
 from surgery.procedures.places.pieces import Pieces
 
@@ -38,10 +39,26 @@ class Laid(NamedTuple):
 
 def laid_on(base: Checkpoint, adapter: Adapter) -> Laid:
     """The adapter as it is for this base; what it has for parameters is for the tensors that files hold of them."""
+    adapter = fused(_Stacks(base), adapter)
     config = adapter.config
     if not isinstance(config, LoraConfig) or not config.parameters():
         return Laid(adapter, {})
     return _Laying(base, adapter, config).laid()
+
+
+class _Stacks:
+    """The parameters of a base that are stacks of matrices, by their names in memory."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        names = base.names()
+        stacks = (info for info in base.weights() if len(info.shape) == 3 and not info.name.endswith(".weight"))
+        self.shapes = {names.rename(info.name): info.shape for info in stacks}
+
+    def reads_itself(self, name: str) -> bool:
+        return name in self.shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
 
 
 class _Laying:

@@ -1,4 +1,4 @@
-"""An adapter of single experts as one of the stacks that a model holds in memory since version 5 of transformers.
+"""An adapter of single experts as one of stacks, as a model holds them since version 5 of transformers, and some files.
 
 Of an expert whose matrix is several of the adapter's, one below another, the ranks follow each other in A, and B has
 their blocks on its diagonal: the same delta, in zeros and the very numbers.
@@ -8,14 +8,23 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from surgery.core.adapter import Adapter
 from surgery.core.method import Additive, Params
 from surgery.core.name_map import USUAL, Part
 from surgery.errors import ConfigError, FormatError, MatchError, printable
 from surgery.methods.lora_config import LoraConfig
-from surgery.procedures.places.model_tree import Tree
+
+
+class Holds(Protocol):
+    """What may hold stacks: a model's tree, or a base."""
+
+    def reads_itself(self, name: str) -> bool:
+        """Is it a parameter that its module reads by itself?"""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
 
 
 class Piece(NamedTuple):
@@ -27,8 +36,8 @@ class Piece(NamedTuple):
     method: Additive
 
 
-def fused(tree: Tree, adapter: Adapter) -> Adapter:
-    """The adapter with parameters of the model for sites, by their names, where its own are not the model's modules.
+def fused(tree: Holds, adapter: Adapter) -> Adapter:
+    """The adapter with parameters of `tree` for sites, by their names, where its own are none of its modules.
 
     InputError for what no stack can hold.
     """
@@ -52,12 +61,12 @@ def fused(tree: Tree, adapter: Adapter) -> Adapter:
 
 
 _LACKS = (
-    "the model holds these experts as one parameter, for which PEFT has no DoRA and no lora_bias; merge it into the "
-    "checkpoint, which holds them one by one, by surgery.merge_checkpoint"
+    "these experts are held as one parameter, for which PEFT has no DoRA and no lora_bias; merge it into a "
+    "checkpoint that holds them one by one, by surgery.merge_checkpoint"
 )
 
 
-def _whole(name: str, pieces: Sequence[Piece], tree: Tree, where: str) -> Params:
+def _whole(name: str, pieces: Sequence[Piece], tree: Holds, where: str) -> Params:
     """A and B for a parameter of the model; experts for which there is nothing have zeros."""
     if pieces[0].part is None:
         return pieces[0].params
@@ -87,13 +96,13 @@ def _ranks(name: str, pieces: Sequence[Piece], where: str) -> Mapping[int, int]:
     if len(found) != len({place for place, _ in found}) or len({one.method.scaling for one in pieces}) > 1:
         raise MatchError(
             f"{where}: {printable(name)}: its experts have several ranks or alphas, and a stack has one; merge it into "
-            "the checkpoint, which holds them one by one, by surgery.merge_checkpoint"
+            "a checkpoint that holds them one by one, by surgery.merge_checkpoint"
         )
     return dict(sorted(found))
 
 
 def _config(
-    config: LoraConfig, found: Mapping[str, Sequence[Piece]], sites: Mapping[str, Params], tree: Tree, where: str
+    config: LoraConfig, found: Mapping[str, Sequence[Piece]], sites: Mapping[str, Params], tree: Holds, where: str
 ) -> LoraConfig:
     """With the parameters named, and a rank and an alpha for each. FormatError for settings that they cannot have."""
     ranks, alphas = {}, {}

@@ -1,6 +1,7 @@
 """Tree: a live model's modules and parameters by path, its sites, and wrappers put around them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, NoReturn, TypeVar
 
@@ -56,6 +57,28 @@ class Tree:
         module = self.modules[name]
         base: nn.Module = module.base_layer if isinstance(module, Adapted) else module
         return base
+
+    def tied_to(self, name: str) -> list[str]:
+        """The other modules that hold the very weight, each at its first path."""
+        own = self._own(name)
+        weight = own._parameters.get("weight")
+        holding = [] if weight is None else self._holding[id(weight)]
+        return [other for other in holding if self._own(other) is not own]
+
+    @cached_property
+    def _holding(self) -> Mapping[int, Sequence[str]]:
+        """By the weight, the modules that hold it."""
+        found: dict[int, list[str]] = {}
+        for name in self.modules:
+            weight = self._own(name)._parameters.get("weight")
+            if weight is not None and self.first_name(name) == name:
+                found.setdefault(id(weight), []).append(name)
+        return found
+
+    def _own(self, name: str) -> nn.Module:
+        """The model's own module at `name`."""
+        module = self.plain(name)
+        return module.original_module if isinstance(module, Replaced) else module
 
     def held(self, name: str) -> Mapping[str, nn.Parameter | None]:
         """The parameters of the module at `name`, in its order."""

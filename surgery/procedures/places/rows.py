@@ -61,7 +61,7 @@ def with_tied_rows(tree: Tree, sites: Mapping[str, FittedSite], saved: Collectio
             raise MatchError(
                 f"{printable(name)}: trainable_token_indices and modules_to_save both name it; leave one out"
             )
-        for other in _tied_to(tree, name):
+        for other in tree.tied_to(name):
             if other in sites and not _same(sites[other], method, params):
                 raise MatchError(
                     f"{printable(other)}: its weight is tied to {printable(name)}, and the adapter makes something "
@@ -119,14 +119,6 @@ def merged_once(layers: Mapping[str, Adapted]) -> set[str]:
             found |= {name} if key in seen else set()
             seen.add(key)
     return found
-
-
-def _tied_to(tree: Tree, name: str) -> list[str]:
-    """The other modules that hold the very weight, each at its first path."""
-    module = tree.plain(name)
-    weight = module._parameters.get("weight")
-    others = (other for other in tree.modules if tree.plain(other) is not module and tree.first_name(other) == other)
-    return [other for other in others if weight is not None and tree.held(other).get("weight") is weight]
 
 
 def _same(site: FittedSite, method: Method, params: Params) -> bool:

@@ -14,17 +14,16 @@ Saved = Mapping[str, Mapping[str, Tensor] | None]
 
 
 def with_tied_copies(tree: Tree, config: AdapterConfig, adapted: Iterable[str], saved: Saved) -> Saved:
-    """Besides, the modules that hold a weight of one that is copied. MatchError where one that is adapted is tied."""
+    """Besides, the modules that hold a weight of one that is copied. MatchError where one of them is adapted."""
     if not config.ties():
         return saved
+    tied = {other: name for name in saved for other in tree.tied_to(name)}
     for name in adapted:
-        for other in _tied_to(tree, name) if name in tree.modules else ():
+        if name in tied:
             raise MatchError(
-                f"{printable(name)}: ensure_weight_tying, and its weight is tied to {printable(other)}; PEFT would lay "
-                "the same factors over both, and each merge would change both; leave it out of target_modules, or "
-                "untie them first"
+                f"{printable(name)}: ensure_weight_tying, and its weight is tied to {printable(tied[name])}, of which "
+                "modules_to_save holds a copy; leave it out of target_modules, or untie them first"
             )
-    tied = (other for name in saved for other in _tied_to(tree, name))
     return {**dict.fromkeys(tied), **saved}
 
 
@@ -40,18 +39,3 @@ def tie_copies(tree: Tree, adapter: str, saved: Collection[str]) -> None:
             mine = inside._parameters[own]
             assert mine is not None
             inside._parameters[own] = held.setdefault(id(original), mine)
-
-
-def _tied_to(tree: Tree, name: str) -> list[str]:
-    """The other modules that hold the very weight, each at its first path."""
-    module = tree.plain(name)
-    own = module.original_module if isinstance(module, Replaced) else module
-    weight = own._parameters.get("weight")
-    return [
-        other
-        for other in tree.modules
-        if weight is not None
-        and tree.first_name(other) == other
-        and tree.plain(other) is not module
-        and tree.held(other).get("weight") is weight
-    ]

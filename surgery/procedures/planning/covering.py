@@ -10,7 +10,6 @@ from surgery.codecs.methods import LISTED_PLAINLY
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import ConfigError, FormatError, MatchError, UsageError, printable
 from surgery.hosts.change import Change
-from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.encoded import held_in, made_as
 from surgery.hosts.packing import quantization_of
 from surgery.ops.linear import Linear
@@ -70,9 +69,9 @@ def leave_plain(draft: Draft) -> None:
     draft.quantization = {**told, key: sorted(skipped | {_module(called(name)) for name in plainly})}
 
 
-def can_leave_plain(base: Checkpoint) -> bool:
-    """Does the format of a quantized base let single weights be written plainly?"""
-    return _list_of_plain(quantization_of(base.config)) is not None
+def can_leave_plain(config: Mapping[str, Any]) -> bool:
+    """Does the format that a base is held in, by its config.json, let single weights be written plainly?"""
+    return _list_of_plain(quantization_of(config)) is not None
 
 
 def _list_of_plain(told: Mapping[str, Any]) -> str | None:
@@ -87,16 +86,17 @@ def _modules(draft: Draft, form: str, plainly: Collection[str]) -> tuple[set[str
     fit = {info.name for info in base.weights() if info.name in matrices and _fits(form, info)} - {*plainly}
     chosen = {name for name, module in matrices.items() if linears is not None and module in linears.quantized}
     if linears is None or not chosen:
-        chosen = fit & {name for name, change in draft.changes.items() if _is_linear_map(change, base)}
+        maps = {name for name, change in draft.changes.items() if _is_linear_map(change)}
+        chosen = (fit & maps) - vocabulary(base).keys()
         return chosen, sorted(module for name, module in matrices.items() if name not in chosen)
     chosen &= fit
     return chosen, sorted((linears.quantized | linears.others) - {matrices[name] for name in chosen})
 
 
-def _is_linear_map(change: Change, base: Checkpoint) -> bool:
+def _is_linear_map(change: Change) -> bool:
     site = change.site
     linear = site.op is not None and site.op.name == Linear.name and bool(change.layers)
-    return linear and _is_matrix(site.weight) and change.origin == site and site.weight.name not in vocabulary(base)
+    return linear and _is_matrix(site.weight) and change.origin == site
 
 
 def _fits(form: str, info: TensorInfo) -> bool:

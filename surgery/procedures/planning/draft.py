@@ -12,13 +12,15 @@ from surgery.core.adapter import Layer, Weighted
 from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
 from surgery.core.names import Naming, suffix_hits
 from surgery.core.site import Site, TensorInfo
+from surgery.core.turned import is_turned
 from surgery.errors import ConfigError, FormatError, InputError, MatchError, UsageError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import plainly
 from surgery.io.header import DTYPES
 from surgery.procedures.places.stacking import merge_refusal
-from surgery.procedures.places.tying import Tying, tied_though_held, ties_head, tying_of, vocabulary
+from surgery.procedures.places.tied_heads import unlike_peft
+from surgery.procedures.places.tying import HEAD, Tying, tied_though_held, ties_head, tying_of, vocabulary
 from surgery.procedures.planning.join import Joined, Whole
 from surgery.procedures.planning.true_config import Outcome
 
@@ -37,6 +39,7 @@ class Draft:
         self.heads: dict[str, tuple[int, ...]] = {}  # shapes of what only an adapter brings
         self.task_type: str | None = None  # of the adapter that brings them
         self.untied = False
+        self.turned = False  # has a tied head the factors of its embedding?
         self.plain = False  # are weights written otherwise that config.json says are quantized?
         self.quantization: Mapping[str, Any] | None = None  # what config.json is to say of that instead
         self.namings: list[Naming] = []  # by adapter
@@ -101,6 +104,8 @@ class Draft:
 
     def follow(self, arithmetic: Arithmetic) -> None:
         """All layers are merged by this arithmetic. ConfigError for one that it does not know."""
+        if self.turned and arithmetic != "exact":
+            raise unlike_peft(HEAD)
         laid = {name: change for name, change in self.changes.items() if change.layers and arithmetic != "exact"}
         for name, change in laid.items():
             for layer in change.layers:
@@ -154,6 +159,11 @@ class Draft:
         """An embedding and the head that is tied to it change alike, or are written apart."""
         head = tying.head.weight.name
         e, h = self.changes.get(tying.embedding.name), self.changes.get(head)
+        if _are_turned(e, h):
+            del self.changes[head]
+            self.turned = True
+            self.notes.append(f"{head}: it has the factors of {printable(tying.embedding.name)}, and stays tied to it")
+            return
         if h is not None and not h.layers and _same(h.saved, self._embedding(tying, e)):
             del self.changes[head]
             h = None
@@ -179,6 +189,7 @@ class Draft:
             return
         embedding, head = tying.embedding.name, tying.head.weight.name
         e, h = self.changes.get(embedding), self.changes.get(head)
+        self.turned = _are_turned(e, h)
         (name, change), other = ((embedding, e), head) if h is None else ((head, h), embedding)
         if (e is None) != (h is None) and change is not None and _of_rows(change):
             self.refusals.append(
@@ -187,9 +198,7 @@ class Draft:
                     "the files hold apart; set tie_word_embeddings to false there, or save the base with transformers"
                 )
             )
-        elif (
-            change is not None and tying.separable and not (e and h and e.saved is not None and _same(h.saved, e.saved))
-        ):
+        elif change is not None and tying.separable and not _are_alike(e, h):
             self.untied = True
 
     def _refuse_hidden_ties(self) -> None:
@@ -246,6 +255,25 @@ class Draft:
 def _of_rows(change: Change) -> bool:
     """Are single rows replaced, and no more?"""
     return bool(change.layers) and all(layer.method.replaced_rows for layer in change.layers)
+
+
+def _are_alike(e: Change | None, h: Change | None) -> bool:
+    """Do an embedding and a head, equal before, stay so?"""
+    if e is None or h is None:
+        return False
+    return _are_turned(e, h) or (e.saved is not None and _same(h.saved, e.saved))
+
+
+def _are_turned(e: Change | None, h: Change | None) -> bool:
+    """Does a head have the factors of the embedding, turned, in each layer, over equal weights?"""
+    if e is None or h is None or not e.layers or len(e.layers) != len(h.layers):
+        return False
+    if (e.saved is None) != (h.saved is None) or (e.saved is not None and not _same(h.saved, e.saved)):
+        return False
+    return all(
+        one.method == other.method and is_turned(other.params, one.params)
+        for one, other in zip(e.layers, h.layers, strict=True)
+    )
 
 
 def _alone(site: Site) -> Site:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from surgery.adapters.peft import check_finite, check_shapes
 from surgery.core.adapter import Layer, Weighted, bias_layers, shape_of
+from surgery.core.name_map import USUAL
 from surgery.core.names import Endings, in_base, naming_between, nearest, owners, suffix_hits
 from surgery.core.site import RawDtype, Site, TensorInfo
 from surgery.errors import FormatError, InputError, MatchError, ShapeError, printable
@@ -50,7 +51,10 @@ class Joined:
         if self.tying is not None and self.tying.separable:
             known[self.tying.head.name] = self.tying.head
         known |= {site.name: site for site in alone.values()}
-        self.naming = naming_between([in_base(name) for name in self.adapter.sites], known, base.in_memory)
+        named = [in_base(name) for name in self.adapter.sites]
+        usual = {name: known.get(USUAL.rename(name)) for name in named if name not in known}
+        known |= {name: site for name, site in usual.items() if site is not None}
+        self.naming = naming_between(named, known, base.in_memory)
         self._copies()
         self._saved()
         self.known = {name: self._as_grown(site) for name, site in known.items()}

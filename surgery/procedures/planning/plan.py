@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surgery.adapters import out_proj
-from surgery.core.adapter import Adapter, Layer, Weighted, nbytes_of
-from surgery.core.names import Naming, in_base
+from surgery.core.adapter import Adapter, Weighted, nbytes_of
+from surgery.core.names import Naming
 from surgery.core.report import Report
-from surgery.core.select import matched_by, unmatched
+from surgery.core.select import unmatched
 from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source
 from surgery.errors import ConfigError, InputError, printable
@@ -19,6 +19,7 @@ from surgery.hosts.through import Through
 from surgery.procedures.planning.covering import cover, leave_plain
 from surgery.procedures.planning.draft import Draft
 from surgery.procedures.planning.feeding import feed_back
+from surgery.procedures.planning.matched import matched
 from surgery.procedures.planning.treatment import HELD_IN, Treatment
 from surgery.procedures.planning.true_config import true_config
 from surgery.procedures.planning.unpacking import keep, pass_through, unpack
@@ -234,12 +235,5 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         namings=tuple(draft.namings),
         laid=tuple(draft.laid),
         config=config,
-        matched={one.site.weight.name: [_matched(adapters, layer) for layer in one.layers] for one in changes},
+        matched=matched(changes, adapters, draft.laid),
     )
-
-
-def _matched(adapters: Sequence[Weighted], layer: Layer) -> dict[str, Any]:
-    """Of which adapter, the site as that names it, the entry of target_modules that hits it, and its numbers."""
-    adapter = adapters[layer.adapter].adapter
-    by = matched_by(adapter.config, in_base(layer.name))
-    return {"adapter": adapter.hub_id or adapter.where, "site": layer.name, "by": by, **adapter.config.told(layer.name)}

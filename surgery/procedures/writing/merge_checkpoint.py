@@ -16,7 +16,6 @@ from surgery.hosts.checkpoint import INDEX, Checkpoint
 from surgery.hosts.layout import Layout, layout_like
 from surgery.hosts.reading import Reading
 from surgery.hosts.shards import FilePart
-from surgery.io.regular import file_sha256
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
 from surgery.procedures.planning.covering import can_leave_plain
@@ -165,7 +164,9 @@ def _can_fall_back(told: Mapping[str, Survival], base: Checkpoint, options: Opti
     """Would single weights in 16 bits be of use, and does config.json tell of them?"""
     if options.treatment.fallback is not None:
         return False
-    return can_leave_plain(base) if options.treatment.into == "keep" else any(map(options.bounds.admit, told.values()))
+    if options.treatment.into == "keep":
+        return can_leave_plain(base.config)
+    return any(map(options.bounds.admit, told.values()))
 
 
 def _key(base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, layout: Layout, options: Options) -> str:
@@ -194,9 +195,9 @@ def _write_small(files: SmallFiles, plan: Plan, layout: Layout, staging: Staging
 
 
 def _originals(base: Checkpoint, readings: Sequence[Reading], files: SmallFiles) -> dict[str, str]:
-    """sha256 of each file of the base that an unmerge gives back."""
+    """sha256 of the files of the base, as they were read: all that an unmerge gives back, but what is displaced."""
     found = {base.written_name(file): one.whole() for file, one in zip(base.files, readings, strict=True)}
-    return found | {name: file_sha256(base.folder / name) for name in files.originals}
+    return found | {name: files.sha256[name] for name in files.originals if name not in files.displaced}
 
 
 def _reopen(staging: Staging, layout: Layout) -> None:

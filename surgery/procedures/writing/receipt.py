@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from surgery.core.adapter import Adapter, Weighted
 from surgery.core.arithmetic import largest_change
-from surgery.core.survival import Survival
+from surgery.core.survival import Survival, total
 from surgery.errors import FormatError, InputError, printable
 from surgery.hosts.change import Change, MergedTile
 from surgery.hosts.checkpoint import Checkpoint
@@ -19,6 +18,7 @@ from surgery.hosts.encoded import standing
 from surgery.hosts.reading import Reading
 from surgery.hosts.shards import Written
 from surgery.io.fingerprint import fingerprint
+from surgery.io.regular import contained
 from surgery.io.strict_json import read_json
 from surgery.procedures.planning.plan import Plan, describe
 from surgery.procedures.planning.treatment import Treatment
@@ -46,7 +46,7 @@ class Receipt:
 
     def survived(self) -> Survival | None:
         """In all; None where every format holds all."""
-        return reduce(Survival.plus, self.survival.values()) if self.survival else None
+        return total(self.survival) if self.survival else None
 
     def finish(
         self,
@@ -135,7 +135,7 @@ def read_receipt(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{printable(folder)}: no {RECEIPT} in it; give base and adapter too, and it is checked by deriving it anew"
         )
-    receipt = read_json(path)
+    receipt = read_json(contained(folder, RECEIPT))
     if receipt.get("format") != FORMAT or not _sound(receipt):
         raise FormatError(f"{printable(path)}: not a receipt of format {FORMAT}; was it edited?")
     return receipt

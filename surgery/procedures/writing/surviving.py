@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial, reduce
 
 from surgery.core.source import Source
-from surgery.core.survival import Bounds, Survival
+from surgery.core.survival import Bounds, Survival, total
 from surgery.core.workers import in_order
 from surgery.errors import CheckError, printable
 from surgery.hosts.change import Change
@@ -19,7 +19,7 @@ def survivals(source: Source, changes: Iterable[Change], workers: int) -> Iterat
 
 def refuse_lost(told: Mapping[str, Survival], bounds: Bounds, what: str, step: str) -> None:
     """CheckError where in all too little of the changes is left, or too much came beside them."""
-    whole = reduce(Survival.plus, told.values(), Survival())
+    whole = total(told)
     if bounds.admit(whole):
         return
     worst = sorted(told.items(), key=lambda item: item[1].retained)[:3]

@@ -8,6 +8,7 @@ merge changed. No file in it ends in `.safetensors`, which loaders look for.
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from surgery.adapters.peft import check_shapes, open_adapter
 from surgery.core.adapter import Layer, Weighted, bias_layers
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
+from surgery.core.undo import LONGEST
 from surgery.errors import CheckError, FormatError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import layout_of
 from surgery.hosts.unmerged import Undo
 from surgery.io.octets import tensor_from
-from surgery.io.regular import file_sha256
+from surgery.io.regular import contained, file_sha256
 from surgery.io.strict_json import parse_json, read_bytes
+from surgery.io.tensor_file import read_span
 from surgery.ops import ROLES
 from surgery.ops.bias import Bias
 
@@ -42,12 +45,12 @@ class UndoRecord:
             raise FormatError(
                 f"{printable(merged)}: no {FOLDER} in it; only a merge made with --reversible can be unmerged"
             )
-        told, where = read_bytes(self.folder / RECORD, "an undo record"), printable(self.folder / RECORD)
+        told, where = read_bytes(contained(self.folder, RECORD), "an undo record"), printable(self.folder / RECORD)
         self.sha256 = hashlib.sha256(told).hexdigest()
         data = parse_json(told, where)
         try:
             self._take(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FormatError(f"{printable(self.folder)}: record.json is damaged ({printable(error)})") from error
 
     def _take(self, data: Mapping[str, Any]) -> None:
@@ -70,12 +73,14 @@ class UndoRecord:
                 raise FormatError(f"{printable(self.folder)}: {RECORD} is damaged at {printable(name)}")
             kept, streams, sums = field.get("kept", [0, 0]), field.get("streams", {}), field.get("sums", {})
             for at, size in (kept, *streams.values(), *sums.values()):
-                _check_span(self.folder / field["file"], at, size)
+                _check_span(contained(self.folder, field["file"]), at, size)
+            if not all(bits.isdecimal() and 0 < int(bits) <= LONGEST for bits in streams):
+                raise FormatError(f"{printable(self.folder)}: {RECORD} is damaged at {printable(name)}")
 
     def check(self) -> None:
         """CheckError if the streams are not those that the merge wrote."""
         for name, wanted in self.streams_sha256.items():
-            if not (self.folder / name).is_file() or file_sha256(self.folder / name) != wanted:
+            if not (self.folder / name).is_file() or file_sha256(contained(self.folder, name)) != wanted:
                 raise CheckError(
                     f"{printable(self.folder / name)}: it was changed after the merge, which cannot be undone; "
                     "bring back a copy of it"
@@ -85,7 +90,7 @@ class UndoRecord:
         """What was merged into each tensor, in the order in which the originals are written."""
         adapters = []
         for index, weight in enumerate(self.weights):
-            read = open_adapter(self.folder / f"adapter-{index}.tensors", f"adapter-{index}.json")
+            read = open_adapter(contained(self.folder, f"adapter-{index}.tensors"), f"adapter-{index}.json")
             adapters.append(Weighted(read, weight))
         try:
             return [self._change(info, merged, adapters) for info in self.layout.infos() if info.name in self.tensors]
@@ -118,12 +123,20 @@ class UndoRecord:
         field = self.tensors[change.site.weight.name]
         dtype = change.dtype
         if "kept" in field:
-            data = self._read(field["file"], field["kept"])
-            return Undo(dtype, kept=tensor_from(data, dtype, change.site.laid(change.site.weight).shape))
+            info = change.site.laid(change.site.weight)._replace(dtype=dtype)
+            if field["kept"][1] != info.nbytes:
+                raise FormatError(f"{printable(self.folder)}: {RECORD} is damaged at {printable(info.name)}")
+            return Undo(dtype, kept=partial(self._kept, field, info))
         if "streams" not in field:
             raise FormatError(f"{printable(self.folder)}: record.json tells nothing of how to bring back a tensor")
         streams = {int(bits): bytes(self._read(field["file"], span)) for bits, span in field["streams"].items()}
         return Undo(dtype, streams=streams)
+
+    def _kept(self, field: Mapping[str, Any], info: TensorInfo, rows: slice) -> Tensor:
+        """Rows of a tensor that is in the record as it was."""
+        part, skipped = info.part(rows)
+        data = self._read(field["file"], [field["kept"][0] + skipped, part.nbytes])
+        return tensor_from(data, info.torch_dtype, part.shape)
 
     def _sums(self, field: Mapping[str, Any], layer: str, info: TensorInfo, op: Op | None) -> Tensor | None:
         """What a layer has to know of the weight as it was, if it asks for that."""
@@ -136,9 +149,8 @@ class UndoRecord:
         return tensor_from(self._read(field["file"], span), torch.float64, (count,))
 
     def _read(self, name: str, span: list[int]) -> bytearray:
-        with (self.folder / name).open("rb") as file:
-            file.seek(span[0])
-            return bytearray(file.read(span[1]))
+        at, size = span
+        return read_span(self.folder / name, at, size, "an undo record")
 
 
 def _check_span(file: Path, at: object, size: object) -> None:

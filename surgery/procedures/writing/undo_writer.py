@@ -49,9 +49,8 @@ class UndoWriter:
         return self.files[part]
 
     def finish(self, adapters: Sequence[Weighted], files: Mapping[str, str], displaced: Sequence[str]) -> str:
-        """sha256 of the record. `files` are the originals' by name; `displaced` those whose bytes the merge changes."""
-        for name in displaced:
-            self.staging.carry(self.base.folder / name, f"{FOLDER}/files/{name}")
+        """sha256 of the record. `files`: the originals' by name, but for `displaced`, whose bytes the merge changes."""
+        kept = {name: self.staging.carry(self.base.folder / name, f"{FOLDER}/files/{name}") for name in displaced}
         for index, (adapter, _) in enumerate(adapters):
             self.staging.write(f"{FOLDER}/adapter-{index}.tensors", adapter_bytes(_spelled(adapter)))
             self.staging.write(f"{FOLDER}/adapter-{index}.json", config_bytes(adapter.config))
@@ -59,7 +58,7 @@ class UndoWriter:
         record = {
             "format": FORMAT,
             "weights": [weight.hex() for _, weight in adapters],
-            "files": dict(files),
+            "files": {**files, **kept},
             "displaced": sorted(displaced),
             "headers": {name: base64.b64encode(file.header.raw).decode() for name, file in named},
             "sizes": {name: file.state.st_size for name, file in named},

@@ -11,6 +11,7 @@ from surgery.errors import CheckError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.shards import FilePart
 from surgery.hosts.unmerged import Unmerged
+from surgery.io.regular import contained
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
 from surgery.procedures.writing.filling import Pace, fill
@@ -60,7 +61,7 @@ def unmerge_checkpoint(
             path = kept if name in record.displaced or kept.is_file() else merged / name
             if not path.is_file():
                 raise CheckError(f"{printable(path)}: it is missing; the original cannot be restored whole")
-            found[name] = staging.carry(path, name)
+            found[name] = staging.carry(contained(merged, path.relative_to(merged)), name)
         _compare("restored file", merged, found, record.files)
     return UnmergeReport(out, found)
 
