@@ -70,9 +70,9 @@ def leave_plain(draft: Draft) -> None:
     draft.quantization = {**told, key: sorted(skipped | {_module(called(name)) for name in plainly})}
 
 
-def can_leave_plain(base: Checkpoint) -> bool:
-    """Does the format of a quantized base let single weights be written plainly?"""
-    return _list_of_plain(quantization_of(base.config)) is not None
+def can_leave_plain(config: Mapping[str, Any]) -> bool:
+    """Does the format that a base is held in, by its config.json, let single weights be written plainly?"""
+    return _list_of_plain(quantization_of(config)) is not None
 
 
 def _list_of_plain(told: Mapping[str, Any]) -> str | None:
