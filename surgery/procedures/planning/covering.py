@@ -10,7 +10,6 @@ from surgery.codecs.methods import LISTED_PLAINLY
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import ConfigError, FormatError, MatchError, UsageError, printable
 from surgery.hosts.change import Change
-from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.encoded import held_in, made_as
 from surgery.hosts.packing import quantization_of
 from surgery.ops.linear import Linear
