@@ -10,7 +10,6 @@ from surgery.codecs.methods import LISTED_PLAINLY
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import ConfigError, FormatError, MatchError, UsageError, printable
 from surgery.hosts.change import Change
-from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.encoded import held_in, made_as
 from surgery.hosts.packing import quantization_of
 from surgery.ops.linear import Linear
@@ -70,9 +69,9 @@ def leave_plain(draft: Draft) -> None:
     draft.quantization = {**told, key: sorted(skipped | {_module(called(name)) for name in plainly})}
 
 
-def can_leave_plain(base: Checkpoint) -> bool:
-    """Does the format of a quantized base let single weights be written plainly?"""
-    return _list_of_plain(quantization_of(base.config)) is not None
+def can_leave_plain(config: Mapping[str, Any]) -> bool:
+    """Does the format that a base is held in, by its config.json, let single weights be written plainly?"""
+    return _list_of_plain(quantization_of(config)) is not None
 
 
 def _list_of_plain(told: Mapping[str, Any]) -> str | None:

@@ -164,7 +164,9 @@ def _can_fall_back(told: Mapping[str, Survival], base: Checkpoint, options: Opti
     """Would single weights in 16 bits be of use, and does config.json tell of them?"""
     if options.treatment.fallback is not None:
         return False
-    return can_leave_plain(base) if options.treatment.into == "keep" else any(map(options.bounds.admit, told.values()))
+    if options.treatment.into == "keep":
+        return can_leave_plain(base.config)
+    return any(map(options.bounds.admit, told.values()))
 
 
 def _key(base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, layout: Layout, options: Options) -> str:
