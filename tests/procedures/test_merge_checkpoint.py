@@ -1,6 +1,8 @@
 """What a merged folder holds, and what is left when a merge is refused or fails."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "adapter")
+
+
+def test_merging_a_plain_base_and_back_imports_no_transformers(base: Path, adapter: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, surgery; base, adapter, out = sys.argv[1:]\n"
+        "surgery.plan(base, adapter); surgery.merge_checkpoint(base, adapter, out, reversible=True)\n"
+        "assert surgery.verify_checkpoint(base, adapter, out).ok; surgery.unmerge_checkpoint(out, out + '.restored')\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, base, adapter, tmp_path / "out"], check=True)
 
 
 def test_only_the_targets_change_and_the_receipt_names_them(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from surgery.adapters.peft import check_shapes
 from surgery.core.adapter import Adapter, Stored, shape_of
 from surgery.core.method import Params
+from surgery.core.name_map import USUAL
 from surgery.core.names import Prefix, in_base, prefix_between
 from surgery.core.op import Op
 from surgery.core.select import Number, pattern_value
@@ -50,8 +51,8 @@ class _Stacks:
     """The parameters of a base that are stacks of matrices, by their names in memory."""
 
     def __init__(self, base: Checkpoint) -> None:
-        names = base.names()
-        stacks = (info for info in base.weights() if len(info.shape) == 3 and not info.name.endswith(".weight"))
+        stacks = [info for info in base.weights() if len(info.shape) == 3 and not info.name.endswith(".weight")]
+        names = base.names() if stacks else USUAL  # transformers' tables take a second to import
         self.shapes = {names.rename(info.name): info.shape for info in stacks}
 
     def reads_itself(self, name: str) -> bool:
