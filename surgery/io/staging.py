@@ -134,6 +134,10 @@ class Staging:
                 file.write(data)
         return sha256.hexdigest()
 
+    def put(self, name: str, content: bytes | Path) -> str:
+        """A small file of these bytes, or a copy of that one; returns its sha256."""
+        return self.write(name, content) if isinstance(content, bytes) else self.carry(content, name)
+
     def adopt(self) -> None:
         """What another library has written into the folder is brought to the disk, as readable as files of ours."""
         with faults(self.out):

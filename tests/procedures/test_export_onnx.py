@@ -262,7 +262,15 @@ def _a_part(module: Any) -> None:
     module.runs.view(2, 1)[0].data[0] = 1
 
 
-@pytest.mark.parametrize("write", [_in_place, _by_data, _by_other_data, _a_part])
+def _by_out(module: Any) -> None:
+    torch.ones(2, out=module.runs.data)
+
+
+def _in_a_list(module: Any) -> None:
+    torch._foreach_add_([module.runs.data], 1.0)
+
+
+@pytest.mark.parametrize("write", [_in_place, _by_data, _by_other_data, _a_part, _by_out, _in_a_list])
 def test_a_module_that_writes_to_its_parameters_is_refused_and_stays_as_it_is(
     write: Callable[[nn.Module], Any], tmp_path: Path
 ) -> None:

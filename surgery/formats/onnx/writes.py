@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def written_by(module: nn.Module, given: Sequence[Tensor], mode: Any) -> list[str]:
@@ -33,9 +34,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
-        for told, value in zip(func._schema.arguments, args, strict=False):
-            if told.alias_info is not None and told.alias_info.is_write and isinstance(value, Tensor):
-                self.written.add(_memory(value))
+        named = dict(zip((told.name for told in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        for told in func._schema.arguments:
+            if told.alias_info is not None and told.alias_info.is_write:
+                self.written |= {_memory(one) for one in tree_leaves(named.get(told.name)) if isinstance(one, Tensor)}
         return func(*args, **(kwargs or {}))
 
     def __exit__(

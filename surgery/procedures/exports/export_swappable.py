@@ -40,9 +40,9 @@ class Carrying:
     def write(self, root: nn.Module, staging: Staging, state: State) -> None:
         self.kind.write(root, staging, state)
         for name, content in self.files.items():
-            if name == INDEX or os.path.lexists(staging.folder / name):
-                continue  # the weights may be cut otherwise than the base's
-            _ = staging.write(name, content) if isinstance(content, bytes) else staging.carry(content, name)
+            # The index is left out, for the weights may be cut otherwise than the base's.
+            if name != INDEX and not os.path.lexists(staging.folder / name):
+                staging.put(name, content)
 
     def sources(self, twin: nn.Module, files: Checkpoint) -> Sources:
         return self.kind.sources(twin, files)

@@ -6,8 +6,6 @@ Both weights change alike: the head's A and B are those of the embedding, turned
 from collections.abc import Iterable, Mapping
 
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Method, Params
-from surgery.core.site import Site
 from surgery.core.turned import is_turned, turned
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.hosts.recognition import op_of
@@ -15,8 +13,8 @@ from surgery.layers import Adapted
 from surgery.layers.running import Turned
 from surgery.methods.lora import Lora
 from surgery.procedures.places.model_tree import Tree
+from surgery.procedures.places.rows import FittedSite
 
-FittedSite = tuple[Site, Method, Params]
 Heads = Mapping[str, str]  # by the head, the embedding
 
 

@@ -191,7 +191,7 @@ def _write_small(files: SmallFiles, plan: Plan, layout: Layout, staging: Staging
     if layout.index is not None or INDEX in files.contents:
         files.put(INDEX, layout.index)
     for name, source in files.contents.items():
-        files.sha256[name] = staging.write(name, source) if isinstance(source, bytes) else staging.carry(source, name)
+        files.sha256[name] = staging.put(name, source)
 
 
 def _originals(base: Checkpoint, readings: Sequence[Reading], files: SmallFiles) -> dict[str, str]:
