@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         _hush()
     try:
         code = _run(given)
-    except Exception as error:  # noqa: BLE001  # the last resort: a bug of ours is one line too
+    except (Exception, Interrupted) as error:  # noqa: BLE001  # the last resort: a bug of ours is one line too
         if "--debug" in given:
             traceback.print_exc()
         message, code = _told(error)
@@ -85,9 +85,6 @@ def _run(arguments: list[str]) -> Any:
         return surgery.main(arguments, prog_name="surgery", standalone_mode=False)
     except click.exceptions.Exit as error:
         return error.exit_code
-    except (click.Abort, Interrupted) as error:
-        click.echo("; ".join(["surgery: interrupted", *getattr(error, "__notes__", ())]), err=True)
-        return error.exit_code if isinstance(error, Interrupted) else 130
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "surgery"
         raise UsageError(
@@ -95,8 +92,11 @@ def _run(arguments: list[str]) -> Any:
         ) from error
 
 
-def _told(error: Exception) -> tuple[str, int]:
+def _told(error: BaseException) -> tuple[str, int]:
     """The line and the exit code of an error."""
+    interrupted = Interrupted.within(error)
+    if interrupted is not None or isinstance(error, click.Abort):
+        return "interrupted", 130 if interrupted is None else interrupted.exit_code
     match error:
         case SurgeryError():
             return str(error), error.exit_code

@@ -14,6 +14,14 @@ class Interrupted(BaseException):  # as KeyboardInterrupt is none of the errors
         super().__init__()
         self.exit_code = 128 + number
 
+    @staticmethod
+    def within(error: BaseException) -> "Interrupted | None":
+        """The one that became this error: Python 3.11 makes a RuntimeError of all that `__set_name__` raises."""
+        found: BaseException | None = error
+        while found is not None and not isinstance(found, Interrupted):
+            found = found.__cause__ or found.__context__
+        return found
+
 
 def listen() -> None:
     """Raise Interrupted in the main thread at the first of these signals."""

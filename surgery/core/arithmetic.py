@@ -4,11 +4,13 @@ A factor is put on a power-of-two grid of 22 bits (a column of A, a row of B), s
 44 bits and every float64 partial sum of up to 512 of them is exact, in whatever order it is taken.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from surgery.core.halves import farthest_apart, magnitude, with_low_half
 from surgery.core.op import WHOLE, Tile
 from surgery.errors import ValueRangeError
 
@@ -17,13 +19,13 @@ BLOCK = 512  # terms whose sum is exact: 2 * 22 bits + 9 bits = 53
 EXPONENT_LIMIT = 450  # beyond it a product of two grid steps could leave float64's normal range
 
 
-def exact_product(B: Tensor, A: Tensor, tile: Tile = WHOLE) -> Tensor:
-    """A tile of B @ A in float64, free of summation order; B is [out, r], A is [r, in], or a stack of such each.
+def exact_product(B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0) -> Tensor:
+    """A tile of scaling * (B @ A) in float64, free of summation order; B is [out, r], A is [r, in], or stacks of such.
 
-    Differs from the ideal product by at most r * 2^-21 * max|A column| * max|B row|.
-    Raises ValueRangeError where a factor is not finite or lies beyond 2^±450.
+    The product differs from the ideal one by at most r * 2^-21 * max|A column| * max|B row|; scaling it is an
+    operation of its own. Raises ValueRangeError where a factor is not finite or lies beyond 2^±450.
     """
-    return ExactProduct()(B, A, tile)
+    return ExactProduct()(B, A, tile, scaling)
 
 
 class ExactProduct:
@@ -32,11 +34,13 @@ class ExactProduct:
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, B: Tensor, A: Tensor, tile: Tile = WHOLE) -> Tensor:
+    def __call__(self, B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0) -> Tensor:
         if B.dim() > 2:
-            return torch.stack([exact_product(b, a, tile) for b, a in zip(B, A, strict=True)])
+            return torch.stack([exact_product(b, a, tile, scaling) for b, a in zip(B, A, strict=True)])
         rows, columns = tile
-        return _sum(self._on_grid(B, along=1)[rows], self._on_grid(A, along=0)[:, columns])
+        B, A = self._on_grid(B, along=1)[rows], self._on_grid(A, along=0)[:, columns]
+        # By a power of two a factor may be scaled in place of the product: nothing is rounded, and it is smaller.
+        return _sum(B * scaling, A) if _only_shifts(scaling) else _sum(B, A).mul_(scaling)
 
     def _on_grid(self, factor: Tensor, along: int) -> Tensor:
         kept = self._kept.get(along)
@@ -45,15 +49,27 @@ class ExactProduct:
         return kept[1]
 
 
-def float_product(B: Tensor, A: Tensor, tile: Tile = WHOLE) -> Tensor:
+def float_product(B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0) -> Tensor:
     """The same in the factors' own dtype, differentiable."""
     rows, columns = tile
-    return B[..., rows, :] @ A[..., columns]
+    return (B[..., rows, :] @ A[..., columns]).mul_(scaling)
 
 
 def memory_of(values: Tensor) -> tuple[object, ...]:
     """Equal for tensors that are the same elements of the same memory, read in the same dtype."""
     return values.data_ptr(), values.shape, values.stride(), values.dtype
+
+
+def _only_shifts(scaling: float) -> bool:
+    """Is it a power of two, so near 1 that float64 holds all that it makes of a product of factors?
+
+    A negative one would turn a sum that is zero to -0.0 as a product, and not as a factor.
+    """
+    mantissa, exponent = math.frexp(scaling)
+    return mantissa == 0.5 and abs(exponent) <= _SHIFT_LIMIT
+
+
+_SHIFT_LIMIT = 64  # 2 * (EXPONENT_LIMIT + GRID_BITS) + 64 is less than float64's smallest exponent, 1022
 
 
 def _sum(B: Tensor, A: Tensor) -> Tensor:
@@ -125,6 +141,8 @@ def round_once(acc: Tensor, dtype: torch.dtype) -> Tensor:
 def _suspects(bits: Tensor, dtype: torch.dtype) -> Tensor:
     """Flat positions of the float32 `bits` that may be a tie of a half type."""
     mask, tie = _TIE[dtype]
+    if mask == 0xFFFF and bits.device.type == "cpu":
+        return with_low_half(bits, tie)
     values: Any = bits.numpy() if bits.device.type == "cpu" else bits  # numpy compares four times as fast as torch
     suspect = (values & mask) == tie
     if dtype == torch.float16:  # subnormal results have their ties elsewhere; a nudge is harmless there
@@ -161,8 +179,7 @@ def all_finite(values: Tensor) -> bool:
     if values.numel() == 0:
         return True
     if values.dtype in _INFINITY and values.device.type == "cpu":
-        magnitude = values.view(torch.int16).numpy() & 0x7FFF  # numpy takes a quarter of torch's time
-        return bool(magnitude.max() < _INFINITY[values.dtype])
+        return bool(magnitude(values).max() < _INFINITY[values.dtype])
     if not values.is_floating_point():
         return bool(torch.isfinite(values).all())
     if values.dtype.itemsize == 1:  # torch finds the largest of no float8
@@ -178,6 +195,8 @@ def largest_change(a: Tensor, b: Tensor) -> float:
     """max|a - b|, taken in float32 where both are of 16 bits, else in float64."""
     if a.numel() == 0:
         return 0.0
+    if a.dtype == b.dtype and a.dtype in _INFINITY and a.device.type == "cpu" and a.shape == b.shape:
+        a, b = farthest_apart(a, b)
     wide = torch.float32 if max(a.itemsize, b.itemsize) == 2 else torch.float64
     lowest, largest = torch.aminmax(a.to(wide, copy=True).sub_(b.to(wide)))
     return max(-float(lowest), float(largest))

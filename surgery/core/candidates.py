@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from surgery.core.arithmetic import round_once
 from surgery.core.elementwise import Elementwise, Scale
+from surgery.core.halves import places
 
 _INTEGER = {
     torch.float64: torch.int64,
@@ -125,16 +125,7 @@ def _unset(mask: Any) -> Tensor:
     """Where a mask of `_greater`, which is used up, is false."""
     if isinstance(mask, Tensor):
         return mask.logical_not_().nonzero().squeeze(1)
-    return torch.from_numpy(_places(np.logical_not(mask, out=mask)))
-
-
-def _places(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """np.flatnonzero, in half the time where one in some twenty is set: bytes of eight are looked at first."""
-    packed = np.packbits(mask)
-    some = np.flatnonzero(packed != 0)
-    within = np.flatnonzero(np.unpackbits(packed[some]).view(np.bool_))
-    places: NDArray[np.int64] = some[within >> 3] * 8 + (within & 7)
-    return places
+    return torch.from_numpy(places(np.logical_not(mask, out=mask)))
 
 
 def candidates(m: Tensor, steps: Sequence[Elementwise], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

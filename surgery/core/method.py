@@ -13,7 +13,7 @@ from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 
 Params = Mapping[str, Tensor]  # the method's tensors by role, in the paper's letters
-Product = Callable[[Tensor, Tensor, Tile], Tensor]  # [out, r], [r, in] -> the tile of [out, in]
+Product = Callable[[Tensor, Tensor, Tile, float], Tensor]  # B [out, r], A [r, in] -> the tile of scaling * (B @ A)
 
 
 class Dense(NamedTuple):
@@ -145,7 +145,7 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class Additive(Method):
-    """W + scaling * delta. A subclass writes `delta`, unscaled, and its `spread`."""
+    """W + delta. A subclass writes `delta` and its `spread`."""
 
     scaling: float
 
@@ -153,11 +153,10 @@ class Additive(Method):
 
     @abstractmethod
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
-        """[out, in] of the tile, before scaling, in fresh memory."""
+        """[out, in] of the tile, scaled, by an operation of its own: one fused with another rounds differently."""
 
     def steps(self, p: Params, tile: Tile, product: Product) -> Shift:
-        # The scaling is an operation of its own: fused with the addition it would round differently.
-        return Shift(self.delta(p, tile, product).mul_(self.scaling))
+        return Shift(self.delta(p, tile, product))
 
     def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:
         return base._replace(weight=self.steps(p, tile, product).apply(base.weight))

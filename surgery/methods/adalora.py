@@ -55,7 +55,7 @@ class AdaLora(Additive, AsPeft):
         return {**p, "wide B": exact_float64(p["B"]), "AE": exact_float64(p["A"]) * exact_float64(p["E"])}
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
-        return product(p["wide B"], p["AE"], tile)
+        return product(p["wide B"], p["AE"], tile, self.scaling)
 
     def directions(self, p: Params) -> Tensor:
         return p["AE"]  # of which those are zero that have lost their rank

@@ -82,7 +82,9 @@ class Lora(Additive, AsPeft):
         return {"A": A, "B": B}
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
-        return stacks.delta(p, tile, product) if p["A"].dim() > 2 else product(p["B"], p["A"], tile)
+        if p["A"].dim() > 2:
+            return stacks.delta(p, tile, product, self.scaling)
+        return product(p["B"], p["A"], tile, self.scaling)
 
     def directions(self, p: Params) -> Tensor | None:
         return p["A"] if p["A"].dim() == 2 else None

@@ -100,7 +100,7 @@ class Offset(Additive, AsPeft):
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:  # noqa: ARG002  # no product in it
         if not all_finite(p["b"]):
             raise ValueRangeError("b holds NaN or infinity; finite numbers are wanted; train or save it again")
-        return exact_float64(p["b"][tile[0]]).clone().unsqueeze(1)
+        return (exact_float64(p["b"][tile[0]]) * self.scaling).unsqueeze(1)
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # One product, rounded.

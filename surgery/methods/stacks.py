@@ -29,12 +29,12 @@ def by_expert(p: Params, op: Op) -> Params:
     return {"A": B.mT, "B": A.mT} if op.swapped else {"A": A, "B": B}
 
 
-def delta(p: Params, tile: Tile, product: Product) -> Tensor:
+def delta(p: Params, tile: Tile, product: Product, scaling: float) -> Tensor:
     """[stack * rows, columns] of the tile."""
     A, B = p["A"], p["B"]
     if tile[0] == slice(None):
-        return product(B, A, tile).flatten(0, 1)
-    return torch.cat([product(B[one], A[one], part) for one, part in parts(tile, B.shape[1])])
+        return product(B, A, tile, scaling).flatten(0, 1)
+    return torch.cat([product(B[one], A[one], part, scaling) for one, part in parts(tile, B.shape[1])])
 
 
 def parts(tile: Tile, rows_each: int) -> list[tuple[int, Tile]]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from outcomes import Run, told
 
 from surgery.api import files, made_adapters
 from surgery.cli import surgery as command
+from surgery.cli.interrupts import Interrupted
 from surgery.core.site import TensorInfo
 from surgery.io.fingerprint import base_print_bytes
 from surgery.io.lock import Lock
@@ -308,6 +310,21 @@ def test_an_interrupt_is_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     failing(monkeypatch, "inspect", KeyboardInterrupt())
     found = run("inspect", "x")
     assert (found.code, found.err.strip()) == (130, "surgery: interrupted")
+
+
+def test_a_signal_that_python_turns_into_another_error_is_a_signal_still(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Named:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise Interrupted(signal.SIGTERM)
+
+    def fail(*_: object, **__: object) -> None:
+        type("Owner", (), {"field": Named()})  # Python 3.11 wraps what it raises; so it is where a library is imported
+
+    monkeypatch.setattr(files, "inspect", fail)
+    found = run("inspect", "x")
+    assert (found.code, found.err) == (128 + signal.SIGTERM, "surgery: interrupted\n")
 
 
 def test_control_characters_of_names_are_escaped(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:

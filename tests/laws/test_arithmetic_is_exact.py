@@ -241,3 +241,15 @@ def test_nan_and_infinity_are_found_in_every_dtype_of_files(dtype: torch.dtype) 
         values = torch.tensor([1.0, bad, 2.0]).to(dtype)  # float8 has no infinity in all its kinds
         held = all(cmath.isfinite(one) for one in values.to(torch.complex128).tolist())
         assert all_finite(values) is held
+
+
+@pytest.mark.parametrize("scaling", [2.0, 1.0, 0.5, 2.0**-64, 2.0**64, 2.0**-65, 2.0**200, -2.0, 0.3, 0.0, -0.0])
+@pytest.mark.parametrize("r", RANKS)
+def test_a_scaled_product_is_the_product_scaled(scaling, r):
+    torch.manual_seed(r)
+    B, A = torch.randn(5, r, dtype=torch.float64), torch.randn(r, 7, dtype=torch.float64)
+    B[1], B[2], B[3] = 0.0, B[2] * 2.0**-440, B[3] * 2.0**440
+    A[:, 2], A[:, 3], A[:, 4] = -0.0, A[:, 3] * 2.0**-440, A[:, 4] * 2.0**440
+    found = exact_product(B, A, scaling=scaling)
+    assert same_bits(found, exact_product(B, A) * scaling)
+    assert same_bits(exact_product(B.expand(2, -1, -1), A.expand(2, -1, -1), scaling=scaling)[1], found)

@@ -73,7 +73,8 @@ def test_each_expert_has_its_own_factors_whatever_the_tiles(transposed: bool) ->
     matrices = method.matrices(p, site)
     # As PEFT has it: A goes expert by expert, B's columns run over the experts first.
     A, B = p["A"].reshape(stack, r, in_features), p["B"].reshape(out, r, stack)
-    wanted = torch.stack([exact_product(B[:, :, expert].contiguous(), A[expert]) for expert in range(stack)])
+    each = [exact_product(B[:, :, expert].contiguous(), A[expert]) for expert in range(stack)]
+    wanted = torch.stack(each) * method.scaling
     found = method.delta(matrices, WHOLE, exact_product)
     stored = (wanted.mT if transposed else wanted).reshape(found.shape)
     assert torch.equal(found, stored)
