@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from surgery.errors import UsageError
 
 BATCH, LENGTH, DECODED = 3, 13, 7  # rows, tokens in each, and tokens for a decoder
-PADDED = (5, 2, 0)  # tokens of padding at the left of each row
+# Tokens of padding in each row, behind its first: what attends to nothing at all, as padding at the left end, is NaN in
+# float64 where a model adds a mask to its scores itself, and then in the whole row.
+PADDED = (5, 2, 0)
 SAMPLES = 4000  # of a wave: a quarter of a second
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Keyword arguments of `model`: its main input, a mask with padding at the left, and tokens for a decoder.
+    """Keyword arguments of `model`: its main input, a mask with padding, and tokens for a decoder.
 
     UsageError, saying what is wanted, for a model of another kind.
     """
@@ -57,7 +59,7 @@ def _text(model: nn.Module, config: Any, generator: torch.Generator) -> dict[str
     if pad is None and type(model).__name__.endswith("SequenceClassification"):
         return {"input_ids": tokens[:1], "attention_mask": mask[:1]}
     for row, padding in enumerate(PADDED):
-        mask[row, : min(padding, length - 1)] = 0
+        mask[row, 1 : 1 + min(padding, length - 2)] = 0
     return {"input_ids": torch.where(mask == 1, tokens, min(pad or 0, text.vocab_size - 1)), "attention_mask": mask}
 
 

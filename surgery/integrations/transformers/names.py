@@ -74,5 +74,6 @@ def _parts(converter: Any) -> tuple[str, ...]:
 
 
 def _dotted(pattern: str) -> str:
-    """A pattern that begins anywhere, as one that begins after a dot."""
+    """A pattern that begins anywhere, as one that begins after a dot; some escape their dots."""
+    pattern = pattern.replace("\\.", ".")
     return pattern if pattern.startswith(".") else f".{pattern}"

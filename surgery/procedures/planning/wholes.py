@@ -1,5 +1,7 @@
 """Wholes: the tensors of an adapter that take the place of the base's, or are added to them."""
 
+from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -97,7 +99,13 @@ class Wholes:
     def _there(self, name: str) -> str:
         """A tensor's name as the base has it, or would have it."""
         renamed = self.naming.of(name)
-        return renamed if self.base.info(renamed) is not None else name
+        if self.base.info(renamed) is not None:
+            return renamed
+        return name if self._info(name) is not None else self._in_memory.get(name, name)
+
+    @cached_property
+    def _in_memory(self) -> Mapping[str, str]:
+        return self.base.in_memory()
 
     def _info(self, name: str) -> TensorInfo | None:
         """Of the base's tensor, or of the head that is tied."""
