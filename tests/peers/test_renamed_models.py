@@ -84,7 +84,7 @@ def test_a_head_that_the_files_call_otherwise_is_changed_there(targets: list[str
     theirs = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), peft.LoraConfig(**fields))
     with torch.no_grad():
         for name, values in theirs.named_parameters():
-            values += float("modules_to_save" in name)
+            values.add_("modules_to_save" in name)
     theirs.save_pretrained(tmp_path / "adapter")
     live = surgery.load(kind.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     surgery.save_merged(live, tmp_path / "live")

@@ -36,6 +36,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "GPT2LMHeadModel": ({"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 99, "n_positions": 40}, ["c_attn"]),
     "BloomForCausalLM": ({"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99}, ["query_key_value"]),
     "Gemma2ForCausalLM": (SMALL | WIDE | {"head_dim": 8, "num_key_value_heads": 2}, ["q_proj", "v_proj"]),
+    "XLNetLMHeadModel": ({"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32, "vocab_size": 99}, ["layer_1"]),
     "BertForMaskedLM": (SMALL | WIDE, ["query", "value"]),
     "BertForQuestionAnswering": (SMALL | WIDE, ["query", "value"]),
     "LlamaForSequenceClassification": (SMALL | WIDE, ["q_proj", "v_proj"]),

@@ -8,7 +8,7 @@ from surgery.integrations.transformers.exporting import Pretrained
 from surgery.integrations.transformers.linears import linears_of
 from surgery.integrations.transformers.loading import Wanted, load_model
 from surgery.integrations.transformers.model import is_pretrained, output_heads, room_of
-from surgery.integrations.transformers.names import name_map, names_in_memory
+from surgery.integrations.transformers.names import name_map, names_in_memory, ties_in_memory
 from surgery.integrations.transformers.outputs import agreements, run_experts_singly
 from surgery.integrations.transformers.quantizing import tell_ejected, tell_quantized
 from surgery.integrations.transformers.saving import save_merged
@@ -38,5 +38,6 @@ __all__ = [
     "save_merged",
     "tell_ejected",
     "tell_quantized",
+    "ties_in_memory",
     "with_default_targets",
 ]

@@ -51,7 +51,7 @@ def _text(model: nn.Module, config: Any, generator: torch.Generator) -> dict[str
     """Tokens that mean nothing special, with padding, which some classifiers take only where they know its token."""
     text = _of_tokens(config, "encoder")
     longest = getattr(text, "max_position_embeddings", None)
-    length = min(LENGTH, longest // 2) if longest else LENGTH  # a few positions may be set aside
+    length = min(LENGTH, longest // 2) if longest and longest > 0 else LENGTH  # a few may be set aside; XLNet has -1
     tokens, mask = _tokens(text, (BATCH, length), generator), torch.ones(BATCH, length, dtype=torch.long)
     pad, end = (getattr(text, f"{one}_token_id", None) for one in ("pad", "eos"))
     if isinstance(end, int) and end < text.vocab_size:  # small models have been given the names of large ones
