@@ -58,7 +58,7 @@ class Options:
 
 @dataclass(frozen=True, repr=False)
 class MergeReport(Report):
-    """What a merge has written, and its receipt."""
+    """What a merge has written: the folder, the plan it followed, and its receipt, as JSON, with the sha256 of all."""
 
     out: Path
     plan: Plan
