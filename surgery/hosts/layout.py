@@ -7,10 +7,11 @@ from functools import cached_property
 
 from surgery.core.site import TensorInfo
 from surgery.errors import UsageError, printable
-from surgery.hosts.checkpoint import SINGLE, Checkpoint
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.header import encode_header, parse_header
 from surgery.io.strict_json import json_bytes
 from surgery.io.tensor_file import TensorFile
+from surgery.io.weight_files import SINGLE
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*((?:[KMGT]i?)?B?)", re.IGNORECASE)
 _UNITS = {"": 1, "B": 1}

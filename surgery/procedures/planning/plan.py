@@ -30,7 +30,10 @@ _TILE_COPIES = 12  # float64 tensors of a tile's size alive at once
 
 @dataclass(frozen=True, repr=False)
 class Plan(Report):
-    """The changes in the order of the base's bytes; refusals; and remarks that stop nothing."""
+    """The changes in the order of the base's bytes; refusals; and remarks that stop nothing.
+
+    `ok` says whether the merge would run, and `require` raises the first refusal otherwise.
+    """
 
     changes: tuple[Change, ...]
     refusals: tuple[InputError, ...]

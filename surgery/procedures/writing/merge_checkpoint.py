@@ -12,12 +12,13 @@ from surgery.core.report import Report
 from surgery.core.survival import Bounds, Survival
 from surgery.errors import EnvironmentFault, printable
 from surgery.hosts.change import MergedTile
-from surgery.hosts.checkpoint import INDEX, Checkpoint
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout, layout_like
 from surgery.hosts.reading import Reading
 from surgery.hosts.shards import FilePart
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
+from surgery.io.weight_files import INDEX
 from surgery.procedures.planning.covering import can_leave_plain
 from surgery.procedures.planning.plan import Plan, describe, make_plan
 from surgery.procedures.planning.treatment import Treatment
@@ -57,7 +58,7 @@ class Options:
 
 @dataclass(frozen=True, repr=False)
 class MergeReport(Report):
-    """What a merge has written, and its receipt."""
+    """What a merge has written: the folder, the plan it followed, and its receipt, as JSON, with the sha256 of all."""
 
     out: Path
     plan: Plan
