@@ -10,6 +10,7 @@ from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
 from surgery.codecs.compressed_ints import IntQuantized, PackQuantized
 from surgery.codecs.fp8_block import Fp8Block
+from surgery.codecs.fp8_rows import Fp8Rows
 from surgery.codecs.mxfp4 import Mxfp4
 from surgery.codecs.nvfp4 import Nvfp4
 from surgery.codecs.plain import Plain
@@ -33,6 +34,9 @@ FORMS: Mapping[str, tuple[TiledCodec, Settings]] = {
     "fp8_block": (Fp8Block(), {}),
     "w4a16": (PackQuantized(), {"num_bits": 4, "group_size": 128}),
     "w4a16-asym": (PackQuantized(), {"num_bits": 4, "group_size": 128, "symmetric": False}),
+    "w8a16": (PackQuantized(), {"num_bits": 8, "group_size": 128}),
+    "w8a8": (IntQuantized(), {}),
+    "fp8_dynamic": (Fp8Rows(), {}),
     "nvfp4": (Nvfp4(), {}),
 }
 
