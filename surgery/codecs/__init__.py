@@ -12,6 +12,7 @@ from surgery.codecs.compressed_ints import IntQuantized, PackQuantized
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.fp8_rows import Fp8Rows
 from surgery.codecs.mxfp4 import Mxfp4
+from surgery.codecs.mxfp4_packed import Mxfp4Packed
 from surgery.codecs.nvfp4 import Nvfp4
 from surgery.codecs.plain import Plain
 from surgery.codecs.torchao import TorchaoFp8, TorchaoInt8
@@ -20,7 +21,7 @@ from surgery.errors import FormatError
 
 CODECS: tuple[Codec, ...] = (
     *(Bnb4(), Bnb8(), Fp8Block(), Mxfp4()),
-    *(PackQuantized(), IntQuantized(), Nvfp4()),
+    *(PackQuantized(), IntQuantized(), Nvfp4(), Mxfp4Packed()),
     *(TorchaoInt8(), TorchaoFp8()),
     Plain(),
 )
@@ -38,6 +39,7 @@ FORMS: Mapping[str, tuple[TiledCodec, Settings]] = {
     "w8a8": (IntQuantized(), {}),
     "fp8_dynamic": (Fp8Rows(), {}),
     "nvfp4": (Nvfp4(), {}),
+    "mxfp4a16": (Mxfp4Packed(), {}),
 }
 
 

@@ -6,7 +6,10 @@ from typing import Any
 from surgery.errors import FormatError, printable
 
 METHOD = "compressed-tensors"
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized")
+FORMATS = (
+    *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+)
 _NONE = ("dense", "mixed-precision")  # no layer is packed so; each group tells its own
 _TOKENS: Mapping[str, Any] = {"num_bits": 8, "strategy": "token", "symmetric": True, "dynamic": True}
 _COMPRESSED = (None, "compressed")

@@ -51,6 +51,8 @@ def form_of(codec: Codec, headers: Headers, settings: Settings, shape: Shape) ->
         found = "int8"
     elif codec.name == "nvfp4-pack-quantized" and "input_global_scale" not in headers:
         found = "nvfp4"
+    elif codec.name == "mxfp4-pack-quantized":
+        found = "mxfp4a16"
     return found or None
 
 

@@ -215,6 +215,7 @@ LIBRARIES: Mapping[str, Callable[[], Cases]] = {  # by the name of the codec
     "pack-quantized": partial(compressed_tensors, "pack-quantized"),
     "int-quantized": partial(compressed_tensors, "int-quantized"),
     "nvfp4-pack-quantized": partial(compressed_tensors, "nvfp4-pack-quantized"),
+    "mxfp4-pack-quantized": partial(compressed_tensors, "mxfp4-pack-quantized"),
     "torchao-int8": partial(torchao, "int8-rows", "int8-groups", "int8-uneven"),
     "torchao-fp8": partial(torchao, "fp8-rows", "fp8-one"),
 }

@@ -22,6 +22,8 @@ NVFP4 = {
     "group_size": 16,
     "scale_dtype": "torch.float8_e4m3fn",
 }
+MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+MXFP4 |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
 UNEVEN = {"symmetric": False}
 # By name: the format, and how weights are quantized.
 CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -41,6 +43,7 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "fp8-one": ("float-quantized", FP8 | ONE),
     "fp8-blocks": ("float-quantized", FP8 | BLOCKS),
     "nvfp4": ("nvfp4-pack-quantized", NVFP4),
+    "mxfp4": ("mxfp4-pack-quantized", MXFP4),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
