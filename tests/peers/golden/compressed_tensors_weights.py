@@ -66,12 +66,16 @@ def weight_of(case: str, dtype: torch.dtype) -> Tensor:
 
 
 def golden(case: str, dtype: torch.dtype) -> Golden:
+    return compressed(case, weight_of(case, dtype))
+
+
+def compressed(case: str, weight: Tensor) -> Golden:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     form, told = CASES[case]
-    args, weight = QuantizationArgs(**told), weight_of(case, dtype)
+    args = QuantizationArgs(**told)
     least, most = ends(weight, args)
     whole = generate_gparam(weight.min(), weight.max()) if form.startswith("nvfp4") else None
     scale, zero = calculate_qparams(least, most, args, whole)
