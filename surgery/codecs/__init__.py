@@ -40,6 +40,8 @@ FORMS: Mapping[str, tuple[TiledCodec, Settings]] = {
     "fp8_dynamic": (Fp8Rows(), {}),
     "nvfp4": (Nvfp4(), {}),
     "mxfp4a16": (Mxfp4Packed(), {}),
+    "torchao-int8": (TorchaoInt8(), {}),
+    "torchao-fp8": (TorchaoFp8(), {}),
 }
 
 

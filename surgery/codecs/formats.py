@@ -13,6 +13,7 @@ from surgery.core.arithmetic import round_once
 from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, TiledCodec
 from surgery.errors import UsageError, printable
 
+_TORCHAO = ("torchao-int8", "torchao-fp8")  # called as their codecs are
 _GROUPED = {(4, False): "w4a16", (4, True): "w4a16-asym", (8, False): "w8a16"}  # by bits, and zero points
 _HALVES = (torch.bfloat16, torch.float16)  # of fp8's scales by rows; those that others than compressed-tensors wrote
 # are in float32
@@ -53,6 +54,8 @@ def form_of(codec: Codec, headers: Headers, settings: Settings, shape: Shape) ->
         found = "nvfp4"
     elif codec.name == "mxfp4-pack-quantized":
         found = "mxfp4a16"
+    elif codec.name in _TORCHAO and headers["scale"][1] == (shape[0], 1):
+        found = codec.name
     return found or None
 
 

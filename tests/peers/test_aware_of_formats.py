@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 import surgery
 
+torchao = pytest.importorskip("torchao.quantization")
 pytest.importorskip("compressed_tensors")
 
 SIZES = {
@@ -23,7 +24,7 @@ SIZES = {
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # By how transformers runs what it has loaded: on inputs as they come, or on such as are quantized themselves.
 AS_THEY_COME, QUANTIZED = ("w4a16", "w8a16", "nvfp4", "mxfp4a16"), ("w8a8", "fp8_dynamic")
-ANY = {"min_retained": 0.0, "max_noise": 99.0}
+FILE, ANY = "model.safetensors", {"min_retained": 0.0, "max_noise": 99.0}
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +66,35 @@ def test_it_runs_to_the_bit_as_what_transformers_decodes_of_its_merge(form: str,
     assert not torch.equal(outputs(AutoModelForCausalLM.from_pretrained(base)), wanted)
     told = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert told["ignore"] == ["lm_head"]
+
+
+TORCHAO = {"torchao-int8": torchao.Int8WeightOnlyConfig(), "torchao-fp8": torchao.Float8WeightOnlyConfig()}
+
+
+@pytest.mark.parametrize("shard", [None, 120_000])
+@pytest.mark.parametrize("form", TORCHAO)
+def test_it_runs_to_the_bit_as_what_torchao_decodes_of_its_merge(
+    form: str, shard: int | None, base: Path, tmp_path: Path
+) -> None:
+    """All that torchao would hold, with the codes and scales that it makes of the merge in 16 bits."""
+    aware = aware_of(form, base)
+    surgery.save(aware, tmp_path / "adapter")
+    options = {"max_shard_size": shard, "reversible": True, **ANY}
+    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", into=form, **options)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == (1 if shard is None else 4)
+    surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "16bit")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "16bit", quantization_config=TorchAoConfig(TORCHAO[form]))
+    wanted = outputs(aware)
+    assert torch.equal(outputs(model), outputs(made))
+    for name, module in model.named_modules():
+        if name.endswith(tuple(ALL)):
+            theirs = made.get_submodule(name).weight
+            assert type(module.weight) is type(theirs)
+            assert all(torch.equal(getattr(module.weight, role), getattr(theirs, role)) for role in ("qdata", "scale"))
+            module.weight = torch.nn.Parameter(module.weight.dequantize(), requires_grad=False)
+            assert torch.equal(module.weight, aware.get_submodule(name).weight)
+    assert torch.equal(outputs(model), wanted)
+    assert surgery.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "out").counts["bits"] == 14
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / FILE).read_bytes() == (base / FILE).read_bytes()
