@@ -79,7 +79,7 @@ def test_verify_grades_it_bits_and_an_unmerge_gives_the_base_back(
     assert report.ok
     for site in SITES:
         codes = site + next(iter(FORMS[form][0].endings.values()))
-        survival = report.tensors[codes].survival
+        survival = report.tensors[f"{site}.weight"].survival
         assert survival is not None
         assert survival.to_json().items() <= receipt["changed"][codes].items()
     surgery.unmerge_checkpoint(out, tmp_path / "back")
