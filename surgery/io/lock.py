@@ -46,8 +46,7 @@ def _hold_off(descriptor: int, out: Path) -> None:
     except BlockingIOError as error:
         holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
         raise OutputExistsError(
-            f"{printable(out)}: another run is writing it (process {printable(holder) or 'unknown'}); "
-            "wait for that one"
+            f"{printable(out)}: another run is writing it (process {printable(holder) or 'unknown'}); wait for that one"
         ) from error
 
 

@@ -11,7 +11,7 @@ from surgery.io.lock import Lock
 
 def opened() -> set[str]:
     """What this process has open."""
-    return {os.readlink(one.path) for one in os.scandir("/proc/self/fd") if os.path.lexists(one.path)}
+    return {str(one.readlink()) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()}
 
 
 @pytest.mark.parametrize("call", ["ftruncate", "pwrite", "fstat"])

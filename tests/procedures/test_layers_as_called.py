@@ -11,7 +11,9 @@ import surgery
 
 def net() -> nn.ModuleDict:
     torch.manual_seed(0)
-    return nn.ModuleDict({"q": nn.Linear(8, 4), "c": nn.Conv2d(3, 4, 3), "e": nn.Embedding(10, 8), "other": nn.Linear(3, 3)})
+    return nn.ModuleDict(
+        {"q": nn.Linear(8, 4), "c": nn.Conv2d(3, 4, 3), "e": nn.Embedding(10, 8), "other": nn.Linear(3, 3)}
+    )
 
 
 def given(name: str) -> torch.Tensor:
@@ -48,7 +50,9 @@ def test_a_call_without_an_input_is_the_type_error_of_the_layer(name: str, state
 def test_a_model_shows_each_adapter_with_its_shapes() -> None:
     model = surgery.inject(net(), surgery.LoraConfig(r=2, target_modules=["q", "e"]))
     surgery.inject(model, surgery.LoraConfig(r=3, target_modules=["q"], use_dora=True), adapter_name="b")
-    assert repr(model) == """ModuleDict(
+    assert (
+        repr(model)
+        == """ModuleDict(
   (q): Adapted(
     (base_layer): Linear(in_features=8, out_features=4, bias=True)
     (lora_A): Slot(
@@ -71,3 +75,4 @@ def test_a_model_shows_each_adapter_with_its_shapes() -> None:
   )
   (other): Linear(in_features=3, out_features=3, bias=True)
 )"""
+    )
