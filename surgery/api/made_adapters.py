@@ -48,9 +48,11 @@ def extract(  # noqa: PLR0913  # three things and their options
 
     Each matrix that changed, or those whose module's name ends in one of `targets`, becomes about the best B A of at
     most `rank`, and of no more than holds `energy` of the change's squared norm; the report tells its error, of the
-    float32 factors as written. Other changes are refused, or with `rest` "save" whole modules of the adapter, or
-    with "drop" left out. `ops` tells "embedding", "linear" or "conv1d" by the end of a module's name where the names
-    mislead. Raises UsageError, InputError for checkpoints of other names or shapes.
+    float32 factors as written. Experts that are one parameter in memory are a site of `target_parameters`, with
+    factors for each, of the rank of the one that needs most. Other changes are refused, or with `rest` "save" whole
+    modules of the adapter, or with "drop" left out. `ops` tells "embedding", "linear" or "conv1d" by the end of a
+    module's name where the names mislead, and of a stack [experts, out, in] "linear", [experts, in, out] "conv1d",
+    where the family does not tell. Raises UsageError, InputError for checkpoints of other names or shapes.
     """
     wanted = extraction.Extraction(Truncation(rank, energy), targets, rest, ops or {})
     with checkpoint(base) as before, checkpoint(tuned) as after:

@@ -234,6 +234,7 @@ def _config(configs: Sequence[LoraConfig], ranks: Mapping[str, int], ties: bool)
     base, revision = bases.pop() if len(bases) == 1 else (None, None)
     return ranked_config(
         ranks,
+        (),
         modules_to_save=sorted({name for one in configs for name in one.modules_to_save or ()}) or None,
         ensure_weight_tying=ties and any(one.ensure_weight_tying for one in configs),
         fan_in_fan_out=configs[0].fan_in_fan_out,
