@@ -22,6 +22,8 @@ from transformers import (
     ElectraForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Pop2PianoConfig,
+    Pop2PianoForConditionalGeneration,
 )
 
 import surgery
@@ -200,6 +202,19 @@ def test_a_head_that_the_files_lack_for_it_is_tied_is_told_so(saved: list[str] |
     told = refused(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert "generator_lm_head" in told
     assert "tied to electra.embeddings.word_embeddings.weight, which alone is in the files; save the base with" in told
+
+
+@pytest.mark.parametrize("saved", [["shared"], None], ids=["saved", "adapted"])
+def test_an_embedding_that_others_are_tied_to_is_not_changed_alone(saved: list[str] | None, tmp_path: Path) -> None:
+    """Its encoder and decoder read it by modules of their own, over which no adapter lies; its head is another."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    model = Pop2PianoForConditionalGeneration(Pop2PianoConfig(vocab_size=VOCAB, **sizes))
+    model.save_pretrained(tmp_path / "base")
+    config = surgery.LoraConfig(r=R, target_modules=["q"] if saved else ["shared"], modules_to_save=saved)
+    surgery.inject(model, config)
+    surgery.save(shuffled(model), tmp_path / "adapter")
+    told = refused(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert "shared.weight: decoder.embed_tokens.weight, encoder.embed_tokens.weight are tied to it, and only it" in told
 
 
 def test_a_vocabulary_may_grow_under_an_adapted_embedding(tmp_path: Path) -> None:

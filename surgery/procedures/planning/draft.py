@@ -155,7 +155,7 @@ class Draft:
         if self.tying is not None:
             self._take(self.tying, settle_absent(self._tied(self.tying), untie))
         else:
-            self.refusals += hidden_ties(self.base, self.changes)
+            self.refusals += hidden_ties(self.base, self.changes, self._begun)
         if held is not None:
             self._take(held, settle_held(self._tied(held)))
 

@@ -3,7 +3,7 @@
 Told what the adapters make of each, these functions return what that comes to; they change nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -93,20 +93,40 @@ def settle_held(pair: Tied) -> Settled:
     return Settled(h, untied=not (saved or turned), turned=turned)
 
 
-def hidden_ties(base: Checkpoint, changes: Mapping[str, Change]) -> list[MatchError]:
-    """Refusals where it is not clear which tensor is the embedding: what may be tied to an absent head has to stay."""
+def hidden_ties(base: Checkpoint, changes: Mapping[str, Change], resized: Collection[str]) -> list[MatchError]:
+    """Refusals where it is not clear which tensor is the embedding: what may be tied to an absent head has to stay.
+
+    So has what others are known to be tied to, unless it is `resized` with them.
+    """
     known, found = vocabulary(base), []
     for name, change in changes.items():
         embeds = name in known or (change.site.op is not None and change.site.op.name == "embedding")
         info = base.info(name)
-        if embeds and info is not None and not _of_rows(change) and ties_head(base, info):
+        if not embeds or info is None or _of_rows(change):
+            continue
+        others = _followers(base, name) if change.layers or name not in resized else []
+        if ties_head(base, info):
             found.append(
                 MatchError(
                     f"{printable(name)}: the output head, which the base does not hold, may be tied to it; "
                     "save the base with tie_word_embeddings=false first"
                 )
             )
+        elif any(other not in changes for other in others):
+            found.append(
+                MatchError(
+                    f"{printable(name)}: {', '.join(map(printable, others))} are tied to it, and only it is adapted; "
+                    "save the base with them apart first"
+                )
+            )
     return found
+
+
+def _followers(base: Checkpoint, name: str) -> list[str]:
+    """The tensors that are tied to one in memory, and that the files lack."""
+    ties = base.ties()
+    there = base.called()(name) if ties else name
+    return sorted(other for other, one in ties.items() if one == there and base.info(other) is None)
 
 
 def _follows(pair: Tied) -> bool:
