@@ -79,7 +79,8 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
         raise UsageError("loss is given, and no examples; leave it out, or give examples")
     batches = None if examples is None else Examples(examples, loss=loss)
     wanted = hugging.with_default_targets(root, config_of(config), as_peft)
-    injection.inject(root, wanted, adapter_name, heads, trainable, form, as_peft, batches)
+    start = injection.Start(heads, as_peft, form, batches)
+    injection.inject(root, wanted, adapter_name, start, trainable)
     hugging.attach(root)
     return model
 
@@ -110,7 +111,7 @@ def load(  # noqa: PLR0913  # a model, an adapter, and how it is laid over it
     form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
     adapter = read_adapter(locate(path), check_scale(mha_out_proj_scale))
     root = trainable_within(model) if trainable else within(model)
-    loading.lay(root, adapter, adapter_name, trainable, form, hugging.room_of(root))
+    loading.lay(root, adapter, adapter_name, trainable, loading.LayOptions(form, hugging.room_of(root)))
     hugging.attach(root)
     return model
 
