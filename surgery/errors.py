@@ -97,6 +97,34 @@ class OutputExistsError(SurgeryError):
 
 
 def printable(name: object) -> str:
-    """`name` with control and non-ASCII characters escaped, cut to 200 characters: safe to print."""
-    text = str(name).encode("unicode_escape").decode("ascii")
+    """`name` on one line, cut to 200 characters: backslashes and what cannot be seen are escaped, letters stay."""
+    text = visible(str(name)[:201].replace("\\", r"\\"))
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def visible(text: str) -> str:
+    r"""`text` with each character that shows nothing or turns others round as an escape; XML can hold the rest.
+
+    >>> print(visible("größe\x1b\u202e"))
+    größe\x1b\u202e
+    """
+    return "".join(one if _is_seen(one) else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
+def _is_seen(char: str) -> bool:
+    return char.isprintable() and not any(first <= char <= last for first, last in _BLANK)
+
+
+# Printable to Python, and yet blank: fillers, joiners, choices of a glyph's form.
+_BLANK = (
+    ("\u034f", "\u034f"),
+    ("\u115f", "\u1160"),
+    ("\u17b4", "\u17b5"),
+    ("\u180b", "\u180f"),
+    ("\u2800", "\u2800"),
+    ("\u3164", "\u3164"),
+    ("\ufe00", "\ufe0f"),
+    ("\uffa0", "\uffa0"),
+    ("\U0001d159", "\U0001d159"),
+    ("\U000e0100", "\U000e01ef"),
+)

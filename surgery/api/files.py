@@ -8,7 +8,7 @@ from typing import Unpack
 import torch
 from torch import nn
 
-from surgery.api.given import Adapters, Where, calibrated, checkpoint, merged_folder, weighted
+from surgery.api.given import Adapters, Where, calibrated, checkpoint, merged_folder, refuse_swapped, weighted
 from surgery.errors import UsageError
 from surgery.hosts.layout import bytes_of
 from surgery.hosts.within import within
@@ -68,6 +68,7 @@ def plan(
     (True, 1, 2)
     """
     wanted = Treatment.of(**treatment)
+    refuse_swapped(base, adapters)
     with checkpoint(base) as source:
         return planning.make_plan(source, weighted(adapters, mha_out_proj_scale), wanted)
 
@@ -166,6 +167,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         bounds=wanted.bounds(min_retained, max_noise, probes),
         pace=Pace(progress=progress),
     )
+    refuse_swapped(base, adapters)
     found = weighted(adapters, mha_out_proj_scale)
     check_adapters(found, expect_adapter_sha256)
     with calibrated(wanted, calibration) as wanted, checkpoint(base) as source:
@@ -245,6 +247,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     if out is None or adapters is None:
         _check_alone(out is None and adapters is None, outputs, [name for name, given in derivation.items() if given])
         return verifying.verify_receipt(merged_folder(base))
+    refuse_swapped(base, adapters)
     with checkpoint(base) as source, checkpoint(out) as found:
         told = recorded(found.folder)
         how = arithmetic or told.arithmetic

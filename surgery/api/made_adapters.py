@@ -67,7 +67,10 @@ def extract(  # noqa: PLR0913  # three things and their options
 
     - `targets` are the ends of the names of the modules that are taken; by default all that changed.
     - `rest` is what becomes of other changes: "refuse", "save" them as whole modules of the adapter, or "drop" them.
-    - `ops` tells "embedding", "linear" or "conv1d" by the end of a module's name, where the names mislead.
+    - `ops` tells "embedding", "linear" or "conv1d" by the end of a module's name, where the names mislead; and of a
+      stack of experts whose family is not known "linear" for [experts, out, in], "conv1d" for [experts, in, out].
+    - Experts that are one parameter in memory are a site of `target_parameters`, with factors for each expert, of the
+      rank of the one that needs most.
 
     Raises UsageError, InputError for checkpoints of other names or shapes, OutputExistsError, EnvironmentFault.
 

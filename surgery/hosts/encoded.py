@@ -5,7 +5,7 @@ weight are its scales.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -115,6 +115,15 @@ class Encoded:
             del self.begun[change.site.name]
         values = named[site.name]
         return Packed({"weight": values[rows] if values.shape else values})
+
+
+def told_in_headers(changes: Iterable[Change], called: Callable[[str], str]) -> Mapping[str, str]:
+    """What headers of the output say of the weights that go into a form, as a model in memory calls them."""
+    held = [change for change in changes if change.into]
+    if not held:
+        return {}
+    codec, _ = FORMS[held[0].into]  # one for all
+    return codec.metadata({called(one.site.weight.name): (one.site.weight.shape, one.dtype) for one in held})
 
 
 def reheld(view: Merged, change: Change, packed: Packed) -> Packed:

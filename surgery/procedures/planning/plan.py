@@ -14,7 +14,7 @@ from surgery.core.source import TILE_ELEMENTS, Source
 from surgery.errors import ConfigError, InputError, printable
 from surgery.hosts.change import Change, Watch
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.encoded import Encoded, standing
+from surgery.hosts.encoded import Encoded, standing, told_in_headers
 from surgery.hosts.through import Through
 from surgery.procedures.planning.covering import cover, leave_plain
 from surgery.procedures.planning.draft import Draft
@@ -76,6 +76,10 @@ class Plan(Report):
     def written(self) -> dict[str, list[TensorInfo]]:
         """The weights that change, as their tensors stand in the output; those that keep their format aside."""
         return _written(self.changes)
+
+    def headers(self, base: Checkpoint) -> Mapping[str, str]:
+        """What those of the output say of the weights that go into a form."""
+        return told_in_headers(self.changes, base.called())
 
     def summary(self) -> str:
         """One line."""

@@ -88,7 +88,7 @@ def merge_checkpoint(
     refuse_overlap(out, [base.path, *(Path(one.adapter.where) for one in adapters)])
     plan, fallen = _settled(base, adapters, options)
     plan = plan.probed(options.probes)
-    layout = layout_like(base, plan.written(), options.max_shard_bytes)
+    layout = layout_like(base, plan.written(), plan.headers(base), options.max_shard_bytes)
     files = small_files(base, [Path(one.adapter.where) for one in adapters])
     key = _key(base, adapters, plan, layout, options)
     with Staging(out, overwrite=options.overwrite, key=key, resume=options.resume) as staging, ExitStack() as stack:
