@@ -55,8 +55,9 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     `matching` "strict" takes the dots of names as dots, globs such as "layers.*.q_proj", and regular expressions after
     "re:" in lists and keys of patterns; each entry has to match. "peft" matches as PEFT does, by default where the
     config is one of peft or lies in a file. With `quantization_aware` "nf4", "nf4-double", "fp4", "fp4-double", "int8",
-    "fp8_block", "w4a16", "w4a16-asym" or "nvfp4" its layers run, and it is trained, as they will once it is merged and
-    their weights are held so: the base's own scales are kept where it is held in that format already.
+    "fp8_block", "w4a16", "w4a16-asym", "w8a16", "w8a8", "fp8_dynamic", "nvfp4", "mxfp4a16", "torchao-int8" or
+    "torchao-fp8" its layers run, and it is trained, as they will once it is merged and their weights are held so: the
+    base's own scales are kept where it is held in that format already.
 
     `examples` are for `init_lora_weights` "eva", "corda" and "lora_ga": batches, each a tensor, several in a list or
     tuple, or keyword arguments, which are run through the base; for "lora_ga" also back, from the loss that the model
