@@ -88,19 +88,20 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     is "linear" or "conv1d"; `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
     Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
     bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales; "nf4",
-    "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w8a16", "w8a8", "fp8_dynamic", "nvfp4", "mxfp4a16",
-    "torchao-int8" or "torchao-fp8" all that transformers would quantize, of a plain base too, by new ones. Either raises CheckError where less than `min_retained` (0.5) of the adapters' change
-    is left of it, or what comes beside it is more than `max_noise` (1) of it; with `fallback` "16bit" those weights of
-    which that is so are written plainly instead.
+    "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w8a16", "w8a8", "fp8_dynamic", "nvfp4",
+    "mxfp4a16", "torchao-int8" or "torchao-fp8" all that transformers would quantize, of a plain base too, by new ones.
+    Either raises CheckError where less than `min_retained` (0.5) of the adapters' change is left of it, or what comes
+    beside it is more than `max_noise` (1) of it; with `fallback` "16bit" those weights of which that is so are written
+    plainly instead.
     `rounding` "feedback" looks for other codes than the nearest, where a LoRA looks at its inputs along few directions:
     more of its change is retained there, and more comes beside it elsewhere. `calibration`, a file or folder that
     `record_inputs` has written, says what inputs there are instead. `probes` seeded inputs, half of whose energy lies
     along these directions, or such as are recorded, tell the error of a weight's outputs, in proportion to the
     adapters' effect on them.
-    `base_as` names the form (one of those, or "w4a16-asym") in which the adapters were trained over this plain base: the
-    weights of their linear maps are merged as they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
-    `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, without or with its `safe_merge`, for LoRA without
-    DoRA, (IA)^3 and AdaLoRA; memory then grows with the largest weight. Raises ConfigError for others.
+    `base_as` names the form (one of those, or "w4a16-asym") in which the adapters were trained over this plain base:
+    the weights of their linear maps are merged as they read from it. `arithmetic` "peft" or "peft-safe" gives the bits
+    of PEFT 0.21.2's `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, without or with its `safe_merge`,
+    for LoRA without DoRA, (IA)^3 and AdaLoRA; memory then grows with the largest weight. Raises ConfigError for others.
     `mha_out_proj_scale` 1 or 2 says how often the delta of an attention layer's out_proj counts that a file holds;
     by default 2 up to its `peft_version` 0.21.2, with which such adapters were trained.
     A run that was cut short is gone on with, unless `resume` is false. `progress` is called with a Progress as
