@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import read_adapter
+from surgery.api.awareness import held_as
 from surgery.api.given import Where, calibrated
-from surgery.codecs.formats import format_of
 from surgery.errors import UsageError, printable
 from surgery.hosts.within import trainable_within, within
 from surgery.integrations import transformers as hugging
@@ -57,7 +57,8 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     config is one of peft or lies in a file. With `quantization_aware` "nf4", "nf4-double", "fp4", "fp4-double", "int8",
     "fp8_block", "w4a16", "w4a16-asym", "w8a16", "w8a8", "fp8_dynamic", "nvfp4", "mxfp4a16", "torchao-int8" or
     "torchao-fp8" its layers run, and it is trained, as they will once it is merged and their weights are held so: the
-    base's own scales are kept where it is held in that format already.
+    base's own scales are kept where it is held in that format already. With "keep" they will keep the codes that the
+    layers, or the files that the model was decoded from as it was loaded, are held in.
 
     `examples` are for `init_lora_weights` "eva", "corda" and "lora_ga": batches, each a tensor, several in a list or
     tuple, or keyword arguments, which are run through the base; for "lora_ga" also back, from the loss that the model
@@ -70,7 +71,6 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
-    form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
     if matching not in (None, "strict", "peft"):
         raise UsageError(f"matching is {printable(matching)!r}; strict or peft is wanted")
     as_peft = is_peft_s(config) if matching is None else matching == "peft"
@@ -80,7 +80,8 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
         raise UsageError("loss is given, and no examples; leave it out, or give examples")
     batches = None if examples is None else Examples(examples, loss=loss)
     wanted = hugging.with_default_targets(root, config_of(config), as_peft)
-    injection.inject(root, wanted, adapter_name, heads, trainable, form, as_peft, batches)
+    with held_as(quantization_aware, root) as held:
+        injection.inject(root, wanted, adapter_name, heads, trainable, held, as_peft, batches)
     hugging.attach(root)
     return model
 
@@ -100,10 +101,10 @@ def load(  # noqa: PLR0913  # a model, an adapter, and how it is laid over it
     are not. `mha_out_proj_scale` as in `merge_checkpoint`; what was chosen is a UserWarning where it matters.
     `quantization_aware` as in `inject`. Raises InputError unless every tensor of the adapter finds its place.
     """
-    form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
     adapter = read_adapter(locate(path), check_scale(mha_out_proj_scale))
     root = trainable_within(model) if trainable else within(model)
-    loading.lay(root, adapter, adapter_name, trainable, form, hugging.room_of(root))
+    with held_as(quantization_aware, root) as held:
+        loading.lay(root, adapter, adapter_name, trainable, held, hugging.room_of(root))
     hugging.attach(root)
     return model
 

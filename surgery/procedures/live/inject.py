@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from surgery.codecs.formats import Format
 from surgery.core.collector import collector_paused
 from surgery.core.config import AdapterConfig
 from surgery.core.entries import InPeftTerms, in_peft_terms
 from surgery.core.method import Dense
 from surgery.core.names import Endings, suffix_hits
 from surgery.core.select import kept_out, refuse_unmatched, saved_modules, select, unmatched
+from surgery.hosts.holding import Awareness
 from surgery.procedures.live.awareness import holdings
 from surgery.procedures.live.examples import Examples
 from surgery.procedures.live.fitting import Fitting, check_name, fit
@@ -34,7 +34,7 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
     adapter: str,
     output_heads: Callable[[], Collection[str]] = tuple,
     trainable: bool = True,
-    form: Format | None = None,
+    held: Awareness | None = None,
     as_peft: bool = False,
     examples: Examples | None = None,
 ) -> None:
@@ -48,14 +48,14 @@ def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it ru
     config.check_fresh()
     with stacked(root, config):
         tree = Tree(root)
-        fit(tree, adapter, _fresh(tree, config, output_heads, form, as_peft, examples), trainable)
+        fit(tree, adapter, _fresh(tree, config, output_heads, held, as_peft, examples), trainable)
 
 
 def _fresh(  # noqa: PLR0913, PLR0917  # as inject
     tree: Tree,
     config: AdapterConfig,
     output_heads: Callable[[], Collection[str]],
-    form: Format | None,
+    held: Awareness | None,
     as_peft: bool,
     examples: Examples | None,
 ) -> Fitting:
@@ -75,7 +75,7 @@ def _fresh(  # noqa: PLR0913, PLR0917  # as inject
     saved: Saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, list(tree.modules), as_peft))
     sites = with_heads(tree, with_tied_rows(tree, sites, saved), heads)
     saved = with_tied_copies(tree, config, sites, saved)
-    aware = {} if form is None else holdings(tree.modules, config, sites, form)
+    aware = {} if held is None else holdings(tree.modules, config, sites, held)
     biases = dict.fromkeys(trained_modules(tree, config, sites, saved))
     return Fitting(config, sites, saved, aware, biases, heads=heads)
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from surgery.adapters import out_proj
 from surgery.adapters.peft import check_shapes
-from surgery.codecs.formats import Format
 from surgery.core.adapter import Adapter
 from surgery.core.names import Endings, in_base, nearest, renaming
 from surgery.core.sharded import whole
 from surgery.errors import MatchError, printable
+from surgery.hosts.holding import Awareness
 from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
@@ -39,12 +39,13 @@ def lay(  # noqa: PLR0913, PLR0917  # an adapter, and how it is held and runs
     adapter: Adapter,
     adapter_name: str = DEFAULT,
     trainable: bool = False,
-    form: Format | None = None,
+    held: Awareness | None = None,
     room: int | None = None,
     weight: float = 1.0,
 ) -> None:
-    """Lay an adapter over the model, aware of `form` if any; every tensor finds its place, or nothing changes.
+    """Lay an adapter over the model; every tensor finds its place, or nothing changes.
 
+    With `held` it is aware of how weights will be held.
     With `room` others of ranks up to it can take its place by `refill`.
     """
     check_name(root, adapter_name)
@@ -53,8 +54,8 @@ def lay(  # noqa: PLR0913, PLR0917  # an adapter, and how it is held and runs
     with stacked(root, adapter.config):
         tree = Tree(root)
         fitting = fitting_of(tree, adapter)
-        if form is not None:
-            fitting = replace(fitting, aware=holdings(tree.modules, adapter.config, fitting.sites, form))
+        if held is not None:
+            fitting = replace(fitting, aware=holdings(tree.modules, adapter.config, fitting.sites, held))
         if room is not None:
             fitting = with_room(fitting, room, adapter)
         fit(tree, adapter_name, fitting if weight == 1 else fitting.weighted(weight), trainable)
