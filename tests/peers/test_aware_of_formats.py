@@ -108,19 +108,25 @@ def in_format(form: str, base: Path, folder: Path) -> Path:
     return folder / "held"
 
 
+def decoded(folder: Path, form: str) -> Any:
+    """As transformers loads it plainly; fp8 without a GPU unasked."""
+    asked = {} if form == "fp8_block" else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    return AutoModelForCausalLM.from_pretrained(folder, **asked)
+
+
 @pytest.mark.parametrize("use", [{}, {"use_dora": True}], ids=["lora", "dora"])
-@pytest.mark.parametrize("form", AS_THEY_COME + QUANTIZED)
+@pytest.mark.parametrize("form", [*AS_THEY_COME, *QUANTIZED, "fp8_block"])
 def test_over_a_decoded_base_it_runs_to_the_bit_as_the_merge_that_keeps_the_codes_of_its_files(
     form: str, use: dict[str, bool], base: Path, tmp_path: Path
 ) -> None:
-    held, asked = in_format(form, base, tmp_path), CompressedTensorsConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(held, quantization_config=asked)
+    held = in_format(form, base, tmp_path)
+    model = decoded(held, form)
     torch.manual_seed(1)
     config = surgery.LoraConfig(r=4, lora_alpha=64, target_modules=ALL, init_lora_weights=False, **use)
     surgery.inject(model, config, quantization_aware="keep")
     surgery.save(model, tmp_path / "adapter")
     surgery.merge_checkpoint(held, tmp_path / "adapter", tmp_path / "out", into="keep", **ANY)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=asked)
+    merged = decoded(tmp_path / "out", form)
     changed = 0
     for name, module in merged.named_modules():
         if name.endswith(tuple(ALL)):
@@ -129,7 +135,7 @@ def test_over_a_decoded_base_it_runs_to_the_bit_as_the_merge_that_keeps_the_code
             changed += not torch.equal(aware.base_layer.weight, module.weight)
     assert changed == 14
     assert torch.equal(outputs(merged), outputs(model))
-    again = AutoModelForCausalLM.from_pretrained(held, quantization_config=asked)
+    again = decoded(held, form)
     surgery.load(again, tmp_path / "adapter", quantization_aware="keep")
     assert torch.equal(outputs(again), outputs(model))
     surgery.inject(again, config, adapter_name="b", quantization_aware="keep")  # of the same files
