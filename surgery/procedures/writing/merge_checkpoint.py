@@ -138,18 +138,14 @@ class _Books:
 
     def told(self, part: FilePart) -> Any:
         largest = {name: value.hex() for name in part.order if (value := self.receipt.largest.get(name)) is not None}
-        survival = {
-            name: [one.hex() for one in self.receipt.survival[name]]
-            for name in part.order
-            if name in self.receipt.survival
-        }
+        survival = {name: self.receipt.survival[name].words() for name in part.order if name in self.receipt.survival}
         undo = None if self.undo is None else self.undo.files[part.name].told()
         return {"largest": largest, "survival": survival, "undo": undo}
 
     def take(self, part: str, told: Any) -> None:
         self.receipt.largest |= {name: float.fromhex(value) for name, value in told["largest"].items()}
         for name, sums in told["survival"].items():
-            self.receipt.survival[name] = Survival(*map(float.fromhex, sums))
+            self.receipt.survival[name] = Survival.read(sums)
         if self.undo is not None:
             self.undo.files[part].take(told["undo"])
 
