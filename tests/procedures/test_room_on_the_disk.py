@@ -9,11 +9,18 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from checkpoint_folders import factors, llama_base, write_adapter
+from checkpoint_folders import base_tensors, factors, llama_base, write_adapter, write_base
 from quantized_folders import SHAPES, SITES, quantized_base
+from safetensors.torch import load_file
 from torch import Tensor
 
 import surgery
+from surgery.adapters.peft import read_adapter
+from surgery.core.adapter import Weighted
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.io.staging import Staging
+from surgery.procedures.writing.filling import Pace
+from surgery.procedures.writing.merge_checkpoint import Options, merge_checkpoint
 
 
 class Usage(NamedTuple):
@@ -93,3 +100,29 @@ def test_packed_weights_that_a_record_keeps_are_counted(
     assert sum(one["kept"][1] for one in kept) > 0
     weights = size(out / "model.safetensors") + (base / "config.json").stat().st_size
     assert count == weights + nbytes(tensors) + sum(one["kept"][1] for one in kept)
+
+
+def test_a_run_that_goes_on_asks_for_what_is_still_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: Callable[[Callable[[], object]], int]
+) -> None:
+    """It lacks one file of two, and what the record keeps of that; the record's adapters are written at the end."""
+    base, out = write_base(tmp_path / "base", base_tensors(torch.bfloat16), 2, {}), tmp_path / "out"
+    tensors = factors() | {"lm_head.weight": torch.ones(11, 6)}
+    adapter = write_adapter(tmp_path / "adapter", tensors, modules_to_save=["lm_head"])
+    finish = Staging.finish
+
+    def cut(*given: object) -> None:
+        finish(*given)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    one_by_one = Options(reversible=True, pace=Pace(workers=1))
+    with monkeypatch.context() as patched, Checkpoint(base) as source:
+        patched.setattr(Staging, "finish", cut)
+        with pytest.raises(KeyboardInterrupt):
+            merge_checkpoint(source, [Weighted(read_adapter(adapter))], out, one_by_one)
+    done = {path.name for path in (tmp_path / ".out.surgery-staging").glob("*.safetensors")}
+    (lacking,) = [path for path in base.glob("*.safetensors") if path.name not in done]
+    count = needed(lambda: surgery.merge_checkpoint(base, adapter, out, reversible=True))
+    small = size(out / "config.json", base / "model.safetensors.index.json")
+    head = 11 * 6 * 2 if "lm_head.weight" in load_file(lacking) else 0
+    assert count == size(out / lacking.name) + small + nbytes(factors()) + head
