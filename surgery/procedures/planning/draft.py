@@ -41,6 +41,7 @@ class Draft:
         self.task_type: str | None = None  # of the adapter that brings them
         self.untied = False
         self.turned = False  # has a tied head the factors of its embedding?
+        self.tied: set[int] = set()  # adapters of which one layer changes all that a shared embedding is
         self.plain = False  # are weights written otherwise that config.json says are quantized?
         self.quantization: Mapping[str, Any] | None = None  # what config.json is to say of that instead
         self.namings: list[Naming] = []  # by adapter
@@ -60,6 +61,7 @@ class Draft:
             return
         joined = Joined(self.base, given, index, self.ops)
         self.refusals += joined.refusals
+        self.tied |= {index} if joined.stays_tied else set()
         self.namings.append(joined.naming)
         self.laid.append(given._replace(adapter=joined.adapter))
         self._names |= {*joined.adapter.sites, *(site.name for site, _ in joined.layers.values())}
@@ -77,6 +79,9 @@ class Draft:
         for entry in self.ops:
             if not any(suffix_hits((entry,), name) for name in self._names):
                 raise UsageError(f"--op {printable(entry)}: no site of the adapters has this name; name another")
+        if self.tied:
+            self.turned = True
+            self.notes.append("the shared embedding changes once, and the modules that it is stay tied to it")
         if self.tying is not None:
             self._settle_tie(self.tying, tied)
         else:
@@ -164,6 +169,8 @@ class Draft:
             del self.changes[head]
             self.turned = True
             self.notes.append(f"{head}: it has the factors of {printable(tying.embedding.name)}, and stays tied to it")
+            return
+        if h is None and e is not None and e.layers and {one.adapter for one in e.layers} <= self.tied:
             return
         if h is not None and not h.layers and _same(h.saved, self._embedding(tying, e)):
             del self.changes[head]
