@@ -130,6 +130,18 @@ def test_a_merge_changes_it_once_live_and_on_files_and_is_undone(name: str, tmp_
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (tmp_path / "base" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["t5", "t5's encoder", "bart"])
+def test_copies_of_the_base_s_own_that_peft_saves_say_nothing(name: str, tmp_path: Path) -> None:
+    surgery.save(trained(name), tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(made(name), tmp_path / "ours").eval()
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    assert any(one.endswith("shared.base_layer.weight") for one in load_file(tmp_path / "theirs" / ADAPTER))
+    made(name).save_pretrained(tmp_path / "base")
+    for one in ("ours", "theirs"):
+        surgery.merge_checkpoint(tmp_path / "base", tmp_path / one, tmp_path / f"{one} merged")
+    assert hashes(tmp_path / "theirs merged" / WEIGHTS) == hashes(tmp_path / "ours merged" / WEIGHTS)
+
+
 @pytest.mark.parametrize("name", ["t5", "t5 without the scale", "mbart"])
 def test_files_that_hold_each_name_or_some_are_merged_to_the_same_model(name: str, tmp_path: Path) -> None:
     ours = trained(name)

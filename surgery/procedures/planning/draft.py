@@ -170,13 +170,13 @@ class Draft:
             self.turned = True
             self.notes.append(f"{head}: it has the factors of {printable(tying.embedding.name)}, and stays tied to it")
             return
-        if h is None and e is not None and e.layers and {one.adapter for one in e.layers} <= self.tied:
-            return
         if h is not None and not h.layers and _same(h.saved, self._embedding(tying, e)):
             del self.changes[head]
             h = None
             if e is None or not e.layers:
                 return
+        if h is None and e is not None and e.layers and {one.adapter for one in e.layers} <= self.tied:
+            return
         if h is None and (e is None or (not e.layers and tying.embedding.name in self._begun)):
             return  # the embedding is the base's, or has only grown
         if h is None and e is not None and _of_rows(e):
