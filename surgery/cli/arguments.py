@@ -73,7 +73,8 @@ compute_dtype = click.option(
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="What the weights of a quantized base are decoded to. By default what it computes in.",
 )
-forms = ["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym", "nvfp4"]
+forms = ["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym", "w8a16", "w8a8"]
+forms += ["fp8_dynamic", "nvfp4", "mxfp4a16", "torchao-int8", "torchao-fp8"]
 into = click.option(
     "--into",
     type=click.Choice(["16bit", "keep", *(form for form in forms if form != "w4a16-asym")]),

@@ -91,7 +91,7 @@ class FileUndo:
         if tile.steps is None or tile.original is None or _is_kept(tile.change):
             self.recorder = None
         elif self.recorder is not None:
-            self.recorder.add(tile.original, tile.merged, tile.steps)
+            self.recorder.add(tile.original, tile.merged, tile.steps, tile.near_ties)
         if tile.last:
             if _held_in(self.base, tile.change):
                 self._end(tile.change)
