@@ -24,7 +24,8 @@ FACTOR = 8
 # effect, with twice by all of it, left out by all of it; a quarter is none of these.
 MARGIN = 4
 # The part of an adapter's effect that exact arithmetic leaves open in any dtype: A and B lie on grids whose half
-# step is 2^-23 of a row's or column's largest, and most elements are several times smaller than that.
+# step is at most 2^-22 of a row's or column's largest; a sum of r such errors is about 2^-21 of the delta. A model may
+# make more of it: procedures/checking/exactly.py tells what.
 GRAIN = 2.0**-20
 
 
@@ -69,8 +70,16 @@ class Agreements:
             return f"{wrong.name}: {wrong.why}"
         if not self.outputs:
             return "there is no output to compare"
+        return "the adapter changes no output at all" if self._changes_nothing() else ""
+
+    @property
+    def stands_out(self) -> bool:
+        """Does the adapter, if one is known of, change some output, and each so much that the error does not matter?"""
+        return not self._changes_nothing() and not any(_too_faint(one.found, one.effect) for one in self.outputs)
+
+    def _changes_nothing(self) -> bool:
         effects = [one.effect for one in self.outputs if one.effect is not None]
-        return "the adapter changes no output at all" if effects and max(effects) == 0 else ""
+        return bool(effects) and max(effects) == 0
 
     def table(self) -> str:
         """The figures, in columns."""

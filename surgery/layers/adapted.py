@@ -20,6 +20,9 @@ from surgery.layers.mixed import Mixed, Rows
 from surgery.layers.running import Below, Fitted, Over, Swappable
 from surgery.layers.slot import Slot
 
+Effective = Callable[[Dense, Product], Dense]  # what the running adapters make of a weight, by products of some kind
+Laying = Callable[[Dense, Effective], Dense]
+
 
 class Adapted(Bare):
     """Runs `base_layer` with the active adapters in their order; `weight` and `bias` are the effective ones.
@@ -38,6 +41,7 @@ class Adapted(Bare):
     beneath: nn.Module | None = None  # the layer that `base_layer` stands in for, while it is merged
     running: tuple[Fitted | Mixed, ...] = ()
     aware: Holding | None = None  # in what format the effective weight is held, if a running adapter asks for one
+    laying: Laying | None = None  # how its effective weight is made, where it is to run on that whatever its op
     decode: Callable[[nn.Module], Tensor] | None = None  # of a base layer that holds its weight otherwise than plainly
 
     def __init__(self, base_layer: nn.Module, site: Site, decode: Callable[[nn.Module], Tensor] | None = None) -> None:
@@ -108,9 +112,11 @@ class Adapted(Bare):
         base_layer: Any = self._modules["base_layer"]
         if not self.running:
             return base_layer(*given, **kwargs) if self.beneath is None else self._run_stand_in(*given, **kwargs)
-        if self.op.roles:  # its weights are read, and nothing else could be put in the way
+        if self.op.roles or self.laying is not None:  # its weights are read, and nothing else could be put in the way
             return functional_call(base_layer, self._read_weights(), given, kwargs)
         if not given:  # a layer's input may be named
+            if not kwargs:
+                return base_layer()  # which says what is missing
             given = (kwargs.pop(next(iter(kwargs))),)
         if self.aware is not None:
             return self._run_held(given[0])
@@ -125,7 +131,8 @@ class Adapted(Bare):
         """What the base layer reads in place of its own, by its names."""
         if self.op.alone:
             return {f"{'base_layer.' * (self.depth - 1)}{self.parameter}": self._weight()}
-        weights = {own: getattr(self, role) for role, own in self.op.roles.items()}
+        roles = self.op.roles or {"weight": "weight", "bias": "bias"}
+        weights = {own: getattr(self, role) for role, own in roles.items()}
         return {own: values for own, values in weights.items() if values is not None}
 
     @property
@@ -161,6 +168,10 @@ class Adapted(Bare):
                 p = one.method.told(p, sum_rows(one.method.terms(base.weight, p, WHOLE, product)))
             dense = one.method.merge(dense, p, WHOLE, product)
         return dense
+
+    def _laid(self) -> Dense:
+        base = self.dense()
+        return self._effective(base, float_product) if self.laying is None else self.laying(base, self._effective)
 
     def _run_stand_in(self, input: Tensor) -> Tensor:
         """The layer that stands in, in whatever dtype the model's own takes."""
@@ -202,7 +213,7 @@ class Adapted(Bare):
         held: Tensor | None = base._parameters.get(self.op.roles.get("bias", "bias"))
         if held is None or not any(one.method.for_bias() for one in self.running):
             return held
-        bias = (self._effective(self.dense(), float_product) if self.aware is None else self._held()).bias
+        bias = (self._laid() if self.aware is None else self._held()).bias
         return None if bias is None else bias.to(held.dtype)
 
     def _weight(self) -> Tensor:
@@ -210,8 +221,8 @@ class Adapted(Bare):
             return self.base_weight
         if self.aware is not None:
             return self._held().weight
-        base, held = self.dense(), self._stored()
-        return self.op.stored(self._effective(base, float_product).weight).to(held.dtype).view(held.shape)
+        held = self._stored()
+        return self.op.stored(self._laid().weight).to(held.dtype).view(held.shape)
 
     def _beside(self, name: str) -> Tensor:
         """A parameter of the module, of which it adapts one."""

@@ -187,6 +187,13 @@ def test_an_error_as_large_as_a_part_of_the_effect_does_not_agree() -> None:
         assert ("whole effect" in report.why) == (not ok)
 
 
+def test_an_effect_stands_out_where_no_error_is_as_large_as_a_part_of_it() -> None:
+    assert judged(off_by(1e-4), base=off_by(1e-3)).stands_out
+    assert judged(off_by(1e-4)).stands_out  # of no adapter that is known
+    assert not judged(off_by(1e-3), base=off_by(1e-3)).stands_out
+    assert not judged(logits(), base=logits()).stands_out
+
+
 def test_the_table_and_the_json_hold_all_figures() -> None:
     report = judged(off_by(1e-3), base=off_by(0.5))
     head, line = report.table().splitlines()

@@ -3,24 +3,28 @@
 Both run in float64, so that what parts them is the merge; the noise floor is that of the merged model's own dtype.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
 
 from surgery.core.adapter import Weighted
 from surgery.core.agreement import Agreements, Outputs, compare, floors
-from surgery.errors import CheckError, InputError, UsageError, printable
-from surgery.hosts.checkpoint import INDEX, SINGLE, Checkpoint
+from surgery.core.distance import Distance
+from surgery.errors import CheckError, InputError, UsageError, ValueRangeError, printable
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.packing import quantization_of
 from surgery.hosts.tree import adapted_layers
 from surgery.integrations.transformers.example_inputs import arguments, example_inputs
 from surgery.integrations.transformers.loading import Wanted, class_of, read_model
 from surgery.integrations.transformers.quiet import quiet
 from surgery.io.hub import Located
-from surgery.procedures.checking.outputs import Given, Inputs, mask_of, narrow_run, run, widened
+from surgery.io.weight_files import INDEX, SINGLE
+from surgery.procedures.checking.exactly import as_merged
+from surgery.procedures.checking.outputs import Given, Inputs, mask_of, narrow_run, own_dtype, run, widened
 from surgery.procedures.live.fitting import fit
 from surgery.procedures.live.load import fitting_of
 from surgery.procedures.live.switch import disable_adapters, set_adapter
@@ -34,6 +38,10 @@ Run = TypeVar("Run")
 # all-MiniLM-L6-v2, by us and by peft, lie within 0.5 floors in float32 and bfloat16. Of an adapter whose effect is 5%
 # of the outputs, two of 12 sites were left out in turn: both lie 15,000 floors off and more in float32; in bfloat16
 # one lies 5 off, and the other shows at its own layer alone.
+# What the grid of exact merges does is more than rounding does where an adapter dwarfs its base, and a model whose
+# attention is saturated makes more of either than of another noise; but both are known of an exact merge, so that
+# nothing is allowed for them: of 48 right merges into tiny models by LoRA and DoRA, alpha from 4 to 4096, 4 lie 5 to 17
+# floors off what is ideal.
 _FACTOR = 4
 
 
@@ -44,6 +52,14 @@ class Adapted(NamedTuple):
     true: Given
     base: Outputs
     paths: Collection[str]
+
+
+class Merged(NamedTuple):
+    """What the merged model gives in float64, the noise floors of its dtype, and which that is."""
+
+    found: Outputs
+    floor: Mapping[str, Distance]
+    dtype: torch.dtype
 
 
 def agreements(
@@ -58,20 +74,44 @@ def agreements(
         kind = class_of(transformers, _folder(out), adapters[0].adapter)
         known = _run_adapted(base, adapters, kind, inputs, layers)
         rows = mask_of(known.given)
-        merged = _loaded(out, kind, adapters=())
-        narrow, part = _tried(merged, known.given, lambda: narrow_run(merged, known.given, known.paths))
-        found = run(merged.double(), widened(known.given), known.paths).outputs
-    floor = {name: one.scaled(part) for name, one in floors(narrow, found, rows).items()}
-    both = {name: values for name, values in known.true.outputs.items() if name in found or name[:6] != "layer "}
-    told = compare(both, found, floor, known.base, rows, _FACTOR)
+        merged = _run_merged(out, kind, known)
+        true: Outputs = {
+            name: one for name, one in known.true.outputs.items() if name in merged.found or name[:6] != "layer "
+        }
+        told = compare(true, merged.found, merged.floor, known.base, rows, _FACTOR)
+        if not told.ok and told.stands_out:  # seldom, so that the two runs more are not always made
+            true = _as_merged(true, _adapted(base, adapters, kind), known, merged.dtype)
+            told = compare(true, merged.found, merged.floor, known.base, rows, _FACTOR)
     return replace(told, left_out=known.true.left_out)
+
+
+def _run_merged(out: Checkpoint, kind: Any, known: Adapted) -> Merged:
+    model = _loaded(out, kind, adapters=())
+    dtype = own_dtype(model, known.given)
+    narrow, part = _tried(model, known.given, lambda: narrow_run(model, known.given, known.paths))
+    found = run(model.double(), widened(known.given), known.paths).outputs
+    floor = floors(narrow, found, mask_of(known.given))
+    return Merged(found, {name: one.scaled(part) for name, one in floor.items()}, dtype)
+
+
+def _as_merged(true: Outputs, model: nn.Module, known: Adapted, dtype: torch.dtype) -> Outputs:
+    """What is right of an exact merge; of factors that have none, `true` itself."""
+    try:
+        return as_merged(true, model.double(), widened(known.given), dtype, known.paths)
+    except ValueRangeError:
+        return true
+
+
+def _adapted(base: Checkpoint, adapters: Sequence[Weighted], kind: Any) -> nn.Module:
+    model = _loaded(base, kind, adapters)
+    _lay(model, adapters)
+    return model
 
 
 def _run_adapted(
     base: Checkpoint, adapters: Sequence[Weighted], kind: Any, inputs: Inputs | None, layers: bool
 ) -> Adapted:
-    model = _loaded(base, kind, adapters)
-    _lay(model, adapters)
+    model = _adapted(base, adapters, kind)
     given = example_inputs(model) if inputs is None else inputs
     model.double()
     paths = tuple(adapted_layers(model)) if layers else ()

@@ -36,7 +36,10 @@ _OPS = (*LAYOUTS, "embedding")
 
 @dataclass(frozen=True, repr=False)
 class ExtractReport(FidelityReport):
-    """What was written, and how far it is from the tuned weights."""
+    """What was written, and how far it is from the tuned weights: `relative_error` in all, `sites` one by one.
+
+    `saved` are the modules that are in it whole, `dropped` those whose changes it has not.
+    """
 
     saved: Sequence[str] = field(default=())  # modules that are in the adapter whole
     dropped: Sequence[str] = field(default=())  # modules that changed and are left out
