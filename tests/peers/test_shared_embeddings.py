@@ -155,7 +155,7 @@ def test_files_that_hold_each_name_or_some_are_merged_to_the_same_model(name: st
         save_file(once | {one: once[own].clone() for one in kept}, base / WEIGHTS, {"format": "pt"})
         out = tmp_path / f"{len(kept)} {kept[-1]}"
         if kept == names[:-1]:  # the head alone is absent, and two embeddings may be what it is
-            with pytest.raises(surgery.MatchError, match="lm_head is not in the base"):
+            with pytest.raises(surgery.MatchError, match=r"lm_head: it is tied to (model\.)?shared\.weight"):
                 surgery.merge_checkpoint(base, tmp_path / "adapter", out)
             continue
         surgery.merge_checkpoint(base, tmp_path / "adapter", out)

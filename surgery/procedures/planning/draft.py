@@ -78,6 +78,7 @@ class Draft:
             if not any(suffix_hits((entry,), name) for name in self._names):
                 raise UsageError(f"--op {printable(entry)}: no site of the adapters has this name; name another")
         if self.tied:
+            self.turned = True
             self.notes.append("the shared embedding changes once, and the modules that it is stay tied to it")
         self._settle_ties(untie=tied == "untie")
         self._check_vocabulary()
@@ -103,7 +104,7 @@ class Draft:
 
     def follow(self, arithmetic: Arithmetic) -> None:
         """All layers are merged by this arithmetic. ConfigError for one that it does not know."""
-        if (self.turned or self.tied) and arithmetic != "exact":
+        if self.turned and arithmetic != "exact":
             raise unlike_peft(HEAD)
         laid = {name: change for name, change in self.changes.items() if change.layers and arithmetic != "exact"}
         for name, change in laid.items():
@@ -165,9 +166,8 @@ class Draft:
 
     def _tied(self, tying: Tying) -> Tied:
         embedding, head = tying.embedding.name, tying.head.weight.name
-        e, h = self.changes.get(embedding), self.changes.get(head)
-        once = e is not None and {one.adapter for one in e.layers} <= self.tied
-        return Tied(self.base, tying, e, h, resized=embedding in self._begun, once=once)
+        changes = self.changes.get(embedding), self.changes.get(head)
+        return Tied(self.base, tying, *changes, resized=embedding in self._begun, shared=self.tied)
 
     def _take(self, tying: Tying, settled: Settled) -> None:
         head = tying.head.weight.name
@@ -175,7 +175,7 @@ class Draft:
             self.changes.pop(head, None)
         else:
             self.changes[head] = settled.head
-        self.untied, self.turned = settled.untied, settled.turned
+        self.untied, self.turned = settled.untied, self.turned or settled.turned
         self.refusals += [] if settled.refusal is None else [settled.refusal]
         self.notes += [settled.note] if settled.note else []
 

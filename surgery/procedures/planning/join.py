@@ -15,7 +15,7 @@ from surgery.procedures.places.experts import laid_on
 from surgery.procedures.places.op_choice import OpChoice
 from surgery.procedures.places.rows import refuse_missing
 from surgery.procedures.places.shared_embedding import Shared, laid_on_all, shared_of
-from surgery.procedures.places.tying import tying_of
+from surgery.procedures.places.tying import tying_of, why_absent
 from surgery.procedures.planning.wholes import EXPLAINED, Wholes
 
 
@@ -146,5 +146,8 @@ class Joined:
         told = f"{printable(self.adapter.where)}: {printable(name)} is not in the base"
         if len(self.refusals) >= EXPLAINED:
             return told
+        tied = why_absent(self.base, f"{in_base(name)}.weight")
+        if tied:
+            return f"{printable(self.adapter.where)}: {printable(name)}: {tied}"
         close = ", ".join(printable(other) for other in nearest(name, self.known))
         return f"{told}; nearest there: {close}; is this the adapter's base?"
