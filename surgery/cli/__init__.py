@@ -46,8 +46,10 @@ def surgery(debug: bool) -> None:
     BASE and ADAPTER are a folder, a file, or owner/name[@revision] on the Hugging Face Hub.
     """
     del debug  # read in main, which sees the errors
+    from surgery.core.collector import collect_seldom
     from surgery.io.memory import keep_freed_memory, require_room_for_torch
 
+    collect_seldom()
     require_room_for_torch()
     keep_freed_memory()
 
