@@ -69,7 +69,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     """
     derivation: dict[str, object] = {"ops": ops, "compute_dtype": compute_dtype, "base_as": base_as}
     derivation |= {"arithmetic": arithmetic, "mha_out_proj_scale": mha_out_proj_scale, "calibration": calibration}
-    derivation |= {"probes": probes}
+    derivation |= {"probes": check_probes(probes)}
     _check_outputs(outputs, layers or inputs is not None, base_as)
     if out is None or adapters is None:
         _check_alone(out is None and adapters is None, outputs, [name for name, given in derivation.items() if given])
@@ -80,10 +80,10 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
         how = arithmetic or told.arithmetic
         treatment = Treatment.of(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=how)
         treatment = replace(treatment, rounding=told.rounding)
-        given = weighted(adapters, mha_out_proj_scale or told.mha_out_proj_scale)
+        given = weighted(adapters, told.mha_out_proj_scale if mha_out_proj_scale is None else mha_out_proj_scale)
         with calibrated(treatment, calibration) as treatment:
             told.require_calibration(treatment)
-            report = verifying.verify_checkpoint(source, given, found, treatment, probes=check_probes(probes))
+            report = verifying.verify_checkpoint(source, given, found, treatment, probes=probes)
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import read_adapter
+from surgery.api.awareness import held_as
 from surgery.api.given import Where, calibrated
-from surgery.codecs.formats import format_of
 from surgery.errors import UsageError, printable
 from surgery.hosts.within import trainable_within, within
 from surgery.integrations import transformers as hugging
@@ -55,7 +55,8 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
 
     With `quantization_aware` "nf4" or another format of `merge_checkpoint`, its layers run, and it is trained, as they
     will once it is merged and their weights are held so: the base's own scales are kept where it is held in that format
-    already.
+    already. With "keep" they will keep the codes that the layers are held in, or the files that the model was decoded
+    from as it was loaded.
 
     `examples` are for `init_lora_weights` "eva", "corda" and "lora_ga": batches, each a tensor, several in a list or
     tuple, or keyword arguments, which are run through the base; for "lora_ga" also back, from the loss that the model
@@ -68,7 +69,6 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
-    form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
     if matching not in (None, "strict", "peft"):
         raise UsageError(f"matching is {printable(matching)!r}; strict or peft is wanted")
     as_peft = is_peft_s(config) if matching is None else matching == "peft"
@@ -78,8 +78,8 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
         raise UsageError("loss is given, and no examples; leave it out, or give examples")
     batches = None if examples is None else Examples(examples, loss=loss)
     wanted = hugging.with_default_targets(root, config_of(config), as_peft)
-    start = injection.Start(heads, as_peft, form, batches)
-    injection.inject(root, wanted, adapter_name, start, trainable)
+    with held_as(quantization_aware, root) as held:
+        injection.inject(root, wanted, adapter_name, injection.Start(heads, as_peft, held, batches), trainable)
     hugging.attach(root)
     return model
 
@@ -107,10 +107,10 @@ def load(  # noqa: PLR0913  # a model, an adapter, and how it is laid over it
     ...     surgery.save(model, folder)
     ...     model = surgery.load(model, folder, adapter_name="again")
     """
-    form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
     adapter = read_adapter(locate(path), check_scale(mha_out_proj_scale))
     root = trainable_within(model) if trainable else within(model)
-    loading.lay(root, adapter, adapter_name, trainable, loading.LayOptions(form, hugging.room_of(root)))
+    with held_as(quantization_aware, root) as held:
+        loading.lay(root, adapter, adapter_name, trainable, loading.LayOptions(held, hugging.room_of(root)))
     hugging.attach(root)
     return model
 

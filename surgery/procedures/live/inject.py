@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from surgery.codecs.formats import Format
 from surgery.core.collector import collector_paused
 from surgery.core.config import AdapterConfig
 from surgery.core.entries import InPeftTerms, in_peft_terms
 from surgery.core.method import Dense
 from surgery.core.names import Endings, suffix_hits
 from surgery.core.select import kept_out, refuse_unmatched, saved_modules, select, unmatched
+from surgery.hosts.holding import Awareness
 from surgery.procedures.live.awareness import holdings
 from surgery.procedures.live.examples import Examples
 from surgery.procedures.live.fitting import Fitting, check_name, fit
@@ -33,7 +33,7 @@ class Start:
 
     output_heads: Callable[[], Collection[str]] = tuple  # finds what "all-linear" leaves out
     as_peft: bool = False  # by PEFT's own rules, by which an entry that hits nothing is none
-    form: Format | None = None  # it runs as it will once it is merged and held so
+    held: Awareness | None = None  # it runs as it will once it is merged and held so
     examples: Examples | None = None
 
 
@@ -69,7 +69,7 @@ def _fresh(tree: Tree, config: AdapterConfig, start: Start) -> Fitting:
     )
     sites = with_heads(tree, with_tied_rows(tree, sites, saved), heads)
     saved = with_tied_copies(tree, config, sites, saved)
-    aware = {} if start.form is None else holdings(tree.modules, config, sites, start.form)
+    aware = {} if start.held is None else holdings(tree.modules, config, sites, start.held)
     biases = dict.fromkeys(trained_modules(tree, config, sites, saved))
     return Fitting(config, sites, saved, aware, biases, heads=heads)
 

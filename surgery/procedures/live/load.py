@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from surgery.adapters import out_proj
 from surgery.adapters.peft import check_shapes
-from surgery.codecs.formats import Format
 from surgery.core.adapter import Adapter
 from surgery.core.names import Endings, in_base, nearest, renaming
 from surgery.core.sharded import whole
 from surgery.errors import MatchError, printable
+from surgery.hosts.holding import Awareness
 from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
@@ -38,7 +38,7 @@ _HASHED = 4  # weights of a model that are compared with those that an adapter w
 class LayOptions:
     """How an adapter is held, and how it runs."""
 
-    form: Format | None = None  # of which it is aware
+    held: Awareness | None = None  # how weights will be held, of which it is aware
     room: int | None = None  # others of ranks up to it can take its place by `refill`
     weight: float = 1.0
 
@@ -58,8 +58,8 @@ def lay(
     with stacked(root, adapter.config):
         tree = Tree(root)
         fitting = fitting_of(tree, adapter)
-        if how.form is not None:
-            fitting = replace(fitting, aware=holdings(tree.modules, adapter.config, fitting.sites, how.form))
+        if how.held is not None:
+            fitting = replace(fitting, aware=holdings(tree.modules, adapter.config, fitting.sites, how.held))
         if how.room is not None:
             fitting = with_room(fitting, how.room, adapter)
         fit(tree, adapter_name, fitting if how.weight == 1 else fitting.weighted(how.weight), trainable)
