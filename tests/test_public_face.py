@@ -4,6 +4,8 @@ import resource
 import subprocess
 import sys
 from importlib.metadata import version
+from inspect import signature
+from pydoc import plaintext, render_doc
 
 import torch
 
@@ -14,6 +16,12 @@ from surgery.cli import surgery as command
 def test_all_is_sorted_and_every_name_is_there_and_documented() -> None:
     assert surgery.__all__ == sorted(surgery.__all__)
     assert all(getattr(surgery, name).__doc__ for name in surgery.__all__)
+
+
+def test_help_of_a_config_shows_its_own_fields() -> None:
+    assert list(signature(surgery.Ia3Config).parameters)[-2:] == ["fan_in_fan_out", "init_ia3_weights"]
+    assert signature(surgery.LoraConfig).parameters["lora_alpha"].default == 8
+    assert "lora_alpha: float = 8" in render_doc(surgery.LoraConfig, renderer=plaintext).split("Method resolution")[0]
 
 
 def test_import_takes_no_torch_until_a_name_is_used() -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from surgery.api.given import Adapters, Where, checkpoint, weighted
+from surgery.api.given import Adapters, Where, checkpoint, refuse_swapped, weighted
 from surgery.core.adapter import Weighted
 from surgery.errors import UsageError
 from surgery.formats.onnx.example import Example, example_of
@@ -104,6 +104,7 @@ def _of_model(model: nn.Module, inputs: Any, axes: Any, asked: _Asked) -> Export
 
 
 def _of_files(where: Where, adapters: Adapters, max_memory: int | None, asked: _Asked) -> ExportReport:
+    refuse_swapped(where, adapters)
     with checkpoint(where) as source:
         found = weighted(adapters)
         if asked.swappable:

@@ -8,7 +8,7 @@ from typing import Unpack
 import torch
 from torch import nn
 
-from surgery.api.given import Adapters, Where, calibrated, checkpoint, merged_folder, weighted
+from surgery.api.given import Adapters, Where, calibrated, checkpoint, merged_folder, refuse_swapped, weighted
 from surgery.errors import UsageError
 from surgery.hosts.layout import bytes_of
 from surgery.hosts.within import within
@@ -32,7 +32,8 @@ from surgery.procedures.writing.filling import OnProgress, Pace
 def inspect(model: nn.Module | Where, *, sha256: bool = False) -> inspection.Inspection:
     """The sites of a model, in memory or from the headers of its files, or the tensors of an adapter.
 
-    `sha256` asks for the hash that `expect_base_sha256` takes, for which all of the model's files are read.
+    `model` is a module, a folder, a file, or owner/name[@revision] on the Hub. `sha256` asks for the hash that
+    `expect_base_sha256` takes, for which all of the model's files are read. Raises InputError where neither lies.
 
     >>> import surgery, torch
     >>> [(row.name, row.op, row.shape) for row in surgery.inspect(torch.nn.Sequential(torch.nn.Linear(4, 2))).rows]
@@ -52,10 +53,22 @@ def plan(
 ) -> planning.Plan:
     """What a merge with these options would do, and all that stands against it. Writes nothing.
 
-    `treatment` as in `merge_checkpoint`: `dtype`, `tied`, `ops`, `compute_dtype`, `into`, `fallback`, `rounding`,
-    `base_as` and `arithmetic`. Which weights fall back is known of a merge alone.
+    It reads the headers of `base`, and the adapters. `treatment` as in `merge_checkpoint`: `dtype`, `tied`, `ops`,
+    `compute_dtype`, `into`, `fallback`, `rounding`, `base_as` and `arithmetic`. Which weights fall back is known of a
+    merge alone. Raises UsageError, and InputError for what cannot be read; what a merge would refuse is in `refusals`.
+
+    >>> import surgery, tempfile, torch
+    >>> from safetensors.torch import save_file
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file(model.state_dict(), f"{folder}/base.safetensors")
+    ...     surgery.save(surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"])), f"{folder}/adapter")
+    ...     plan = surgery.plan(f"{folder}/base.safetensors", f"{folder}/adapter")
+    >>> plan.ok, len(plan.changes), plan.tensors
+    (True, 1, 2)
     """
     wanted = Treatment.of(**treatment)
+    refuse_swapped(base, adapters)
     with checkpoint(base) as source:
         return planning.make_plan(source, weighted(adapters, mha_out_proj_scale), wanted)
 
@@ -83,30 +96,60 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
 ) -> merging.MergeReport:
     """Merge adapters over `base` into the new folder `out`, streaming; complete, or `out` stays as it is.
 
-    `reversible` writes what `unmerge_checkpoint` needs; `dtype` casts all floats; `tied` "untie" writes a tied
-    head apart where an adapter changes it or the embedding; `ops` says by the end of a name whether a square weight
-    is "linear" or "conv1d"; `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
+    `base` and adapters are folders, files, or owner/name[@revision] on the Hub. `adapters` is one, a pair of one and
+    its weight, or a list of such, laid over one another in their order.
+
+    What is written:
+
+    - `dtype` casts all floats. `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
+    - `tied` "untie" writes a tied head apart where an adapter changes it or the embedding; "refuse" is the default.
+    - `reversible` adds what `unmerge_checkpoint` needs.
+    - `push_to_hub` names a repository that OUT is then uploaded to, as the function of that name does.
+
+    How the base and the adapters are read:
+
+    - `ops` says by the end of a name whether a square weight is "linear" or "conv1d".
+    - `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym",
+      "nvfp4") in which the adapters were trained over this plain base: the weights of their linear maps are merged as
+      they read from it.
+    - `mha_out_proj_scale` 1 or 2 says how often the delta of an attention layer's out_proj counts that a file holds;
+      by default 2 up to its `peft_version` 0.21.2, with which such adapters were trained.
+    - `expect_base_sha256` and `expect_adapter_sha256` refuse others; receipts and `inspect` tell the hashes.
+
     Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
-    bits unless the base has no dtype of 16 bits. `into` "keep" holds them as the base does, by its own scales; "nf4",
-    "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16" or "nvfp4" all that transformers would quantize, of
-    a plain base too, by new ones. Either raises CheckError where less than `min_retained` (0.5) of the adapters' change
-    is left of it, or what comes beside it is more than `max_noise` (1) of it; with `fallback` "16bit" those weights of
-    which that is so are written plainly instead.
-    `rounding` "feedback" looks for other codes than the nearest, where a LoRA looks at its inputs along few directions:
-    more of its change is retained there, and more comes beside it elsewhere. `calibration`, a file or folder that
-    `record_inputs` has written, says what inputs there are instead. `probes` seeded inputs, half of whose energy lies
-    along these directions, or such as are recorded, tell the error of a weight's outputs, in proportion to the
-    adapters' effect on them.
-    `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym",
-    "nvfp4") in which the adapters were trained over this plain base: the weights of their linear maps are merged as
-    they read from it. `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
+    bits unless the base has no dtype of 16 bits.
+
+    - `into` "keep" holds them as the base does, by its own scales. "nf4", "nf4-double", "fp4", "fp4-double", "int8",
+      "fp8_block", "w4a16" or "nvfp4" holds all that transformers would quantize, of a plain base too, by new ones.
+    - Either raises CheckError where less than `min_retained` (0.5) of the adapters' change is left of it, or what comes
+      beside it is more than `max_noise` (1) of it. With `fallback` "16bit" such weights are written plainly instead.
+    - `rounding` "feedback" looks for other codes than the nearest, where a LoRA looks at its inputs along few
+      directions: more of its change is retained there, and more comes beside it elsewhere. `calibration`, a file or
+      folder that `record_inputs` has written, says what inputs there are instead.
+    - `probes` is a number of seeded inputs, half of whose energy lies along these directions, or such as are recorded:
+      they tell the error of a weight's outputs, in proportion to the adapters' effect on them.
+
+    `arithmetic` "peft" or "peft-safe" gives the bits of PEFT 0.21.2's
     `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, without or with its `safe_merge`, for LoRA without
     DoRA, (IA)^3 and AdaLoRA; memory then grows with the largest weight. Raises ConfigError for others.
-    `mha_out_proj_scale` 1 or 2 says how often the delta of an attention layer's out_proj counts that a file holds;
-    by default 2 up to its `peft_version` 0.21.2, with which such adapters were trained.
+
     A run that was cut short is gone on with, unless `resume` is false. `progress` is called with a Progress as
-    bytes are written, one call at a time. The expected hashes are those that the receipt and `inspect` tell.
-    `push_to_hub` names a repository that OUT is then uploaded to, as the function of that name does.
+    bytes are written, one call at a time. Raises UsageError, InputError for what is refused, OutputExistsError,
+    EnvironmentFault.
+
+    >>> import surgery, tempfile, torch
+    >>> from safetensors.torch import save_file
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    >>> config = surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     base, adapter, out = f"{folder}/base.safetensors", f"{folder}/adapter", f"{folder}/merged"
+    ...     save_file(model.state_dict(), base)
+    ...     surgery.save(surgery.inject(model, config), adapter)
+    ...     report = surgery.merge_checkpoint(base, (adapter, 0.5), out, reversible=True)
+    ...     graded = surgery.verify_checkpoint(base, (adapter, 0.5), out)
+    ...     restored = surgery.unmerge_checkpoint(out, f"{folder}/restored")
+    >>> [change.site.weight.name for change in report.plan.changes], graded.tensors["0.weight"].grade
+    (['0.weight'], 'bits')
     """
     if push_to_hub is not None:
         publish.check_hub_id(push_to_hub)
@@ -125,6 +168,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         bounds=wanted.bounds(min_retained, max_noise, probes),
         pace=Pace(progress=progress),
     )
+    refuse_swapped(base, adapters)
     found = weighted(adapters, mha_out_proj_scale)
     check_adapters(found, expect_adapter_sha256)
     with calibrated(wanted, calibration) as wanted, checkpoint(base) as source:
@@ -155,7 +199,11 @@ def unmerge_checkpoint(
     resume: bool | None = None,
     progress: OnProgress | None = None,
 ) -> unmerging.UnmergeReport:
-    """Write the base of a reversible merge to `out`: the original bytes, checked by their sha256."""
+    """Write the base of a reversible merge to the new folder `out`: the original bytes, checked by their sha256.
+
+    The base is not needed for it. `resume` and `progress` as in `merge_checkpoint`, which has an example. Raises
+    InputError for a merge that was not reversible or has changed since, OutputExistsError, EnvironmentFault.
+    """
     pace = Pace(progress=progress)
     folder = merged_folder(merged)
     return unmerging.unmerge_checkpoint(folder, Path(out), overwrite=overwrite, resume=resume, pace=pace)
@@ -179,16 +227,19 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
 ) -> VerifyReport:
     """Grade each tensor of `out` against `adapters` merged over `base`, whichever tool made it.
 
-    With one argument, a merged folder, check its files against its receipt. `report.ok` is false where
-    anything is different. `ops`, `compute_dtype` and `base_as` as in `merge_checkpoint`; `arithmetic` and
-    `mha_out_proj_scale` too, by default those that the receipt of `out` tells, if it has one. `calibration` is wanted
-    where that tells of one, and has to be the same: UsageError. Raises InputError for what cannot be read, or has no
-    receipt.
+    With one argument, a merged folder, its files are checked against its receipt. `report.ok` is false where anything
+    is different; see VerifyReport for the grades.
 
-    `outputs` also runs both as models of transformers, one at a time, in float64, on `inputs` (keyword arguments of
-    forward; by default made from the config, seeded), and compares what they give with the noise of a run of `out`
-    in its own dtype, and with the adapter's effect; `layers` also what each adapted module gives, which tells where
-    they part. Padding, by `attention_mask`, is left out. Raises EnvironmentFault without transformers.
+    - `ops`, `compute_dtype`, `base_as` and `probes` are as in `merge_checkpoint`; `arithmetic` and
+      `mha_out_proj_scale` too, by default those that the receipt of `out` tells, if it has one.
+    - `calibration` is wanted where that receipt tells of one, and has to be the same.
+    - `outputs` also runs both as models of transformers, one at a time, in float64, and compares what they give with
+      the noise of a run of `out` in its own dtype, and with the adapter's effect. `inputs` are keyword arguments of
+      forward, by default made from the config, seeded. Padding, by `attention_mask`, is left out.
+    - `layers` also compares what each adapted module gives, which tells where the two part.
+
+    Raises UsageError, InputError for what cannot be read or has no receipt, EnvironmentFault where outputs are asked
+    for without transformers. `merge_checkpoint` has an example.
     """
     derivation: dict[str, object] = {"ops": ops, "compute_dtype": compute_dtype, "base_as": base_as}
     derivation |= {"arithmetic": arithmetic, "mha_out_proj_scale": mha_out_proj_scale, "calibration": calibration}
@@ -197,6 +248,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     if out is None or adapters is None:
         _check_alone(out is None and adapters is None, outputs, [name for name, given in derivation.items() if given])
         return verifying.verify_receipt(merged_folder(base))
+    refuse_swapped(base, adapters)
     with checkpoint(base) as source, checkpoint(out) as found:
         told = recorded(found.folder)
         how = arithmetic or told.arithmetic

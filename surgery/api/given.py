@@ -1,5 +1,6 @@
 """What functions on files are given: a base, and adapters with their weights; found, and opened."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +35,32 @@ def checkpoint(where: Where) -> Checkpoint:
     found.names, found.linears = partial(hugging.name_map, found.config), partial(hugging.linears_of, found)
     found.in_memory = partial(hugging.names_in_memory, found)
     return found
+
+
+def refuse_swapped(base: Where, adapters: Adapters) -> None:
+    """InputError where an adapter is given as the base, and a model as the first adapter; both as paths."""
+    for where, _ in [_with_weight(one) for one in _listed(adapters)][:1]:
+        there = all(map(os.path.exists, (base, where)))  # false for a name too long to be one
+        if there and _is_adapter(Path(base)) and _is_model(Path(where)):
+            raise InputError(
+                f"{printable(base)}: it is an adapter, and {printable(where)} a model; BASE comes first; swap the two"
+            )
+
+
+def _is_adapter(path: Path) -> bool:
+    """The file of one, or its folder, without other weights beside it."""
+    return path.name == TENSORS or ((path / CONFIG).is_file() and _weights(path) == {TENSORS})
+
+
+def _is_model(path: Path) -> bool:
+    """One of safetensors."""
+    if path.is_file():
+        return path.suffix == ".safetensors" and not (path.parent / CONFIG).is_file()
+    return bool(_weights(path)) and TENSORS not in _weights(path)
+
+
+def _weights(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.safetensors")}
 
 
 def merged_folder(where: Where) -> Path:

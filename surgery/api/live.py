@@ -96,8 +96,16 @@ def load(  # noqa: PLR0913  # a model, an adapter, and how it is laid over it
     """Lay a saved adapter over the model, in place; returns the model.
 
     `path` is a folder, a file, or owner/name[@revision] on the Hub. The first adapter is active, later ones
-    are not. `mha_out_proj_scale` as in `merge_checkpoint`; what was chosen is a UserWarning where it matters.
-    `quantization_aware` as in `inject`. Raises InputError unless every tensor of the adapter finds its place.
+    are not. With `trainable` its tensors get gradients, and the rest of the model none. `mha_out_proj_scale` as in
+    `merge_checkpoint`; what was chosen is a UserWarning where it matters. `quantization_aware` as in `inject`. Raises
+    InputError unless every tensor of the adapter finds its place, StateError for a name that is taken.
+
+    >>> import surgery, tempfile, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> model = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     surgery.save(model, folder)
+    ...     model = surgery.load(model, folder, adapter_name="again")
     """
     form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
     adapter = read_adapter(locate(path), check_scale(mha_out_proj_scale))
@@ -108,7 +116,11 @@ def load(  # noqa: PLR0913  # a model, an adapter, and how it is laid over it
 
 
 def save(model: nn.Module, folder: Where, *, adapter_name: str | None = None) -> None:
-    """Write the model's adapters as PEFT does: "default" into `folder`, others into sub-folders of their name."""
+    """Write the model's adapters as PEFT does: "default" into `folder`, others into sub-folders of their name.
+
+    `adapter_name` writes that one alone. Beside the tensors lies `surgery.base.json`, which tells which base they were
+    trained on. Raises StateError without adapters or without that one, EnvironmentFault. `load` has an example.
+    """
     saving.save(within(model), Path(folder), None if adapter_name is None else [adapter_name])
 
 
@@ -139,17 +151,42 @@ def quantize(
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> switch.Switched:
-    """Run this adapter, or these in their order; a context manager that takes it back."""
+    """Run this adapter, or these in their order, from now on; returns a context manager that takes it back.
+
+    Raises StateError for an adapter that is not there, or while merged; UsageError where two cannot run together.
+
+    >>> import surgery, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> for name in ("en", "fr"):
+    ...     model = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]), adapter_name=name)
+    >>> switched = surgery.set_adapter(model, ["en", "fr"])
+    >>> with surgery.set_adapter(model, "fr"), torch.no_grad():
+    ...     y = model(torch.randn(3, 4))
+    """
     return switch.set_adapter(within(model), adapter_name)
 
 
 def enable_adapters(model: nn.Module) -> switch.Switched:
-    """Run the active adapters; a context manager that takes it back."""
+    """Run the active adapters again, from now on; returns a context manager that takes it back.
+
+    Raises StateError without adapters, or while merged.
+
+    >>> import surgery, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> model = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    >>> x, off = torch.randn(3, 4), surgery.disable_adapters(model)
+    >>> base, on = model(x), surgery.enable_adapters(model)
+    >>> bool((model(x) == base).all())
+    False
+    """
     return switch.enable_adapters(within(model))
 
 
 def disable_adapters(model: nn.Module) -> switch.Switched:
-    """Run the base alone; a context manager that takes it back."""
+    """Run the base alone, from now on; returns a context manager that takes it back.
+
+    Raises StateError without adapters, or while merged. `enable_adapters` has an example.
+    """
     return switch.disable_adapters(within(model))
 
 
@@ -181,16 +218,32 @@ def merge(  # noqa: PLR0913  # one argument an option
     min_retained: float | None = None,
     max_noise: float | None = None,
 ) -> Model:
-    """Add the active adapters to the base weights, in place; `unmerge` brings them back to the bit.
+    """Add the active adapters to the base weights, in place; `unmerge` takes them out again, to the bit.
 
-    `undo` "index" stores a fraction of a bit a parameter; "copy" keeps the original weights. Over quantized weights
-    `into` is wanted: with "16bit" plain layers stand in for them until they are unmerged, with "keep" such as have the
-    nearest codes by the same scales. "nf4", "fp4", "int8" or "fp8_block" hold adapted linear layers, plain ones too,
-    by new scales, in the layers of bitsandbytes or transformers; others, and output heads, are merged as they are
-    held. The bytes are those of `merge_checkpoint`; `rounding`, `calibration`, `min_retained` and `max_noise` are as
-    there.
-    `arithmetic` "peft" or "peft-safe" gives the bits that PEFT 0.21.2's merge, or safe merge, gives of the same
-    parameters, and keeps the original weights.
+    Returns the model. The bytes are those of `merge_checkpoint`.
+
+    - `undo` "index" stores a fraction of a bit a parameter; "copy" keeps the original weights.
+    - `into` is wanted over quantized weights. With "16bit" plain layers stand in for them until they are unmerged, with
+      "keep" such as have the nearest codes by the same scales. "nf4", "fp4", "int8" or "fp8_block" hold adapted linear
+      layers, plain ones too, by new scales, in the layers of bitsandbytes or transformers; others, and output heads,
+      are merged as they are held.
+    - `rounding`, `calibration`, `min_retained` and `max_noise` are as in `merge_checkpoint`.
+    - `arithmetic` "peft" or "peft-safe" gives the bits that PEFT 0.21.2's merge, or safe merge, gives of the same
+      parameters, and keeps the original weights.
+
+    Raises StateError without adapters or while merged, InputError for what cannot be merged, CheckError where too
+    little of the adapters would be left; the model then stays as it is.
+
+    >>> import surgery, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> before = model[0].weight.clone()
+    >>> config = surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    >>> model = surgery.merge(surgery.inject(model, config))
+    >>> bool((model[0].weight == before).all())
+    False
+    >>> model = surgery.unmerge(model)
+    >>> bool((model[0].base_layer.weight == before).all())
+    True
     """
     root, treatment = within(model), Treatment.of(into=into, arithmetic=arithmetic, rounding=rounding)
     with calibrated(treatment, calibration) as treatment:
@@ -200,13 +253,25 @@ def merge(  # noqa: PLR0913  # one argument an option
 
 
 def unmerge(model: Model) -> Model:
-    """The base weights as they were before `merge`, to the bit. StateError if they have changed since."""
+    """Bring the base weights back as they were before `merge`, to the bit; returns the model.
+
+    Raises StateError if it is not merged, or if they have changed since. `merge` has an example.
+    """
     merging.unmerge(within(model))
     return model
 
 
 def eject(model: Model, *, keep_merged: bool = False) -> Model:
-    """Put the model's own modules back, with their requires_grad flags; unmerges first unless `keep_merged`."""
+    """Put the model's own modules back, with their requires_grad flags; returns the model.
+
+    It is unmerged first, unless `keep_merged`, by which what was merged stays. Raises StateError without adapters.
+
+    >>> import surgery, torch
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> model = surgery.inject(torch.nn.Sequential(layer), surgery.LoraConfig(r=2, target_modules=["0"]))
+    >>> surgery.eject(model)[0] is layer
+    True
+    """
     root = within(model)
     ejection.eject(root, keep_merged)
     hugging.detach(root)

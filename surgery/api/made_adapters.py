@@ -23,10 +23,26 @@ def combine(  # noqa: PLR0913  # the settings of all methods
 ) -> combining.CombineReport:
     """Write several LoRA adapters as one to the new folder `out`, in PEFT's format; tells its error, site by site.
 
-    `method` is one of PEFT's add_weighted_adapter: "cat" (the exact sum), "svd" (of `rank`), "linear", "ties",
-    "dare_linear", "dare_ties", "magnitude_prune" (with `density`; the two ties with `majority_sign_method`,
-    dare with `seed`). Raises UsageError for a setting that the method has not, InputError for adapters that
-    contradict each other or are no LoRA.
+    `adapters` are as in `merge_checkpoint`. `method` is one of PEFT's add_weighted_adapter:
+
+    - "cat" is the exact sum; its rank is the sum of theirs.
+    - "svd" is about the best of `rank` to that sum.
+    - "linear" adds up A and B.
+    - "ties", "dare_linear", "dare_ties" and "magnitude_prune" do so with `density` of their elements. The two ties take
+      `majority_sign_method` ("total" or "frequency"), dare takes `seed`.
+
+    Raises UsageError for a setting that the method has not, InputError for adapters that contradict each other or are
+    no LoRA, OutputExistsError, EnvironmentFault.
+
+    >>> import surgery, tempfile, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("en", "fr"):
+    ...         config = surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    ...         surgery.save(surgery.inject(model, config, adapter_name=name), folder, adapter_name=name)
+    ...     made = surgery.combine([(f"{folder}/en", 0.7), (f"{folder}/fr", 0.3)], f"{folder}/both")
+    >>> made.sites["0"].r, made.relative_error < 1e-6
+    (4, True)
     """
     recipe = Recipe(method, density, majority_sign_method, rank, seed)
     return combining.combine(weighted(adapters), Path(out), recipe, overwrite=overwrite)
@@ -46,11 +62,30 @@ def extract(  # noqa: PLR0913  # three things and their options
 ) -> extraction.ExtractReport:
     """Write what the checkpoint `tuned` has over `base` as a LoRA adapter to the new folder `out`, in PEFT's format.
 
-    Each matrix that changed, or those whose module's name ends in one of `targets`, becomes about the best B A of at
-    most `rank`, and of no more than holds `energy` of the change's squared norm; the report tells its error, of the
-    float32 factors as written. Other changes are refused, or with `rest` "save" whole modules of the adapter, or
-    with "drop" left out. `ops` tells "embedding", "linear" or "conv1d" by the end of a module's name where the names
-    mislead. Raises UsageError, InputError for checkpoints of other names or shapes.
+    Each matrix that changed becomes about the best B A of at most `rank`, and of no higher rank than holds `energy`, a
+    fraction, of the change's squared norm. The report tells the error of the float32 factors as written.
+
+    - `targets` are the ends of the names of the modules that are taken; by default all that changed.
+    - `rest` is what becomes of other changes: "refuse", "save" them as whole modules of the adapter, or "drop" them.
+    - `ops` tells "embedding", "linear" or "conv1d" by the end of a module's name, where the names mislead; and of a
+      stack of experts whose family is not known "linear" for [experts, out, in], "conv1d" for [experts, in, out].
+    - Experts that are one parameter in memory are a site of `target_parameters`, with factors for each expert, of the
+      rank of the one that needs most.
+
+    Raises UsageError, InputError for checkpoints of other names or shapes, OutputExistsError, EnvironmentFault.
+
+    >>> import surgery, tempfile, torch
+    >>> from safetensors.torch import save_file
+    >>> base = {"0.weight": torch.randn(8, 8)}
+    >>> tuned = {"0.weight": base["0.weight"] + torch.randn(8, 1) @ torch.randn(1, 8)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file(base, f"{folder}/base.safetensors")
+    ...     save_file(tuned, f"{folder}/tuned.safetensors")
+    ...     made = surgery.extract(
+    ...         f"{folder}/base.safetensors", f"{folder}/tuned.safetensors", f"{folder}/lora", rank=1
+    ...     )
+    >>> made.sites["0"].r, made.relative_error < 1e-5
+    (1, True)
     """
     wanted = extraction.Extraction(Truncation(rank, energy), targets, rest, ops or {})
     with checkpoint(base) as before, checkpoint(tuned) as after:

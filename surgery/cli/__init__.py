@@ -19,6 +19,7 @@ from surgery.cli.inspect import inspect
 from surgery.cli.interrupts import Interrupted, listen
 from surgery.cli.merge import merge
 from surgery.cli.plan import plan
+from surgery.cli.printing import say
 from surgery.cli.push import push
 from surgery.cli.unmerge import unmerge
 from surgery.cli.verify import verify
@@ -45,8 +46,10 @@ def surgery(debug: bool) -> None:
     BASE and ADAPTER are a folder, a file, or owner/name[@revision] on the Hugging Face Hub.
     """
     del debug  # read in main, which sees the errors
+    from surgery.core.collector import collect_seldom
     from surgery.io.memory import keep_freed_memory, require_room_for_torch
 
+    collect_seldom()
     require_room_for_torch()
     keep_freed_memory()
 
@@ -68,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         message, code = _told(error)
         with suppress(OSError):  # the code says it too
-            click.echo("; ".join([f"surgery: {message}", *getattr(error, "__notes__", ())]), err=True)
+            say("; ".join([f"surgery: {message}", *getattr(error, "__notes__", ())]), err=True)
     if arguments is None:
         gc.freeze()  # looking through all of torch for cycles at the exit takes 0.3 seconds
     sys.exit(code)

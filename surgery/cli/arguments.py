@@ -2,11 +2,14 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from surgery.cli.printing import held, say
 
 if TYPE_CHECKING:
     from surgery.core.report import Report
@@ -70,7 +73,8 @@ compute_dtype = click.option(
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="What the weights of a quantized base are decoded to. By default what it computes in.",
 )
-forms = ["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym", "nvfp4"]
+forms = ["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym", "w8a16", "w8a8"]
+forms += ["fp8_dynamic", "nvfp4", "mxfp4a16", "torchao-int8", "torchao-fp8"]
 into = click.option(
     "--into",
     type=click.Choice(["16bit", "keep", *(form for form in forms if form != "w4a16-asym")]),
@@ -150,11 +154,11 @@ def show(report: "Report", as_json: bool, rows: Sequence[Sequence[str]] = (), he
     if as_json:
         from surgery.procedures.checking.report import as_json as text
 
-        click.echo(text(report), nl=False)
+        say(text(report), nl=False)
         return
     if rows:
         _table(rows, header)
-    click.echo(report.summary())
+    say(report.summary())
 
 
 def conclude(report: "CaseReport", as_json: bool, reports: Sequence[Path]) -> None:
@@ -192,7 +196,7 @@ def _table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> None:
     for title in header:
         table.add_column(title, overflow="fold")  # a name is never cut
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(held(cell, sys.stdout) for cell in row))
     console = Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 1 << 16  # a pipe has no width

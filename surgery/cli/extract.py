@@ -13,7 +13,9 @@ from surgery.cli.arguments import as_json, conclude, ops_of, overwrite, reports
 @click.argument("out")
 @click.option("--rank", type=int, help="The most at each site.")
 @click.option("--energy", type=float, help="The part of each change's squared norm to hold, such as 0.99.")
-@click.option("--target", "targets", multiple=True, metavar="NAME", help="Take modules whose name ends so alone.")
+@click.option(
+    "--target", "targets", multiple=True, metavar="NAME", help="Take modules and experts whose name ends so alone."
+)
 @click.option(
     "--rest",
     type=click.Choice(["refuse", "save", "drop"]),
@@ -21,7 +23,13 @@ from surgery.cli.arguments import as_json, conclude, ops_of, overwrite, reports
     show_default=True,
     help="What becomes of other changes: refuse, save the modules whole, or leave them out.",
 )
-@click.option("--op", "ops", multiple=True, metavar="NAME=linear|conv1d|embedding", help="What a module is.")
+@click.option(
+    "--op",
+    "ops",
+    multiple=True,
+    metavar="NAME=linear|conv1d|embedding",
+    help="What a module is, or a stack of experts.",
+)
 @overwrite
 @as_json
 @reports

@@ -3,6 +3,7 @@
 import click
 
 from surgery.cli.arguments import as_json, show
+from surgery.cli.printing import say
 
 
 @click.command()
@@ -24,7 +25,7 @@ def inspect(path: str, sha256: bool, as_json: bool) -> None:
 
     report = files.inspect(path, sha256=sha256)
     if sha256 and not as_json:
-        click.echo(report.sha256)
+        say(str(report.sha256))
         return
     rows = [
         (printable(row.name), row.op, "x".join(map(str, row.shape)), row.dtype, f"{row.size_bytes:,}", row.tied)

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from surgery.cli.arguments import adapters_of, as_json, show, treatment
+from surgery.cli.printing import say
 from surgery.errors import printable
 
 
@@ -36,7 +37,7 @@ def plan(base: str, adapters: tuple[str, ...], as_json: bool, **treatment: Any) 
     show(report, as_json, rows, ("tensor", "op", "shape", "dtype", "what"))
     if not as_json:
         for line in (*report.notes, *(f"refused: {error}" for error in report.refusals)):
-            click.echo(line)
+            say(line)
     if not report.ok:
         told = "the reasons are listed" if as_json else "the lines above say why"
         raise InputError(f"{printable(base)}: {len(report.refusals)} refused, so nothing would be merged; {told}")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from surgery.procedures.writing.filling import OnProgress, Progress
 
 EVERY_S = 5.0  # between two lines; a command that is done before says nothing
+_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
 
 @contextmanager
@@ -32,11 +33,16 @@ def lines(what: str, clock: Callable[[], float]) -> "OnProgress":
             return
         last = clock()
         share = 100 * progress.done_bytes // max(1, progress.total_bytes)
-        done, total = progress.done_bytes / 1e6, progress.total_bytes / 1e6
         with suppress(OSError):  # the work goes on, whoever hears of it
-            print(f"{what}: {done:,.0f} of {total:,.0f} MB, {share} %", file=sys.stderr, flush=True)
+            print(f"{what}: {_sizes(*progress)}, {share} %", file=sys.stderr, flush=True)
 
     return told
+
+
+def _sizes(done_bytes: int, total_bytes: int) -> str:
+    """How much of how much, in the largest unit of which the total has a hundred, so that a part of it is seen."""
+    unit, name = next(one for one in _UNITS if total_bytes >= 100 * one[0] or one[0] == 1)
+    return f"{done_bytes / unit:,.0f} of {total_bytes / unit:,.0f} {name}"
 
 
 @contextmanager

@@ -10,7 +10,9 @@ from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
 from surgery.codecs.compressed_ints import IntQuantized, PackQuantized
 from surgery.codecs.fp8_block import Fp8Block
+from surgery.codecs.fp8_rows import Fp8Rows
 from surgery.codecs.mxfp4 import Mxfp4
+from surgery.codecs.mxfp4_packed import Mxfp4Packed
 from surgery.codecs.nvfp4 import Nvfp4
 from surgery.codecs.plain import Plain
 from surgery.codecs.torchao import TorchaoFp8, TorchaoInt8
@@ -19,7 +21,7 @@ from surgery.errors import FormatError
 
 CODECS: tuple[Codec, ...] = (
     *(Bnb4(), Bnb8(), Fp8Block(), Mxfp4()),
-    *(PackQuantized(), IntQuantized(), Nvfp4()),
+    *(PackQuantized(), IntQuantized(), Nvfp4(), Mxfp4Packed()),
     *(TorchaoInt8(), TorchaoFp8()),
     Plain(),
 )
@@ -33,7 +35,13 @@ FORMS: Mapping[str, tuple[TiledCodec, Settings]] = {
     "fp8_block": (Fp8Block(), {}),
     "w4a16": (PackQuantized(), {"num_bits": 4, "group_size": 128}),
     "w4a16-asym": (PackQuantized(), {"num_bits": 4, "group_size": 128, "symmetric": False}),
+    "w8a16": (PackQuantized(), {"num_bits": 8, "group_size": 128}),
+    "w8a8": (IntQuantized(), {}),
+    "fp8_dynamic": (Fp8Rows(), {}),
     "nvfp4": (Nvfp4(), {}),
+    "mxfp4a16": (Mxfp4Packed(), {}),
+    "torchao-int8": (TorchaoInt8(), {}),
+    "torchao-fp8": (TorchaoFp8(), {}),
 }
 
 

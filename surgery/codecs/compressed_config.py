@@ -6,8 +6,12 @@ from typing import Any
 from surgery.errors import FormatError, printable
 
 METHOD = "compressed-tensors"
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized")
+FORMATS = (
+    *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+)
 _NONE = ("dense", "mixed-precision")  # no layer is packed so; each group tells its own
+_TOKENS: Mapping[str, Any] = {"num_bits": 8, "strategy": "token", "symmetric": True, "dynamic": True}
 _COMPRESSED = (None, "compressed")
 _PLAIN = "load it with transformers and dequantize=True, and save it plainly"
 
@@ -22,10 +26,15 @@ def told_values(config: Mapping[str, Any], key: str, form: str) -> list[Any]:
     return [one[key] for one in [*args, config] if one.get(key) is not None]
 
 
-def told_of(form: str, weights: Mapping[str, Any], plainly: Sequence[str]) -> Mapping[str, Any]:
-    """What it says where all linear layers but those of `plainly` are held alike, and activations are not quantized."""
+def told_of(
+    form: str, weights: Mapping[str, Any], plainly: Sequence[str], inputs: Mapping[str, Any] | None = None
+) -> Mapping[str, Any]:
+    """What it says where all linear layers but those of `plainly` are held alike, and run on `inputs` as they are told.
+
+    None are inputs as they come.
+    """
     group: dict[str, Any] = {"targets": ["Linear"], "weights": {"dynamic": False, **weights}, "format": form}
-    group |= dict.fromkeys(("input_activations", "output_activations"))
+    group |= {"input_activations": inputs, "output_activations": None}
     return {
         "quant_method": METHOD,
         "format": form,
@@ -35,6 +44,11 @@ def told_of(form: str, weights: Mapping[str, Any], plainly: Sequence[str]) -> Ma
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def tokens_of(kind: str) -> Mapping[str, Any]:
+    """Inputs in 8 bits, "int" or "float", by a scale for each token that is found as it runs."""
+    return {**_TOKENS, "type": kind}
 
 
 def refuse_unsupported(config: Mapping[str, Any]) -> None:

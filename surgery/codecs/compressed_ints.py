@@ -7,13 +7,13 @@ https://github.com/vllm-project/compressed-tensors
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from surgery.codecs.bnb4_fresh import DTYPES
-from surgery.codecs.compressed_config import told_of, told_values
+from surgery.codecs.compressed_config import tokens_of, told_of, told_values
 from surgery.codecs.int_groups import (
     BITS,
     GROUP,
@@ -33,6 +33,8 @@ from surgery.errors import FormatError, printable
 _SCALE, _ZERO, _ORDER = "weight_scale", "weight_zero_point", "weight_g_idx"
 # What activations are quantized by; it goes with the codes.
 _BESIDE = (_SCALE, _ZERO, _ORDER, "input_scale", "input_zero_point", "output_scale", "output_zero_point")
+
+_ROWS: Settings = {"num_bits": 8, "group_size": -1}
 
 
 class PackQuantized(TiledCodec):
@@ -92,10 +94,7 @@ class PackQuantized(TiledCodec):
         return by._replace(tensors={**by.tensors, "weight_packed": codes})
 
     def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:  # noqa: ARG002
-        group = settings.get("group_size", GROUP)
-        weights = {"num_bits": settings.get("num_bits", 4), "type": "int", "group_size": group}
-        weights |= {"symmetric": settings.get("symmetric", True), "strategy": "channel" if group == -1 else "group"}
-        return told_of(self.name, weights, plainly)
+        return told_of(self.name, _weights({"num_bits": 4, "group_size": GROUP, **settings}), plainly)
 
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
         return _groups(packed).grid()
@@ -135,7 +134,7 @@ class IntQuantized(TiledCodec):
 
     def scales(self, tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings) -> Packed:
         """`settings`: num_bits (8), group_size (-1, a row), symmetric (true)."""
-        told = {"num_bits": 8, "group_size": -1, **settings}
+        told = {**_ROWS, **settings}
         found = fresh_scales(tiles, shape, dtype, told)
         tensors = {"weight": on_meta(shape, torch.int8), _SCALE: found.scales}
         if not told.get("symmetric", True):
@@ -146,8 +145,18 @@ class IntQuantized(TiledCodec):
         codes = fresh_codes(weight, _scales(by, len(weight)), by.settings["num_bits"])
         return by._replace(tensors={**by.tensors, "weight": codes.to(torch.int8)})
 
+    def told(self, settings: Settings, dtype: torch.dtype, plainly: Sequence[str]) -> Settings | None:  # noqa: ARG002
+        return told_of(self.name, _weights({**_ROWS, **settings}), plainly, tokens_of("int"))
+
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
         return _groups(packed).grid()
+
+
+def _weights(settings: Settings) -> dict[str, Any]:
+    """What a quantization_config says of them."""
+    group, symmetric = settings["group_size"], settings.get("symmetric", True)
+    told = {"num_bits": settings["num_bits"], "type": "int", "group_size": group, "symmetric": symmetric}
+    return told | {"strategy": "channel" if group == -1 else "group"}
 
 
 def _groups(packed: Packed) -> Groups:

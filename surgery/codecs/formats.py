@@ -13,6 +13,11 @@ from surgery.core.arithmetic import round_once
 from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, TiledCodec
 from surgery.errors import UsageError, printable
 
+_TORCHAO = ("torchao-int8", "torchao-fp8")  # called as their codecs are
+_GROUPED = {(4, False): "w4a16", (4, True): "w4a16-asym", (8, False): "w8a16"}  # by bits, and zero points
+_HALVES = (torch.bfloat16, torch.float16)  # of fp8's scales by rows; those that others than compressed-tensors wrote
+# are in float32
+
 
 class Format(NamedTuple):
     """A codec with the settings of fresh scales."""
@@ -35,14 +40,22 @@ def form_of(codec: Codec, headers: Headers, settings: Settings, shape: Shape) ->
     found = ""
     if codec.name == "bnb4" and settings["blocksize"] == BLOCKSIZE:
         found = f"{settings['quant_type']}{'-double' * ('weight.nested_absmax' in headers)}"
-    elif codec.name == "pack-quantized" and _in_groups(headers, shape):
-        found = f"w4a16{'-asym' * ('weight_zero_point' in headers)}"
+    elif codec.name == "pack-quantized" and _in_groups(headers, shape, settings["num_bits"]):
+        found = _GROUPED.get((settings["num_bits"], "weight_zero_point" in headers), "")
+    elif codec.name == "int-quantized" and _by_rows(headers, shape) and "weight_zero_point" not in headers:
+        found = "w8a8" if settings["num_bits"] == 8 else ""
     elif codec.name == "fp8_block" and _in_blocks(headers, shape):
         found = "fp8_block"
+    elif codec.name == "fp8_block" and _by_rows(headers, shape) and headers["weight_scale"][0] in _HALVES:
+        found = "fp8_dynamic"
     elif codec.name == "bnb8":
         found = "int8"
     elif codec.name == "nvfp4-pack-quantized" and "input_global_scale" not in headers:
         found = "nvfp4"
+    elif codec.name == "mxfp4-pack-quantized":
+        found = "mxfp4a16"
+    elif codec.name in _TORCHAO and headers["scale"][1] == (shape[0], 1):
+        found = codec.name
     return found or None
 
 
@@ -53,10 +66,14 @@ def _in_blocks(headers: Headers, shape: Shape) -> bool:
     return scales == (torch.float32, wanted) and codes is not None and codes[0] == torch.float8_e4m3fn
 
 
-def _in_groups(headers: Headers, shape: Shape) -> bool:
-    """In 4 bits, by the form's own groups."""
+def _in_groups(headers: Headers, shape: Shape, bits: int) -> bool:
+    """By the forms' own groups."""
     (_, words), (_, scales) = headers["weight_packed"], headers["weight_scale"]
-    return words[1] == -(-shape[1] * 4 // WORD) and scales == (shape[0], shape[1] // GROUP)
+    return words[1] == -(-shape[1] * bits // WORD) and scales == (shape[0], shape[1] // GROUP)
+
+
+def _by_rows(headers: Headers, shape: Shape) -> bool:
+    return headers.get("weight_scale", (None, ()))[1] == (shape[0], 1)
 
 
 def format_of(name: str, where: str) -> Format:

@@ -23,19 +23,20 @@ ZERO = "weight_zero_point"
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
-class Fp8Block(TiledCodec):
+class Fp8(TiledCodec):
     """Codes [out, in] and scales [out blocks, in blocks], [out], [out, 1] or []; what activations are scaled by.
 
     The setting `weight_block_size` is (out, in) of a block, whatever the scales' shape.
     """
 
     name = "fp8_block"
+    scaled_by: ClassVar[tuple[str, ...]] = SCALES
     endings: ClassVar[Mapping[str, str]] = {
         role: f".{role}" for role in ("weight", *SCALES, "activation_scale", "input_scale", "input_scale_ub", ZERO)
     }
 
     def claims(self, headers: Headers) -> bool:
-        return headers.get("weight", (None,))[0] in FLOATS and len(headers.keys() & set(SCALES)) == 1
+        return headers.get("weight", (None,))[0] in FLOATS and len(headers.keys() & set(self.scaled_by)) == 1
 
     def read(self, headers: Headers, config: Settings, load: Callable[[str], Tensor]) -> Settings:  # noqa: ARG002
         (_, shape), (dtype, scales) = headers["weight"], headers[_role(headers)]
@@ -71,6 +72,22 @@ class Fp8Block(TiledCodec):
         held = torch.where(changed, wanted.view(torch.uint8), codes.view(torch.uint8)).view(codes.dtype)
         return like._replace(tensors={**like.tensors, "weight": held})
 
+    def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        codes, scales = packed.tensors["weight"], _scales(packed)
+        every = _every(codes)
+        values = torch.tensor(sorted({*every[every.isfinite()].tolist()}), device=codes.device)  # with one zero
+        held = _numbers(codes)
+        rank = torch.searchsorted(values, held.nan_to_num(0.0))
+        pair = [
+            torch.where(held.isfinite(), values[(rank + step).clamp(0, len(values) - 1)], held) * scales
+            for step in (-1, 1)
+        ]
+        return torch.minimum(*pair).to(torch.float64), torch.maximum(*pair).to(torch.float64)
+
+
+class Fp8Block(Fp8):
+    """Fresh weights are those of transformers: by block, with scales in float32."""
+
     def scales(self, tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, settings: Settings) -> Packed:  # noqa: ARG002  # as float32
         """`settings`: weight_block_size (128, 128). The codes and scales are those of transformers."""
         block = tuple(settings.get("weight_block_size") or BLOCK)
@@ -92,18 +109,6 @@ class Fp8Block(TiledCodec):
         block = list(settings.get("weight_block_size") or BLOCK)
         told = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
         return told | {"modules_to_not_convert": list(plainly)}
-
-    def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
-        codes, scales = packed.tensors["weight"], _scales(packed)
-        every = _every(codes)
-        values = torch.tensor(sorted({*every[every.isfinite()].tolist()}), device=codes.device)  # with one zero
-        held = _numbers(codes)
-        rank = torch.searchsorted(values, held.nan_to_num(0.0))
-        pair = [
-            torch.where(held.isfinite(), values[(rank + step).clamp(0, len(values) - 1)], held) * scales
-            for step in (-1, 1)
-        ]
-        return torch.minimum(*pair).to(torch.float64), torch.maximum(*pair).to(torch.float64)
 
 
 def _role(headers: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ LISTED_PLAINLY = {
     "fp8": "modules_to_not_convert",
     "mxfp4": "modules_to_not_convert",
     compressed_config.METHOD: "ignore",
+    torchao.METHOD: "modules_to_not_convert",
 }
 _OTHERS = {
     "gptq": "merge into the base that it was quantized from, and quantize that anew with GPTQModel",

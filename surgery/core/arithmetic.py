@@ -5,7 +5,7 @@ A factor is put on a power-of-two grid of 22 bits (a column of A, a row of B), s
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,14 +120,26 @@ def exact_float64(values: Tensor) -> Tensor:
 
 
 def round_once(acc: Tensor, dtype: torch.dtype) -> Tensor:
-    """`acc` (float64) rounded once to `dtype`, to nearest, ties to even.
+    """`acc` (float64) rounded once to `dtype`, to nearest, ties to even."""
+    return rounding(acc, dtype).values
+
+
+class Rounding(NamedTuple):
+    """Values rounded once; and of a half type, flat positions among which are all that float32 takes for ties."""
+
+    values: Tensor
+    near_ties: Tensor | None = None
+
+
+def rounding(acc: Tensor, dtype: torch.dtype) -> Rounding:
+    """As `round_once`.
 
     torch converts float64 to a half type by way of float32 and so rounds twice. That errs only where the
     float32 value is a tie of the half type; there it is moved one step towards `acc` before.
     """
     acc = acc.contiguous()  # below, bits are changed through views
     if dtype in (torch.float64, torch.float32):
-        return acc.to(dtype)
+        return Rounding(acc.to(dtype))
     if dtype not in _TIE:
         raise ValueRangeError(f"cannot round to {dtype}; float64, float32, bfloat16 and float16 can be merged")
     single = acc.to(torch.float32)
@@ -135,7 +147,7 @@ def round_once(acc: Tensor, dtype: torch.dtype) -> Tensor:
     where = _suspects(bits, dtype)
     if where.numel():
         _nudge(bits, acc.flatten(), single.flatten(), where)
-    return single.to(dtype)
+    return Rounding(single.to(dtype), where)
 
 
 def _suspects(bits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from surgery.core.arithmetic import round_once
 from surgery.core.elementwise import Elementwise, Scale
-from surgery.core.halves import places
+from surgery.core.halves import magnitude, places
 
 _INTEGER = {
     torch.float64: torch.int64,
@@ -104,6 +104,24 @@ class Survey:
 
     def _flat(self, values: Tensor) -> Tensor:
         return values.detach().to(self.wide).reshape(-1)
+
+
+def crowded(w: Tensor, m: Tensor, near_ties: Tensor) -> Tensor:
+    """Flat positions where others than `w` may lead to m as well, by one shift; both of one half type, on a CPU.
+
+    Elsewhere the sum is no tie, not even in float32: it lies within half an ulp of m by more than 2^-25 of m, and
+    float64 rounds less. With w above the power of two below |m|, its neighbours are an ulp of m away at least, and
+    are led beyond the half.
+    """
+    exponents, smallest = _HALF[w.dtype]
+    below = torch.from_numpy(magnitude(m.reshape(-1)) & exponents).clamp_(min=smallest)
+    mask = magnitude(w.reshape(-1)) <= below.numpy()
+    mask[near_ties.numpy()] = True
+    return torch.from_numpy(places(mask))
+
+
+# The bits of exponents, and those of the smallest normal value.
+_HALF = {torch.bfloat16: (np.int16(0x7F80), 0x0080), torch.float16: (np.int16(0x7C00), 0x0400)}
 
 
 def _clear_mantissa(values: Tensor) -> Tensor:

@@ -84,6 +84,13 @@ class Codec(ABC):
         """
         return None
 
+    def metadata(self, weights: Mapping[str, tuple[Shape, torch.dtype]]) -> Mapping[str, str]:  # noqa: ARG002
+        """What the headers of files say of fresh weights, by name, each of a shape and made in a dtype.
+
+        Most loaders ask for nothing there.
+        """
+        return {}
+
     @abstractmethod
     def grid(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """For each element the next values below and above that it could hold, in float64; at the ends its own."""

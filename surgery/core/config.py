@@ -1,6 +1,6 @@
 """AdapterConfig: the fields of PEFT's adapter_config.json that choose modules, and how a config is read."""
 
-from abc import ABC, ABCMeta, abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
@@ -10,18 +10,20 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 from surgery.core.field_checks import check_layers, check_names, check_pattern
 from surgery.core.method import Method, Params
 from surgery.core.patterns import PatternTable
+from surgery.core.peft_fields import PROVENANCE, OfFields, as_json
 from surgery.core.site import Site
 from surgery.core.starter import Held, Starter
 from surgery.errors import ConfigError, FormatError, printable
 
 Where = str | PathLike[str]
 
-# Fields that say where a file came from. They change no number, so any value is carried.
-PROVENANCE = frozenset({"auto_mapping", "peft_type", "peft_version", "runtime_config"})
-
 
 class TaskType(StrEnum):
-    """What a model with an adapter is for, as PEFT names it: `task_type` of a config takes these, or their names."""
+    """What a model with an adapter is for, as PEFT names it: `task_type` of a config takes these, or their names.
+
+    >>> TaskType.CAUSAL_LM == "CAUSAL_LM"
+    True
+    """
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -55,35 +57,20 @@ class ConfigFiles(Protocol):
     def write(self, config: "AdapterConfig", folder: Where) -> None: ...
 
 
-class _OfFields(ABCMeta):
-    """What PEFT's configs take besides, and is not served, may be given with the value that leaves the maths alone."""
-
-    neutral: Mapping[str, Any]
-    reasons: Mapping[str, str]
-
-    def __call__(cls, *given: Any, **values: Any) -> Any:
-        beside = {name: value for name, value in values.items() if name in cls.neutral.keys() - cls.own()}
-        for name, value in beside.items():
-            if why := cls.refusal(name, value):
-                raise ConfigError(f"{name}: {why}")
-        return super().__call__(*given, **{name: value for name, value in values.items() if name not in beside})
-
-    def own(cls) -> frozenset[str]:
-        """Its fields."""
-        config: Any = cls  # a dataclass, which its class alone does not say
-        return frozenset(field.name for field in fields(config))
-
-    def refusal(cls, name: str, value: object) -> str:
-        """Why a field that is not served cannot have this value; nothing where it leaves the maths alone."""
-        if value == cls.neutral[name] or value in (None, False, {}, []):
-            return ""
-        default = f"only {cls.neutral[name]!r} is supported; merge this adapter with the tool that made it"
-        return cls.reasons.get(name, default)
-
-
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig(ABC, metaclass=_OfFields):
-    """Selection fields, named as in PEFT. Raises ConfigError for a value that cannot be."""
+class AdapterConfig(ABC, metaclass=OfFields):
+    """What the configs of all methods have: which modules are adapted, left out or saved whole, in PEFT's fields.
+
+    A config is a value: `dataclasses.replace` makes another of it. Fields of PEFT's that a method does not serve are
+    taken with the value that leaves the maths alone. Raises ConfigError for a value that cannot be, TypeError for a
+    field that is not known.
+
+    >>> import surgery, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     surgery.LoraConfig(r=4, target_modules=["q_proj"]).save_pretrained(folder)
+    ...     surgery.AdapterConfig.from_pretrained(folder).target_modules
+    ['q_proj']
+    """
 
     peft_type: ClassVar[str]
     spellings: ClassVar[Mapping[str, "Spelling"]]  # how PEFT ends the names of its tensors
@@ -195,9 +182,9 @@ class AdapterConfig(ABC, metaclass=_OfFields):
 
     def to_json(self) -> dict[str, Any]:
         """Every field that PEFT 0.21.2 writes, sorted by name."""
-        own = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        own = {field.name: as_json(getattr(self, field.name)) for field in fields(self)}
         own = {name: value for name, value in own.items() if value is not None or name not in self.unwritten}
-        known = {name: _plain(value) for name, value in self.neutral.items()}
+        known = {name: as_json(value) for name, value in self.neutral.items()}
         origin = {"auto_mapping": None, "peft_type": self.peft_type, "peft_version": "0.21.2"}
         return dict(sorted((known | origin | own).items()))
 
@@ -245,14 +232,3 @@ class AdapterConfig(ABC, metaclass=_OfFields):
             raise FormatError(f"{where}: {error}") from error
         except (TypeError, AttributeError) as error:
             raise FormatError(f"{where}: {error}; a field has the wrong type") from error
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON has it; sorted, so that equal configs give equal bytes, but for patterns, whose order counts."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, tuple):
-        return list(value)
-    if isinstance(value, Mapping):
-        return dict(value if isinstance(value, PatternTable) else sorted(value.items()))
-    return value

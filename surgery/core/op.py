@@ -106,6 +106,13 @@ def is_many(x: Tensor) -> bool:
     return x.is_cpu and x.numel() >= FEW
 
 
+def in_dtype_of(factor: Tensor, x: Tensor) -> Tensor:
+    """The input as a product with a factor takes it: in the factor's dtype, unless autocast chooses one."""
+    if x.dtype == factor.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(factor.dtype)
+
+
 def onto(below: Tensor, moved: Tensor, scaling: float) -> Tensor:
     """below + scaling * moved, in one pass."""
     if torch.compiler.is_compiling():  # torch's own compiler makes one product of both, and forgets an alpha

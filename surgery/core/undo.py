@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from surgery.core.bits import BitReader, BitWriter
-from surgery.core.candidates import Survey, accumulate, accumulate_onto, candidates, from_order, merged_value, order
+from surgery.core.candidates import (
+    Survey,
+    accumulate,
+    accumulate_onto,
+    candidates,
+    crowded,
+    from_order,
+    merged_value,
+    order,
+)
 from surgery.core.elementwise import Elementwise
 from surgery.errors import CheckError
 
@@ -29,11 +38,22 @@ class Recorder:
         self.waiting: list[tuple[Tensor, Tensor]] = []  # indices and their widths
         self.exact = True  # False: this tensor cannot be recomputed and has to be kept
 
-    def add(self, original: Tensor, merged: Tensor, steps: Sequence[Elementwise]) -> None:
+    def add(
+        self, original: Tensor, merged: Tensor, steps: Sequence[Elementwise], near_ties: Tensor | None = None
+    ) -> None:
+        """`near_ties` are those of the merge's rounding, where they are known: most is told by them at once."""
         if not self.exact:
             return
         w = original.detach().reshape(-1)
-        where = Survey(merged, steps, w.dtype).doubtful(w)
+        if (
+            near_ties is not None
+            and merged.is_cpu
+            and merged.dtype == w.dtype
+            and [one.adds for one in steps] == [True]
+        ):
+            where = crowded(w, merged.detach(), near_ties)
+        else:
+            where = Survey(merged, steps, w.dtype).doubtful(w)
         low, spare = _candidates(merged, steps, w.dtype, where)
         index, width = order(w.index_select(0, where)) - low, _width(spare)
         told = width.nonzero().squeeze(1)  # elsewhere there is one candidate alone

@@ -60,6 +60,7 @@ class MergedTile(NamedTuple):
     merged: Tensor
     steps: Sequence[Elementwise] | None  # None where no chain of elementwise steps leads from one to the other
     laid: Tensor | None = None  # what was wanted, in float64, where the outcome's format cannot hold all of it
+    near_ties: Tensor | None = None  # see Rounding, where it is known
 
     @property
     def survival(self) -> Survival | None:

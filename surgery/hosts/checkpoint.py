@@ -1,7 +1,6 @@
 """Checkpoint: a folder of safetensors, or one file, as a readable place of sites."""
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,22 +12,19 @@ from surgery.core.codec import Packed
 from surgery.core.linears import Linears
 from surgery.core.name_map import USUAL, NameMap
 from surgery.core.site import CODES, Site, TensorInfo
-from surgery.errors import FormatError, InputError, printable
+from surgery.errors import FormatError, printable
 from surgery.hosts.packed_stacks import PackedStacks
 from surgery.hosts.packing import Held, packings, torch_dtype_of
 from surgery.hosts.reading import Reading
 from surgery.io.header import Entry
-from surgery.io.misplaced import folder_in_words, refuse_other
 from surgery.io.octets import tensor_from
 from surgery.io.open_files import OpenFiles
 from surgery.io.regular import contained
-from surgery.io.strict_json import parse_json, read_bytes, read_json
+from surgery.io.strict_json import read_json
 from surgery.io.tensor_file import TensorFile
+from surgery.io.weight_files import SINGLE, WeightFiles
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _SHARED, _SHARED_BYTES = 64, 1 << 14  # tensors that stay in memory, and how large one may be
-_SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})\.safetensors")
 
 
 class Checkpoint(OpenFiles):
@@ -42,13 +38,13 @@ class Checkpoint(OpenFiles):
         self.path = path
         self.folder = path if path.is_dir() else path.parent
         self.config = self._config()
-        self.index: dict[str, Any] | None = None
-        self.index_bytes = b""
+        weights = WeightFiles.at(path)
+        self.index, self.index_bytes = weights.index, weights.index_bytes
         try:
-            for name in self._names():
+            for name in weights.names:
                 # A file that the user names may be a link to anywhere.
                 self.files.append(TensorFile(contained(self.folder, name) if path.is_dir() else path))
-            self.at = self._positions()
+            self.at = self._positions(weights)
         except BaseException:
             self.close()
             raise
@@ -167,31 +163,7 @@ class Checkpoint(OpenFiles):
         _check_config(config, printable(self.folder / "config.json"))
         return config
 
-    def _names(self) -> list[str]:
-        if self.path.is_file():
-            refuse_other(self.path)
-            return [self.path.name]
-        if os.path.lexists(self.folder / INDEX):
-            if os.path.lexists(self.folder / SINGLE):
-                raise FormatError(
-                    f"{printable(self.folder)}: both {SINGLE} and {INDEX}, and loaders take the one or the other; "
-                    "one model is wanted; move the other away"
-                )
-            self.index_bytes = read_bytes(contained(self.folder, INDEX))
-            self.index = parse_json(self.index_bytes, printable(self.folder / INDEX))
-            if not isinstance(self.index.get("metadata") or {}, dict):
-                raise FormatError(f"{printable(self.folder / INDEX)}: its metadata is no table; the index is damaged")
-            names = sorted(set(_shard_names(self.index, printable(self.folder / INDEX))))
-            _check_complete(names, printable(self.folder / INDEX))
-            return names
-        if os.path.lexists(self.folder / SINGLE):
-            return [SINGLE]
-        found = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        if len(found) == 1:
-            return found
-        raise InputError(f"{printable(self.folder)}: {_what_lies_there(self.folder, found)}")
-
-    def _positions(self) -> Mapping[str, tuple[int, Entry]]:
+    def _positions(self, weights: WeightFiles) -> Mapping[str, tuple[int, Entry]]:
         found: dict[str, tuple[int, Entry]] = {}
         for index, file in enumerate(self.files):
             for name, entry in file.entries.items():
@@ -199,20 +171,8 @@ class Checkpoint(OpenFiles):
                     other = self.files[found[name][0]].path.name
                     raise FormatError(f"{file.where}: {printable(name)} stands in {other} too; each may stand once")
                 found[name] = index, entry
-        if self.index is not None:
-            self._check_index(found)
+        weights.check({name: self.files[index].path.name for name, (index, _) in found.items()})
         return found
-
-    def _check_index(self, found: Mapping[str, tuple[int, Entry]]) -> None:
-        where = printable(self.folder / INDEX)
-        told: Mapping[str, str] = (self.index or {})["weight_map"]
-        here = {name: self.files[index].path.name for name, (index, _) in found.items()}
-        for name in sorted(told.keys() | here.keys()):
-            if told.get(name) != here.get(name):
-                raise FormatError(
-                    f"{where}: {printable(name)} should be in {printable(told.get(name))}, and is in "
-                    f"{printable(here.get(name))}; index and shards must agree; copy the checkpoint again"
-                )
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
@@ -223,30 +183,3 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
     listed = architectures if isinstance(architectures, list | None) else [None]
     if not all(isinstance(one, str) for one in listed or ()):
         raise FormatError(f"{where}: architectures is {printable(architectures)}; a list of strings is wanted")
-
-
-def _shard_names(index: Mapping[str, Any], where: str) -> Iterator[str]:
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{where}: it has no weight_map; the index is damaged")
-    for name in weight_map.values():
-        plain = isinstance(name, str) and not {"/", "\\"} & set(name) and name.isprintable()
-        if not plain or not name.endswith(".safetensors"):
-            raise FormatError(f"{where}: {printable(name)!r} is no shard's name; a .safetensors file is wanted")
-        yield name
-
-
-def _check_complete(names: list[str], where: str) -> None:
-    """A shard's name tells how many there are; each holds tensors, and so the index names each."""
-    for prefix, count in {(found[1], found[2]) for name in names if (found := _SHARD.fullmatch(name))}:
-        of_these = [name for name in names if name.startswith(prefix) and name.endswith(f"-of-{count}.safetensors")]
-        if len(of_these) != int(count):
-            raise FormatError(
-                f"{where}: it names {len(of_these)} of {int(count)} shards; all are wanted; copy the checkpoint again"
-            )
-
-
-def _what_lies_there(folder: Path, found: list[str]) -> str:
-    if found:
-        return f"{len(found)} safetensors files and no {INDEX}; name one of the files"
-    return folder_in_words(folder)

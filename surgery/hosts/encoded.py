@@ -5,7 +5,7 @@ weight are its scales.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -115,6 +115,18 @@ class Encoded:
             del self.begun[change.site.name]
         values = named[site.name]
         return Packed({"weight": values[rows] if values.shape else values})
+
+
+def told_in_headers(changes: Iterable[Change], called: Callable[[], Callable[[str], str]]) -> Mapping[str, str]:
+    """What headers of the output say of the weights that go into a form, as a model in memory calls them.
+
+    What it calls them is asked for only if there are such: it takes a second, and transformers.
+    """
+    held = [change for change in changes if change.into]
+    if not held:
+        return {}
+    (codec, _), names = FORMS[held[0].into], called()  # one for all
+    return codec.metadata({names(one.site.weight.name): (one.site.weight.shape, one.dtype) for one in held})
 
 
 def reheld(view: Merged, change: Change, packed: Packed) -> Packed:

@@ -7,10 +7,11 @@ from functools import cached_property
 
 from surgery.core.site import TensorInfo
 from surgery.errors import UsageError, printable
-from surgery.hosts.checkpoint import SINGLE, Checkpoint
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.header import encode_header, parse_header
 from surgery.io.strict_json import json_bytes
 from surgery.io.tensor_file import TensorFile
+from surgery.io.weight_files import SINGLE
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*((?:[KMGT]i?)?B?)", re.IGNORECASE)
 _UNITS = {"": 1, "B": 1}
@@ -53,9 +54,12 @@ class Layout:
 Together = Sequence[TensorInfo]  # the tensors of one weight, which stand in one file, one after another
 
 
-def layout_like(base: Checkpoint, written: Mapping[str, Together], max_shard_bytes: int | None = None) -> Layout:
+def layout_like(
+    base: Checkpoint, written: Mapping[str, Together], told: Mapping[str, str], max_shard_bytes: int | None = None
+) -> Layout:
     """The base's files, with the weights of `written` as they stand there; those the base lacks come last.
 
+    Each header that is another says `told` too: of weights in all files, for loaders take one for all.
     One that several tensors of the base hold together stands in the place of their first; the others are gone.
     With `max_shard_bytes` the weights go, in the same order, into new files of at most that size; one that is larger
     has a file for itself.
@@ -76,7 +80,7 @@ def layout_like(base: Checkpoint, written: Mapping[str, Together], max_shard_byt
         grouped = [group for group in grouped if group] or [[]]
         count = len(grouped)
         names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
-    files = tuple(_file(base, name, infos) for name, infos in zip(names, grouped, strict=True))
+    files = tuple(_file(base, name, infos, told) for name, infos in zip(names, grouped, strict=True))
     return Layout(files, _index(base, files))
 
 
@@ -121,13 +125,14 @@ def _packed(weights: Iterable[Together], max_shard_bytes: int) -> Iterator[list[
     yield group
 
 
-def _file(base: Checkpoint, name: str, infos: Sequence[TensorInfo]) -> OutFile:
+def _file(base: Checkpoint, name: str, infos: Sequence[TensorInfo], told: Mapping[str, str]) -> OutFile:
     """With the base's own header where that says the same."""
     for file in base.files:
         if base.written_name(file) == name and [entry.info for entry in file.header.entries] == list(infos):
             return OutFile(name, file.header.raw, tuple(infos))
     same = next((file for file in base.files if base.written_name(file) == name), base.files[0])
-    return OutFile(name, encode_header(infos, _told(base, same.header.metadata, infos)), tuple(infos))
+    metadata = {**_told(base, same.header.metadata, infos), **told}
+    return OutFile(name, encode_header(infos, metadata), tuple(infos))
 
 
 def _told(base: Checkpoint, metadata: Mapping[str, str], infos: Sequence[TensorInfo]) -> Mapping[str, str]:

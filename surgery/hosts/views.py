@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surgery.codecs import codec_of
 from surgery.core.adapter import Started
-from surgery.core.arithmetic import all_finite, round_once
+from surgery.core.arithmetic import Rounding, all_finite, rounding
 from surgery.core.as_peft import PeftMerge
 from surgery.core.codec import Packed
 from surgery.core.elementwise import Elementwise
@@ -63,15 +63,15 @@ class Merged:
             outcome, steps = _outcome(change, rows, begin, started)
         else:
             original, begin = _opened(self.source, change, rows)
-            outcome, steps = self._cut(change, change.as_peft, rows), None
-        merged = outcome.tensors["weight"]
+            outcome, steps = Rounding(self._cut(change, change.as_peft, rows)), None
+        merged = outcome.values
         if not all_finite(merged):
             raise _non_finite(change, begin.tensors["weight"], merged)
         if self.watch is not None:
             before = None if original is None else original.tensors["weight"]
             chained = None if change.saved is not None or change.new else steps
-            self.watch(MergedTile(change, rows, before, merged, chained))
-        return outcome
+            self.watch(MergedTile(change, rows, before, merged, chained, near_ties=outcome.near_ties))
+        return Packed({"weight": merged})
 
     def exact(self, site: Site, rows: slice) -> tuple[Tensor, Tensor]:
         """Rows of a weight as it was, and of the merge before any rounding, in float64; rows are asked for in order."""
@@ -116,14 +116,14 @@ class Merged:
             self.couplings.pop(name, None)
         return change, started
 
-    def _cut(self, change: Change, merge: PeftMerge, rows: slice) -> Packed:
+    def _cut(self, change: Change, merge: PeftMerge, rows: slice) -> Tensor:
         """These rows of a weight that is merged whole."""
         name = change.site.name
         if name not in self.whole:
             begin = _opened(self.source, change, change.site.rows(None))[1].tensors["weight"]
             self.whole[name] = merge(begin, change.layers, change.site).to(change.dtype)
         whole = self.whole.pop(name) if ends(change.site, rows) else self.whole[name]
-        return Packed({"weight": whole[rows]})
+        return whole[rows]
 
     def _told(self, change: Change, rows: slice, started: Started) -> tuple[Change, Started]:
         """Both with layers that know the sums that these rows need."""
@@ -186,19 +186,12 @@ def _lay(change: Change, rows: slice, weight: Tensor, started: Started) -> tuple
 
 def _outcome(
     change: Change, rows: slice, begin: Packed, started: Started
-) -> tuple[Packed, Sequence[Elementwise] | None]:
+) -> tuple[Rounding, Sequence[Elementwise] | None]:
     """What the layers make of it, and the steps that lead there."""
     if not change.layers and begin.tensors["weight"].dtype == change.dtype:
-        return begin, ()
+        return Rounding(begin.tensors["weight"]), ()
     laid, steps = _lay(change, rows, _decoded(change, begin), started)
-    return _encode(laid, begin, change), steps
-
-
-def _encode(laid: Tensor, packed: Packed, change: Change) -> Packed:
-    """`laid` held as `packed` is, or plainly where the dtype is another."""
-    if packed.tensors["weight"].dtype == change.dtype:
-        return codec_of(packed, change.site.name).encode(laid.to(torch.float64), like=packed)
-    return Packed({"weight": round_once(laid.to(torch.float64), change.dtype)})
+    return rounding(laid.to(torch.float64), change.dtype), steps
 
 
 def _non_finite(change: Change, begin: Tensor, merged: Tensor) -> ValueRangeError:

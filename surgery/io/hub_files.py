@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from surgery.errors import AbsentError, FormatError, InputError, printable
+from surgery.io.weight_files import INDEX, SINGLE
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")

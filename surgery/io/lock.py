@@ -27,23 +27,27 @@ class Lock:
         """A descriptor that holds the lock; -1 where the file was removed meanwhile by a run that ended."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
-            os.close(descriptor)
-            raise OutputExistsError(
-                f"{printable(out)}: another run is writing it (process {printable(holder) or 'unknown'}); "
-                "wait for that one"
-            ) from error
-        except OSError:
+            _hold_off(descriptor, out)
+            if _same_file(descriptor, self.path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+                return descriptor
+        except BaseException:
             os.close(descriptor)
             raise
-        if not _same_file(descriptor, self.path):
-            os.close(descriptor)
-            return -1
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        return descriptor
+        os.close(descriptor)
+        return -1
+
+
+def _hold_off(descriptor: int, out: Path) -> None:
+    """OutputExistsError if another run does so already."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+        raise OutputExistsError(
+            f"{printable(out)}: another run is writing it (process {printable(holder) or 'unknown'}); wait for that one"
+        ) from error
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

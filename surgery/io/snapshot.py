@@ -10,9 +10,10 @@ from pathlib import Path
 
 from surgery.errors import EnvironmentFault, FormatError, InputError, printable
 from surgery.io.hub_cache import CachedRepository
-from surgery.io.hub_files import INDEX, HubFile, hub_file, is_commit, needed_at_first, needed_weights, shard_names
+from surgery.io.hub_files import HubFile, hub_file, is_commit, needed_at_first, needed_weights, shard_names
 from surgery.io.patience import TRIES, Patience
 from surgery.io.strict_json import read_json
+from surgery.io.weight_files import INDEX
 
 WORKERS = 4  # small files at once
 TIMEOUT_S = 10.0

@@ -115,6 +115,8 @@ class Adapted(Bare):
         if self.op.roles or self.laying is not None:  # its weights are read, and nothing else could be put in the way
             return functional_call(base_layer, self._read_weights(), given, kwargs)
         if not given:  # a layer's input may be named
+            if not kwargs:
+                return base_layer()  # which says what is missing
             given = (kwargs.pop(next(iter(kwargs))),)
         if self.aware is not None:
             return self._run_held(given[0])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
-from surgery.core.op import Op, Tile, onto
+from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
 from surgery.errors import MatchError, printable
 
@@ -83,8 +83,7 @@ class AdaLora(Additive, AsPeft):
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         below = run(x)
         A = p["A"] * p["E"]  # [r, in]
-        if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(A.dtype)
+        x = in_dtype_of(A, x)
         if training and self.dropout:
             x = F.dropout(x, self.dropout)
         return onto(below, op.mix(op.apply(x, A), p["B"]), self.scaling)

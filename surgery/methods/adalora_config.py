@@ -47,11 +47,11 @@ _NEUTRAL = {
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoraConfig(AdapterConfig):
-    """AdaLoRA's settings, named as in PEFT.
+    """AdaLoRA's settings, named as in PEFT: W + scaling * B (E * A), of A [r, in], E [r, 1] and B [out, r].
 
     Up to step `tinit` all ranks are `init_r`; at step `total_step - tfinal` they are `target_r` on average; in
     between they are allotted anew every `deltaT` steps. `rank_pattern` tells by `<module>.lora_E` which of the
-    `init_r` triplets are left.
+    `init_r` triplets are left. `adalora_step` allots them. https://arxiv.org/abs/2303.10512
 
     >>> config = AdaLoraConfig(init_r=4, rank_pattern={"q_proj.lora_E": [True, False, False, True]})
     >>> config.method("q_proj").r, config.method("v_proj").r

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from surgery.core.arithmetic import all_finite, exact_float64, exact_product
 from surgery.core.elementwise import Affine
 from surgery.core.method import Dense, Method, Params, Product, Run, Spec
-from surgery.core.op import Op, Tile
+from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
 from surgery.core.source import TILE_ELEMENTS, row_tiles
 from surgery.core.sums import sum_rows
@@ -141,8 +141,8 @@ class Dora(Method):
     def _low_rank(self, x: Tensor, below: Tensor, op: Op, p: Params) -> Tensor:
         """below + scaling * B A x"""
         A, B = p["A"], p["B"]
-        if op.accepts_dropout() and x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(A.dtype)
+        if op.accepts_dropout():
+            x = in_dtype_of(A, x)
         return op.mix_onto(below, op.apply(x, A), B, self.lora.scaling)
 
     def _live_factor(self, weight: Tensor, p: Params) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.method import Additive, Dense, Method, Params, Product, Run, Spec
-from surgery.core.op import Op, Tile, onto
+from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods.eva import Eva
@@ -134,8 +134,7 @@ class FromBase(Additive):
         below, dropped = run(x), x
         A, B, A0, B0 = (p[role].flatten(1) for role in ("A", "B", "A0", "B0"))  # of a convolution: [out, in]
         if op.accepts_dropout():
-            if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
-                x = x.to(A.dtype)
+            x = in_dtype_of(A, x)
             dropped = F.dropout(x, self.lora.dropout, training)
         # Alike at the start, so that their difference is zero to the bit.
         moved = op.mix(op.apply(dropped, A), B) - op.mix(op.apply(x, A0), B0)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
-from surgery.core.op import Factors, Op, Tile, is_many
+from surgery.core.op import Factors, Op, Tile, in_dtype_of, is_many
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods import stacks
@@ -136,8 +136,7 @@ class Lora(Additive, AsPeft):
         if op.kernel:
             A, B = A.flatten(1), B.flatten(1)  # [r, channels * kernel], [out, r / groups]
         if op.accepts_dropout():
-            if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
-                x = x.to(A.dtype)
+            x = in_dtype_of(A, x)
             if training and self.dropout:
                 x = F.dropout(x, self.dropout)
         return op.mix_onto(below, op.apply(x, A), B, self.scaling)

@@ -44,7 +44,10 @@ _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(AdapterConfig):
-    """LoRA's settings, named as in PEFT.
+    """LoRA's settings, named as in PEFT: W + scaling * B A, of A [r, in] and B [out, r].
+
+    The scaling is lora_alpha / r, or with `use_rslora` lora_alpha / sqrt(r). docs/adapters.md tells of each field.
+    https://arxiv.org/abs/2106.09685
 
     >>> LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"]).method("layers.0.q_proj").scaling
     2.0

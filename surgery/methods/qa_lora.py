@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from surgery.core.elementwise import Shift
 from surgery.core.method import Dense, Method, Params, Product, Run, Spec
-from surgery.core.op import Op, Tile
+from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods.lora import Lora
@@ -69,8 +69,7 @@ class QaLora(Method):
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         below, A = run(x), p["A"]
-        if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(A.dtype)
+        x = in_dtype_of(A, x)
         dropped = F.dropout(x, self.lora.dropout, training)
         pooled = dropped.reshape(*x.shape[:-1], -1, self.group).sum(-1)  # [*batch, in / group]
         return op.mix_onto(below, op.apply(pooled, A), p["B"], self._over(x.shape[-1]).scaling)

@@ -3,8 +3,11 @@
 A is [stack * r, in], an expert's rows together; B is [out, stack * r], whose columns are r times one for each expert.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from surgery.core.method import Params, Product
 from surgery.core.op import Op, Tile
@@ -27,6 +30,17 @@ def by_expert(p: Params, op: Op) -> Params:
     A = p["A"].view(op.stack, -1, p["A"].shape[1])  # [stack, r, in]
     B = p["B"].view(p["B"].shape[0], -1, op.stack).permute(2, 0, 1)  # [stack, out, r]
     return {"A": B.mT, "B": A.mT} if op.swapped else {"A": A, "B": B}
+
+
+def stacked(each: Sequence[Params], op: Op) -> Params:
+    """The inverse of `by_expert`, of matrices; experts of lower rank than others have zeros for the rest."""
+    A, B = ([one[role] for one in each] for role in (("B", "A") if op.swapped else ("A", "B")))
+    if op.swapped:
+        A, B = [one.mT for one in A], [one.mT for one in B]
+    r = max(len(one) for one in A)
+    rows = [F.pad(one, (0, 0, 0, r - len(one))) for one in A]  # [r, in]
+    columns = [F.pad(one, (0, r - one.shape[1])) for one in B]  # [out, r]
+    return {"A": torch.cat(rows), "B": torch.stack(columns, -1).flatten(1)}
 
 
 def delta(p: Params, tile: Tile, product: Product, scaling: float) -> Tensor:

@@ -25,6 +25,25 @@ def test_a_line_is_printed_every_few_seconds(capsys: pytest.CaptureFixture[str])
     assert [line.rpartition(", ")[2] for line in printed] == ["20 %", "40 %", "60 %", "80 %", "100 %"]
 
 
+@pytest.mark.parametrize(
+    ("done", "total", "line"),
+    [
+        (0, 0, "0 of 0 bytes, 0 %"),
+        (40, 80, "40 of 80 bytes, 50 %"),
+        (1_234, 99_999, "1,234 of 99,999 bytes, 1 %"),
+        (40_000, 100_000, "40 of 100 kB, 40 %"),
+        (1_500_000, 3_000_000, "1,500 of 3,000 kB, 50 %"),
+        (1_500_000, 300_000_000, "2 of 300 MB, 0 %"),
+        (16_000_000_000, 32_000_000_000, "16,000 of 32,000 MB, 50 %"),
+        (16_000_000_000, 140_000_000_000, "16 of 140 GB, 11 %"),
+    ],
+)
+def test_its_unit_fits_the_size(capsys: pytest.CaptureFixture[str], done: int, total: int, line: str) -> None:
+    clock = iter((0.0, EVERY_S, EVERY_S))
+    lines("exporting", lambda: next(clock))(Progress(done, total))
+    assert capsys.readouterr().err == f"exporting: {line}\n"
+
+
 def test_a_short_run_says_nothing(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
     assert run("merge", base, adapter, tmp_path / "out").err == ""
 

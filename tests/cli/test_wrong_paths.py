@@ -110,6 +110,41 @@ OTHERS: Mapping[str, tuple[str, str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "line", ["merge FIRST SECOND OUT", "plan FIRST SECOND", "verify FIRST SECOND BASE", "export FIRST SECOND OUT"]
+)
+@pytest.mark.parametrize("first", ["ADAPTER", "ADAPTER/adapter_model.safetensors", "ADAPTER with a config.json"])
+@pytest.mark.parametrize("second", ["BASE", "BASE/model.safetensors", "BASE=0.5"])
+def test_an_adapter_before_its_base_is_told_with_the_order(
+    line: str, first: str, second: str, run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    if first.endswith("config.json"):
+        shutil.copy(base / "config.json", adapter)
+    paths = {"ADAPTER": adapter, "BASE": base, "OUT": tmp_path / "out"}
+    head, tail = first.partition(" with ")[0], second
+    words = {name: str(path) for name, path in paths.items()}
+    words |= {"FIRST": head.replace("ADAPTER", str(adapter)), "SECOND": tail.replace("BASE", str(base))}
+    found = run(*(words.get(word, word) for word in line.split()))
+    assert (found.code, found.err.count("\n")) == (3, 1), found
+    model = words["SECOND"].removesuffix("=0.5")
+    assert f"{words['FIRST']}: it is an adapter, and {model} a model; BASE comes first; swap the two" in found.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_with_a_model_beside_it_may_be_the_base(run: Run, base: Path, adapter: Path) -> None:
+    for path in adapter.iterdir():
+        shutil.copy(path, base)
+    assert run("plan", base, adapter).code == 0
+    assert "it is an adapter" not in run("plan", base, base / "model.safetensors").err
+
+
+@pytest.mark.parametrize("line", ["plan LONG ADAPTER", "plan ADAPTER LONG", "merge LONG LONG OUT"])
+def test_a_name_too_long_to_be_one_is_not_looked_into(line: str, run: Run, adapter: Path, tmp_path: Path) -> None:
+    words = {"LONG": tmp_path / ("x" * 300), "ADAPTER": adapter, "OUT": tmp_path / "out"}
+    found = run(*(words.get(word, word) for word in line.split()))
+    assert (found.code, found.err.count("\n")) == (3, 1), found
+
+
 @pytest.mark.parametrize(("line", "told"), OTHERS.values(), ids=OTHERS.keys())
 def test_one_kind_of_folder_in_the_place_of_another_is_told(
     line: str, told: str, run: Run, base: Path, adapter: Path, tmp_path: Path

@@ -12,6 +12,7 @@ from surgery.codecs.bnb8 import Bnb8
 from surgery.codecs.compressed_ints import IntQuantized, PackQuantized
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.mxfp4 import Mxfp4
+from surgery.codecs.mxfp4_packed import Mxfp4Packed
 from surgery.codecs.nvfp4 import Nvfp4
 from surgery.codecs.torchao import TorchaoFp8, TorchaoInt8
 from surgery.core.codec import Packed
@@ -146,6 +147,13 @@ def nvfp4() -> Mapping[str, Packed]:
     return {"fresh": fresh, "every-scale": packed_of(held, "every scale")}
 
 
+def mxfp4_packed() -> Mapping[str, Packed]:
+    octets = torch.randint(0, 256, (128, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    held = {"weight_packed": octets, "weight_scale": torch.arange(256, dtype=torch.uint8).view(128, 2)}  # every scale
+    fresh = Mxfp4Packed().fresh(weights(12, 64, torch.bfloat16), {})
+    return {"fresh": fresh, "every-scale": packed_of(held, "every scale")}
+
+
 def torchao_int8() -> Mapping[str, Packed]:
     make = TorchaoInt8().fresh
     return {"rows": make(weights(12, 10), {}), "groups": make(weights(12, 64), {"group_size": 16})}
@@ -165,6 +173,7 @@ EXAMPLES = {  # by codec
     "pack-quantized": pack_quantized(),
     "int-quantized": int_quantized(),
     "nvfp4-pack-quantized": nvfp4(),
+    "mxfp4-pack-quantized": mxfp4_packed(),
     "torchao-int8": torchao_int8(),
     "torchao-fp8": torchao_fp8(),
 }

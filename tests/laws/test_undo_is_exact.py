@@ -10,9 +10,9 @@ from rational import same_bits
 from torch import Tensor
 
 from surgery.core import bits, undo
-from surgery.core.arithmetic import exact_product
+from surgery.core.arithmetic import exact_product, rounding
 from surgery.core.elementwise import Elementwise, Scale, Shift
-from surgery.core.undo import Recorder, Restorer, from_order, merged_value, order
+from surgery.core.undo import Recorder, Restorer, accumulate, from_order, merged_value, order
 from surgery.errors import CheckError
 
 SINGLE, BFLOAT, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -69,9 +69,13 @@ def cut(steps: Sequence[Elementwise], rows: slice) -> list[Elementwise]:
 
 
 def record(w: Tensor, merged: Tensor, steps: Sequence[Elementwise], step: int) -> Recorder:
-    recorder = Recorder()
+    """With and without the ties that the rounding tells of, which must be the same."""
+    recorder, told = Recorder(), Recorder()
     for rows in tiles(len(w), step):
-        recorder.add(w[rows], merged[rows], cut(steps, rows))
+        here = cut(steps, rows)
+        recorder.add(w[rows], merged[rows], here)
+        told.add(w[rows], merged[rows], here, rounding(accumulate(w[rows].double(), here), merged.dtype).near_ties)
+    assert (told.exact, told.streams()) == (recorder.exact, recorder.streams())
     return recorder
 
 

@@ -6,8 +6,9 @@ import torch
 from rational import same_bits
 from torch import Tensor
 
-from surgery.core.elementwise import Scale, Shift
-from surgery.core.undo import Recorder, Restorer, from_order, merged_value, order
+from surgery.core.arithmetic import rounding
+from surgery.core.elementwise import Elementwise, Scale, Shift
+from surgery.core.undo import Recorder, Restorer, accumulate, from_order, merged_value, order
 
 BFLOAT, HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64
 PAIRS = [(BFLOAT, BFLOAT), (HALF, HALF), (BFLOAT, HALF), (HALF, BFLOAT), (BFLOAT, SINGLE), (HALF, SINGLE)]
@@ -65,6 +66,13 @@ def every(dtype: torch.dtype) -> Tensor:
     return from_order(torch.arange(-top - 1, top + 1), dtype)
 
 
+def by_ties(w: Tensor, merged: Tensor, steps: list[Elementwise]) -> dict[int, bytes]:
+    """The streams, where the ties are told that the rounding knows."""
+    recorder = Recorder()
+    recorder.add(w, merged, steps, rounding(accumulate(w.double(), steps), merged.dtype).near_ties)
+    return recorder.streams()
+
+
 def counted(outcome: Tensor) -> tuple[Tensor, Tensor]:
     """Of rising weights, by their outcomes: which of those with the same it is, and the bits to tell them apart."""
     _, group, sizes = torch.unique_consecutive(order(outcome), return_inverse=True, return_counts=True)
@@ -96,6 +104,7 @@ def test_the_record_says_which_of_all_that_lead_to_m_it_was(pair, name):
     assert recorder.streams() == {
         width: packed(index[bits == width], width) for width in bits.unique().tolist() if width
     }
+    assert by_ties(w, merged, steps) == recorder.streams()
     assert same_bits(Restorer(recorder.streams()).restore(merged, steps, dtype), w)
 
 
@@ -118,4 +127,5 @@ def test_every_value_comes_back_under_a_shift_of_its_own(dtype, target):
     recorder = Recorder()
     recorder.add(w, merged, steps)
     assert recorder.exact
+    assert by_ties(w, merged, steps) == recorder.streams()
     assert same_bits(Restorer(recorder.streams()).restore(merged, steps, dtype), w)

@@ -13,7 +13,9 @@ from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
 from surgery.codecs.compressed_ints import IntQuantized, PackQuantized
 from surgery.codecs.fp8_block import Fp8Block
+from surgery.codecs.fp8_rows import Fp8Rows
 from surgery.codecs.mxfp4 import Mxfp4
+from surgery.codecs.mxfp4_packed import Mxfp4Packed
 from surgery.codecs.nvfp4 import Nvfp4
 from surgery.core.codec import Packed
 from surgery.errors import ConfigError, FormatError, ValueRangeError
@@ -141,3 +143,9 @@ def test_fresh_weights_of_other_shapes_are_refused():
             codec.fresh(torch.ones(2, 32), wrong)
     with pytest.raises(ConfigError, match="nvfp4"):
         Nvfp4().fresh(torch.ones(2, 24), {})
+    for packed in (torch.ones(2, 48), torch.ones(2, 32).double()):
+        with pytest.raises(ConfigError, match="mxfp4"):
+            Mxfp4Packed().fresh(packed, {})
+    for rows in (torch.ones(2, 2, 2), torch.ones(2, 2).double()):
+        with pytest.raises(ConfigError, match="fp8 by rows"):
+            Fp8Rows().fresh(rows, {})

@@ -190,7 +190,6 @@ def torchao(*kinds: str) -> Cases:
 
 
 def by_torchao(kind: str, dtype: torch.dtype) -> Held:
-    """Its scales are searched otherwise than here."""
     ao = pytest.importorskip("torchao.quantization")
     from torchao.quantization.quant_primitives import MappingType
 
@@ -204,7 +203,8 @@ def by_torchao(kind: str, dtype: torch.dtype) -> Held:
         tensor = ao.Int8Tensor.from_hp(given, granularity, mapping)
     held = {role: getattr(tensor, role, None) for role in ("qdata", "scale", "zero_point")}
     packed = packed_of({role: one for role, one in held.items() if one is not None}, kind)
-    return Held(packed, {to: partial(tensor.dequantize, to) for to in HALVES}, given)
+    made_here = {"int8-rows": {}, "int8-groups": {"group_size": 16}, "fp8-rows": {}}
+    return Held(packed, {to: partial(tensor.dequantize, to) for to in HALVES}, given, made_here.get(kind))
 
 
 LIBRARIES: Mapping[str, Callable[[], Cases]] = {  # by the name of the codec
@@ -215,6 +215,7 @@ LIBRARIES: Mapping[str, Callable[[], Cases]] = {  # by the name of the codec
     "pack-quantized": partial(compressed_tensors, "pack-quantized"),
     "int-quantized": partial(compressed_tensors, "int-quantized"),
     "nvfp4-pack-quantized": partial(compressed_tensors, "nvfp4-pack-quantized"),
+    "mxfp4-pack-quantized": partial(compressed_tensors, "mxfp4-pack-quantized"),
     "torchao-int8": partial(torchao, "int8-rows", "int8-groups", "int8-uneven"),
     "torchao-fp8": partial(torchao, "fp8-rows", "fp8-one"),
 }

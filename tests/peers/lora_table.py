@@ -238,12 +238,17 @@ def page() -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows))
     return f"""# LoRA, layer by layer
 
-Where a cell says yes, a fresh adapter leaves the outputs as they are; the adapted layer gives the outputs of the merged
-one; a live merge has the bytes of a streaming one, and both are undone to the bit; and peft, where it runs too, gives
-the same outputs from files that either has written. "not merged" is what runs, is trained and saved, while a merge is
-refused: it would change a weight that several layers share. QALoRA is compared with what peft makes of layers of GPTQ,
-in whose place an nn.Linear stands; over others it leaves `use_qalora` unheard. Outputs are compared by
-`surgery.testing.assert_equivalent`. What is refused is a clear error before anything is changed.
+What a cell says:
+
+- **yes**: a fresh adapter leaves the outputs as they are; the adapted layer gives the outputs of the merged one; a live
+  merge has the bytes of a streaming one, and both are undone to the bit. peft, where it runs too, gives the same
+  outputs from files that either has written.
+- **not merged**: it runs, is trained and saved, and a merge is refused, which would change a weight that several
+  layers share.
+- **refused**: by a clear error, before anything is changed.
+
+Outputs are compared by `surgery.testing.assert_equivalent`. QALoRA is compared with what peft makes of layers of GPTQ,
+in whose place an nn.Linear stands; over other layers peft ignores `use_qalora`.
 
 {table}
 

@@ -96,11 +96,14 @@ def page(rows: list[list[str]]) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return f"""# ONNX: what is covered, and how near
 
-Tiny models with random weights, in float32, under LoRA over all their linear layers; and {REAL} itself under
-such an adapter, both in files. A cell is the largest error of what onnxruntime gives against the adapted model in
-float64, over all runs, relative to the largest output; a run is allowed 8 times the noise of float32. `--kv` is for
-decoders alone, and compares greedy tokens too. Sizes are in bytes, of the merged export: its weights are those of the
-safetensors, and of `model.onnx.data` where experts are fused.
+The models are tiny ones with random weights, in memory, and {REAL}, which is read from files with its
+adapter. All are in float32, under LoRA over all linear layers.
+
+- **merged**, **swappable**, **merged, `--kv`**: the largest error of onnxruntime's outputs against the adapted model's
+  in float64, over all runs, relative to the largest output. A run is allowed 8 times the noise of float32. `--kv` is
+  for decoders alone, and compares greedy tokens too.
+- **weights**, **graph**: bytes of the merged export. The weights are those of the safetensors, and of `model.onnx.data`
+  where experts are fused.
 
 {table}
 

@@ -10,6 +10,8 @@ from codec_table import made, same
 
 from surgery.codecs import packed_of
 from surgery.codecs.compressed_config import refuse_unsupported
+from surgery.codecs.fp8_rows import Fp8Rows
+from surgery.codecs.mxfp4_packed import Mxfp4Packed
 from surgery.errors import FormatError
 
 GOLDEN = {f"{case}-{dtype}": one for case, dtype, one in made.read()}
@@ -25,10 +27,37 @@ def test_the_golden_file_is_what_the_library_makes_now():
         assert same(now.decompressed, before.decompressed)
 
 
+@pytest.mark.parametrize("dtype", made.DTYPES)
+def test_fp8_by_rows_is_made_as_the_library_makes_it(dtype: str):
+    golden = GOLDEN[f"fp8-{dtype}"]
+    fresh = Fp8Rows().fresh(golden.weight, {})
+    assert fresh.tensors.keys() == golden.held.keys()
+    assert all(same(fresh.tensors[role], one) for role, one in golden.held.items())
+    assert fresh.settings == packed_of(golden.held, "fp8", made.quantization_config("fp8")).settings
+
+
+RANGES = {torch.float32: (-133, 127), torch.bfloat16: (-133, 127), torch.float16: (-24, 15)}
+
+
+@pytest.mark.parametrize("dtype", RANGES, ids=str)
+def test_mxfp4_is_made_as_the_library_makes_it_whatever_the_largest_of_a_block(dtype: torch.dtype):
+    """Blocks of every exponent and 64 mantissas, subnormal and of zeros too, up to where its scales go round."""
+    pytest.importorskip("compressed_tensors")
+    first, last = RANGES[dtype]
+    largest = torch.cat([(torch.arange(64, dtype=torch.float64) / 64 + 1) * 2.0**e for e in range(first, last + 1)])
+    largest = torch.cat([torch.zeros(1), largest[largest < 1.75 * 2.0**last]]).to(dtype)
+    drawn = torch.rand(len(largest), 32, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(dtype)
+    drawn[:, 0] = 1
+    now = made.compressed("mxfp4", drawn * largest.unsqueeze(1))
+    fresh = Mxfp4Packed().fresh(now.weight, {})
+    assert all(same(fresh.tensors[role], one) for role, one in now.held.items())
+    assert same(Mxfp4Packed().decode(fresh, torch.bfloat16), now.decompressed)
+
+
 UNSUPPORTED: Mapping[str, tuple[dict[str, Any], str]] = {
     "sparse": ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity sparse-24-bitmask"),
     "marlin": ({"format": "marlin-24"}, "format marlin-24"),
-    "mxfp4": ({"format": "mxfp4-pack-quantized"}, "format mxfp4-pack-quantized"),
+    "mxfp6": ({"format": "mxfp6-pack-quantized"}, "format mxfp6-pack-quantized"),
     "cache": ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "KV cache"),
     "rotated": ({"transform_config": {"config_groups": {"R1": {}}}}, "rotation"),
     "not packed yet": ({"quantization_status": "frozen"}, "quantization_status frozen"),
@@ -68,6 +97,9 @@ DAMAGED = {
     "nvfp4 in other blocks": ("nvfp4", {"weight_scale": torch.ones(12, 2).to(torch.float8_e4m3fn)}, "nvfp4"),
     "nvfp4 of nothing": ("nvfp4", {"weight_packed": torch.zeros(0, 32).byte()}, "nvfp4"),
     "nvfp4 of no matrix": ("nvfp4", {"weight_packed": torch.zeros(32).byte()}, "nvfp4"),
+    "mxfp4 in other blocks": ("mxfp4", {"weight_scale": torch.ones(12, 4).byte()}, "mxfp4"),
+    "mxfp4 of nothing": ("mxfp4", {"weight_packed": torch.zeros(0, 32).byte()}, "mxfp4"),
+    "mxfp4 of no matrix": ("mxfp4", {"weight_packed": torch.zeros(32).byte()}, "mxfp4"),
     "nvfp4 with scales for all rows": ("nvfp4", {"weight_global_scale": torch.ones(12)}, "nvfp4"),
 }
 

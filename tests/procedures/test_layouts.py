@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.core.names import prefix_between
 from surgery.core.site import TensorInfo
-from surgery.hosts.checkpoint import INDEX, Checkpoint
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import bytes_of
 from surgery.io.fingerprint import base_print_bytes
+from surgery.io.weight_files import INDEX
 from surgery.procedures.planning.true_config import Outcome, true_config
 
 SQUARE = ("model.layers.0.q_proj", "model.layers.1.q_proj")

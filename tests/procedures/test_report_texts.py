@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import surgery
 from surgery.core.report import Report
+from surgery.errors import visible
 from surgery.procedures.checking.grade import Grade
-from surgery.procedures.checking.report import as_json, as_junit, as_markdown, visible
+from surgery.procedures.checking.report import as_json, as_junit, as_markdown
 from surgery.procedures.checking.verify_report import VerifyReport
 
 CONTROLS = "a\x00b\x1b[31m\r\n\t\x07\u202e\x85\ufffe\ud800|`*_<b>&amp;\"']]>"
@@ -109,7 +110,9 @@ def test_no_name_and_no_reason_breaks_a_format(name: str, why: str) -> None:
     json.loads(as_json(report))
 
 
-@pytest.mark.parametrize("char", [*map(chr, range(32)), "\x7f", "\x85", "\u202e", "\ufffe", "\uffff", "\ud800"])
+@pytest.mark.parametrize(
+    "char", [*map(chr, range(32)), "\x7f", "\x85", "\u202e", "\ufffe", "\uffff", "\ud800", "\u3164", "\ufe0f"]
+)
 def test_what_xml_or_a_terminal_cannot_hold_is_spelled(char: str) -> None:
     assert visible(f"a{char}b").isascii()
     assert visible(f"a{char}b").isprintable()

@@ -34,13 +34,13 @@ from surgery.io.staging import Staging
 from surgery.io.strict_json import read_json
 from surgery.procedures.exports.export import ExportReport, Manner, names_in_files, traced, write_graph
 from surgery.procedures.exports.export_readme import write_readme
-from surgery.procedures.exports.kept import is_of_bitsandbytes, refuse_kept
+from surgery.procedures.exports.kept import has_nodes, is_of_bitsandbytes, refuse_kept
 from surgery.procedures.exports.proof import Claim, Proof, Reference, prove, reference_of
 from surgery.procedures.exports.proof_by_layers import Files, bytes_by_layers, prove_by_layers
 from surgery.procedures.live.load import lay
 from surgery.procedures.live.save import DEFAULT
 from surgery.procedures.live.switch import set_adapter
-from surgery.procedures.planning.treatment import Treatment
+from surgery.procedures.planning.treatment import HELD_IN, Treatment
 from surgery.procedures.writing.merge_checkpoint import Options, merge_checkpoint
 
 _PROOF_BYTES = 16  # for each weight: one as it is stored, one in float64, and what running them takes
@@ -84,7 +84,7 @@ def _treatment(base: Checkpoint, adapters: Sequence[Weighted], asked: Treatment)
         return replace(asked, into="keep")
     if asked.into == "keep":
         refuse_kept(base.packed)
-    if asked.into in {"fp8_block", "w4a16", "nvfp4"}:
+    if asked.into in HELD_IN and not has_nodes(asked.into):
         raise UsageError(f"export: into {asked.into}, which no graph here decodes; 16bit, nf4, fp4 or int8 is wanted")
     return asked
 

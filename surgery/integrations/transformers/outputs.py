@@ -15,13 +15,14 @@ from surgery.core.adapter import Weighted
 from surgery.core.agreement import Agreements, Outputs, compare, floors
 from surgery.core.distance import Distance
 from surgery.errors import CheckError, InputError, UsageError, ValueRangeError, printable
-from surgery.hosts.checkpoint import INDEX, SINGLE, Checkpoint
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.packing import quantization_of
 from surgery.hosts.tree import adapted_layers
 from surgery.integrations.transformers.example_inputs import arguments, example_inputs
 from surgery.integrations.transformers.loading import Wanted, class_of, read_model
 from surgery.integrations.transformers.quiet import quiet
 from surgery.io.hub import Located
+from surgery.io.weight_files import INDEX, SINGLE
 from surgery.procedures.checking.exactly import as_merged
 from surgery.procedures.checking.outputs import Given, Inputs, mask_of, narrow_run, own_dtype, run, widened
 from surgery.procedures.live.fitting import fit

@@ -57,7 +57,11 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class DiffReport(CaseReport):
-    """Every tensor of two checkpoints, in the order of the first; and the keys of config.json that differ."""
+    """Every tensor of two checkpoints, in the order of the first; and the keys of config.json that differ.
+
+    `equal` says whether nothing does, and `require` raises CheckError otherwise. Of a tensor, `what` is "equal",
+    "values", "dtype", "shape", "only in a" or "only in b", and `difference` has the figures.
+    """
 
     a: Path
     b: Path

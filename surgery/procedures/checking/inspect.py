@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Inspection(Report):
-    """What lies at a path: `kind` is model or adapter."""
+    """What lies at a path: `kind` is "model" or "adapter", `rows` are its sites, or its tensors, with their sizes."""
 
     kind: str
     rows: tuple[Row, ...]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree as Xml
 
 from surgery.core.report import Report
+from surgery.errors import visible
 
 
 class Case(NamedTuple):
@@ -68,15 +69,6 @@ def as_junit(report: CaseReport) -> str:
 
 
 ENDINGS: Mapping[str, Callable[[CaseReport], str]] = {".json": as_json, ".md": as_markdown, ".xml": as_junit}
-
-
-def visible(text: str) -> str:
-    r"""`text` with each character that cannot be printed spelled as an escape; XML can hold all others.
-
-    >>> print(visible("a\x1bb"))
-    a\x1bb
-    """
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def _row(case: Case) -> Sequence[str]:

@@ -18,7 +18,12 @@ _LISTED = frozenset({"rounding", "different"})
 
 @dataclass(frozen=True, repr=False)
 class VerifyReport(CaseReport):
-    """A grade for every tensor of base and output; and how far the outputs of both models agree, if it was asked."""
+    """A grade for every tensor of base and output; and how far the outputs of both models agree, if it was asked.
+
+    `ok` says whether nothing is "different", and `require` raises CheckError otherwise. The other grades: "bits", the
+    same bytes when it is derived anew; "rounding", as near as correct merges are; "untouched", the base's bytes;
+    "recorded", the sha256 of the receipt.
+    """
 
     out: Path
     tensors: Mapping[str, Grade]

@@ -90,7 +90,7 @@ class Manner:
 
 @dataclass(frozen=True, repr=False)
 class ExportReport(Report):
-    """What an export has written, and what proves it."""
+    """What an export has written, and in `proof` the errors of onnxruntime's outputs, or why there are none."""
 
     out: Path
     graph_bytes: int

@@ -12,10 +12,11 @@ from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.links import GRAPH
 from surgery.formats.onnx.runtime import run
 from surgery.formats.onnx.slots import Slot, default_to_nothing, slot_of, with_slots, write_adapter
-from surgery.hosts.checkpoint import INDEX, Checkpoint
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.tree import adapted_layers, injected, refuse_merged, replaced_modules
 from surgery.hosts.twin import weightless
 from surgery.io.staging import Staging
+from surgery.io.weight_files import INDEX
 from surgery.layers import Adapted
 from surgery.procedures.exports.export import ExportReport, Kind, Manner, Sources, State, traced, write_graph
 from surgery.procedures.exports.export_readme import write_readme

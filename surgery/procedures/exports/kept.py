@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from surgery.codecs import FORMS
 from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb4_fresh import KINDS
 from surgery.codecs.bnb8 import Bnb8
@@ -59,6 +60,11 @@ def refuse_kept(held: Mapping[str, Held]) -> None:
                 f"{printable(name)}: held as {one.codec.name} {list(one.plain.shape)}; matrices in 4 or 8 bits of "
                 "bitsandbytes have nodes that decode them; export it into 16bit"
             )
+
+
+def has_nodes(form: str) -> bool:
+    """Are there nodes that decode what goes into the form?"""
+    return FORMS[form][0].name in _KEPT
 
 
 def is_of_bitsandbytes(files: Checkpoint) -> bool:

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from surgery.core.arithmetic import memory_of
 from surgery.core.site import TensorInfo
-from surgery.hosts.checkpoint import SINGLE, Checkpoint
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.lazy import Lazy, write_tensors
 from surgery.io.octets import tensor_from
 from surgery.io.staging import Staging
+from surgery.io.weight_files import SINGLE
 
 
 def read_tensor(files: Checkpoint, name: str) -> Tensor:

@@ -47,7 +47,7 @@ class LiveRecorder:
         if tile.first:
             self.recorder = Recorder() if self.kind == "index" and tile.steps is not None else None
         if self.recorder is not None and tile.steps is not None and tile.original is not None:
-            self.recorder.add(tile.original, tile.merged, tile.steps)
+            self.recorder.add(tile.original, tile.merged, tile.steps, tile.near_ties)
         if tile.last:
             self._end(tile.change)
 

@@ -1,30 +1,30 @@
 """combine: several LoRA adapters as one adapter folder in PEFT's format, and how far it is from their exact sum."""
 
 import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from surgery.adapters import out_proj
-from surgery.adapters.peft import CONFIG, check_finite, config_bytes
+from surgery.adapters.peft import CONFIG, config_bytes
 from surgery.adapters.spill import Spill
-from surgery.core.adapter import Weighted, shape_of
+from surgery.core.adapter import Weighted
 from surgery.core.names import prefix_between
-from surgery.errors import InputError, ShapeError, UsageError, ValueRangeError, printable
+from surgery.errors import InputError, UsageError, printable
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.octets import octets
 from surgery.io.staging import Staging, refuse_overlap
-from surgery.methods.lora import Lora
 from surgery.methods.lora_config import LoraConfig
-from surgery.procedures.making.combinations import COMBINATIONS, Factors, Recipe, norm
+from surgery.procedures.making.by_parameter import by_parameter
+from surgery.procedures.making.combinations import Factors, Recipe
+from surgery.procedures.making.combined import combined
 from surgery.procedures.making.fidelity import Fidelity, FidelityReport
 from surgery.procedures.making.ranked_config import ranked_config
 from surgery.procedures.making.tied_sites import tied_sites
+from surgery.procedures.places.parameters import spelled_without_model
 
 Value = TypeVar("Value")
 
@@ -41,7 +41,7 @@ _LEFT_OUT = (
 
 @dataclass(frozen=True, repr=False)
 class CombineReport(FidelityReport):
-    """What was written, and how far it is from the exact sum."""
+    """What was written, and how far it is from the exact sum: `relative_error` in all, `sites` one by one."""
 
     title = "surgery combine"
 
@@ -59,6 +59,8 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
         raise UsageError("combine: no adapter is given; one or more are wanted")
     refuse_overlap(out, [Path(one.adapter.where) for one in given])
     configs = [_lora(one) for one in given]
+    given, parameters = by_parameter(given)
+    spelled = spelled_without_model(sorted(parameters))
     _check_names(given)
     ops = _united(given, "the op of", lambda one: one.adapter.ops, lambda op: op)
     saved = _united(given, "the saved", lambda one: one.adapter.saved, _content)
@@ -70,14 +72,14 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
         draws, tied = recipe.draws(), tied_sites(given)
         heads = tied or {}
         for name in sorted({name for one in given for name in one.adapter.sites} - {*heads.values()}):
-            made, sites[name] = _at(name, given, recipe, draws)
-            _spill(spill, name, ops.get(name), made)
+            made, sites[name] = combined(name, given, recipe, draws, parameters)
+            _spill(spill, spelled.get(name, name), ops.get(name), made)
             if name in heads:
                 sites[heads[name]] = sites[name]
                 _spill(spill, heads[name], None, Factors(made.B.mT, made.A.mT))
         for name, values in (saved | _placed(copies, sites)).items():
             spill.add(name, values)
-        config = _config(configs, {name: one.r for name, one in sites.items()}, tied is not None)
+        config = _config(configs, {name: one.r for name, one in sites.items()}, parameters, tied is not None)
         spill.write()
         if trained_on:
             staging.write(BASE_PRINT, base_print_bytes(trained_on))
@@ -124,63 +126,7 @@ def _lora(one: Weighted) -> LoraConfig:
                 f"{printable(one.adapter.where)}: it has {found}, which a sum of A and B leaves out; "
                 "merge such adapters one over the other"
             )
-    if config.target_parameters:
-        raise InputError(
-            f"{printable(one.adapter.where)}: it has target_parameters, whose A and B hold many matrices each; "
-            "merge such adapters one over the other"
-        )
     return config
-
-
-def _at(name: str, given: Sequence[Weighted], recipe: Recipe, draws: torch.Generator) -> tuple[Factors, Fidelity]:
-    """One site combined, as it is written; and its error, against what the files say in float64."""
-    there = [one for one in given if name in one.adapter.sites]
-    found = [_factors(name, one) for one in there]
-    inputs = _inputs(name, there)
-    _check_ranks(name, found, recipe)
-    kinds = [factor.dtype for one in given for factor in one.adapter.sites.get(name, {}).values()]
-    dtype = reduce(torch.promote_types, kinds, torch.float32)
-    whole = norm(found)
-    if not math.isfinite(whole):
-        raise ValueRangeError(f"{printable(name)}: the sum overflows float64; take smaller weights")
-    made = COMBINATIONS[recipe.method](found, recipe, draws)
-    written = Factors(made.A.to(dtype).contiguous(), made.B.to(dtype).contiguous())
-    if not (written.A.isfinite().all() and written.B.isfinite().all()):
-        raise ValueRangeError(
-            f"{printable(name)}: the outcome overflows {dtype}; finite numbers are wanted; take smaller weights"
-        )
-    error = norm([*found, Factors(written.A.double(), written.B.double(), -1.0)])
-    r, points = len(written.A), (1 for _ in inputs[1:])
-    return Factors(written.A.view(r, *inputs), written.B.view(-1, r, *points)), Fidelity(r, whole, error)
-
-
-def _factors(name: str, one: Weighted) -> Factors:
-    method, p = one.adapter.config.method(name), dict(one.adapter.sites[name])
-    assert isinstance(method, Lora)
-    A, B = p["A"].shape, p["B"].shape
-    if not 2 <= len(A) == len(B) or len(A) > 5 or A[0] != method.r or B[1] != method.r or math.prod(B[2:]) != 1:
-        raise ShapeError(
-            f"{printable(one.adapter.where)}: {printable(name)}: A is {list(A)}, B {list(B)}; [{method.r}, in] and "
-            f"[out, {method.r}] are wanted by its config, of a convolution [{method.r}, channels, *kernel] and [out, "
-            f"{method.r}, 1, ...] in one group; save it again, or merge such adapters one over the other"
-        )
-    check_finite(name, p, one.adapter.where)
-    return Factors(p["A"].double().flatten(1), p["B"].double().flatten(1), one.weight * method.scaling)
-
-
-def _inputs(name: str, given: Sequence[Weighted]) -> tuple[int, ...]:
-    """Those that A takes: how many, or channels and kernel of a convolution. ShapeError unless they are one base's."""
-    held = [one.adapter.sites[name] for one in given]
-    shapes = sorted({(shape_of(p, "B")[0], *shape_of(p, "A")[1:]) for p in held})
-    if len(shapes) > 1:
-        raise ShapeError(f"{printable(name)}: the adapters are made for weights of {shapes}; one base is wanted")
-    return shapes[0][1:]
-
-
-def _check_ranks(name: str, found: Sequence[Factors], recipe: Recipe) -> None:
-    ranks = sorted({len(one.A) for one in found})
-    if len(ranks) > 1 and recipe.method not in ("cat", "svd"):
-        raise ShapeError(f"{printable(name)}: the ranks are {ranks}; {recipe.method} wants equal ones; take cat or svd")
 
 
 def _united(
@@ -217,7 +163,9 @@ def _content(values: Tensor) -> object:
     return values.dtype, tuple(values.shape), bytes(octets(values.contiguous()))
 
 
-def _config(configs: Sequence[LoraConfig], ranks: Mapping[str, int], ties: bool) -> LoraConfig:
+def _config(
+    configs: Sequence[LoraConfig], ranks: Mapping[str, int], parameters: Collection[str], ties: bool
+) -> LoraConfig:
     """Of one base, if all name the same; of the task that those tell which tell one.
 
     `ties`: may heads and embeddings that are tied stay so?
@@ -234,6 +182,7 @@ def _config(configs: Sequence[LoraConfig], ranks: Mapping[str, int], ties: bool)
     base, revision = bases.pop() if len(bases) == 1 else (None, None)
     return ranked_config(
         ranks,
+        parameters,
         modules_to_save=sorted({name for one in configs for name in one.modules_to_save or ()}) or None,
         ensure_weight_tying=ties and any(one.ensure_weight_tying for one in configs),
         fan_in_fan_out=configs[0].fan_in_fan_out,

@@ -8,24 +8,25 @@ from typing import Any, Literal, NamedTuple
 from surgery.adapters.peft import CONFIG, config_bytes
 from surgery.adapters.spill import Spill
 from surgery.codecs.plain import PLAIN_DTYPES
-from surgery.core.arithmetic import all_finite
 from surgery.core.names import nearest, suffix_hits
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
-from surgery.core.turned import turned
-from surgery.errors import InputError, MatchError, UsageError, ValueRangeError, printable
+from surgery.errors import InputError, MatchError, UsageError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
+from surgery.hosts.reading import Reading
+from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.io.staging import Staging, refuse_overlap
-from surgery.methods.lora import Lora
 from surgery.ops import OPS
 from surgery.ops.convolution import Convolution
 from surgery.ops.linear import LAYOUTS
+from surgery.procedures.making.expert_stacks import Stack, Stacks
+from surgery.procedures.making.factored import Pair, factored, factored_stack
 from surgery.procedures.making.fidelity import Fidelity, FidelityReport
-from surgery.procedures.making.low_rank import Truncation, low_rank, residual_norm
+from surgery.procedures.making.low_rank import Truncation
 from surgery.procedures.making.ranked_config import ranked_config
 from surgery.procedures.making.tuning import OwnNames, changed_modules, check_alike, of_module, whole
 from surgery.procedures.places.op_choice import layout_by_name
+from surgery.procedures.places.parameters import spelled_without_model
 from surgery.procedures.places.tying import is_embedding, tying_of
 
 Rest = Literal["refuse", "save", "drop"]
@@ -34,7 +35,10 @@ _OPS = (*LAYOUTS, "embedding")
 
 @dataclass(frozen=True, repr=False)
 class ExtractReport(FidelityReport):
-    """What was written, and how far it is from the tuned weights."""
+    """What was written, and how far it is from the tuned weights: `relative_error` in all, `sites` one by one.
+
+    `saved` are the modules that are in it whole, `dropped` those whose changes it has not.
+    """
 
     saved: Sequence[str] = field(default=())  # modules that are in the adapter whole
     dropped: Sequence[str] = field(default=())  # modules that changed and are left out
@@ -75,9 +79,13 @@ class Extraction:
 
 
 class _Sorted(NamedTuple):
-    """The modules that changed: weights that a LoRA can stand for, by the module in memory, and the files' others."""
+    """What changed: weights that a LoRA can stand for, by the module or the parameter in memory, and the files' others.
+
+    `rest` are modules, as the files call them.
+    """
 
     sites: Mapping[str, TensorInfo]
+    stacks: Mapping[str, Stack]
     rest: Sequence[str]
 
 
@@ -94,30 +102,31 @@ def extract(
     own = OwnNames(base)
     found = _sorted_out(base, tuned, extraction, own)
     _check_rest(base, found, extraction, own)
+    spelled = spelled_without_model(found.stacks)
     ops = {name: _op(base, name, info, extraction.ops) for name, info in found.sites.items()}
     whole_ones = [info for module in sorted(found.rest) for info in of_module(tuned, module)]
     saved = {own.of(info.name) or info.name: info for info in whole_ones} if extraction.rest == "save" else {}
     modules = sorted({_module(name) for name in saved})
     tied, head = _tied(base)
-    sites: dict[str, Fidelity] = {}
+    pair, sites = Pair(base, tuned), dict[str, Fidelity]()
     tied_ranks: dict[str, int] = {}
     with Staging(out, overwrite=overwrite) as staging, Spill(staging) as spill:
         for name, info in found.sites.items():
             site = Site(name, {"weight": info}, ops[name])
             heads = [Site(head, {"weight": info}, OPS["linear"])] if info.name == tied else []
-            sites[name] = _extracted(base, tuned, [site, *heads], extraction.truncation, spill)
+            sites[name] = factored(pair, [site, *heads], extraction.truncation, spill)
             tied_ranks |= {one.name: sites[name].r for one in heads}
+        for name, stack in found.stacks.items():
+            sites[name] = factored_stack(pair, stack, spelled[name], extraction.truncation, spill)
         for name, info in saved.items():
             spill.add(name, whole(tuned, info))
         base.check_unchanged()
         tuned.check_unchanged()
         spill.write()
-        digests = {info.name: readings[base.file_of(info.name)].tensors[info.name] for info in found.sites.values()}
-        named = {f"{name}.weight": info for name, info in found.sites.items()}
-        hashed = {name: (info._replace(name=name), digests[info.name]) for name, info in named.items()}
-        staging.write(BASE_PRINT, base_print_bytes(hashed))
+        staging.write(BASE_PRINT, base_print_bytes(_trained_on(base, readings, found)))
         config = ranked_config(
             {name: one.r for name, one in sites.items()} | tied_ranks,
+            found.stacks,
             modules_to_save=modules or None,
             ensure_weight_tying=bool(tied_ranks),
             fan_in_fan_out=any(op.name == "conv1d" for op in ops.values()),
@@ -131,10 +140,16 @@ def extract(
 def _sorted_out(base: Checkpoint, tuned: Checkpoint, extraction: Extraction, own: OwnNames) -> _Sorted:
     """InputError where nothing changed, UsageError for a target that hits no change."""
     modules = changed_modules(base, tuned)
+    stacks = _changed_stacks(base, modules, extraction, own)
+    taken_tensors = {one.info.name for stack in stacks.values() for expert in stack.experts for one in expert}
+    modules = {
+        module: left for module, infos in modules.items() if (left := [i for i in infos if i.name not in taken_tensors])
+    }
     called = {module: _module(own.of(infos[0].name) or infos[0].name) for module, infos in modules.items()}
+    names = {*called.values(), *stacks}
     for target in extraction.targets or ():
-        if not any(suffix_hits([target], name) for name in called.values()):
-            near = ", ".join(map(printable, nearest(target, called.values())))
+        if not any(suffix_hits([target], name) for name in names):
+            near = ", ".join(map(printable, nearest(target, names)))
             raise UsageError(f"target {printable(target)!r}: no module that changed is called so; nearest are {near}")
     taken = {
         module: infos[0]
@@ -144,10 +159,19 @@ def _sorted_out(base: Checkpoint, tuned: Checkpoint, extraction: Extraction, own
         and _has_matrix(infos[0])
         and own.of(infos[0].name) is not None
     }
-    if not taken:
+    if not taken and not stacks:
         raise InputError(f"{printable(tuned.path)}: no matrix changed that is to be taken; a LoRA needs one")
     sites = {called[module]: info for module, info in taken.items()}
-    return _Sorted(sites, [module for module in modules if module not in taken])
+    return _Sorted(sites, stacks, [module for module in modules if module not in taken])
+
+
+def _changed_stacks(
+    base: Checkpoint, modules: Mapping[str, Sequence[TensorInfo]], extraction: Extraction, own: OwnNames
+) -> dict[str, Stack]:
+    """By parameter, those of which something changed and that are to be taken."""
+    there = Stacks(base, own, extraction.ops)
+    named = {there.name(info): info for infos in modules.values() for info in infos}
+    return {name: there.of(name, info) for name, info in named.items() if name is not None and extraction.takes(name)}
 
 
 def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction, own: OwnNames) -> None:
@@ -164,9 +188,16 @@ def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction, own: O
         name, more = found.rest[0], len(found.rest) - 1
         raise MatchError(
             f"{printable(name)}{f' (and {more} more)' if more else ''}: it changed, and no LoRA of these targets "
-            "stands for it in the model's own modules; save it whole with --rest save, or leave it out with --rest drop"
+            "stands for it in the model's own modules; save it whole with --rest save, or leave it out with --rest "
+            "drop; of a stack of experts say how its matrices lie with --op NAME=linear or =conv1d"
         )
+    beside = {_module(name) for name in found.stacks}
     for module in found.rest if extraction.rest == "save" else ():
+        if module in beside:
+            raise MatchError(
+                f"{printable(module)}: parameters of it are adapted, so that it cannot be saved whole too; leave what "
+                "else changed in it out with --rest drop"
+            )
         if any(own.of(info.name) is None for info in of_module(base, module)):
             raise MatchError(
                 f"{printable(module)}: it changed, and the model in memory calls it otherwise, or holds it in a stack; "
@@ -174,6 +205,14 @@ def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction, own: O
             )
     if "" in found.rest and extraction.rest == "save":
         raise MatchError("a tensor outside of any module changed; it cannot be saved whole; take --rest drop")
+
+
+def _trained_on(base: Checkpoint, readings: Sequence[Reading], found: _Sorted) -> Hashed:
+    """The base's tensors under the adapter, by their names in memory, with their sha256."""
+    named = {f"{name}.weight": info for name, info in found.sites.items()}
+    named |= {name: info for stack in found.stacks.values() for name, info in stack.infos().items()}
+    digests = {info.name: readings[base.file_of(info.name)].tensors[info.name] for info in named.values()}
+    return {name: (info._replace(name=name), digests[info.name]) for name, info in named.items()}
 
 
 def _tied(base: Checkpoint) -> tuple[str, str]:
@@ -209,23 +248,3 @@ _UNSURE = frozenset({"embed", "embedding", "embeddings", "bias"})  # words in na
 def _has_matrix(info: TensorInfo) -> bool:
     """Or a convolution's kernel, whose matrix is [out, in]. Files do not tell its groups: they are taken for one."""
     return info.name.endswith(".weight") and 2 <= len(info.shape) <= 5 and info.dtype in PLAIN_DTYPES
-
-
-def _extracted(
-    base: Checkpoint, tuned: Checkpoint, sites: Sequence[Site], truncation: Truncation, spill: Spill
-) -> Fidelity:
-    """The first of the sites, whose float32 factors the others have turned; and their error against its change."""
-    info = sites[0].weight
-    before, after = whole(base, info), whole(tuned, tuned.at[info.name][1].info)
-    for where, values in ((base, before), (tuned, after)):
-        if not all_finite(values):
-            raise ValueRangeError(
-                f"{printable(where.path)}: {printable(info.name)} holds NaN or infinity; finite numbers are wanted"
-            )
-    delta = sites[0].acting.matrix(after.double().sub_(before))  # [out, in]
-    made = low_rank(delta, truncation)
-    r, factors = len(made.A), {"A": made.A, "B": made.B}
-    for site, held in zip(sites, (factors, turned(factors)), strict=False):
-        for role, spec in Lora(scaling=1.0, r=r).tensors(site).items():
-            spill.add(f"{site.name}.{spec.spelling}", held[role].reshape(spec.shape))
-    return Fidelity(r, float(delta.norm()), residual_norm(delta, made))

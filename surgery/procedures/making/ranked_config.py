@@ -1,7 +1,7 @@
 """A LoRA config for sites of given ranks whose delta is B A itself: alpha is r at every site."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,20 @@ from surgery.errors import InputError
 from surgery.methods.lora_config import LoraConfig
 
 
-def ranked_config(ranks: Mapping[str, int], **fields: Any) -> LoraConfig:
-    """`ranks` by the sites' names, and the config's other fields. InputError where no pattern tells the sites apart."""
+def ranked_config(ranks: Mapping[str, int], parameters: Collection[str], **fields: Any) -> LoraConfig:
+    """`ranks` by the names of modules and `parameters`, and the config's other fields.
+
+    InputError where no pattern tells them apart.
+    """
     r = Counter(ranks.values()).most_common(1)[0][0]
-    plain = LoraConfig(r=r, lora_alpha=r, target_modules=sorted(ranks), inference_mode=True, **fields)
+    plain = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=sorted(ranks.keys() - parameters),
+        target_parameters=sorted(parameters) or None,
+        inference_mode=True,
+        **fields,
+    )
     return plain if set(ranks.values()) == {r} else _patterned(plain, ranks)
 
 

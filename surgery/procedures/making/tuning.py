@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from surgery.codecs.plain import PLAIN_DTYPES
+from surgery.core.name_map import Part
 from surgery.core.names import nearest
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, row_tiles
@@ -63,16 +64,17 @@ class OwnNames:
             return None
         return found
 
+    def part(self, name: str) -> Part | None:
+        """Of a stack in memory; None for what is no part of one."""
+        return self._map.part(self._called(name))
+
     def _is_linear(self, name: str) -> bool:
         told = self._linears()
         return told is not None and name.rpartition(".")[0] in told.quantized | told.others
 
 
-def whole(source: Checkpoint, info: TensorInfo) -> Tensor:
-    return _rows(source, info, None)
-
-
-def _rows(source: Checkpoint, info: TensorInfo, rows: slice | None) -> Tensor:
+def whole(source: Checkpoint, info: TensorInfo, rows: slice | None = None) -> Tensor:
+    """A tensor, or `rows` of its first axis."""
     return source.load(Site(info.name, {"weight": info}), rows).tensors["weight"]
 
 
@@ -85,7 +87,7 @@ def _changed(base: Checkpoint, tuned: Checkpoint, info: TensorInfo) -> bool:
     if {info.dtype, there.dtype} <= set(PLAIN_DTYPES):
         # All rows are read, so that the base's are hashed.
         tiles = row_tiles(info.shape, TILE_ELEMENTS)
-        equal = [torch.equal(_rows(base, info, one).double(), _rows(tuned, there, one).double()) for one in tiles]
+        equal = [torch.equal(whole(base, info, one).double(), whole(tuned, there, one).double()) for one in tiles]
         return not all(equal)
     pairs = zip(base.read(info.name), tuned.read(info.name), strict=False)
     return info.dtype != there.dtype or any(one != other for one, other in pairs)

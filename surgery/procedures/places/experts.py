@@ -23,12 +23,10 @@ from surgery.methods.lora_config import LoraConfig
 from surgery.methods.stacks import by_expert
 from surgery.ops.experts import Experts, parameter_op
 from surgery.procedures.places.fused import fused
-from surgery.procedures.places.parameters import assigned, module_of, targeted
+from surgery.procedures.places.parameters import ORDER, assigned, module_of, targeted
 from surgery.procedures.places.pieces import Pieces
 
 KEPT = 8  # tensors of an adapter at a time that are read once for all their experts
-_ORDER = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
-"""In which transformers' modules hold these, whichever they have."""
 
 
 class Laid(NamedTuple):
@@ -140,13 +138,13 @@ class _Laying:
 
     def _place(self, own: str) -> int:
         """Where transformers' modules hold a parameter. MatchError where it is none of theirs."""
-        if own not in _ORDER or self.family is None:
+        if own not in ORDER or self.family is None:
             raise MatchError(
                 f"{printable(self.adapter.where)}: {printable(own)} and another parameter of its module have equal "
                 "shapes, and the adapter tells them apart by the module's order alone, which this base does not tell; "
                 "merge it in the model, with surgery.load and surgery.merge"
             )
-        return _ORDER.index(own)
+        return ORDER.index(own)
 
     def _fits(self, module: str, names: Sequence[str], order: Sequence[str]) -> bool:
         return all(self._ops(f"{module}.{own}", name) for own, name in zip(order, names, strict=True))
@@ -168,7 +166,7 @@ class _Laying:
     def _choose_op(self, whole: str, name: str) -> None:
         found, info = self._ops(whole, name), self._info(whole)
         if len(found) > 1:
-            if self.family not in TRANSPOSED_FAMILIES | _STRAIGHT_FAMILIES:
+            if self.family not in TRANSPOSED_FAMILIES | STRAIGHT_FAMILIES:
                 raise MatchError(
                     f"{printable(whole)}: its matrices are square, so that no shape tells whether they are stored "
                     f"transposed, nor does the family that config.json tells ({printable(self.family)}); merge it in "
@@ -205,8 +203,7 @@ class _Laying:
 TRANSPOSED_FAMILIES = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 """Of transformers, those whose modules of experts say `is_transposed`."""
 
-
-_STRAIGHT_FAMILIES = frozenset(
+STRAIGHT_FAMILIES = frozenset(
     {"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "phimoe", "glm4_moe", "jamba"}
 )
 """Those whose modules of experts do not."""

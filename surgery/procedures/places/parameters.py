@@ -4,7 +4,7 @@ Of several parameters of one module, the tensors of the last are at the module's
 `base_layer` further in, in the order in which the module holds them.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from surgery.core.adapter import Adapter
 from surgery.core.config import AdapterConfig
@@ -16,6 +16,11 @@ from surgery.layers import Adapted, Replaced
 from surgery.procedures.places.model_tree import Tree
 
 _INNER = ".base_layer"
+ORDER = (
+    *("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"),
+    *("q_proj_weight", "k_proj_weight", "v_proj_weight"),
+)
+"""In which modules of transformers and torch hold these, whichever they have."""
 
 
 def module_of(name: str) -> str:
@@ -49,6 +54,30 @@ def assigned(adapter: Adapter, held: Callable[[str, Sequence[str]], Sequence[str
             )
         found |= {name: f"{module}.{one}" for name, one in zip(names, own, strict=False)}
     return found
+
+
+def spelled_without_model(parameters: Iterable[str]) -> dict[str, str]:
+    """By parameter, the site that PEFT's files have for it. MatchError where no order of its module's is known."""
+    by_module: dict[str, list[str]] = {}
+    for name in parameters:
+        module, _, own = name.rpartition(".")
+        by_module.setdefault(module, []).append(own)
+    found = {}
+    for module, held in by_module.items():
+        for inner, own in enumerate(reversed(in_order(module, held))):
+            found[f"{module}.{own}"] = module + _INNER * inner
+    return found
+
+
+def in_order(module: str, held: Sequence[str]) -> list[str]:
+    """Parameters of a module in the order in which it holds them. MatchError where that is not known."""
+    if len(held) > 1 and not set(held) <= set(ORDER):
+        raise MatchError(
+            f"{printable(module)}: {', '.join(map(printable, held))} are adapted, which files tell apart by the "
+            "module's order alone, and no model is here to tell it; one of them is wanted; merge in the model, with "
+            "surgery.load and surgery.merge"
+        )
+    return sorted(held, key=ORDER.index) if len(held) > 1 else list(held)
 
 
 def targeted(adapter: Adapter, module: str, held: Mapping[str, object]) -> list[str]:

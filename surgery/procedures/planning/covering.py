@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from surgery.codecs import FORMS
+from surgery.codecs import FORMS, torchao
 from surgery.codecs.methods import LISTED_PLAINLY
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import ConfigError, FormatError, MatchError, UsageError, printable
@@ -75,8 +75,12 @@ def can_leave_plain(config: Mapping[str, Any]) -> bool:
 
 
 def _list_of_plain(told: Mapping[str, Any]) -> str | None:
-    """The key of a quantization_config under which modules are listed that are left plain."""
-    return LISTED_PLAINLY.get(str(told.get("quant_method")))
+    """The key of a quantization_config under which modules are listed that are left plain.
+
+    None of torchao's, whose headers tell of each weight besides.
+    """
+    method = str(told.get("quant_method"))
+    return None if method == torchao.METHOD else LISTED_PLAINLY.get(method)
 
 
 def _modules(draft: Draft, form: str, plainly: Collection[str]) -> tuple[set[str], list[str]]:

@@ -5,25 +5,23 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Layer, Weighted
 from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
 from surgery.core.names import Naming, suffix_hits
-from surgery.core.site import Site, TensorInfo
-from surgery.core.turned import is_turned
+from surgery.core.site import Site
 from surgery.errors import ConfigError, FormatError, InputError, MatchError, UsageError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.views import plainly
 from surgery.io.header import DTYPES
 from surgery.procedures.places.stacking import merge_refusal
 from surgery.procedures.places.tied_heads import unlike_peft
-from surgery.procedures.places.tying import HEAD, Tying, tied_though_held, ties_head, tying_of, vocabulary
+from surgery.procedures.places.tying import HEAD, Tying, tied_though_held, tying_of, vocabulary
 from surgery.procedures.planning.join import Joined
+from surgery.procedures.planning.ties import Settled, Tied, hidden_ties, settle_absent, settle_held
 from surgery.procedures.planning.true_config import Outcome
-from surgery.procedures.planning.wholes import Whole
+from surgery.procedures.planning.wholes import Whole, same
 
 _WHOLE_NUMBERS = frozenset(DTYPES[name] for name in ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"))
 
@@ -77,11 +75,7 @@ class Draft:
         for entry in self.ops:
             if not any(suffix_hits((entry,), name) for name in self._names):
                 raise UsageError(f"--op {printable(entry)}: no site of the adapters has this name; name another")
-        if self.tying is not None:
-            self._settle_tie(self.tying, tied)
-        else:
-            self._refuse_hidden_ties()
-            self._settle_held_tie(tied_though_held(self.base))
+        self._settle_ties(untie=tied == "untie")
         self._check_vocabulary()
         for name, change in self.changes.items():
             held = change.site.weight.dtype
@@ -134,8 +128,7 @@ class Draft:
     def _replace(self, name: str, whole: Whole) -> None:
         before = self.changes.get(name)
         if before is not None:
-            same = name in self._begun and whole.copied and _same(before.saved, whole.values)
-            if not same:
+            if not (name in self._begun and whole.copied and same(before.saved, whole.values)):
                 self.refusals.append(
                     MatchError(f"{printable(name)}: it would be replaced twice, or adapted and replaced")
                 )
@@ -156,95 +149,30 @@ class Draft:
             )
         self.changes[name] = replace(before, site=_alone(site), layers=(*before.layers, layer))
 
-    def _settle_tie(self, tying: Tying, tied: str) -> None:
-        """An embedding and the head that is tied to it change alike, or are written apart."""
-        head = tying.head.weight.name
-        e, h = self.changes.get(tying.embedding.name), self.changes.get(head)
-        if self._are_turned(tying, e, h):
-            del self.changes[head]
-            self.turned = True
-            self.notes.append(f"{head}: it has the factors of {printable(tying.embedding.name)}, and stays tied to it")
-            return
-        if h is not None and not h.layers and _same(h.saved, self._embedding(tying, e)):
-            del self.changes[head]
-            h = None
-            if e is None or not e.layers:
-                return
-        if h is None and (e is None or (not e.layers and tying.embedding.name in self._begun)):
-            return  # the embedding is the base's, or has only grown
-        if h is None and e is not None and _of_rows(e):
-            return  # as PEFT has it, the rows of both change
-        if tied == "refuse" or not tying.separable:
-            self.refusals.append(_tied(tying, e, h))
-        elif h is None and e is not None and e.new and tying.embedding.name not in self._begun:
-            self.refusals.append(
-                MatchError(f"{head}: the adapter's embedding has grown, and it brings no head of that size")
-            )
+    def _settle_ties(self, untie: bool) -> None:
+        """What the changes of an embedding and of its head come to."""
+        held = tied_though_held(self.base) if self.tying is None else None
+        if self.tying is not None:
+            self._take(self.tying, settle_absent(self._tied(self.tying), untie))
         else:
-            self.changes[head] = self._apart(tying, e, h)
-            self.untied = True
+            self.refusals += hidden_ties(self.base, self.changes)
+        if held is not None:
+            self._take(held, settle_held(self._tied(held)))
 
-    def _settle_held_tie(self, tying: Tying | None) -> None:
-        """A head that the files hold and config.json ties: changed apart from the embedding it has to be read."""
-        if tying is None:
-            return
+    def _tied(self, tying: Tying) -> Tied:
         embedding, head = tying.embedding.name, tying.head.weight.name
-        e, h = self.changes.get(embedding), self.changes.get(head)
-        self.turned = self._are_turned(tying, e, h)
-        (name, change), other = ((embedding, e), head) if h is None else ((head, h), embedding)
-        if (e is None) != (h is None) and change is not None and _of_rows(change):
-            self.refusals.append(
-                MatchError(
-                    f"{printable(name)}: rows of it are replaced, and config.json ties {printable(other)} to it, which "
-                    "the files hold apart; set tie_word_embeddings to false there, or save the base with transformers"
-                )
-            )
-        elif change is not None and tying.separable:
-            saved = e is not None and h is not None and e.saved is not None and _same(h.saved, e.saved)
-            self.untied = not (saved or self.turned)
+        changes = self.changes.get(embedding), self.changes.get(head)
+        return Tied(self.base, tying, *changes, resized=embedding in self._begun)
 
-    def _refuse_hidden_ties(self) -> None:
-        """Where it is not clear which tensor is the embedding, what may be tied to an absent head stays as it is."""
-        known = vocabulary(self.base)
-        for name, change in self.changes.items():
-            embeds = name in known or (change.site.op is not None and change.site.op.name == "embedding")
-            info = self.base.info(name)
-            if embeds and info is not None and not _of_rows(change) and ties_head(self.base, info):
-                self.refusals.append(
-                    MatchError(
-                        f"{printable(name)}: the output head, which the base does not hold, may be tied to it; "
-                        "save the base with tie_word_embeddings=false first"
-                    )
-                )
-
-    def _are_turned(self, tying: Tying, e: Change | None, h: Change | None) -> bool:
-        """Has a head, which begins as the embedding, its factors, turned, in each layer?"""
-        if e is None or h is None or not e.layers or len(e.layers) != len(h.layers):
-            return False
-        if (e.saved, h.saved) != (None, None) and not _same(h.saved, self._embedding(tying, e)):
-            return False
-        return all(
-            one.method == other.method and is_turned(other.params, one.params)
-            for one, other in zip(e.layers, h.layers, strict=True)
-        )
-
-    def _embedding(self, tying: Tying, e: Change | None) -> Tensor:
-        """What the embedding becomes, layers aside."""
-        if e is not None and e.saved is not None:
-            return e.saved
-        return plainly(self.base, _site_of(tying.embedding)).tensors["weight"]
-
-    def _apart(self, tying: Tying, e: Change | None, h: Change | None) -> Change:
-        """The head, which begins as the embedding did."""
-        if h is not None and h.saved is not None:
-            return h
-        grown = e is not None and tying.embedding.name in self._begun
-        rows = e.site.weight.shape if e is not None and grown else tying.embedding.shape
-        info = tying.head.weight._replace(shape=rows)
-        change = h or Change(_site_of(info), info.torch_dtype, new=True)
-        if e is not None and grown:
-            return replace(change, saved=e.saved)
-        return replace(change, begins=_site_of(tying.embedding))
+    def _take(self, tying: Tying, settled: Settled) -> None:
+        head = tying.head.weight.name
+        if settled.head is None:
+            self.changes.pop(head, None)
+        else:
+            self.changes[head] = settled.head
+        self.untied, self.turned = settled.untied, settled.turned
+        self.refusals += [] if settled.refusal is None else [settled.refusal]
+        self.notes += [settled.note] if settled.note else []
 
     def _grown(self) -> list[str]:
         """The tensors that have rows for more, or fewer, tokens than the base."""
@@ -265,29 +193,6 @@ class Draft:
             self.refusals.append(MatchError(f"the vocabulary's sizes do not agree: {told}{others}; they must be equal"))
 
 
-def _of_rows(change: Change) -> bool:
-    """Are single rows replaced, and no more?"""
-    return bool(change.layers) and all(layer.method.replaced_rows for layer in change.layers)
-
-
 def _alone(site: Site) -> Site:
     """The weight's tensor as a site of its own, named as it is."""
     return Site(site.weight.name, {"weight": site.weight}, site.op)
-
-
-def _site_of(info: TensorInfo) -> Site:
-    return Site(info.name, {"weight": info})
-
-
-def _same(a: Tensor | None, b: Tensor) -> bool:
-    return a is not None and a.shape == b.shape and bool((a.to(b.dtype) == b).all())
-
-
-def _tied(tying: Tying, e: Change | None, h: Change | None) -> MatchError:
-    """What the adapters make of two that are tied is not the same."""
-    embedding, head = printable(tying.embedding.name), printable(tying.head.weight.name)
-    step = "--tied untie writes them apart" if tying.separable else "save the base with the two apart first"
-    if e is not None and h is not None:
-        return MatchError(f"{head}: it is tied to {embedding}, and the adapters make another tensor of each; {step}")
-    one, other = (embedding, head) if h is None else (head, embedding)
-    return MatchError(f"{one}: it is tied to {other}, and only it is adapted; {step}")

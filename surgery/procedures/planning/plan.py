@@ -14,7 +14,7 @@ from surgery.core.source import TILE_ELEMENTS, Source
 from surgery.errors import ConfigError, InputError, printable
 from surgery.hosts.change import Change, Watch
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.encoded import Encoded, standing
+from surgery.hosts.encoded import Encoded, standing, told_in_headers
 from surgery.hosts.through import Through
 from surgery.procedures.planning.covering import cover, leave_plain
 from surgery.procedures.planning.draft import Draft
@@ -30,7 +30,10 @@ _TILE_COPIES = 12  # float64 tensors of a tile's size alive at once
 
 @dataclass(frozen=True, repr=False)
 class Plan(Report):
-    """The changes in the order of the base's bytes; refusals; and remarks that stop nothing."""
+    """The changes in the order of the base's bytes; refusals; and remarks that stop nothing.
+
+    `ok` says whether the merge would run, and `require` raises the first refusal otherwise.
+    """
 
     changes: tuple[Change, ...]
     refusals: tuple[InputError, ...]
@@ -73,6 +76,10 @@ class Plan(Report):
     def written(self) -> dict[str, list[TensorInfo]]:
         """The weights that change, as their tensors stand in the output; those that keep their format aside."""
         return _written(self.changes)
+
+    def headers(self, base: Checkpoint) -> Mapping[str, str]:
+        """What those of the output say of the weights that go into a form."""
+        return told_in_headers(self.changes, base.called)
 
     def summary(self) -> str:
         """One line."""

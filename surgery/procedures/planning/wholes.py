@@ -140,6 +140,11 @@ class Wholes:
         )
 
 
+def same(a: Tensor | None, b: Tensor) -> bool:
+    """Are there values, and the same, whatever the dtype of the first?"""
+    return a is not None and a.shape == b.shape and bool((a.to(b.dtype) == b).all())
+
+
 def _grown(info: TensorInfo, values: Tensor, base: Checkpoint) -> bool:
     """Is it a tensor with a row for each token, that now has rows for other tokens too?"""
     rows = info.name in vocabulary(base) or base.info(info.name) is None

@@ -12,12 +12,13 @@ from surgery.core.report import Report
 from surgery.core.survival import Bounds, Survival
 from surgery.errors import EnvironmentFault, printable
 from surgery.hosts.change import MergedTile
-from surgery.hosts.checkpoint import INDEX, Checkpoint
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout, layout_like
 from surgery.hosts.reading import Reading
 from surgery.hosts.shards import FilePart
 from surgery.io.staging import Staging, refuse_overlap
 from surgery.io.strict_json import json_bytes
+from surgery.io.weight_files import INDEX
 from surgery.procedures.planning.covering import can_leave_plain
 from surgery.procedures.planning.plan import Plan, describe, make_plan
 from surgery.procedures.planning.treatment import Treatment
@@ -57,7 +58,7 @@ class Options:
 
 @dataclass(frozen=True, repr=False)
 class MergeReport(Report):
-    """What a merge has written, and its receipt."""
+    """What a merge has written: the folder, the plan it followed, and its receipt, as JSON, with the sha256 of all."""
 
     out: Path
     plan: Plan
@@ -87,7 +88,7 @@ def merge_checkpoint(
     refuse_overlap(out, [base.path, *(Path(one.adapter.where) for one in adapters)])
     plan, fallen = _settled(base, adapters, options)
     plan = plan.probed(options.probes)
-    layout = layout_like(base, plan.written(), options.max_shard_bytes)
+    layout = layout_like(base, plan.written(), plan.headers(base), options.max_shard_bytes)
     files = small_files(base, [Path(one.adapter.where) for one in adapters])
     key = _key(base, adapters, plan, layout, options)
     with Staging(out, overwrite=options.overwrite, key=key, resume=options.resume) as staging, ExitStack() as stack:

@@ -26,7 +26,7 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"
 
 @dataclass(frozen=True, repr=False)
 class PushReport(Report):
-    """What was uploaded: the sha256 of each file, which the Hub states too."""
+    """What was uploaded, in which commit: `files` has the sha256 of each, which the Hub states too."""
 
     hub_id: str
     commit: str

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from surgery.errors import InputError, printable
-from surgery.hosts.checkpoint import INDEX, Checkpoint
+from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.regular import contained, open_regular
+from surgery.io.weight_files import INDEX
 
 RECEIPT = "surgery.receipt.json"
 CARD = "README.md"  # for people: a push writes another

@@ -84,7 +84,7 @@ class FileUndo:
         if tile.steps is None or tile.original is None or tile.change.held or tile.change.through:
             self.recorder = None
         elif self.recorder is not None:
-            self.recorder.add(tile.original, tile.merged, tile.steps)
+            self.recorder.add(tile.original, tile.merged, tile.steps, tile.near_ties)
         if tile.last:
             if self.base.info(tile.change.site.weight.name) is not None:
                 self._end(tile.change)

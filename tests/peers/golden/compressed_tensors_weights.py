@@ -22,6 +22,8 @@ NVFP4 = {
     "group_size": 16,
     "scale_dtype": "torch.float8_e4m3fn",
 }
+MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+MXFP4 |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
 UNEVEN = {"symmetric": False}
 # By name: the format, and how weights are quantized.
 CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -41,6 +43,7 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "fp8-one": ("float-quantized", FP8 | ONE),
     "fp8-blocks": ("float-quantized", FP8 | BLOCKS),
     "nvfp4": ("nvfp4-pack-quantized", NVFP4),
+    "mxfp4": ("mxfp4-pack-quantized", MXFP4),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -63,12 +66,16 @@ def weight_of(case: str, dtype: torch.dtype) -> Tensor:
 
 
 def golden(case: str, dtype: torch.dtype) -> Golden:
+    return compressed(case, weight_of(case, dtype))
+
+
+def compressed(case: str, weight: Tensor) -> Golden:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     form, told = CASES[case]
-    args, weight = QuantizationArgs(**told), weight_of(case, dtype)
+    args = QuantizationArgs(**told)
     least, most = ends(weight, args)
     whole = generate_gparam(weight.min(), weight.max()) if form.startswith("nvfp4") else None
     scale, zero = calculate_qparams(least, most, args, whole)

@@ -1,0 +1,21 @@
+"""Printing: letters as they are where the stream's encoding has them, else escaped."""
+
+import sys
+from typing import Any
+
+import click
+
+
+def say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print it on stdout, or on stderr."""
+    click.echo(held(text, sys.stderr if err else sys.stdout), err=err, nl=nl)
+
+
+def held(text: str, stream: Any) -> str:
+    r"""`text` with the characters that `stream` cannot hold escaped; click would write UTF-8 to an ascii terminal.
+
+    >>> print(held("größe", open("/dev/null", encoding="ascii")))
+    gr\xf6\xdfe
+    """
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
