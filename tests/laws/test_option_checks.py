@@ -1,6 +1,7 @@
 """A number that an option wants is no True or False, though Python counts with them, and no text or fraction."""
 
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
@@ -67,9 +68,7 @@ def test_what_is_no_whole_number_is_a_usage_error(name: str, option: str) -> Non
             GIVEN[name](**{option: value})
 
 
-@pytest.mark.parametrize(
-    "weight", [True, False, "1", float("nan"), float("inf"), 10**400, None], ids=lambda one: repr(one)[:9]
-)
+@pytest.mark.parametrize("weight", [True, False, math.nan, math.inf, 1 << 1024, None], ids=lambda one: repr(one)[:9])
 def test_the_weight_of_an_adapter_is_a_finite_number(weight: Any) -> None:
     for adapters in (("adapter", weight), [("adapter", weight)]):
         with pytest.raises(surgery.UsageError):

@@ -96,6 +96,22 @@ def test_a_sum_of_a_row_is_free_of_the_other_rows_and_near_the_exact_one(columns
         assert abs(found - math.fsum(row.tolist())) <= 2 * depth * EPS * math.fsum(row.abs().tolist())
 
 
+def by_halves(row: list[float]) -> float:
+    while len(row) > 1:
+        half, last = len(row) // 2, row[-1]
+        odd = len(row) % 2
+        row = [a + b for a, b in zip(row[:half], row[half : 2 * half], strict=True)]
+        row[0] += last if odd else 0.0
+    return row[0]
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 64, 1337])
+def test_a_sum_of_a_row_is_that_of_its_halves_on_any_machine(columns: int) -> None:
+    """A library's own sum takes as many terms side by side as the vectors of the machine are long."""
+    terms = torch.randn(9, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(columns))
+    assert row_sums(terms).tolist() == [by_halves(row) for row in terms.tolist()]
+
+
 def test_an_exact_sum_is_that_of_rationals() -> None:
     drawn = torch.Generator().manual_seed(3)
     sizes = 10 ** (60 * torch.randn(5000, dtype=torch.float64, generator=drawn))
