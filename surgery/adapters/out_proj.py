@@ -12,6 +12,7 @@ from torch import Tensor
 
 from surgery.core.adapter import Adapter, Stored
 from surgery.core.method import Params
+from surgery.core.option_checks import check_whole
 from surgery.errors import FormatError, UsageError, printable
 from surgery.methods.lora import OUT_PROJ
 
@@ -22,9 +23,9 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 
 def check_scale(scale: object) -> Scale | None:
     """UsageError for what is none."""
-    if scale not in (None, 1, 2) or isinstance(scale, bool):
-        raise UsageError(f"mha_out_proj_scale is {printable(scale)!r}; 1 or 2 is wanted")
-    return None if scale is None else 1 if scale == 1 else 2
+    if scale is None:
+        return None
+    return 1 if check_whole("mha_out_proj_scale", scale, 1, 2) == 1 else 2
 
 
 def scale_of(sites: Sequence[str], version: object, told: Scale | None, where: str) -> Scale | None:

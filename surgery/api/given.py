@@ -1,6 +1,5 @@
 """What functions on files are given: a base, and adapters with their weights; found, and opened."""
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 from surgery.adapters.out_proj import Scale, check_scale
 from surgery.adapters.peft import CONFIG, TENSORS, open_adapter
 from surgery.core.adapter import Weighted
+from surgery.core.option_checks import is_finite
 from surgery.errors import InputError, UsageError, printable
 from surgery.hosts.calibration import Calibration
 from surgery.hosts.checkpoint import Checkpoint
@@ -99,7 +99,7 @@ def _with_weight(given: Any) -> tuple[Where, float]:
     match given:
         case str() | PathLike():
             return given, 1.0
-        case (str() | PathLike() as where, int() | float() as weight) if math.isfinite(weight):
+        case (str() | PathLike() as where, weight) if is_finite(weight):
             return where, float(weight)
         case (str() | PathLike() as where, weight):
             raise UsageError(f"{printable(where)}: its weight is {printable(weight)}; a finite number is wanted")

@@ -99,7 +99,7 @@ def on_grid(factor: Tensor, along: int) -> Tensor:
             "rescale the factor"
         )
     shift = GRID_BITS - exponent
-    return torch.round(values * power_of_two(shift)) * power_of_two(-shift)
+    return (values * power_of_two(shift)).round_().mul_(power_of_two(-shift))
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

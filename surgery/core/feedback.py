@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import power_of_two, tree_sum
+from surgery.core.arithmetic import exact_product, power_of_two, tree_sum
 from surgery.core.sums import sum_rows
 
 Array = Any  # of numpy on a CPU, where its calls take less time than those of torch; of torch elsewhere
@@ -77,7 +77,7 @@ class Feedback:
 
     def inputs(self, white: Tensor, drawn: Tensor) -> Tensor:
         """Such inputs [in, n], of normal numbers [in, n] and [r, n]."""
-        return white * self.alone.sqrt().unsqueeze(1) + self.columns @ drawn
+        return white * self.alone.sqrt().unsqueeze(1) + exact_product(self.columns, drawn)
 
 
 def _side_by_side(held: Tensor, below: Tensor, above: Tensor) -> Tensor:

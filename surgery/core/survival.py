@@ -5,15 +5,23 @@ it. Both are needed: of what is rounded by chance all seems retained, and the no
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import reduce
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import tree_sum
-from surgery.errors import UsageError, printable
+from surgery.core.arithmetic import EXPONENT_LIMIT, ExactProduct
+from surgery.core.option_checks import is_number
+from surgery.core.sums import exact_sum, row_sums
+from surgery.errors import UsageError, ValueRangeError, printable
+
+Sum = Fraction | float
+_NO_NUMBERS = ("nan", "inf", "-inf")
+_TOGETHER = 1 << 18  # elements that are looked at together: what is made of them stays in the cache
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Bounds:
 
     def __post_init__(self) -> None:
         for name, value in (("min_retained", self.min_retained), ("max_noise", self.max_noise)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            if not is_number(value) or math.isnan(value):
                 raise UsageError(f"{name} is {printable(value)!r}; a number is wanted, such as {getattr(Bounds, name)}")
 
     def admit(self, survival: "Survival") -> bool:
@@ -36,23 +44,40 @@ class Bounds:
 
 
 class Survival(NamedTuple):
-    """Sums over elements, which add up over tiles and over weights; the last two over the outputs of probes."""
+    """Sums over elements, which add up over tiles and over weights; the last two over the outputs of probes.
 
-    wanted: float = 0.0  # <d, d>
-    along: float = 0.0  # <dW, d>
-    moved: float = 0.0  # <dW, dW>
-    missed: float = 0.0  # |(dW - d) x|^2
-    effect: float = 0.0  # |d x|^2
+    The sum of a row is taken in a fixed order, and the sums of rows are added exactly: so the same figures come of any
+    tiles, threads and machines. A sum is a float where something is no finite number.
+    """
+
+    wanted: Sum = Fraction()  # <d, d>
+    along: Sum = Fraction()  # <dW, d>
+    moved: Sum = Fraction()  # <dW, dW>
+    missed: Sum = Fraction()  # |(dW - d) x|^2
+    effect: Sum = Fraction()  # |d x|^2
 
     @classmethod
     def of(cls, before: Tensor, wanted: Tensor, after: Tensor, probes: Tensor | None = None) -> "Survival":
         """All float64, of one shape [out, in]; `probes` are inputs x [in, n]."""
-        d, moved = (wanted - before).flatten(), (after - before).flatten()
-        sums = tree_sum(d * d), tree_sum(moved * d), tree_sum(moved * moved)
-        if probes is None:
-            return cls(*sums)
-        outputs = ((one @ probes).flatten() for one in (after - wanted, wanted - before))
-        return cls(*sums, *(tree_sum(one * one) for one in outputs))
+        columns = max(1, math.prod(before.shape[1:]))
+        before, wanted, after = (one.reshape(-1, columns) for one in (before, wanted, after))
+        together = max(1, _TOGETHER // columns)
+        parts = zip(*(torch.split(one, together) for one in (before, wanted, after)), strict=True)
+        sums = [torch.cat(rows) for rows in zip(*(_rows(*part) for part in parts), strict=True)]
+        if probes is not None:
+            product = ExactProduct()  # which keeps the grid of the probes
+            outputs = (_outputs(change, probes, product) for change in (after - wanted, wanted - before))
+            sums += [row_sums(one * one) for one in outputs]
+        return cls(*map(exact_sum, sums))
+
+    @classmethod
+    def read(cls, told: Sequence[str]) -> "Survival":
+        """What `words` tells."""
+        return cls(*(float(one) if one in _NO_NUMBERS else Fraction(one) for one in told))
+
+    def words(self) -> list[str]:
+        """The sums, exactly."""
+        return [str(one) for one in self]
 
     def plus(self, other: "Survival") -> "Survival":
         return Survival(*(a + b for a, b in zip(self, other, strict=True)))
@@ -60,29 +85,54 @@ class Survival(NamedTuple):
     @property
     def retained(self) -> float:
         """1 where all is there, and where nothing was wanted."""
-        return self.along / self.wanted if self.wanted else 1.0
+        return _float(self.along / self.wanted) if self.wanted else 1.0
 
     @property
     def noise(self) -> float:
         """In proportion to the change that was wanted."""
         if not self.wanted:
             return math.inf if self.moved else 0.0
-        return math.sqrt(max(0.0, self.moved / self.wanted - self.retained**2))
+        square = _float(self.moved / self.wanted - (self.along / self.wanted) ** 2)
+        return 0.0 if square < 0 else math.sqrt(square)  # NaN stays NaN, which nothing admits
 
     @property
     def output_error(self) -> float | None:
         """In proportion to the effect that was wanted on the outputs; None without probes."""
-        return math.sqrt(self.missed / self.effect) if self.effect else None
+        return math.sqrt(_float(self.missed / self.effect)) if self.effect else None
 
     def __str__(self) -> str:
         error = "" if self.output_error is None else f", output error {self.output_error:.3g} of the effect"
         return f"retained {self.retained:.3g}, noise {self.noise:.3g}{error}"
 
     def to_json(self) -> dict[str, float | None]:
-        """Six digits of each: the sums are taken by tiles."""
+        """Six digits of each."""
         found = {"retained": self.retained, "noise": self.noise}
         found |= {} if self.output_error is None else {"output_error": self.output_error}
         return {key: float(f"{value:.6g}") if math.isfinite(value) else None for key, value in found.items()}
+
+
+def _rows(before: Tensor, wanted: Tensor, after: Tensor) -> tuple[Tensor, ...]:
+    """The first three sums, by rows, [rows]."""
+    d, moved = wanted - before, after - before
+    return row_sums(d * d), row_sums(moved * d), row_sums(moved * moved)
+
+
+def _outputs(change: Tensor, probes: Tensor, product: ExactProduct) -> Tensor:
+    """[rows, n], to the 22 bits of an exact product; infinities where it holds no row, zeros where one is too small."""
+    try:
+        return product(change, probes)
+    except ValueRangeError:
+        largest, most = change.abs().amax(1, keepdim=True), 2.0 ** (EXPONENT_LIMIT - 1)
+        held = torch.where((largest < most) & (largest > 1 / most), change, 0)
+        return product(held, probes) + torch.where(largest < most, 0, math.inf)
+
+
+def _float(ratio: Sum) -> float:
+    """Rounded once."""
+    try:
+        return float(ratio)
+    except OverflowError:
+        return math.inf
 
 
 def total(told: Mapping[str, Survival]) -> Survival:

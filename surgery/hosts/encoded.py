@@ -117,13 +117,16 @@ class Encoded:
         return Packed({"weight": values[rows] if values.shape else values})
 
 
-def told_in_headers(changes: Iterable[Change], called: Callable[[str], str]) -> Mapping[str, str]:
-    """What headers of the output say of the weights that go into a form, as a model in memory calls them."""
+def told_in_headers(changes: Iterable[Change], called: Callable[[], Callable[[str], str]]) -> Mapping[str, str]:
+    """What headers of the output say of the weights that go into a form, as a model in memory calls them.
+
+    What it calls them is asked for only if there are such: it takes a second, and transformers.
+    """
     held = [change for change in changes if change.into]
     if not held:
         return {}
-    codec, _ = FORMS[held[0].into]  # one for all
-    return codec.metadata({called(one.site.weight.name): (one.site.weight.shape, one.dtype) for one in held})
+    (codec, _), names = FORMS[held[0].into], called()  # one for all
+    return codec.metadata({names(one.site.weight.name): (one.site.weight.shape, one.dtype) for one in held})
 
 
 def reheld(view: Merged, change: Change, packed: Packed) -> Packed:

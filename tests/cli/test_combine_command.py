@@ -33,7 +33,7 @@ def test_an_adapter_halved_twice_is_itself(run: Run, adapter: Path, tmp_path: Pa
     [
         (["--method", "ties"], "density: none is given"),
         (["--method", "ties", "--density", "0"], "above 0 and at most 1"),
-        (["--method", "dare_linear", "--density", "0.5", "--seed", "-1"], "from 0 to 2^63 - 1"),
+        (["--method", "dare_linear", "--density", "0.5", "--seed", "-1"], "from 0 to 9223372036854775807"),
         (["--density", "0.5"], "density: the method cat has none"),
         (["--rank", "2"], "rank: the method cat has none"),
         (["--method", "svd", "--rank", "0"], "1 or more is wanted"),

@@ -101,12 +101,13 @@ def test_peft_reads_the_adapter_as_it_is_meant(kind: str, tmp_path: Path) -> Non
     make, targets, given = MODELS[kind]
     base = saved(make(), tmp_path / "base")
     tuned = tuned_by_lora(make(), targets, tmp_path / "tuned")
-    surgery.extract(base, tuned, tmp_path / "adapter", energy=1 - 1e-9, rank=8)
-    with torch.no_grad():
-        before = make().eval()(given).logits
-        wanted = type(make()).from_pretrained(tuned).eval()(given).logits
-        found = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter").eval()(given).logits
-    assert (found - wanted).abs().max() < 1e-4 * (before - wanted).abs().max()  # the energy left out is 1e-9
+    left_out = EPS**2  # of the energy: no more than what rounding a change to float32 takes from it
+    report = surgery.extract(base, tuned, tmp_path / "adapter", energy=1 - left_out, rank=8)
+    merged = load_file(tuned / "model.safetensors")
+    for name, one in report.sites.items():  # or else the rank is 8, and what is left is the rounding of the merge
+        assert one.error_norm <= 8 * EPS * one.exact_norm + EPS * merged[f"{name}.weight"].norm()
+    laid = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter")
+    assert_equivalent(laid, type(make()).from_pretrained(tuned), given, base=make())
 
 
 def test_what_is_made_for_a_convolution_in_groups_is_merged_on_files_and_refused_by_a_model(tmp_path: Path) -> None:
@@ -131,7 +132,9 @@ def test_a_rank_is_as_near_as_any_matrix_of_that_rank(wanted: int) -> None:
     best = torch.linalg.svdvals(matrix)[wanted:].norm()
     made = low_rank(matrix, Truncation(rank=wanted))
     assert made.A.shape == (wanted, 200)
-    assert residual_norm(matrix, made) <= best * (1 + 1e-4) + 16 * EPS * matrix.norm()  # of a random range finder
+    # More directions are looked for than the matrix has, so that rounding alone, to float32, parts it from the best:
+    # of sums of 200 terms for each output and of 60 for each input.
+    assert residual_norm(matrix, made) <= best + (200 + 60) * EPS * matrix.norm()
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from surgery.errors import FormatError, printable
+from surgery.formats.onnx.links import HEADERS
 from surgery.formats.onnx.quantized import Quantized, put
 from surgery.formats.onnx.stored import Stored, Weights, initializer, onnx_dtype
 from surgery.formats.onnx.trace import PREFIX
 
-HEADERS = "surgery.header_sha256"  # in the metadata: JSON, by file
 _NEXT = "the weights of the model that was traced are wanted; `surgery inspect` lists those that are there"
 _CASTS = {torch.bfloat16, torch.float16}
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import FormatError, InputError, printable
-from surgery.formats.onnx.link import HEADERS
 from surgery.io.header import header_length
 from surgery.io.regular import contained, open_regular
 from surgery.io.strict_json import parse_json
 
 GRAPH = "model.onnx"
+HEADERS = "surgery.header_sha256"  # in the metadata: JSON, by file
 DATA = "model.onnx.data"  # weights that only the graph has
 GRAPH_BYTES = 1 << 31  # what protobuf can hold
 

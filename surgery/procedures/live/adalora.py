@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.method import Params
+from surgery.core.option_checks import check_whole
 from surgery.core.sharded import fill, rest, whole
 from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.tree import State, adapted_layers, injected, refuse_merged, state_of
@@ -68,8 +69,7 @@ def adalora_step(root: nn.Module, step: int) -> None:
     StateError if no AdaLoRA is trained, has gradients, or has all its ranks still; ConfigError for a schedule that
     cannot be followed; ValueRangeError for scores that are no numbers.
     """
-    if type(step) is not int or step < 0:
-        raise UsageError(f"adalora_step: step is {printable(step)}; a whole number from 0 is wanted")
+    check_whole("adalora_step: step", step, 0)
     refuse_merged(root, "allot ranks")
     rest(root)
     for name, config in _required(root).items():

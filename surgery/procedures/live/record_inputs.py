@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.names import suffix_hits
+from surgery.core.option_checks import check_whole
 from surgery.core.select import refuse_unmatched
 from surgery.core.site import TensorInfo
 from surgery.errors import MatchError, UsageError, ValueRangeError, printable
@@ -88,8 +89,7 @@ def record_inputs(  # noqa: PLR0913, PLR0917  # three things and their options
     Raises MatchError for an entry that hits nothing, UsageError where none is called, StateError without weights,
     ValueRangeError.
     """
-    if type(rank) is not int or not 1 <= rank <= MOST:
-        raise UsageError(f"record_inputs: rank is {printable(rank)}; a whole number from 1 to {MOST} is wanted")
+    check_whole("record_inputs: rank", rank, 1, MOST)
     refuse_meta(root)
     moments: dict[str, Moments] = {}
     modules, batch = _chosen(root, targets), Batch()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from surgery.core.option_checks import check_whole
 from surgery.errors import UsageError, printable
 
 
@@ -27,8 +28,6 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "method": (str,),
     "density": (int, float),
     "majority_sign_method": (str,),
-    "rank": (int,),
-    "seed": (int,),
 }
 
 
@@ -60,10 +59,10 @@ class Recipe:
         if self.majority_sign_method not in (None, "total", "frequency"):
             found = printable(self.majority_sign_method)
             raise UsageError(f"majority_sign_method: it is {found!r}; 'total' or 'frequency' is wanted")
-        if self.seed is not None and not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"seed: it is {self.seed}; a whole number from 0 to 2^63 - 1 is wanted")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"rank: it is {self.rank}; 1 or more is wanted")
+        if self.seed is not None:
+            check_whole("seed", self.seed, 0, (1 << 63) - 1)
+        if self.rank is not None:
+            check_whole("rank", self.rank, 1)
 
     def draws(self) -> torch.Generator:
         """The random numbers of a whole combination."""

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surgery.core.option_checks import check_whole, is_number
 from surgery.core.source import TILE_ELEMENTS, row_tiles
-from surgery.errors import UsageError
+from surgery.errors import UsageError, printable
 from surgery.procedures.making.combinations import Factors
 
 _SPARE = 8  # directions looked for beyond those that are kept, so that these come out as the best ones
@@ -24,10 +25,10 @@ class Truncation:
     def __post_init__(self) -> None:
         if self.rank is None and self.energy is None:
             raise UsageError("neither rank nor energy is given; one of them is wanted, such as rank 16 or energy 0.99")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"rank is {self.rank}; 1 or more is wanted")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise UsageError(f"energy is {self.energy}; one above 0 and at most 1 is wanted")
+        if self.rank is not None:
+            check_whole("rank", self.rank, 1)
+        if self.energy is not None and not (is_number(self.energy) and 0 < self.energy <= 1):
+            raise UsageError(f"energy is {printable(repr(self.energy))}; one above 0 and at most 1 is wanted")
 
     def kept(self, squares: Tensor, whole: float) -> int | None:
         """Of singular values' squares, largest first, with the squared norm of all; None if these are too few."""

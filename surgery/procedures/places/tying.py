@@ -12,7 +12,7 @@ from surgery.hosts.checkpoint import Checkpoint
 
 HEAD = "lm_head.weight"
 # Kinds of models that have a head over the vocabulary.
-_TYING = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+_TYING = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining", "MTModel")
 # The families of transformers whose head is called HEAD, and computes the same whether it is tied or not.
 _SEPARABLE = frozenset(
     (

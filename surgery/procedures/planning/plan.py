@@ -79,7 +79,7 @@ class Plan(Report):
 
     def headers(self, base: Checkpoint) -> Mapping[str, str]:
         """What those of the output say of the weights that go into a form."""
-        return told_in_headers(self.changes, base.called())
+        return told_in_headers(self.changes, base.called)
 
     def summary(self) -> str:
         """One line."""

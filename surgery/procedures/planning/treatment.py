@@ -11,6 +11,7 @@ from surgery.codecs import FORMS
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.as_peft import Arithmetic
 from surgery.core.names import nearest
+from surgery.core.option_checks import check_whole
 from surgery.core.survival import Bounds
 from surgery.errors import UsageError, printable
 from surgery.hosts.calibration import Calibration
@@ -103,9 +104,7 @@ class Treatment:
 
 def check_probes(probes: object) -> int:
     """UsageError for no number of inputs."""
-    if not isinstance(probes, int) or not 0 <= probes <= _MOST_PROBES:
-        raise UsageError(f"probes is {printable(probes)!r}; a number of inputs up to {_MOST_PROBES} is wanted")
-    return probes
+    return check_whole("probes", probes, 0, _MOST_PROBES)
 
 
 def check_arithmetic(arithmetic: object) -> Arithmetic:
