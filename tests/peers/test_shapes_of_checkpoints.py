@@ -214,7 +214,9 @@ def test_an_embedding_that_others_are_tied_to_is_not_changed_alone(saved: list[s
     surgery.inject(model, config)
     surgery.save(shuffled(model), tmp_path / "adapter")
     told = refused(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert "shared.weight: decoder.embed_tokens.weight, encoder.embed_tokens.weight are tied to it, and only it" in told
+    assert all(
+        one in told for one in ("shared.weight: ", "encoder.embed_tokens", "decoder.embed_tokens", "apart first")
+    )
 
 
 def test_a_vocabulary_may_grow_under_an_adapted_embedding(tmp_path: Path) -> None:
