@@ -43,37 +43,22 @@ class Example(NamedTuple):
 
     def fresh(self, weight: Tensor) -> Packed:
         stacked = weight.unsqueeze(0) if self.codec.name == "mxfp4" else weight
-        rows = {"weight_block_size": (1, weight.shape[1])} if "format" in self.config else {}
-        return self.codec.fresh(stacked, {**self.settings, **rows})
+        return self.codec.fresh(stacked, self.settings)
 
 
-def compressed(codec: str, form: str, **weights: Any) -> Example:
-    """As compressed-tensors has it."""
-    told = {"symmetric": True, **weights}
-    group = {"targets": ["Linear"], "weights": told, "input_activations": None, "format": form}
-    config = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
-    return Example(CODEC[codec], {"group_size": -1, **told}, config)
-
-
-def torchao(codec: str, kind: str) -> Example:
-    return Example(CODEC[codec], {}, {"quant_method": "torchao", "quant_type": {"default": {"_type": kind}}})
+def of(form: str, config: Mapping[str, Any] | None = None) -> Example:
+    """One of FORMS; `config` where it is not what a merge into it writes."""
+    codec, settings = FORMS[form]
+    return Example(codec, settings, config or codec.told(settings, torch.bfloat16, ()) or {})
 
 
 BITSANDBYTES = {"quant_method": "bitsandbytes", "bnb_4bit_compute_dtype": "bfloat16"}
-INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
-FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
-ROWS = {"num_bits": 8, "strategy": "channel"}
 EXAMPLES: Mapping[str, Example] = {
-    **{form: Example(*FORMS[form], BITSANDBYTES) for form in ("nf4", "nf4-double", "fp4", "fp4-double", "int8")},
-    "fp8_block": Example(*FORMS["fp8_block"], {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    **{form: of(form, BITSANDBYTES) for form in ("nf4", "nf4-double", "fp4", "fp4-double", "int8")},
+    "fp8_block": of("fp8_block"),
     "mxfp4": Example(CODEC["mxfp4"], {}, {"quant_method": "mxfp4"}),
-    "w4a16": compressed("pack-quantized", "pack-quantized", **INT4),
-    "w4a16-asym": compressed("pack-quantized", "pack-quantized", **INT4, symmetric=False),
-    "nvfp4": compressed("nvfp4-pack-quantized", "nvfp4-pack-quantized", **FP4),
-    "compressed-tensors int8": compressed("int-quantized", "int-quantized", **ROWS, type="int"),
-    "compressed-tensors fp8": compressed("fp8_block", "float-quantized", **ROWS, type="float"),
-    "torchao int8": torchao("torchao-int8", "Int8WeightOnlyConfig"),
-    "torchao fp8": torchao("torchao-fp8", "Float8WeightOnlyConfig"),
+    **{form: of(form) for form in ("w4a16", "w4a16-asym", "w8a16", "w8a8", "fp8_dynamic", "nvfp4", "mxfp4a16")},
+    **{form: of(form) for form in ("torchao-int8", "torchao-fp8")},
 }
 
 
@@ -150,7 +135,7 @@ def live(name: str) -> str:
 def aware(name: str) -> str:
     """Whether an adapter is trained as its merge will be held so: "yes" where it runs that weight, to the bit."""
     if name not in FORMS:
-        return "no"
+        return refused(name)
     codec, told = FORMS[name]
     nets = [nn.Sequential(nn.Linear(128, 128)) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
@@ -161,6 +146,16 @@ def aware(name: str) -> str:
     merged = surgery.eject(surgery.merge(nets[1]), keep_merged=True)[0].weight.detach()
     held = codec.decode(codec.fresh(merged, told), merged.dtype)
     return "yes" if torch.equal(nets[0][0].weight.detach(), held) else "no"
+
+
+def refused(name: str) -> str:
+    """Why an adapter cannot be aware of the format; nothing where it can."""
+    config = surgery.LoraConfig(r=2, target_modules=["0"])
+    try:
+        surgery.inject(nn.Sequential(nn.Linear(128, 128)), config, quantization_aware=name)
+    except surgery.UsageError as error:
+        return f"refused: {str(error).partition(repr(name) + ': ')[2]}"
+    return ""
 
 
 def of_bitsandbytes(kind: str, double_quant: bool = False) -> nn.Module:
@@ -230,13 +225,7 @@ def by_compressed_tensors(example: Example, packed: Packed) -> Tensor:
     group = example.config["config_groups"]["group_0"]
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**group["weights"]))
     compressor = BaseCompressor.get_value_from_registry(example.config["format"])
-    return compressor.decompress(as_compressed(packed), scheme)["weight"].bfloat16()
-
-
-def as_compressed(packed: Packed) -> dict[str, Tensor]:
-    """fp8's scales are called otherwise there."""
-    renamed = {"weight_scale_inv": "weight_scale"}
-    return {renamed.get(role, role): one for role, one in packed.tensors.items()}
+    return compressor.decompress(dict(packed.tensors), scheme)["weight"].bfloat16()
 
 
 LIBRARIES: Mapping[str, Callable[[Packed], Tensor]] = {

@@ -17,21 +17,18 @@ if TYPE_CHECKING:
         verify_checkpoint,
     )
     from surgery.api.live import (
-        disable_adapters,
         eject,
-        enable_adapters,
         inject,
         load,
         merge,
-        mixed_batch,
         quantize,
         record_inputs,
         save,
-        set_adapter,
         unmerge,
     )
     from surgery.api.made_adapters import combine, extract
     from surgery.api.pretrained import load_model, save_merged
+    from surgery.api.running import disable_adapters, enable_adapters, mixed_batch, set_adapter
     from surgery.core.config import AdapterConfig, TaskType
     from surgery.errors import (
         AbsentError,
@@ -100,15 +97,19 @@ _HOMES = {
     "adalora_step": "api.adalora",
     "combine": "api.made_adapters",
     "diff": "api.files",
+    "disable_adapters": "api.running",
+    "enable_adapters": "api.running",
     "export_onnx": "api.export",
     "extract": "api.made_adapters",
     "inspect": "api.files",
     "load_model": "api.pretrained",
     "merge_checkpoint": "api.files",
+    "mixed_batch": "api.running",
     "orthogonal_loss": "api.adalora",
     "plan": "api.files",
     "push_to_hub": "api.files",
     "save_merged": "api.pretrained",
+    "set_adapter": "api.running",
     "unmerge_checkpoint": "api.files",
     "verify_checkpoint": "api.files",
 }

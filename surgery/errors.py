@@ -108,6 +108,8 @@ def visible(text: str) -> str:
     >>> print(visible("größe\x1b\u202e"))
     größe\x1b\u202e
     """
+    if text.isascii() and text.isprintable():  # as nearly all are
+        return text
     return "".join(one if _is_seen(one) else one.encode("unicode_escape").decode("ascii") for one in text)
 
 

@@ -109,9 +109,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     How the base and the adapters are read:
 
     - `ops` says by the end of a name whether a square weight is "linear" or "conv1d".
-    - `base_as` names the form ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16", "w4a16-asym",
-      "nvfp4") in which the adapters were trained over this plain base: the weights of their linear maps are merged as
-      they read from it.
+    - `base_as` names the format, one of those of `into` or "w4a16-asym", in which the adapters were trained over this
+      plain base: the weights of their linear maps are merged as they read from it.
     - `mha_out_proj_scale` 1 or 2 says how often the delta of an attention layer's out_proj counts that a file holds;
       by default 2 up to its `peft_version` 0.21.2, with which such adapters were trained.
     - `expect_base_sha256` and `expect_adapter_sha256` refuse others; receipts and `inspect` tell the hashes.
@@ -119,8 +118,8 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
     Quantized weights are decoded to `compute_dtype` (default: what the base computes in) and written plainly, in 16
     bits unless the base has no dtype of 16 bits.
 
-    - `into` "keep" holds them as the base does, by its own scales. "nf4", "nf4-double", "fp4", "fp4-double", "int8",
-      "fp8_block", "w4a16" or "nvfp4" holds all that transformers would quantize, of a plain base too, by new ones.
+    - `into` "keep" holds them as the base does, by its own scales. "nf4", "int8" and the other formats that
+      docs/quantization.md lists hold all that transformers would quantize, of a plain base too, by new ones.
     - Either raises CheckError where less than `min_retained` (0.5) of the adapters' change is left of it, or what comes
       beside it is more than `max_noise` (1) of it. With `fallback` "16bit" such weights are written plainly instead.
     - `rounding` "feedback" looks for other codes than the nearest, where a LoRA looks at its inputs along few

@@ -33,7 +33,7 @@ def checkpoint(where: Where) -> Checkpoint:
     found = Checkpoint(place.path)
     found.hub_id, found.commit = place.hub_id, place.commit
     found.names, found.linears = partial(hugging.name_map, found.config), partial(hugging.linears_of, found)
-    found.in_memory = partial(hugging.names_in_memory, found)
+    found.in_memory, found.ties = partial(hugging.names_in_memory, found), partial(hugging.ties_in_memory, found)
     return found
 
 

@@ -1,7 +1,6 @@
 """On a model in memory: each function calls one procedure, and attaches what transformers adds to its models."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 
 from surgery.adapters.out_proj import check_scale
 from surgery.adapters.peft import read_adapter
+from surgery.api.awareness import held_as
 from surgery.api.given import Where, calibrated
-from surgery.codecs.formats import format_of
 from surgery.errors import UsageError, printable
 from surgery.hosts.within import trainable_within, within
 from surgery.integrations import transformers as hugging
@@ -21,11 +20,9 @@ from surgery.procedures.live import eject as ejection
 from surgery.procedures.live import inject as injection
 from surgery.procedures.live import load as loading
 from surgery.procedures.live import merge as merging
-from surgery.procedures.live import mixed_batch as mixing
 from surgery.procedures.live import quantize as quantizing
 from surgery.procedures.live import record_inputs as recording
 from surgery.procedures.live import save as saving
-from surgery.procedures.live import switch
 from surgery.procedures.live.examples import Examples
 from surgery.procedures.live.held_layers import Landing
 from surgery.procedures.live.in_place import UndoKind
@@ -54,9 +51,12 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
 
     `matching` "strict" takes the dots of names as dots, globs such as "layers.*.q_proj", and regular expressions after
     "re:" in lists and keys of patterns; each entry has to match. "peft" matches as PEFT does, by default where the
-    config is one of peft or lies in a file. With `quantization_aware` "nf4", "nf4-double", "fp4", "fp4-double", "int8",
-    "fp8_block", "w4a16", "w4a16-asym" or "nvfp4" its layers run, and it is trained, as they will once it is merged and
-    their weights are held so: the base's own scales are kept where it is held in that format already.
+    config is one of peft or lies in a file.
+
+    With `quantization_aware` "nf4" or another format of `merge_checkpoint`, its layers run, and it is trained, as they
+    will once it is merged and their weights are held so: the base's own scales are kept where it is held in that format
+    already. With "keep" they will keep the codes that the layers are held in, or the files that the model was decoded
+    from as it was loaded.
 
     `examples` are for `init_lora_weights` "eva", "corda" and "lora_ga": batches, each a tensor, several in a list or
     tuple, or keyword arguments, which are run through the base; for "lora_ga" also back, from the loss that the model
@@ -69,7 +69,6 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
-    form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
     if matching not in (None, "strict", "peft"):
         raise UsageError(f"matching is {printable(matching)!r}; strict or peft is wanted")
     as_peft = is_peft_s(config) if matching is None else matching == "peft"
@@ -79,7 +78,8 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
         raise UsageError("loss is given, and no examples; leave it out, or give examples")
     batches = None if examples is None else Examples(examples, loss=loss)
     wanted = hugging.with_default_targets(root, config_of(config), as_peft)
-    injection.inject(root, wanted, adapter_name, heads, trainable, form, as_peft, batches)
+    with held_as(quantization_aware, root) as held:
+        injection.inject(root, wanted, adapter_name, injection.Start(heads, as_peft, held, batches), trainable)
     hugging.attach(root)
     return model
 
@@ -107,10 +107,10 @@ def load(  # noqa: PLR0913  # a model, an adapter, and how it is laid over it
     ...     surgery.save(model, folder)
     ...     model = surgery.load(model, folder, adapter_name="again")
     """
-    form = None if quantization_aware is None else format_of(quantization_aware, "quantization_aware")
     adapter = read_adapter(locate(path), check_scale(mha_out_proj_scale))
     root = trainable_within(model) if trainable else within(model)
-    loading.lay(root, adapter, adapter_name, trainable, form, hugging.room_of(root))
+    with held_as(quantization_aware, root) as held:
+        loading.lay(root, adapter, adapter_name, trainable, loading.LayOptions(held, hugging.room_of(root)))
     hugging.attach(root)
     return model
 
@@ -148,63 +148,6 @@ def quantize(
     skipped = quantizing.quantize(root, wanted, skip, hugging.output_heads(root))
     hugging.tell_quantized(root, wanted, skipped)
     return model
-
-
-def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> switch.Switched:
-    """Run this adapter, or these in their order, from now on; returns a context manager that takes it back.
-
-    Raises StateError for an adapter that is not there, or while merged; UsageError where two cannot run together.
-
-    >>> import surgery, torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    >>> for name in ("en", "fr"):
-    ...     model = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]), adapter_name=name)
-    >>> switched = surgery.set_adapter(model, ["en", "fr"])
-    >>> with surgery.set_adapter(model, "fr"), torch.no_grad():
-    ...     y = model(torch.randn(3, 4))
-    """
-    return switch.set_adapter(within(model), adapter_name)
-
-
-def enable_adapters(model: nn.Module) -> switch.Switched:
-    """Run the active adapters again, from now on; returns a context manager that takes it back.
-
-    Raises StateError without adapters, or while merged.
-
-    >>> import surgery, torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    >>> model = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
-    >>> x, off = torch.randn(3, 4), surgery.disable_adapters(model)
-    >>> base, on = model(x), surgery.enable_adapters(model)
-    >>> bool((model(x) == base).all())
-    False
-    """
-    return switch.enable_adapters(within(model))
-
-
-def disable_adapters(model: nn.Module) -> switch.Switched:
-    """Run the base alone, from now on; returns a context manager that takes it back.
-
-    Raises StateError without adapters, or while merged. `enable_adapters` has an example.
-    """
-    return switch.disable_adapters(within(model))
-
-
-def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractContextManager[None]:
-    """A context in which each row of a batch runs under the adapter named for it, "__base__" for none.
-
-    Rows are told by the first axis of each adapted layer's input. It takes part in training too, where backward
-    belongs within it if activations are recomputed. Raises UsageError unless there is a name for each row,
-    StateError for a name that is not there, while merged, and where rows cannot be told.
-
-    >>> import surgery, torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    >>> for name in ("en", "fr"):
-    ...     model = surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["0"]), adapter_name=name)
-    >>> with surgery.mixed_batch(model, ["en", "__base__", "fr"]):
-    ...     y = model(torch.randn(3, 4))
-    """
-    return mixing.mixed_batch(within(model), adapter_names)
 
 
 def merge(  # noqa: PLR0913  # one argument an option

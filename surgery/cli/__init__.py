@@ -19,7 +19,7 @@ from surgery.cli.inspect import inspect
 from surgery.cli.interrupts import Interrupted, listen
 from surgery.cli.merge import merge
 from surgery.cli.plan import plan
-from surgery.cli.printing import say
+from surgery.cli.printing import hold_letters, say
 from surgery.cli.push import push
 from surgery.cli.unmerge import unmerge
 from surgery.cli.verify import verify
@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is None:  # as a program of its own; in another's process signals and loggers are its
         listen()
         _hush()
+        hold_letters()
     try:
         code = _run(given)
     except (Exception, Interrupted) as error:  # noqa: BLE001  # the last resort: a bug of ours is one line too

@@ -1,5 +1,6 @@
 """Printing: letters as they are where the stream's encoding has them, else escaped."""
 
+import io
 import sys
 from typing import Any
 
@@ -9,6 +10,12 @@ import click
 def say(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print it on stdout, or on stderr."""
     click.echo(held(text, sys.stderr if err else sys.stdout), err=err, nl=nl)
+
+
+def hold_letters() -> None:
+    """What libraries print on stdout is escaped too where it cannot be held; Python does so on stderr alone."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def held(text: str, stream: Any) -> str:

@@ -13,6 +13,13 @@ from surgery.core.arithmetic import round_once
 from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, TiledCodec
 from surgery.errors import UsageError, printable
 
+# Formats that weights are read in, and are not made in.
+_OTHERS = {
+    "mxfp4": "it holds stacks of experts, over which adapters are merged alone; give mxfp4a16 for linear layers",
+    "fp8": "one scale for a whole weight goes with scales of inputs, which are found from data; give fp8_dynamic, "
+    "fp8_block or torchao-fp8",
+    **dict.fromkeys(("gptq", "awq"), "its codes are found from data; give w4a16"),
+}
 _TORCHAO = ("torchao-int8", "torchao-fp8")  # called as their codecs are
 _GROUPED = {(4, False): "w4a16", (4, True): "w4a16-asym", (8, False): "w8a16"}  # by bits, and zero points
 _HALVES = (torch.bfloat16, torch.float16)  # of fp8's scales by rows; those that others than compressed-tensors wrote
@@ -77,7 +84,9 @@ def _by_rows(headers: Headers, shape: Shape) -> bool:
 
 
 def format_of(name: str, where: str) -> Format:
-    """UsageError for a name that is none."""
+    """UsageError for a name that is none, with the next step where it is that of another format."""
+    if name in _OTHERS:
+        raise UsageError(f"{where}: {name!r}: {_OTHERS[name]}")
     if name not in FORMS:
         raise UsageError(f"{where}: {printable(name)!r}; one of {', '.join(FORMS)} is wanted")
     return Format(*FORMS[name])

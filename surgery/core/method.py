@@ -61,6 +61,7 @@ class Method(ABC):
     """One site's settings, patterns resolved; holds no tensor."""
 
     name: ClassVar[str]  # as users know it
+    turns: ClassVar[bool] = False  # is the same with A and B turned, in each other's place, its delta transposed?
     couples: ClassVar[frozenset[str]]  # along which axes elements depend on each other, by sums: see `terms`
 
     @property

@@ -54,6 +54,7 @@ class Checkpoint(OpenFiles):
         self.commit: str | None = None
         self.names: Callable[[], NameMap] = lambda: USUAL  # of the model in memory, asked for where they matter
         self.in_memory: Callable[[], Mapping[str, str]] = dict  # of what is called otherwise there, the files' names
+        self.ties: Callable[[], Mapping[str, str]] = dict  # the same, of what is tied to another there, that one
         self.linears: Callable[[], Linears | None] = lambda: None  # the same; None where nothing tells
 
     def called(self) -> Callable[[str], str]:

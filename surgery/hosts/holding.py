@@ -1,5 +1,6 @@
 """Holding: what becomes of a live layer's merged weight in a format, with scales of its own or those that it has."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ from surgery.errors import InputError, MatchError, UsageError, printable
 from surgery.hosts.model import stored_weight
 from surgery.hosts.quantized import compute_dtype, is_quantized, packed_of_layer
 from surgery.layers.aware import Holding
+
+# What becomes of the weight of a layer, by its op and name; None: nothing but a merge.
+Awareness = Callable[[nn.Module, Op, str], Holding | None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,11 @@ class Kept:
 def holding_of(form: Format, base_layer: nn.Module, op: Op, where: str) -> Holding:
     """For a layer that is a site. MatchError for a weight that the format cannot hold."""
     kept = is_quantized(base_layer) and form.holds(packed_of_layer(base_layer, where))
-    found: Holding = Kept() if kept else Fresh(form, op)
+    return refuse_unheld(Kept() if kept else Fresh(form, op), base_layer, where)
+
+
+def refuse_unheld(found: Holding, base_layer: nn.Module, where: str) -> Holding:
+    """The same. MatchError where it cannot hold the layer's weight."""
     try:
         found.end(base_layer, found.begin(base_layer))
     except (InputError, UsageError) as error:

@@ -12,7 +12,7 @@ from surgery.core.method import Dense, Method, Params, Run
 from surgery.core.op import WHOLE, Op
 from surgery.core.room import Room
 from surgery.core.sharded import gathered
-from surgery.core.turned import turned
+from surgery.core.turned import tied
 from surgery.layers.aware import Holding
 from surgery.layers.mixed import Mixed
 from surgery.layers.plain import is_plain_linear
@@ -113,17 +113,18 @@ class Swappable(Fitted):
 
 
 @dataclass(frozen=True, eq=False)
-class Turned(Fitted):
-    """One that holds nothing: its A and B are B and A of the layer `of`, turned, by which the two weights stay one."""
+class Tied(Fitted):
+    """One that holds nothing: its tensors are those of the layer `of`, by which the two weights stay one."""
 
     of: str = field(kw_only=True)
+    op: Op = field(kw_only=True)  # by which its own layer acts, where the other is an embedding
 
     @property
     def held(self) -> Params:
         return self._running()
 
     def _running(self) -> Params:
-        return turned(super()._running())
+        return tied(self.op, super()._running())
 
 
 class Below:

@@ -92,6 +92,9 @@ class AdaLoraConfig(AdapterConfig):
     def biases(self) -> str:
         return self.bias
 
+    def told(self, name: str) -> Mapping[str, float]:
+        return {"r": self.method(name).r, "lora_alpha": self.lora_alpha}
+
     def method(self, name: str) -> AdaLora:
         mask = self.mask(name)
         rank = self.init_r if mask is None else sum(mask)

@@ -38,6 +38,7 @@ class Lora(Additive, AsPeft):
     halves: bool = False  # PEFT adds half of its delta, twice: see OUT_PROJ
 
     name = "LoRA"
+    turns = True
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         op = site.acting

@@ -1,13 +1,9 @@
 """A tiny base and adapter, and the command line called as a user calls it."""
 
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "procedures"))
-
 from checkpoint_folders import llama_base, write_adapter
 from outcomes import Run, called
 

@@ -122,3 +122,13 @@ def test_the_command_line_on_an_ascii_terminal_escapes_what_it_names(
     assert ASCII.encode() in listed.stdout
     assert b": no such file" in failed.stderr
     assert (listed.stdout + failed.stderr).isascii()
+
+
+def test_what_the_demo_prints_by_itself_is_escaped_too() -> None:
+    code = (
+        "import runpy, sys; from surgery.cli import main; sys.argv = ['surgery', 'demo']; "
+        f"runpy.run_path = lambda _: {{'run': lambda _: print({NAME!r})}}; main()"
+    )
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, check=False, capture_output=True)
+    assert (done.returncode, done.stdout.decode().strip(), done.stderr) == (0, ASCII, b"")

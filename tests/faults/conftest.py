@@ -2,15 +2,11 @@
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "procedures"))
-
 from arena import Arena, write_inputs
 from zygote import Zygote
 

@@ -35,11 +35,11 @@ class Outcome(NamedTuple):
 
 
 class Zygote:
-    """Use as a context."""
+    """Use as a context. `code` is run once, to be warm too."""
 
-    def __init__(self, warm: Path) -> None:
+    def __init__(self, warm: Path, code: str = "") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(warm)],
+            [sys.executable, __file__, str(warm), code],
             env=os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(one for one in sys.path if one)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -117,9 +117,12 @@ class _Child:
 
 
 def _main(argv: list[str]) -> None:
-    """As a program of its own."""
+    """As a program of its own; `python CODE` is one that uses the library."""
     from surgery.cli import main
 
+    if argv[0] == "python":
+        exec(argv[1], {})
+        sys.exit()
     sys.argv = ["surgery", *argv]
     main()
 
@@ -164,13 +167,14 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
         answers.flush()
 
 
-def _warm_up(folder: Path) -> None:
-    """Import all that a run imports: a run of each command, in this process."""
+def _warm_up(folder: Path, code: str) -> None:
+    """Import all that a run imports: a run of each command, in this process, and of `code`."""
     base, adapter = folder / "base", folder / "adapter"
     for argv in (
         ["merge", str(base), str(adapter), str(folder / "warm"), "--reversible"],
         ["unmerge", str(folder / "warm"), str(folder / "back")],
         ["verify", str(folder / "warm")],
+        ["python", code],
     ):
         try:
             _main(argv)
@@ -183,5 +187,5 @@ def _warm_up(folder: Path) -> None:
 if __name__ == "__main__":
     stdout = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    _warm_up(Path(sys.argv[1]))
+    _warm_up(Path(sys.argv[1]), sys.argv[2])
     _serve(sys.stdin.buffer, stdout)

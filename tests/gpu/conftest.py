@@ -1,6 +1,5 @@
 """What runs on a GPU: all of it is marked `gpu`, and skipped where there is none."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 from device import DEVICE, IS_THERE
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / folder) for folder in ("laws", "procedures", "peers")]
 
 
 class Absent(pytest.Module):

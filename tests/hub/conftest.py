@@ -7,14 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import _http
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "procedures"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "cli"))
-
 from checkpoint_folders import llama_base, write_adapter
 from fake_hub import FakeHub, Files, running
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from outcomes import Outcome, Run, called
 
 

@@ -15,6 +15,7 @@ from surgery.core.elementwise import Elementwise
 from surgery.core.method import Additive, Dense, Method, Params, Spec
 from surgery.core.op import WHOLE, Op
 from surgery.core.sums import sum_rows
+from surgery.core.turned import turned
 from surgery.core.undo import Recorder, Restorer, accumulate
 from surgery.errors import MatchError, ValueRangeError
 from surgery.methods import METHODS
@@ -230,6 +231,18 @@ def test_the_product_of_factors_is_all_that_a_method_adds(method: Method, op: Op
     merged = method.merge(Dense(torch.zeros(OUT, IN).double()), matrices(method, op, p), WHOLE, float_product)
     # Of each of r products three factors and the sum are rounded on either side.
     assert bool(((B @ A - merged.weight).abs() <= 2 * (B.shape[1] + 3) * EPS * (B.abs() @ A.abs())).all())
+
+
+@each_case
+def test_one_that_turns_adds_with_turned_factors_its_delta_transposed_to_the_bit(method: Method, op: Op):
+    if not method.turns or op.kernel or op.stack:
+        assert type(method) is not Lora or op.kernel or op.stack
+        return
+    p = trained(method, op)
+    wide = method.merge(Dense(torch.zeros(OUT, IN).double()), matrices(method, op, p), WHOLE, exact_product)
+    high = method.merge(Dense(torch.zeros(IN, OUT).double()), turned(p), WHOLE, exact_product)
+    assert torch.equal(high.weight, wide.weight.mT)
+    assert bool(wide.weight.all())
 
 
 @each_pair

@@ -16,6 +16,8 @@ from surgery.codecs import FORMS
 from surgery.methods import METHODS
 
 IN, OUT = 128, 192
+WHOLE = ("w4a16", "w4a16-asym", "w8a16", "nvfp4", "mxfp4a16")  # which hold whole groups of inputs alone
+OTHERS = {"mxfp4": "mxfp4a16", "fp8": "fp8_dynamic", "gptq": "w4a16", "awq": "w4a16"}
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "LORA": [
         {"r": 4, "lora_alpha": 6},
@@ -38,6 +40,13 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], i
 def net(dtype: torch.dtype = torch.float32, layer: type[nn.Module] = nn.Linear) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(layer(IN, OUT)).to(dtype)
+
+
+class Narrow(nn.Linear):
+    """Of inputs that are no whole group."""
+
+    def __init__(self, _: int, outputs: int) -> None:
+        super().__init__(120, outputs)
 
 
 def trained(model: Any) -> Any:
@@ -126,12 +135,11 @@ def test_what_cannot_be_aware_is_refused_by_name_and_nothing_changes() -> None:
             surgery.inject(model, config, adapter_name="new", quantization_aware=form)
         assert list(model.modules()) == before
 
-    refused(
-        net(),
-        surgery.UsageError,
-        "'gptq'; one of nf4, nf4-double, fp4, fp4-double, int8, fp8_block, w4a16",
-        form="gptq",
-    )
+    refused(net(), surgery.UsageError, f"'nf5'; one of {', '.join(FORMS)} is wanted", form="nf5")
+    for form, step in OTHERS.items():
+        refused(net(), surgery.UsageError, f"quantization_aware: '{form}': .*; give {step}", form=form)
+    for form in WHOLE:
+        refused(net(layer=Narrow), surgery.MatchError, r"^0: .*\[192, 120\].* or exclude it", form=form)
     refused(net(), surgery.ConfigError, r"lora_dropout is 0\.1", lora_dropout=0.1)
     refused(net(layer=Conv1D), surgery.MatchError, "0: its op is conv1d; quantization_aware is for Linear")
     refused(net(torch.float64), surgery.MatchError, "0: 4-bit: nf4 .* from float64")

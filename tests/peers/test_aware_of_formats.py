@@ -98,3 +98,90 @@ def test_it_runs_to_the_bit_as_what_torchao_decodes_of_its_merge(
     assert surgery.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "out").counts["bits"] == 14
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert (tmp_path / "back" / FILE).read_bytes() == (base / FILE).read_bytes()
+
+
+def in_format(form: str, base: Path, folder: Path) -> Path:
+    """The base itself, held so: merged with an adapter that changes nothing."""
+    config = surgery.LoraConfig(r=1, target_modules=["q_proj"])  # as it begins, B is zero
+    surgery.save(surgery.inject(AutoModelForCausalLM.from_pretrained(base), config), folder / "none")
+    surgery.merge_checkpoint(base, folder / "none", folder / "held", into=form, **ANY)
+    return folder / "held"
+
+
+def decoded(folder: Path, form: str) -> Any:
+    """As transformers loads it plainly; fp8 without a GPU unasked."""
+    asked = {} if form == "fp8_block" else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    return AutoModelForCausalLM.from_pretrained(folder, **asked)
+
+
+@pytest.mark.parametrize("use", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("form", [*AS_THEY_COME, *QUANTIZED, "fp8_block"])
+def test_over_a_decoded_base_it_runs_to_the_bit_as_the_merge_that_keeps_the_codes_of_its_files(
+    form: str, use: dict[str, bool], base: Path, tmp_path: Path
+) -> None:
+    held = in_format(form, base, tmp_path)
+    model = decoded(held, form)
+    torch.manual_seed(1)
+    config = surgery.LoraConfig(r=4, lora_alpha=64, target_modules=ALL, init_lora_weights=False, **use)
+    surgery.inject(model, config, quantization_aware="keep")
+    surgery.save(model, tmp_path / "adapter")
+    surgery.merge_checkpoint(held, tmp_path / "adapter", tmp_path / "out", into="keep", **ANY)
+    merged = decoded(tmp_path / "out", form)
+    changed = 0
+    for name, module in merged.named_modules():
+        if name.endswith(tuple(ALL)):
+            aware = model.get_submodule(name)
+            assert torch.equal(aware.weight, module.weight)
+            changed += not torch.equal(aware.base_layer.weight, module.weight)
+    assert changed == 14
+    assert torch.equal(outputs(merged), outputs(model))
+    again = decoded(held, form)
+    surgery.load(again, tmp_path / "adapter", quantization_aware="keep")
+    assert torch.equal(outputs(again), outputs(model))
+    surgery.inject(again, config, adapter_name="b", quantization_aware="keep")  # of the same files
+    with pytest.raises(surgery.StateError, match="aware of another format"):
+        surgery.inject(again, config, adapter_name="c", quantization_aware="w8a8")
+
+
+def test_what_keeps_no_codes_is_refused_with_the_next_step(base: Path, tmp_path: Path) -> None:
+    held, asked = in_format("w4a16", base, tmp_path), CompressedTensorsConfig(dequantize=True)
+    config = surgery.LoraConfig(r=1, target_modules=ALL)
+
+    def refused(model: Any, error: type[Exception], told: str) -> None:
+        before = list(model.modules())
+        with pytest.raises(error, match=told):
+            surgery.inject(model, config, quantization_aware="keep")
+        assert list(model.modules()) == before
+
+    refused(AutoModelForCausalLM.from_pretrained(base), surgery.MatchError, "is held in codes; leave it out")
+    refused(LlamaForCausalLM(LlamaConfig(**SIZES)), surgery.UsageError, "which files it was loaded from")
+    refused(AutoModelForCausalLM.from_pretrained(held), surgery.MatchError, r"compressed-tensors.*dequantize=True")
+    changed = AutoModelForCausalLM.from_pretrained(held, quantization_config=asked)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    refused(changed, surgery.MatchError, r"layers\.1\.mlp\.up_proj: its weight is not what .*held decodes to")
+
+
+def test_layers_that_their_files_hold_plainly_are_merged_as_ever(base: Path, tmp_path: Path) -> None:
+    held, asked = in_format("w4a16", base, tmp_path), CompressedTensorsConfig(dequantize=True)
+    models = [AutoModelForCausalLM.from_pretrained(held, quantization_config=asked) for _ in range(2)]
+    for model, aware in zip(models, ("keep", None), strict=True):
+        torch.manual_seed(1)
+        config = surgery.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+        surgery.inject(model, config, quantization_aware=aware)
+    assert torch.equal(*(model.lm_head.weight for model in models))
+    assert not torch.equal(*(model.model.layers[0].self_attn.q_proj.weight for model in models))
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_live_layers_keep_the_codes_that_they_hold(form: str) -> None:
+    """No files are looked for."""
+
+    def made(aware: str) -> Any:
+        torch.manual_seed(0)
+        net = surgery.quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16(), form)
+        config = surgery.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        return surgery.inject(net, config, quantization_aware=aware)[0]
+
+    assert torch.equal(made("keep").weight, made(form).weight)
+    assert not torch.equal(made("keep").weight, made("w8a8").weight)

@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     MixtralConfig,
@@ -114,6 +116,22 @@ def test_the_usual_names_are_those_of_transformers_tables(name: str, tmp_path: P
             usual, known = USUAL.rename(info.name), told.rename(info.name)
             assert usual == known
             assert (USUAL.part(usual) or [None])[:3] == (told.part(known) or [None])[:3]
+
+
+def test_stacks_are_found_where_the_tables_escape_the_dots_of_names(tmp_path: Path) -> None:
+    """And files call all that is above the experts otherwise, too."""
+    fields = SIZES | {"hidden_size": 16, "moe_intermediate_size": 8, "n_routed_experts": 3, "head_dim": 8}
+    fields |= {"q_lora_rank": 8, "o_lora_rank": 8, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    DeepseekV4ForCausalLM(DeepseekV4Config(**fields)).save_pretrained(tmp_path / "base")
+    live = DeepseekV4ForCausalLM.from_pretrained(tmp_path / "base")
+    surgery.inject(live, surgery.LoraConfig(**FIELDS | {"target_modules": ["o_b_proj"]}))
+    surgery.save(live, tmp_path / "adapter")
+    surgery.save_merged(live, tmp_path / "live")
+    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    found, wanted = tensors(tmp_path / "out"), tensors(tmp_path / "live")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[one], values) for one, values in wanted.items())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])

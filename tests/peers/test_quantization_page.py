@@ -1,14 +1,9 @@
 """docs/quantization.md says of each format what the code does."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-from surgery.codecs import FORMS
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench import formats
+from surgery.codecs import FORMS
 
 
 def table() -> dict[str, dict[str, str]]:

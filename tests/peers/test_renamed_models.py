@@ -73,6 +73,30 @@ def test_an_adapter_of_the_names_in_memory_is_merged_into_the_files(
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("targets", [["query_key_value"], ["query_key_value", "lm_head"]], ids=["saved", "adapted"])
+def test_a_head_that_the_files_call_otherwise_is_changed_there(targets: list[str], tmp_path: Path) -> None:
+    """Though all the other names of the adapter are those of the files."""
+    kind, fields = transformers.GPTNeoXForCausalLM, {"r": 2, "target_modules": targets, "init_lora_weights": False}
+    fields |= {} if "lm_head" in targets else {"modules_to_save": ["lm_head"]}
+    kind(transformers.GPTNeoXConfig(**_SIZES, vocab_size=32, tie_word_embeddings=False)).save_pretrained(
+        tmp_path / "base"
+    )
+    theirs = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), peft.LoraConfig(**fields))
+    with torch.no_grad():
+        for name, values in theirs.named_parameters():
+            values.add_("modules_to_save" in name)
+    theirs.save_pretrained(tmp_path / "adapter")
+    live = surgery.load(kind.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    surgery.save_merged(live, tmp_path / "live")
+    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    found, wanted = (load_file(tmp_path / where / "model.safetensors") for where in ("out", "live"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], values) for name, values in wanted.items())
+    assert not torch.equal(
+        found["embed_out.weight"], load_file(tmp_path / "base/model.safetensors")["embed_out.weight"]
+    )
+
+
 def test_an_adapter_tells_another_base_by_the_names_in_memory_too(made: tuple[Any, Path, Path], tmp_path: Path) -> None:
     kind, base, adapter = made
     surgery.save(surgery.load(kind.from_pretrained(base), adapter), tmp_path / "saved")

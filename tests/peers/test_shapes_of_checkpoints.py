@@ -191,6 +191,17 @@ def test_a_tie_that_cannot_be_taken_apart_is_refused(trained: bool, tmp_path: Pa
         surgery.merge_checkpoint(base, adapter, tmp_path / "out", tied="untie")
 
 
+@pytest.mark.parametrize("saved", [None, ["generator_lm_head"]], ids=["adapted", "saved"])
+def test_a_head_that_the_files_lack_for_it_is_tied_is_told_so(saved: list[str] | None, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ElectraForCausalLM(ElectraConfig(vocab_size=VOCAB, embedding_size=16, **sizes))
+    model.save_pretrained(tmp_path / "base")
+    adapter_of(model, tmp_path / "adapter", ["query"] if saved else ["generator_lm_head"], modules_to_save=saved)
+    told = refused(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert "generator_lm_head" in told
+    assert "tied to electra.embeddings.word_embeddings.weight, which alone is in the files; save the base with" in told
+
+
 def test_a_vocabulary_may_grow_under_an_adapted_embedding(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model = llama(tied=False)

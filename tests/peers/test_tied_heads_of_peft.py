@@ -238,10 +238,24 @@ def test_what_cannot_be_tied_is_refused_by_name(fields: dict[str, object], told:
         ours(**fields)
 
 
-def test_weights_that_two_embeddings_share_are_refused() -> None:
+def test_weights_that_two_embeddings_share_have_the_factors_of_the_first() -> None:
     model = nn.ModuleDict({"a": nn.Embedding(8, 4), "b": nn.Embedding(8, 4)})
     model["b"].weight = model["a"].weight
-    with pytest.raises(surgery.MatchError, match="an Embedding and a Linear are wanted"):
+    fields = {"r": 2, "ensure_weight_tying": True, "init_lora_weights": False}
+    laid = surgery.inject(model, surgery.LoraConfig(**fields, target_modules=["b"]))
+    assert [name for name, _ in laid.named_parameters() if "lora_" in name] == [
+        f"a.lora_embedding_{role}.default" for role in "AB"
+    ]
+    tokens = torch.arange(8)
+    assert torch.equal(laid["a"](tokens), laid["b"](tokens))
+    kept = surgery.eject(surgery.merge(laid), keep_merged=True)
+    assert kept["a"].weight is kept["b"].weight
+
+
+def test_weights_that_a_convolution_shares_are_refused() -> None:
+    model = nn.ModuleDict({"a": nn.Conv1d(4, 8, 1), "b": nn.Conv1d(4, 8, 1)})
+    model["b"].weight = model["a"].weight
+    with pytest.raises(surgery.MatchError, match="Embeddings and Linears are wanted"):
         surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["a"], ensure_weight_tying=True))
 
 

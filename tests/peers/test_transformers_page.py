@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from fake_hub import FakeHub, running
 from guarded import is_guarded
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
@@ -34,10 +34,6 @@ from transformers import (
 
 import surgery
 from surgery.integrations.transformers.default_targets import DEFAULTS
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "hub"))
-
-from fake_hub import FakeHub, running
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 TOKENS = torch.arange(24).reshape(2, 12)

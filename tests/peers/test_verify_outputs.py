@@ -14,6 +14,7 @@ from torch import Tensor
 
 import surgery
 from surgery.cli import main
+from surgery.integrations.transformers.example_inputs import example_inputs
 from surgery.testing import assert_equivalent
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99, "pad_token_id": 0, "eos_token_id": 1}
@@ -25,11 +26,17 @@ SITE = "model.layers.1.self_attn.v_proj.weight"
 CONVS = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2}
 IMAGES = {"image_size": 16, "patch_size": 4}
 PART = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXTS = SMALL | WIDE | {"model_type": "bert"}
+CROSSED = {"is_decoder": True, "add_cross_attention": True}
+VIEWS = {"model_type": "vit", "num_hidden_layers": 2, "num_attention_heads": 4}
 
 MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "LlamaForCausalLM": (SMALL | WIDE, ["q_proj", "v_proj", "down_proj"]),
     "MixtralForCausalLM": (SMALL | WIDE | {"num_local_experts": 4, "num_key_value_heads": 2}, ["q_proj", "v_proj"]),
     "GPT2LMHeadModel": ({"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 99, "n_positions": 40}, ["c_attn"]),
+    "BloomForCausalLM": ({"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99}, ["query_key_value"]),
+    "Gemma2ForCausalLM": (SMALL | WIDE | {"head_dim": 8, "num_key_value_heads": 2}, ["q_proj", "v_proj"]),
+    "XLNetLMHeadModel": ({"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32, "vocab_size": 99}, ["layer_1"]),
     "BertForMaskedLM": (SMALL | WIDE, ["query", "value"]),
     "BertForQuestionAnswering": (SMALL | WIDE, ["query", "value"]),
     "LlamaForSequenceClassification": (SMALL | WIDE, ["q_proj", "v_proj"]),
@@ -46,6 +53,14 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "CLIPModel": (
         {"text_config": PART | {"vocab_size": 99}, "vision_config": PART | IMAGES, "projection_dim": 8},
         ["q_proj", "v_proj"],
+    ),
+    "EncoderDecoderModel": (
+        {"encoder": TEXTS, "decoder": TEXTS | CROSSED, "pad_token_id": 0, "decoder_start_token_id": 2},
+        ["query", "value"],
+    ),
+    "VisionEncoderDecoderModel": (
+        {"encoder": WIDE | IMAGES | VIEWS, "decoder": TEXTS | CROSSED, "pad_token_id": 0, "decoder_start_token_id": 2},
+        ["q_proj", "value"],
     ),
     "Wav2Vec2ForCTC": (SMALL | WIDE | CONVS | {"num_conv_pos_embeddings": 8}, ["q_proj", "v_proj"]),
 }
@@ -239,6 +254,13 @@ def test_a_model_whose_inputs_are_not_known_says_what_it_takes(tmp_path: Path) -
     with pytest.raises(surgery.UsageError, match=r"main input is past_values, .*takes past_values.*inputs="):
         verified(folder)
     assert verified(folder, inputs={"past_values": torch.randn(2, 32, 1)}).ok
+
+
+def test_a_part_of_a_model_that_takes_no_tokens_says_what_it_takes() -> None:
+    """transformers calls its main input input_ids, as it does by default."""
+    kind = transformers.Qwen3VLVisionModel
+    with pytest.raises(surgery.UsageError, match=r"no vocab_size, .*takes hidden_states, grid_thw"):
+        example_inputs(kind(kind.config_class(depth=1, hidden_size=16, num_heads=2, intermediate_size=16)))
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "MixtralForCausalLM"])

@@ -9,8 +9,6 @@ import torch
 from checkpoint_folders import file_hashes, read_tensors, tensor_hashes, write_adapter, write_base
 
 import surgery
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench.formats import EXAMPLES, SITE, weight
 
 EXPERTS = {"mxfp4"}  # held by tests/peers, in models of transformers: it is for stacks, which no linear layer has

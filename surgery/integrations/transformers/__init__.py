@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers.linears import linears_of
     from surgery.integrations.transformers.loading import Wanted, load_model
     from surgery.integrations.transformers.model import is_pretrained, output_heads, room_of
-    from surgery.integrations.transformers.names import name_map, names_in_memory
+    from surgery.integrations.transformers.names import name_map, names_in_memory, ties_in_memory
     from surgery.integrations.transformers.outputs import agreements, run_experts_singly
     from surgery.integrations.transformers.quantizing import tell_ejected, tell_quantized
     from surgery.integrations.transformers.saving import save_merged
@@ -42,6 +42,7 @@ __all__ = [
     "save_merged",
     "tell_ejected",
     "tell_quantized",
+    "ties_in_memory",
     "with_default_targets",
 ]
 
@@ -68,6 +69,7 @@ _HOMES = {
     "save_merged": "saving",
     "tell_ejected": "quantizing",
     "tell_quantized": "quantizing",
+    "ties_in_memory": "names",
     "with_default_targets": "default_targets",
 }
 

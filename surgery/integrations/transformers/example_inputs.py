@@ -10,28 +10,32 @@ from torch import Tensor, nn
 from surgery.errors import UsageError
 
 BATCH, LENGTH, DECODED = 3, 13, 7  # rows, tokens in each, and tokens for a decoder
-PADDED = (5, 2, 0)  # tokens of padding at the left of each row
+# Tokens of padding in each row, behind its first: what attends to nothing at all, as padding at the left end, is NaN in
+# float64 where a model adds a mask to its scores itself, and then in the whole row.
+PADDED = (5, 2, 0)
 SAMPLES = 4000  # of a wave: a quarter of a second
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Keyword arguments of `model`: its main input, a mask with padding at the left, and tokens for a decoder.
+    """Keyword arguments of `model`: its main input, a mask with padding, and tokens for a decoder.
 
     UsageError, saying what is wanted, for a model of another kind.
     """
     main, config = str(getattr(model, "main_input_name", "")), _config(model)
-    if main not in _MAKERS:
+    if main not in _MAKERS or (main == "input_ids" and _vocabulary(_of_tokens(config, "encoder")) is None):
+        found = f"its main input is {main or 'unknown'}, and {', '.join(_MAKERS)} are made from a config"
+        if main in _MAKERS:  # where a model says nothing, it is input_ids
+            found = "its config tells no vocab_size, from which tokens are made"
         raise UsageError(
-            f"{type(model).__name__}: its main input is {main or 'unknown'}, and {', '.join(_MAKERS)} are made from a "
-            f"config; its forward takes {', '.join(arguments(model))}; in Python, verify_checkpoint(..., "
-            "inputs={...}) gives them"
+            f"{type(model).__name__}: {found}; its forward takes {', '.join(arguments(model))}; in Python, "
+            "verify_checkpoint(..., inputs={...}) gives them"
         )
     generator = torch.Generator().manual_seed(0)
     made = _MAKERS[main](model, config, generator)
     if main == "input_ids" and _pairs(config):
         made |= _image(model, config, generator)
     if getattr(config, "is_encoder_decoder", False):
-        made["decoder_input_ids"] = _tokens(config, (len(made[main]), DECODED), generator)
+        made["decoder_input_ids"] = _tokens(_of_tokens(config, "decoder"), (len(made[main]), DECODED), generator)
     made["use_cache"] = False  # it is no output to compare
     return {name: value for name, value in made.items() if name == main or name in arguments(model)}
 
@@ -45,8 +49,9 @@ def arguments(given: object) -> list[str]:
 
 def _text(model: nn.Module, config: Any, generator: torch.Generator) -> dict[str, Tensor]:
     """Tokens that mean nothing special, with padding, which some classifiers take only where they know its token."""
-    text, longest = config.get_text_config(), getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = min(LENGTH, longest // 2) if longest else LENGTH  # a few positions may be set aside
+    text = _of_tokens(config, "encoder")
+    longest = getattr(text, "max_position_embeddings", None)
+    length = min(LENGTH, longest // 2) if longest and longest > 0 else LENGTH  # a few may be set aside; XLNet has -1
     tokens, mask = _tokens(text, (BATCH, length), generator), torch.ones(BATCH, length, dtype=torch.long)
     pad, end = (getattr(text, f"{one}_token_id", None) for one in ("pad", "eos"))
     if isinstance(end, int) and end < text.vocab_size:  # small models have been given the names of large ones
@@ -54,13 +59,13 @@ def _text(model: nn.Module, config: Any, generator: torch.Generator) -> dict[str
     if pad is None and type(model).__name__.endswith("SequenceClassification"):
         return {"input_ids": tokens[:1], "attention_mask": mask[:1]}
     for row, padding in enumerate(PADDED):
-        mask[row, : min(padding, length - 1)] = 0
+        mask[row, 1 : 1 + min(padding, length - 2)] = 0
     return {"input_ids": torch.where(mask == 1, tokens, min(pad or 0, text.vocab_size - 1)), "attention_mask": mask}
 
 
 def _image(model: nn.Module, config: Any, generator: torch.Generator) -> dict[str, Tensor]:
     del model
-    vision = getattr(config, "vision_config", config)
+    vision = getattr(config, "vision_config", getattr(config, "encoder", config))
     size = getattr(vision, "image_size", None) or 224
     height, width = size if isinstance(size, list | tuple) else (size, size)
     shape = BATCH, getattr(vision, "num_channels", 3), height, width
@@ -94,6 +99,17 @@ def _pairs(config: Any) -> bool:
     """Are texts compared with images? Where these stand among the tokens instead, there is a token for them."""
     told = config.to_dict()
     return "vision_config" in told and not {"image_token_id", "image_token_index"} & told.keys()
+
+
+def _of_tokens(config: Any, part: str) -> Any:
+    """The config of what takes the tokens: that of this part, where a model joins an encoder to a decoder."""
+    own = getattr(config, part, None)
+    return config.get_text_config() if _vocabulary(own) is None else own
+
+
+def _vocabulary(config: Any) -> int | None:
+    size: int | None = getattr(config, "vocab_size", None)
+    return size
 
 
 def _config(model: nn.Module) -> Any:

@@ -37,7 +37,7 @@ from surgery.procedures.exports.export_readme import write_readme
 from surgery.procedures.exports.kept import has_nodes, is_of_bitsandbytes, refuse_kept
 from surgery.procedures.exports.proof import Claim, Proof, Reference, prove, reference_of
 from surgery.procedures.exports.proof_by_layers import Files, bytes_by_layers, prove_by_layers
-from surgery.procedures.live.load import lay
+from surgery.procedures.live.load import LayOptions, lay
 from surgery.procedures.live.save import DEFAULT
 from surgery.procedures.live.switch import set_adapter
 from surgery.procedures.planning.treatment import HELD_IN, Treatment
@@ -170,7 +170,7 @@ def live_model(base: Checkpoint, adapters: Sequence[Weighted], kind: Any = None)
     for adapter, weight in adapters:
         name = re.sub(r"[^\w-]", "_", Path(adapter.where).name) or DEFAULT
         names.append(name if name not in names else f"{name}_{len(names)}")
-        lay(found, adapter, names[-1], weight=weight)
+        lay(found, adapter, names[-1], how=LayOptions(weight=weight))
     if names:
         set_adapter(found, names)
     return found.eval()

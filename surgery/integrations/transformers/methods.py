@@ -23,8 +23,8 @@ from surgery.integrations.transformers.peft_methods import PeftMethods
 from surgery.integrations.transformers.saving import save_merged
 from surgery.integrations.transformers.sources import given
 from surgery.procedures.live import switch
-from surgery.procedures.live.inject import inject
-from surgery.procedures.live.load import lay
+from surgery.procedures.live.inject import Start, inject
+from surgery.procedures.live.load import LayOptions, lay
 from surgery.procedures.live.mixed_batch import mixed_batch
 from surgery.procedures.live.refill import refill
 from surgery.procedures.live.remove import remove
@@ -73,7 +73,7 @@ class AdapterMethods(PeftMethods):
         """
         name, as_peft = adapter_name or DEFAULT, is_peft_s(adapter_config)
         config = with_default_targets(self, config_of(adapter_config), as_peft)
-        inject(self, config, name, lambda: output_heads(self), as_peft=as_peft)
+        inject(self, config, name, Start(lambda: output_heads(self), as_peft))
         self.set_adapter(name)
 
     def load_adapter(  # noqa: PLR0913, PLR0917  # transformers' arguments
@@ -103,7 +103,7 @@ class AdapterMethods(PeftMethods):
         if hotswap is True or (hotswap == "auto" and room is not None and name in self.peft_config):
             refill(self, adapter, name)
         else:
-            lay(self, adapter, name, is_trainable, room=room)
+            lay(self, adapter, name, is_trainable, LayOptions(room=room))
             self.set_adapter(name)
         if not is_trainable:
             self.eval()

@@ -57,6 +57,15 @@ def names_in_memory(base: Checkpoint) -> Mapping[str, str]:
     return found
 
 
+def ties_in_memory(base: Checkpoint) -> Mapping[str, str]:
+    """The tensors that are others' in memory, such as an output head, with what they are tied to; none if unknown."""
+    try:
+        model = bare_model(base)
+    except FormatError:  # what called for it tells of names
+        return {}
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
 def _stacks(converter: Any, steps: Any) -> bool:
     """Does it do nothing but put the matrices of each expert one below another, and the experts behind one another?"""
     told = [
@@ -74,5 +83,6 @@ def _parts(converter: Any) -> tuple[str, ...]:
 
 
 def _dotted(pattern: str) -> str:
-    """A pattern that begins anywhere, as one that begins after a dot."""
+    """A pattern that begins anywhere, as one that begins after a dot; some escape their dots."""
+    pattern = pattern.replace("\\.", ".")
     return pattern if pattern.startswith(".") else f".{pattern}"

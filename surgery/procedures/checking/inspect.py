@@ -1,7 +1,7 @@
 """inspect: the sites of a model, in memory or in files, or the tensors of an adapter's files."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,15 @@ from surgery.adapters.peft import CONFIG, TENSORS, read_adapter
 from surgery.core.adapter import Adapter
 from surgery.core.report import Report
 from surgery.core.site import Site
+from surgery.errors import printable, visible
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.model import model_sites
 from surgery.hosts.quantized import codec_name, is_quantized, packed_of_layer, unready
 from surgery.procedures.places.op_choice import layout_by_name
 from surgery.procedures.places.tying import ties_head
 from surgery.procedures.writing.receipt import base_fingerprint
+
+_ENDS = 8  # of the names of modules, that are shown
 
 
 class Row(NamedTuple):
@@ -30,6 +33,32 @@ class Row(NamedTuple):
     tied: str = ""
 
 
+@dataclass(frozen=True)
+class AdapterTold:
+    """What an adapter is: all values that its sites have, and two fields of its config."""
+
+    method: list[str]
+    r: list[float]
+    lora_alpha: list[float]
+    target_modules: str | list[str] | None
+    base_model_name_or_path: str | None
+
+    def words(self) -> Iterator[str]:
+        """Those that there are."""
+        yield ", ".join(self.method)
+        for name, values in (("r", self.r), ("lora_alpha", self.lora_alpha)):
+            if values:
+                yield f"{name} {' to '.join(f'{one:g}' for one in dict.fromkeys((values[0], values[-1])))}"
+        if isinstance(self.target_modules, str):
+            yield f"target_modules '{visible(self.target_modules[:200])}'"
+        elif self.target_modules:
+            ends = list(dict.fromkeys(name.rpartition(".")[2] for name in self.target_modules))
+            more = f" and {len(ends) - _ENDS} more" if len(ends) > _ENDS else ""
+            yield f"target_modules {', '.join(map(printable, ends[:_ENDS]))}{more}"
+        if self.base_model_name_or_path:
+            yield f"base {printable(self.base_model_name_or_path)}"
+
+
 @dataclass(frozen=True, repr=False)
 class Inspection(Report):
     """What lies at a path: `kind` is "model" or "adapter", `rows` are its sites, or its tensors, with their sizes."""
@@ -38,15 +67,18 @@ class Inspection(Report):
     rows: tuple[Row, ...]
     config: dict[str, Any]
     sha256: str | None = None  # of a model only where it was asked for, since all of it is read
+    adapter: AdapterTold | None = None
 
     def summary(self) -> str:
         """One line."""
         total = sum(row.size_bytes for row in self.rows)
-        return f"{self.kind}: {len(self.rows)} {'sites' if self.kind == 'model' else 'tensors'}, {total / 1e6:.1f} MB"
+        size = f"{len(self.rows)} {'sites' if self.kind == 'model' else 'tensors'}, {total / 1e6:.1f} MB"
+        return f"{self.kind}: {'; '.join([*(self.adapter.words() if self.adapter else ()), size])}"
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**row._asdict(), "shape": list(row.shape)} for row in self.rows]
-        return {"kind": self.kind, "config": self.config, "rows": rows, "sha256": self.sha256}
+        adapter = None if self.adapter is None else asdict(self.adapter)
+        return {"kind": self.kind, "config": self.config, "adapter": adapter, "rows": rows, "sha256": self.sha256}
 
 
 def inspect_model(root: nn.Module) -> Inspection:
@@ -59,10 +91,18 @@ def inspect(path: Path, sha256: bool = False) -> Inspection:
     """InputError if neither a model nor an adapter lies at `path`. With `sha256` the whole model is read."""
     if (path / CONFIG).is_file() or path.name == TENSORS:
         adapter = read_adapter(path)
-        return Inspection("adapter", tuple(_adapter_rows(adapter)), adapter.config.to_json(), adapter.digest)
+        config = adapter.config.to_json()
+        return Inspection("adapter", tuple(_adapter_rows(adapter)), config, adapter.digest, _told(adapter, config))
     with Checkpoint(path) as base:
         rows = tuple(_stored_row(base, site) for site in base.sites())
         return Inspection("model", rows, base.config, base_fingerprint(base, base.hash_reads()) if sha256 else None)
+
+
+def _told(adapter: Adapter, config: Mapping[str, Any]) -> AdapterTold:
+    methods = {adapter.config.method(site).name for site in adapter.sites} or {config["peft_type"]}
+    numbers = [adapter.config.told(site) for site in adapter.sites]
+    r, lora_alpha = (sorted({one[name] for one in numbers if name in one}) for name in ("r", "lora_alpha"))
+    return AdapterTold(sorted(methods), r, lora_alpha, config["target_modules"], config["base_model_name_or_path"])
 
 
 def _adapter_rows(adapter: Adapter) -> Iterator[Row]:

@@ -5,10 +5,9 @@ from dataclasses import fields
 
 from torch import nn
 
-from surgery.codecs.formats import Format
 from surgery.core.config import AdapterConfig
 from surgery.errors import ConfigError, MatchError, StateError, printable
-from surgery.hosts.holding import holding_of
+from surgery.hosts.holding import Awareness
 from surgery.layers import Adapted, base_of
 from surgery.layers.aware import Holding
 from surgery.procedures.places.rows import FittedSite
@@ -18,9 +17,9 @@ def holdings(
     modules: Mapping[str, nn.Module],
     config: AdapterConfig,
     sites: Mapping[str, FittedSite],
-    form: Format,
+    held: Awareness,
 ) -> dict[str, Holding]:
-    """By site, how its weight will be held.
+    """By site, how its weight will be held; but for those that will be plain.
 
     ConfigError for dropout, StateError beside an adapter of another format, MatchError for what is not held so.
     """
@@ -39,11 +38,18 @@ def holdings(
             )
         module = modules[name]
         method.refuse_merge(site)
-        found[name] = holding_of(form, base_of(module), site.acting, name)
+        aware = held(base_of(module), site.acting, name)
+        if aware is None:
+            continue
+        found[name] = aware
         others = module.fitted.values() if isinstance(module, Adapted) else ()
-        if any(one.aware not in (None, found[name]) for one in others):
+        if any(one.aware not in (None, aware) for one in others):
             raise StateError(
                 f"{printable(name)}: an adapter there is aware of another format; one format for each layer is wanted; "
                 "inject both for the same one"
             )
+    if sites and not found:
+        raise MatchError(
+            "quantization_aware: none of the layers that it adapts is held in codes; leave it out, or give a format"
+        )
     return found

@@ -40,7 +40,7 @@ class Fitting:
     aware: Mapping[str, Holding] = dataclasses.field(default_factory=dict)  # by site, where it is quantization-aware
     biases: Biases = dataclasses.field(default_factory=dict)
     rooms: Mapping[str, Room] = dataclasses.field(default_factory=dict)  # by site, where tensors are held with room
-    heads: Heads = dataclasses.field(default_factory=dict)  # sites that have the factors of another, turned
+    heads: Heads = dataclasses.field(default_factory=dict)  # sites that have the factors of another
 
     def weighted(self, weight: float) -> "Fitting":
         """The same, `weight` times as strong."""

@@ -1,19 +1,19 @@
 """inject: a fresh adapter over the modules of a model that a config names, in place."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 from torch import nn
 
-from surgery.codecs.formats import Format
 from surgery.core.collector import collector_paused
 from surgery.core.config import AdapterConfig
 from surgery.core.entries import InPeftTerms, in_peft_terms
 from surgery.core.method import Dense
 from surgery.core.names import Endings, suffix_hits
 from surgery.core.select import kept_out, refuse_unmatched, saved_modules, select, unmatched
+from surgery.hosts.holding import Awareness
 from surgery.procedures.live.awareness import holdings
 from surgery.procedures.live.examples import Examples
 from surgery.procedures.live.fitting import Fitting, check_name, fit
@@ -27,44 +27,36 @@ from surgery.procedures.places.tied_copies import Saved, with_tied_copies
 from surgery.procedures.places.tied_heads import tied_heads, with_heads
 
 
-@collector_paused()
-def inject(  # noqa: PLR0913, PLR0917  # into what, which adapter, and how it runs
-    root: nn.Module,
-    config: AdapterConfig,
-    adapter: str,
-    output_heads: Callable[[], Collection[str]] = tuple,
-    trainable: bool = True,
-    form: Format | None = None,
-    as_peft: bool = False,
-    examples: Examples | None = None,
-) -> None:
-    """Lay a fresh adapter over the modules that `config` selects; `output_heads` finds what "all-linear" leaves out.
+@dataclass(frozen=True)
+class Start:
+    """How a config is read, and what its adapter starts from besides."""
 
-    With a format it runs as it will once it is merged and held so. `as_peft` reads the config by PEFT's own rules,
-    by which an entry that hits nothing is none. `examples` are for those that start from some.
+    output_heads: Callable[[], Collection[str]] = tuple  # finds what "all-linear" leaves out
+    as_peft: bool = False  # by PEFT's own rules, by which an entry that hits nothing is none
+    held: Awareness | None = None  # it runs as it will once it is merged and held so
+    examples: Examples | None = None
+
+
+@collector_paused()
+def inject(root: nn.Module, config: AdapterConfig, adapter: str, start: Start, trainable: bool = True) -> None:
+    """Lay a fresh adapter over the modules that `config` selects.
+
     Raises MatchError for an entry that hits nothing, StateError if `adapter` is there or a merge is.
     """
     check_name(root, adapter)
     config.check_fresh()
     with stacked(root, config):
         tree = Tree(root)
-        fit(tree, adapter, _fresh(tree, config, output_heads, form, as_peft, examples), trainable)
+        fit(tree, adapter, _fresh(tree, config, start), trainable)
 
 
-def _fresh(  # noqa: PLR0913, PLR0917  # as inject
-    tree: Tree,
-    config: AdapterConfig,
-    output_heads: Callable[[], Collection[str]],
-    form: Format | None,
-    as_peft: bool,
-    examples: Examples | None,
-) -> Fitting:
+def _fresh(tree: Tree, config: AdapterConfig, start: Start) -> Fitting:
     """What `config` lays over the model. MatchError for an entry that hits nothing."""
-    chosen = _choose(tree, _with_task_heads(config, tree), output_heads, as_peft)
+    chosen = _choose(tree, _with_task_heads(config, tree), start)
     heads = tied_heads(tree, chosen.config, chosen.spelled)
     spelled = {name: one for name, one in chosen.spelled.items() if name not in heads}
     spelled |= {name: name for name in heads.values()}
-    config, sites = fresh_sites(tree, chosen.config, spelled, examples)
+    config, sites = fresh_sites(tree, chosen.config, spelled, start.examples)
     config, replaced = with_rows(tree, config, sites)
     for name in replaced:
         site, method = tree.site(name), config.method(name)
@@ -72,10 +64,12 @@ def _fresh(  # noqa: PLR0913, PLR0917  # as inject
     for name in chosen.parameters:
         site, method = tree.parameter_site(name), config.method(name)
         sites[site.name] = site, method, method.init(site, _no_base)
-    saved: Saved = dict.fromkeys(tree.first_name(name) for name in saved_modules(config, list(tree.modules), as_peft))
+    saved: Saved = dict.fromkeys(
+        tree.first_name(name) for name in saved_modules(config, list(tree.modules), start.as_peft)
+    )
     sites = with_heads(tree, with_tied_rows(tree, sites, saved), heads)
     saved = with_tied_copies(tree, config, sites, saved)
-    aware = {} if form is None else holdings(tree.modules, config, sites, form)
+    aware = {} if start.held is None else holdings(tree.modules, config, sites, start.held)
     biases = dict.fromkeys(trained_modules(tree, config, sites, saved))
     return Fitting(config, sites, saved, aware, biases, heads=heads)
 
@@ -93,14 +87,14 @@ class Chosen(NamedTuple):
     spelled: Mapping[str, str]  # of each module the first path, and how PEFT spells it
 
 
-def _choose(tree: Tree, config: AdapterConfig, output_heads: Callable[[], Collection[str]], as_peft: bool) -> Chosen:
+def _choose(tree: Tree, config: AdapterConfig, start: Start) -> Chosen:
     """MatchError for an entry that hits nothing; `as_peft`, only where all of them do."""
-    names = list(tree.modules)
+    names, as_peft = list(tree.modules), start.as_peft
     terms = InPeftTerms(config, {}) if as_peft else in_peft_terms(config, names)
     config = terms.config
     parameters = targeted_parameters(config, tree)
     modules = select(
-        config, names, lambda: {name for name in names if tree.is_linear(name)} - {*output_heads()}, as_peft
+        config, names, lambda: {name for name in names if tree.is_linear(name)} - {*start.output_heads()}, as_peft
     )
     if not as_peft or (not modules and not parameters):
         refuse_unmatched("target_modules", unmatched(config, modules), names)

@@ -2,18 +2,18 @@
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from surgery.adapters import out_proj
 from surgery.adapters.peft import check_shapes
-from surgery.codecs.formats import Format
 from surgery.core.adapter import Adapter
 from surgery.core.names import Endings, in_base, nearest, renaming
 from surgery.core.sharded import whole
 from surgery.errors import MatchError, printable
+from surgery.hosts.holding import Awareness
 from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
@@ -34,30 +34,35 @@ from surgery.procedures.places.tied_heads import agreeing_heads
 _HASHED = 4  # weights of a model that are compared with those that an adapter was trained on
 
 
-def lay(  # noqa: PLR0913, PLR0917  # an adapter, and how it is held and runs
+@dataclass(frozen=True)
+class LayOptions:
+    """How an adapter is held, and how it runs."""
+
+    held: Awareness | None = None  # how weights will be held, of which it is aware
+    room: int | None = None  # others of ranks up to it can take its place by `refill`
+    weight: float = 1.0
+
+
+def lay(
     root: nn.Module,
     adapter: Adapter,
     adapter_name: str = DEFAULT,
     trainable: bool = False,
-    form: Format | None = None,
-    room: int | None = None,
-    weight: float = 1.0,
+    how: LayOptions | None = None,
 ) -> None:
-    """Lay an adapter over the model, aware of `form` if any; every tensor finds its place, or nothing changes.
-
-    With `room` others of ranks up to it can take its place by `refill`.
-    """
+    """Lay an adapter over the model; every tensor finds its place, or nothing changes."""
+    how = how or LayOptions()
     check_name(root, adapter_name)
     for note in out_proj.notes(adapter):
         warnings.warn(note, stacklevel=2)
     with stacked(root, adapter.config):
         tree = Tree(root)
         fitting = fitting_of(tree, adapter)
-        if form is not None:
-            fitting = replace(fitting, aware=holdings(tree.modules, adapter.config, fitting.sites, form))
-        if room is not None:
-            fitting = with_room(fitting, room, adapter)
-        fit(tree, adapter_name, fitting if weight == 1 else fitting.weighted(weight), trainable)
+        if how.held is not None:
+            fitting = replace(fitting, aware=holdings(tree.modules, adapter.config, fitting.sites, how.held))
+        if how.room is not None:
+            fitting = with_room(fitting, how.room, adapter)
+        fit(tree, adapter_name, fitting if how.weight == 1 else fitting.weighted(how.weight), trainable)
 
 
 def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:

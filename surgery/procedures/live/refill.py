@@ -12,7 +12,7 @@ from surgery.core.sharded import fill
 from surgery.errors import MatchError, ShapeError, printable
 from surgery.hosts.tree import adapted_layers, injected, refuse_merged, replaced_modules
 from surgery.layers import Adapted, Replaced
-from surgery.layers.running import Turned
+from surgery.layers.running import Tied
 from surgery.layers.trained_bias import trained_bias
 from surgery.procedures.live.fitting import Fitting
 from surgery.procedures.live.load import fitting_of
@@ -90,10 +90,10 @@ def _check_tensors(fitting: Fitting, layers: dict[str, Adapted], adapter_name: s
 
 
 def _check_heads(fitting: Fitting, layers: dict[str, Adapted], adapter_name: str, adapter: Adapter) -> None:
-    """MatchError where only one of the two lets a head have the factors of its embedding."""
-    there = {name for name, layer in layers.items() if isinstance(layer.fitted[adapter_name], Turned)}
+    """MatchError where only one of the two lets what is tied have the factors of the embedding."""
+    there = {name for name, layer in layers.items() if isinstance(layer.fitted[adapter_name], Tied)}
     for name in sorted(there ^ {*fitting.heads}):
-        told = "the same, turned" if name in fitting.heads else "others"
+        told = "the same" if name in fitting.heads else "others"
         raise MatchError(
             f"{printable(adapter.where)}: {printable(name)} has factors that are {told}, unlike those of the model's "
             f"adapter {adapter_name!r}, over the weight that it shares with an embedding; delete that adapter and "

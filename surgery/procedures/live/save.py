@@ -14,13 +14,13 @@ from surgery.core.method import Params, Spec
 from surgery.core.names import suffix_hits
 from surgery.core.sharded import rest, whole, written_by_one
 from surgery.core.site import TensorInfo
-from surgery.core.turned import turned
+from surgery.core.turned import tied
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.tree import adapted_layers, injected, live_path, places, replaced_modules, spelled
 from surgery.io.durable import remove_other, write_file
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
 from surgery.layers import Adapted
-from surgery.layers.running import Turned
+from surgery.layers.running import Tied
 from surgery.methods.lora_config import LoraConfig
 from surgery.procedures.live.own_weight import base_sha256, own_weight
 from surgery.procedures.places.biases import written_biases
@@ -116,8 +116,8 @@ def _picked(state_dict: Mapping[str, Tensor], layers: Mapping[str, Adapted], nam
     """The tensors of a layer, by role, out of a model's state_dict."""
     layer, path, picked = layers[name], live_path(layers, name), {}
     one = layer.fitted[adapter]
-    if isinstance(one, Turned):
-        return turned(_picked(state_dict, layers, one.of, adapter))
+    if isinstance(one, Tied):
+        return tied(one.op, _picked(state_dict, layers, one.of, adapter))
     for role, spec in one.method.tensors(layer.site).items():
         slot, leaf = spec.held
         picked[role] = _held(state_dict, f"{path}.{slot}.{adapter}.{leaf}".rstrip("."))
@@ -146,7 +146,7 @@ def _held(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
 def _base_print(root: nn.Module, adapter: str) -> Hashed:
     """The base's weights under the adapter, each with its sha256; one that two layers hold, once."""
     found = _layers(root, adapter).items()
-    layers = {name: layer for name, layer in found if not isinstance(layer.fitted[adapter], Turned)}
+    layers = {name: layer for name, layer in found if not isinstance(layer.fitted[adapter], Tied)}
     infos = {layer.site.weight.name: _held_as(layer) for layer in layers.values()}
     hashes = map(base_sha256, layers.values())
     return {

@@ -13,6 +13,7 @@ from surgery.adapters.peft import CONFIG, config_bytes
 from surgery.adapters.spill import Spill
 from surgery.core.adapter import Weighted
 from surgery.core.names import prefix_between
+from surgery.core.turned import EMBEDDING
 from surgery.errors import InputError, UsageError, printable
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.octets import octets
@@ -71,12 +72,12 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
     with Staging(out, overwrite=overwrite) as staging, Spill(staging) as spill:
         draws, tied = recipe.draws(), tied_sites(given)
         heads = tied or {}
-        for name in sorted({name for one in given for name in one.adapter.sites} - {*heads.values()}):
+        for name in sorted({name for one in given for name in one.adapter.sites} - heads.keys()):
             made, sites[name] = combined(name, given, recipe, draws, parameters)
             _spill(spill, spelled.get(name, name), ops.get(name), made)
-            if name in heads:
-                sites[heads[name]] = sites[name]
-                _spill(spill, heads[name], None, Factors(made.B.mT, made.A.mT))
+            for head in [one for one, of in heads.items() if of == name]:
+                sites[head], op = sites[name], ops.get(head)
+                _spill(spill, head, op, made if op == EMBEDDING else Factors(made.B.mT, made.A.mT))
         for name, values in (saved | _placed(copies, sites)).items():
             spill.add(name, values)
         config = _config(configs, {name: one.r for name, one in sites.items()}, parameters, tied is not None)
@@ -88,7 +89,7 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
 
 
 def _spill(spill: Spill, name: str, op: str | None, made: Factors) -> None:
-    prefix, suffix = ("lora_embedding_", "") if op == "embedding" else ("lora_", ".weight")
+    prefix, suffix = ("lora_embedding_", "") if op == EMBEDDING else ("lora_", ".weight")
     spill.add(f"{name}.{prefix}A{suffix}", made.A)
     spill.add(f"{name}.{prefix}B{suffix}", out_proj.written(name, "B", made.B))
 

@@ -27,6 +27,7 @@ from surgery.procedures.making.ranked_config import ranked_config
 from surgery.procedures.making.tuning import OwnNames, changed_modules, check_alike, of_module, whole
 from surgery.procedures.places.op_choice import layout_by_name
 from surgery.procedures.places.parameters import spelled_without_model
+from surgery.procedures.places.shared_embedding import Shared, shared_of
 from surgery.procedures.places.tying import is_embedding, tying_of
 
 Rest = Literal["refuse", "save", "drop"]
@@ -107,13 +108,13 @@ def extract(
     whole_ones = [info for module in sorted(found.rest) for info in of_module(tuned, module)]
     saved = {own.of(info.name) or info.name: info for info in whole_ones} if extraction.rest == "save" else {}
     modules = sorted({_module(name) for name in saved})
-    tied, head = _tied(base)
+    shared = shared_of(base)
     pair, sites = Pair(base, tuned), dict[str, Fidelity]()
     tied_ranks: dict[str, int] = {}
     with Staging(out, overwrite=overwrite) as staging, Spill(staging) as spill:
         for name, info in found.sites.items():
             site = Site(name, {"weight": info}, ops[name])
-            heads = [Site(head, {"weight": info}, OPS["linear"])] if info.name == tied else []
+            heads = _tied_to(base, shared, info)
             sites[name] = factored(pair, [site, *heads], extraction.truncation, spill)
             tied_ranks |= {one.name: sites[name].r for one in heads}
         for name, stack in found.stacks.items():
@@ -176,13 +177,16 @@ def _changed_stacks(
 
 def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction, own: OwnNames) -> None:
     """MatchError for changes that the adapter would not hold, unless they are to be dropped."""
-    tying, held = tying_of(base), {_module(info.name) for info in found.sites.values()}
-    held = held if tying is None or not tying.separable else set()
+    tying, shared = tying_of(base), shared_of(base)
+    sites = {_module(info.name) for info in found.sites.values()}
+    held = set[str]() if tying is None or tying.separable or shared is not None else sites
     held |= {*found.rest} if extraction.rest != "drop" else set()
-    if tying is not None and _module(tying.embedding.name) in held:
+    embedding = shared.embedding if shared is not None else tying.embedding if tying is not None else None
+    if embedding is not None and _module(embedding.name) in held:
+        others = "the output head" if shared is None else ", ".join(map(printable, shared.modules))
         raise MatchError(
-            f"{printable(tying.embedding.name)}: it is the output head too, and an adapter changes one of the two; "
-            "extract from checkpoints that hold the head apart"
+            f"{printable(embedding.name)}: it is {others} too, and an adapter changes one alone; extract from "
+            "checkpoints that hold them apart"
         )
     if found.rest and extraction.rest == "refuse":
         name, more = found.rest[0], len(found.rest) - 1
@@ -215,10 +219,12 @@ def _trained_on(base: Checkpoint, readings: Sequence[Reading], found: _Sorted) -
     return {name: (info._replace(name=name), digests[info.name]) for name, info in named.items()}
 
 
-def _tied(base: Checkpoint) -> tuple[str, str]:
-    """The embedding's weight that the output head is too, and the head's module; nothing where there is no such."""
+def _tied_to(base: Checkpoint, shared: Shared | None, info: TensorInfo) -> list[Site]:
+    """The sites of other modules that a weight is too: the output head that is tied, or all that an embedding is."""
     tying = tying_of(base)
-    return ("", "") if tying is None else (tying.embedding.name, tying.head.name)
+    head = "" if tying is None or tying.embedding.name != info.name else tying.head.name
+    names = shared.modules if shared is not None and shared.embedding.name == info.name else [head] if head else []
+    return [Site(name, {"weight": info}, OPS["linear" if name == head else "embedding"]) for name in names]
 
 
 def _module(name: str) -> str:

@@ -10,7 +10,7 @@ from surgery.adapters.spill import Spill
 from surgery.core.arithmetic import all_finite
 from surgery.core.method import Params
 from surgery.core.site import Site
-from surgery.core.turned import turned
+from surgery.core.turned import tied
 from surgery.errors import ValueRangeError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.methods.lora import Lora
@@ -30,13 +30,14 @@ class Pair(NamedTuple):
 
 
 def factored(pair: Pair, sites: Sequence[Site], truncation: Truncation, spill: Spill) -> Fidelity:
-    """The first of the sites, whose float32 factors the others have turned; and their error against its change."""
+    """The first of the sites, whose float32 factors those have that are tied to it; and their error."""
     name = sites[0].weight.name
     before, after = (whole(one, one.at[name][1].info) for one in pair)
     delta = sites[0].acting.matrix(_delta(pair, name, before, after))  # [out, in]
     made = low_rank(delta, truncation)
     r, factors = len(made.A), {"A": made.A, "B": made.B}
-    for site, held in zip(sites, (factors, turned(factors)), strict=False):
+    for site in sites:
+        held = factors if site is sites[0] else tied(site.acting, factors)
         for role, spec in Lora(scaling=1.0, r=r).tensors(site).items():
             spill.add(f"{site.name}.{spec.spelling}", held[role].reshape(spec.shape))
     return Fidelity(r, float(delta.norm()), residual_norm(delta, made))

@@ -1,52 +1,59 @@
-"""Tied heads: PEFT's `ensure_weight_tying` where an embedding is adapted whose weight an output head holds too.
+"""Tied heads: PEFT's `ensure_weight_tying` where an embedding is adapted whose weight other modules hold too.
 
-Both weights change alike: the head's A and B are those of the embedding, turned and in each other's place.
+All change alike: another embedding has the factors of the first one, and a linear map, such as the output head, has A
+and B of it turned and in each other's place.
 """
 
 from collections.abc import Iterable, Mapping
 
 from surgery.core.config import AdapterConfig
-from surgery.core.turned import is_turned, turned
+from surgery.core.turned import EMBEDDING, is_tied, tied
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.hosts.recognition import op_of
 from surgery.layers import Adapted
-from surgery.layers.running import Turned
-from surgery.methods.lora import Lora
+from surgery.layers.running import Tied
 from surgery.procedures.places.model_tree import Tree
 from surgery.procedures.places.rows import FittedSite
 
-Heads = Mapping[str, str]  # by the head, the embedding
+Heads = Mapping[str, str]  # by what is tied, such as the head, the embedding whose factors it has
 
 
 def tied_heads(tree: Tree, config: AdapterConfig, adapted: Iterable[str]) -> Heads:
-    """Those of embeddings of which one of the two is adapted. MatchError where they cannot have the same factors."""
-    found = {}
+    """Those of weights that one of the `adapted` holds. MatchError where they cannot have the same factors."""
+    found: dict[str, str] = {}
     for name in adapted if config.ties() else ():
-        group = [name, *tree.tied_to(name)] if name in tree.modules else []
+        group = [name, *tree.tied_to(name)] if name in tree.modules and name not in found else []
         if len(group) > 1:
-            embedding, head = _pair(tree, group)
-            methods = config.method(embedding), config.method(head)
-            if type(methods[0]) is not Lora or methods[0] != methods[1]:
-                raise MatchError(
-                    f"{printable(head)}: ensure_weight_tying, and its weight is tied to {printable(embedding)}; both "
-                    "have the factors of one plain LoRA, of the same r and alpha; change the config, or untie them "
-                    "first"
-                )
-            found[head] = embedding
+            embedding = _first(tree, group)
+            method = config.method(embedding)
+            for head in group:
+                if not method.turns or config.method(head) != method:
+                    raise MatchError(
+                        f"{printable(head)}: ensure_weight_tying, and its weight is tied to {printable(embedding)}; "
+                        "both have the factors of one plain LoRA, of the same r and alpha; change the config, or untie "
+                        "them first"
+                    )
+            found |= {head: embedding for head in group if head != embedding}
     return found
 
 
 def agreeing_heads(tree: Tree, config: AdapterConfig, sites: Mapping[str, FittedSite]) -> Heads:
     """Those whose factors are, in a file, those of their embedding.
 
-    PEFT trains the two apart in a half type, and adapts one alone that is called otherwise than embed_tokens.
+    PEFT trains them apart in a half type, adapts one alone that is called otherwise than embed_tokens, and gives
+    another embedding factors of its own.
     """
-    found = {}
-    for name in sites if config.ties() else ():
-        for head in tree.tied_to(name) if name in tree.modules else ():
-            if head in sites and sites[head][1] == sites[name][1] and is_turned(sites[head][2], sites[name][2]):
-                found[head] = name
-    return {head: name for head, name in found.items() if sites[name][0].acting.name == "embedding"}
+    found: dict[str, str] = {}
+    ordered = [name for name in tree.modules if name in sites] if config.ties() else []
+    for name in ordered:
+        site, method, params = sites[name]
+        if site.acting.name == EMBEDDING and method.turns and name not in found:
+            others = [other for other in tree.tied_to(name) if other in sites and other not in found]
+            for other in others:
+                there, same, held = sites[other]
+                if same == method and is_tied(there.acting, held, params):
+                    found[other] = name
+    return found
 
 
 def with_heads(tree: Tree, sites: Mapping[str, FittedSite], heads: Heads) -> dict[str, FittedSite]:
@@ -54,7 +61,8 @@ def with_heads(tree: Tree, sites: Mapping[str, FittedSite], heads: Heads) -> dic
     found = dict(sites)
     for head, embedding in heads.items():
         _, method, params = sites[embedding]
-        found[head] = tree.site(head), method, turned(params)
+        site = tree.site(head)
+        found[head] = site, method, tied(site.acting, params)
     return found
 
 
@@ -63,19 +71,18 @@ def lay_head(tree: Tree, adapter: str, head: str, embedding: str, fitted: Fitted
     site, method, _ = fitted
     source = tree.modules[embedding]
     assert isinstance(source, Adapted)
-    A, B = (source.fitted[adapter].holders[role] for role in "AB")
     layer = tree.layer(head, site)
-    layer.fitted[adapter] = Turned(method, {"A": A, "B": B}, {}, of=embedding)
+    layer.fitted[adapter] = Tied(method, source.fitted[adapter].holders, {}, of=embedding, op=site.acting)
     return layer
 
 
 def merged_with_embedding(layers: Mapping[str, Adapted]) -> set[str]:
-    """Heads over which lies just what lies over their embeddings, turned: to merge these is enough."""
+    """What has over it just what lies over the embedding that it is tied to: to merge that is enough."""
     found = set()
     for name, layer in layers.items():
         fitted = [layer.fitted[adapter] for adapter in layer.active]
-        source = layers.get(next((one.of for one in fitted if isinstance(one, Turned)), ""))
-        if source is not None and source.active == layer.active and all(isinstance(one, Turned) for one in fitted):
+        source = layers.get(next((one.of for one in fitted if isinstance(one, Tied)), ""))
+        if source is not None and source.active == layer.active and all(isinstance(one, Tied) for one in fitted):
             found.add(name)
     return found
 
@@ -88,14 +95,14 @@ def unlike_peft(where: str) -> ConfigError:
     )
 
 
-def _pair(tree: Tree, group: list[str]) -> tuple[str, str]:
-    """The embedding and the head. MatchError unless they are one of each."""
+def _first(tree: Tree, group: list[str]) -> str:
+    """The embedding that the others have their factors of. MatchError unless all look up or multiply."""
     ops = {name: op_of(tree.plain(name)) for name in group}
-    named = {"other" if op is None else op.name: name for name, op in ops.items()}
-    if len(group) == len(named) and named.keys() == {"embedding", "linear"}:
-        return named["embedding"], named["linear"]
+    named = {name: "other" if op is None else op.name for name, op in ops.items()}
+    if set(named.values()) <= {EMBEDDING, "linear"} and EMBEDDING in named.values():
+        return next(name for name in tree.modules if named.get(name) == EMBEDDING)
     others = ", ".join(map(printable, group[1:]))
     raise MatchError(
-        f"{printable(group[0])}: ensure_weight_tying, and its weight is tied to {others}; an Embedding and a Linear "
-        "are wanted, which PEFT ties too; leave it out of target_modules, or untie them first"
+        f"{printable(group[0])}: ensure_weight_tying, and its weight is tied to {others}; Embeddings and Linears are "
+        "wanted; leave it out of target_modules, or untie them first"
     )

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from surgery.core.site import Site, TensorInfo
+from surgery.errors import printable
 from surgery.hosts.checkpoint import Checkpoint
 
 HEAD = "lm_head.weight"
 # Kinds of models that have a head over the vocabulary.
-_TYING = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+_TYING = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining", "MTModel")
 # The families of transformers whose head is called HEAD, and computes the same whether it is tied or not.
 _SEPARABLE = frozenset(
     (
@@ -74,6 +75,13 @@ def ties_head(base: Checkpoint, embedding: TensorInfo) -> bool:
         alike = [info for info in alike if not is_embedding(info.name)]
     heads = [info for info in alike if info.name != embedding.name]
     return architecture(base.config, "ForCausalLM").endswith(_TYING) and not heads
+
+
+def why_absent(base: Checkpoint, name: str) -> str:
+    """That a tensor is not in the files because it is another's; nothing where that is not so."""
+    other = base.ties().get(name)
+    told = "" if other is None else f"it is tied to {printable(other)}, which alone is in the files"
+    return told and f"{told}; save the base with the two apart first"
 
 
 def vocabulary(base: Checkpoint) -> dict[str, TensorInfo]:

@@ -39,6 +39,7 @@ class Draft:
         self.task_type: str | None = None  # of the adapter that brings them
         self.untied = False
         self.turned = False  # has a tied head the factors of its embedding?
+        self.tied: set[int] = set()  # adapters of which one layer changes all that a shared embedding is
         self.plain = False  # are weights written otherwise that config.json says are quantized?
         self.quantization: Mapping[str, Any] | None = None  # what config.json is to say of that instead
         self.namings: list[Naming] = []  # by adapter
@@ -58,6 +59,7 @@ class Draft:
             return
         joined = Joined(self.base, given, index, self.ops)
         self.refusals += joined.refusals
+        self.tied |= {index} if joined.stays_tied else set()
         self.namings.append(joined.naming)
         self.laid.append(given._replace(adapter=joined.adapter))
         self._names |= {*joined.adapter.sites, *(site.name for site, _ in joined.layers.values())}
@@ -75,6 +77,9 @@ class Draft:
         for entry in self.ops:
             if not any(suffix_hits((entry,), name) for name in self._names):
                 raise UsageError(f"--op {printable(entry)}: no site of the adapters has this name; name another")
+        if self.tied:
+            self.turned = True
+            self.notes.append("the shared embedding changes once, and the modules that it is stay tied to it")
         self._settle_ties(untie=tied == "untie")
         self._check_vocabulary()
         for name, change in self.changes.items():
@@ -162,7 +167,7 @@ class Draft:
     def _tied(self, tying: Tying) -> Tied:
         embedding, head = tying.embedding.name, tying.head.weight.name
         changes = self.changes.get(embedding), self.changes.get(head)
-        return Tied(self.base, tying, *changes, resized=embedding in self._begun)
+        return Tied(self.base, tying, *changes, resized=embedding in self._begun, shared=self.tied)
 
     def _take(self, tying: Tying, settled: Settled) -> None:
         head = tying.head.weight.name
@@ -170,7 +175,7 @@ class Draft:
             self.changes.pop(head, None)
         else:
             self.changes[head] = settled.head
-        self.untied, self.turned = settled.untied, settled.turned
+        self.untied, self.turned = settled.untied, self.turned or settled.turned
         self.refusals += [] if settled.refusal is None else [settled.refusal]
         self.notes += [settled.note] if settled.note else []
 

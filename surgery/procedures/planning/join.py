@@ -1,6 +1,6 @@
 """The join of an adapter to a checkpoint: names, ops and shapes agree, or it is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from surgery.adapters.peft import check_finite, check_shapes
 from surgery.core.adapter import Layer, Weighted, bias_layers, shape_of
@@ -14,7 +14,8 @@ from surgery.ops.bias import bias_site
 from surgery.procedures.places.experts import laid_on
 from surgery.procedures.places.op_choice import OpChoice
 from surgery.procedures.places.rows import refuse_missing
-from surgery.procedures.places.tying import tying_of
+from surgery.procedures.places.shared_embedding import Shared, laid_on_all, shared_of
+from surgery.procedures.places.tying import tying_of, why_absent
 from surgery.procedures.planning.wholes import EXPLAINED, Wholes
 
 
@@ -33,6 +34,8 @@ class Joined:
         known = {site.name: site for site in map(attention_site, base.sites()) if "weight" in site.tensors}
         if self.tying is not None and self.tying.separable:
             known[self.tying.head.name] = self.tying.head
+        self.shared = shared_of(base)
+        known |= {} if self.shared is None else self.shared.sites()
         known |= {site.name: site for site in alone.values()}
         named = [in_base(name) for name in self.adapter.sites]
         usual = {name: known.get(USUAL.rename(name)) for name in named if name not in known}
@@ -41,6 +44,7 @@ class Joined:
         brought = Wholes(base, self.adapter, self.naming, self.tying)
         self.wholes, self.heads = brought.by_name, brought.heads
         self.refusals: list[InputError] = brought.refusals
+        self.stays_tied = False  # does one layer change all that a shared embedding is?
         self.known = {name: self._as_grown(site) for name, site in known.items()}
         self._sites()
         self._rows()
@@ -53,14 +57,33 @@ class Joined:
             {name: one for name, one in found.items() if one is not None and one.op is None},
             self.ops,
         )
+        of_shared: list[tuple[Site, Layer]] = []
         for name, there in sorted(found.items()):
             try:
                 if there is None:
                     raise MatchError(self._absent(name))
                 site = there.with_op(there.op or choice.of(name))
-                self._add(site, self._layer(name, site))
+                layer = self._layer(name, site)
+                if self._is_of_shared(site, layer):
+                    of_shared.append((site, layer))
+                else:
+                    self._add(site, layer)
             except InputError as error:
                 self.refusals.append(error)
+        if self.shared is not None and of_shared:
+            self._add_shared(self.shared, of_shared)
+
+    def _is_of_shared(self, site: Site, layer: Layer) -> bool:
+        """Does it change a shared embedding as one of the modules that this is? Single rows are replaced in all."""
+        shared = self.shared is not None and self.shared.embedding.name == site.weight.name
+        return shared and not layer.method.replaced_rows
+
+    def _add_shared(self, shared: Shared, laid: Sequence[tuple[Site, Layer]]) -> None:
+        try:
+            self._add(*laid_on_all(shared, laid, self.adapter.where))
+            self.stays_tied = True
+        except MatchError as error:
+            self.refusals.append(error)
 
     def _rows(self) -> None:
         """Rows of a head that the adapter speaks of and does not hold are those of the embedding that it is tied to."""
@@ -123,5 +146,8 @@ class Joined:
         told = f"{printable(self.adapter.where)}: {printable(name)} is not in the base"
         if len(self.refusals) >= EXPLAINED:
             return told
+        tied = why_absent(self.base, f"{in_base(name)}.weight")
+        if tied:
+            return f"{printable(self.adapter.where)}: {printable(name)}: {tied}"
         close = ", ".join(printable(other) for other in nearest(name, self.known))
         return f"{told}; nearest there: {close}; is this the adapter's base?"

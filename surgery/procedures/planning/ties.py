@@ -3,7 +3,7 @@
 Told what the adapters make of each, these functions return what that comes to; they change nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ class Tied:
     embedding: Change | None
     head: Change | None
     resized: bool  # the embedding begins as an adapter's copy of the resized base
+    shared: Set[int] = frozenset()  # adapters of which one layer changes all modules that share the embedding
 
     @property
     def begins(self) -> Tensor:
@@ -114,6 +115,8 @@ def _follows(pair: Tied) -> bool:
     e = pair.embedding
     if e is None or not e.layers:
         return e is None or pair.resized or pair.head is not None  # the base's, grown, or replaced alike
+    if {one.adapter for one in e.layers} <= pair.shared:
+        return True
     return _of_rows(e)  # as PEFT has it, the rows of both change
 
 

@@ -1,5 +1,7 @@
 """Wholes: the tensors of an adapter that take the place of the base's, or are added to them."""
 
+from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from surgery.core.site import RawDtype, Site, TensorInfo
 from surgery.errors import FormatError, InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import plainly
-from surgery.procedures.places.tying import Tying, vocabulary
+from surgery.procedures.places.tying import Tying, vocabulary, why_absent
 
 EXPLAINED = 8  # of the sites that a base lacks; to find the nearest names takes time
 
@@ -97,7 +99,13 @@ class Wholes:
     def _there(self, name: str) -> str:
         """A tensor's name as the base has it, or would have it."""
         renamed = self.naming.of(name)
-        return renamed if self.base.info(renamed) is not None else name
+        if self.base.info(renamed) is not None:
+            return renamed
+        return name if self._info(name) is not None else self._in_memory.get(name, name)
+
+    @cached_property
+    def _in_memory(self) -> Mapping[str, str]:
+        return self.base.in_memory()
 
     def _info(self, name: str) -> TensorInfo | None:
         """Of the base's tensor, or of the head that is tied."""
@@ -121,6 +129,9 @@ class Wholes:
     def _lacking(self, name: str) -> MatchError:
         if len(self.refusals) >= EXPLAINED:
             return MatchError(f"{printable(self.adapter.where)}: {self._trained(name)} is not in the base")
+        tied = why_absent(self.base, name)
+        if tied:
+            return MatchError(f"{printable(self.adapter.where)}: {self._trained(name)}: {tied}")
         close = ", ".join(printable(other) for other in nearest(name, [info.name for info in self.base.weights()]))
         return MatchError(
             f"{printable(self.adapter.where)}: {self._trained(name)} is not in the base; "
@@ -132,6 +143,9 @@ class Wholes:
 
     def _unequal(self, name: str, info: TensorInfo | None) -> MatchError:
         where = printable(self.adapter.where)
+        tied = why_absent(self.base, name) if info is None else ""
+        if tied:
+            return MatchError(f"{where}: its copy of {printable(name)}: {tied}")
         if info is None:
             return MatchError(f"{where}: it holds a copy of {printable(name)}, which the base lacks; is this its base?")
         return MatchError(

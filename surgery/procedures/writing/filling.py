@@ -1,6 +1,6 @@
 """Filling: a view of a checkpoint written into a staging folder, file by file, so that a run cut short can go on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
@@ -46,6 +46,10 @@ class View(Source, Protocol):
 class Ledger(Protocol):
     """What else is to be known of each finished file."""
 
+    def beside(self, parts: Collection[str]) -> int:
+        """Bytes that are written besides, at least, where these files are still to be."""
+        ...
+
     def close(self, part: str) -> Mapping[str, str]:
         """The file is whole; returns what else was written for it, with sha256 by name."""
         ...
@@ -69,7 +73,8 @@ def fill(  # noqa: PLR0913, PLR0917  # from where, to where, and who keeps the b
     ahead = _AHEAD if pace.workers >= 2 * len(layout.files) else 0
     readings = base.hash_reads(ahead)
     written = _taken(base, readings, staging, ledger)
-    staging.require_room(sum(file.size for file in layout.files if file.name not in written))
+    lacking = {file.name: file.size for file in layout.files if file.name not in written}
+    staging.require_room(sum(lacking.values()) + ledger.beside(lacking))
     meter = _Meter(layout, written, pace.progress)
 
     def finished(part: FilePart) -> None:

@@ -1,7 +1,7 @@
 """merge_checkpoint: adapters merged into a checkpoint, streaming, into a new folder."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,7 +93,7 @@ def merge_checkpoint(
     key = _key(base, adapters, plan, layout, options)
     with Staging(out, overwrite=options.overwrite, key=key, resume=options.resume) as staging, ExitStack() as stack:
         undo = stack.enter_context(UndoWriter(base, staging, layout)) if options.reversible else None
-        books = _Books(Receipt(base, adapters, plan), undo)
+        books = _Books(Receipt(base, adapters, plan), undo, files.size)
         readings, written = fill(base, plan.view(base, books), staging, layout, books, options.paced())
         check_base(base, adapters, plan, readings, options.expect_base_sha256)
         _check_survival(books.receipt.survival, base, options)
@@ -124,13 +124,17 @@ def _settled(base: Checkpoint, adapters: Sequence[Weighted], options: Options) -
 class _Books:
     """All that is kept of a merge: the receipt, and the undo record if there is one."""
 
-    def __init__(self, receipt: Receipt, undo: UndoWriter | None) -> None:
-        self.receipt, self.undo = receipt, undo
+    def __init__(self, receipt: Receipt, undo: UndoWriter | None, small_bytes: int) -> None:
+        self.receipt, self.undo, self.small_bytes = receipt, undo, small_bytes
 
     def __call__(self, tile: MergedTile) -> None:
         self.receipt(tile)
         if self.undo is not None:
             self.undo(tile)
+
+    def beside(self, parts: Collection[str]) -> int:
+        plan = self.receipt.plan
+        return self.small_bytes + (self.undo.least_bytes(plan.changes, plan.laid, parts) if self.undo else 0)
 
     def close(self, part: str) -> Mapping[str, str]:
         one = None if self.undo is None else self.undo.close(part)

@@ -39,6 +39,11 @@ class SmallFiles:
     left_out: list[str] = field(default_factory=list)
     sha256: dict[str, str] = field(default_factory=dict)  # of what was written
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(len(one) if isinstance(one, bytes) else one.stat().st_size for one in self.contents.values())
+
     def put(self, name: str, content: Path | bytes | None) -> None:
         """Let `name` be this content, or nothing."""
         before = self.contents.pop(name, None)

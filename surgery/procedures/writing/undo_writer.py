@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.adapters import out_proj
 from surgery.adapters.peft import adapter_bytes, config_bytes
-from surgery.core.adapter import Adapter, Layer, Weighted
+from surgery.core.adapter import Adapter, Layer, Weighted, nbytes_of
 from surgery.core.site import TensorInfo
 from surgery.core.undo import Recorder
 from surgery.hosts.change import Change, MergedTile
@@ -42,6 +42,13 @@ class UndoWriter:
 
     def __call__(self, tile: MergedTile) -> None:
         self.files[self.file_of[tile.change.site.written]](tile)
+
+    def least_bytes(self, changes: Iterable[Change], adapters: Iterable[Weighted], parts: Collection[str]) -> int:
+        """What the record takes at least where these files are still to be written; of its streams nothing is known."""
+        kept = [one for one in changes if _is_kept(one) and self.file_of[one.site.written] in parts]
+        tensors = [name for one in kept for name in _held_in(self.base, one)]
+        copies = [nbytes_of(params) for adapter, _ in adapters for params in adapter.sites.values()]
+        return sum(copies) + sum(self.base.at[name][1].info.nbytes for name in tensors)
 
     def close(self, part: str) -> "FileUndo":
         """What was recorded of one file, its streams on the disk."""
@@ -81,12 +88,12 @@ class FileUndo:
         self.file: StagedFile | None = None
 
     def __call__(self, tile: MergedTile) -> None:
-        if tile.steps is None or tile.original is None or tile.change.held or tile.change.through:
+        if tile.steps is None or tile.original is None or _is_kept(tile.change):
             self.recorder = None
         elif self.recorder is not None:
             self.recorder.add(tile.original, tile.merged, tile.steps, tile.near_ties)
         if tile.last:
-            if self.base.info(tile.change.site.weight.name) is not None:
+            if _held_in(self.base, tile.change):
                 self._end(tile.change)
             self.recorder = Recorder()
 
@@ -106,7 +113,7 @@ class FileUndo:
             self.file = self.context.enter_context(self.staging.file(f"{FOLDER}/{self.name}"))
         size = self.base.at[name][1].info.nbytes if name in self.base.at else 0
         if streams is None or sum(map(len, streams.values())) >= size:
-            for one in [change.site.written] if change.keep else self.base.holding(name):
+            for one in _held_in(self.base, change):
                 self._keep(self.file, self.base.at[one][1].info)
         else:
             field: dict[str, Any] = {"file": self.name}
@@ -132,6 +139,19 @@ class FileUndo:
         self.sha256 = self.hash.hexdigest()
         self.at += len(data)
         file.write(data)
+
+
+def _is_kept(change: Change) -> bool:
+    """Can nothing but the original bring it back? More are found so while they are merged."""
+    return bool(change.held or change.through) or change.saved is not None or change.as_peft is not None
+
+
+def _held_in(base: Checkpoint, change: Change) -> Sequence[str]:
+    """Those of the base that hold what is changed; none where it is new."""
+    name = change.site.weight.name
+    if base.info(name) is None:
+        return ()
+    return [change.site.written] if change.keep else base.holding(name)
 
 
 def _sums(layers: Sequence[Layer]) -> list[tuple[int, Tensor]]:

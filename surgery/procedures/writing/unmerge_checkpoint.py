@@ -1,7 +1,7 @@
 """unmerge_checkpoint: the original bytes out of a reversible merge, without the base at hand."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from surgery.core.report import Report
 from surgery.errors import CheckError, printable
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.layout import Layout
 from surgery.hosts.shards import FilePart
 from surgery.hosts.unmerged import Unmerged
 from surgery.io.regular import contained
@@ -52,22 +53,39 @@ def unmerge_checkpoint(
     key = hashlib.sha256(json_bytes([VERSION, record.files, record.streams_sha256])).hexdigest()
     with Checkpoint(merged) as source, Staging(out, overwrite=overwrite, key=key, resume=resume) as staging:
         view = Unmerged(source, record.changes(source), record.undo)
-        readings, written = fill(source, view, staging, record.layout, _NoBooks(), pace or Pace())
+        small = {name: _carried(merged, name, record) for name in record.files.keys() - _names(record.layout)}
+        books = _NoBooks(sum(path.stat().st_size for path in small.values()))
+        readings, written = fill(source, view, staging, record.layout, books, pace or Pace())
         names = [file.path.name for file in source.files]
         _compare("merged file", merged, {n: r.whole() for n, r in zip(names, readings, strict=True)}, receipt["files"])
         found = {name: one.sha256 for name, one in written.items()}
-        for name in record.files.keys() - found.keys():
-            kept = merged / FOLDER / "files" / name  # also what a push has put its model card in place of
-            path = kept if name in record.displaced or kept.is_file() else merged / name
-            if not path.is_file():
-                raise CheckError(f"{printable(path)}: it is missing; the original cannot be restored whole")
+        for name, path in small.items():
             found[name] = staging.carry(contained(merged, path.relative_to(merged)), name)
         _compare("restored file", merged, found, record.files)
     return UnmergeReport(out, found)
 
 
+def _names(layout: Layout) -> set[str]:
+    return {file.name for file in layout.files}
+
+
+def _carried(merged: Path, name: str, record: UndoRecord) -> Path:
+    """Where a small file of the base lies. CheckError if it is not there."""
+    kept = merged / FOLDER / "files" / name  # also what a push has put its model card in place of
+    path = kept if name in record.displaced or kept.is_file() else merged / name
+    if not path.is_file():
+        raise CheckError(f"{printable(path)}: it is missing; the original cannot be restored whole")
+    return path
+
+
 class _NoBooks:
-    """An unmerge keeps nothing but the files."""
+    """An unmerge keeps nothing but the files, the small ones among them."""
+
+    def __init__(self, small_bytes: int) -> None:
+        self.small_bytes = small_bytes
+
+    def beside(self, _: Collection[str]) -> int:
+        return self.small_bytes
 
     def close(self, _: str) -> Mapping[str, str]:
         return {}

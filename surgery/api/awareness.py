@@ -1,0 +1,41 @@
+"""What quantization_aware says: how the weights of layers will be held."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from surgery.api.given import checkpoint
+from surgery.codecs.formats import format_of
+from surgery.errors import UsageError
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.holding import Awareness, holding_of
+from surgery.hosts.kept_files import KeptFiles
+
+KEEP = "keep"
+_OPTION = "quantization_aware"
+
+
+@contextmanager
+def held_as(asked: str | None, root: nn.Module) -> Iterator[Awareness | None]:
+    """By layer; None where nothing is asked for. Files that `root` was loaded from are open meanwhile."""
+    if asked is None:
+        yield None
+    elif asked != KEEP:
+        yield partial(holding_of, format_of(asked, _OPTION))
+    else:
+        with ExitStack() as stack:
+            yield KeptFiles(lambda: stack.enter_context(_files_of(root)))
+
+
+def _files_of(root: Any) -> Checkpoint:
+    """UsageError where the model does not tell of any."""
+    where = getattr(getattr(root, "config", None), "_name_or_path", None)
+    if not isinstance(where, str) or not where:
+        raise UsageError(
+            f"{_OPTION} is 'keep', and the model does not tell which files it was loaded from; load it by "
+            "from_pretrained, or give a format"
+        )
+    return checkpoint(where)

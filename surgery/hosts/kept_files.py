@@ -1,0 +1,84 @@
+"""KeptFiles: what becomes of layers that were decoded as they were loaded, where a merge keeps their files' codes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from surgery.codecs import codec_of
+from surgery.core.codec import Packed
+from surgery.core.op import Op
+from surgery.core.site import Site, TensorInfo
+from surgery.errors import MatchError, printable
+from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.holding import Kept, refuse_unheld
+from surgery.hosts.model import stored_weight
+from surgery.hosts.quantized import is_quantized
+from surgery.layers.aware import Holding
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Scales and codes stay as the files have them; the layer holds what they decode to."""
+
+    where: str  # which files, and which weight of theirs
+    op: Op
+    packed: Packed = field(compare=False, repr=False)
+    moved: dict[torch.device, Packed] = field(default_factory=dict, compare=False, repr=False)
+
+    def begin(self, base_layer: nn.Module) -> Tensor:
+        packed = self._beside(base_layer)
+        return codec_of(packed, self.where).decode(packed, torch.float64)
+
+    def end(self, base_layer: nn.Module, laid: Tensor) -> Tensor:
+        packed = self._beside(base_layer)
+        codec = codec_of(packed, self.where)
+        return codec.decode(codec.encode(laid, like=packed), stored_weight(base_layer, self.op).dtype)
+
+    def decoded(self, base_layer: nn.Module) -> Tensor:
+        """As a loader does it, to what the codec tells first."""
+        packed, dtype = self._beside(base_layer), stored_weight(base_layer, self.op).dtype
+        codec = codec_of(packed, self.where)
+        return codec.decode(packed, codec.dtype(packed.settings) or dtype).to(dtype)
+
+    def _beside(self, base_layer: nn.Module) -> Packed:
+        device = stored_weight(base_layer, self.op).device
+        if device not in self.moved:
+            tensors = {role: one.to(device) for role, one in self.packed.tensors.items()}
+            self.moved.clear()
+            self.moved[device] = self.packed._replace(tensors=tensors)
+        return self.moved[device]
+
+
+class KeptFiles:
+    """By layer; None where its files hold it plainly. `opened` gives the files of a model, once one is looked for."""
+
+    def __init__(self, opened: Callable[[], Checkpoint]) -> None:
+        self.opened = opened
+
+    def __call__(self, base_layer: nn.Module, op: Op, where: str) -> Holding | None:
+        """MatchError for a weight that is not the one of the files."""
+        if is_quantized(base_layer):
+            return refuse_unheld(Kept(), base_layer, where)
+        files, held = self._files, self._held.get(f"{where}.weight")
+        if held is None:
+            return None
+        found = Aside(f"{printable(files.path)}: {printable(held.name)}", op, files.load(Site("", {"weight": held})))
+        if not torch.equal(found.decoded(base_layer), stored_weight(base_layer, op)):
+            raise MatchError(
+                f"{printable(where)}: its weight is not what {printable(files.path)} decodes to, whose codes a merge "
+                "would keep; load the model from there anew"
+            )
+        return refuse_unheld(found, base_layer, where)
+
+    @cached_property
+    def _files(self) -> Checkpoint:
+        return self.opened()
+
+    @cached_property
+    def _held(self) -> Mapping[str, TensorInfo]:
+        """By what a model in memory calls each weight."""
+        called = self._files.called()
+        return {called(name): held.plain for name, held in self._files.packed.items()}
