@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgery import testing
     from surgery.api.adalora import adalora_step, orthogonal_loss
+    from surgery.api.checking import diff, inspect, verify_checkpoint
     from surgery.api.export import export_onnx
     from surgery.api.files import (
-        diff,
-        inspect,
         merge_checkpoint,
         plan,
         push_to_hub,
         unmerge_checkpoint,
-        verify_checkpoint,
     )
     from surgery.api.live import (
         eject,
@@ -96,12 +94,12 @@ _HOMES = {
     "VerifyReport": "procedures.checking.verify_report",
     "adalora_step": "api.adalora",
     "combine": "api.made_adapters",
-    "diff": "api.files",
+    "diff": "api.checking",
     "disable_adapters": "api.running",
     "enable_adapters": "api.running",
     "export_onnx": "api.export",
     "extract": "api.made_adapters",
-    "inspect": "api.files",
+    "inspect": "api.checking",
     "load_model": "api.pretrained",
     "merge_checkpoint": "api.files",
     "mixed_batch": "api.running",
@@ -111,7 +109,7 @@ _HOMES = {
     "save_merged": "api.pretrained",
     "set_adapter": "api.running",
     "unmerge_checkpoint": "api.files",
-    "verify_checkpoint": "api.files",
+    "verify_checkpoint": "api.checking",
 }
 
 __all__ = [

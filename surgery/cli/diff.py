@@ -19,9 +19,9 @@ def diff(a: str, b: str, exit_code: bool, as_json: bool, reports: tuple[Path, ..
     That is names, shapes, dtypes and values of tensors, and keys of config.json.
     A and B may be cut into files in any way. Ulps are those of the dtype with fewer digits.
     """
-    from surgery.api import files
+    from surgery.api import checking
 
-    report = files.diff(a, b)
+    report = checking.diff(a, b)
     conclude(report, as_json, reports)
     if exit_code:
         report.require()

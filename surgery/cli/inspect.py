@@ -20,10 +20,10 @@ def inspect(path: str, sha256: bool, as_json: bool) -> None:
     Of each it tells op, shape, dtype and size, and what is tied.
     Only headers of a model are read, but for --sha256.
     """
-    from surgery.api import files
+    from surgery.api import checking
     from surgery.errors import printable
 
-    report = files.inspect(path, sha256=sha256)
+    report = checking.inspect(path, sha256=sha256)
     if sha256 and not as_json:
         say(str(report.sha256))
         return

@@ -60,14 +60,14 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     at a time must fit into memory in float64.
     equivalent: an error of at most 4 times the noise of OUT's own dtype, and of a quarter of the adapters' effect.
     """
-    from surgery.api import files
+    from surgery.api import checking
 
     _check_call(paths, base, adapters)
     if len(paths) > 2:
         base, adapters = paths[0], paths[1:-1]
     out = paths[-1]
     given = (base, adapters_of(adapters), out) if base else (out,)
-    report = files.verify_checkpoint(*given, outputs=outputs, layers=layers, **derivation)
+    report = checking.verify_checkpoint(*given, outputs=outputs, layers=layers, **derivation)
     conclude(report, as_json, reports)
     report.require()
 

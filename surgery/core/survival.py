@@ -93,9 +93,7 @@ class Survival(NamedTuple):
         if not self.wanted:
             return math.inf if self.moved else 0.0
         square = _float(self.moved / self.wanted - (self.along / self.wanted) ** 2)
-        return (
-            math.sqrt(square) if not square < 0 else 0.0
-        )  # of rationals it is not; NaN stays NaN, which nothing admits
+        return 0.0 if square < 0 else math.sqrt(square)  # NaN stays NaN, which nothing admits
 
     @property
     def output_error(self) -> float | None:

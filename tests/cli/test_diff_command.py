@@ -10,7 +10,7 @@ from checkpoint_folders import base_tensors, file_hashes, rewrite, write_base
 from outcomes import Outcome, Run, parsed, rows, told
 
 import surgery
-from surgery.api import files
+from surgery.api import checking
 
 NAME = "model.layers.0.q_proj.weight"
 
@@ -108,5 +108,5 @@ def test_a_missing_model_is_code_3_and_a_wrong_ending_is_code_2(
 ) -> None:
     assert "no such file or folder" in told(run("diff", base, "missing"), 3)
     assert "no such file or folder" in told(run("diff", "missing", base), 3)
-    monkeypatch.setattr(files, "diff", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(checking, "diff", lambda *_: pytest.fail("it was read"))
     told(run("diff", base, base, "--report", "r.html"), 2)

@@ -17,7 +17,8 @@ from checkpoint_folders import factors, file_hashes, flip_byte, rewrite, write_a
 from huggingface_hub import errors
 from outcomes import Run, told
 
-from surgery.api import files, made_adapters
+import surgery
+from surgery.api import checking
 from surgery.cli import surgery as command
 from surgery.cli.interrupts import Interrupted
 from surgery.core.site import TensorInfo
@@ -52,7 +53,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) ->
     def fail(*_: object, **__: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(made_adapters if name == "extract" else files, name, fail)
+    monkeypatch.setattr(f"{getattr(surgery, name).__module__}.{name}", fail)
 
 
 @pytest.mark.parametrize("name", ["", *sorted(command.commands)])
@@ -322,7 +323,7 @@ def test_a_signal_that_python_turns_into_another_error_is_a_signal_still(
     def fail(*_: object, **__: object) -> None:
         type("Owner", (), {"field": Named()})  # Python 3.11 wraps what it raises; so it is where a library is imported
 
-    monkeypatch.setattr(files, "inspect", fail)
+    monkeypatch.setattr(checking, "inspect", fail)
     found = run("inspect", "x")
     assert (found.code, found.err) == (128 + signal.SIGTERM, "surgery: interrupted\n")
 

@@ -9,7 +9,7 @@ import torch
 from checkpoint_folders import flip_byte, read_tensors, rewrite
 from outcomes import Run, told
 
-from surgery.api import files
+from surgery.api import checking
 
 NAMES = ("r.json", "deep/er/r.md", "r.XML")
 
@@ -62,7 +62,7 @@ def test_a_name_with_control_characters_is_valid_in_every_format(
 def test_another_ending_is_code_2_before_anything_is_read(
     name: str, run: Run, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "verify_checkpoint", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(checking, "verify_checkpoint", lambda *_: pytest.fail("it was read"))
     message = told(run("verify", merged, "--report", tmp_path / "r.json", "--report", name), 2)
     assert ".json, .md, .xml" in message
     assert not (tmp_path / "r.json").exists()

@@ -185,3 +185,12 @@ def test_live_layers_keep_the_codes_that_they_hold(form: str) -> None:
 
     assert torch.equal(made("keep").weight, made(form).weight)
     assert not torch.equal(made("keep").weight, made("w8a8").weight)
+
+
+def test_load_model_decodes_what_a_config_of_its_method_asks_for(base: Path, tmp_path: Path) -> None:
+    held, asked = in_format("w4a16", base, tmp_path), CompressedTensorsConfig(dequantize=True)
+    model = surgery.load_model(held, quantization=asked)
+    assert torch.equal(outputs(model), outputs(AutoModelForCausalLM.from_pretrained(held, quantization_config=asked)))
+    surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(surgery.UsageError, match="by compressed-tensors; leave it out, or give transformers' config"):
+        surgery.load_model(held, quantization="nf4")

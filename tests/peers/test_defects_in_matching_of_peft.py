@@ -8,7 +8,13 @@ import pytest
 import torch
 from made_by_peft import ADAPTER, CONFIG, adapted, llama, lora, net, outputs, saved
 from safetensors.torch import load_file, save_file
-from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaForCausalLM
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import surgery
 from surgery.testing import assert_equivalent
@@ -96,3 +102,22 @@ def test_all_layers_of_a_new_head_are_saved_and_run_over_a_base_without_one(tool
     surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = DistilBertForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert_equivalent(made, merged, given, base=distilbert())
+
+
+def test_projections_beside_experts_are_adapted_where_peft_takes_them_for_the_experts(tmp_path: Path) -> None:
+    """By the ends of their names, in models such as DeepSeek's and Qwen3's; it drops what the file holds of them."""
+
+    def mixture() -> Qwen3MoeForCausalLM:
+        torch.manual_seed(0)
+        sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+        sizes |= {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "vocab_size": 29}
+        config = Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[0])
+        return Qwen3MoeForCausalLM(config).eval()
+
+    dense = ["gate_proj", "up_proj", "down_proj"]
+    ours = surgery.inject(mixture(), surgery.LoraConfig(r=2, target_modules=dense, init_lora_weights=False))
+    surgery.save(ours, tmp_path)
+    assert torch.equal(outputs(surgery.load(mixture(), tmp_path, trainable=True)), outputs(ours))
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        theirs = peft.PeftModel.from_pretrained(mixture(), tmp_path)
+    assert load_file(tmp_path / ADAPTER).keys().isdisjoint(peft.get_peft_model_state_dict(theirs))

@@ -181,7 +181,7 @@ def test_load_model_loads_straight_to_it_with_the_adapter_over_it(kind: str, bas
 
 def test_a_checkpoint_that_is_quantized_already_is_not_quantized_again(base: Path, tmp_path: Path) -> None:
     surgery.quantize(AutoModelForCausalLM.from_pretrained(base), "nf4").save_pretrained(tmp_path / "quantized")
-    with pytest.raises(surgery.UsageError, match="held quantized already; leave it out"):
+    with pytest.raises(surgery.UsageError, match="held quantized already, by bitsandbytes; leave it out"):
         surgery.load_model(tmp_path / "quantized", quantization="int8")
     with pytest.raises(surgery.UsageError, match="one of nf4, fp4, int8"):
         surgery.load_model(base, quantization="gptq")

@@ -155,7 +155,7 @@ def test_files_that_hold_each_name_or_some_are_merged_to_the_same_model(name: st
         save_file(once | {one: once[own].clone() for one in kept}, base / WEIGHTS, {"format": "pt"})
         out = tmp_path / f"{len(kept)} {kept[-1]}"
         if kept == names[:-1]:  # the head alone is absent, and two embeddings may be what it is
-            with pytest.raises(surgery.MatchError, match="lm_head is not in the base"):
+            with pytest.raises(surgery.MatchError, match=r"lm_head: it is tied to (model\.)?shared\.weight"):
                 surgery.merge_checkpoint(base, tmp_path / "adapter", out)
             continue
         surgery.merge_checkpoint(base, tmp_path / "adapter", out)
@@ -193,6 +193,34 @@ def test_what_is_not_the_same_for_all_runs_as_peft_runs_it_and_is_not_merged(
             surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", tied=tied)
     with pytest.raises(surgery.MatchError, match="is tied to"):
         surgery.merge(ours)
+
+
+@pytest.mark.parametrize("name", ["t5", "t5's encoder", "bart"])
+def test_a_merge_as_peft_is_refused_for_that_counts_each(name: str, tmp_path: Path) -> None:
+    surgery.save(trained(name), tmp_path / "adapter")
+    made(name).save_pretrained(tmp_path / "base")
+    with pytest.raises(surgery.ConfigError, match="tied weights twice"):
+        surgery.merge(surgery.load(made(name), tmp_path / "adapter"), arithmetic="peft")
+    with pytest.raises(surgery.ConfigError, match="tied weights twice"):
+        surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", arithmetic="peft")
+
+
+def test_two_adapters_over_all_are_both_merged_and_one_beside_that_is_not_is_refused(tmp_path: Path) -> None:
+    for seed, folder in enumerate("ab"):
+        surgery.save(trained("t5", seed=seed), tmp_path / folder)
+    alone = surgery.LoraConfig(r=2, target_modules=["shared"], init_lora_weights=False)
+    surgery.save(surgery.inject(made("t5"), alone), tmp_path / "alone")
+    made("t5").save_pretrained(tmp_path / "base")
+    model = surgery.load(made("t5"), tmp_path / "a", adapter_name="a")
+    surgery.load(model, tmp_path / "b", adapter_name="b")
+    surgery.set_adapter(model, ["a", "b"])
+    wanted = outputs(model, "t5")
+    surgery.merge_checkpoint(tmp_path / "base", [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    merged = T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(outputs(merged, "t5"), wanted, **near(wanted, 4 * 2.0**-21))
+    assert torch.equal(outputs(surgery.merge(model), "t5"), outputs(merged, "t5"))
+    with pytest.raises(surgery.MatchError, match=r"alone adapts shared: it leaves encoder\.embed_tokens, .* alone"):
+        surgery.merge_checkpoint(tmp_path / "base", [tmp_path / "a", tmp_path / "alone"], tmp_path / "2")
 
 
 @pytest.mark.parametrize("method", ["cat", "svd", "linear", "dare_ties"])

@@ -1,6 +1,6 @@
 """What transformers is told of a model's quantization: to load one, and to save one that was quantized in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -153,18 +153,30 @@ def _decoding(conversion: Any) -> int:
 
 
 def load_settings(kind: Any, config: Any, dtype: Any) -> dict[str, Any]:
-    """What `from_pretrained` is to be given besides. UsageError where the files are quantized already."""
+    """What `from_pretrained` is to be given besides. UsageError where the files are quantized already.
+
+    A config of the same method is taken over these, for it may ask for them decoded.
+    """
     if kind is None:
         return {}
     wanted, there = _wanted(kind), getattr(config, "quantization_config", None)
-    if there is not None:
-        raise UsageError("load_model: quantization is given, and the model is held quantized already; leave it out")
+    if there is not None and (wanted is not None or _method(kind) != _method(there)):
+        raise UsageError(
+            f"load_model: quantization is given, and the model is held quantized already, by {_method(there)}; leave "
+            "it out, or give transformers' config of that method, which may say dequantize=True"
+        )
     if wanted is None:
         return {"quantization_config": kind}
     import_bitsandbytes("load_model")
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     held = named if isinstance(named, torch.dtype) else getattr(config, "dtype", None)
     return {"quantization_config": settings_of(wanted, held or torch.float32)}
+
+
+def _method(told: Any) -> str:
+    """Of a config of transformers, or of its fields."""
+    method = told.get("quant_method") if isinstance(told, Mapping) else getattr(told, "quant_method", None)
+    return str(getattr(method, "value", method))
 
 
 def _wanted(kind: Any) -> Quantization | None:

@@ -1,6 +1,5 @@
 """The parameters of a checkpoint, and an adapter of parameters as one of the tensors that its files hold."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -15,7 +14,6 @@ from surgery.core.method import Params
 from surgery.core.name_map import USUAL
 from surgery.core.names import Prefix, in_base, prefix_between
 from surgery.core.op import Op
-from surgery.core.select import Number, pattern_value
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import MatchError, printable
 from surgery.hosts.checkpoint import Checkpoint
@@ -24,6 +22,7 @@ from surgery.methods.stacks import by_expert
 from surgery.ops.experts import Experts, parameter_op
 from surgery.procedures.places.fused import fused
 from surgery.procedures.places.parameters import ORDER, assigned, module_of, targeted
+from surgery.procedures.places.piece_patterns import config_for_pieces
 from surgery.procedures.places.pieces import Pieces
 
 KEPT = 8  # tensors of an adapter at a time that are read once for all their experts
@@ -104,7 +103,7 @@ class _Laying:
                     self._put(sites, piece, held)
                     taken[piece] = whole
                     found[piece] = Site(info.name.removesuffix(".weight"), {"weight": info}, Experts())
-        config = _config_for(self.config, taken, [name for name in found if name not in taken])
+        config = config_for_pieces(self.config, taken, [name for name in found if name not in taken])
         return Laid(replace(self.adapter, config=config, sites=sites), found)
 
     def _put(self, sites: dict[str, Params], name: str, params: Params) -> None:
@@ -213,39 +212,3 @@ def _cut(load: Callable[[str], Tensor], op: Op, expert: int, rows: slice, role: 
     """A or B for some rows of one expert's matrix."""
     values = by_expert({role: load(role) for role in "AB"}, op)[role][expert]
     return (values if role == "A" else values[rows]).contiguous()
-
-
-def _config_for(config: LoraConfig, pieces: Mapping[str, str], singles: Sequence[str]) -> LoraConfig:
-    """The config for sites that are `pieces` of parameters, whose ranks and alphas they have."""
-    told = config.with_parameters(singles)
-    if not (config.rank_pattern or config.alpha_pattern):
-        return told
-    kinds = {(whole, _any_expert(site)): site for site, whole in pieces.items()}
-    ranks = {one: pattern_value(config.rank_pattern, one[0], config.r) for one in kinds}
-    alphas = {one: pattern_value(config.alpha_pattern, one[0], float(config.lora_alpha)) for one in kinds}
-    return replace(
-        told,
-        rank_pattern={**_by_pattern(ranks), **config.rank_pattern},
-        alpha_pattern={**_by_pattern(alphas), **config.alpha_pattern},
-    )
-
-
-def _by_pattern(values: Mapping[tuple[str, str], Number]) -> dict[str, Number]:
-    """Of sites by patterns; by the ends of those where all that end so have one value."""
-    by_end: dict[str, set[Number]] = {}
-    for (_, pattern), value in values.items():
-        by_end.setdefault(_end(pattern), set()).add(value)
-    return {
-        _end(pattern) if len(by_end[_end(pattern)]) == 1 else pattern: value for (_, pattern), value in values.items()
-    }
-
-
-def _any_expert(site: str) -> str:
-    """A pattern for a site of any expert."""
-    owner, _, last = site.rpartition(".")
-    return rf"{re.escape(owner.rpartition('.')[0])}\.\d+\.{re.escape(last)}"
-
-
-def _end(pattern: str) -> str:
-    """What of it begins with the module of experts."""
-    return r"\.".join(pattern.split(r"\.")[-3:])
