@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_verify_outputs import MODELS, SITE, changed, made, merged, verified
+from test_verify_outputs import MODELS, changed, made, merged
+from test_verify_outputs import verified as verified_on
 from torch import Tensor
 
+import surgery
 from surgery.core import arithmetic
 from surgery.core.arithmetic import BLOCK, exact_product, float_product
 from surgery.core.op import WHOLE
@@ -20,11 +22,17 @@ from surgery.procedures.checking.exactly import held_product, held_rounding
 ALL = {"target_modules": "all-linear"}
 STACKS = ALL | {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 LARGE = {
-    "stacks": ("MixtralForCausalLM", STACKS | {"lora_alpha": 256}, 1),
-    "LoRA": ("LlamaForCausalLM", ALL | {"lora_alpha": 256}, 1),
+    "stacks": ("MixtralForCausalLM", STACKS | {"lora_alpha": 256}, 2),
+    "LoRA": ("LlamaForCausalLM", ALL | {"lora_alpha": 256}, 0),
     "DoRA": ("LlamaForCausalLM", ALL | {"lora_alpha": 256, "use_dora": True}, 0),
 }
+TOKENS = {"input_ids": torch.arange(60).reshape(3, 20)}
 KINDS = pytest.mark.parametrize("kind", LARGE)
+
+
+def verified(folder: Path, **options: Any) -> surgery.VerifyReport:
+    """On inputs that stay the same, for how much a model makes of an error depends on them."""
+    return verified_on(folder, inputs=TOKENS, **options)
 
 
 def dwarfed(folder: Path, name: str, fields: dict[str, Any], seed: int) -> Path:
@@ -64,14 +72,14 @@ def test_what_is_known_of_an_exact_merge_is_all_that_parts_it_from_what_is_ideal
     """But for float64's own noise, 2^-29 of float32's."""
     folder = merged(made(name, tmp_path))
     monkeypatch.setattr(outputs, "_FACTOR", 2.0**-20)
-    report = verified(folder, layers=True)
+    report = verified_on(folder, layers=True)
     assert report.outputs.ok, report.outputs.table()
     plainly(monkeypatch)
-    assert not verified(folder).outputs.ok
+    assert not verified_on(folder).outputs.ok
 
 
 def off(merged: Tensor, ulps: int) -> Tensor:
-    """The largest element is off by so many."""
+    """The largest element is off by so many: 2^13 are 2^-10 to 2^-11 of it."""
     flat = merged.flatten().clone()
     flat.view(torch.int32)[flat.abs().argmax()] += ulps
     return flat.view(merged.shape)
@@ -81,7 +89,7 @@ WRONG = {
     "left out": lambda _, base: base,
     "half": lambda merged, base: base + (merged - base) / 2,
     "8192nd less": lambda merged, base: base + (merged - base) * (1 - 2.0**-13),
-    "512 ulps in one element": lambda merged, _: off(merged, 512),
+    "1024th more in one element": lambda merged, _: off(merged, 8192),
 }
 
 
@@ -91,9 +99,9 @@ def test_one_that_is_wrong_at_one_site_does_not(wrong: str, kind: str, tmp_path:
     folder = changed(dwarfed(tmp_path, *LARGE[kind]), WRONG[wrong])
     report = verified(folder, layers=True).outputs
     assert not report.ok
-    names = {one.name for one in report.outputs if not one.ok}
-    assert f"layer {SITE.removesuffix('.weight')}" in names
-    assert "logits" in names or "ulps" in wrong
+    names = [one.name for one in report.outputs if not one.ok]
+    assert not any("layers.0" in name for name in names)
+    assert "logits" in names or "one element" in wrong
 
 
 @pytest.mark.parametrize("by", [1 - 2.0**-10, -1], ids=["weaker", "turned"])
