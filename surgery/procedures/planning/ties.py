@@ -94,10 +94,12 @@ def settle_held(pair: Tied) -> Settled:
     return Settled(h, untied=not (saved or turned), turned=turned)
 
 
-def hidden_ties(base: Checkpoint, changes: Mapping[str, Change], resized: Collection[str]) -> list[MatchError]:
+def hidden_ties(
+    base: Checkpoint, changes: Mapping[str, Change], resized: Collection[str], shared: Set[int]
+) -> list[MatchError]:
     """Refusals where it is not clear which tensor is the embedding: what may be tied to an absent head has to stay.
 
-    So has what others are known to be tied to, unless it is `resized` with them.
+    So has what others are known to be tied to, unless it is `resized` with them, or `shared` adapters change all.
     """
     known, found = vocabulary(base), []
     for name, change in changes.items():
@@ -105,7 +107,6 @@ def hidden_ties(base: Checkpoint, changes: Mapping[str, Change], resized: Collec
         info = base.info(name)
         if not embeds or info is None or _of_rows(change):
             continue
-        others = _followers(base, name) if change.layers or name not in resized else []
         if ties_head(base, info):
             found.append(
                 MatchError(
@@ -113,14 +114,22 @@ def hidden_ties(base: Checkpoint, changes: Mapping[str, Change], resized: Collec
                     "save the base with tie_word_embeddings=false first"
                 )
             )
-        elif any(other not in changes for other in others):
-            found.append(
-                MatchError(
-                    f"{printable(name)}: {', '.join(map(printable, others))} are tied to it, and only it is adapted; "
-                    "save the base with them apart first"
+        elif not _all_follow(change, name in resized, shared):
+            others = _followers(base, name)
+            if any(other not in changes for other in others):
+                told = ", ".join(map(printable, others))
+                found.append(
+                    MatchError(
+                        f"{printable(name)}: {told} are tied to it, and only it is adapted; save the base with them "
+                        "apart first"
+                    )
                 )
-            )
     return found
+
+
+def _all_follow(change: Change, resized: bool, shared: Set[int]) -> bool:
+    """Does it become what all modules that share it become?"""
+    return {one.adapter for one in change.layers} <= shared if change.layers else resized
 
 
 def _followers(base: Checkpoint, name: str) -> list[str]:
@@ -135,9 +144,7 @@ def _follows(pair: Tied) -> bool:
     e = pair.embedding
     if e is None or not e.layers:
         return e is None or pair.resized or pair.head is not None  # the base's, grown, or replaced alike
-    if {one.adapter for one in e.layers} <= pair.shared:
-        return True
-    return _of_rows(e)  # as PEFT has it, the rows of both change
+    return _all_follow(e, pair.resized, pair.shared) or _of_rows(e)  # as PEFT has it, the rows of both change
 
 
 def _apart(pair: Tied, h: Change | None) -> Change:
