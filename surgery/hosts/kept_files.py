@@ -34,13 +34,15 @@ class Aside:
 
     def end(self, base_layer: nn.Module, laid: Tensor) -> Tensor:
         packed = self._beside(base_layer)
-        codec = codec_of(packed, self.where)
-        return codec.decode(codec.encode(laid, like=packed), stored_weight(base_layer, self.op).dtype)
+        return self._read(codec_of(packed, self.where).encode(laid, like=packed), base_layer)
 
     def decoded(self, base_layer: nn.Module) -> Tensor:
-        """As a loader does it, to what the codec tells first."""
-        packed, dtype = self._beside(base_layer), stored_weight(base_layer, self.op).dtype
-        codec = codec_of(packed, self.where)
+        """What the files hold, in the layer's dtype."""
+        return self._read(self._beside(base_layer), base_layer)
+
+    def _read(self, packed: Packed, base_layer: nn.Module) -> Tensor:
+        """As a loader does it: to what the codec tells first, and then to the layer's dtype."""
+        codec, dtype = codec_of(packed, self.where), stored_weight(base_layer, self.op).dtype
         return codec.decode(packed, codec.dtype(packed.settings) or dtype).to(dtype)
 
     def _beside(self, base_layer: nn.Module) -> Packed:

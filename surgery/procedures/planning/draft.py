@@ -160,7 +160,7 @@ class Draft:
         if self.tying is not None:
             self._take(self.tying, settle_absent(self._tied(self.tying), untie))
         else:
-            self.refusals += hidden_ties(self.base, self.changes, self._begun)
+            self.refusals += hidden_ties(self.base, self.changes, self._begun, self.tied)
         if held is not None:
             self._take(held, settle_held(self._tied(held)))
 

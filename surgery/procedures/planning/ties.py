@@ -15,6 +15,7 @@ from surgery.errors import MatchError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import plainly
+from surgery.procedures.places.shared_embedding import shared_of
 from surgery.procedures.places.tying import Tying, ties_head, vocabulary
 from surgery.procedures.planning.wholes import same
 
@@ -94,18 +95,23 @@ def settle_held(pair: Tied) -> Settled:
     return Settled(h, untied=not (saved or turned), turned=turned)
 
 
-def hidden_ties(base: Checkpoint, changes: Mapping[str, Change], resized: Collection[str]) -> list[MatchError]:
+def hidden_ties(
+    base: Checkpoint, changes: Mapping[str, Change], resized: Collection[str], shared: Set[int]
+) -> list[MatchError]:
     """Refusals where it is not clear which tensor is the embedding: what may be tied to an absent head has to stay.
 
-    So has what others are known to be tied to, unless it is `resized` with them.
+    So has what others are known to be tied to, unless it is `resized` with them, or is the embedding of which one layer
+    of each of the adapters `shared` changes them all.
     """
-    known, found = vocabulary(base), []
+    known, together, found = vocabulary(base), shared_of(base), []
     for name, change in changes.items():
         embeds = name in known or (change.site.op is not None and change.site.op.name == "embedding")
         info = base.info(name)
         if not embeds or info is None or _of_rows(change):
             continue
-        others = _followers(base, name) if change.layers or name not in resized else []
+        whole = together is not None and together.embedding.name == name and _adapters(change) <= shared
+        alone = not whole if change.layers else name not in resized
+        others = _followers(base, name) if alone else []
         if ties_head(base, info):
             found.append(
                 MatchError(
@@ -135,7 +141,7 @@ def _follows(pair: Tied) -> bool:
     e = pair.embedding
     if e is None or not e.layers:
         return e is None or pair.resized or pair.head is not None  # the base's, grown, or replaced alike
-    if {one.adapter for one in e.layers} <= pair.shared:
+    if _adapters(e) <= pair.shared:
         return True
     return _of_rows(e)  # as PEFT has it, the rows of both change
 
@@ -151,6 +157,11 @@ def _apart(pair: Tied, h: Change | None) -> Change:
     if grown is not None:
         return replace(change, saved=grown.saved)
     return replace(change, begins=_site(tying.embedding))
+
+
+def _adapters(change: Change) -> set[int]:
+    """Those that have a layer over it."""
+    return {one.adapter for one in change.layers}
 
 
 def _of_rows(change: Change) -> bool:
