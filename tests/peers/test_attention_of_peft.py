@@ -202,7 +202,7 @@ def test_what_an_attention_layer_cannot_bear_is_refused_by_name(tmp_path: Path) 
     with pytest.raises(FormatError, match=r"out_proj: its delta counts twice up to peft_version 0\.21\.2"):
         surgery.load(made(), tmp_path)
     for scale in (0, 3, 2.5, True):
-        with pytest.raises(UsageError, match="1 or 2 is wanted"):
+        with pytest.raises(UsageError, match="from 1 to 2 is wanted"):
             surgery.load(made(), tmp_path, mha_out_proj_scale=scale)
     (tmp_path / CONFIG).write_text(json.dumps(config))
     tensors = load_file(tmp_path / TENSORS)

@@ -15,7 +15,6 @@ from surgery.errors import MatchError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import plainly
-from surgery.procedures.places.shared_embedding import shared_of
 from surgery.procedures.places.tying import Tying, ties_head, vocabulary
 from surgery.procedures.planning.wholes import same
 
@@ -100,18 +99,14 @@ def hidden_ties(
 ) -> list[MatchError]:
     """Refusals where it is not clear which tensor is the embedding: what may be tied to an absent head has to stay.
 
-    So has what others are known to be tied to, unless it is `resized` with them, or is the embedding of which one layer
-    of each of the adapters `shared` changes them all.
+    So has what others are known to be tied to, unless it is `resized` with them, or `shared` adapters change all.
     """
-    known, together, found = vocabulary(base), shared_of(base), []
+    known, found = vocabulary(base), []
     for name, change in changes.items():
         embeds = name in known or (change.site.op is not None and change.site.op.name == "embedding")
         info = base.info(name)
         if not embeds or info is None or _of_rows(change):
             continue
-        whole = together is not None and together.embedding.name == name and _adapters(change) <= shared
-        alone = not whole if change.layers else name not in resized
-        others = _followers(base, name) if alone else []
         if ties_head(base, info):
             found.append(
                 MatchError(
@@ -119,14 +114,22 @@ def hidden_ties(
                     "save the base with tie_word_embeddings=false first"
                 )
             )
-        elif any(other not in changes for other in others):
-            found.append(
-                MatchError(
-                    f"{printable(name)}: {', '.join(map(printable, others))} are tied to it, and only it is adapted; "
-                    "save the base with them apart first"
+        elif not _all_follow(change, name in resized, shared):
+            others = _followers(base, name)
+            if any(other not in changes for other in others):
+                told = ", ".join(map(printable, others))
+                found.append(
+                    MatchError(
+                        f"{printable(name)}: {told} are tied to it, and only it is adapted; save the base with them "
+                        "apart first"
+                    )
                 )
-            )
     return found
+
+
+def _all_follow(change: Change, resized: bool, shared: Set[int]) -> bool:
+    """Does it become what all modules that share it become?"""
+    return {one.adapter for one in change.layers} <= shared if change.layers else resized
 
 
 def _followers(base: Checkpoint, name: str) -> list[str]:
@@ -141,9 +144,7 @@ def _follows(pair: Tied) -> bool:
     e = pair.embedding
     if e is None or not e.layers:
         return e is None or pair.resized or pair.head is not None  # the base's, grown, or replaced alike
-    if _adapters(e) <= pair.shared:
-        return True
-    return _of_rows(e)  # as PEFT has it, the rows of both change
+    return _all_follow(e, pair.resized, pair.shared) or _of_rows(e)  # as PEFT has it, the rows of both change
 
 
 def _apart(pair: Tied, h: Change | None) -> Change:
@@ -157,11 +158,6 @@ def _apart(pair: Tied, h: Change | None) -> Change:
     if grown is not None:
         return replace(change, saved=grown.saved)
     return replace(change, begins=_site(tying.embedding))
-
-
-def _adapters(change: Change) -> set[int]:
-    """Those that have a layer over it."""
-    return {one.adapter for one in change.layers}
 
 
 def _of_rows(change: Change) -> bool:
