@@ -1,6 +1,6 @@
 """KeptFiles: what becomes of layers that were decoded as they were loaded, where a merge keeps their files' codes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -61,11 +61,12 @@ class KeptFiles:
         self.opened = opened
 
     def __call__(self, base_layer: nn.Module, op: Op, where: str) -> Holding | None:
-        """MatchError for a weight that is not the one of the files."""
+        """MatchError for a weight that is not the one of the files, or that they do not name."""
         if is_quantized(base_layer):
             return refuse_unheld(Kept(), base_layer, where)
         files, held = self._files, self._held.get(f"{where}.weight")
         if held is None:
+            self._require_named(f"{where}.weight")
             return None
         found = Aside(f"{printable(files.path)}: {printable(held.name)}", op, files.load(Site("", {"weight": held})))
         if not torch.equal(found.decoded(base_layer), stored_weight(base_layer, op)):
@@ -74,6 +75,14 @@ class KeptFiles:
                 "would keep; load the model from there anew"
             )
         return refuse_unheld(found, base_layer, where)
+
+    def _require_named(self, name: str) -> None:
+        """What no one names could be held in any way."""
+        if name not in self._named and name not in self._files.ties():
+            raise MatchError(
+                f"{printable(name)}: {printable(self._files.path)}, whose codes a merge would keep, holds nothing that "
+                "is called so; load the model from there by its own class, exclude the module, or give a format"
+            )
 
     @cached_property
     def _files(self) -> Checkpoint:
@@ -84,3 +93,8 @@ class KeptFiles:
         """By what a model in memory calls each weight."""
         called = self._files.called()
         return {called(name): held.plain for name, held in self._files.packed.items()}
+
+    @cached_property
+    def _named(self) -> Collection[str]:
+        called = self._files.called()
+        return {called(info.name) for info in self._files.weights()}

@@ -8,7 +8,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+)
 
 import surgery
 
@@ -194,6 +201,8 @@ def test_what_keeps_no_codes_is_refused_with_the_next_step(base: Path, tmp_path:
     refused(AutoModelForCausalLM.from_pretrained(base), surgery.MatchError, "is held in codes; leave it out")
     refused(LlamaForCausalLM(LlamaConfig(**SIZES)), surgery.UsageError, "which files it was loaded from")
     refused(AutoModelForCausalLM.from_pretrained(held), surgery.MatchError, r"compressed-tensors.*dequantize=True")
+    headless = AutoModel.from_pretrained(held, quantization_config=asked)
+    refused(headless, surgery.MatchError, r"layers\.0\.mlp\..*, whose codes a merge would keep, holds nothing")
     changed = AutoModelForCausalLM.from_pretrained(held, quantization_config=asked)
     with torch.no_grad():
         changed.model.layers[1].mlp.up_proj.weight[0, 0] += 1
