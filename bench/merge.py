@@ -141,10 +141,15 @@ def peak_mb() -> float:
 
 
 def surgery(*arguments: object) -> None:
-    """A call of the command line."""
-    from surgery.cli import surgery as command
+    """The command line, as a program of its own runs it."""
+    from surgery.cli import main
 
-    command.main([str(one) for one in arguments], standalone_mode=False)
+    sys.argv = ["surgery", *map(str, arguments)]
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
 
 
 def copy_base(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What quantization_aware says: how the weights of layers will be held."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -31,11 +32,12 @@ def held_as(asked: str | None, root: nn.Module) -> Iterator[Awareness | None]:
 
 
 def _files_of(root: Any) -> Checkpoint:
-    """UsageError where the model does not tell of any."""
-    where = getattr(getattr(root, "config", None), "_name_or_path", None)
+    """At the commit that it was loaded from, where that was on the Hub. UsageError where the model tells of none."""
+    config = getattr(root, "config", None)
+    where, commit = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
     if not isinstance(where, str) or not where:
         raise UsageError(
             f"{_OPTION} is 'keep', and the model does not tell which files it was loaded from; load it by "
             "from_pretrained, or give a format"
         )
-    return checkpoint(where)
+    return checkpoint(f"{where}@{commit}" if commit and not os.path.lexists(where) else where)

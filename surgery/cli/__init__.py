@@ -46,10 +46,8 @@ def surgery(debug: bool) -> None:
     BASE and ADAPTER are a folder, a file, or owner/name[@revision] on the Hugging Face Hub.
     """
     del debug  # read in main, which sees the errors
-    from surgery.core.collector import collect_seldom
     from surgery.io.memory import keep_freed_memory, require_room_for_torch
 
-    collect_seldom()
     require_room_for_torch()
     keep_freed_memory()
 
@@ -61,10 +59,13 @@ for command in (inspect, plan, merge, verify, unmerge, combine, extract, diff, e
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error is one line on stderr, and its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    if arguments is None:  # as a program of its own; in another's process signals and loggers are its
+    if arguments is None:  # as a program of its own; in another's process signals, loggers and the collector are its
+        from surgery.core.collector import collect_seldom
+
         listen()
         _hush()
         hold_letters()
+        collect_seldom()
     try:
         code = _run(given)
     except (Exception, Interrupted) as error:  # noqa: BLE001  # the last resort: a bug of ours is one line too

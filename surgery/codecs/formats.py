@@ -85,6 +85,8 @@ def _by_rows(headers: Headers, shape: Shape) -> bool:
 
 def format_of(name: str, where: str) -> Format:
     """UsageError for a name that is none, with the next step where it is that of another format."""
+    if not isinstance(name, str):
+        raise UsageError(f"{where}: {printable(repr(name))} is no name of a format")
     if name in _OTHERS:
         raise UsageError(f"{where}: {name!r}: {_OTHERS[name]}")
     if name not in FORMS:

@@ -1,6 +1,6 @@
 """KeptFiles: what becomes of layers that were decoded as they were loaded, where a merge keeps their files' codes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -34,13 +34,15 @@ class Aside:
 
     def end(self, base_layer: nn.Module, laid: Tensor) -> Tensor:
         packed = self._beside(base_layer)
-        codec = codec_of(packed, self.where)
-        return codec.decode(codec.encode(laid, like=packed), stored_weight(base_layer, self.op).dtype)
+        return self._read(codec_of(packed, self.where).encode(laid, like=packed), base_layer)
 
     def decoded(self, base_layer: nn.Module) -> Tensor:
-        """As a loader does it, to what the codec tells first."""
-        packed, dtype = self._beside(base_layer), stored_weight(base_layer, self.op).dtype
-        codec = codec_of(packed, self.where)
+        """What the files hold, in the layer's dtype."""
+        return self._read(self._beside(base_layer), base_layer)
+
+    def _read(self, packed: Packed, base_layer: nn.Module) -> Tensor:
+        """As a loader does it: to what the codec tells first, and then to the layer's dtype."""
+        codec, dtype = codec_of(packed, self.where), stored_weight(base_layer, self.op).dtype
         return codec.decode(packed, codec.dtype(packed.settings) or dtype).to(dtype)
 
     def _beside(self, base_layer: nn.Module) -> Packed:
@@ -59,11 +61,12 @@ class KeptFiles:
         self.opened = opened
 
     def __call__(self, base_layer: nn.Module, op: Op, where: str) -> Holding | None:
-        """MatchError for a weight that is not the one of the files."""
+        """MatchError for a weight that is not the one of the files, or that they do not name."""
         if is_quantized(base_layer):
             return refuse_unheld(Kept(), base_layer, where)
         files, held = self._files, self._held.get(f"{where}.weight")
         if held is None:
+            self._require_named(f"{where}.weight")
             return None
         found = Aside(f"{printable(files.path)}: {printable(held.name)}", op, files.load(Site("", {"weight": held})))
         if not torch.equal(found.decoded(base_layer), stored_weight(base_layer, op)):
@@ -72,6 +75,14 @@ class KeptFiles:
                 "would keep; load the model from there anew"
             )
         return refuse_unheld(found, base_layer, where)
+
+    def _require_named(self, name: str) -> None:
+        """What no one names could be held in any way."""
+        if name not in self._named and name not in self._files.ties():
+            raise MatchError(
+                f"{printable(name)}: {printable(self._files.path)}, whose codes a merge would keep, holds nothing that "
+                "is called so; load the model from there by its own class, exclude the module, or give a format"
+            )
 
     @cached_property
     def _files(self) -> Checkpoint:
@@ -82,3 +93,8 @@ class KeptFiles:
         """By what a model in memory calls each weight."""
         called = self._files.called()
         return {called(name): held.plain for name, held in self._files.packed.items()}
+
+    @cached_property
+    def _named(self) -> Collection[str]:
+        called = self._files.called()
+        return {called(info.name) for info in self._files.weights()}

@@ -126,21 +126,26 @@ def _packed(weights: Iterable[Together], max_shard_bytes: int) -> Iterator[list[
 
 
 def _file(base: Checkpoint, name: str, infos: Sequence[TensorInfo], told: Mapping[str, str]) -> OutFile:
-    """With the base's own header where that says the same."""
+    """With the base's own header where that says the same, and nothing of weights that `told` speaks of."""
     for file in base.files:
-        if base.written_name(file) == name and [entry.info for entry in file.header.entries] == list(infos):
+        same = base.written_name(file) == name and [entry.info for entry in file.header.entries] == list(infos)
+        if same and not (told and _NAMES in file.header.metadata):
             return OutFile(name, file.header.raw, tuple(infos))
-    same = next((file for file in base.files if base.written_name(file) == name), base.files[0])
-    metadata = {**_told(base, same.header.metadata, infos), **told}
-    return OutFile(name, encode_header(infos, metadata), tuple(infos))
+    like = next((file for file in base.files if base.written_name(file) == name), base.files[0])
+    return OutFile(name, encode_header(infos, _told(base, like.header.metadata, infos, told)), tuple(infos))
 
 
-def _told(base: Checkpoint, metadata: Mapping[str, str], infos: Sequence[TensorInfo]) -> Mapping[str, str]:
-    """The metadata; without what torchao tells there of each tensor, where some that it holds are plain now."""
-    if not any(info.name in base.packed and info.name in metadata for info in infos):
+def _told(
+    base: Checkpoint, metadata: Mapping[str, str], infos: Sequence[TensorInfo], told: Mapping[str, str]
+) -> Mapping[str, str]:
+    """The metadata; without what torchao tells there of each tensor, where some are plain now, or `told` otherwise."""
+    if not told and not any(info.name in base.packed and info.name in metadata for info in infos):
         return metadata
-    names = {info.name for info in base.weights()} | {"tensor_names"}
-    return {key: value for key, value in metadata.items() if key not in names}
+    names = {info.name for info in base.weights()} | {_NAMES}
+    return {**{key: value for key, value in metadata.items() if key not in names}, **told}
+
+
+_NAMES = "tensor_names"  # under which torchao lists the tensors that the metadata speaks of
 
 
 def _index(base: Checkpoint, files: Sequence[OutFile]) -> bytes | None:

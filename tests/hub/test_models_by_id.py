@@ -113,3 +113,19 @@ def test_a_folder_that_the_repository_lacks_is_refused(hub: FakeHub, tmp_path: P
         surgery.load_model("owner/adapter", subfolder="none")
     with pytest.raises(surgery.UsageError, match="one is wanted"):
         surgery.load_model("owner/adapter@one", revision="two")
+
+
+def test_codes_are_kept_of_the_commit_that_the_model_was_loaded_from(hub: FakeHub, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    wide = SIZES | {"hidden_size": 128, "intermediate_size": 256}
+    LlamaForCausalLM(LlamaConfig(**wide)).bfloat16().save_pretrained(tmp_path / "base")
+    config = surgery.LoraConfig(r=1, target_modules=["q_proj"])  # as it begins, B is zero
+    surgery.save(surgery.inject(LlamaForCausalLM.from_pretrained(tmp_path / "base"), config), tmp_path / "none")
+    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "none", tmp_path / "held", into="w4a16", min_retained=0.0)
+    hub.add("owner/held", files(tmp_path / "held"))
+    decoded = transformers.CompressedTensorsConfig(dequantize=True)
+    model = surgery.load_model("owner/held", quantization=decoded)
+    hub.add("owner/held", files(tmp_path / "base"))
+    surgery.inject(model, config, quantization_aware="keep")
+    with pytest.raises(surgery.MatchError, match="is held in codes"):
+        surgery.inject(surgery.load_model("owner/held"), config, quantization_aware="keep")

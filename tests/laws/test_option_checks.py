@@ -91,3 +91,12 @@ def test_whole_numbers_within_the_range_are_given_back() -> None:
     assert is_number(1)
     assert is_finite(1 << 70)
     assert not is_finite(1 << 1024)
+
+
+def test_numbers_that_python_cannot_write_are_refused_as_others() -> None:
+    with pytest.raises(surgery.UsageError, match=r"option is a number too large to print; .* of 1 or more is wanted"):
+        check_whole("option", -(10**5000), 1)
+    with pytest.raises(surgery.UsageError, match="min_retained"):
+        surgery.merge_checkpoint("base", "adapter", "out", into="nf4", min_retained=10**400)
+    with pytest.raises(surgery.UsageError, match="is no name of a format"):
+        surgery.inject(net(), surgery.LoraConfig(target_modules=["0"]), quantization_aware=["nf4"])  # type: ignore[arg-type]

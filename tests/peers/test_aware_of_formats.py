@@ -6,8 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+)
 
 import surgery
 
@@ -108,6 +116,23 @@ def in_format(form: str, base: Path, folder: Path) -> Path:
     return folder / "held"
 
 
+def test_torchao_s_word_of_what_a_weight_was_before_goes_from_every_file(base: Path, tmp_path: Path) -> None:
+    """A file of which nothing else changes has the base's headers elsewhere."""
+    config = surgery.LoraConfig(r=1, target_modules=["q_proj"])
+    surgery.save(surgery.inject(AutoModelForCausalLM.from_pretrained(base), config), tmp_path / "none")
+    (tmp_path / "none" / "surgery.base.json").unlink()  # it is merged into two bases
+    options = {"max_shard_size": 20_000, **ANY}
+    surgery.merge_checkpoint(base, tmp_path / "none", tmp_path / "held", into="torchao-fp8", **options)
+    surgery.merge_checkpoint(tmp_path / "held", tmp_path / "none", tmp_path / "out", into="torchao-int8", **ANY)
+    plain = []
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert not any("Float8Tensor" in value for value in opened.metadata().values())
+            plain += [] if any("qdata" in name for name in opened.keys()) else [file]  # noqa: SIM118  # it has no iter
+    assert plain
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def decoded(folder: Path, form: str) -> Any:
     """As transformers loads it plainly; fp8 without a GPU unasked."""
     asked = {} if form == "fp8_block" else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
@@ -143,6 +168,26 @@ def test_over_a_decoded_base_it_runs_to_the_bit_as_the_merge_that_keeps_the_code
         surgery.inject(again, config, adapter_name="c", quantization_aware="w8a8")
 
 
+@pytest.mark.parametrize("form", ["w4a16", "nvfp4", "fp8_dynamic"])
+def test_a_base_that_is_decoded_to_another_dtype_runs_as_its_merge_is_loaded_then(
+    form: str, base: Path, tmp_path: Path
+) -> None:
+    """The libraries decode to bfloat16 first, but fp8."""
+    held = in_format(form, base, tmp_path)
+    asked = {"quantization_config": CompressedTensorsConfig(dequantize=True), "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(held, **asked)
+    torch.manual_seed(1)
+    config = surgery.LoraConfig(r=4, lora_alpha=64, target_modules=ALL, init_lora_weights=False)
+    surgery.inject(model, config, quantization_aware="keep")
+    surgery.save(model, tmp_path / "adapter")
+    surgery.merge_checkpoint(held, tmp_path / "adapter", tmp_path / "out", into="keep", **ANY)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **asked)
+    layers = [name for name, _ in merged.named_modules() if name.endswith(tuple(ALL))]
+    assert len(layers) == 14
+    assert all(torch.equal(model.get_submodule(one).weight, merged.get_submodule(one).weight) for one in layers)
+    assert torch.equal(outputs(merged), outputs(model))
+
+
 def test_what_keeps_no_codes_is_refused_with_the_next_step(base: Path, tmp_path: Path) -> None:
     held, asked = in_format("w4a16", base, tmp_path), CompressedTensorsConfig(dequantize=True)
     config = surgery.LoraConfig(r=1, target_modules=ALL)
@@ -156,6 +201,8 @@ def test_what_keeps_no_codes_is_refused_with_the_next_step(base: Path, tmp_path:
     refused(AutoModelForCausalLM.from_pretrained(base), surgery.MatchError, "is held in codes; leave it out")
     refused(LlamaForCausalLM(LlamaConfig(**SIZES)), surgery.UsageError, "which files it was loaded from")
     refused(AutoModelForCausalLM.from_pretrained(held), surgery.MatchError, r"compressed-tensors.*dequantize=True")
+    headless = AutoModel.from_pretrained(held, quantization_config=asked)
+    refused(headless, surgery.MatchError, r"layers\.0\.mlp\..*, whose codes a merge would keep, holds nothing")
     changed = AutoModelForCausalLM.from_pretrained(held, quantization_config=asked)
     with torch.no_grad():
         changed.model.layers[1].mlp.up_proj.weight[0, 0] += 1

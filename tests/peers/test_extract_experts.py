@@ -144,7 +144,7 @@ def test_an_expert_needs_more_than_others_and_some_nothing(tmp_path: Path) -> No
         stack[2] += torch.randn(12, 1) @ torch.randn(1, 20)
 
     base, wanted = saved(made("mixtral"), tmp_path / "base"), changed("mixtral", tmp_path / "tuned", change)
-    report = surgery.extract(base, wanted, tmp_path / "adapter", energy=1 - 1e-9)
+    report = surgery.extract(base, wanted, tmp_path / "adapter", energy=1 - EPS**2)
     assert {name: one.r for name, one in report.sites.items()} == {"model.layers.1.mlp.experts.down_proj": 3}
     A = load_file(tmp_path / "adapter" / "adapter_model.safetensors")[
         "base_model.model.model.layers.1.mlp.experts.lora_A.weight"

@@ -183,6 +183,8 @@ def test_a_checkpoint_that_is_quantized_already_is_not_quantized_again(base: Pat
     surgery.quantize(AutoModelForCausalLM.from_pretrained(base), "nf4").save_pretrained(tmp_path / "quantized")
     with pytest.raises(surgery.UsageError, match="held quantized already, by bitsandbytes; leave it out"):
         surgery.load_model(tmp_path / "quantized", quantization="int8")
+    with pytest.raises(surgery.UsageError, match="held quantized already, by bitsandbytes"):  # and not loaded as nf4
+        surgery.load_model(tmp_path / "quantized", quantization=settings("int8", torch.float32))
     with pytest.raises(surgery.UsageError, match="one of nf4, fp4, int8"):
         surgery.load_model(base, quantization="gptq")
 

@@ -155,15 +155,17 @@ def _decoding(conversion: Any) -> int:
 def load_settings(kind: Any, config: Any, dtype: Any) -> dict[str, Any]:
     """What `from_pretrained` is to be given besides. UsageError where the files are quantized already.
 
-    A config of the same method is taken over these, for it may ask for them decoded.
+    A config of the same method is taken over these where it asks for them decoded: transformers passes over all else
+    that it says.
     """
     if kind is None:
         return {}
     wanted, there = _wanted(kind), getattr(config, "quantization_config", None)
-    if there is not None and (wanted is not None or _method(kind) != _method(there)):
+    decodes = wanted is None and bool(getattr(kind, "dequantize", False))
+    if there is not None and not (decodes and _method(kind) == _method(there)):
         raise UsageError(
             f"load_model: quantization is given, and the model is held quantized already, by {_method(there)}; leave "
-            "it out, or give transformers' config of that method, which may say dequantize=True"
+            "it out, or give transformers' config of that method with dequantize=True, where it takes that"
         )
     if wanted is None:
         return {"quantization_config": kind}

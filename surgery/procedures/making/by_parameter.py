@@ -62,7 +62,7 @@ def _refuse_nested(adapter: Adapter, parameters: Collection[str]) -> None:
         part = USUAL.part(USUAL.rename(f"{name}.weight"))
         if name in modules or (part is not None and part.whole in parameters):
             raise InputError(
-                f"{printable(adapter.where)}: {printable(name)} is adapted, and in another adapter parameters of it, "
+                f"{printable(adapter.where)}: {printable(name)} is adapted, and so are parameters of it, "
                 "or the stack that it is a part of; one of the two is wanted; load each into the model, and save it"
             )
 

@@ -26,14 +26,15 @@ def tied_heads(tree: Tree, config: AdapterConfig, adapted: Iterable[str]) -> Hea
         if len(group) > 1:
             embedding = _first(tree, group)
             method = config.method(embedding)
-            for head in group:
+            heads = [one for one in group if one != embedding]
+            for head in heads:
                 if not method.turns or config.method(head) != method:
                     raise MatchError(
                         f"{printable(head)}: ensure_weight_tying, and its weight is tied to {printable(embedding)}; "
                         "both have the factors of one plain LoRA, of the same r and alpha; change the config, or untie "
                         "them first"
                     )
-            found |= {head: embedding for head in group if head != embedding}
+            found |= dict.fromkeys(heads, embedding)
     return found
 
 
@@ -104,5 +105,5 @@ def _first(tree: Tree, group: list[str]) -> str:
     others = ", ".join(map(printable, group[1:]))
     raise MatchError(
         f"{printable(group[0])}: ensure_weight_tying, and its weight is tied to {others}; Embeddings and Linears are "
-        "wanted; leave it out of target_modules, or untie them first"
+        "wanted, an Embedding among them; leave it out of target_modules, or untie them first"
     )

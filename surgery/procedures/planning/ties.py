@@ -128,8 +128,10 @@ def hidden_ties(
 
 
 def _all_follow(change: Change, resized: bool, shared: Set[int]) -> bool:
-    """Does it become what all modules that share it become?"""
-    return {one.adapter for one in change.layers} <= shared if change.layers else resized
+    """Does it become what all modules that share it become? Rows that are replaced are the same in all."""
+    return (
+        {one.adapter for one in change.layers if not one.method.replaced_rows} <= shared if change.layers else resized
+    )
 
 
 def _followers(base: Checkpoint, name: str) -> list[str]:

@@ -170,10 +170,14 @@ def _can_fall_back(told: Mapping[str, Survival], base: Checkpoint, options: Opti
     return any(map(options.bounds.admit, told.values()))
 
 
+_JOURNAL = 2  # what the parts of a run that was cut short tell is of this format
+
+
 def _key(base: Checkpoint, adapters: Sequence[Weighted], plan: Plan, layout: Layout, options: Options) -> str:
     """Stands for all that decides what is written, but for the base's data, which is hashed when a run goes on."""
     decided = {
         "surgery": VERSION,
+        "journal": _JOURNAL,
         "base": {file.path.name: hashlib.sha256(file.header.raw).hexdigest() for file in base.files},
         "adapters": [[dict(one.sha256), weight.hex(), one.mha_out_proj_scale] for one, weight in adapters],
         "changes": [describe(change) for change in plan.changes],
