@@ -18,6 +18,8 @@ from surgery.hosts.model import stored_weight
 from surgery.hosts.quantized import is_quantized
 from surgery.layers.aware import Holding
 
+_HALVES = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Aside:
@@ -41,9 +43,11 @@ class Aside:
         return self._read(self._beside(base_layer), base_layer)
 
     def _read(self, packed: Packed, base_layer: nn.Module) -> Tensor:
-        """As a loader does it: to what the codec tells first, and then to the layer's dtype."""
+        """As a loader does it: to what the codec tells, or the scales are in, and then to the layer's dtype."""
         codec, dtype = codec_of(packed, self.where), stored_weight(base_layer, self.op).dtype
-        return codec.decode(packed, codec.dtype(packed.settings) or dtype).to(dtype)
+        scales = packed.tensors.get("weight_scale")
+        told = scales.dtype if scales is not None and scales.dtype in _HALVES else dtype
+        return codec.decode(packed, codec.dtype(packed.settings) or told).to(dtype)
 
     def _beside(self, base_layer: nn.Module) -> Packed:
         device = stored_weight(base_layer, self.op).device

@@ -199,6 +199,6 @@ def test_adapters_of_other_experts_orders_or_parts_are_refused(tmp_path: Path) -
         "base_model.model.m.lora_B.weight": torch.ones(6, 2),
     }
     save_file(tensors, tmp_path / "whole" / "adapter_model.safetensors")
-    with pytest.raises(surgery.InputError, match="m is adapted, and in another adapter parameters of it"):
+    with pytest.raises(surgery.InputError, match="m is adapted, and so are parameters of it"):
         surgery.combine([three, tmp_path / "whole"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -105,6 +105,7 @@ def read_model(place: Located, wanted: Wanted, adapter: Adapter | None = None) -
         never_round_scales(module)
     if place.hub_id is not None:
         model.name_or_path = model.config.name_or_path = place.hub_id
+        model.config._commit_hash = place.commit  # where transformers keeps it of what it loads by an id
     return model, told["missing_keys"]
 
 
