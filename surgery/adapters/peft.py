@@ -123,7 +123,7 @@ def _refuse_pickles(folder: Path, file: Path) -> None:
             "load it in PEFT and save it again"
         )
     if not file.exists():
-        told = "it looks like a model; name BASE first, then its adapters" if _has_weights(folder) else ""
+        told = "it looks like a model; an adapter is wanted; a merge names BASE first" if _has_weights(folder) else ""
         raise AbsentError(f"{printable(folder)}: it holds no {TENSORS}: {told or folder_in_words(folder)}")
 
 

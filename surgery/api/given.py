@@ -76,7 +76,7 @@ def _refuse_adapter(path: Path) -> None:
     """InputError for a folder of an adapter, without a model beside, or the file of one."""
     alone = (path / TENSORS).is_file() and not (path / "config.json").exists()
     if path.name == TENSORS or (alone and (path / CONFIG).is_file()):
-        raise InputError(f"{printable(path)}: it is an adapter; a model is wanted; name BASE first, then its adapters")
+        raise InputError(f"{printable(path)}: it is an adapter; a model is wanted; a merge names BASE first")
 
 
 def weighted(adapters: Adapters, mha_out_proj_scale: int | None = None) -> list[Weighted]:

@@ -23,7 +23,7 @@ from surgery.cli.printing import hold_letters, say
 from surgery.cli.push import push
 from surgery.cli.unmerge import unmerge
 from surgery.cli.verify import verify
-from surgery.errors import EnvironmentFault, SurgeryError, UsageError, printable
+from surgery.errors import EnvironmentFault, SurgeryError, UsageError, printable, visible
 
 _EPILOG = (
     "Exit codes: 0 done, 2 usage, 3 input refused, 4 a check failed, 5 environment, 6 output exists or is busy, "
@@ -93,7 +93,7 @@ def _run(arguments: list[str]) -> Any:
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "surgery"
         raise UsageError(
-            f"{printable(error.format_message()).rstrip('.')}; `{command} --help` says what is wanted"
+            f"{visible(error.format_message().rstrip('.'))}; `{command} --help` says what is wanted"
         ) from error
 
 

@@ -93,10 +93,23 @@ def test_a_path_to_something_else_is_told_as_what_it_is(
         assert not (tmp_path / "out").exists()
 
 
+def test_all_values_that_an_option_takes_are_told(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    found = run("merge", str(base), str(adapter), str(tmp_path / "out"), "--into", "nothing")
+    assert (found.code, found.err.count("\n")) == (2, 1)
+    assert "'torchao-fp8'; `surgery merge --help`" in found.err
+
+
 # What a folder that is one thing is not.
 OTHERS: Mapping[str, tuple[str, str]] = {
-    "a model for an adapter": ("merge BASE BASE OUT", "it looks like a model; name BASE first, then its adapters"),
-    "an adapter for a model": ("merge ADAPTER ADAPTER OUT", "it is an adapter; a model is wanted; name BASE first"),
+    "a model for an adapter": (
+        "merge BASE BASE OUT",
+        "it looks like a model; an adapter is wanted; a merge names BASE first",
+    ),
+    "a model to combine": ("combine ADAPTER BASE OUT", "it looks like a model; an adapter is wanted"),
+    "an adapter for a model": (
+        "merge ADAPTER ADAPTER OUT",
+        "it is an adapter; a model is wanted; a merge names BASE first",
+    ),
     "an adapter for a merge": ("verify BASE ADAPTER ADAPTER", "it is an adapter; a model is wanted"),
     "an adapter to compare": ("diff BASE ADAPTER", "it is an adapter; a model is wanted"),
     "an adapter for a tuned model": ("extract BASE ADAPTER OUT --rank 1", "it is an adapter; a model is wanted"),

@@ -169,6 +169,15 @@ def test_a_changed_bit_of_an_untouched_tensor_is_different(base: Path, adapter: 
     assert _graded(surgery.verify_checkpoint(base, adapter, merged)) == _wanted("bits", **{name: "different"})
 
 
+def test_no_error_is_told_of_what_differs_by_its_bytes_alone(base: Path, adapter: Path, merged: Path) -> None:
+    graded = surgery.verify_checkpoint(base, adapter, merged).tensors
+    name = next(name for name, one in graded.items() if one.grade == "untouched")
+    rewrite(merged / "model.safetensors", {name: read_tensors(merged)[name] + 1})
+    report = surgery.verify_checkpoint(base, adapter, merged)
+    assert report.tensors[name].to_json()["max_abs_error"] is None
+    assert next(case.cells[0] for case in report.cases() if case.name == name) == ""
+
+
 def test_a_merge_with_another_scaling_is_different(base: Path, adapter: Path, tmp_path: Path) -> None:
     theirs = _like_peft(base, tmp_path / "theirs", scaling=SCALING * 1.1)
     assert _graded(surgery.verify_checkpoint(base, adapter, theirs)) == _wanted("different")

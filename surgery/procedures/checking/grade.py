@@ -45,9 +45,14 @@ class Grade(NamedTuple):
             survival=reduce(Survival.plus, survived) if survived else None,
         )
 
+    @property
+    def is_measured(self) -> bool:
+        """False for what differs by its bytes or header alone: no error of it was taken."""
+        return self.grade != "different" or self.max_abs_error != 0.0
+
     def to_json(self) -> dict[str, Any]:
-        """Its fields; an error that is no number is null, for JSON has no NaN."""
-        error = self.max_abs_error if math.isfinite(self.max_abs_error) else None
+        """Its fields; an error that is no number, or was not measured, is null: JSON has no NaN."""
+        error = self.max_abs_error if self.is_measured and math.isfinite(self.max_abs_error) else None
         survived = {} if self.survival is None else self.survival.to_json()
         return {"grade": self.grade, "max_abs_error": error, "why": self.why, **survived}
 

@@ -76,7 +76,8 @@ class VerifyReport(CaseReport):
         """The tensors, of which those are listed that are not as good as can be; then the outputs."""
         for name, one in self.tensors.items():
             failure = (one.why or one.grade) if one.grade == "different" else ""
-            yield Case(name, one.grade, (f"{one.max_abs_error:.3g}", one.why), one.grade in _LISTED, failure)
+            error = f"{one.max_abs_error:.3g}" if one.is_measured else ""
+            yield Case(name, one.grade, (error, one.why), one.grade in _LISTED, failure)
         for output in () if self.outputs is None else self.outputs.outputs:
             error = f"{output.found.error:.3g} of the largest"
             name, verdict = f"output {output.name}", _verdict(output.ok)
