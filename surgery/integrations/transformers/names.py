@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from surgery.core.name_map import USUAL, NameMap, Stack
-from surgery.errors import FormatError
+from surgery.errors import FormatError, InputError
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.integrations.transformers.bare_model import bare_model
 from surgery.procedures.places.op_choice import families
@@ -61,7 +61,7 @@ def ties_in_memory(base: Checkpoint) -> Mapping[str, str]:
     """The tensors that are others' in memory, such as an output head, with what they are tied to; none if unknown."""
     try:
         model = bare_model(base)
-    except FormatError:  # what called for it tells of names
+    except InputError:  # it is for ties alone, and a class that transformers does not export has none to tell
         return {}
     return getattr(model, "all_tied_weights_keys", None) or {}
 
