@@ -12,7 +12,10 @@ from surgery.procedures.places.tying import architecture
 
 
 def bare_model(base: Checkpoint) -> Any:
-    """None where transformers is not there, or knows no such model. FormatError for a config that it cannot read."""
+    """None where transformers is not there, or knows no such model.
+
+    FormatError for a config that it cannot read, InputError for a class that it does not export.
+    """
     try:
         transformers: Any = import_module("transformers")
     except ImportError:

@@ -61,7 +61,7 @@ def ties_in_memory(base: Checkpoint) -> Mapping[str, str]:
     """The tensors that are others' in memory, such as an output head, with what they are tied to; none if unknown."""
     try:
         model = bare_model(base)
-    except InputError:  # it is for ties alone, and a class that transformers does not export has none to tell
+    except InputError:  # what else calls for the model tells of its config, or of a class that is not exported
         return {}
     return getattr(model, "all_tied_weights_keys", None) or {}
 

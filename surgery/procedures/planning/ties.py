@@ -3,7 +3,7 @@
 Told what the adapters make of each, these functions return what that comes to; they change nothing.
 """
 
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -108,30 +108,18 @@ def hidden_ties(
         if not embeds or info is None or _of_rows(change):
             continue
         if ties_head(base, info):
-            found.append(
-                MatchError(
-                    f"{printable(name)}: the output head, which the base does not hold, may be tied to it; "
-                    "save the base with tie_word_embeddings=false first"
-                )
-            )
+            found.append(_head_unknown(name))
         elif not _all_follow(change, name in resized, shared):
             others = _followers(base, name)
-            if any(other not in changes for other in others):
-                told = ", ".join(map(printable, others))
-                found.append(
-                    MatchError(
-                        f"{printable(name)}: {told} are tied to it, and only it is adapted; save the base with them "
-                        "apart first"
-                    )
-                )
+            found += [] if all(other in changes for other in others) else [_followed(name, others)]
     return found
 
 
 def _all_follow(change: Change, resized: bool, shared: Set[int]) -> bool:
-    """Does it become what all modules that share it become? Rows that are replaced are the same in all."""
-    return (
-        {one.adapter for one in change.layers if not one.method.replaced_rows} <= shared if change.layers else resized
-    )
+    """Does it become what all modules that share it become?"""
+    if not change.layers:
+        return resized
+    return {one.adapter for one in change.layers if not one.method.replaced_rows} <= shared  # PEFT replaces rows in all
 
 
 def _followers(base: Checkpoint, name: str) -> list[str]:
@@ -146,7 +134,7 @@ def _follows(pair: Tied) -> bool:
     e = pair.embedding
     if e is None or not e.layers:
         return e is None or pair.resized or pair.head is not None  # the base's, grown, or replaced alike
-    return _all_follow(e, pair.resized, pair.shared) or _of_rows(e)  # as PEFT has it, the rows of both change
+    return _all_follow(e, pair.resized, pair.shared)
 
 
 def _apart(pair: Tied, h: Change | None) -> Change:
@@ -179,6 +167,20 @@ def _one_alone(tying: Tying, e: Change | None, h: Change | None) -> MatchError:
         return MatchError(f"{head}: it is tied to {embedding}, and the adapters make another tensor of each; {step}")
     one, other = (embedding, head) if h is None else (head, embedding)
     return MatchError(f"{one}: it is tied to {other}, and only it is adapted; {step}")
+
+
+def _head_unknown(name: str) -> MatchError:
+    return MatchError(
+        f"{printable(name)}: the output head, which the base does not hold, may be tied to it; "
+        "save the base with tie_word_embeddings=false first"
+    )
+
+
+def _followed(name: str, others: Sequence[str]) -> MatchError:
+    told = ", ".join(map(printable, others))
+    return MatchError(
+        f"{printable(name)}: {told} are tied to it, and only it is adapted; save the base with them apart first"
+    )
 
 
 def _no_head(tying: Tying) -> MatchError:
