@@ -30,7 +30,7 @@ def main() -> None:
     torch.manual_seed(0)
     base = model_folder()
     model = BertForSequenceClassification.from_pretrained(base, num_labels=2)
-    config = surgery.Ia3Config(
+    config = surgery.IA3Config(
         target_modules=["key", "value", "output.dense"],
         feedforward_modules=["output.dense"],  # these have their inputs scaled, the others their outputs
         task_type="SEQ_CLS",

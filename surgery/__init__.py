@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers import AdapterTrainer
     from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora_config import AdaLoraConfig
-    from surgery.methods.ia3 import Ia3Config
+    from surgery.methods.ia3 import IA3Config
     from surgery.methods.lora_config import LoraConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
@@ -75,7 +75,7 @@ _HOMES = {
     "ExportReport": "procedures.exports.export",
     "ExtractReport": "procedures.making.extract",
     "FormatError": "errors",
-    "Ia3Config": "methods.ia3",
+    "IA3Config": "methods.ia3",
     "InputError": "errors",
     "Inspection": "procedures.checking.inspect",
     "LoraConfig": "methods.lora_config",
@@ -127,7 +127,7 @@ __all__ = [
     "ExportReport",
     "ExtractReport",
     "FormatError",
-    "Ia3Config",
+    "IA3Config",
     "InputError",
     "Inspection",
     "LoraConfig",
@@ -177,8 +177,7 @@ _OF_PEFT = {
     "AutoPeftModel": "surgery.load_model(path)",
     "AutoPeftModelForCausalLM": "surgery.load_model(path)",
     "AutoPeftModelForSequenceClassification": "surgery.load_model(path)",
-    "IA3Config": "surgery.Ia3Config",
-    "PeftConfig": "surgery.LoraConfig, surgery.Ia3Config or surgery.AdaLoraConfig",
+    "PeftConfig": "surgery.LoraConfig, surgery.IA3Config or surgery.AdaLoraConfig",
     "PeftModel": "surgery.load(model, path)",
     "PeftModelForCausalLM": "surgery.load(model, path)",
     "get_peft_model": "surgery.inject(model, config)",

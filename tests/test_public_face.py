@@ -19,7 +19,7 @@ def test_all_is_sorted_and_every_name_is_there_and_documented() -> None:
 
 
 def test_help_of_a_config_shows_its_own_fields() -> None:
-    assert list(signature(surgery.Ia3Config).parameters)[-2:] == ["fan_in_fan_out", "init_ia3_weights"]
+    assert list(signature(surgery.IA3Config).parameters)[-2:] == ["fan_in_fan_out", "init_ia3_weights"]
     assert signature(surgery.LoraConfig).parameters["lora_alpha"].default == 8
     assert "lora_alpha: float = 8" in render_doc(surgery.LoraConfig, renderer=plaintext).split("Method resolution")[0]
 

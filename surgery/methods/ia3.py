@@ -23,13 +23,13 @@ from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ia3Config(AdapterConfig):
+class IA3Config(AdapterConfig):
     """(IA)^3's settings, named as in PEFT: `feedforward_modules` has its inputs scaled, all else its outputs.
 
     It lists ends of names, globs and expressions after `re:`, or is one pattern; [] where there are none. Each module
     has a factor for each of its inputs, or of its outputs. https://arxiv.org/abs/2205.05638
 
-    >>> config = Ia3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    >>> config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     >>> [config.method(name).feedforward for name in ("0.k_proj", "0.down_proj")]
     [False, True]
     """

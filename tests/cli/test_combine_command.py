@@ -128,7 +128,7 @@ def test_adapters_that_contradict_each_other_are_code_3(
 
 def test_another_type_of_adapter_is_refused_by_name(run: Run, tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    surgery.save(surgery.inject(model, surgery.Ia3Config(target_modules=["0"], feedforward_modules=[])), tmp_path / "a")
+    surgery.save(surgery.inject(model, surgery.IA3Config(target_modules=["0"], feedforward_modules=[])), tmp_path / "a")
     assert "peft_type is IA3; combine takes LORA" in told(run("combine", tmp_path / "a", tmp_path / "out"), 3)
 
 

@@ -48,7 +48,7 @@ def test_inspect_names_each_kind_of_module_once_and_only_some_of_many(tmp_path: 
     ("config", "told"),
     [
         (surgery.LoraConfig(r=2, target_modules=["0"], use_dora=True), "DoRA; r 2; lora_alpha 8; target_modules 0; "),
-        (surgery.Ia3Config(target_modules=["0"], feedforward_modules=[]), "IA3; target_modules 0; "),
+        (surgery.IA3Config(target_modules=["0"], feedforward_modules=[]), "IA3; target_modules 0; "),
         (
             surgery.AdaLoraConfig(init_r=3, target_r=2, target_modules=["0"], total_step=9),
             "AdaLoRA; r 3; lora_alpha 8; target_modules 0; ",

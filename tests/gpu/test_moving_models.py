@@ -37,7 +37,7 @@ CONFIGS: dict[str, Any] = {
     "tokens and a head": surgery.LoraConfig(
         r=4, trainable_token_indices={"rows": [3, 7]}, modules_to_save=["head"], target_modules=["up"]
     ),
-    "ia3": surgery.Ia3Config(feedforward_modules=["up"], target_modules=["turned", "up", "conv"]),
+    "ia3": surgery.IA3Config(feedforward_modules=["up"], target_modules=["turned", "up", "conv"]),
     "adalora": surgery.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["turned", "up"]),
 }
 each_config = pytest.mark.parametrize("name", CONFIGS)

@@ -24,7 +24,7 @@ CONFIGS: dict[str, Any] = {
     "lora": surgery.LoraConfig(r=4, lora_alpha=8, **TARGETS),
     "dropout": surgery.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.25, **TARGETS),
     "dora": surgery.LoraConfig(r=4, use_dora=True, **TARGETS),
-    "ia3": surgery.Ia3Config(feedforward_modules=["down_proj"], **TARGETS),
+    "ia3": surgery.IA3Config(feedforward_modules=["down_proj"], **TARGETS),
     "adalora": surgery.AdaLoraConfig(init_r=4, target_r=2, total_step=9, **TARGETS),
 }
 each_config = pytest.mark.parametrize("name", CONFIGS)

@@ -166,7 +166,7 @@ def test_all_patterns_of_a_config_share_one_second() -> None:
 
 
 def test_a_pattern_of_feedforward_modules_has_one_second_for_all_names() -> None:
-    config = surgery.Ia3Config(target_modules=["0"], feedforward_modules="(a|aa)+$")
+    config = surgery.IA3Config(target_modules=["0"], feedforward_modules="(a|aa)+$")
     with within(2), pytest.raises(ConfigError, match="more than 1 s"):
         [config.method(f"{LONG}{i}!") for i in range(10_000)]
 
@@ -203,7 +203,7 @@ def test_a_flag_in_the_middle_is_refused() -> None:
 def test_a_config_with_patterns_is_copied_pickled_and_compared_as_before() -> None:
     config = surgery.LoraConfig(target_modules=["0"], rank_pattern={"a.*": 4}, alpha_pattern={"b": 2.0})
     assert config.method("a.0").tensors is not None
-    told = surgery.Ia3Config(target_modules=["0"], feedforward_modules="(a|b).*")
+    told = surgery.IA3Config(target_modules=["0"], feedforward_modules="(a|b).*")
     assert told.method("a.0").feedforward
     assert told == copy.deepcopy(told) == pickle.loads(pickle.dumps(told)) == replace(told)
     for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), replace(config)):

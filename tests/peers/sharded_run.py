@@ -26,7 +26,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "lora": lambda: surgery.LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, **BOTH),
     "dora": lambda: surgery.LoraConfig(r=3, use_dora=True, init_lora_weights=False, **BOTH),
     "lora_bias": lambda: surgery.LoraConfig(r=3, lora_bias=True, init_lora_weights=False, **BOTH),
-    "ia3": lambda: surgery.Ia3Config(feedforward_modules=["2"], init_ia3_weights=False, **BOTH),
+    "ia3": lambda: surgery.IA3Config(feedforward_modules=["2"], init_ia3_weights=False, **BOTH),
     "adalora": lambda: surgery.AdaLoraConfig(init_r=3, target_r=2, total_step=9, **BOTH),
 }
 ALLOTTING = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 9}

@@ -195,7 +195,7 @@ def test_what_an_attention_layer_cannot_bear_is_refused_by_name(tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"attn: lora_dropout is 0\.1"):
         surgery.inject(made(), surgery.LoraConfig(target_modules=["attn"], lora_dropout=0.1))
     with pytest.raises(MatchError, match="attn: an attention"):
-        surgery.inject(made(), surgery.Ia3Config(target_modules=["attn"], feedforward_modules=[]))
+        surgery.inject(made(), surgery.IA3Config(target_modules=["attn"], feedforward_modules=[]))
     by_peft(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(config | {"peft_version": "0.22.0"}))

@@ -211,7 +211,7 @@ def test_ia3_over_conv1d_is_refused_by_name_as_in_peft() -> None:
     with pytest.raises(ValueError, match="Conv1d"):
         peft.get_peft_model(made("sounds"), peft.IA3Config(**fields))
     with pytest.raises(MatchError, match="2: a Conv1d"):
-        surgery.inject(made("sounds"), surgery.Ia3Config(**fields))
+        surgery.inject(made("sounds"), surgery.IA3Config(**fields))
 
 
 def test_all_linear_leaves_convolutions_out_as_in_peft() -> None:

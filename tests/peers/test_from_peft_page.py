@@ -53,7 +53,7 @@ def test_both_calls_of_each_row_give_the_same_outputs(
     assert surgery.load(AutoModelForCausalLM.from_pretrained("base"), "out").active_adapters() == ["default"]
 
 
-@pytest.mark.parametrize("name", ["get_peft_model", "PeftModel", "IA3Config"])
+@pytest.mark.parametrize("name", ["get_peft_model", "PeftModel", "PeftConfig"])
 def test_a_name_of_peft_is_told_what_it_is_here(name: str) -> None:
     with pytest.raises(AttributeError, match=r"what peft has so is here surgery\."):
         getattr(surgery, name)

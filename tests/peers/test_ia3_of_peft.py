@@ -102,8 +102,8 @@ def test_gradients_are_those_of_peft_to_the_bit(case: str, dtype: torch.dtype, t
 def test_every_field_that_peft_writes_is_read_and_written_again(tmp_path: Path) -> None:
     peft.IA3Config().save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert surgery.Ia3Config().to_json() == written
-    assert surgery.Ia3Config.from_json(written) == surgery.Ia3Config()
+    assert surgery.IA3Config().to_json() == written
+    assert surgery.IA3Config.from_json(written) == surgery.IA3Config()
 
 
 @pytest.mark.parametrize("entry", ["down_proj", "proj"])
@@ -114,7 +114,7 @@ def test_a_list_of_feedforward_modules_names_ends_of_names_as_in_peft(entry: str
     theirs = peft.get_peft_model(made("llama"), peft.IA3Config(**fields))
     wanted = {name.removeprefix("base_model.model."): v.shape for name, v in theirs.named_parameters() if "ia3" in name}
     ours = surgery.inject(
-        made("llama"), surgery.Ia3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=[entry])
+        made("llama"), surgery.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=[entry])
     )
     assert {name: v.shape for name, v in ours.named_parameters() if "ia3" in name} == wanted
 

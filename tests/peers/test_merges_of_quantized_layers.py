@@ -20,7 +20,7 @@ TOKENS = torch.arange(24).reshape(2, 12)
 METHODS: dict[str, Any] = {
     "lora": surgery.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"]),
     "dora": surgery.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True),
-    "ia3": surgery.Ia3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ia3": surgery.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "adalora": surgery.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"]),
 }
 # By name: the kind, the dtype of the model, and that of what 4 bits compute in.

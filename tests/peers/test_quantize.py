@@ -192,7 +192,7 @@ def test_a_checkpoint_that_is_quantized_already_is_not_quantized_again(base: Pat
 METHODS: dict[str, Any] = {
     "lora": surgery.LoraConfig(r=4, lora_alpha=6, target_modules=["0"]),
     "dora": surgery.LoraConfig(r=4, target_modules=["0"], use_dora=True),
-    "ia3": surgery.Ia3Config(target_modules=["0"], feedforward_modules=[]),
+    "ia3": surgery.IA3Config(target_modules=["0"], feedforward_modules=[]),
 }
 each_method = pytest.mark.parametrize("method", METHODS)
 

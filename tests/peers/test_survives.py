@@ -14,7 +14,7 @@ TARGETS = {"target_modules": ["0", "2"]}
 KINDS: dict[str, Any] = {
     "lora": lambda: surgery.LoraConfig(r=2, init_lora_weights=False, **TARGETS),
     "dora": lambda: surgery.LoraConfig(r=2, init_lora_weights=False, use_dora=True, **TARGETS),
-    "ia3": lambda: surgery.Ia3Config(init_ia3_weights=False, feedforward_modules=["2"], **TARGETS),
+    "ia3": lambda: surgery.IA3Config(init_ia3_weights=False, feedforward_modules=["2"], **TARGETS),
     "adalora": lambda: surgery.AdaLoraConfig(init_r=2, target_r=1, total_step=9, init_lora_weights=False, **TARGETS),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)

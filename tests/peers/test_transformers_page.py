@@ -94,7 +94,7 @@ def test_the_first_example_names_no_modules_and_its_task_by_its_class(base: Path
     assert {one.peft_type for one in model.peft_config.values()} == {"LORA"}
 
 
-CLASSES = {"LORA": surgery.LoraConfig, "IA3": surgery.Ia3Config, "ADALORA": surgery.AdaLoraConfig}
+CLASSES = {"LORA": surgery.LoraConfig, "IA3": surgery.IA3Config, "ADALORA": surgery.AdaLoraConfig}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)),

@@ -77,12 +77,12 @@ def test_small_tiles_and_many_workers_give_the_same_bytes(
 
 
 DORA = surgery.LoraConfig(r=2, target_modules=["0"], use_dora=True)
-IA3 = surgery.Ia3Config(target_modules=["0"], feedforward_modules=[])
+IA3 = surgery.IA3Config(target_modules=["0"], feedforward_modules=[])
 
 
 @pytest.mark.parametrize(("config", "weight", "named"), [(DORA, 1.0, "DoRA"), (IA3, 0.5, "at another weight than 1")])
 def test_a_merge_that_peft_has_not_or_that_is_not_known_to_the_bit_is_refused_by_name(
-    config: surgery.LoraConfig | surgery.Ia3Config, weight: float, named: str, tmp_path: Path
+    config: surgery.LoraConfig | surgery.IA3Config, weight: float, named: str, tmp_path: Path
 ) -> None:
     model = surgery.inject(nn.Sequential(nn.Linear(6, 6)), config)
     held = model[0].base_layer.weight

@@ -36,7 +36,7 @@ class Net(nn.Module):
 LORA = surgery.LoraConfig(
     r=4, lora_alpha=8, target_modules=["stem", "point", "line", "volume", "head"], init_lora_weights=False
 )
-IA3 = surgery.Ia3Config(
+IA3 = surgery.IA3Config(
     target_modules=["stem", "point", "groups", "volume"],
     feedforward_modules=["point", "groups"],
     init_ia3_weights=False,
@@ -49,7 +49,7 @@ def made(dtype: torch.dtype = torch.float32) -> nn.Module:
     return Net().to(dtype).eval()
 
 
-def adapted(model: nn.Module, configs: list[surgery.LoraConfig | surgery.Ia3Config]) -> nn.Module:
+def adapted(model: nn.Module, configs: list[surgery.LoraConfig | surgery.IA3Config]) -> nn.Module:
     torch.manual_seed(1)
     names = [f"a{index}" for index in range(len(configs))]
     for name, config in zip(names, configs, strict=True):
@@ -64,12 +64,12 @@ def image(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.fixture(params=CONFIGS)
-def configs(request: pytest.FixtureRequest) -> list[surgery.LoraConfig | surgery.Ia3Config]:
+def configs(request: pytest.FixtureRequest) -> list[surgery.LoraConfig | surgery.IA3Config]:
     return CONFIGS[request.param]
 
 
 def test_the_adapted_model_of_whole_numbers_computes_as_the_merged_one_to_the_bit(
-    configs: list[surgery.LoraConfig | surgery.Ia3Config],
+    configs: list[surgery.LoraConfig | surgery.IA3Config],
 ) -> None:
     model, x = made(torch.float64), image(torch.float64).round()
     ours = adapted(model, configs)
@@ -87,7 +87,7 @@ def test_the_adapted_model_of_whole_numbers_computes_as_the_merged_one_to_the_bi
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_live_merge_is_that_on_files_to_the_bit_and_both_are_undone(
-    configs: list[surgery.LoraConfig | surgery.Ia3Config],
+    configs: list[surgery.LoraConfig | surgery.IA3Config],
     dtype: torch.dtype,
     memory_format: torch.memory_format,
     tmp_path: Path,
@@ -113,7 +113,7 @@ def test_a_live_merge_is_that_on_files_to_the_bit_and_both_are_undone(
 
 
 def test_the_effective_weight_and_bias_are_those_of_the_merge_and_carry_gradients(
-    configs: list[surgery.LoraConfig | surgery.Ia3Config],
+    configs: list[surgery.LoraConfig | surgery.IA3Config],
 ) -> None:
     ours = adapted(made(torch.float64), configs)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import surgery
-from surgery import Ia3Config, LoraConfig, MatchError, ValueRangeError
+from surgery import IA3Config, LoraConfig, MatchError, ValueRangeError
 from surgery.adapters.peft import read_adapter
 from surgery.core.adapter import Weighted
 from surgery.core.source import TILE_ELEMENTS
@@ -185,7 +185,7 @@ def test_adapters_apply_in_their_order_live_and_streaming_and_come_back(
 
 
 def test_it_scales_what_ia3_made_of_the_base(x: Tensor, tmp_path: Path) -> None:
-    ia3 = Ia3Config(target_modules=["up", "down"], feedforward_modules=["down"])
+    ia3 = IA3Config(target_modules=["up", "down"], feedforward_modules=["down"])
     paths = [adapter(tmp_path / "ia3", ia3), adapter(tmp_path / "dora")]
     base = write_base(tmp_path / "base", net().state_dict())
     model = surgery.load(surgery.load(net(), paths[0], adapter_name="a"), paths[1], adapter_name="b")

@@ -60,7 +60,7 @@ def test_every_method_that_adds_a_product_has_slots(tmp_path: Path) -> None:
     ("config", "told"),
     [
         (surgery.LoraConfig(r=2, target_modules=["1"], use_dora=True), "1: adapter 'default' is DoRA there"),
-        (surgery.Ia3Config(target_modules=["1"], feedforward_modules=[]), "1: adapter 'default' is IA3"),
+        (surgery.IA3Config(target_modules=["1"], feedforward_modules=[]), "1: adapter 'default' is IA3"),
         (surgery.LoraConfig(r=2, target_modules=["0"]), "0: its op is embedding"),
         (surgery.LoraConfig(r=2, target_modules=["1"], modules_to_save=["3"]), "3: a module of modules_to_save"),
     ],

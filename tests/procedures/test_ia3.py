@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import surgery
-from surgery import ConfigError, FormatError, Ia3Config, LoraConfig, MatchError, ValueRangeError
+from surgery import ConfigError, FormatError, IA3Config, LoraConfig, MatchError, ValueRangeError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = {"target_modules": ["up", "down"], "feedforward_modules": ["down"]}
@@ -60,7 +60,7 @@ def x() -> Tensor:
 def test_a_live_merge_changes_weights_and_biases_and_unmerge_gives_them_back(
     dtype: torch.dtype, undo: str, x: Tensor
 ) -> None:
-    model = moved(surgery.inject(net(dtype), Ia3Config(**TARGETS)), [0.0, -0.0, -1.0, 1.0])
+    model = moved(surgery.inject(net(dtype), IA3Config(**TARGETS)), [0.0, -0.0, -1.0, 1.0])
     before, out = tensor_hashes(model.state_dict()), model(x.to(dtype)).detach()
     surgery.merge(model, undo=undo)
     after = tensor_hashes(model.state_dict())
@@ -77,7 +77,7 @@ def test_a_live_merge_changes_weights_and_biases_and_unmerge_gives_them_back(
 @each_dtype
 def test_the_merge_is_the_product_in_float64_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", net(dtype).state_dict())
-    path = without_print(adapter(tmp_path / "adapter", Ia3Config(**TARGETS)))
+    path = without_print(adapter(tmp_path / "adapter", IA3Config(**TARGETS)))
     surgery.merge_checkpoint(base, path, tmp_path / "out")
     tensors, found = read_tensors(base), read_tensors(tmp_path / "out")
     factors = load_file(path / "adapter_model.safetensors")
@@ -95,9 +95,9 @@ def test_adapters_apply_in_their_order_live_and_streaming_and_come_back(
     dtype: torch.dtype, order: tuple[str, ...], tmp_path: Path
 ) -> None:
     configs = {
-        "ia3": Ia3Config(**TARGETS),
+        "ia3": IA3Config(**TARGETS),
         "lora": LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False),
-        "other": Ia3Config(target_modules=["up", "down"], feedforward_modules=["up"]),
+        "other": IA3Config(target_modules=["up", "down"], feedforward_modules=["up"]),
     }
     base = write_base(tmp_path / "base", net(dtype).state_dict())
     paths = [without_print(adapter(tmp_path / name, configs[name], [-1.5])) for name in order]
@@ -133,7 +133,7 @@ def test_factors_of_zero_and_below_come_back_from_any_dtype_at_any_weight(
     dtype: torch.dtype, cast: str | None, weight: float, tmp_path: Path
 ) -> None:
     base = write_base(tmp_path / "base", net(dtype).state_dict(), shards=3)
-    path = without_print(adapter(tmp_path / "adapter", Ia3Config(**TARGETS), [0.0, -0.0, -2.0, 1.0]))
+    path = without_print(adapter(tmp_path / "adapter", IA3Config(**TARGETS), [0.0, -0.0, -2.0, 1.0]))
     surgery.merge_checkpoint(base, [(path, weight)], tmp_path / "out", reversible=True, dtype=cast)
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert file_hashes(tmp_path / "back") == file_hashes(base)
@@ -142,7 +142,7 @@ def test_factors_of_zero_and_below_come_back_from_any_dtype_at_any_weight(
 
 def test_a_weight_goes_so_much_of_the_way_from_base_to_merge(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", net(torch.float64).state_dict())
-    path = without_print(adapter(tmp_path / "adapter", Ia3Config(**TARGETS)))
+    path = without_print(adapter(tmp_path / "adapter", IA3Config(**TARGETS)))
     outs = {}
     for weight in (0.0, 0.5, 1.0, 2.0):
         surgery.merge_checkpoint(base, [(path, weight)], tmp_path / str(weight))
@@ -158,7 +158,7 @@ def test_a_weight_goes_so_much_of_the_way_from_base_to_merge(tmp_path: Path) -> 
 
 def test_plan_and_receipt_name_the_biases(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", net().state_dict())
-    path = adapter(tmp_path / "adapter", Ia3Config(**TARGETS))
+    path = adapter(tmp_path / "adapter", IA3Config(**TARGETS))
     plan = surgery.plan(base, path)
     told = {one["tensor"]: one for one in plan.to_json()["changes"]}
     assert told.keys() == CHANGED
@@ -172,7 +172,7 @@ def test_plan_and_receipt_name_the_biases(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["0.up.bias", "1.down.weight"])
 def test_one_element_that_is_off_is_different(name: str, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", net().state_dict())
-    path = adapter(tmp_path / "adapter", Ia3Config(**TARGETS))
+    path = adapter(tmp_path / "adapter", IA3Config(**TARGETS))
     surgery.merge_checkpoint(base, path, tmp_path / "out")
     tensors = read_tensors(tmp_path / "out")
     tensors[name].view(-1)[1] *= 1 + 4 * torch.finfo(torch.float32).eps
@@ -183,7 +183,7 @@ def test_one_element_that_is_off_is_different(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_factors_that_are_no_numbers_are_refused_and_nothing_changes(bad: float, tmp_path: Path) -> None:
-    model = moved(surgery.inject(net(), Ia3Config(**TARGETS)))
+    model = moved(surgery.inject(net(), IA3Config(**TARGETS)))
     with torch.no_grad():
         model[1].up.fitted["default"].params["l"][2].fill_(bad)
     surgery.save(model, tmp_path / "adapter")
@@ -200,23 +200,23 @@ def test_factors_that_are_no_numbers_are_refused_and_nothing_changes(bad: float,
 def test_a_bias_that_another_module_holds_is_not_merged() -> None:
     model = net()
     model[1].up.bias = model[0].up.bias
-    surgery.inject(model, Ia3Config(target_modules=["0.up"], feedforward_modules=[]))
+    surgery.inject(model, IA3Config(target_modules=["0.up"], feedforward_modules=[]))
     with pytest.raises(MatchError, match=r"0\.up: its bias is tied to 1\.up"):
         surgery.merge(moved(model))
     surgery.eject(model)
-    surgery.merge(moved(surgery.inject(model, Ia3Config(target_modules=["0.up"], feedforward_modules=["0.up"]))))
+    surgery.merge(moved(surgery.inject(model, IA3Config(target_modules=["0.up"], feedforward_modules=["0.up"]))))
 
 
 def test_feedforward_modules_are_named_and_each_is_met(tmp_path: Path) -> None:
     with pytest.raises(MatchError, match="feedforward_modules: nothing matches 'dwon'"):
-        surgery.inject(net(), Ia3Config(target_modules=["up", "down"], feedforward_modules=["down", "dwon"]))
+        surgery.inject(net(), IA3Config(target_modules=["up", "down"], feedforward_modules=["down", "dwon"]))
     with pytest.raises(MatchError, match="feedforward_modules: nothing matches"):
-        surgery.inject(net(), Ia3Config(target_modules=["up"], feedforward_modules=r".*down"))
+        surgery.inject(net(), IA3Config(target_modules=["up"], feedforward_modules=r".*down"))
     with pytest.raises(ConfigError, match="feedforward_modules is not given"):
-        surgery.inject(net(), Ia3Config(target_modules=["up"]))
+        surgery.inject(net(), IA3Config(target_modules=["up"]))
     with pytest.raises(ConfigError, match="feedforward_modules"):
-        Ia3Config(target_modules=["up"], feedforward_modules="(")
-    path = adapter(tmp_path / "adapter", Ia3Config(**TARGETS))
+        IA3Config(target_modules=["up"], feedforward_modules="(")
+    path = adapter(tmp_path / "adapter", IA3Config(**TARGETS))
     told = json.loads((path / "adapter_config.json").read_text())
     assert told["feedforward_modules"] == ["0.down", "1.down"]
     (path / "adapter_config.json").write_text(json.dumps(told | {"feedforward_modules": None}))
@@ -226,7 +226,7 @@ def test_feedforward_modules_are_named_and_each_is_met(tmp_path: Path) -> None:
 
 def test_a_name_that_ends_another_is_saved_as_what_it_is(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "xa": nn.Linear(3, 3)})
-    surgery.inject(model, Ia3Config(target_modules=["a", "xa"], feedforward_modules="a"))
+    surgery.inject(model, IA3Config(target_modules=["a", "xa"], feedforward_modules="a"))
     surgery.save(moved(model), tmp_path)
     told = json.loads((tmp_path / "adapter_config.json").read_text())
     assert told["feedforward_modules"] == "a"  # a list would hit both, in peft too
@@ -249,7 +249,7 @@ def test_feedforward_modules_may_be_globs_and_expressions(
     entries: str | list[str], wanted: list[str], tmp_path: Path
 ) -> None:
     targets = sorted({"0.up", "1.up", "0.down", "1.down"} - ({"1.up"} if "1.*" in entries else set()))
-    model = surgery.inject(net(), Ia3Config(target_modules=targets, feedforward_modules=entries))
+    model = surgery.inject(net(), IA3Config(target_modules=targets, feedforward_modules=entries))
     surgery.save(model, tmp_path)
     for one in (model, surgery.load(net(), tmp_path)):
         layers = {name: layer.fitted["default"] for name, layer in one.named_modules() if hasattr(layer, "fitted")}
@@ -259,18 +259,18 @@ def test_feedforward_modules_may_be_globs_and_expressions(
 def test_a_glob_of_feedforward_modules_that_meets_nothing_is_refused_and_a_whole_name_means_no_other() -> None:
     for entry in ("2.*", r"re:down"):
         with pytest.raises(MatchError, match="feedforward_modules: nothing matches"):
-            surgery.inject(net(), Ia3Config(target_modules=["up", "down"], feedforward_modules=["down", entry]))
+            surgery.inject(net(), IA3Config(target_modules=["up", "down"], feedforward_modules=["down", entry]))
     with pytest.raises(MatchError, match=r"feedforward_modules: nothing matches '\*\.up'"):
-        surgery.inject(net(), Ia3Config(target_modules=["down"], feedforward_modules=["down", "*.up"]))
+        surgery.inject(net(), IA3Config(target_modules=["down"], feedforward_modules=["down", "*.up"]))
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "xa": nn.Linear(3, 3)})
-    surgery.inject(model, Ia3Config(target_modules=["a", "xa"], feedforward_modules=["re:a"]))
+    surgery.inject(model, IA3Config(target_modules=["a", "xa"], feedforward_modules=["re:a"]))
     assert [model[name].fitted["default"].method.feedforward for name in ("a", "xa")] == [True, False]
 
 
 def test_an_embedding_is_refused_by_name_as_in_peft() -> None:
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 3))
     with pytest.raises(MatchError, match="0: an embedding"):
-        surgery.inject(model, Ia3Config(target_modules=["0", "1"], feedforward_modules=[]))
+        surgery.inject(model, IA3Config(target_modules=["0", "1"], feedforward_modules=[]))
     assert type(model[0]) is nn.Embedding
 
 
@@ -278,7 +278,7 @@ def test_an_embedding_is_refused_by_name_as_in_peft() -> None:
 def test_the_fast_path_of_a_transformer_layer_feels_the_factors(feedforward: list[str]) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
-    surgery.inject(layer, Ia3Config(target_modules=["linear1"], feedforward_modules=feedforward))
+    surgery.inject(layer, IA3Config(target_modules=["linear1"], feedforward_modules=feedforward))
     x = torch.randn(2, 5, 8)
     with torch.no_grad():
         plain = layer(x)
@@ -294,7 +294,7 @@ def test_the_fast_path_of_a_transformer_layer_feels_the_factors(feedforward: lis
 def test_an_undo_record_of_factors_costs_less_than_a_bit_a_parameter(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = write_base(tmp_path / "base", {"up.weight": torch.randn(256, 256).bfloat16()})
-    config = Ia3Config(target_modules=["up"], feedforward_modules=[]).to_json()
+    config = IA3Config(target_modules=["up"], feedforward_modules=[]).to_json()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     factors = {"base_model.model.up.ia3_l": 1 + torch.randn(256, 1) / 10}
@@ -308,7 +308,7 @@ def test_an_undo_record_of_factors_costs_less_than_a_bit_a_parameter(tmp_path: P
 def test_a_layout_that_one_factor_contradicts_is_not_taken_for_a_square_weight(tmp_path: Path) -> None:
     weights = {"up.weight": torch.randn(10, 6), "same.weight": torch.randn(6, 6)}
     base = write_base(tmp_path / "base", weights)
-    told = Ia3Config(target_modules=["up", "same"], feedforward_modules=[], fan_in_fan_out=True).to_json()
+    told = IA3Config(target_modules=["up", "same"], feedforward_modules=[], fan_in_fan_out=True).to_json()
     path = tmp_path / "adapter"
     path.mkdir()
     (path / "adapter_config.json").write_text(json.dumps(told))
@@ -324,7 +324,7 @@ def test_a_layout_that_one_factor_contradicts_is_not_taken_for_a_square_weight(t
 
 
 def test_training_moves_the_factors_and_nothing_else_and_what_is_saved_is_what_was_trained(tmp_path: Path) -> None:
-    model, x = surgery.inject(net(), Ia3Config(**TARGETS)), torch.randn(32, 6)
+    model, x = surgery.inject(net(), IA3Config(**TARGETS)), torch.randn(32, 6)
     before, goal = {name: values.clone() for name, values in model.state_dict().items()}, torch.randn(32, 6)
     assert torch.equal(model(x), net()(x))
     optimizer = torch.optim.AdamW([values for values in model.parameters() if values.requires_grad], lr=0.05)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import surgery
-from surgery import AdaLoraConfig, AdapterConfig, Ia3Config, LoraConfig, StateError, UsageError
+from surgery import AdaLoraConfig, AdapterConfig, IA3Config, LoraConfig, StateError, UsageError
 from surgery.methods import METHODS
 
 BASE = "__base__"
@@ -32,8 +32,8 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "lora": lambda r: LoraConfig(r=r, **PLAIN),
     "lora with a bias": lambda r: LoraConfig(r=r, lora_bias=True, **PLAIN),
     "dora": lambda r: LoraConfig(r=r, use_dora=True, **PLAIN),
-    "ia3": lambda _: Ia3Config(target_modules="0|2", feedforward_modules=[]),
-    "ia3 of inputs": lambda _: Ia3Config(target_modules="0|2", feedforward_modules="0|2"),
+    "ia3": lambda _: IA3Config(target_modules="0|2", feedforward_modules=[]),
+    "ia3 of inputs": lambda _: IA3Config(target_modules="0|2", feedforward_modules="0|2"),
     "adalora": lambda r: AdaLoraConfig(init_r=r, target_r=1, total_step=9, target_modules="0|2"),
 }
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")
@@ -108,7 +108,7 @@ def test_adapters_may_lie_over_different_layers_and_be_of_different_methods() ->
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     for name, targets in {"a": ["0"], "b": ["1", "2"]}.items():
         surgery.inject(net, LoraConfig(**PLAIN | {"r": 2, "target_modules": targets}), adapter_name=name)
-    surgery.inject(net, Ia3Config(target_modules=["0", "2"], feedforward_modules=["2"]), adapter_name="c")
+    surgery.inject(net, IA3Config(target_modules=["0", "2"], feedforward_modules=["2"]), adapter_name="c")
     x = inputs()
     assert torch.equal(mixed(whole_numbers(net), x, NAMES), each_alone(net, x, NAMES))
 

@@ -381,7 +381,7 @@ def ia3() -> tuple[dict[str, Tensor], dict[str, object]]:
         f"{site}.ia3_l": torch.linspace(0.5, 2, SHAPES[site.rpartition(".")[2]][0]).unsqueeze(1) for site in SITES[:3]
     }
     fields = {"target_modules": ["q_proj", "up_proj"], "feedforward_modules": []}
-    return scales, {"config": surgery.Ia3Config(**fields)}
+    return scales, {"config": surgery.IA3Config(**fields)}
 
 
 @pytest.mark.parametrize("method", [dora, ia3])

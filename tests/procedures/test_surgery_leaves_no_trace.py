@@ -69,7 +69,7 @@ def ia3(draw: st.DrawFn, chosen: list[str], first: set[str]) -> surgery.AdapterC
     """Modules are fed forward by the first of their paths."""
     pattern = "|".join(map(re.escape, chosen))
     fed = pattern if first.issuperset(chosen) and draw(st.booleans()) else []
-    return surgery.Ia3Config(target_modules=pattern, feedforward_modules=fed, init_ia3_weights=False)
+    return surgery.IA3Config(target_modules=pattern, feedforward_modules=fed, init_ia3_weights=False)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
