@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from surgery.methods.adalora_config import AdaLoraConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.lora_config import LoraConfig
+    from surgery.methods.vera import VeraConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
     from surgery.procedures.checking.verify_report import VerifyReport
@@ -91,6 +92,7 @@ _HOMES = {
     "UnmergeReport": "procedures.writing.unmerge_checkpoint",
     "UsageError": "errors",
     "ValueRangeError": "errors",
+    "VeraConfig": "methods.vera",
     "VerifyReport": "procedures.checking.verify_report",
     "adalora_step": "api.adalora",
     "combine": "api.made_adapters",
@@ -143,6 +145,7 @@ __all__ = [
     "UnmergeReport",
     "UsageError",
     "ValueRangeError",
+    "VeraConfig",
     "VerifyReport",
     "adalora_step",
     "combine",

@@ -1,7 +1,7 @@
 """PEFT's adapter folder: adapter_config.json and adapter_model.safetensors."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from surgery.adapters import out_proj
 from surgery.adapters.out_proj import Scale
-from surgery.adapters.sorting import PREFIX, Found, sorted_out
+from surgery.adapters.sorting import MODEL, PREFIX, Found, sorted_out
 from surgery.core.adapter import Adapter, shape_of
 from surgery.core.arithmetic import all_finite
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Params
+from surgery.core.method import Params, Spec
 from surgery.core.sharded import whole
-from surgery.core.site import TensorInfo
+from surgery.core.site import Site, TensorInfo
 from surgery.errors import AbsentError, FormatError, InputError, ShapeError, ValueRangeError, printable
 from surgery.io.fingerprint import read_base_print
 from surgery.io.header import Entry, encode_header
@@ -103,9 +103,14 @@ def adapter_of(config: AdapterConfig, tensors: Mapping[str, Tensor], where: str)
     return replace(adapter, sites={name: dict(params) for name, params in adapter.sites.items()})
 
 
-def adapter_bytes(tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> bytes:
-    """The content of adapter_model.safetensors, for tensors by their name in the base as PEFT ends it."""
-    found = [(prefix + name, whole(tensors[name].detach()).cpu().contiguous()) for name in sorted(tensors)]
+def adapter_bytes(tensors: Mapping[str, Tensor], prefix: str = PREFIX, shared: Collection[str] = ()) -> bytes:
+    """The content of adapter_model.safetensors, for tensors by their name in the base as PEFT ends it.
+
+    Those of `shared` are in no place of the base.
+    """
+    above = prefix.removesuffix(PREFIX.removeprefix(MODEL))
+    named = {(above if name in shared else prefix) + name: values for name, values in tensors.items()}
+    found = [(name, whole(named[name].detach()).cpu().contiguous()) for name in sorted(named)]
     infos = [TensorInfo(key, values.dtype, tuple(values.shape)) for key, values in found]
     return b"".join([encode_header(infos, {"format": "pt"}), *(octets(values) for _, values in found)])
 
@@ -178,23 +183,35 @@ def _counted(adapter: Adapter, version: object, told: Scale | None) -> Adapter:
     return replace(adapter, sites=out_proj.counted(adapter.sites, scale), mha_out_proj_scale=scale)
 
 
-def check_shapes(
-    site_name: str, given: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], where: str
-) -> None:
+def check_shapes(site_name: str, given: Params, wanted: Mapping[str, Spec], where: str) -> None:
     """ShapeError where a tensor is not shaped as the method and the base's weight ask."""
-    for role, shape in wanted.items():
+    for role, spec in wanted.items():
         found = shape_of(given, role)
-        if found != shape:
+        if not spec.fits(found):
+            least = f", or longer along axis {', '.join(map(str, spec.longer))}," if spec.longer else ""
             raise ShapeError(
                 f"{printable(where)}: {printable(site_name)}: {role} is {list(found)}, but "
-                f"{list(shape)} is wanted by this base and the config; was it trained on another model?"
+                f"{list(spec.shape)}{least} is wanted by this base and the config; was it trained on another model?"
             )
 
 
-def check_finite(site_name: str, given: Params, where: str) -> None:
-    """ValueRangeError for what no merge can be made with, told before one begins."""
-    for role, values in given.items():
-        if not all_finite(values):
+def completed(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
+    """With the shared tensors that its files leave to be drawn, for the base's `sites` by its own names.
+
+    ShapeError where the tensors that are there are not as large as its config says; MatchError where it has no place.
+    """
+    if adapter.shared or not adapter.config.shared:
+        return adapter
+    for name, site in sites.items():  # first: a config alone may ask for any amount of memory
+        specs = adapter.config.method(name).tensors(site).items()
+        check_shapes(name, adapter.sites[name], {role: spec for role, spec in specs if not spec.shared}, adapter.where)
+    return adapter.completed(sites.values())
+
+
+def check_finite(site_name: str, given: Params, where: str, checked: Collection[str] = ()) -> None:
+    """ValueRangeError for what no merge can be made with, told before one begins; some roles are checked already."""
+    for role in sorted(given.keys() - checked):
+        if not all_finite(given[role]):
             raise ValueRangeError(
                 f"{printable(where)}: {printable(site_name)}: {role} holds NaN or infinity; finite numbers are wanted; "
                 "train or download it again"

@@ -14,7 +14,8 @@ from surgery.core.site import TensorInfo
 from surgery.errors import ConfigError, FormatError, printable
 from surgery.io.header import SPELLINGS
 
-PREFIX = "base_model.model."
+MODEL = "base_model."  # what PEFT puts before the names of tensors that all sites share
+PREFIX = f"{MODEL}model."
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"})
 
 
@@ -38,8 +39,9 @@ def sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: 
         sorting.settle_ties()
     config = _told_of_rows(config, sorting.sites, where)
     _check_complete(config, sorting.sites, where)
+    _check_shared(config, sorting.shared, where)
     _resolve(config, sorting.sites, where)
-    return Adapter(
+    adapter = Adapter(
         config,
         {name: _stored(held) for name, held in sorting.sites.items()},
         sorting.saved,
@@ -49,6 +51,7 @@ def sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: 
         sha256,
         biases=frozenset(sorting.biases),
     )
+    return adapter.sharing(sorting.shared) if sorting.shared else adapter
 
 
 class _Sorting:
@@ -58,6 +61,7 @@ class _Sorting:
         self.config, self.where = config, where
         self.whole, self.endings = Endings(config.modules_to_save or ()), config.endings()
         self.sites: dict[str, dict[str, Found]] = {}
+        self.shared: dict[str, Tensor] = {}
         self.saved: dict[str, Tensor] = {}
         self.copies: dict[str, Tensor] = {}
         self.ops: dict[str, str] = {}
@@ -68,7 +72,10 @@ class _Sorting:
         dtype = found.info.torch_dtype
         name = found.info.name.removeprefix(PREFIX)
         spelled = next((end for end in suffixes(name) if end in self.endings), None)
-        if spelled is not None and dtype.is_floating_point:
+        role = self.config.shared.get(found.info.name.removeprefix(MODEL))
+        if role is not None and dtype.is_floating_point:
+            self._put(self.shared, role, found)
+        elif spelled is not None and dtype.is_floating_point:
             self._at_site(name, spelled, found)
         elif name.endswith(".base_layer.weight"):
             self._put(self.copies, in_base(name), found)
@@ -141,6 +148,32 @@ def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Foun
             raise FormatError(
                 f"{printable(where)}: {printable(site)} has no tensor {role}, only {', '.join(sorted(held))}; "
                 "the file is incomplete; save or download it again"
+            )
+
+
+def drawn_notes(adapter: Adapter) -> list[str]:
+    """What of an adapter its files leave to the generator of whoever reads them, to be said aloud."""
+    if adapter.config.keeps_shared():
+        return []
+    drawn = " and ".join(adapter.config.shared)
+    return [
+        f"{printable(adapter.where)}: {drawn} are not in it: they are drawn from its seed, as torch does on a CPU, and "
+        "rounded to the base's dtype, as in PEFT; another version of torch may draw others"
+    ]
+
+
+def _check_shared(config: AdapterConfig, shared: Mapping[str, Tensor], where: str) -> None:
+    """FormatError unless those that sites share are there, or are not, as the config says."""
+    for name, role in config.shared.items():
+        if config.keeps_shared() and role not in shared:
+            raise FormatError(
+                f"{printable(where)}: no {MODEL}{name} in it, which all sites share; the file is incomplete; save it "
+                "again"
+            )
+        if role in shared and not config.keeps_shared():
+            raise FormatError(
+                f"{printable(where)}: {MODEL}{name} is in it, and its config says that it is not; PEFT draws another "
+                "in its place; correct the config, or save it again"
             )
 
 

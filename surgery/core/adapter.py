@@ -1,42 +1,58 @@
-"""Adapter: one config plus its tensors by site; and layer, one method with its tensors at one site."""
+"""Adapter: one config plus its tensors, by site and shared; and layer, one method with its tensors at one site."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor
 
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Method, Params, Product
-from surgery.core.site import TensorInfo
+from surgery.core.site import Site, TensorInfo
 
 
 class Stored(Mapping[str, Tensor]):
-    """Params that lie in a file: each is read whenever it is asked for, by its name there, and not kept."""
+    """Params that lie in a file: each is read whenever it is asked for, by its name there, and not kept.
 
-    def __init__(self, infos: Mapping[str, TensorInfo], load: Callable[[str], Tensor]) -> None:
-        self.infos, self.load = infos, load  # infos by role; load by a name in the file
+    Those that sites share are in memory, once for all of them.
+    """
+
+    def __init__(
+        self,
+        infos: Mapping[str, TensorInfo],
+        load: Callable[[str], Tensor],
+        shared: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        self.infos, self.load, self.shared = infos, load, shared  # by role; load by a name in the file
 
     def __getitem__(self, role: str) -> Tensor:
-        return self.load(self.infos[role].name)
+        return self.shared[role] if role in self.shared else self.load(self.infos[role].name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.infos)
+        return iter((*self.infos, *self.shared))
 
     def __len__(self) -> int:
-        return len(self.infos)
+        return len(self.infos) + len(self.shared)
 
 
 def shape_of(params: Params, role: str) -> tuple[int, ...]:
     """Without reading it."""
-    return params.infos[role].shape if isinstance(params, Stored) else tuple(params[role].shape)
+    stored = isinstance(params, Stored) and role in params.infos
+    return params.infos[role].shape if stored else tuple(params[role].shape)  # type: ignore[attr-defined]
 
 
-def nbytes_of(params: Params) -> int:
-    """Of all its tensors, without reading them."""
+def nbytes_of(params: Params, but: Collection[str] = ()) -> int:
+    """Of all its tensors but those of some roles, without reading them."""
     held = params.infos if isinstance(params, Stored) else params
-    return sum(one.nbytes for one in held.values())
+    return sum(one.nbytes for role, one in held.items() if role not in but)
+
+
+def _with_shared(params: Params, shared: Params) -> Params:
+    if isinstance(params, Stored):
+        return Stored(params.infos, params.load, shared)
+    return {**params, **shared}
 
 
 class Layer(NamedTuple):
@@ -87,6 +103,28 @@ class Adapter:
     trained_on: Mapping[str, tuple[TensorInfo, str]] = field(default_factory=dict)  # base tensors, with their sha256
     biases: frozenset[str] = frozenset()  # those of `saved` that are single biases of the base
     mha_out_proj_scale: int | None = None  # how often a delta of out_proj in its files counts, if there is one
+    shared: Mapping[str, Tensor] = field(default_factory=dict)  # by role: those that all sites have, among their own
+
+    def completed(self, sites: Collection[Site]) -> "Adapter":
+        """With the shared tensors that its config alone makes, where its files hold none; it lies over all `sites`."""
+        drawn = self.config.drawn(sites) if sites and not self.shared else {}
+        return self.sharing(drawn) if drawn else self
+
+    def sharing(self, shared: Mapping[str, Tensor]) -> "Adapter":
+        """With these at each site."""
+        return replace(self, shared=shared, sites={name: _with_shared(p, shared) for name, p in self.sites.items()})
+
+    def named_shared(self) -> dict[str, Tensor]:
+        """Those that sites share, by PEFT's names of them."""
+        return {name: self.shared[role] for name, role in self.config.shared.items() if role in self.shared}
+
+    def site_bytes(self) -> list[int]:
+        """Of each site the tensors that are its own."""
+        return [nbytes_of(params, self.shared) for params in self.sites.values()]
+
+    def shared_bytes(self) -> int:
+        """Of those that sites share."""
+        return nbytes_of(self.shared)
 
     @property
     def digest(self) -> str:

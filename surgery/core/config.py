@@ -7,6 +7,8 @@ from enum import StrEnum
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
+from torch import Tensor
+
 from surgery.core.field_checks import check_layers, check_names, check_pattern
 from surgery.core.method import Method, Params
 from surgery.core.patterns import PatternTable
@@ -79,6 +81,7 @@ class AdapterConfig(ABC, metaclass=OfFields):
     reasons: ClassVar[Mapping[str, str]] = {}  # why another value of those is refused, and the next step
     by_ends: ClassVar[frozenset[str]] = frozenset()  # fields that list ends of names, from whatever character on
     unwritten: ClassVar[frozenset[str]] = frozenset()  # what PEFT's lacks: in the JSON only where it is set
+    shared: ClassVar[Mapping[str, str]] = {}  # roles of the tensors that all sites share, by PEFT's names of these
 
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
@@ -148,6 +151,18 @@ class AdapterConfig(ABC, metaclass=OfFields):
 
     def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:  # noqa: ARG002  # for those that have such
         """By field beside the selection, its entries that mean none of the adapted `names`."""
+        return {}
+
+    def keeps_shared(self) -> bool:
+        """Do its files hold the tensors that sites share?"""
+        return True
+
+    def keeping_shared(self) -> Self:
+        """The same, whose files do."""
+        return self
+
+    def drawn(self, sites: Collection[Site]) -> Mapping[str, Tensor]:  # noqa: ARG002  # for those that share
+        """By role, the shared tensors that an adapter over all these sites begins with."""
         return {}
 
     def check_fresh(self) -> None:  # most have nothing to refuse

@@ -48,6 +48,15 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
     live: str = ""  # how a model spells it, where that is otherwise
     fixed: bool = False  # does training leave it as it began?
+    shared: bool = False  # is it one tensor for all sites of the adapter?
+    longer: tuple[int, ...] = ()  # axes along which other sites that share it may ask for more
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """May a tensor of this shape be it?"""
+        if not self.longer or len(shape) != len(self.shape):
+            return shape == self.shape
+        pairs = enumerate(zip(shape, self.shape, strict=True))
+        return all(found >= least if axis in self.longer else found == least for axis, (found, least) in pairs)
 
     @property
     def held(self) -> tuple[str, str]:

@@ -1,8 +1,8 @@
-"""The modules that surgery puts into a model: Adapted, Slot and Replaced."""
+"""The modules that surgery puts into a model: Adapted, Slot, SharedSlot and Replaced."""
 
 from surgery.layers.adapted import Adapted, base_of
 from surgery.layers.mixed import BASE, Rows
 from surgery.layers.replaced import Replaced
-from surgery.layers.slot import Slot
+from surgery.layers.slot import SharedSlot, Slot
 
-__all__ = ["BASE", "Adapted", "Replaced", "Rows", "Slot", "base_of"]
+__all__ = ["BASE", "Adapted", "Replaced", "Rows", "SharedSlot", "Slot", "base_of"]

@@ -60,5 +60,20 @@ class Slot(Bare):
         self._buffers.pop(adapter, None)
         self._non_persistent_buffers_set.discard(adapter)
 
+    def holder(self, adapter: str, leaf: str) -> Holder:
+        """Where an adapter's tensor is held already."""
+        owner, key = self._owner(adapter, leaf)
+        return (owner._parameters if key in owner._parameters else owner._buffers), key
+
     def __len__(self) -> int:
         return len(self._modules) + len(self._parameters) + len(self._buffers)
+
+
+class SharedSlot(Slot):
+    """One that many layers have: what came first for an adapter is the tensor of all of them, as PEFT has it."""
+
+    def put(self, adapter: str, leaf: str, values: Tensor, trainable: bool) -> Holder:
+        return self.holder(adapter, leaf) if adapter in self else super().put(adapter, leaf, values, trainable)
+
+    def fix(self, adapter: str, leaf: str, values: Tensor) -> Holder:
+        return self.holder(adapter, leaf) if adapter in self else super().fix(adapter, leaf, values)

@@ -78,6 +78,16 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "rank_pattern": st.none()
         | st.dictionaries(names, st.lists(st.booleans(), min_size=12, max_size=12), max_size=3),
     },
+    "VERA": {
+        "r": st.integers(1, 512),
+        "projection_prng_key": st.integers(-(2**63), 2**64 - 1),
+        "save_projection": st.booleans(),
+        "vera_dropout": st.floats(0, 1, exclude_max=True),
+        "d_initial": numbers,
+        "fan_in_fan_out": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "vera_only"]),
+        "init_weights": st.booleans(),
+    },
     "IA3": {
         "feedforward_modules": st.none() | patterns | lists,
         "fan_in_fan_out": st.booleans(),

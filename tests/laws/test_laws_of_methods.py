@@ -44,19 +44,23 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"lora_alpha": 3, "lora_dropout": 0.5},
         {"init_r": 3, "rank_pattern": {"layer.lora_E": [True, False, True]}},
     ],
+    "VERA": [{"r": 3, "vera_dropout": 0.5, "d_initial": -2}],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
     "IA3": {"feedforward_modules": []},
     "ADALORA": {"init_r": 4, "lora_alpha": 4 + 1e-5},
+    "VERA": {"r": 4},
 }
 ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
+MATRICES = {"linear", "conv1d"}  # what methods with projections act on
 UNFIT = {  # which refuse each other, and what is said of it; the last where it would be merged
     ("IA3", "embedding"): "an embedding",
     ("IA3", "scaled embedding"): "an embedding",
     ("IA3", "convolution over one axis"): "a Conv1d",
     ("IA3", "attention"): "an attention",
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
+    **{("VERA", name): "VeRA acts on" for name in EXAMPLES if name not in MATRICES},
     ("LORA", GROUPED): "in groups",
 }
 
@@ -92,6 +96,12 @@ def _seeded() -> None:
 def trained(method: Method, op: Op, dtype: torch.dtype = torch.float64) -> Params:
     """Every tensor of the method filled with normal numbers, as training would leave it."""
     return {role: torch.randn(spec.shape, dtype=dtype) for role, spec in method.tensors(site_of(op)).items()}
+
+
+def begun(method: Method, op: Op, base: Dense) -> Params:
+    """A fresh adapter with what its sites share, which is drawn for all of them."""
+    drawn = {role: torch.randn(spec.shape) for role, spec in method.tensors(site_of(op)).items() if spec.shared}
+    return {**method.init(site_of(op), lambda: base), **drawn}
 
 
 def given(op: Op, dtype: torch.dtype, *batch: int) -> Tensor:
@@ -148,7 +158,8 @@ def stored_tiles(op: Op, step: int) -> list[slice]:
 @each_case
 def test_tensors_are_shaped_as_init_makes_them(method: Method, op: Op):
     specs, fresh = method.tensors(site_of(op)), method.init(site_of(op), lambda: Dense(torch.randn(OUT, IN)))
-    assert {role: tuple(values.shape) for role, values in fresh.items()} == {r: s.shape for r, s in specs.items()}
+    own = {role: spec.shape for role, spec in specs.items() if not spec.shared}
+    assert {role: tuple(values.shape) for role, values in fresh.items()} == own
     assert {values.dtype for values in fresh.values()} == {torch.float32}
     assert all(bool(torch.isfinite(values).all()) for values in fresh.values())
     assert any(bool(values.any()) for values in fresh.values())  # all zero, and no gradient would ever flow
@@ -164,6 +175,9 @@ def test_tensors_are_spelled_as_the_config_reads_them(name: str, example: str):
     specs = joined(made(name), op)
     assert len({spec.spelling for spec in specs.values()}) == len(specs)
     for role, spec in specs.items():
+        if spec.shared:
+            assert config.shared[spec.spelling] == role
+            continue
         read = config.spellings[spec.spelling]
         assert read.role == role
         assert read.op in (None, op.name)
@@ -174,7 +188,7 @@ def test_tensors_are_spelled_as_the_config_reads_them(name: str, example: str):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_fresh_adapter_leaves_the_output_equal_to_the_bit(method: Method, op: Op, training: bool, dtype: torch.dtype):
     base, x = Dense(torch.randn(OUT, IN, dtype=dtype), torch.randn(OUT, dtype=dtype)), given(op, dtype, 4, 3)
-    out = method.branch(x, Below(op, base), op, method.init(site_of(op), lambda: base), training)
+    out = method.branch(x, Below(op, base), op, begun(method, op, base), training)
     assert same_bits(out.to(dtype), op.apply(x, *base))
 
 
@@ -197,7 +211,7 @@ def test_loras_orthogonal_start_leaves_the_output_equal_within_its_rounding(op: 
 @each_case
 def test_a_fresh_adapter_leaves_the_merged_weight_equal(method: Method, op: Op):
     matrix = torch.randn(OUT, IN, dtype=torch.float64)
-    fresh = method.init(site_of(op), lambda: Dense(matrix))
+    fresh = begun(method, op, Dense(matrix))
     merged = method.merge(Dense(matrix), matrices(method, op, fresh), WHOLE, exact_product)
     assert torch.equal(merged.weight, matrix)
 

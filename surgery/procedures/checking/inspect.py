@@ -107,9 +107,9 @@ def _told(adapter: Adapter, config: Mapping[str, Any]) -> AdapterTold:
 
 def _adapter_rows(adapter: Adapter) -> Iterator[Row]:
     for site, params in sorted(adapter.sites.items()):
-        for role, values in sorted(params.items()):
-            yield _tensor_row(f"{site} {role}", adapter.ops.get(site, ""), values)
-    for name, values in sorted({**adapter.saved, **adapter.copies}.items()):
+        for role in sorted(params.keys() - adapter.shared):
+            yield _tensor_row(f"{site} {role}", adapter.ops.get(site, ""), params[role])
+    for name, values in sorted({**adapter.saved, **adapter.copies, **adapter.named_shared()}.items()):
         yield _tensor_row(name, "", values)
 
 

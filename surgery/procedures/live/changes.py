@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.adapter import Layer, bias_layers
+from surgery.core.arithmetic import memory_of
 from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
 from surgery.core.sharded import whole
 from surgery.errors import MatchError, printable
@@ -32,8 +33,9 @@ def changes_of(
     if heads and arithmetic != "exact":
         raise unlike_peft(printable(min(heads)))
     once = merged_once(layers) | heads
+    clones = Clones()
     found = {
-        name: () if name in once else _followed(_changes(name, layer, model_dtype), arithmetic)
+        name: () if name in once else _followed(_changes(name, layer, model_dtype, clones), arithmetic)
         for name, layer in layers.items()
     }
     _refuse_tied(root, layers, found)
@@ -51,14 +53,36 @@ def _role(change: Change) -> str:
     return "bias" if change.site.acting.name == Bias.name else "weight"
 
 
-def _changes(name: str, layer: Adapted, model_dtype: torch.dtype) -> tuple[Change, ...]:
+class Clones:
+    """Copies of factors, for training may go on; what several layers share is copied once."""
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[object, ...], Tensor] = {}
+
+    def of(self, values: Tensor, device: torch.device, shared: bool) -> Tensor:
+        """On the device; again the same one, if it is `shared` and was there before."""
+        if not shared:
+            return whole(values).to(device, copy=True)
+        key = (*memory_of(values), device)
+        if key not in self.made:
+            self.made[key] = whole(values).to(device, copy=True)
+        return self.made[key]
+
+
+def _changes(name: str, layer: Adapted, model_dtype: torch.dtype, clones: Clones) -> tuple[Change, ...]:
     """What the active adapters make of a layer's weight and bias; the factors are cloned, for training may go on."""
     site = layer.site if layer.op.alone else live_site(name, layer.base_layer, layer.op)
     for one in layer.layers():
         one.method.refuse_merge(site)
     device = layer.base_weight.device
     layers = [
-        Layer(one.method, {role: whole(values).to(device, copy=True) for role, values in one.params.items()})
+        Layer(
+            one.method,
+            {
+                role: clones.of(values, device, one.method.tensors(site)[role].shared)
+                for role, values in one.params.items()
+            },
+        )
         for one in layer.layers()
     ]
     held = held_as(layer)

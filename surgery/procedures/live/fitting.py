@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from surgery.core.collector import collector_paused
 from surgery.core.config import AdapterConfig
+from surgery.core.method import Params
 from surgery.core.room import Room
 from surgery.errors import MatchError, StateError, UsageError, printable
 from surgery.hosts.of_peft import refuse_adapters_of_peft
 from surgery.hosts.quantized import hold, is_quantized
-from surgery.hosts.tree import State, refuse_merged, set_state, state_of
-from surgery.layers import Adapted, Replaced, Slot
+from surgery.hosts.tree import State, adapted_layers, refuse_merged, set_state, state_of
+from surgery.layers import Adapted, Replaced, SharedSlot, Slot
 from surgery.layers.aware import Holding
 from surgery.procedures.places.biases import Biases, lay_biases, refuse_clash, run_biases
 from surgery.procedures.places.model_tree import Tree, wrap
@@ -102,12 +103,12 @@ def _frozen(tree: Tree) -> State:
 
 def _lay_layers(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> list[Adapted]:
     """The layers that the adapter lies over from now on."""
-    touched = []
+    touched, common = [], _Common(tree, fitting.config)
     for name, (site, method, params) in _outer_first(tree, fitting.sites):
         if name in fitting.heads:
             continue
         layer = tree.layer(name, site)
-        own = placed(params, layer.base_weight, site.acting)
+        own = common.placed(params, layer)
         layer.fit(adapter, method, own, trainable, fitting.aware.get(name), fitting.rooms.get(name))
         touched.append(layer)
     touched += [
@@ -115,6 +116,25 @@ def _lay_layers(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> 
     ]
     share_rows(tree, adapter, fitting.sites)
     return touched
+
+
+class _Common:
+    """What the sites of one adapter share: placed beside the first of them, and held in slots that all have."""
+
+    def __init__(self, tree: Tree, config: AdapterConfig) -> None:
+        there = {name: slot for layer in adapted_layers(tree.root).values() for name, slot in layer.shared_slots()}
+        self.slots = {name: there.get(name) or SharedSlot() for name in config.shared}
+        self.roles, self.tensors = frozenset(config.shared.values()), dict[str, Tensor]()
+
+    def placed(self, params: Params, layer: Adapted) -> Params:
+        """The tensors of a layer beside its weight."""
+        weight, op = layer.base_weight, layer.op
+        if not self.roles:
+            return placed(params, weight, op)
+        layer.share(self.slots)
+        if not self.tensors:
+            self.tensors.update(placed({role: params[role] for role in self.roles}, weight, op, whole=True))
+        return {**placed({role: params[role] for role in params.keys() - self.roles}, weight, op), **self.tensors}
 
 
 def _outer_first(tree: Tree, sites: Mapping[str, FittedSite]) -> Iterator[tuple[str, FittedSite]]:

@@ -57,6 +57,8 @@ def _fresh(tree: Tree, config: AdapterConfig, start: Start) -> Fitting:
     spelled = {name: one for name, one in chosen.spelled.items() if name not in heads}
     spelled |= {name: name for name in heads.values()}
     config, sites = fresh_sites(tree, chosen.config, spelled, start.examples)
+    drawn = config.drawn([site for site, _, _ in sites.values()])
+    sites = {name: (site, method, {**p, **drawn}) for name, (site, method, p) in sites.items()} if drawn else sites
     config, replaced = with_rows(tree, config, sites)
     for name in replaced:
         site, method = tree.site(name), config.method(name)

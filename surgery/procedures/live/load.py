@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.adapters import out_proj
-from surgery.adapters.peft import check_shapes
+from surgery.adapters.peft import check_shapes, completed
+from surgery.adapters.sorting import drawn_notes
 from surgery.core.adapter import Adapter
 from surgery.core.names import Endings, in_base, nearest, renaming
 from surgery.core.sharded import whole
@@ -53,7 +54,7 @@ def lay(
     """Lay an adapter over the model; every tensor finds its place, or nothing changes."""
     how = how or LayOptions()
     check_name(root, adapter_name)
-    for note in out_proj.notes(adapter):
+    for note in (*out_proj.notes(adapter), *drawn_notes(adapter)):
         warnings.warn(note, stacklevel=2)
     with stacked(root, adapter.config):
         tree = Tree(root)
@@ -100,16 +101,16 @@ def _sites_of(
 
     ShapeError for tensors that do not fit; MatchError where two of the adapter's are one here, and differ.
     """
-    sites: dict[str, FittedSite] = {}
-    for name in (*(name for name in adapter.sites if name not in alone), *alone):
-        params, path = adapter.sites[name], names[name]
-        if name in alone:
-            site = tree.parameter_site(f"{path}.{alone[name].rpartition('.')[2]}")
-        else:
-            site = tree.site(tree.first_name(path))
-        first, method = site.name, adapter.config.method(alone.get(name, name))
-        wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
-        check_shapes(name, params, wanted, adapter.where)
+    there = {
+        name: tree.parameter_site(f"{names[name]}.{alone[name].rpartition('.')[2]}")
+        if name in alone
+        else tree.site(tree.first_name(names[name]))
+        for name in (*(name for name in adapter.sites if name not in alone), *alone)
+    }
+    adapter, sites = completed(adapter, there), dict[str, FittedSite]()
+    for name, site in there.items():
+        params, first, method = adapter.sites[name], site.name, adapter.config.method(alone.get(name, name))
+        check_shapes(name, params, method.tensors(site), adapter.where)
         method.check_run(site)
         if first in sites and not all(torch.equal(values, sites[first][2][role]) for role, values in params.items()):
             raise MatchError(

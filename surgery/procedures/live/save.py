@@ -58,7 +58,7 @@ def write(
         if not writes and state_dict is not None:
             return
         config, tensors = _written(root, adapter, state_dict)
-        held = adapter_bytes(tensors, prefix)
+        held = adapter_bytes(tensors, prefix, config.shared)
         if writes:
             told = config_bytes(_resolved(root, config, adapter))
             remove_other(folder / CONFIG, told)  # cut short from here on it is no adapter, and none of old settings
@@ -93,23 +93,27 @@ def _written(
     root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Config and tensors, as files hold them."""
+    own = injected(root).configs[adapter]
     specs: dict[str, Mapping[str, Spec]] = {}
     sites: dict[str, Params] = {}
+    shared: dict[str, Tensor] = {}
     layers = adapted_layers(root)
     for name, layer in _layers(root, adapter).items():
         one = layer.fitted[adapter]
-        there, held = spelled(layers, name, adapter), one.method.tensors(layer.site)
-        specs[there] = held
+        there = spelled(layers, name, adapter)
+        specs[there] = one.method.tensors(layer.site)
         params = one.params if state_dict is None else _picked(state_dict, layers, name, adapter)
-        sites[there] = {role: whole(values) for role, values in params.items()}
-    config, kept = injected(root).configs[adapter].written(sites)
+        if own.keeps_shared() and not shared:
+            shared = {spelling: whole(params[role]) for spelling, role in own.shared.items()}
+        sites[there] = {role: whole(params[role]) for role in params if not specs[there][role].shared}
+    config, kept = own.written(sites)
     found = {
         f"{name}.{spec.spelling}": out_proj.written(name, role, kept[name][role])
         for name in kept
         for role, spec in specs[name].items()
         if role in kept[name]
     }
-    return config, found | _replacements(root, adapter, state_dict)
+    return config, found | shared | _replacements(root, adapter, state_dict)
 
 
 def _picked(state_dict: Mapping[str, Tensor], layers: Mapping[str, Adapted], name: str, adapter: str) -> Params:

@@ -176,8 +176,7 @@ class _Laying:
         op = found[0] if found else parameter_op(own, info.shape, self.family in TRANSPOSED_FAMILIES)
         if not found and self.prefix.of(whole) in self.pieces:  # whose own tensors tell nothing of the adapter's
             specs = self.adapter.config.method(whole).tensors(Site(whole, {"weight": info}, op))
-            wanted = {role: spec.shape for role, spec in specs.items()}
-            check_shapes(whole, self.adapter.sites[name], wanted, self.adapter.where)
+            check_shapes(whole, self.adapter.sites[name], specs, self.adapter.where)
         self.ops[whole] = op
 
     def _info(self, whole: str) -> TensorInfo:

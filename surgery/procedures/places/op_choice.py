@@ -108,7 +108,8 @@ class OpChoice:
             specs = self.adapter.config.method(name).tensors(site.with_op(op))
         except MatchError:  # it acts on no such op, or on none of this shape
             return False
-        return all(shape_of(self.adapter.sites[name], role) == spec.shape for role, spec in specs.items())
+        params = self.adapter.sites[name]
+        return all(spec.fits(shape_of(params, role)) for role, spec in specs.items() if role in params)
 
 
 def layout_by_name(config: Mapping[str, Any], name: str) -> str:

@@ -12,11 +12,12 @@ from surgery.errors import StateError, printable
 from surgery.procedures.places.model_tree import Tree
 
 
-def placed(params: Params, weight: Tensor, op: Op) -> Params:
+def placed(params: Params, weight: Tensor, op: Op, whole: bool = False) -> Params:
     """In the weight's dtype, or in float32 where that is a half type: small steps survive.
 
     Beside a weight that is shared out by rows B is so too, by columns A is; so each process has all that its share of
-    the change is made of. Everything else is whole in each, and everywhere it is as process 0 has made it.
+    the change is made of. Everything else, and all of it if `whole`, is whole in each, and everywhere it is as process
+    0 has made it.
     """
     half = weight.dtype.itemsize < 4
     dtype = torch.float32 if half else weight.dtype
@@ -27,7 +28,7 @@ def placed(params: Params, weight: Tensor, op: Op) -> Params:
         return found
     row = slice(0, 1)
     outputs, inputs = (0, 1) if op.tile(row)[0] == row else (1, 0)  # the axes of the weight
-    axes = {"A": {inputs: 1}, "B": {outputs: 0}}  # [r, in], [out, r]
+    axes = {} if whole else {"A": {inputs: 1}, "B": {outputs: 0}}  # [r, in], [out, r]
     return {role: shared_along(values, weight, axes.get(role, {})) for role, values in found.items()}
 
 

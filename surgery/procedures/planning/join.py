@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from surgery.adapters.peft import check_finite, check_shapes
+from surgery.adapters.peft import check_finite, check_shapes, completed
 from surgery.core.adapter import Layer, Weighted, bias_layers, shape_of
 from surgery.core.name_map import USUAL
 from surgery.core.names import in_base, naming_between, nearest, suffix_hits
@@ -57,12 +57,27 @@ class Joined:
             {name: one for name, one in found.items() if one is not None and one.op is None},
             self.ops,
         )
-        of_shared: list[tuple[Site, Layer]] = []
+        sites: dict[str, Site] = {}
         for name, there in sorted(found.items()):
             try:
                 if there is None:
                     raise MatchError(self._absent(name))
-                site = there.with_op(there.op or choice.of(name))
+                sites[name] = there.with_op(there.op or choice.of(name))
+            except InputError as error:
+                self.refusals.append(error)
+        self._lay(sites)
+
+    def _lay(self, sites: Mapping[str, Site]) -> None:
+        """The adapter over sites of the base, by its own names."""
+        try:
+            self.adapter = completed(self.adapter, sites)
+            check_finite("what its sites share", self.adapter.shared, self.adapter.where)
+        except InputError as error:
+            self.refusals.append(error)
+            return
+        of_shared: list[tuple[Site, Layer]] = []
+        for name, site in sites.items():
+            try:
                 layer = self._layer(name, site)
                 if self._is_of_shared(site, layer):
                     of_shared.append((site, layer))
@@ -124,14 +139,14 @@ class Joined:
     def _layer(self, name: str, site: Site) -> Layer:
         _ = site.weight.torch_dtype  # a format that torch lacks is refused
         method, params = self.adapter.config.method(name), self.adapter.sites[name]
-        wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
+        wanted = method.tensors(site)
         told = suffix_hits(self.ops.keys(), name) or suffix_hits(self.ops.keys(), site.name)
-        if told and any(shape_of(params, role) != shape for role, shape in wanted.items()):
+        if told and any(not spec.fits(shape_of(params, role)) for role, spec in wanted.items()):
             raise MatchError(
                 f"{printable(name)}: {site.acting.name}, as --op says, it does not fit the adapter; leave --op out"
             )
         check_shapes(name, params, wanted, self.adapter.where)
-        check_finite(name, params, self.adapter.where)
+        check_finite(name, params, self.adapter.where, self.adapter.shared)
         method.refuse_merge(site)
         return Layer(method.weighted(self.weight), params, self.index, name)
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surgery.adapters import out_proj
-from surgery.core.adapter import Adapter, Weighted, nbytes_of
+from surgery.adapters.sorting import drawn_notes
+from surgery.core.adapter import Adapter, Weighted
 from surgery.core.names import Naming
 from surgery.core.report import Report
 from surgery.core.select import unmatched
@@ -181,7 +182,7 @@ def _notes(adapter: Adapter) -> list[str]:
         for field, entries in ({} if config.parameters() else config.unused(adapter.sites.keys())).items()
         for entry in entries  # of parameters, whose sites the files name otherwise, nothing is said
     ]
-    notes += out_proj.notes(adapter)
+    notes += [*out_proj.notes(adapter), *drawn_notes(adapter)]
     for entry in sorted(config.modules_to_save or ()):
         if not any(f"{entry}." in name for name in adapter.saved):
             notes.append(f"{where}: modules_to_save entry {printable(entry)!r} has no tensors")
@@ -224,7 +225,8 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
     infos = {info.name: info for info in base.tensors() if info.name not in gone}
     infos |= {info.name: info for one in written.values() for info in one}
     tile = max((min(TILE_ELEMENTS, info.nbytes) for info in infos.values()), default=0)
-    sites = [nbytes_of(params) for one in adapters for params in one.adapter.sites.values()]
+    sites = [size for one in draft.laid for size in one.adapter.site_bytes()]
+    shared = sum(one.adapter.shared_bytes() for one in draft.laid)
     whole = [v.nbytes for one in adapters for v in (*one.adapter.saved.values(), *one.adapter.copies.values())]
     return Plan(
         tuple(changes),
@@ -235,10 +237,11 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         written_bytes=sum(info.nbytes for info in infos.values()),
         peak_bytes=_RUNTIME_BYTES
         + sum(whole)
+        + shared
         + max(sites, default=0)
         + 8 * _TILE_COPIES * tile
         + max(map(_whole_bytes, changes), default=0),
-        undo_bytes=sum(sites) + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
+        undo_bytes=sum(sites) + shared + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
         namings=tuple(draft.namings),
         laid=tuple(draft.laid),
         config=config,

@@ -18,6 +18,7 @@ from surgery.hosts.encoded import standing
 from surgery.hosts.reading import Reading
 from surgery.hosts.shards import Written
 from surgery.io.fingerprint import fingerprint
+from surgery.io.octets import sha256_of
 from surgery.io.regular import contained
 from surgery.io.strict_json import read_json
 from surgery.procedures.planning.plan import Plan, describe
@@ -75,7 +76,7 @@ class Receipt:
                 "files": {name: one.whole() for name, one in named},
                 "fingerprint": base_sha256,
             },
-            "adapters": [_told_of(one) for one in self.adapters],
+            "adapters": [_told_of(*each) for each in zip(self.adapters, self.plan.laid, strict=True)],
             "options": treatment.to_json(),
             "changed": changed,
             "untouched": {name: digest for name, digest in after.items() if name not in changed},
@@ -108,12 +109,16 @@ def _origin(one: Checkpoint | Adapter) -> dict[str, Any]:
     return {} if one.hub_id is None else {"hub_id": one.hub_id, "commit": one.commit}
 
 
-def _told_of(one: Weighted) -> dict[str, Any]:
-    """Where an adapter came from, its hashes, and how it was read where there is a choice."""
+def _told_of(one: Weighted, laid: Weighted) -> dict[str, Any]:
+    """Where an adapter came from, its hashes, and how it was read where there is a choice.
+
+    `laid` is the adapter with what its files leave to be drawn.
+    """
     adapter, weight = one
+    drawn = {} if adapter.shared else {name: sha256_of(held) for name, held in laid.adapter.named_shared().items()}
     hashes = {"sha256": dict(adapter.sha256), "digest": adapter.digest}
     chosen = {} if adapter.mha_out_proj_scale is None else {"mha_out_proj_scale": adapter.mha_out_proj_scale}
-    return {**_origin(adapter), **hashes, "weight": weight.hex(), **chosen}
+    return {**_origin(adapter), **hashes, "weight": weight.hex(), **chosen, **({"drawn": drawn} if drawn else {})}
 
 
 def base_fingerprint(base: Checkpoint, readings: Sequence[Reading]) -> str:

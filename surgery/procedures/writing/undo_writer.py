@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.adapters import out_proj
 from surgery.adapters.peft import adapter_bytes, config_bytes
-from surgery.core.adapter import Adapter, Layer, Weighted, nbytes_of
+from surgery.core.adapter import Adapter, Layer, Weighted
 from surgery.core.site import TensorInfo
 from surgery.core.undo import Recorder
 from surgery.hosts.change import Change, MergedTile
@@ -48,8 +48,8 @@ class UndoWriter:
         """What the record takes at least where these files are still to be written; of its streams nothing is known."""
         kept = [one for one in changes if _is_kept(one) and self.file_of[one.site.written] in parts]
         tensors = [name for one in kept for name in _held_in(self.base, one)]
-        copies = [nbytes_of(params) for adapter, _ in adapters for params in adapter.sites.values()]
-        return sum(copies) + sum(self.base.at[name][1].info.nbytes for name in tensors)
+        copies = sum(sum(adapter.site_bytes()) + adapter.shared_bytes() for adapter, _ in adapters)
+        return copies + sum(self.base.at[name][1].info.nbytes for name in tensors)
 
     def close(self, part: str) -> "FileUndo":
         """What was recorded of one file, its streams on the disk."""
@@ -60,8 +60,12 @@ class UndoWriter:
         """sha256 of the record. `files`: the originals' by name, but for `displaced`, whose bytes the merge changes."""
         kept = {name: self.staging.carry(self.base.folder / name, f"{FOLDER}/files/{name}") for name in displaced}
         for index, (adapter, _) in enumerate(adapters):
-            self.staging.write(f"{FOLDER}/adapter-{index}.tensors", adapter_bytes(_spelled(adapter)))
-            self.staging.write(f"{FOLDER}/adapter-{index}.json", config_bytes(adapter.config))
+            held, config = (
+                adapter_bytes(_spelled(adapter), shared=adapter.config.shared),
+                adapter.config.keeping_shared(),
+            )
+            self.staging.write(f"{FOLDER}/adapter-{index}.tensors", held)
+            self.staging.write(f"{FOLDER}/adapter-{index}.json", config_bytes(config))
         named = [(self.base.written_name(file), file) for file in self.base.files]
         record = {
             "format": FORMAT,
@@ -161,11 +165,11 @@ def _sums(layers: Sequence[Layer]) -> list[tuple[int, Tensor]]:
 
 
 def _spelled(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors of its sites, as PEFT ends their names."""
-    found = {}
+    """The tensors of its sites, as PEFT ends their names, and those that these share."""
+    found = adapter.named_shared()
     spelled = {(one.role, one.op): ending for ending, one in adapter.config.endings().items()}
     for site, params in adapter.sites.items():
-        for role, values in params.items():
+        for role in params.keys() - adapter.shared:
             ending = spelled.get((role, adapter.ops.get(site))) or spelled[role, None]
-            found[f"{site}.{ending}"] = out_proj.written(site, role, values)
+            found[f"{site}.{ending}"] = out_proj.written(site, role, params[role])
     return found

@@ -1,0 +1,88 @@
+"""Projections: matrices drawn from a seed, which all sites of an adapter share and no training changes.
+
+Each torch call is PEFT's, in its order, so that the same seed gives the same bits.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from surgery.core.config import AdapterConfig
+from surgery.core.site import Site
+from surgery.errors import ConfigError, MatchError, printable
+from surgery.methods.start_settings import check_choice, check_whole
+
+_OPS = frozenset({"linear", "conv1d"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionsConfig(AdapterConfig):
+    """What the configs of such methods have."""
+
+    dropout_field: ClassVar[str]
+    bias_of_adapted: ClassVar[str]  # PEFT's word for the biases of what is adapted
+    unwritten: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
+
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    fan_in_fan_out: bool = False  # read and written for PEFT; the op decides, see hosts
+    bias: str = "none"  # which biases of the base are trained
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("projection_prng_key", self.projection_prng_key, -(1 << 63), (1 << 64) - 1)
+        check_choice("bias", self.bias, ("none", "all", self.bias_of_adapted))
+        dropout = getattr(self, self.dropout_field)
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ConfigError(f"{self.dropout_field} is {printable(dropout)!r}; it must be at least 0 and below 1")
+
+    def biases(self) -> str:
+        return "lora_only" if self.bias == self.bias_of_adapted else self.bias
+
+    def keeps_shared(self) -> bool:
+        return self.save_projection
+
+    def keeping_shared(self) -> Self:
+        return replace(self, save_projection=True)
+
+    def generator(self) -> torch.Generator:
+        """That of the seed, begun."""
+        return torch.Generator("cpu").manual_seed(self.projection_prng_key)
+
+
+def largest(sites: Iterable[Site]) -> tuple[int, int]:
+    """(out, in): the most outputs, and the most inputs, of any."""
+    outs, ins = zip(*(site.shape for site in sites), strict=True)
+    return max(outs), max(ins)
+
+
+def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Kaiming's uniform numbers, as many to an output as there are columns."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def held_beside(drawn: Mapping[str, Tensor], sites: Collection[Site]) -> Mapping[str, Tensor]:
+    """As PEFT holds them: rounded to the dtype of each weight that they lie over, then in float32 or wider."""
+    dtypes = dict.fromkeys(site.weight.torch_dtype for site in sites)
+    return {role: _through(values, dtypes) for role, values in drawn.items()}
+
+
+def _through(values: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor:
+    for dtype in dtypes:
+        values = values.to(dtype) if dtype.is_floating_point else values
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def check_op(site: Site, name: str) -> None:
+    """MatchError over what PEFT does not act on."""
+    if site.acting.name not in _OPS:
+        raise MatchError(
+            f"{printable(site.name)}: its op is {site.acting.name}; {name} acts on Linear and Conv1D of transformers, "
+            "as in PEFT; exclude it"
+        )
