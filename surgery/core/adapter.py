@@ -33,6 +33,11 @@ def shape_of(params: Params, role: str) -> tuple[int, ...]:
     return params.infos[role].shape if isinstance(params, Stored) else tuple(params[role].shape)
 
 
+def shapes_of(params: Params) -> Mapping[str, tuple[int, ...]]:
+    """Of all its tensors, by role, without reading them."""
+    return {role: shape_of(params, role) for role in params}
+
+
 def nbytes_of(params: Params) -> int:
     """Of all its tensors, without reading them."""
     held = params.infos if isinstance(params, Stored) else params

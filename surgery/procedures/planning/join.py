@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from surgery.adapters.peft import check_finite, check_shapes
-from surgery.core.adapter import Layer, Weighted, bias_layers, shape_of
+from surgery.core.adapter import Layer, Weighted, bias_layers, shapes_of
 from surgery.core.name_map import USUAL
 from surgery.core.names import in_base, naming_between, nearest, suffix_hits
 from surgery.core.site import Site
@@ -126,7 +126,7 @@ class Joined:
         method, params = self.adapter.config.method(name), self.adapter.sites[name]
         wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
         told = suffix_hits(self.ops.keys(), name) or suffix_hits(self.ops.keys(), site.name)
-        if told and any(shape_of(params, role) != shape for role, shape in wanted.items()):
+        if told and shapes_of(params) != wanted:
             raise MatchError(
                 f"{printable(name)}: {site.acting.name}, as --op says, it does not fit the adapter; leave --op out"
             )
