@@ -44,6 +44,10 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"lora_alpha": 3, "lora_dropout": 0.5},
         {"init_r": 3, "rank_pattern": {"layer.lora_E": [True, False, True]}},
     ],
+    "LOHA": [
+        {"r": 3, "alpha": 5, "use_effective_conv2d": True},
+        {"r": 2, "alpha": -1.5, "rank_pattern": {"layer": 5}, "alpha_pattern": {"layer": 0.3}, "rank_dropout": 0.2},
+    ],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
@@ -51,6 +55,7 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "ADALORA": {"init_r": 4, "lora_alpha": 4 + 1e-5},
 }
 ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
+OF_LYCORIS = {"linear", GROUPED, *(name for name in EXAMPLES if name.startswith("convolution") and "three" not in name)}
 UNFIT = {  # which refuse each other, and what is said of it; the last where it would be merged
     ("IA3", "embedding"): "an embedding",
     ("IA3", "scaled embedding"): "an embedding",
@@ -58,6 +63,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("IA3", "attention"): "an attention",
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
     ("LORA", GROUPED): "in groups",
+    **{("LOHA", name): "LoHa acts on" for name in EXAMPLES if name not in OF_LYCORIS},
 }
 
 ONLY = {  # settings that are refused over other ops
@@ -122,6 +128,9 @@ class Below:
 
     def base(self) -> Dense:
         return self.dense
+
+    def plain(self) -> Dense | None:
+        return None
 
     def bias(self) -> Tensor | None:
         return self.dense.bias
