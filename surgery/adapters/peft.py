@@ -11,7 +11,7 @@ from torch import Tensor
 from surgery.adapters import out_proj
 from surgery.adapters.out_proj import Scale
 from surgery.adapters.sorting import MODEL, PREFIX, Found, sorted_out
-from surgery.core.adapter import Adapter, shape_of
+from surgery.core.adapter import Adapter, shapes_of
 from surgery.core.arithmetic import all_finite
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params, Spec
@@ -184,9 +184,15 @@ def _counted(adapter: Adapter, version: object, told: Scale | None) -> Adapter:
 
 
 def check_shapes(site_name: str, given: Params, wanted: Mapping[str, Spec], where: str) -> None:
-    """ShapeError where a tensor is not shaped as the method and the base's weight ask."""
+    """ShapeError where tensors are not those that the method and the base's weight ask for, or not in their shapes."""
+    shapes = shapes_of(given)
+    if shapes.keys() != wanted.keys():
+        raise ShapeError(
+            f"{printable(where)}: {printable(site_name)}: it has {', '.join(sorted(shapes))}, but "
+            f"{', '.join(sorted(wanted))} is wanted by this base and the config; was it trained on another model?"
+        )
     for role, spec in wanted.items():
-        found = shape_of(given, role)
+        found = shapes[role]
         if not spec.fits(found):
             least = f", or longer along axis {', '.join(map(str, spec.longer))}," if spec.longer else ""
             raise ShapeError(

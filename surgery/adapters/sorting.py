@@ -138,15 +138,16 @@ def _stored(held: Mapping[str, Found]) -> Params:
 
 
 def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]], where: str) -> None:
-    """Each site has every role; an adapter has at least one site."""
+    """Each site has every role of a form; an adapter has at least one site."""
     alone = {spelling.role for spelling in config.endings().values() if spelling.alone}
-    roles = {spelling.role for spelling in config.endings().values()} - alone
+    forms = config.forms()
     if not sites:
         raise FormatError(f"{printable(where)}: no {config.peft_type} tensor in it; was it saved without its weights?")
     for site, held in sites.items():
-        for role in sorted(roles - held.keys()) if not (held.keys() <= alone and len(held) == 1) else ():
+        lacking = min((sorted(roles - held.keys()) for roles in forms), key=len)
+        if lacking and not (held.keys() <= alone and len(held) == 1):
             raise FormatError(
-                f"{printable(where)}: {printable(site)} has no tensor {role}, only {', '.join(sorted(held))}; "
+                f"{printable(where)}: {printable(site)} has no tensor {lacking[0]}, only {', '.join(sorted(held))}; "
                 "the file is incomplete; save or download it again"
             )
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Method, Params, Product
+from surgery.core.method import Method, Params, Product, Spec
 from surgery.core.site import Site, TensorInfo
 
 
@@ -41,6 +41,18 @@ def shape_of(params: Params, role: str) -> tuple[int, ...]:
     """Without reading it."""
     stored = isinstance(params, Stored) and role in params.infos
     return params.infos[role].shape if stored else tuple(params[role].shape)  # type: ignore[attr-defined]
+
+
+def shapes_of(params: Params) -> Mapping[str, tuple[int, ...]]:
+    """Of all its tensors, by role, without reading them."""
+    return {role: shape_of(params, role) for role in params}
+
+
+def are_as_told(params: Params, specs: Mapping[str, Spec]) -> bool:
+    """Are they the tensors of these specs, in their shapes? Such as sites share may be yet to come."""
+    shapes = shapes_of(params)
+    wanted = {role for role, spec in specs.items() if role in shapes or not spec.shared}
+    return shapes.keys() == wanted and all(specs[role].fits(shape) for role, shape in shapes.items())
 
 
 def nbytes_of(params: Params, but: Collection[str] = ()) -> int:

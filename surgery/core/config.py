@@ -117,6 +117,10 @@ class AdapterConfig(ABC, metaclass=OfFields):
         """Of `spellings` those that tensors of this very config have, each role's own last."""
         return self.spellings
 
+    def forms(self) -> Collection[frozenset[str]]:
+        """Sets of roles, one of which is all that a site has; the base tells which, where there are several."""
+        return [frozenset(one.role for one in self.endings().values() if not one.alone)]
+
     def told(self, name: str) -> Mapping[str, float]:  # noqa: ARG002  # for those that have such
         """Of its numbers those that patterns resolve for the site `name`, by field."""
         return {}

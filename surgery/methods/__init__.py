@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.ia3 import IA3Config
+from surgery.methods.loha import LoHaConfig
 from surgery.methods.lora_config import LoraConfig
 from surgery.methods.vera import VeraConfig
 
@@ -13,4 +14,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "IA3": IA3Config,
     "ADALORA": AdaLoraConfig,
     "VERA": VeraConfig,
+    "LOHA": LoHaConfig,
 }

@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.op import Factors, is_many
+from surgery.core.op import Factors, is_eager, is_many
 
 _MANY = 16  # columns of a product: as many float32 numbers as a processor takes at once
 
@@ -20,14 +19,8 @@ def is_worth_one_step(x: Tensor, weight: Tensor, factors: Factors) -> bool:
     if not is_many(x) or x.dtype.itemsize < 4:
         return False
     given = (x, weight, factors.A, factors.B)
-    return (
-        all(type(one) in (Tensor, nn.Parameter) and one.dtype == x.dtype for one in given)
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    alike = all(one.dtype == x.dtype for one in given)
+    return alike and not torch.is_autocast_enabled(x.device.type) and is_eager(*given)
 
 
 class LowRank(torch.autograd.Function):

@@ -34,6 +34,15 @@ SHARED = {
     "inference_mode": st.booleans(),
 }
 FROM_BASE = ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga")
+LYCORIS: dict[str, st.SearchStrategy[Any]] = {
+    "r": st.integers(1, 512),
+    "alpha": numbers,
+    "rank_dropout": st.floats(0, 1, exclude_max=True),
+    "module_dropout": st.floats(0, 1, exclude_max=True),
+    "use_effective_conv2d": st.booleans(),
+    "rank_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
+    "alpha_pattern": st.dictionaries(patterns, numbers, max_size=3),
+}
 OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "LORA": {
         "r": st.integers(1, 512),
@@ -93,6 +102,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "fan_in_fan_out": st.booleans(),
         "init_ia3_weights": st.booleans(),
     },
+    "LOHA": {**LYCORIS, "init_weights": st.booleans()},
 }
 
 

@@ -45,6 +45,10 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"init_r": 3, "rank_pattern": {"layer.lora_E": [True, False, True]}},
     ],
     "VERA": [{"r": 3, "vera_dropout": 0.5, "d_initial": -2}],
+    "LOHA": [
+        {"r": 3, "alpha": 5, "use_effective_conv2d": True},
+        {"r": 2, "alpha": -1.5, "rank_pattern": {"layer": 5}, "alpha_pattern": {"layer": 0.3}, "rank_dropout": 0.2},
+    ],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
@@ -54,6 +58,7 @@ NEEDED: Mapping[str, dict[str, Any]] = {
 }
 ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
 MATRICES = {"linear", "conv1d"}  # what methods with projections act on
+OF_LYCORIS = {"linear", GROUPED, *(name for name in EXAMPLES if name.startswith("convolution") and "three" not in name)}
 UNFIT = {  # which refuse each other, and what is said of it; the last where it would be merged
     ("IA3", "embedding"): "an embedding",
     ("IA3", "scaled embedding"): "an embedding",
@@ -62,6 +67,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
     **{("VERA", name): "VeRA acts on" for name in EXAMPLES if name not in MATRICES},
     ("LORA", GROUPED): "in groups",
+    **{("LOHA", name): "LoHa acts on" for name in EXAMPLES if name not in OF_LYCORIS},
 }
 
 ONLY = {  # settings that are refused over other ops
@@ -132,6 +138,9 @@ class Below:
 
     def base(self) -> Dense:
         return self.dense
+
+    def plain(self) -> Dense | None:
+        return None
 
     def bias(self) -> Tensor | None:
         return self.dense.bias

@@ -30,6 +30,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "IA3": [{"feedforward_modules": []}, {"feedforward_modules": ["0"]}],
     "ADALORA": [{"init_r": 4, "target_r": 2, "total_step": 9}],
     "VERA": [{"r": 4}],
+    "LOHA": [{"r": 4, "alpha": 6}],
 }
 PLAIN, OTHER = (METHODS[name](target_modules=["0"], **SETTINGS[name][0]) for name in ("LORA", "IA3"))
 CASES = [METHODS[name](target_modules=["0"], **one) for name in METHODS for one in SETTINGS[name]]
@@ -142,6 +143,10 @@ def test_what_cannot_be_aware_is_refused_by_name_and_nothing_changes() -> None:
     for form in WHOLE:
         refused(net(layer=Narrow), surgery.MatchError, r"^0: .*\[192, 120\].* or exclude it", form=form)
     refused(net(), surgery.ConfigError, r"lora_dropout is 0\.1", lora_dropout=0.1)
+    for name in ("rank_dropout", "module_dropout"):
+        loha = surgery.LoHaConfig(target_modules=["0"], **{name: 0.1})
+        with pytest.raises(surgery.ConfigError, match=rf"{name} is 0\.1"):
+            surgery.inject(net(), loha, quantization_aware="nf4")
     refused(net(layer=Conv1D), surgery.MatchError, "0: its op is conv1d; quantization_aware is for Linear")
     refused(net(torch.float64), surgery.MatchError, "0: 4-bit: nf4 .* from float64")
     model = surgery.inject(net(), PLAIN, quantization_aware="nf4")

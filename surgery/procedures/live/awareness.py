@@ -23,12 +23,13 @@ def holdings(
 
     ConfigError for dropout, StateError beside an adapter of another format, MatchError for what is not held so.
     """
-    dropout = next((getattr(config, one.name) for one in fields(config) if one.name == "lora_dropout"), 0)
-    if dropout:
-        raise ConfigError(
-            f"lora_dropout is {dropout}; a quantization-aware adapter acts in the weight and has no input of its own "
-            "that could be dropped; set it to 0"
-        )
+    dropouts = {one.name: getattr(config, one.name) for one in fields(config) if one.name.endswith("_dropout")}
+    for name, rate in dropouts.items():
+        if rate:
+            raise ConfigError(
+                f"{name} is {rate}; a quantization-aware adapter acts in the weight and has no input or outcome of its "
+                "own that could be dropped; set it to 0"
+            )
     found = {}
     for name, (site, method, _) in sites.items():
         if site.acting.name != "linear" or site.acting.alone:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from surgery.adapters.peft import check_shapes
-from surgery.core.adapter import Adapter, Stored, shape_of
+from surgery.core.adapter import Adapter, Stored, shape_of, shapes_of
 from surgery.core.method import Params
 from surgery.core.name_map import USUAL
 from surgery.core.names import Prefix, in_base, prefix_between
@@ -158,7 +158,7 @@ class _Laying:
         for transposed in (False, True) if single and len(info.shape) > 2 else (False,):
             site = Site(whole, {"weight": info}, parameter_op(own, info.shape, transposed))
             specs = self.adapter.config.method(whole).tensors(site)
-            if all(shape_of(params, role) == spec.shape for role, spec in specs.items()):
+            if shapes_of(params) == {role: spec.shape for role, spec in specs.items()}:
                 found.append(site.acting)
         return found
 

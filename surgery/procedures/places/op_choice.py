@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from surgery.core.adapter import Adapter, shape_of
+from surgery.core.adapter import Adapter, are_as_told, shapes_of
 from surgery.core.names import suffix_hits
 from surgery.core.op import Op
 from surgery.core.site import Site
@@ -65,9 +65,7 @@ class OpChoice:
         shape = self.sites[name].weight.shape
         if 0 in shape:
             raise ShapeError(f"{printable(name)}: its weight is {list(shape)}, without an element; nothing acts so")
-        params = self.adapter.sites[name]
-        shapes = [shape_of(params, role) for role in params]
-        found = {one[1] // shape[1] for one in shapes if len(one) > 2}
+        found = {one[1] // shape[1] for one in shapes_of(self.adapter.sites[name]).values() if len(one) > 2}
         kernel = Convolution(kernel=shape[2:])
         chosen = (replace(kernel, groups=groups) for groups in sorted({1, *found}) if groups and shape[0] % groups == 0)
         return next((op for op in chosen if self._fits(name, op)), kernel)
@@ -108,8 +106,7 @@ class OpChoice:
             specs = self.adapter.config.method(name).tensors(site.with_op(op))
         except MatchError:  # it acts on no such op, or on none of this shape
             return False
-        params = self.adapter.sites[name]
-        return all(spec.fits(shape_of(params, role)) for role, spec in specs.items() if role in params)
+        return are_as_told(self.adapter.sites[name], specs)
 
 
 def layout_by_name(config: Mapping[str, Any], name: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from surgery.adapters.peft import check_finite, check_shapes, completed
-from surgery.core.adapter import Layer, Weighted, bias_layers, shape_of
+from surgery.core.adapter import Layer, Weighted, are_as_told, bias_layers
 from surgery.core.name_map import USUAL
 from surgery.core.names import in_base, naming_between, nearest, suffix_hits
 from surgery.core.site import Site
@@ -141,7 +141,7 @@ class Joined:
         method, params = self.adapter.config.method(name), self.adapter.sites[name]
         wanted = method.tensors(site)
         told = suffix_hits(self.ops.keys(), name) or suffix_hits(self.ops.keys(), site.name)
-        if told and any(not spec.fits(shape_of(params, role)) for role, spec in wanted.items()):
+        if told and not are_as_told(params, wanted):
             raise MatchError(
                 f"{printable(name)}: {site.acting.name}, as --op says, it does not fit the adapter; leave --op out"
             )

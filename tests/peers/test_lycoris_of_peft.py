@@ -1,0 +1,291 @@
+"""LoHa and LoKr to peft and from it, over Linear and convolutions: outputs, gradients, files, merges, dropouts."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import peft.tuners.loha.layer as of_loha
+import pytest
+import torch
+from pairs import gradients, merge_live_and_on_files, saved, trainable, trained
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import surgery
+from surgery.cli import main
+
+LAYERS = ("start", "point", "groups", "line", "dot", "head")
+KINDS = {"LOHA": (peft.LoHaConfig, surgery.LoHaConfig)}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "loha": ("LOHA", {"r": 4, "alpha": 6}),
+    "loha of tucker": ("LOHA", {"r": 3, "alpha": 5, "use_effective_conv2d": True}),
+    "loha of patterns": ("LOHA", {"rank_pattern": {"head": 2, "start": 5}, "alpha_pattern": {"line": 3}}),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FILE, MODEL = "adapter_model.safetensors", "model.safetensors"
+each_case = pytest.mark.parametrize("case", CASES)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+TERMS = 6 * 9 + 12 + 4 * 9 + 12 * 3 + 12 + 12  # that the longest sums of the layers have, one after another
+
+
+class Net(nn.Module):
+    """A layer of each sort."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Conv2d(6, 12, 3, stride=2, padding=1)
+        self.point = nn.Conv2d(12, 12, 1, bias=False)
+        self.groups = nn.Conv2d(12, 12, 3, groups=3, padding="same")
+        self.line = nn.Conv1d(12, 12, 3, dilation=2, padding=2)
+        self.dot = nn.Conv1d(12, 12, 1)
+        self.head = nn.Linear(12, 30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.groups(self.point(self.start(x)).tanh()).tanh()
+        found: Tensor = self.head(self.dot(self.line(h.flatten(2)).tanh()).mean(-1))
+        return found
+
+
+def made(dtype: torch.dtype = torch.float32) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype).eval()
+
+
+def settings(case: str) -> dict[str, Any]:
+    return {"target_modules": list(LAYERS), **copy.deepcopy(CASES[case][1])}
+
+
+def of_peft(case: str) -> Any:
+    return KINDS[CASES[case][0]][0](**settings(case))
+
+
+def by_peft(case: str, model: nn.Module | None = None) -> Any:
+    return trained(peft.get_peft_model(made() if model is None else model, of_peft(case)), 1 / 4)
+
+
+def outputs(model: nn.Module) -> Tensor:
+    torch.manual_seed(2)
+    return model(torch.randn(5, 6, 9, 9))
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Each layer sums up to so many terms, in whatever order, and passes on what the one before it is off by."""
+    room = 2 * TERMS * torch.finfo(one.dtype).eps * float(one.abs().max().maximum(other.abs().max()))
+    return bool((one - other).abs().max() <= room)
+
+
+@each_case
+def test_what_peft_saves_gives_its_outputs_here_and_back_again(case: str, tmp_path: Path) -> None:
+    before, theirs = outputs(made()), by_peft(case)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = surgery.load(made(), tmp_path / "theirs")
+    assert close(outputs(ours), outputs(theirs))
+    assert not close(outputs(ours), before)
+    surgery.save(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(made(), tmp_path / "ours").eval()
+    assert torch.equal(outputs(again), outputs(theirs))
+    found, wanted = (load_file(tmp_path / one / FILE) for one in ("ours", "theirs"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@each_case
+def test_a_config_hits_the_same_modules_with_the_same_shapes_as_in_peft(case: str) -> None:
+    wanted = trainable(peft.get_peft_model(made(), of_peft(case)))
+    assert trainable(surgery.inject(made(), of_peft(case))) == wanted
+
+
+@each_case
+def test_gradients_are_those_of_peft(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_loha, "make_weight_cp", tucker)  # whose own are wrong: see below
+    theirs = by_peft(case)
+    theirs.save_pretrained(tmp_path)
+    ours, found = surgery.load(made(), tmp_path, trainable=True), []
+    for model in (theirs, ours):
+        outputs(model).square().sum().backward()
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    for name, wanted in found[0].items():
+        assert bool(wanted.any())
+        # Forth and back, over 5 inputs of up to 25 places, with products of both factors.
+        room = 8 * (TERMS + 5 * 25) * torch.finfo(torch.float32).eps * float(wanted.abs().max())
+        assert float((found[1][name] - wanted).abs().max()) <= room
+
+
+def tucker(*given: Tensor, scale: Tensor) -> Tensor:
+    """As peft's `make_weight_cp`, with torch's own gradients."""
+    first, second = (torch.einsum("i j k l, j r, i p -> p r k l", t, b, a) for t, a, b in (given[:3], given[3:]))
+    return first * second * scale
+
+
+def test_gradients_of_a_kernel_in_tuckers_form_are_those_of_the_outcome_where_pefts_are_not() -> None:
+    """Those of w1_a peft makes of t2 and w2_b, and those of w2_a of t1 and w1_b."""
+    x, net = torch.randn(2, 4, 6, 6).double(), nn.Sequential(nn.Conv2d(4, 6, 3)).double()
+    fields: dict[str, Any] = {"target_modules": ["0"], "use_effective_conv2d": True, "init_weights": False, "r": 2}
+    theirs = peft.get_peft_model(copy.deepcopy(net), peft.LoHaConfig(alpha=2, **fields)).double()
+    ours = surgery.inject(net, surgery.LoHaConfig(alpha=2, **fields)).double()
+    ours.load_state_dict({name.removeprefix("base_model.model."): v for name, v in theirs.state_dict().items()})
+    found = []
+    for model in (ours, theirs):
+        model(x).square().sum().backward()
+        found.append(gradients(model))
+    for name, values in ours.named_parameters():
+        if values.requires_grad:
+            step, (mine, of_peft) = 2.0**-20, (one[name].flatten()[0] for one in found)
+            sides = []
+            for change in (step, -2 * step):
+                with torch.no_grad():
+                    values.view(-1)[0] += change
+                    sides.append(ours(x).square().sum())
+            with torch.no_grad():
+                values.view(-1)[0] += step
+            slope = (sides[0] - sides[1]) / (2 * step)
+            # What rounding leaves of a difference of sums, and the third derivative times the step squared.
+            room = 2.0**-20 * float(slope.abs()) + 2.0**-52 / step * float(sides[0])
+            assert abs(float(mine - slope)) <= room, name
+            wrong = "_a" in name
+            assert (abs(float(of_peft - slope)) > 1000 * room) == wrong, name
+
+
+@each_kind
+def test_every_field_that_peft_writes_is_read_and_written_again(kind: str, tmp_path: Path) -> None:
+    theirs, ours = KINDS[kind]
+    theirs().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert ours().to_json() == written
+    assert ours.from_json(written) == ours()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
+@each_case
+def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
+    case: str, safe: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = made(dtype)
+    base, theirs = saved(model, tmp_path / "base"), by_peft(case, model)
+    theirs.save_pretrained(tmp_path / "adapter")
+    out = saved(theirs.merge_and_unload(safe_merge=safe), tmp_path / "out")
+    surgery.verify_checkpoint(base, tmp_path / "adapter", out).require()
+    before, after = (load_file(folder / MODEL) for folder in (base, out))
+    for one in LAYERS:
+        save_file(after | {f"{one}.weight": before[f"{one}.weight"]}, out / MODEL)
+        judged = surgery.verify_checkpoint(base, tmp_path / "adapter", out).tensors.items()
+        assert [name for name, judge in judged if judge.grade == "different"] == [f"{one}.weight"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_case
+def test_a_live_merge_and_one_of_files_have_the_same_bits_and_come_back(
+    case: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = saved(made(dtype), tmp_path / "base")
+    by_peft(case, made(dtype)).save_pretrained(tmp_path / "adapter")
+    ours = surgery.load(made(dtype), tmp_path / "adapter")
+    changed = merge_live_and_on_files(base, tmp_path / "adapter", ours, tmp_path)
+    assert changed == {f"{one}.weight" for one in LAYERS}
+
+
+@each_case
+def test_the_command_line_merges_verifies_and_unmerges_it(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = saved(made(), tmp_path / "base")
+    by_peft(case).save_pretrained(tmp_path / "adapter")
+    given = [str(base), f"{tmp_path / 'adapter'}=0.5"]
+    out, back = str(tmp_path / "out"), str(tmp_path / "back")
+    calls = (
+        ["inspect", str(tmp_path / "adapter")],
+        ["plan", *given],
+        ["merge", *given, out, "--reversible"],
+        ["verify", *given, out],
+        ["unmerge", out, back],
+    )
+    for call in calls:
+        assert _ran(call) == 0, capsys.readouterr().err
+    assert (Path(back) / MODEL).read_bytes() == (base / MODEL).read_bytes()
+    assert {"LOHA": "LoHa", "LOKR": "LoKr"}[CASES[case][0]] in capsys.readouterr().out
+
+
+def _ran(call: list[str]) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(call)
+    return int(ended.value.code or 0)
+
+
+@each_case
+def test_dropouts_leave_out_what_they_do_in_peft(case: str) -> None:
+    """With the seed that peft had, once its layer has drawn whether it runs at all."""
+    # A scaling that float32 holds, since peft rounds that of LoHa to it.
+    dropped = {"target_modules": ["0"], "rank_dropout": 0.4, "module_dropout": 0.3, "r": 4, "alpha": 6}
+    theirs, ours = KINDS[CASES[case][0]]
+    fields = {name: value for name, value in settings(case).items() if not name.endswith("_pattern")} | dropped
+    net = nn.Sequential(nn.Linear(12, 30)).double()
+    other = trained(peft.get_peft_model(copy.deepcopy(net), theirs(**fields)), 1).double().train()
+    model = surgery.inject(net, ours(**fields)).double().train()
+    model.load_state_dict({name.removeprefix("base_model.model."): v for name, v in other.state_dict().items()})
+    x, seen = torch.randn(7, 12).double(), set()
+    for seed in range(12):
+        found = []
+        for one in (model, other):
+            torch.manual_seed(seed)
+            found.append(one(x).detach())
+        assert float((found[0] - found[1]).abs().max()) <= 2 * 12 * 2.0**-52 * float(found[1].abs().max())
+        seen.add(torch.equal(found[0], model[0].base_layer(x)))
+    assert seen == {True, False}
+    assert not torch.equal(model.eval()(x), found[0])
+
+
+def test_rank_dropout_that_leaves_nothing_of_a_loha_leaves_the_base_where_peft_gives_nan() -> None:
+    fields: dict[str, Any] = {"target_modules": ["0"], "rank_dropout": 0.999, "init_weights": False}
+    x, net = torch.randn(3, 4), nn.Sequential(nn.Linear(4, 2))
+    theirs = peft.get_peft_model(copy.deepcopy(net), peft.LoHaConfig(**fields)).train()
+    ours = surgery.inject(copy.deepcopy(net), surgery.LoHaConfig(**fields)).train()
+    assert bool(theirs(x).isnan().all())
+    assert torch.equal(ours(x), net(x))
+
+
+@each_kind
+def test_a_convolution_pads_as_its_layer_does_where_peft_pads_with_zeros(kind: str, tmp_path: Path) -> None:
+    """peft merges into the layer what its own forward did not compute."""
+    theirs, _ = KINDS[kind]
+    net = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular")).eval()
+    model = trained(peft.get_peft_model(copy.deepcopy(net), theirs(target_modules=["0"])), 1)
+    model.save_pretrained(tmp_path)
+    ours, x = surgery.load(copy.deepcopy(net), tmp_path), torch.randn(2, 4, 5, 5)
+    out, apart = model(x), model.merge_and_unload()(x)
+    room = 2 * (4 * 9 + 2) * torch.finfo(torch.float32).eps * float(apart.abs().max())
+    assert float((ours(x) - apart).abs().max()) <= room
+    assert float((out - apart).abs().max()) > 1000 * room
+
+
+@each_kind
+def test_what_peft_does_not_adapt_is_refused_by_name(kind: str) -> None:
+    theirs, ours = KINDS[kind]
+    for layer in (Conv1D(3, 4), nn.Embedding(3, 4), nn.Conv3d(2, 3, 1)):
+        with pytest.raises(TypeError, match="not supported"):
+            peft.get_peft_model(nn.Sequential(layer), theirs(target_modules=["0"]))
+        with pytest.raises(surgery.MatchError, match=r"^0: its op is .* acts on Linear, Conv1d and Conv2d, as in PEFT"):
+            surgery.inject(nn.Sequential(layer), ours(target_modules=["0"]))
+
+
+@each_case
+def test_tensors_that_are_missing_or_too_many_are_refused_live_and_on_files(case: str, tmp_path: Path) -> None:
+    base = saved(made(), tmp_path / "base")
+    by_peft(case).save_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / FILE)
+    wanted = {one.rpartition(".")[2] for one in tensors}
+    gone = sorted(name for name in tensors if ".start." in name)
+    more = next((one for one in ("hada_t1", "lokr_t2") if one[:4] in next(iter(wanted))), "")
+    changes = [{name: value for name, value in tensors.items() if name != one} for one in gone]
+    for changed in [*changes, tensors | {f"base_model.model.head.{more}": torch.ones(4, 4, 1, 1)}]:
+        save_file(changed, tmp_path / "adapter" / FILE)
+        for call in (
+            lambda: surgery.load(made(), tmp_path / "adapter"),
+            lambda: surgery.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out"),
+        ):
+            with pytest.raises((surgery.FormatError, surgery.ShapeError), match=r"start|head"):
+                call()
