@@ -111,26 +111,14 @@ class Oft(Mixing):
         return replace(self, strength=self.strength * weight)
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
-        D = self._live(p["R"], training)
+        R = self._live(p["R"], training)
         if op.name != "embedding":
-            return run(self._turned(x, D, op))
+            return run(_turned(x, R, op))
         out, bias = run(x), run.bias()
-        return self._turned(out, D, op) if bias is None else self._turned(out - bias, D, op) + bias
-
-    def _turned(self, x: Tensor, D: Tensor, op: Op) -> Tensor:
-        """x + x D, along the axis of its features, in its dtype."""
-        wide = x.to(torch.promote_types(x.dtype, D.dtype))
-        D = D.to(wide.dtype)
-        if op.kernel:  # [batch, channels, *places], or without the batch
-            shape = x.shape[: -len(op.kernel) - 1]
-            places = wide.reshape(*shape, -1, D.shape[-1], x.shape[-2:].numel())  # [*batch, blocks, b, places]
-            moved = (D.mT @ places).reshape(x.shape)
-        else:
-            moved = _by_blocks(wide.reshape(-1, x.shape[-1]), D, torch.matmul).view(x.shape)
-        return (wide + self.strength * moved if self.strength != 1 else wide + moved).to(x.dtype)
+        return _turned(out, R, op) if bias is None else _turned(out - bias, R, op) + bias
 
     def _live(self, numbers: Tensor, training: bool) -> Tensor:
-        """D [blocks, b, b], in the numbers' dtype or float32."""
+        """R [blocks, b, b], in the numbers' dtype or float32."""
         numbers = numbers if self.ball is None else self._held(numbers, training)
         with torch.autocast(numbers.device.type, enabled=False):
             Q = skew(numbers.to(torch.promote_types(numbers.dtype, torch.float32)))
@@ -139,7 +127,7 @@ class Oft(Mixing):
             left = torch.ones(len(D), device=D.device)
             left[torch.randperm(len(D), device=D.device)[: int(self.dropout * len(D))]] = 0
             D = D * left.view(-1, 1, 1)
-        return D
+        return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + (D if self.strength == 1 else self.strength * D)
 
     def _held(self, numbers: Tensor, training: bool) -> Tensor:
         """Within the ball; a gradient passes as if they had been there before."""
@@ -169,6 +157,18 @@ class Oft(Mixing):
         return off if turned else off.mT
 
 
+def _turned(x: Tensor, R: Tensor, op: Op) -> Tensor:
+    """x R, along the axis of its features, in its dtype."""
+    wide = x.to(torch.promote_types(x.dtype, R.dtype))
+    R = R.to(wide.dtype)
+    if op.kernel:  # [batch, channels, *places], or without the batch
+        batch, places = x.shape[: -len(op.kernel) - 1], x.shape[-2:].numel()
+        found = R.mT @ wide.reshape(*batch, -1, R.shape[-1], places)  # [*batch, blocks, b, places]
+    else:
+        found = _by_blocks(wide.reshape(-1, x.shape[-1]), R, torch.matmul)
+    return found.reshape(x.shape).to(x.dtype)
+
+
 def _found(op: Op) -> str:
     """What it does not act on."""
     if not op.kernel:
@@ -185,8 +185,7 @@ def _by_blocks(rows: Tensor, D: Tensor, multiply: Callable[[Tensor, Tensor], Ten
     """[n, extent] -> [n, extent]: each block of a row by its block of D, or by the only one."""
     n, extent = rows.shape
     count, b = extent // D.shape[-1], D.shape[-1]
-    if len(D) == 1:
-        return multiply(rows.reshape(1, n * count, b), D).view(n, extent)
+    D = D.expand(count, b, b)
     parts = rows.reshape(n, count, b).transpose(0, 1)  # [blocks, n, b]
     return multiply(parts, D).transpose(0, 1).reshape(n, extent)
 

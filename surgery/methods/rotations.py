@@ -40,17 +40,17 @@ def neumann(Q: Tensor, terms: int, multiply: Multiply) -> Tensor:
     last = last_power(terms)
     if last < 2:
         return 2 * Q * last
-    power, total = Q, 2 * Q
-    for n in range(2, last + 1):
-        power = multiply(power, Q)
-        total = total + (2 * power if n < last else power)
-    return total
+    square = multiply(Q, Q)
+    pair, found = 2 * Q + 2 * square, Q if last % 2 else 2 * Q + square
+    for _ in range((last - 1) // 2):  # two powers at a time
+        found = pair + multiply(square, found)
+    return found
 
 
 def neumann_off(Q: Tensor, terms: int, unit: float, rough: float) -> Tensor:
     """[blocks, b, b]: what R may be off by, where an operation rounds by `unit` and Q is off by `rough` of itself.
 
-    Each of up to n products sums b terms, and the powers are added one by one; R is rounded once more.
+    Each of up to n products sums b terms and is added to others; R is rounded once more.
     """
     last, b = last_power(terms), Q.shape[-1]
     sizes = neumann(Q.abs(), terms, torch.matmul)
