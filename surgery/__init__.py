@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.loha import LoHaConfig
     from surgery.methods.lora_config import LoraConfig
+    from surgery.methods.oft_config import OFTConfig
     from surgery.methods.vera import VeraConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
@@ -84,6 +85,7 @@ _HOMES = {
     "LoraConfig": "methods.lora_config",
     "MatchError": "errors",
     "MergeReport": "procedures.writing.merge_checkpoint",
+    "OFTConfig": "methods.oft_config",
     "OutputExistsError": "errors",
     "Plan": "procedures.planning.plan",
     "PushReport": "procedures.writing.publish",
@@ -138,6 +140,7 @@ __all__ = [
     "LoraConfig",
     "MatchError",
     "MergeReport",
+    "OFTConfig",
     "OutputExistsError",
     "Plan",
     "PushReport",

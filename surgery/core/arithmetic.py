@@ -19,13 +19,13 @@ BLOCK = 512  # terms whose sum is exact: 2 * 22 bits + 9 bits = 53
 EXPONENT_LIMIT = 450  # beyond it a product of two grid steps could leave float64's normal range
 
 
-def exact_product(B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0) -> Tensor:
+def exact_product(B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0, *, fine: bool = False) -> Tensor:
     """A tile of scaling * (B @ A) in float64, free of summation order; B is [out, r], A is [r, in], or stacks of such.
 
-    The product differs from the ideal one by at most r * 2^-21 * max|A column| * max|B row|; scaling it is an
-    operation of its own. Raises ValueRangeError where a factor is not finite or lies beyond 2^±450.
+    The product differs from the ideal one by at most r * 2^-21 (if `fine` 2^-42) * max|A column| * max|B row|; scaling
+    it is an operation of its own. Raises ValueRangeError where a factor is not finite or lies beyond 2^±450.
     """
-    return ExactProduct()(B, A, tile, scaling)
+    return ExactProduct()(B, A, tile, scaling, fine=fine)
 
 
 class ExactProduct:
@@ -34,7 +34,9 @@ class ExactProduct:
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0) -> Tensor:
+    def __call__(self, B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0, *, fine: bool = False) -> Tensor:
+        if fine:
+            return _fine(B[..., tile[0], :], A[..., tile[1]]).mul_(scaling)
         if B.dim() > 2:
             return torch.stack([exact_product(b, a, tile, scaling) for b, a in zip(B, A, strict=True)])
         rows, columns = tile
@@ -49,7 +51,7 @@ class ExactProduct:
         return kept[1]
 
 
-def float_product(B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0) -> Tensor:
+def float_product(B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0, *, fine: bool = False) -> Tensor:  # noqa: ARG001  # one way
     """The same in the factors' own dtype, differentiable."""
     rows, columns = tile
     return (B[..., rows, :] @ A[..., columns]).mul_(scaling)
@@ -74,20 +76,39 @@ _SHIFT_LIMIT = 64  # 2 * (EXPONENT_LIMIT + GRID_BITS) + 64 is less than float64'
 
 def _sum(B: Tensor, A: Tensor) -> Tensor:
     """B @ A of factors on their grids, in blocks whose sums are exact."""
-    r = A.shape[0]
+    r = A.shape[-2]
     if r <= BLOCK:
-        return B @ A  # [out, in]
-    total = B[:, :BLOCK] @ A[:BLOCK]  # [out, in]
+        return B @ A  # [..., out, in]
+    total = B[..., :BLOCK] @ A[..., :BLOCK, :]  # [..., out, in]
     for start in range(BLOCK, r, BLOCK):
-        total = total + B[:, start : start + BLOCK] @ A[start : start + BLOCK]
+        total = total + B[..., start : start + BLOCK] @ A[..., start : start + BLOCK, :]
     return total
+
+
+def _fine(B: Tensor, A: Tensor) -> Tensor:
+    """B @ A of factors in two parts each; that of the lower parts is left out."""
+    B, A = exact_float64(B), exact_float64(A)
+    by_row, by_column = _shift(B, along=-1), _shift(A, along=-2)
+    high_B, high_A = _rounded(B, by_row), _rounded(A, by_column)
+    low_B, low_A = _rounded(B - high_B, by_row + GRID_BITS), _rounded(A - high_A, by_column + GRID_BITS)
+    return _sum(high_B, high_A) + (_sum(high_B, low_A) + _sum(low_B, high_A))
 
 
 def on_grid(factor: Tensor, along: int) -> Tensor:
     """`factor` in float64, each column (`along` 0) or row (`along` 1) rounded to 22 bits below its largest."""
     values = exact_float64(factor)
+    return _rounded(values, _shift(values, along))
+
+
+def _rounded(values: Tensor, shift: Tensor) -> Tensor:
+    """To multiples of 2^-shift."""
+    return (values * power_of_two(shift)).round_().mul_(power_of_two(-shift))
+
+
+def _shift(values: Tensor, along: int) -> Tensor:
+    """Which multiples of 2^-shift have 22 bits, as it broadcasts over the values."""
     if values.numel() == 0:
-        return values
+        return torch.zeros((), dtype=torch.int64, device=values.device)
     largest = values.abs().amax(dim=along, keepdim=True)
     if not bool(torch.isfinite(largest).all()):
         raise ValueRangeError("a factor holds NaN or infinity; finite numbers are wanted; train or save it again")
@@ -98,8 +119,7 @@ def on_grid(factor: Tensor, along: int) -> Tensor:
             f"a factor's largest magnitude is beyond 2^±{EXPONENT_LIMIT}; exact arithmetic needs it within; "
             "rescale the factor"
         )
-    shift = GRID_BITS - exponent
-    return (values * power_of_two(shift)).round_().mul_(power_of_two(-shift))
+    return GRID_BITS - exponent
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

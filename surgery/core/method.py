@@ -13,7 +13,12 @@ from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 
 Params = Mapping[str, Tensor]  # the method's tensors by role, in the paper's letters
-Product = Callable[[Tensor, Tensor, Tile, float], Tensor]  # B [out, r], A [r, in] -> the tile of scaling * (B @ A)
+
+
+class Product(Protocol):
+    """B [out, r], A [r, in], or stacks of such -> the tile of scaling * (B @ A); `fine` to more than float32 tells."""
+
+    def __call__(self, B: Tensor, A: Tensor, tile: Tile, scaling: float, /, *, fine: bool = False) -> Tensor: ...
 
 
 class Dense(NamedTuple):
@@ -72,6 +77,7 @@ class Method(ABC):
     name: ClassVar[str]  # as users know it
     turns: ClassVar[bool] = False  # is the same with A and B turned, in each other's place, its delta transposed?
     couples: ClassVar[frozenset[str]]  # along which axes elements depend on each other, by sums: see `terms`
+    mixes: ClassVar[bool] = False  # does it make elements of several of the base's? See `Mixing`
 
     @property
     def replaced_rows(self) -> tuple[int, ...]:
@@ -99,6 +105,10 @@ class Method(ABC):
     @abstractmethod
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:
         """Fresh float32 tensors that leave the site's output equal; the base is asked for only if they need it."""
+
+    def prepared(self, p: Params, product: Product) -> Params:  # noqa: ARG002  # for those whose tiles share something
+        """`p`, out of `matrices`, with what its merge makes of it once for all tiles, if these are many."""
+        return p
 
     def terms(self, base: Tensor, p: Params, tile: Tile, product: Product) -> Tensor:  # noqa: ARG002  # for those that couple
         """[out, in] of the tile, where elements depend on each other: what of each is summed along what it couples.
@@ -176,3 +186,26 @@ class Additive(Method):
 
     def weighted(self, weight: float) -> Self:
         return replace(self, scaling=self.scaling * weight)
+
+
+@dataclass(frozen=True)
+class Mixing(Method):
+    """One whose every element of the outcome is made of several of the base's, by products.
+
+    Its `merge` takes tiles of whole rows of the stored weight, within which it mixes. It has no steps, for nothing
+    tells an element back from its outcome: undo keeps the weight. A subclass writes `merge`, `prepared` and `strayed`.
+    """
+
+    couples = frozenset()
+    mixes = True
+
+    def steps(self, p: Params, tile: Tile, product: Product) -> None:  # noqa: ARG002  # whatever they are
+        return None
+
+    @abstractmethod
+    def strayed(self, base: Tensor, error: Tensor, p: Params, tile: Tile) -> Tensor:
+        """[out, in] of the tile: how far from its outcome a correct merge in the factors' dtype may lie, of a base
+        that is off by `error`. What rounding the outcome explains comes besides."""
+
+    def spread(self, p: Params, tile: Tile) -> Tensor:  # noqa: ARG002  # the same
+        return torch.zeros(1, 1, dtype=torch.float64)  # `strayed` tells all

@@ -1,6 +1,7 @@
 """Change: what becomes of one weight; and the tiles of it that a merge tells of."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,8 +48,17 @@ class Change:
 
     def started(self) -> Started:
         """Its layers with their tensors in memory, as matrices, and what the tiles of the weight share."""
-        held = (one._replace(params=one.method.matrices(dict(one.params), self.site)) for one in self.layers)
-        return tuple((one, ExactProduct()) for one in held)
+        return tuple(self._started(one, ExactProduct()) for one in self.layers)
+
+    def _started(self, layer: Layer, product: ExactProduct) -> tuple[Layer, ExactProduct]:
+        held = layer.method.matrices(dict(layer.params), self.site)
+        with told_where(self.site):
+            return layer._replace(params=layer.method.prepared(held, product)), product
+
+    @property
+    def mixes(self) -> bool:
+        """Does a layer make elements of several others, so that none is told back from its outcome?"""
+        return any(layer.method.mixes for layer in self.layers)
 
 
 class MergedTile(NamedTuple):
@@ -111,19 +121,28 @@ def probes_of(change: Change) -> Tensor | None:
     return known.inputs(white, torch.randn(r, change.probes, generator=drawn, dtype=torch.float64))
 
 
+@contextmanager
+def told_where(site: Site) -> Iterator[None]:
+    """A ValueRangeError of arithmetic names the site."""
+    try:
+        yield
+    except ValueRangeError as error:
+        raise ValueRangeError(f"{printable(site.name)}: {error}") from error
+
+
 Watch = Callable[[MergedTile], None]  # sees each tile of a merge, in order
 
 
 def elementwise(change: Change, rows: slice, started: Started | None = None) -> list[Elementwise] | None:
     """The layers as steps over `rows` of the stored weight; None if one of them is not elementwise."""
+    if change.mixes:
+        return None
     steps = []
     shape = change.site.laid(change.site.weight).rows(rows).shape
     for layer, product in started or change.started():
         op = change.site.acting
-        try:
+        with told_where(change.site):
             step = layer.method.steps(layer.told, op.tile(rows), product)
-        except ValueRangeError as error:
-            raise ValueRangeError(f"{printable(change.site.name)}: {error}") from error
         if step is None:
             return None
         steps.append(_stored(step, op, shape))

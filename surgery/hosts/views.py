@@ -18,7 +18,7 @@ from surgery.core.site import Site
 from surgery.core.source import Source
 from surgery.core.undo import accumulate_onto
 from surgery.errors import ValueRangeError, printable
-from surgery.hosts.change import Change, MergedTile, Watch, elementwise, ends, reads_of
+from surgery.hosts.change import Change, MergedTile, Watch, elementwise, ends, reads_of, told_where
 from surgery.hosts.couplings import Couplings, coupled
 from surgery.hosts.rounding import feedback_of, rounded
 
@@ -130,10 +130,8 @@ class Merged:
         if change.site.name not in self.couplings:
             self.couplings[change.site.name] = Couplings(change.site, started)
         couplings = self.couplings[change.site.name]
-        try:
+        with told_where(change.site):
             started = couplings.told(rows, lambda part: _decoded(change, _opened(self.source, change, part)[1]))
-        except ValueRangeError as error:
-            raise ValueRangeError(f"{printable(change.site.name)}: {error}") from error
         layers = [one._replace(sums=found.sums) for one, (found, _) in zip(change.layers, started, strict=True)]
         return replace(change, layers=tuple(layers)), started
 
@@ -180,7 +178,8 @@ def _lay(change: Change, rows: slice, weight: Tensor, started: Started) -> tuple
     op = change.site.acting
     for layer, product in started:
         base = Dense(op.matrix(weight))
-        weight = op.stored(layer.method.merge(base, layer.told, op.tile(rows), product).weight)
+        with told_where(change.site):
+            weight = op.stored(layer.method.merge(base, layer.told, op.tile(rows), product).weight)
     return weight, None
 
 

@@ -6,7 +6,19 @@ import torch
 from device import DEVICE, all_there, here, there
 from op_examples import IN, OUT, site_of
 from rational import same_bits
-from test_laws_of_methods import EPS, Below, beside, each_case, given, magnitude, matrices, stored_tiles, told, trained
+from test_laws_of_methods import (
+    EPS,
+    Below,
+    beside,
+    each_case,
+    each_with_steps,
+    given,
+    magnitude,
+    matrices,
+    stored_tiles,
+    told,
+    trained,
+)
 from torch import Tensor
 
 from surgery.codecs import FORMS
@@ -14,7 +26,7 @@ from surgery.core.arithmetic import divided, exact_product, largest_change, roun
 from surgery.core.codec import Codec, Packed
 from surgery.core.elementwise import Elementwise
 from surgery.core.feedback import Feedback
-from surgery.core.method import Dense, Method
+from surgery.core.method import Dense, Method, Mixing
 from surgery.core.op import WHOLE, Op
 from surgery.core.sums import sum_rows
 from surgery.core.undo import Recorder, Restorer, accumulate
@@ -45,6 +57,7 @@ def test_products_have_the_same_bits(out: int, r: int, columns: int, dtype: torc
     assert same(exact_product(there(B), there(A)), wanted)
     tile = slice(out // 2, out), slice(0, columns)
     assert same(exact_product(there(B), there(A), tile), wanted[tile])
+    assert same(exact_product(there(B), there(A), fine=True), exact_product(B, A, fine=True))
 
 
 @each_dtype
@@ -76,7 +89,7 @@ def test_a_merge_has_the_same_bits(method: Method, op: Op, dtype: torch.dtype):
     assert same(round_once(found, dtype), round_once(wanted, dtype))
 
 
-@each_case
+@each_with_steps
 @each_dtype
 def test_what_one_records_of_a_merge_the_other_undoes(method: Method, op: Op, dtype: torch.dtype):
     stored, p = op.stored(torch.randn(OUT, IN)).contiguous().to(dtype), trained(method, op, torch.float32)
@@ -126,6 +139,10 @@ def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op
     apart = (method.branch(x, Below(op, base), op, p, False) - op.apply(x, merged.weight, merged.bias)).abs()
     p = told(method, op, base.weight, p)
     off = method.spread(p, WHOLE) + method.relative_spread(p, WHOLE) * merged.weight.abs()
+    if isinstance(method, Mixing):
+        off = method.strayed(
+            base.weight, there(torch.zeros(OUT, IN).double()), method.prepared(p, exact_product), WHOLE
+        )
     biases = beside(op, base.bias.abs() + merged.bias.abs())
     rounding = (IN + 2) * EPS * (magnitude(op, x, base.weight) + magnitude(op, x, merged.weight) + biases)
     assert bool((apart <= magnitude(op, x, off.expand(OUT, IN)) + rounding).all())

@@ -197,6 +197,37 @@ def test_the_distance_to_the_ideal_product_keeps_its_bound(r, data):
             assert abs(found[i][j] - dot(row, column)) <= bound
 
 
+@pytest.mark.parametrize("r", [1, 2, 7])
+@laws
+@given(data=st.data())
+def test_the_distance_of_a_fine_product_to_the_ideal_one_keeps_its_bound(r, data):
+    B, A = data.draw(factors(r))
+    rows, columns = fractions(B), transposed(fractions(A))
+    found = fractions(exact_product(B, A, fine=True))
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            bound = r * power(-42) * max(map(abs, row)) * max(map(abs, column))
+            assert abs(found[i][j] - dot(row, column)) <= bound
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("r", [16, 512, 700])
+def test_a_fine_product_has_the_same_bits_by_any_threads_tiles_and_order(r):
+    B, A = normal(130, r, seed=4), normal(r, 140, seed=5)
+    whole = exact_product(B, A, fine=True)
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        assert same_bits(exact_product(B, A, fine=True), whole)
+        rows = [exact_product(B[at : at + 7], A, fine=True) for at in range(0, 130, 7)]
+        assert same_bits(torch.cat(rows), whole)
+    tile = slice(3, 50), slice(60, 140)
+    assert same_bits(exact_product(B, A, tile, 0.3, fine=True), 0.3 * whole[tile])
+    assert same_bits(exact_product(torch.stack([B, 2 * B]), torch.stack([A, A]), fine=True)[1], 2 * whole)
+    order = torch.cat([torch.arange(min(r, 512)).flip(0), torch.arange(512, max(r, 512)).flip(0)])
+    assert same_bits(exact_product(B[:, order], A[order], fine=True), whole)
+    assert r < 512 or not torch.equal(B[:, order] @ A[order], B @ A)  # plainly computed, it does not
+
+
 def test_the_distance_to_the_ideal_product_comes_near_its_bound():
     worst = 0.5 - 2.0**-23  # half a step off the grid of a row whose largest is 0.5
     B, A = torch.full((1, 512), worst).double(), torch.full((512, 1), worst).double()

@@ -103,6 +103,19 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_ia3_weights": st.booleans(),
     },
     "LOHA": {**LYCORIS, "init_weights": st.booleans()},
+    "OFT": {
+        "r": st.just(0),
+        "oft_block_size": st.integers(1, 512),
+        "module_dropout": st.floats(0, 1, exclude_max=True),
+        "fan_in_fan_out": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "oft_only"]),
+        "init_weights": st.booleans(),
+        "coft": st.booleans(),
+        "eps": st.floats(0, 9),
+        "block_share": st.booleans(),
+        "use_cayley_neumann": st.booleans(),
+        "num_cayley_neumann_terms": st.integers(1, 9),
+    },
 }
 
 

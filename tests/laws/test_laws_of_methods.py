@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgery.core.arithmetic import exact_product, float_product, round_once, ulp
 from surgery.core.elementwise import Elementwise
-from surgery.core.method import Additive, Dense, Method, Params, Spec
+from surgery.core.method import Additive, Dense, Method, Mixing, Params, Spec
 from surgery.core.op import WHOLE, Op
 from surgery.core.sums import sum_rows
 from surgery.core.turned import turned
@@ -49,12 +49,20 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 3, "alpha": 5, "use_effective_conv2d": True},
         {"r": 2, "alpha": -1.5, "rank_pattern": {"layer": 5}, "alpha_pattern": {"layer": 0.3}, "rank_dropout": 0.2},
     ],
+    "OFT": [
+        {"r": 3, "oft_block_size": 0, "module_dropout": 0.5, "num_cayley_neumann_terms": 7},
+        {"oft_block_size": 2, "block_share": True, "num_cayley_neumann_terms": 2},
+        {"oft_block_size": 32, "use_cayley_neumann": False},
+        {"oft_block_size": 4, "coft": True, "eps": 0.7},
+        {"oft_block_size": 5, "coft": True, "eps": 0.7, "use_cayley_neumann": False, "block_share": True},
+    ],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
     "IA3": {"feedforward_modules": []},
     "ADALORA": {"init_r": 4, "lora_alpha": 4 + 1e-5},
     "VERA": {"r": 4},
+    "OFT": {"oft_block_size": 4},
 }
 ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
 MATRICES = {"linear", "conv1d"}  # what methods with projections act on
@@ -68,6 +76,12 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("VERA", name): "VeRA acts on" for name in EXAMPLES if name not in MATRICES},
     ("LORA", GROUPED): "in groups",
     **{("LOHA", name): "LoHa acts on" for name in EXAMPLES if name not in OF_LYCORIS},
+    ("OFT", "conv1d"): "its op is conv1d",
+    ("OFT", "attention"): "its op is attention",
+    ("OFT", "convolution over one axis"): "a Conv1d",
+    ("OFT", "convolution over two axes"): "PEFT's OFT changes the outputs before anything is trained",
+    ("OFT", "convolution over three axes"): "a Conv3d",
+    ("OFT", GROUPED): r"a convolution over \[2, 1\]",
 }
 
 ONLY = {  # settings that are refused over other ops
@@ -90,6 +104,10 @@ CASES = [
     if (name, example) not in UNFIT and not any(op.name not in ops and key in settings for key, ops in ONLY.items())
 ]
 each_case = pytest.mark.parametrize(("method", "op"), CASES)
+each_mixing, each_with_steps = (
+    pytest.mark.parametrize(("method", "op"), [one for one in CASES if one.values[0].mixes == mixes])
+    for mixes in (True, False)
+)
 each_op = pytest.mark.parametrize("op", [op for op in EXAMPLES.values() if op.groups == 1], ids=lambda op: op.name)
 each_pair = pytest.mark.parametrize(("name", "example"), [(n, e) for n in METHODS for e in EXAMPLES], ids=str)
 
@@ -171,7 +189,8 @@ def test_tensors_are_shaped_as_init_makes_them(method: Method, op: Op):
     assert {role: tuple(values.shape) for role, values in fresh.items()} == own
     assert {values.dtype for values in fresh.values()} == {torch.float32}
     assert all(bool(torch.isfinite(values).all()) for values in fresh.values())
-    assert any(bool(values.any()) for values in fresh.values())  # all zero, and no gradient would ever flow
+    if not method.mixes:  # whose gradient at zero is that of a step from it
+        assert any(bool(values.any()) for values in fresh.values())  # all zero, and no gradient would ever flow
 
 
 @each_pair
@@ -235,6 +254,8 @@ def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op
     # Each weight may be off by the spread; each forward sums at most in + 2 terms, rounded each time.
     p = told(method, op, base.weight, p)
     off = method.spread(p, WHOLE) + method.relative_spread(p, WHOLE) * merged.weight.abs()
+    if isinstance(method, Mixing):
+        off = method.strayed(base.weight, torch.zeros(OUT, IN).double(), method.prepared(p, exact_product), WHOLE)
     spread = magnitude(op, x, off.expand(OUT, IN))
     biases = beside(op, base.bias.abs() + merged.bias.abs())
     rounding = (IN + 2) * EPS * (magnitude(op, x, base.weight) + magnitude(op, x, merged.weight) + biases)
@@ -306,7 +327,7 @@ def test_a_merge_of_tiles_is_the_merge_of_the_whole_to_the_bit(method: Method, o
         assert same_bits(round_once(op.stored(part), dtype), round_once(whole, dtype)[rows])
 
 
-@each_case
+@each_with_steps
 def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, op: Op):
     p = told(method, op, torch.randn(OUT, IN), trained(method, op, torch.bfloat16))
     whole = op.stored(method.spread(p, WHOLE).expand(OUT, IN))
@@ -316,7 +337,7 @@ def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, o
         assert torch.allclose(part, whole[rows], rtol=2 * OUT * IN * EPS, atol=0)  # plain sums, in any order
 
 
-@each_case
+@each_with_steps
 def test_steps_are_the_merge_and_undo_takes_them_back(method: Method, op: Op):
     w, fitted = torch.randn(OUT, IN).double(), matrices(method, op, trained(method, op))
     assert (method.steps(fitted, WHOLE, exact_product) is None) == bool(method.couples)
@@ -336,7 +357,7 @@ def test_steps_are_the_merge_and_undo_takes_them_back(method: Method, op: Op):
     assert bool(torch.where(rises, higher >= merged, higher <= merged).all())
 
 
-@each_case
+@each_with_steps
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_what_a_step_says_of_rounding_covers_the_merge_in_the_dtype_of_the_weight(
     method: Method, op: Op, dtype: torch.dtype
@@ -384,7 +405,7 @@ def test_a_method_that_changes_a_bias_does_so_as_its_steps_over_a_matrix_of_one_
     assert not torch.equal(merged.bias, base.bias)
 
 
-@each_case
+@each_with_steps
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_merge_comes_back_to_the_bit_from_its_index(method: Method, op: Op, dtype: torch.dtype):
     if method.replaced_rows:  # what stood there is kept whole
@@ -430,4 +451,18 @@ def test_tensors_that_are_not_finite_are_refused_where_a_merge_begins(method: Me
         p[role].view(-1)[0] = bad
         merges = [one for one in (method, method.for_bias()) if one is not None]
         with pytest.raises(ValueRangeError, match="NaN or infinity"):
-            _ = [one.steps(matrices(method, op, p), WHOLE, exact_product) for one in merges]
+            _ = [
+                one.steps(one.prepared(matrices(method, op, p), exact_product), WHOLE, exact_product) for one in merges
+            ]
+
+
+@each_mixing
+def test_what_a_base_is_off_by_is_carried_through_a_mix_and_no_further_than_told(method: Mixing, op: Op):
+    w, p = torch.randn(OUT, IN).double(), method.prepared(matrices(method, op, trained(method, op)), exact_product)
+    error = torch.zeros(OUT, IN).double()
+    error[3, 5] = 2.0**-6
+    moved, here = (method.merge(Dense(one), p, WHOLE, exact_product).weight for one in (w + error, w))
+    allowed = method.strayed(w, error, p, WHOLE)
+    assert bool(((moved - here).abs() <= allowed).all())
+    assert bool(((moved - here).abs() > method.strayed(w, 0 * error, p, WHOLE)).any())  # else it could not fail
+    assert method.steps(p, WHOLE, exact_product) is None

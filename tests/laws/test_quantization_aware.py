@@ -31,6 +31,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "ADALORA": [{"init_r": 4, "target_r": 2, "total_step": 9}],
     "VERA": [{"r": 4}],
     "LOHA": [{"r": 4, "alpha": 6}],
+    "OFT": [{"oft_block_size": 16}, {"oft_block_size": 16, "use_cayley_neumann": False}],
 }
 PLAIN, OTHER = (METHODS[name](target_modules=["0"], **SETTINGS[name][0]) for name in ("LORA", "IA3"))
 CASES = [METHODS[name](target_modules=["0"], **one) for name in METHODS for one in SETTINGS[name]]

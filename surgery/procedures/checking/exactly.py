@@ -34,9 +34,9 @@ def as_merged(
     return {name: _moved(values, plain[name], merged[name]) for name, values in true.items()}
 
 
-def held_product(B: Tensor, A: Tensor, tile: Tile, scaling: float) -> Tensor:
+def held_product(B: Tensor, A: Tensor, tile: Tile, scaling: float, *, fine: bool = False) -> Tensor:
     """The exact product, where it lies as near to the plain one as the grid explains; else what is nearest to it."""
-    exact, (rows, columns) = exact_product(B, A, tile, scaling), tile
+    exact, (rows, columns) = exact_product(B, A, tile, scaling, fine=fine), tile
     B, A = exact_float64(B), exact_float64(A)
     plain = float_product(B, A, tile, scaling)  # [..., out, in]
     largest = B.abs().amax(-1, keepdim=True)[..., rows, :] * A.abs().amax(-2, keepdim=True)[..., columns]

@@ -15,6 +15,7 @@ from torch import Tensor
 from surgery.core.adapter import Started
 from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.elementwise import Elementwise
+from surgery.core.method import Dense, Mixing
 from surgery.core.source import Source
 from surgery.core.survival import Survival
 from surgery.errors import ValueRangeError
@@ -80,6 +81,8 @@ def derived(base: Source, out: Checkpoint, change: Change, started: Started, row
 
 def reach(tile: MergedTile) -> tuple[Tensor, Tensor]:
     """What each element is before it is rounded, and how far from that a correct merge may come."""
+    if tile.change.mixes:
+        return _mixed(tile)
     steps = _steps(tile)
     start = exact_float64(tile.merged if steps is None else _start(tile))
     value, allowed = _rounded(start, steps or (), tile.change)
@@ -93,15 +96,42 @@ def _integers(values: Tensor) -> Tensor:
 
 def _within(tile: MergedTile, found: Tensor, where: Tensor) -> Grade:
     """Whether each element of flat `where` lies within what rounding each step explains, plus the spread."""
+    if tile.change.mixes:
+        value, allowed = (one.flatten()[where] for one in _mixed(tile))
+        return _judged((exact_float64(found.flatten()[where]) - value).abs(), allowed)
     steps = _steps(tile)
     start = exact_float64((tile.merged if steps is None else _start(tile)).flatten()[where])
     value, allowed = _rounded(start, [step.at(where) for step in steps or ()], tile.change)
     apart = (exact_float64(found.flatten()[where]) - value).abs()
     if not bool((apart <= allowed).all()):  # costly, and seldom needed
         allowed += _spread(tile, steps or ()).flatten()[where]
+    return _judged(apart, allowed)
+
+
+def _judged(apart: Tensor, allowed: Tensor) -> Grade:
     close = bool((apart <= allowed).all())  # false for NaN
     why = "" if close else "further off than rounding explains"
     return Grade("rounding" if close else "different", float(apart.max()), why)
+
+
+def _mixed(tile: MergedTile) -> tuple[Tensor, Tensor]:
+    """What each element is before it is rounded, where a layer mixes them, and how far from that correct merges may
+    come: layer by layer over the whole tile, for each element carries on what others were off by."""
+    change, op = tile.change, tile.change.site.acting
+    part, held = op.tile(tile.rows), change.site.weight.torch_dtype
+    value = op.matrix(exact_float64(_start(tile)))
+    allowed = torch.zeros_like(value)
+    for layer, product in change.started():
+        method, p, before = layer.method, layer.told, value
+        step = method.steps(p, part, product)
+        value = method.merge(Dense(before), p, part, product).weight
+        if isinstance(method, Mixing):
+            allowed = method.strayed(before, allowed, p, part)
+        elif step is not None:
+            spread = method.spread(p, part) + method.relative_spread(p, part) * value.abs()
+            allowed = step.carried(allowed) + spread + ulp(step.rounded(before, value)[0], held) / 2
+        allowed = allowed + ulp(value, change.dtype) / 2
+    return op.stored(value), op.stored(allowed)
 
 
 def _rounded(value: Tensor, steps: Sequence[Elementwise], change: Change) -> tuple[Tensor, Tensor]:

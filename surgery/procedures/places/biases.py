@@ -1,4 +1,4 @@
-"""Biases of the base that an adapter trains: PEFT's `bias`, "all" or "lora_only"."""
+"""Biases of the base that an adapter trains: PEFT's `bias`, "all", or "lora_only" as each method spells it."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -25,7 +25,7 @@ def trained_modules(tree: Tree, config: AdapterConfig, sites: Collection[str], s
     """
     if config.biases() == "none":
         return []
-    if config.biases() == "lora_only":
+    if config.biases().endswith("_only"):
         return [name for name in sites if _has_bias(tree, name)]
     if tree.root._parameters.get("bias") is not None:
         raise MatchError("bias is 'all', and the model itself holds one, outside any module; wrap it in a module")
@@ -89,7 +89,7 @@ def refuse_clash(tree: Tree, state: State | None, biases: Biases, saved: Collect
         if any(own_bias(one) is not None for one in inside):
             raise StateError(
                 f"{printable(name)}: another adapter replaces it (modules_to_save), so that its bias cannot be "
-                "trained; set bias to 'none' or 'lora_only'"
+                "trained; set bias to 'none', or train those of adapted modules only"
             )
 
 

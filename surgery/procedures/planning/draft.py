@@ -125,6 +125,13 @@ class Draft:
         new = [name for name in self.changes if self.base.info(name) is None]
         return [self.changes[name] for name in (*here, *new)]
 
+    def kept_whole(self) -> list[str]:
+        """What is to be said of weights that nothing but themselves brings back."""
+        mixing = {layer.method.name for one in self.changes.values() for layer in one.layers if layer.method.mixes}
+        count = sum(one.mixes for one in self.changes.values())
+        told = "makes each element of several others, so that a reversible merge keeps the weights whole"
+        return [f"{', '.join(sorted(mixing))} {told}: {count} of them"] if mixing else []
+
     def outcome(self) -> Outcome:
         """What config.json has to tell of."""
         sizes = {self.changes[name].site.weight.shape[0] for name in self._grown()}

@@ -125,6 +125,7 @@ def describe(change: Change) -> dict[str, Any]:
         "replaced": change.saved is not None,
         **({"held": change.held} if change.held else {}),
         **({"kept": True} if change.keep else {}),
+        **({"undo": "copy"} if change.mixes else {}),
         **({"into": change.into} if change.into else {}),
         **({"rounding": "feedback"} if change.feedback else {}),
         **({"calibrated": True} if change.calibrated is not None else {}),
@@ -167,6 +168,7 @@ def make_plan(
             where = printable(one.adapter.where)
             raise ConfigError(f"{where}: PEFT's merge of target_parameters is not known; leave arithmetic 'exact'")
     draft.follow(treatment.arithmetic)
+    draft.notes += draft.kept_whole()
     config = true_config(base.config, treatment.dtype, draft.outcome())
     return _costed(base, adapters, draft, config)
 

@@ -148,7 +148,7 @@ class FileUndo:
 
 def _is_kept(change: Change) -> bool:
     """Can nothing but the original bring it back? More are found so while they are merged."""
-    return bool(change.held or change.through) or change.saved is not None or change.as_peft is not None
+    return bool(change.held or change.through or change.mixes) or change.saved is not None or change.as_peft is not None
 
 
 def _held_in(base: Checkpoint, change: Change) -> Sequence[str]:
