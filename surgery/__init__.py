@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from surgery.methods.adalora_config import AdaLoraConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.lora_config import LoraConfig
+    from surgery.methods.trainable_tokens import TrainableTokensConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
     from surgery.procedures.checking.verify_report import VerifyReport
@@ -88,6 +89,7 @@ _HOMES = {
     "StateError": "errors",
     "SurgeryError": "errors",
     "TaskType": "core.config",
+    "TrainableTokensConfig": "methods.trainable_tokens",
     "UnmergeReport": "procedures.writing.unmerge_checkpoint",
     "UsageError": "errors",
     "ValueRangeError": "errors",
@@ -140,6 +142,7 @@ __all__ = [
     "StateError",
     "SurgeryError",
     "TaskType",
+    "TrainableTokensConfig",
     "UnmergeReport",
     "UsageError",
     "ValueRangeError",
