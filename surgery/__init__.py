@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from surgery.methods.loha import LoHaConfig
     from surgery.methods.lora_config import LoraConfig
     from surgery.methods.oft_config import OFTConfig
+    from surgery.methods.trainable_tokens import TrainableTokensConfig
     from surgery.methods.vera import VeraConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
@@ -93,6 +94,7 @@ _HOMES = {
     "StateError": "errors",
     "SurgeryError": "errors",
     "TaskType": "core.config",
+    "TrainableTokensConfig": "methods.trainable_tokens",
     "UnmergeReport": "procedures.writing.unmerge_checkpoint",
     "UsageError": "errors",
     "ValueRangeError": "errors",
@@ -148,6 +150,7 @@ __all__ = [
     "StateError",
     "SurgeryError",
     "TaskType",
+    "TrainableTokensConfig",
     "UnmergeReport",
     "UsageError",
     "ValueRangeError",

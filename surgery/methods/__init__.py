@@ -8,6 +8,7 @@ from surgery.methods.ia3 import IA3Config
 from surgery.methods.loha import LoHaConfig
 from surgery.methods.lora_config import LoraConfig
 from surgery.methods.oft_config import OFTConfig
+from surgery.methods.trainable_tokens import TrainableTokensConfig
 from surgery.methods.vera import VeraConfig
 
 METHODS: Mapping[str, type[AdapterConfig]] = {
@@ -17,4 +18,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "VERA": VeraConfig,
     "LOHA": LoHaConfig,
     "OFT": OFTConfig,
+    "TRAINABLE_TOKENS": TrainableTokensConfig,
 }

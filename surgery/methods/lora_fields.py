@@ -58,11 +58,13 @@ def check_tokens(value: object) -> None:
             raise ConfigError(
                 f"trainable_token_indices is {printable(value)!r}; a list of tokens is wanted, or one for each module"
             )
-        if not all(type(token) is int and 0 <= token < 1 << 31 for token in tokens) or len({*tokens}) < len(tokens):
-            raise ConfigError(
-                f"trainable_token_indices holds {printable(tokens)}; whole numbers from 0 to 2^31 - 1, each once, are "
-                "wanted"
-            )
+        check_token_list("trainable_token_indices", tokens)
+
+
+def check_token_list(field: str, tokens: Sequence[object]) -> None:
+    """ConfigError unless each is a token, once."""
+    if not all(type(token) is int and 0 <= token < 1 << 31 for token in tokens) or len({*tokens}) < len(tokens):
+        raise ConfigError(f"{field} holds {printable(tokens)}; whole numbers from 0 to 2^31 - 1, each once, are wanted")
 
 
 def check_ranges(value: object) -> None:

@@ -1,4 +1,7 @@
-"""Token rows: rows of an embedding or an output head, replaced by trained ones. PEFT's `trainable_token_indices`."""
+"""Token rows: rows of an embedding or an output head, replaced by trained ones.
+
+PEFT's `trainable_token_indices`, beside LoRA, and its TRAINABLE_TOKENS, alone.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,11 +10,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from surgery.core.arithmetic import all_finite
 from surgery.core.as_peft import AsPeft
 from surgery.core.method import Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, printable
+from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
 
 _AXES = {"linear": 0, "embedding": 1}  # of the matrix [out, in], along which tokens lie
 
@@ -21,8 +25,11 @@ class TokenRows(Method, AsPeft):
     """t is [tokens, width]: what stands in the rows of these tokens, whatever stood there."""
 
     tokens: tuple[int, ...]
+    field: str = "trainable_token_indices"  # as its config calls them
+    spelling: str = "token_adapter.trainable_tokens_delta"
+    drawn: bool = False  # do they begin as normal numbers, not as what stands there?
 
-    name = "trainable_token_indices"
+    name = "token rows"
     couples = frozenset()
 
     @property
@@ -33,26 +40,29 @@ class TokenRows(Method, AsPeft):
         axis = _AXES.get(site.acting.name)
         if axis is None or site.acting.roles:
             raise MatchError(
-                f"{printable(site.name)}: its op is {site.acting.name}; trainable_token_indices is of Embedding and "
+                f"{printable(site.name)}: its op is {site.acting.name}; {self.field} is of Embedding and "
                 "Linear, which have a row for each token; name another module"
             )
         if max(self.tokens) >= site.shape[axis]:
             raise MatchError(
-                f"{printable(site.name)}: trainable_token_indices has {max(self.tokens)}, and it has rows for "
+                f"{printable(site.name)}: {self.field} has {max(self.tokens)}, and it has rows for "
                 f"{site.shape[axis]} tokens; resize the model first"
             )
         shape = len(self.tokens), site.shape[1 - axis]
-        return {"t": Spec("token_adapter.trainable_tokens_delta", shape, "trainable_tokens_delta")}
+        return {"t": Spec(self.spelling, shape, "trainable_tokens_delta")}
 
     def matrices(self, p: Params, site: Site) -> Params:
         axis = _AXES[site.acting.name]
         return {"t": p["t"].T if axis else p["t"], "axis": torch.tensor(axis)}
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:
-        self.tensors(site)  # where they cannot be, that is refused
+        shape = self.tensors(site)["t"].shape  # where they cannot be, that is refused
+        if self.drawn:
+            return {"t": torch.randn(shape)}
         axis = _AXES[site.acting.name]
         found = base().weight.index_select(axis, torch.tensor(self.tokens, device=base().weight.device))
-        return {"t": (found.T if axis else found).float().contiguous()}
+        held = torch.promote_types(found.dtype, torch.float32)  # in less they would not be what stands there
+        return {"t": (found.T if axis else found).to(held).contiguous()}
 
     def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:  # noqa: ARG002  # no product in it
         axis, weight = int(p["axis"]), base.weight
@@ -63,7 +73,8 @@ class TokenRows(Method, AsPeft):
         return base._replace(weight=weight.index_copy(axis, places, rows.to(weight.device, weight.dtype)))
 
     def steps(self, p: Params, tile: Tile, product: Product) -> None:  # noqa: ARG002  # what stood there is gone
-        return None
+        if not all_finite(p["t"]):
+            raise ValueRangeError("t holds NaN or infinity; finite numbers are wanted; train or save it again")
 
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:  # noqa: ARG002  # one way
         places = torch.tensor(self.tokens, device=stored.device)
@@ -77,15 +88,14 @@ class TokenRows(Method, AsPeft):
 
     def weighted(self, weight: float) -> Self:
         if weight != 1:
-            raise ConfigError(f"its weight is {weight}; trainable_token_indices replaces rows; a weight of 1 is wanted")
+            raise ConfigError(f"its weight is {weight}; {self.field} replaces rows; a weight of 1 is wanted")
         return self
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
-        below, tokens = run(x), torch.tensor(self.tokens, device=x.device)
+        below, tokens, bias = run(x), torch.tensor(self.tokens, device=x.device), run.bias()
         if not _AXES[op.name]:
-            bias = run.bias()
             logits = op.apply(x.to(p["t"].dtype), p["t"], None if bias is None else bias[tokens].to(p["t"].dtype))
             return below.index_copy(-1, tokens, logits.to(below.dtype))
         same = x.unsqueeze(-1) == tokens  # [*batch, tokens]
-        found = op.apply(same.int().argmax(-1), p["t"].T)  # [*batch, width]
+        found = op.apply(same.int().argmax(-1), p["t"].T, bias)  # [*batch, width]
         return torch.where(same.any(-1, keepdim=True), found.to(below.dtype), below)

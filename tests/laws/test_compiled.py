@@ -23,6 +23,7 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "vera": lambda: surgery.VeraConfig(r=4, **TARGETS),
     "oft": lambda: surgery.OFTConfig(oft_block_size=5, **TARGETS),
     "coft": lambda: surgery.OFTConfig(oft_block_size=5, use_cayley_neumann=False, coft=True, **TARGETS),
+    "trainable_tokens": lambda: surgery.TrainableTokensConfig(token_indices=[7, 0], **TARGETS),
 }
 EVERYWHERE = ("conv1d", "convolution over two axes", "embedding")  # of LoRA
 

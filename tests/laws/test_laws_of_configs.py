@@ -116,6 +116,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "use_cayley_neumann": st.booleans(),
         "num_cayley_neumann_terms": st.integers(1, 9),
     },
+    "TRAINABLE_TOKENS": {"token_indices": st.just([]) | tokens, "init_weights": st.booleans()},
 }
 
 

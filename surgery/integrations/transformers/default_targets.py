@@ -15,6 +15,7 @@ from surgery.core.names import suffix_hits
 from surgery.core.select import select
 from surgery.hosts.tree import places
 from surgery.integrations.transformers.model import is_pretrained
+from surgery.layers import base_of
 
 
 class Default(NamedTuple):
@@ -91,6 +92,8 @@ def with_default_targets(root: nn.Module, config: AdapterConfig, as_peft: bool =
     if config.target_modules is not None or config.parameters() or not is_pretrained(root):
         return config
     model: Any = root
+    if config.rows() is None and config.repeats_rows:
+        return _of_embedding(model, config)
     default = DEFAULTS.get(config.peft_type, {}).get(model.config.model_type)
     if default is None:
         return config
@@ -103,6 +106,13 @@ def with_default_targets(root: nn.Module, config: AdapterConfig, as_peft: bool =
         if getattr(config, field, ()) is None
     }
     return replace(config, **missing)
+
+
+def _of_embedding(model: Any, config: AdapterConfig) -> AdapterConfig:
+    """The config of the rows of what the model says embeds its tokens."""
+    own = model.get_input_embeddings()
+    found = [place.name for place in places(model) if own in (place.module, base_of(place.module))]
+    return config.with_rows(found[:1]) if found else config
 
 
 def _meant(ends: str | Sequence[str], names: Sequence[str]) -> str | Sequence[str]:

@@ -21,7 +21,7 @@ from surgery.procedures.live.fresh import fresh_sites
 from surgery.procedures.places.biases import trained_modules
 from surgery.procedures.places.model_tree import Tree
 from surgery.procedures.places.parameters import targeted_parameters
-from surgery.procedures.places.rows import with_rows, with_tied_rows
+from surgery.procedures.places.rows import with_embedding, with_rows, with_tied_rows
 from surgery.procedures.places.stacking import stacked
 from surgery.procedures.places.tied_copies import Saved, with_tied_copies
 from surgery.procedures.places.tied_heads import tied_heads, with_heads
@@ -47,7 +47,7 @@ def inject(root: nn.Module, config: AdapterConfig, adapter: str, start: Start, t
     config.check_fresh()
     with stacked(root, config):
         tree = Tree(root)
-        fit(tree, adapter, _fresh(tree, config, start), trainable)
+        fit(tree, adapter, _fresh(tree, with_embedding(tree, config), start), trainable)
 
 
 def _fresh(tree: Tree, config: AdapterConfig, start: Start) -> Fitting:

@@ -98,7 +98,8 @@ def _written(
     sites: dict[str, Params] = {}
     shared: dict[str, Tensor] = {}
     layers = adapted_layers(root)
-    for name, layer in _layers(root, adapter).items():
+    repeated = injected(root).configs[adapter].repeats_rows
+    for name, layer in (_every(root, adapter) if repeated else _layers(root, adapter)).items():
         one = layer.fitted[adapter]
         there = spelled(layers, name, adapter)
         specs[there] = one.method.tensors(layer.site)
@@ -160,9 +161,13 @@ def _base_print(root: nn.Module, adapter: str) -> Hashed:
 
 def _layers(root: nn.Module, adapter: str) -> dict[str, Adapted]:
     """Those that it lies over, without what only shares the rows of another."""
-    layers = adapted_layers(root)
+    layers = _every(root, adapter)
     shared = repeats(layers, adapter)
-    return {name: layer for name, layer in layers.items() if adapter in layer.fitted and name not in shared}
+    return {name: layer for name, layer in layers.items() if name not in shared}
+
+
+def _every(root: nn.Module, adapter: str) -> dict[str, Adapted]:
+    return {name: layer for name, layer in adapted_layers(root).items() if adapter in layer.fitted}
 
 
 def _held_as(layer: Adapted) -> TensorInfo:

@@ -28,12 +28,7 @@ def with_rows(tree: Tree, config: AdapterConfig, adapted: Collection[str]) -> tu
     if entries is not None and not entries:
         return config, []
     if entries is None:
-        found = {tree.first_name(name) for name in tree.modules if _embeds(tree, name)}
-        if len(found) != 1:
-            told = ", ".join(map(printable, sorted(found))) or "none is called as usual"
-            raise MatchError(
-                f"trainable_token_indices: one embedding of tokens is wanted, and here {told}; name its module"
-            )
+        found = {_embedding(tree, "trainable_token_indices")}
     else:
         found = {tree.first_name(name) for name in tree.modules if suffix_hits(entries, name)}
         for entry in entries:
@@ -48,6 +43,12 @@ def with_rows(tree: Tree, config: AdapterConfig, adapted: Collection[str]) -> tu
     return config.with_rows(sorted(found)), sorted(found)
 
 
+def with_embedding(tree: Tree, config: AdapterConfig) -> AdapterConfig:
+    """The config, with the embedding named where it adapts nothing but rows, and leaves it to the model of what."""
+    alone = config.repeats_rows and config.rows() is None
+    return config.with_rows([_embedding(tree, "target_modules is not given")]) if alone else config
+
+
 def with_tied_rows(tree: Tree, sites: Mapping[str, FittedSite], saved: Collection[str]) -> dict[str, FittedSite]:
     """Besides, what is tied to weights whose rows are replaced: as in PEFT the same rows stand there.
 
@@ -58,11 +59,9 @@ def with_tied_rows(tree: Tree, sites: Mapping[str, FittedSite], saved: Collectio
         if not method.replaced_rows:
             continue
         if any(name == other or name.startswith(f"{other}.") for other in saved):
-            raise MatchError(
-                f"{printable(name)}: trainable_token_indices and modules_to_save both name it; leave one out"
-            )
+            raise MatchError(f"{printable(name)}: trained rows and modules_to_save both name it; leave one out")
         for other in tree.tied_to(name):
-            if other in sites and not _same(sites[other], method, params):
+            if other in sites and not same_rows(sites[other], method, params):
                 raise MatchError(
                     f"{printable(other)}: its weight is tied to {printable(name)}, and the adapter makes something "
                     "else of it; leave one of the two out, or untie them first"
@@ -121,9 +120,19 @@ def merged_once(layers: Mapping[str, Adapted]) -> set[str]:
     return found
 
 
-def _same(site: FittedSite, method: Method, params: Params) -> bool:
+def same_rows(site: FittedSite, method: Method, params: Params) -> bool:
+    """Do the two replace the same rows by the same numbers?"""
     _, other, rows = site
     return other == method and rows["t"].shape == params["t"].shape and torch.equal(rows["t"], params["t"])
+
+
+def _embedding(tree: Tree, what: str) -> str:
+    """The one embedding of tokens that is called as usual."""
+    found = {tree.first_name(name) for name in tree.modules if _embeds(tree, name)}
+    if len(found) != 1:
+        told = ", ".join(map(printable, sorted(found))) or "none is called as usual"
+        raise MatchError(f"{what}: one embedding of tokens is wanted, and here {told}; name its module")
+    return found.pop()
 
 
 def _embeds(tree: Tree, name: str) -> bool:

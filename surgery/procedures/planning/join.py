@@ -13,7 +13,7 @@ from surgery.ops.attention import attention_site
 from surgery.ops.bias import bias_site
 from surgery.procedures.places.experts import laid_on
 from surgery.procedures.places.op_choice import OpChoice
-from surgery.procedures.places.rows import refuse_missing
+from surgery.procedures.places.rows import refuse_missing, same_rows
 from surgery.procedures.places.shared_embedding import Shared, laid_on_all, shared_of
 from surgery.procedures.places.tying import tying_of, why_absent
 from surgery.procedures.planning.wholes import EXPLAINED, Wholes
@@ -48,6 +48,7 @@ class Joined:
         self.known = {name: self._as_grown(site) for name, site in known.items()}
         self._sites()
         self._rows()
+        self._drop_repeated()
 
     def _sites(self) -> None:
         found = {name: self.known.get(self.naming.of(in_base(name))) for name in self.adapter.sites}
@@ -107,6 +108,17 @@ class Joined:
             refuse_missing(self.adapter.config, [*self.adapter.sites, *tied], self.adapter.where)
         except MatchError as error:
             self.refusals.append(error)
+
+    def _drop_repeated(self) -> None:
+        """Rows that the files of PEFT's TRAINABLE_TOKENS hold of a tied head too change once, with its embedding."""
+        if self.tying is None:
+            return
+        head, embedding = (self.layers.get(one.name) for one in (self.tying.head.weight, self.tying.embedding))
+        if head is None or embedding is None or not head[1].method.replaced_rows:
+            return
+        (site, layer), other = head, embedding[1]
+        if same_rows((site, layer.method, layer.params), other.method, other.params):
+            del self.layers[site.weight.name]
 
     def _add(self, site: Site, layer: Layer) -> None:
         if site.weight.name in self.layers:
