@@ -28,6 +28,7 @@ class VerifyReport(CaseReport):
     out: Path
     tensors: Mapping[str, Grade]
     outputs: Agreements | None = None
+    notes: tuple[str, ...] = ()  # on the options that the merge was derived by, where its receipt tells of them
 
     @property
     def ok(self) -> bool:
@@ -61,8 +62,9 @@ class VerifyReport(CaseReport):
         """One line."""
         counts = ", ".join(f"{count} {grade}" for grade, count in self.counts.items() if count or grade == "different")
         survived = [one.survival for one in self.tensors.values() if one.survival is not None]
-        told = f"{counts}; {reduce(Survival.plus, survived)}" if survived else counts
-        return f"{told}; outputs: {self.outputs.why}" if self.outputs is not None and self.outputs.why else told
+        told = [counts, *([str(reduce(Survival.plus, survived))] if survived else []), *self.notes]
+        told += [f"outputs: {self.outputs.why}"] if self.outputs is not None and self.outputs.why else []
+        return "; ".join(told)
 
     @property
     def title(self) -> str:
@@ -89,6 +91,7 @@ class VerifyReport(CaseReport):
         return {
             "ok": self.ok,
             "counts": self.counts,
+            "notes": list(self.notes),
             "tensors": {name: one.to_json() for name, one in self.tensors.items()},
         } | ({} if self.outputs is None else {"outputs": self.outputs.to_json()})
 
