@@ -139,8 +139,10 @@ def _example(model: nn.Module, inputs: Any, axes: Any, kv: bool) -> tuple[Exampl
 def _refuse_for_slots(adapters: Sequence[Weighted], options: Options) -> None:
     """UsageError for what slots have no place for."""
     if not adapters:
-        raise UsageError("export: there is no adapter to be swapped; name some, or leave swappable away")
+        raise UsageError("export: there is no adapter to be swapped; name some, or leave `swappable` out")
     if any(weight != 1 for _, weight in adapters):
         raise UsageError("export: a swappable adapter has no weight; `surgery combine` writes one that has it in it")
     if options.treatment != Treatment():
-        raise UsageError("export: dtype, tied, ops and into are of merges, and swappable adapters are not merged")
+        raise UsageError(
+            "export: nothing is merged with `swappable`; leave that, or `dtype`, `tied`, `ops` and `into`, out"
+        )

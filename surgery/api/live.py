@@ -56,7 +56,7 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     With `quantization_aware` "nf4" or another format of `merge_checkpoint`, its layers run, and it is trained, as they
     will once it is merged and their weights are held so: the base's own scales are kept where it is held in that format
     already. With "keep" they will keep the codes that the layers are held in, or the files that the model was decoded
-    from as it was loaded.
+    from as it was loaded. A UserWarning tells where that is a merge of files alone, and `merge` holds no such layer.
 
     `examples` are for `init_lora_weights` "eva", "corda" and "lora_ga": batches, each a tensor, several in a list or
     tuple, or keyword arguments, which are run through the base; for "lora_ga" also back, from the loss that the model

@@ -28,6 +28,14 @@ def _known_endings(context: click.Context, option: click.Parameter, paths: tuple
     return paths
 
 
+class Told(click.Choice[str]):
+    """Choices as --help lists them; of another value the function says that it is none, and why."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        del param, ctx
+        return value
+
+
 def _as_ops(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
     return ops_of(given)
 
@@ -77,13 +85,13 @@ forms = ["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16",
 forms += ["fp8_dynamic", "nvfp4", "mxfp4a16", "torchao-int8", "torchao-fp8"]
 into = click.option(
     "--into",
-    type=click.Choice(["16bit", "keep", *(form for form in forms if form != "w4a16-asym")]),
+    type=Told(["16bit", "keep", *(form for form in forms if form != "w4a16-asym")]),
     help="What weights become: plain, as by default; codes by a quantized base's own scales; or a format, by new ones.",
 )
 fallback = click.option(
     "--fallback",
-    type=click.Choice(["16bit", "int8"]),
-    help="What weights become instead that would be under --min-retained, or over --max-noise, there.",
+    type=Told(["16bit"]),
+    help="What weights become instead, where --into would leave too little of the adapters' change.",
 )
 rounding = click.option(
     "--rounding",
@@ -92,7 +100,7 @@ rounding = click.option(
 )
 base_as = click.option(
     "--base-as",
-    type=click.Choice(forms),
+    type=Told(forms),
     help="The form in which the adapters were trained over this plain base, such as nf4 for QLoRA.",
 )
 
@@ -106,7 +114,7 @@ probes = click.option(
 calibration = click.option(
     "--calibration",
     metavar="FILE|FOLDER",
-    help="With --rounding feedback: the inputs, recorded by surgery.record_inputs, that tell which errors matter.",
+    help="Of a rounding by feedback: the inputs, recorded by surgery.record_inputs, that tell which errors matter.",
 )
 arithmetics = ("exact", "peft", "peft-safe")
 arithmetic = click.option(

@@ -1,9 +1,13 @@
 """surgery inspect PATH."""
 
+from itertools import compress
+
 import click
 
 from surgery.cli.arguments import as_json, show
 from surgery.cli.printing import say
+
+_COLUMNS = ("name", "op", "shape", "dtype", "bytes", "tied to")
 
 
 @click.command()
@@ -31,4 +35,5 @@ def inspect(path: str, sha256: bool, as_json: bool) -> None:
         (printable(row.name), row.op, "x".join(map(str, row.shape)), row.dtype, f"{row.size_bytes:,}", row.tied)
         for row in report.rows
     ]
-    show(report, as_json, rows, ("name", "op", "shape", "dtype", "bytes", "tied to"))
+    told = [any(row[column] for row in rows) for column in range(len(_COLUMNS))]  # of an adapter some are empty
+    show(report, as_json, [list(compress(row, told)) for row in rows], list(compress(_COLUMNS, told)))

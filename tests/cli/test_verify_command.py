@@ -120,7 +120,7 @@ def test_outputs_are_refused_of_a_base_as_a_form_by_the_receipt_too(
     run: Run, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     assert run("merge", base, adapter, tmp_path / "out", "--base-as", "nf4").code == 0
-    assert "base_as" in told(run("verify", base, adapter, tmp_path / "out", "--outputs"), 2)
+    assert "--base-as" in told(run("verify", base, adapter, tmp_path / "out", "--outputs"), 2)
 
 
 def test_a_merge_as_peft_is_planned_made_and_verified_by_the_commands(

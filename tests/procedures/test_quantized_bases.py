@@ -347,7 +347,7 @@ def test_what_cannot_be_meant_with_into_is_refused(options: dict[str, str], adap
 @pytest.mark.parametrize("into", ["16bit", "keep"])
 def test_into_without_a_quantized_base_is_refused(into: str, adapter: Path, tmp_path: Path) -> None:
     surgery.merge_checkpoint(quantized_base(tmp_path / "base", "nf4"), adapter, tmp_path / "plain")
-    with pytest.raises(UsageError, match="no weight of it is quantized; leave into out"):
+    with pytest.raises(UsageError, match="no weight of it is quantized; leave `into` out"):
         surgery.merge_checkpoint(tmp_path / "plain", adapter, tmp_path / "out", into=into)
 
 
@@ -446,7 +446,7 @@ def test_a_base_that_is_quantized_itself_is_not_taken_as_another(adapter: Path, 
     base = quantized_base(tmp_path / "base", "nf4")
     with pytest.raises(UsageError, match="quantized itself"):
         surgery.merge_checkpoint(base, adapter, tmp_path / "out", base_as="nf4")
-    with pytest.raises(UsageError, match="base_as is 'nf5'"):
+    with pytest.raises(UsageError, match="`base_as` is 'nf5'"):
         surgery.plan(base, adapter, base_as="nf5")
 
 

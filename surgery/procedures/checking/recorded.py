@@ -10,7 +10,6 @@ from surgery.procedures.planning.treatment import Treatment, TreatmentOptions
 from surgery.procedures.writing.receipt import read_receipt
 from surgery.procedures.writing.small_files import RECEIPT
 
-
 _DERIVED_BY = ("arithmetic", "base_as", "compute_dtype", "ops")
 
 

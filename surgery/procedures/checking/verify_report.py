@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery.core.agreement import Agreements, in_words
 from surgery.core.survival import Survival
-from surgery.errors import CheckError, printable
+from surgery.errors import CheckError, printable, visible
 from surgery.procedures.checking.grade import GRADES, Grade
 from surgery.procedures.checking.report import Case, CaseReport
 
@@ -47,9 +47,7 @@ class VerifyReport(CaseReport):
                 "was made with: the same base, adapters, weights and base_as"
             )
         if self.outputs is not None and not self.outputs.ok:
-            raise CheckError(
-                f"{printable(self.out)}: outputs: {printable(self.outputs.why)}; the table has the figures"
-            )
+            raise CheckError(f"{printable(self.out)}: outputs: {visible(self.outputs.why)}; the table has the figures")
 
     @property
     def counts(self) -> dict[str, int]:
