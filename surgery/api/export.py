@@ -17,6 +17,7 @@ from surgery.hosts.layout import bytes_of
 from surgery.hosts.twin import weightless
 from surgery.hosts.within import within
 from surgery.integrations import transformers as hugging
+from surgery.io.hub import local_path
 from surgery.io.staging import refuse_overlap
 from surgery.procedures.exports.export import AnyModule, ExportReport, Kind, Manner, export_model
 from surgery.procedures.exports.export_swappable import Carrying, export_swappable
@@ -72,7 +73,7 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
     require_packages()
     treatment = Treatment.of(dtype=dtype, tied=tied, ops=ops, into=into)
     asked = _Asked(
-        Path(out),
+        local_path(out),
         Manner(weights, names, overwrite, portable),
         Options(treatment, overwrite=overwrite, pace=Pace(progress=progress)),
         kv=kv,

@@ -93,6 +93,9 @@ def _run(arguments: list[str]) -> Any:
         return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "surgery"
+        if isinstance(error, click.MissingParameter) and error.ctx and isinstance(error.param, click.Argument):
+            wanted = " ".join([command, *error.ctx.command.collect_usage_pieces(error.ctx)[1:]])
+            raise UsageError(f"too few arguments; `{wanted}` is wanted; `{command} --help` says more") from error
         raise UsageError(
             f"{visible(error.format_message().rstrip('.'))}; `{command} --help` says what is wanted"
         ) from error

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,17 +16,19 @@ if TYPE_CHECKING:
     from surgery.core.report import Report
     from surgery.procedures.checking.report import CaseReport
 
+_NUMBER = re.compile(r"-?\d*\.?\d+")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _known_endings(context: click.Context, option: click.Parameter, paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    from surgery.io.hub import local_path
     from surgery.procedures.checking.report import ENDINGS
 
     for path in paths:
         if path.suffix.lower() not in ENDINGS:
             raise click.BadParameter(f"{path}: the ending must be one of {', '.join(ENDINGS)}", context, option)
-    return paths
+    return tuple(map(local_path, paths))
 
 
 class Told(click.Choice[str]):
@@ -127,6 +130,7 @@ arithmetic = click.option(
 mha_out_proj_scale = click.option(
     "--mha-out-proj-scale",
     type=click.IntRange(1, 2),
+    metavar="1|2",
     help="How often a file's delta of an attention layer's out_proj counts. By default 2 up to peft_version 0.21.2.",
 )
 
@@ -183,6 +187,8 @@ def conclude(report: "CaseReport", as_json: bool, reports: Sequence[Path]) -> No
 
 def _weighted(argument: str) -> tuple[str, float]:
     name, sign, weight = argument.rpartition("=")
+    if _NUMBER.fullmatch(argument) and not os.path.exists(argument):  # noqa: PTH110
+        raise click.UsageError(f"{argument}: no adapter; a weight stands with its own, such as ADAPTER={argument}")
     if not sign or os.path.exists(argument):  # noqa: PTH110  # false for a name too long to be one
         return argument, 1.0
     try:

@@ -15,7 +15,7 @@ _COLUMNS = ("name", "op", "shape", "dtype", "bytes", "tied to")
 @click.option(
     "--sha256",
     is_flag=True,
-    help="Read all of a model for the hash that `surgery merge --expect-...` takes; without --json, print it alone.",
+    help="Read all of a model for the hash that `surgery merge --expect-base-sha256` takes; alone, or in --json.",
 )
 @as_json
 def inspect(path: str, sha256: bool, as_json: bool) -> None:

@@ -19,11 +19,11 @@ _OPTION = re.compile("`([a-z][a-z0-9_]*)(?:=([^`]*))?`")  # as messages name one
 def spelled(text: str, commands: click.Group) -> str:
     """`text` with the options of these commands as they are given to them: --into, or --into keep."""
     every = [one for command in commands.commands.values() for one in command.params if isinstance(one, click.Option)]
-    known = {one.name: max(one.opts, key=len) for one in every}
+    known = {one.name: max(one.opts, key=len) for one in every} | {"swappable": "--adapters swappable"}
 
     def told(found: re.Match[str]) -> str:
         name, value = found.groups()
-        return " ".join([known[name], *([value] if value else [])]) if name in known else found[0]
+        return " ".join([known[name], *([] if value in {None, "True"} else [value])]) if name in known else found[0]
 
     return _OPTION.sub(told, text)
 

@@ -15,8 +15,6 @@ from surgery.codecs import FORMS
 from surgery.procedures.planning.treatment import INTO, UNMADE
 
 PYTHON_S = re.compile(r"`\w+(=\w+)?`|\b(base_as|compute_dtype|min_retained|max_noise|max_shard_size|give into)\b")
-    r"`|\b(base_as|compute_dtype|min_retained|max_noise|max_shard_size|leave into|give into|arithmetic ')"
-)
 CLASHES = [
     (["--fallback", "16bit"], "--fallback is for merges into a format; give --into, or leave it out"),
     (["--min-retained", "1"], "--min-retained is for merges into a format"),
