@@ -15,8 +15,9 @@ SurgeryError
 ├── EnvironmentFault     5  disk, permission, network, memory, a missing package
 └── OutputExistsError    6  the output is there already, busy, or an input
 
-A message reads `<where>: <found>; <wanted>; <next step>`. A UsageError and a StateError are ValueErrors too, as
-transformers raises them; an AbsentError is an OSError and a ValueError, for it raises either.
+A message reads `<where>: <found>; <wanted>; <next step>`. Options stand in it in backticks, by their names in Python,
+as `into` or `into=keep`; the command line tells them as --into and --into keep. A UsageError and a StateError are
+ValueErrors too, as transformers raises them; an AbsentError is an OSError and a ValueError, for it raises either.
 """
 
 
@@ -100,6 +101,17 @@ def printable(name: object) -> str:
     """`name` on one line, cut to 200 characters: backslashes and what cannot be seen are escaped, letters stay."""
     text = visible(str(name)[:201].replace("\\", r"\\"))
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def quoted(text: object) -> str:
+    r"""`text` in quotes, on one line and cut to 200 characters; backslashes stay, so that a pattern reads as written.
+
+    >>> print(quoted(r"layers\.\d+"))
+    'layers\.\d+'
+    """
+    shown = visible(str(text)[:201])
+    shown = shown if len(shown) <= 200 else shown[:197] + "..."
+    return f'"{shown}"' if "'" in shown and '"' not in shown else f"'{shown}'"
 
 
 def visible(text: str) -> str:

@@ -36,7 +36,7 @@ def scale_of(sites: Sequence[str], version: object, told: Scale | None, where: s
     if tuple(int(number) for number in _NUMBER.findall(str(version))[:3]) > _KNOWN:
         raise FormatError(
             f"{printable(where)}: {printable(found)}: its delta counts twice up to peft_version 0.21.2, and whether it "
-            f"does in {printable(version)} is not known; say it with mha_out_proj_scale 1 or 2"
+            f"does in {printable(version)} is not known; say it with `mha_out_proj_scale=1` or `mha_out_proj_scale=2`"
         )
     return 2
 
@@ -52,7 +52,7 @@ def refuse_other(adapter: Adapter, arithmetic: str) -> None:
     """UsageError where PEFT is to be followed, which counts each twice, and once is wanted."""
     if arithmetic != "exact" and adapter.mha_out_proj_scale == 1:
         raise UsageError(
-            f"{printable(adapter.where)}: mha_out_proj_scale is 1 and arithmetic is {arithmetic!r}; PEFT counts the "
+            f"{printable(adapter.where)}: `mha_out_proj_scale=1` and `arithmetic={arithmetic}`; PEFT counts the "
             "delta of out_proj twice; leave one of the two out"
         )
 

@@ -65,7 +65,10 @@ def open_adapter(path: Path, config_name: str = CONFIG, scale: Scale | None = No
     if not path.is_dir():
         refuse_other(path)
     if not path.is_dir() and not (folder / config_name).exists():
-        raise AbsentError(f"{printable(path)}: no {config_name} beside it; an adapter folder, or its file, is wanted")
+        raise AbsentError(
+            f"{printable(path)}: no {config_name} beside it; an adapter as PEFT writes it is wanted, its folder or its "
+            "file; diffusers and kohya write others"
+        )
     told = read_bytes(contained(folder, config_name), "an adapter's config")
     where = printable(folder / config_name)
     parsed = parse_json(told, where)
@@ -128,7 +131,11 @@ def _refuse_pickles(folder: Path, file: Path) -> None:
             "load it in PEFT and save it again"
         )
     if not file.exists():
-        told = "it looks like a model; an adapter is wanted; a merge names BASE first" if _has_weights(folder) else ""
+        told = (
+            "it looks like a model; an adapter is wanted; a merge names BASE first, and OUT last"
+            if _has_weights(folder)
+            else ""
+        )
         raise AbsentError(f"{printable(folder)}: it holds no {TENSORS}: {told or folder_in_words(folder)}")
 
 

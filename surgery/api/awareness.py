@@ -1,6 +1,7 @@
 """What quantization_aware says: how the weights of layers will be held."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from surgery.errors import UsageError
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.holding import Awareness, holding_of
 from surgery.hosts.kept_files import KeptFiles
+from surgery.procedures.planning.treatment import HELD_IN, LIVE_FORMS, UNMADE
 
 KEEP = "keep"
 _OPTION = "quantization_aware"
@@ -26,9 +28,23 @@ def held_as(asked: str | None, root: nn.Module) -> Iterator[Awareness | None]:
         yield None
     elif asked != KEEP:
         yield partial(holding_of, format_of(asked, _OPTION))
+        if asked not in LIVE_FORMS:
+            _tell(asked)
     else:
+        opened: list[Checkpoint] = []
         with ExitStack() as stack:
-            yield KeptFiles(lambda: stack.enter_context(_files_of(root)))
+            yield KeptFiles(lambda: opened.append(stack.enter_context(_files_of(root))) or opened[0])
+        if opened:
+            _tell(KEEP)
+
+
+def _tell(asked: str) -> None:
+    """A UserWarning, at the call of the function of the user, where no merge in memory will hold what is trained."""
+    wanted = f"merge_checkpoint(..., into={asked!r}), or surgery merge --into {asked}, of the saved adapter writes it"
+    if asked not in (KEEP, *HELD_IN):
+        wanted = f"no merge writes it either, for {UNMADE['into', asked]}"
+    told = f"{_OPTION} is {asked!r}, which no layer in memory is merged into; {wanted}"
+    warnings.warn(told, stacklevel=5)  # past contextlib, and the function that is called
 
 
 def _files_of(root: Any) -> Checkpoint:

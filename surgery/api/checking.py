@@ -17,7 +17,7 @@ from surgery.procedures.checking import verify as verifying
 from surgery.procedures.checking.outputs import Inputs
 from surgery.procedures.checking.recorded import recorded
 from surgery.procedures.checking.verify_report import VerifyReport
-from surgery.procedures.planning.treatment import Treatment, check_probes
+from surgery.procedures.planning.treatment import check_probes
 
 
 def inspect(model: nn.Module | Where, *, sha256: bool = False) -> inspection.Inspection:
@@ -56,8 +56,9 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     With one argument, a merged folder, its files are checked against its receipt. `report.ok` is false where anything
     is different; see VerifyReport for the grades.
 
-    - `ops`, `compute_dtype`, `base_as` and `probes` are as in `merge_checkpoint`; `arithmetic` and
-      `mha_out_proj_scale` too, by default those that the receipt of `out` tells, if it has one.
+    - `ops`, `compute_dtype`, `base_as`, `arithmetic` and `mha_out_proj_scale` are as in `merge_checkpoint`, by default
+      those that the receipt of `out` tells, if it has one; the report says which it has taken, and which contradict
+      it. `probes` is as there too.
     - `calibration` is wanted where that receipt tells of one, and has to be the same.
     - `outputs` also runs both as models of transformers, one at a time, in float64, and compares what they give with
       the noise of a run of `out` in its own dtype, and with the adapter's effect. `inputs` are keyword arguments of
@@ -77,22 +78,24 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
     refuse_swapped(base, adapters)
     with checkpoint(base) as source, checkpoint(out) as found:
         told = recorded(found.folder)
-        how = arithmetic or told.arithmetic
-        treatment = Treatment.of(ops=ops, compute_dtype=compute_dtype, base_as=base_as, arithmetic=how)
-        treatment = replace(treatment, rounding=told.rounding)
+        treatment, notes = told.treatment(
+            ops=ops or {}, compute_dtype=compute_dtype, base_as=base_as, arithmetic=arithmetic
+        )
+        _check_outputs(outputs, layers or inputs is not None, treatment.base_as)
         given = weighted(adapters, told.mha_out_proj_scale if mha_out_proj_scale is None else mha_out_proj_scale)
         with calibrated(treatment, calibration) as treatment:
             told.require_calibration(treatment)
             report = verifying.verify_checkpoint(source, given, found, treatment, probes=probes)
+        report = replace(report, notes=notes)
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 
 
 def _check_outputs(outputs: bool, detailed: bool, base_as: str | None) -> None:
     """UsageError where a run of the models is asked for that cannot be, or how to run them and no run."""
     if detailed and not outputs:
-        raise UsageError("verify: layers and inputs are for a run of the models; ask for outputs too")
+        raise UsageError("verify: `layers` and `inputs` are for a run of the models; give `outputs` too")
     if outputs and base_as is not None:
-        raise UsageError("verify: outputs are of plain models, and base_as makes the base none; give one of the two")
+        raise UsageError("verify: `outputs` are of plain models, and `base_as` makes the base none; leave one out")
 
 
 def _check_alone(alone: bool, outputs: bool, derivation: Sequence[str]) -> None:
@@ -100,11 +103,11 @@ def _check_alone(alone: bool, outputs: bool, derivation: Sequence[str]) -> None:
     if not alone:
         raise UsageError("verify: one of adapters and OUT is missing; name BASE, adapters and OUT, or OUT alone")
     if outputs:
-        raise UsageError("verify: outputs are compared with those of adapters over a base; name both too")
+        raise UsageError("verify: `outputs` are compared with those of ADAPTER over BASE; name these too")
     if derivation:
         raise UsageError(
-            f"verify: {' and '.join(derivation)} given, which only a merge that is derived anew takes into account; "
-            "name base and adapters too"
+            f"verify: {' and '.join(f'`{name}`' for name in derivation)} given, which only a merge that is derived "
+            "anew takes into account; name BASE and ADAPTER too"
         )
 
 

@@ -17,6 +17,7 @@ from surgery.hosts.layout import bytes_of
 from surgery.hosts.twin import weightless
 from surgery.hosts.within import within
 from surgery.integrations import transformers as hugging
+from surgery.io.hub import local_path
 from surgery.io.place import refuse_overlap
 from surgery.procedures.exports.export import AnyModule, ExportReport, Kind, Manner, export_model
 from surgery.procedures.exports.export_swappable import Carrying, export_swappable
@@ -72,7 +73,7 @@ def export_onnx(  # noqa: PLR0913  # three things and their options
     require_packages()
     treatment = Treatment.of(dtype=dtype, tied=tied, ops=ops, into=into)
     asked = _Asked(
-        Path(out),
+        local_path(out),
         Manner(weights, names, overwrite, portable),
         Options(treatment, overwrite=overwrite, pace=Pace(progress=progress)),
         kv=kv,
@@ -139,8 +140,10 @@ def _example(model: nn.Module, inputs: Any, axes: Any, kv: bool) -> tuple[Exampl
 def _refuse_for_slots(adapters: Sequence[Weighted], options: Options) -> None:
     """UsageError for what slots have no place for."""
     if not adapters:
-        raise UsageError("export: there is no adapter to be swapped; name some, or leave swappable away")
+        raise UsageError("export: there is no adapter to be swapped; name some, or leave `swappable` out")
     if any(weight != 1 for _, weight in adapters):
         raise UsageError("export: a swappable adapter has no weight; `surgery combine` writes one that has it in it")
     if options.treatment != Treatment():
-        raise UsageError("export: dtype, tied, ops and into are of merges, and swappable adapters are not merged")
+        raise UsageError(
+            "export: nothing is merged with `swappable`; leave that, or `dtype`, `tied`, `ops` and `into`, out"
+        )

@@ -2,12 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Unpack
 
-from surgery.api.given import Adapters, Where, calibrated, checkpoint, merged_folder, refuse_swapped, weighted
-from surgery.errors import UsageError
+from surgery.api.given import (
+    Adapters,
+    Where,
+    calibrated,
+    checkpoint,
+    is_adapter,
+    merged_folder,
+    refuse_swapped,
+    weighted,
+)
+from surgery.errors import OutputExistsError, UsageError, printable
 from surgery.hosts.layout import bytes_of
+from surgery.io.hub import local_path
 from surgery.procedures.planning import plan as planning
 from surgery.procedures.planning.treatment import Treatment, TreatmentOptions, check_probes
 from surgery.procedures.writing import merge_checkpoint as merging
@@ -141,10 +150,12 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
         pace=Pace(progress=progress),
     )
     refuse_swapped(base, adapters)
+    if is_adapter(local_path(out)):
+        raise OutputExistsError(f"{printable(out)}: it is an adapter, not OUT; name a new folder last")
     found = weighted(adapters, mha_out_proj_scale)
     check_adapters(found, expect_adapter_sha256)
     with calibrated(wanted, calibration) as wanted, checkpoint(base) as source:
-        report = merging.merge_checkpoint(source, found, Path(out), replace(options, treatment=wanted))
+        report = merging.merge_checkpoint(source, found, local_path(out), replace(options, treatment=wanted))
     return report if push_to_hub is None else _pushed(report, push_to_hub, private)
 
 
@@ -160,7 +171,7 @@ def push_to_hub(out: Where, repo: str, *, private: bool = False) -> publish.Push
     `out`, which stays as it is. Raises InputError for what the Hub refuses, CheckError if `out` is not what its
     receipt says, EnvironmentFault for the network. On the command line: `surgery push OUT REPO`.
     """
-    return publish.push_to_hub(Path(out), repo, private=private)
+    return publish.push_to_hub(local_path(out), repo, private=private)
 
 
 def unmerge_checkpoint(
@@ -178,4 +189,4 @@ def unmerge_checkpoint(
     """
     pace = Pace(progress=progress)
     folder = merged_folder(merged)
-    return unmerging.unmerge_checkpoint(folder, Path(out), overwrite=overwrite, resume=resume, pace=pace)
+    return unmerging.unmerge_checkpoint(folder, local_path(out), overwrite=overwrite, resume=resume, pace=pace)

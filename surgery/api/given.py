@@ -41,13 +41,13 @@ def refuse_swapped(base: Where, adapters: Adapters) -> None:
     """InputError where an adapter is given as the base, and a model as the first adapter; both as paths."""
     for where, _ in [_with_weight(one) for one in _listed(adapters)][:1]:
         there = all(map(os.path.exists, (base, where)))  # false for a name too long to be one
-        if there and _is_adapter(Path(base)) and _is_model(Path(where)):
+        if there and is_adapter(Path(base)) and _is_model(Path(where)):
             raise InputError(
                 f"{printable(base)}: it is an adapter, and {printable(where)} a model; BASE comes first; swap the two"
             )
 
 
-def _is_adapter(path: Path) -> bool:
+def is_adapter(path: Path) -> bool:
     """The file of one, or its folder, without other weights beside it."""
     return path.name == TENSORS or ((path / CONFIG).is_file() and _weights(path) == {TENSORS})
 
@@ -76,7 +76,9 @@ def _refuse_adapter(path: Path) -> None:
     """InputError for a folder of an adapter, without a model beside, or the file of one."""
     alone = (path / TENSORS).is_file() and not (path / "config.json").exists()
     if path.name == TENSORS or (alone and (path / CONFIG).is_file()):
-        raise InputError(f"{printable(path)}: it is an adapter; a model is wanted; a merge names BASE first")
+        raise InputError(
+            f"{printable(path)}: it is an adapter; a model is wanted; a merge names BASE first, and OUT last"
+        )
 
 
 def weighted(adapters: Adapters, mha_out_proj_scale: int | None = None) -> list[Weighted]:

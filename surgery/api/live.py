@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -15,7 +14,7 @@ from surgery.api.given import Where, calibrated
 from surgery.errors import UsageError, printable
 from surgery.hosts.within import trainable_within, within
 from surgery.integrations import transformers as hugging
-from surgery.io.hub import locate
+from surgery.io.hub import local_path, locate
 from surgery.procedures.live import eject as ejection
 from surgery.procedures.live import inject as injection
 from surgery.procedures.live import load as loading
@@ -56,7 +55,7 @@ def inject(  # noqa: PLR0913  # what is laid over what, and how
     With `quantization_aware` "nf4" or another format of `merge_checkpoint`, its layers run, and it is trained, as they
     will once it is merged and their weights are held so: the base's own scales are kept where it is held in that format
     already. With "keep" they will keep the codes that the layers are held in, or the files that the model was decoded
-    from as it was loaded.
+    from as it was loaded. A UserWarning tells where that is a merge of files alone, and `merge` holds no such layer.
 
     `examples` are for `init_lora_weights` "eva", "corda" and "lora_ga": batches, each a tensor, several in a list or
     tuple, or keyword arguments, which are run through the base; for "lora_ga" also back, from the loss that the model
@@ -121,7 +120,7 @@ def save(model: nn.Module, folder: Where, *, adapter_name: str | None = None) ->
     `adapter_name` writes that one alone. Beside the tensors lies `surgery.base.json`, which tells which base they were
     trained on. Raises StateError without adapters or without that one, EnvironmentFault. `load` has an example.
     """
-    saving.save(within(model), Path(folder), None if adapter_name is None else [adapter_name])
+    saving.save(within(model), local_path(folder), None if adapter_name is None else [adapter_name])
 
 
 def quantize(
@@ -247,4 +246,6 @@ def record_inputs(  # noqa: PLR0913  # three things and their options
     ...     surgery.record_inputs(model, [torch.randn(32, 8)], f"{folder}/inputs").counts
     {'0': 32}
     """
-    return recording.record_inputs(within(model), Examples(batches, "batches"), Path(out), targets, rank, overwrite)
+    return recording.record_inputs(
+        within(model), Examples(batches, "batches"), local_path(out), targets, rank, overwrite
+    )

@@ -1,9 +1,9 @@
 """Adapters made of others, or of two models, on files."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from surgery.api.given import Adapters, Where, checkpoint, weighted
+from surgery.io.hub import local_path
 from surgery.procedures.making import combine as combining
 from surgery.procedures.making import extract as extraction
 from surgery.procedures.making.combinations import Recipe
@@ -45,7 +45,7 @@ def combine(  # noqa: PLR0913  # the settings of all methods
     (4, True)
     """
     recipe = Recipe(method, density, majority_sign_method, rank, seed)
-    return combining.combine(weighted(adapters), Path(out), recipe, overwrite=overwrite)
+    return combining.combine(weighted(adapters), local_path(out), recipe, overwrite=overwrite)
 
 
 def extract(  # noqa: PLR0913  # three things and their options
@@ -89,4 +89,4 @@ def extract(  # noqa: PLR0913  # three things and their options
     """
     wanted = extraction.Extraction(Truncation(rank, energy), targets, rest, ops or {})
     with checkpoint(base) as before, checkpoint(tuned) as after:
-        return extraction.extract(before, after, Path(out), wanted, overwrite=overwrite)
+        return extraction.extract(before, after, local_path(out), wanted, overwrite=overwrite)

@@ -1,6 +1,5 @@
 """On whole models of transformers: from files into memory, and merged into files."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from surgery.api.given import Where
 from surgery.hosts.within import within
 from surgery.integrations import transformers as hugging
+from surgery.io.hub import local_path
 
 
 def load_model(  # noqa: PLR0913  # as transformers' from_pretrained
@@ -57,4 +57,4 @@ def save_merged(model: nn.Module, folder: Where, *, overwrite: bool = False, **o
     Raises OutputExistsError if `folder` is there and `overwrite` is false, UsageError for a model of another kind,
     and as `merge` does. `load_model` has an example.
     """
-    hugging.save_merged(within(model), Path(folder), overwrite, **options)
+    hugging.save_merged(within(model), local_path(folder), overwrite, **options)

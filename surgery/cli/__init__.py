@@ -19,7 +19,7 @@ from surgery.cli.inspect import inspect
 from surgery.cli.interrupts import Interrupted, listen
 from surgery.cli.merge import merge
 from surgery.cli.plan import plan
-from surgery.cli.printing import hold_letters, say
+from surgery.cli.printing import hold_letters, say, spelled
 from surgery.cli.push import push
 from surgery.cli.unmerge import unmerge
 from surgery.cli.verify import verify
@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         message, code = _told(error)
         with suppress(OSError):  # the code says it too
-            say("; ".join([f"surgery: {message}", *getattr(error, "__notes__", ())]), err=True)
+            told = "; ".join([f"surgery: {message}", *getattr(error, "__notes__", ())])
+            say(spelled(told, surgery), err=True)
     if arguments is None:
         gc.freeze()  # looking through all of torch for cycles at the exit takes 0.3 seconds
     sys.exit(code)
@@ -92,6 +93,9 @@ def _run(arguments: list[str]) -> Any:
         return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "surgery"
+        if isinstance(error, click.MissingParameter) and error.ctx and isinstance(error.param, click.Argument):
+            wanted = " ".join([command, *error.ctx.command.collect_usage_pieces(error.ctx)[1:]])
+            raise UsageError(f"too few arguments; `{wanted}` is wanted; `{command} --help` says more") from error
         raise UsageError(
             f"{visible(error.format_message().rstrip('.'))}; `{command} --help` says what is wanted"
         ) from error

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,17 +16,27 @@ if TYPE_CHECKING:
     from surgery.core.report import Report
     from surgery.procedures.checking.report import CaseReport
 
+_NUMBER = re.compile(r"-?\d*\.?\d+")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _known_endings(context: click.Context, option: click.Parameter, paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    from surgery.io.hub import local_path
     from surgery.procedures.checking.report import ENDINGS
 
     for path in paths:
         if path.suffix.lower() not in ENDINGS:
             raise click.BadParameter(f"{path}: the ending must be one of {', '.join(ENDINGS)}", context, option)
-    return paths
+    return tuple(map(local_path, paths))
+
+
+class Told(click.Choice[str]):
+    """Choices as --help lists them; of another value the function says that it is none, and why."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        del param, ctx
+        return value
 
 
 def _as_ops(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
@@ -77,13 +88,13 @@ forms = ["nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block", "w4a16",
 forms += ["fp8_dynamic", "nvfp4", "mxfp4a16", "torchao-int8", "torchao-fp8"]
 into = click.option(
     "--into",
-    type=click.Choice(["16bit", "keep", *(form for form in forms if form != "w4a16-asym")]),
+    type=Told(["16bit", "keep", *(form for form in forms if form != "w4a16-asym")]),
     help="What weights become: plain, as by default; codes by a quantized base's own scales; or a format, by new ones.",
 )
 fallback = click.option(
     "--fallback",
-    type=click.Choice(["16bit", "int8"]),
-    help="What weights become instead that would be under --min-retained, or over --max-noise, there.",
+    type=Told(["16bit"]),
+    help="What weights become instead, where --into would leave too little of the adapters' change.",
 )
 rounding = click.option(
     "--rounding",
@@ -92,7 +103,7 @@ rounding = click.option(
 )
 base_as = click.option(
     "--base-as",
-    type=click.Choice(forms),
+    type=Told(forms),
     help="The form in which the adapters were trained over this plain base, such as nf4 for QLoRA.",
 )
 
@@ -106,7 +117,7 @@ probes = click.option(
 calibration = click.option(
     "--calibration",
     metavar="FILE|FOLDER",
-    help="With --rounding feedback: the inputs, recorded by surgery.record_inputs, that tell which errors matter.",
+    help="Of a rounding by feedback: the inputs, recorded by surgery.record_inputs, that tell which errors matter.",
 )
 arithmetics = ("exact", "peft", "peft-safe")
 arithmetic = click.option(
@@ -119,6 +130,7 @@ arithmetic = click.option(
 mha_out_proj_scale = click.option(
     "--mha-out-proj-scale",
     type=click.IntRange(1, 2),
+    metavar="1|2",
     help="How often a file's delta of an attention layer's out_proj counts. By default 2 up to peft_version 0.21.2.",
 )
 
@@ -175,6 +187,8 @@ def conclude(report: "CaseReport", as_json: bool, reports: Sequence[Path]) -> No
 
 def _weighted(argument: str) -> tuple[str, float]:
     name, sign, weight = argument.rpartition("=")
+    if _NUMBER.fullmatch(argument) and not os.path.exists(argument):  # noqa: PTH110
+        raise click.UsageError(f"{argument}: no adapter; a weight stands with its own, such as ADAPTER={argument}")
     if not sign or os.path.exists(argument):  # noqa: PTH110  # false for a name too long to be one
         return argument, 1.0
     try:

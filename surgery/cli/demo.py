@@ -15,8 +15,10 @@ _PACKAGE = Path(surgery.__file__).parent
 def demo(out: Path | None) -> None:
     """Do the main job on a real model.
 
-    Trains, merges, verifies and unmerges an adapter, in about a minute.
+    Trains, merges, verifies, exports and unmerges an adapter, in about a minute.
     """
+    from surgery.io.hub import local_path
+
     folders = (_PACKAGE / "examples", _PACKAGE.parent / "examples")
     script = next(folder / "demo.py" for folder in folders if (folder / "demo.py").is_file())
-    runpy.run_path(str(script))["run"](out)
+    runpy.run_path(str(script))["run"](None if out is None else local_path(out))

@@ -1,9 +1,13 @@
 """surgery inspect PATH."""
 
+from itertools import compress
+
 import click
 
 from surgery.cli.arguments import as_json, show
 from surgery.cli.printing import say
+
+_COLUMNS = ("name", "op", "shape", "dtype", "bytes", "tied to")
 
 
 @click.command()
@@ -11,7 +15,7 @@ from surgery.cli.printing import say
 @click.option(
     "--sha256",
     is_flag=True,
-    help="Read all of a model for the hash that `surgery merge --expect-...` takes; without --json, print it alone.",
+    help="Read all of a model for the hash that `surgery merge --expect-base-sha256` takes; alone, or in --json.",
 )
 @as_json
 def inspect(path: str, sha256: bool, as_json: bool) -> None:
@@ -31,4 +35,5 @@ def inspect(path: str, sha256: bool, as_json: bool) -> None:
         (printable(row.name), row.op, "x".join(map(str, row.shape)), row.dtype, f"{row.size_bytes:,}", row.tied)
         for row in report.rows
     ]
-    show(report, as_json, rows, ("name", "op", "shape", "dtype", "bytes", "tied to"))
+    told = [any(row[column] for row in rows) for column in range(len(_COLUMNS))]  # of an adapter some are empty
+    show(report, as_json, [list(compress(row, told)) for row in rows], list(compress(_COLUMNS, told)))

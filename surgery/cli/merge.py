@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from surgery.cli.arguments import adapters_of, as_json, calibration, overwrite, probes, resume, show, treatment
-from surgery.cli.printing import say
+from surgery.cli.printing import note
 from surgery.cli.progress import shown
 from surgery.cli.push import private
 
@@ -46,6 +46,6 @@ def merge(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **optio
 
     with shown("merging") as progress:
         report = files.merge_checkpoint(base, adapters_of(adapters), out, progress=progress, **options)
-    for note in report.plan.notes:
-        say(f"surgery: note: {note}", err=True)
+    for one in report.plan.notes:
+        note(f"surgery: note: {one}", err=True)
     show(report, as_json)

@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from surgery.cli.arguments import adapters_of, as_json, show, treatment
-from surgery.cli.printing import say
-from surgery.errors import printable
+from surgery.cli.printing import note
+from surgery.errors import printable, quoted
 
 
 @click.command()
@@ -37,7 +37,7 @@ def plan(base: str, adapters: tuple[str, ...], as_json: bool, **treatment: Any) 
     show(report, as_json, rows, ("tensor", "op", "shape", "dtype", "what"))
     if not as_json:
         for line in (*report.notes, *(f"refused: {error}" for error in report.refusals)):
-            say(line)
+            note(line)
     if not report.ok:
         told = "the reasons are listed" if as_json else "the lines above say why"
         raise InputError(f"{printable(base)}: {len(report.refusals)} refused, so nothing would be merged; {told}")
@@ -58,4 +58,4 @@ def _laid(method: Mapping[str, str], matched: Mapping[str, Any], several: bool) 
     numbers = [f"{name}={matched[name]:g}" for name in ("r", "lora_alpha") if name in matched]
     numbers += [f"scaling={float.fromhex(method['scaling']):g}"] if "scaling" in method else []
     told = [f"of {printable(matched['adapter'])}"] if several else []
-    return " ".join([method["method"], *numbers, *told, f"by {printable(matched['by'])!r}"])
+    return " ".join([method["method"], *numbers, *told, f"by {quoted(matched['by'])}"])

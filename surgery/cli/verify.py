@@ -31,7 +31,7 @@ from surgery.cli.arguments import (
 @click.option(
     "--arithmetic",
     type=click.Choice(arithmetics),
-    help="Derive the merge by this arithmetic. By default by the one that OUT's receipt tells, or exact.",
+    help="Derive the merge by this arithmetic.",
 )
 @mha_out_proj_scale
 @calibration
@@ -55,6 +55,7 @@ def verify(  # noqa: PLR0913, PLR0917  # one argument an option
     With base and adapters the merge is derived anew, whichever tool made OUT. bits: it gives the same bytes;
     rounding: as near as correct merges are; untouched: the base's bytes; different: none of these. With OUT
     alone its files are checked against its receipt. recorded: of the sha256 told there.
+    What it was made with is taken from its receipt, if it has one, where no option says it.
 
     --outputs runs the base with the adapters over it, and OUT, with transformers, on seeded inputs; one of them
     at a time must fit into memory in float64.

@@ -14,7 +14,7 @@ from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, TiledCod
 from surgery.errors import UsageError, printable
 
 # Formats that weights are read in, and are not made in.
-_OTHERS = {
+UNMADE_FORMS = {
     "mxfp4": "it holds stacks of experts, over which adapters are merged alone; give mxfp4a16 for linear layers",
     "fp8": "one scale for a whole weight goes with scales of inputs, which are found from data; give fp8_dynamic, "
     "fp8_block or torchao-fp8",
@@ -87,8 +87,8 @@ def format_of(name: str, where: str) -> Format:
     """UsageError for a name that is none, with the next step where it is that of another format."""
     if not isinstance(name, str):
         raise UsageError(f"{where}: {printable(repr(name))} is no name of a format")
-    if name in _OTHERS:
-        raise UsageError(f"{where}: {name!r}: {_OTHERS[name]}")
+    if name in UNMADE_FORMS:
+        raise UsageError(f"{where}: {name!r}: {UNMADE_FORMS[name]}")
     if name not in FORMS:
         raise UsageError(f"{where}: {printable(name)!r}; one of {', '.join(FORMS)} is wanted")
     return Format(*FORMS[name])

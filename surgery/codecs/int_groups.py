@@ -85,8 +85,8 @@ def fresh_scales(tiles: Iterable[Tensor], shape: Shape, dtype: torch.dtype, sett
     width = shape[1] if group == -1 and len(shape) == 2 else group
     if len(shape) != 2 or bits not in BITS or not _divides(width, shape[1]) or dtype_name(dtype) not in DTYPES:
         raise ConfigError(
-            f"int{printable(bits)}: {list(shape)} in {dtype_name(dtype)} by groups of {printable(group)}; a matrix in "
-            f"{', '.join(DTYPES)}, whose inputs are a multiple of the group, in 4 or 8 bits, is wanted"
+            f"{list(shape)} in {dtype_name(dtype)}, in {printable(bits)} bits by groups of {printable(group)} inputs; "
+            f"a matrix of whole groups in {', '.join(DTYPES)}, in 4 or 8 bits, is wanted"
         )
     symmetric = bool(settings.get("symmetric", True))
     parts = [_scales(tile.reshape(len(tile), -1, width), bits, symmetric) for tile in tiles]

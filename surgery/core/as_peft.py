@@ -55,5 +55,5 @@ def refuse_unlike_peft(method: Method, site: Site) -> None:
     if what:
         raise ConfigError(
             f"{printable(site.name)}: {what} is not known as PEFT makes it; LoRA without DoRA, (IA)^3 and AdaLoRA are; "
-            "leave arithmetic 'exact'"
+            "give `arithmetic=exact`"
         )

@@ -15,7 +15,7 @@ from surgery.core.patterns import PatternTable
 from surgery.core.peft_fields import PROVENANCE, OfFields, as_json
 from surgery.core.site import Site
 from surgery.core.starter import Held, Starter
-from surgery.errors import ConfigError, FormatError, printable
+from surgery.errors import ConfigError, FormatError, printable, quoted
 
 Where = str | PathLike[str]
 
@@ -106,9 +106,9 @@ class AdapterConfig(ABC, metaclass=OfFields):
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is bool and not isinstance(value, bool):
-                raise ConfigError(f"{field.name} is {printable(value)!r}; it must be true or false")
+                raise ConfigError(f"{field.name} is {quoted(value)}; it must be true or false")
             if field.type == str | None and not isinstance(value, str | None):
-                raise ConfigError(f"{field.name} is {printable(value)!r}; it must be a string")
+                raise ConfigError(f"{field.name} is {quoted(value)}; it must be a string")
 
     @abstractmethod
     def method(self, name: str) -> Method:
@@ -240,12 +240,12 @@ class AdapterConfig(ABC, metaclass=OfFields):
                 continue
             if name not in cls.neutral:
                 raise FormatError(
-                    f"{where}: unknown field {printable(name)!r}; it may change the maths, so it is refused; "
+                    f"{where}: unknown field {quoted(name)}; it may change the maths, so it is refused; "
                     "remove it if it does not"
                 )
             why = cls.refusal(name, value)
             if why:
-                raise FormatError(f"{where}: {name} is {printable(value)!r}; {why}")
+                raise FormatError(f"{where}: {name} is {quoted(value)}; {why}")
         try:
             return cls(**{name: value for name, value in data.items() if name in own})
         except ConfigError as error:

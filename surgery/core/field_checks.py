@@ -3,7 +3,7 @@
 from typing import Any
 
 from surgery.core.patterns import Budget
-from surgery.errors import ConfigError, printable
+from surgery.errors import ConfigError, quoted
 
 
 def check_names(field: str, value: Any, or_pattern: bool) -> None:
@@ -12,7 +12,7 @@ def check_names(field: str, value: Any, or_pattern: bool) -> None:
         return
     wanted = "a list of module names" + (" or one string" if or_pattern else "")
     if not _listed(value):
-        raise ConfigError(f"{field} is {printable(value)!r}; it must be {wanted}")
+        raise ConfigError(f"{field} is {quoted(value)}; it must be {wanted}")
     if not all(isinstance(entry, str) and entry for entry in value):
         raise ConfigError(f"{field} holds an entry that is not a name; it must be {wanted}")
 
@@ -29,7 +29,7 @@ def check_layers(value: Any) -> None:
     """ConfigError for what is no number of a layer, nor a list of them."""
     numbers = value if _listed(value) else [] if value is None else [value]
     if not all(type(number) is int for number in numbers):
-        raise ConfigError(f"layers_to_transform is {printable(value)!r}; it must be a whole number or a list of them")
+        raise ConfigError(f"layers_to_transform is {quoted(value)}; it must be a whole number or a list of them")
 
 
 def _listed(value: Any) -> bool:

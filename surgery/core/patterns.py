@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from surgery.errors import ConfigError, printable
+from surgery.errors import ConfigError, printable, quoted
 
 PATTERN_CHARACTERS = 4096
 SECONDS = 1.0  # for patterns that have several ways over a name, all of a config together
@@ -77,9 +77,7 @@ class Budget:
     def _try(self, pattern: str, count: int) -> None:
         self.tries -= count
         if self.tries < 0:
-            raise ConfigError(
-                f"{printable(pattern)!r}: too many patterns for so many names; name fewer, or list modules"
-            )
+            raise ConfigError(f"{quoted(pattern)}: too many patterns for so many names; name fewer, or list modules")
 
     @contextmanager
     def _clock(self, pattern: str) -> Iterator[None]:
@@ -90,7 +88,7 @@ class Budget:
             yield
         except TimeoutError as error:
             raise ConfigError(
-                f"{printable(pattern)!r}: patterns take more than {SECONDS:g} s; write them without repeats in repeats"
+                f"{quoted(pattern)}: patterns take more than {SECONDS:g} s; write them without repeats in repeats"
             ) from error
         finally:
             self.seconds -= time.thread_time() - start
@@ -129,7 +127,7 @@ class PatternTable(dict[str, Any]):
 
 
 def _check_bounds(pattern: str) -> None:
-    shown = f"{printable(pattern)!r}"
+    shown = quoted(pattern)
     if len(pattern) > PATTERN_CHARACTERS:
         raise ConfigError(
             f"{shown}: {len(pattern)} characters; the limit is {PATTERN_CHARACTERS}; list modules instead"
@@ -151,7 +149,7 @@ def _compile(pattern: str, form: str, forks: bool) -> Any:
             found = re.compile(form.replace("{}", pattern))
             return _stoppable(pattern, form) if forks else found
     except (re.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"{printable(pattern)!r} is not a regular expression: {printable(error)}") from error
+        raise ConfigError(f"{quoted(pattern)} is not a regular expression: {printable(error)}") from error
 
 
 def _stoppable(pattern: str, form: str) -> Any:
@@ -160,4 +158,4 @@ def _stoppable(pattern: str, form: str) -> Any:
     try:
         return regex.compile(form.replace("{}", _BRACE.sub(lambda found: found[1] or r"\{", pattern)))
     except regex.error as error:
-        raise ConfigError(f"{printable(pattern)!r} cannot be matched in bounded time: {error}; list modules") from error
+        raise ConfigError(f"{quoted(pattern)} cannot be matched in bounded time: {error}; list modules") from error

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from surgery.core.config import AdapterConfig
 from surgery.core.names import Endings, nearest, suffix_hits, suffixes
 from surgery.core.patterns import LAYER, SAVED, Budget, PatternTable
-from surgery.errors import ConfigError, MatchError, printable
+from surgery.errors import ConfigError, MatchError, printable, quoted
 
 ALL_LINEAR = "all-linear"
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")  # PEFT's, where layers_pattern is not given: none at the root
@@ -77,7 +77,7 @@ def refuse_unmatched(field: str, entries: Sequence[str], names: Collection[str])
     """MatchError naming each entry that hit nothing, with its three nearest names."""
     if not entries:
         return
-    told = "; ".join(f"{printable(entry)!r} ({_why(entry, names)})" for entry in entries)
+    told = "; ".join(f"{quoted(entry)} ({_why(entry, names)})" for entry in entries)
     raise MatchError(f"{field}: nothing matches {told}; each must match; `surgery.inspect(model)` lists the names")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from surgery.core.arithmetic import EXPONENT_LIMIT, ExactProduct
 from surgery.core.option_checks import is_finite, is_number
 from surgery.core.sums import exact_sum, row_sums
-from surgery.errors import UsageError, ValueRangeError, printable
+from surgery.errors import UsageError, ValueRangeError, quoted
 
 Sum = Fraction | float
 _NO_NUMBERS = ("nan", "inf", "-inf")
@@ -34,7 +34,7 @@ class Bounds:
     def __post_init__(self) -> None:
         for name, value in (("min_retained", self.min_retained), ("max_noise", self.max_noise)):
             if not (is_finite(value) or (is_number(value) and abs(value) == math.inf)):
-                raise UsageError(f"{name} is {printable(value)!r}; a number is wanted, such as {getattr(Bounds, name)}")
+                raise UsageError(f"`{name}` is {quoted(value)}; a number is wanted, such as {getattr(Bounds, name)}")
 
     def admit(self, survival: "Survival") -> bool:
         return survival.retained >= self.min_retained and survival.noise <= self.max_noise

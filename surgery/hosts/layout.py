@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from surgery.core.site import TensorInfo
-from surgery.errors import UsageError, printable
+from surgery.errors import UsageError, quoted
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.header import encode_header, parse_header
 from surgery.io.strict_json import json_bytes
@@ -14,6 +14,7 @@ from surgery.io.tensor_file import TensorFile
 from surgery.io.weight_files import SINGLE
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*((?:[KMGT]i?)?B?)", re.IGNORECASE)
+_BLOCK = 4096  # bytes of a disk's block; a bare number below lacks its unit
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{unit}{end}": 1000 ** (i + 1) for i, unit in enumerate("KMGT") for end in ("", "B")}
 _UNITS |= {f"{unit}I{end}": 1024 ** (i + 1) for i, unit in enumerate("KMGT") for end in ("", "B")}
@@ -100,7 +101,9 @@ def bytes_of(size: int | str | None, option: str) -> int | None:
     found = _SIZE.fullmatch(str(size).strip())
     count = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
     if count < 1:
-        raise UsageError(f"{option} is {printable(size)!r}; a number of bytes is wanted; say it such as 5GB")
+        raise UsageError(f"`{option}` is {quoted(size)}; a number of bytes is wanted; say it such as 5GB")
+    if found and not found[2] and count < _BLOCK:
+        raise UsageError(f"`{option}` is {quoted(size)}, which is of bytes; say it with its unit, such as {count}GB")
     return count
 
 

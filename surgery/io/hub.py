@@ -13,12 +13,24 @@ from surgery.io.snapshot import snapshot
 _HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
 
 
+_URL = re.compile(  # of a model's page, or a file of it
+    r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/)"
+    r"(?P<id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<at>[\w./-]+)|/(?:tree|blob|resolve)/(?P<revision>[\w.-]+))?(?:[/?#].*)?",
+    re.ASCII,
+)
+
+
 class Located(NamedTuple):
     """Where something lies; and, if it came from the Hub, of which repository and commit."""
 
     path: Path
     hub_id: str | None = None
     commit: str | None = None
+
+
+def local_path(where: str | PathLike[str]) -> Path:
+    """A path on this machine; `~` is a home folder, where it is that of a user who is known."""
+    return Path(os.path.expanduser(where))  # noqa: PTH111  # that of pathlib raises for another
 
 
 def locate(spec: str | PathLike[str]) -> Path:
@@ -34,12 +46,12 @@ def located(spec: str | PathLike[str], revision: str | None = None, subfolder: s
     AbsentError if it is neither a path nor an id; InputError if the Hub refuses it or gives other bytes than it lists;
     EnvironmentFault if the Hub cannot be reached and its cache lacks the files.
     """
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     if os.path.exists(path):  # noqa: PTH110  # unlike Path.exists, false for a name too long to be one
         return Located(_inside(path, subfolder))
     found = _HUB_ID.fullmatch(str(spec))
     if found is None:
-        raise AbsentError(f"{printable(spec)}: no such file or folder; a path or owner/name[@revision] is wanted")
+        raise AbsentError(f"{printable(spec)}: {_wanted(str(spec))}")
     if revision and found["revision"] not in (None, revision):
         raise UsageError(f"{printable(spec)}: revision is {printable(revision)} too; one is wanted")
     try:
@@ -50,6 +62,15 @@ def located(spec: str | PathLike[str], revision: str | None = None, subfolder: s
             raise AbsentError(f"{printable(spec)}: no such file or folder in {where}; else, {error}") from error
         raise
     return Located(_inside(folder, subfolder), found["id"], commit)
+
+
+def _wanted(spec: str) -> str:
+    """What to name in place of what is neither a path nor an id."""
+    url = _URL.fullmatch(spec)
+    if url is None:
+        return "no such file or folder; a path or owner/name[@revision] is wanted"
+    revision = url["at"] or url["revision"]
+    return f"an address; a path or owner/name[@revision] is wanted, here {url['id']}{f'@{revision}' * bool(revision)}"
 
 
 def _inside(folder: Path, subfolder: str | None) -> Path:

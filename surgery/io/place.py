@@ -23,11 +23,11 @@ class Place:
         """OutputExistsError if `out` exists, unless it may be overwritten and holds what models and adapters do."""
         if os.path.lexists(self.out) and not overwrite:
             raise OutputExistsError(
-                f"{printable(self.out)}: it exists; a new folder is wanted; or say --overwrite (overwrite=True)"
+                f"{printable(self.out)}: it exists; a new folder is wanted; or give `overwrite=True`"
             )
         if os.path.lexists(self.out) and not _is_output(self.out):
             raise OutputExistsError(
-                f"{printable(self.out)}: it holds no model and no adapter; --overwrite would remove all of it; "
+                f"{printable(self.out)}: it holds no model and no adapter; `overwrite` would remove all of it; "
                 "name another, or remove it first"
             )
 

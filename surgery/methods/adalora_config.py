@@ -10,7 +10,7 @@ from torch import Tensor
 
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Params
-from surgery.errors import ConfigError, printable
+from surgery.errors import ConfigError, printable, quoted
 from surgery.methods.adalora import BESIDE_RANK, AdaLora
 from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias, check_bias, check_count
 
@@ -163,14 +163,14 @@ def _left(p: Params, mask: list[bool]) -> Params:
 
 def _items(masks: object) -> Any:
     if not isinstance(masks, Mapping):
-        raise ConfigError(f"rank_pattern is {printable(masks)!r}; it must be a table of masks, or nothing")
+        raise ConfigError(f"rank_pattern is {quoted(masks)}; it must be a table of masks, or nothing")
     return masks.items()
 
 
 def _check_mask(name: object, mask: object, init_r: int) -> None:
     if not isinstance(name, str) or not isinstance(mask, list) or len(mask) != init_r or {*map(type, mask)} - {bool}:
         raise ConfigError(
-            f"rank_pattern[{printable(name)!r}] is {printable(mask)}; it must be a list of init_r, "
+            f"rank_pattern[{quoted(name)}] is {printable(mask)}; it must be a list of init_r, "
             f"{printable(init_r)}, times true or false"
         )
 
@@ -178,4 +178,4 @@ def _check_mask(name: object, mask: object, init_r: int) -> None:
 def _check_number(field: str, value: object) -> None:
     fits, wanted = _NUMBERS[field]
     if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
-        raise ConfigError(f"{field} is {printable(value)!r}; it must be a finite number {wanted}")
+        raise ConfigError(f"{field} is {quoted(value)}; it must be a finite number {wanted}")

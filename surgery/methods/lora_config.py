@@ -14,7 +14,7 @@ from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.core.starter import Held, Starter
-from surgery.errors import ConfigError, printable
+from surgery.errors import ConfigError, printable, quoted
 from surgery.methods.bd_lora import BdLora, blocks_of, check_blocks
 from surgery.methods.dora import Dora
 from surgery.methods.eva import Eva, is_settled, patterns_of
@@ -106,9 +106,9 @@ class LoraConfig(AdapterConfig):
         check_settings(self)
         check_names("target_parameters", self.target_parameters, or_pattern=False)
         for key, rank in self.rank_pattern.items():
-            check_count(f"rank_pattern[{printable(key)!r}]", rank)
+            check_count(f"rank_pattern[{quoted(key)}]", rank)
         for key, alpha in self.alpha_pattern.items():
-            _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
+            _check_number(f"alpha_pattern[{quoted(key)}]", alpha)
         check_together(self)
 
     def check_fresh(self) -> None:

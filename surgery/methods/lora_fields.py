@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from surgery.core.names import suffix_hits
-from surgery.errors import ConfigError, printable
+from surgery.errors import ConfigError, printable, quoted
 
 Bias = Literal["none", "all", "lora_only"]
 TokenIndices = Sequence[int] | Mapping[str, Sequence[int]] | None
@@ -41,7 +41,7 @@ REASONS: Mapping[str, str] = {
 def check_bias(value: object) -> None:
     """ConfigError for what says nothing of which biases are trained."""
     if value not in get_args(Bias):
-        raise ConfigError(f"bias is {printable(value)!r}; 'none', 'all' or 'lora_only' is wanted")
+        raise ConfigError(f"bias is {quoted(value)}; 'none', 'all' or 'lora_only' is wanted")
 
 
 def check_count(name: str, value: object, lowest: int = 1) -> None:
@@ -56,7 +56,7 @@ def check_tokens(value: object) -> None:
     for name, tokens in table.items():
         if not isinstance(name, str) or not isinstance(tokens, list | tuple) or not tokens:
             raise ConfigError(
-                f"trainable_token_indices is {printable(value)!r}; a list of tokens is wanted, or one for each module"
+                f"trainable_token_indices is {quoted(value)}; a list of tokens is wanted, or one for each module"
             )
         check_token_list("trainable_token_indices", tokens)
 
@@ -72,7 +72,7 @@ def check_ranges(value: object) -> None:
     pairs = [] if value is None else value
     if not isinstance(pairs, list | tuple) or not all(map(_is_range, pairs)) or (value is not None and not pairs):
         raise ConfigError(
-            f"layer_replication is {printable(value)!r}; a list of pairs is wanted, first layer and the one after the "
+            f"layer_replication is {quoted(value)}; a list of pairs is wanted, first layer and the one after the "
             "last, such as [[0, 4], [2, 5]]"
         )
     if (count := sum(end - first for first, end in pairs)) > _MOST_LAYERS:

@@ -31,14 +31,17 @@ def test_an_adapter_halved_twice_is_itself(run: Run, adapter: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--method", "ties"], "density: none is given"),
+        (["--method", "ties"], "--density: none is given"),
         (["--method", "ties", "--density", "0"], "above 0 and at most 1"),
         (["--method", "dare_linear", "--density", "0.5", "--seed", "-1"], "from 0 to 9223372036854775807"),
-        (["--density", "0.5"], "density: the method cat has none"),
-        (["--rank", "2"], "rank: the method cat has none"),
+        (["--density", "0.5"], "--density: the method cat has none"),
+        (["--rank", "2"], "--rank: the method cat has none"),
         (["--method", "svd", "--rank", "0"], "1 or more is wanted"),
-        (["--method", "svd", "--seed", "1"], "seed: the method svd has none"),
-        (["--method", "linear", "--majority-sign-method", "total"], "majority_sign_method: the method linear has none"),
+        (["--method", "svd", "--seed", "1"], "--seed: the method svd has none"),
+        (
+            ["--method", "linear", "--majority-sign-method", "total"],
+            "--majority-sign-method: the method linear has none",
+        ),
     ],
 )
 def test_a_setting_that_cannot_be_is_code_2(

@@ -35,7 +35,7 @@ def test_inspect_lists_each_site_of_a_model(run: Run, base: Path) -> None:
     for row, cells in zip(data["rows"], rows(listed), strict=False):
         wanted = [row["name"], row["op"], "x".join(map(str, row["shape"])), row["dtype"], str(row["size_bytes"])]
         assert cells == [cell for cell in wanted if cell]
-    assert listed.out.splitlines()[-1] == "model: 8 sites, 0.0 MB"
+    assert listed.out.splitlines()[-1] == "model: 8 sites, 702 bytes"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -279,7 +279,7 @@ def test_an_op_that_is_no_pair_is_a_usage_error(options: tuple[str, ...], run: R
 
 
 def test_the_options_of_a_merge_reach_it(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
-    options = ("--max-shard-size", "400", "--tied", "untie", "--op", "q_proj=linear", "--no-resume")
+    options = ("--max-shard-size", "400B", "--tied", "untie", "--op", "q_proj=linear", "--no-resume")
     assert run("merge", base, adapter, tmp_path / "out", *options).code == 0
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     told(run("merge", base, adapter, tmp_path / "other", "--resume"), 3)

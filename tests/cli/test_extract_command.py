@@ -25,7 +25,7 @@ def test_the_table_tells_rank_and_error_of_each_site(run: Run, base: Path, adapt
 def test_no_rank_is_code_2_equal_models_are_code_3_and_an_output_that_exists_is_code_6(
     run: Run, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    assert "neither rank nor energy" in told(run("extract", base, base, tmp_path / "out"), 2)
+    assert "neither --rank nor --energy" in told(run("extract", base, base, tmp_path / "out"), 2)
     assert "every tensor is as in the base" in told(run("extract", base, base, tmp_path / "out", "--rank", "4"), 3)
     tuned = surgery.merge_checkpoint(base, adapter, tmp_path / "tuned").out
     told(run("extract", base, tuned, adapter, "--rank", "4"), 6)

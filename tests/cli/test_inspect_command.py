@@ -13,7 +13,7 @@ import surgery
 
 def test_inspect_says_what_an_adapter_is(run: Run, adapter: Path, tmp_path: Path) -> None:
     assert run("inspect", adapter).out.splitlines()[-1] == (
-        "adapter: LoRA; r 4; lora_alpha 6; target_modules q_proj, up_proj; 8 tensors, 0.0 MB"
+        "adapter: LoRA; r 4; lora_alpha 6; target_modules q_proj, up_proj; 8 tensors, 896 bytes"
     )
     assert parsed(run("inspect", adapter, "--json"))["adapter"] == {
         "method": ["LoRA"],
@@ -27,7 +27,7 @@ def test_inspect_says_what_an_adapter_is(run: Run, adapter: Path, tmp_path: Path
     found = surgery.inspect(other)
     assert str(found) == (
         "adapter: LoRA; r 4; lora_alpha 2.5 to 6; target_modules '.*\\._?\\w+_proj'; base me/b\\x1base; "
-        "8 tensors, 0.0 MB"
+        "8 tensors, 896 bytes"
     )
     assert found.adapter is not None
     assert (found.adapter.lora_alpha, found.adapter.target_modules) == ([2.5, 6], r".*\._?\w+_proj")

@@ -77,13 +77,50 @@ def test_verify_writes_nothing_and_needs_a_receipt_or_the_base(run: Run, base: P
     assert sorted(merged.parent.rglob("*")) == before
 
 
-def test_a_merge_over_a_base_as_a_form_is_verified_over_that_form(
-    run: Run, base: Path, adapter: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (["--base-as", "nf4"], ["base_as nf4"]),
+        (["--base-as", "nf4", "--compute-dtype", "float16"], ["base_as nf4", "compute_dtype float16"]),
+        (["--arithmetic", "peft"], ["arithmetic peft"]),
+        (["--op", "q_proj=linear"], ["ops q_proj=linear"]),
+    ],
+)
+def test_what_a_receipt_tells_needs_not_be_given_again_and_the_report_says_so(
+    made: list[str], told: list[str], run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    out, notes = tmp_path / "out", [f"{one} as the receipt tells" for one in told]
+    assert run("merge", base, adapter, out, *made).code == 0
+    found = run("verify", base, adapter, out)
+    assert found == Outcome(0, "; ".join(["4 bits, 5 untouched, 0 different", *notes]) + "\n", "")
+    assert parsed(run("verify", base, adapter, out, "--json"))["notes"] == notes
+    (out / "surgery.receipt.json").unlink()
+    assert run("verify", base, adapter, out, *made) == Outcome(0, "4 bits, 5 untouched, 0 different\n", "")
+
+
+@pytest.mark.parametrize(
+    ("made", "given", "note"),
+    [
+        (["--base-as", "nf4"], ["--base-as", "int8"], "base_as int8 is given, and the receipt tells nf4"),
+        ([], ["--base-as", "nf4"], "base_as nf4 is given, and the receipt tells none"),
+        (["--arithmetic", "peft"], ["--arithmetic", "exact"], "arithmetic exact is given, and the receipt tells peft"),
+    ],
+)
+def test_an_option_that_contradicts_the_receipt_is_told(
+    made: list[str], given: list[str], note: str, run: Run, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert run("merge", base, adapter, out, "--base-as", "nf4").code == 0
-    assert "name what it was made with" in run("verify", base, adapter, out).err
-    assert "0 different" in run("verify", base, adapter, out, "--base-as", "nf4").out
+    assert run("merge", base, adapter, out, *made).code == 0
+    found = run("verify", base, adapter, out, *given)
+    assert note in found.out
+    assert found.code == (4 if "--base-as" in given else 0)
+
+
+def test_outputs_are_refused_of_a_base_as_a_form_by_the_receipt_too(
+    run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    assert run("merge", base, adapter, tmp_path / "out", "--base-as", "nf4").code == 0
+    assert "--base-as" in told(run("verify", base, adapter, tmp_path / "out", "--outputs"), 2)
 
 
 def test_a_merge_as_peft_is_planned_made_and_verified_by_the_commands(

@@ -96,7 +96,7 @@ def test_a_path_to_something_else_is_told_as_what_it_is(
 def test_all_values_that_an_option_takes_are_told(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
     found = run("merge", str(base), str(adapter), str(tmp_path / "out"), "--into", "nothing")
     assert (found.code, found.err.count("\n")) == (2, 1)
-    assert "'torchao-fp8'; `surgery merge --help`" in found.err
+    assert "torchao-fp8 is wanted" in found.err
 
 
 # What a folder that is one thing is not.
@@ -167,3 +167,83 @@ def test_one_kind_of_folder_in_the_place_of_another_is_told(
     assert (found.code, found.err.count("\n")) == (3, 1), found
     assert told in found.err
     assert not (tmp_path / "out").exists()
+
+
+HUB_PAGES = [
+    ("https://huggingface.co/owner/name", "owner/name"),
+    ("http://www.huggingface.co/owner/name/", "owner/name"),
+    ("huggingface.co/owner/name", "owner/name"),
+    ("https://hf.co/owner/name?library=peft", "owner/name"),
+    ("hf://owner/name@v1", "owner/name@v1"),
+    ("https://huggingface.co/owner/name/tree/main", "owner/name@main"),
+    ("https://huggingface.co/owner/name/blob/abc123/model.safetensors", "owner/name@abc123"),
+]
+
+
+@pytest.mark.parametrize(("page", "spelled"), HUB_PAGES)
+def test_an_address_of_the_hub_is_told_as_the_id_that_it_is_of(
+    page: str, spelled: str, run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    for line in (
+        ["inspect", page],
+        ["merge", base, page, tmp_path / "out"],
+        ["merge", page, adapter, tmp_path / "out"],
+    ):
+        found = run(*line)
+        assert (found.code, found.err.count("\n")) == (3, 1)
+        assert found.err.endswith(f"an address; a path or owner/name[@revision] is wanted, here {spelled}\n"), found.err
+
+
+@pytest.mark.parametrize("address", ["https://example.com/owner/name.git/x", "s3://bucket", "https://huggingface.co"])
+def test_another_address_is_no_id(address: str, run: Run) -> None:
+    assert "no such file or folder; a path or owner/name[@revision] is wanted" in run("inspect", address).err
+
+
+@pytest.mark.usefixtures("base", "adapter")
+def test_a_quoted_home_folder_is_that_of_the_user_for_what_is_written_too(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("merge", "~/base", "~/adapter", "~/out", "--reversible").code == 0
+    assert run("verify", "~/base", "~/adapter=1", "~/out", "--report", "~/report.md").code == 0
+    assert run("unmerge", "~/out/", "~/restored").code == 0
+    assert run("combine", "~/adapter", "~/combined").code == 0
+    assert {"out", "restored", "combined", "report.md"} <= {path.name for path in tmp_path.iterdir()}
+    assert list(Path.cwd().iterdir()) == []
+    assert "~nobody-of-this-name/x: no such file or folder" in run("inspect", "~nobody-of-this-name/x").err
+
+
+def test_a_merge_does_not_replace_an_adapter_that_stands_where_out_is_wanted(
+    run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(adapter, tmp_path / "other")
+    for more in ((), ("--overwrite",)):
+        found = run("merge", base, adapter, other, *more)
+        assert (found.code, found.err) == (6, f"surgery: {other}: it is an adapter, not OUT; name a new folder last\n")
+    assert sorted(path.name for path in other.iterdir()) == sorted(path.name for path in adapter.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("merge BASE ADAPTER", "too few arguments; `surgery merge BASE ADAPTER[=WEIGHT]... OUT` is wanted"),
+        ("unmerge BASE", "too few arguments; `surgery unmerge OUT BASE_OUT` is wanted"),
+        ("merge BASE ADAPTER 0.5 OUT", "0.5: no adapter; a weight stands with its own, such as ADAPTER=0.5"),
+    ],
+)
+def test_arguments_that_are_amiss_are_told_with_those_that_are_wanted(
+    line: str, told: str, run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    words = {"BASE": base, "ADAPTER": adapter, "OUT": tmp_path / "out"}
+    found = run(*(words.get(word, word) for word in line.split()))
+    assert (found.code, found.err.count("\n")) == (2, 1)
+    assert told in found.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists_is_told_with_the_option(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    assert run("merge", base, adapter, tmp_path / "out").code == 0
+    found = run("merge", base, adapter, tmp_path / "out")
+    assert (found.code, found.err.partition("; ")[2]) == (6, "a new folder is wanted; or give --overwrite\n")

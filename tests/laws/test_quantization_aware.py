@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import surgery
 from surgery.codecs import FORMS
 from surgery.methods import METHODS
+from surgery.procedures.planning.treatment import LIVE_FORMS
 
 IN, OUT = 128, 192
 WHOLE = ("w4a16", "w4a16-asym", "w8a16", "nvfp4", "mxfp4a16")  # which hold whole groups of inputs alone
@@ -129,6 +130,26 @@ def test_several_adapters_are_held_as_their_merge_together(form: str) -> None:
 def _alone(model: Any) -> Any:
     surgery.set_adapter(model, "b")
     return model
+
+
+@each_format
+@pytest.mark.parametrize("loaded", [False, True])
+def test_it_is_told_at_once_where_no_merge_in_memory_holds_the_format(
+    form: str, loaded: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    surgery.save(surgery.inject(net(), PLAIN), tmp_path)
+    if loaded:
+        model = surgery.load(net(), tmp_path, quantization_aware=form)
+    else:
+        model = surgery.inject(net(), PLAIN, quantization_aware=form)
+    told = [str(one.message) for one in recwarn if one.filename == __file__]
+    assert len(told) == (form not in LIVE_FORMS)
+    if told:
+        step = "no merge writes it" if form == "w4a16-asym" else f"surgery merge --into {form}, of the saved adapter"
+        assert told[0].startswith(f"quantization_aware is '{form}'")
+        assert step in told[0]
+        with pytest.raises(surgery.UsageError, match=r"no layer in memory holds|loads no packed zero points"):
+            surgery.merge(model, into=form)
 
 
 def test_what_cannot_be_aware_is_refused_by_name_and_nothing_changes() -> None:

@@ -148,7 +148,8 @@ def test_over_a_decoded_base_it_runs_to_the_bit_as_the_merge_that_keeps_the_code
     model = decoded(held, form)
     torch.manual_seed(1)
     config = surgery.LoraConfig(r=4, lora_alpha=64, target_modules=ALL, init_lora_weights=False, **use)
-    surgery.inject(model, config, quantization_aware="keep")
+    with pytest.warns(UserWarning, match="surgery merge --into keep, of the saved adapter writes it"):
+        surgery.inject(model, config, quantization_aware="keep")
     surgery.save(model, tmp_path / "adapter")
     surgery.merge_checkpoint(held, tmp_path / "adapter", tmp_path / "out", into="keep", **ANY)
     merged = decoded(tmp_path / "out", form)

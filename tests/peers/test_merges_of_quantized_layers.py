@@ -176,7 +176,7 @@ def test_without_a_word_of_what_becomes_of_quantized_weights_it_is_refused(plain
     model = fitted(loaded(plain, "nf4"), "lora")
     with pytest.raises(surgery.UsageError, match=r"q_proj: its weight is quantized.*into=\"16bit\""):
         surgery.merge(model)
-    with pytest.raises(surgery.UsageError, match="into is '8bit'; one of 16bit, keep, nf4"):
+    with pytest.raises(surgery.UsageError, match="`into` is '8bit'; one of 16bit, keep, nf4"):
         surgery.merge(model, into="8bit")
     with pytest.raises(surgery.UsageError, match="q_proj: its weight is quantized, where arithmetic 'peft'"):
         surgery.merge(model, into="16bit", arithmetic="peft")

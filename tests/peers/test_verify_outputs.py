@@ -279,7 +279,7 @@ def test_another_suite_compares_models_of_transformers_with_padding_and_caches(n
 
 def test_options_of_a_run_without_a_run_are_refused(tmp_path: Path) -> None:
     for options in ({"layers": True}, {"inputs": {}}):
-        with pytest.raises(surgery.UsageError, match="ask for outputs too"):
+        with pytest.raises(surgery.UsageError, match="give `outputs` too"):
             surgery.verify_checkpoint(tmp_path, tmp_path, tmp_path, **options)
     with pytest.raises(surgery.UsageError, match="base_as"):
         surgery.verify_checkpoint(tmp_path, tmp_path, tmp_path, outputs=True, base_as="nf4")

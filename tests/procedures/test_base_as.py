@@ -64,7 +64,7 @@ def test_a_base_that_is_quantized_itself_is_not_taken_as_another(adapter: Path, 
     base = quantized_base(tmp_path / "base", "nf4")
     with pytest.raises(UsageError, match="quantized itself"):
         surgery.merge_checkpoint(base, adapter, tmp_path / "out", base_as="nf4")
-    with pytest.raises(UsageError, match="base_as is 'nf5'"):
+    with pytest.raises(UsageError, match="`base_as` is 'nf5'"):
         surgery.plan(base, adapter, base_as="nf5")
 
 

@@ -61,7 +61,7 @@ def test_the_error_of_outputs_is_smaller_it_is_verified_told_and_undone(
     assert list(receipt["options"]["calibration"]) == ["inputs.safetensors"]
     assert "4 of 4 adapted weights are rounded with feedback, 4 of them by calibration inputs" in receipt["notes"]
     assert surgery.verify_checkpoint(base, adapter, tmp_path / "out", calibration=recorded).counts["bits"] == len(SITES)
-    with pytest.raises(UsageError, match=r"by calibration inputs of inputs\.safetensors; give calibration"):
+    with pytest.raises(UsageError, match=r"by calibration inputs of inputs\.safetensors; give `calibration`"):
         surgery.verify_checkpoint(base, adapter, tmp_path / "out")
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert file_hashes(tmp_path / "back") == file_hashes(base)

@@ -129,7 +129,7 @@ def test_weights_that_are_no_whole_groups_stay_plain_and_config_json_says_so(ada
     assert surgery.verify_checkpoint(base, adapter, out).ok
     surgery.unmerge_checkpoint(out, tmp_path / "back")
     assert file_hashes(tmp_path / "back") == file_hashes(base)
-    with pytest.raises(MatchError, match=r"into w4a16: .* has no linear weight that it could hold"):
+    with pytest.raises(MatchError, match=r"`into=w4a16`: .* has no linear weight that it could hold"):
         surgery.merge_checkpoint(base, adapter, tmp_path / "none", into="w4a16", **ANY)
 
 
@@ -189,18 +189,18 @@ def test_a_module_that_the_adapter_replaces_is_plain_beside_weights_that_keep_th
     ("base", "options", "error", "why"),
     [
         ("plain", {"into": "nf4", "fallback": "int8"}, UsageError, "no loader reads int8 beside"),
-        ("plain", {"fallback": "16bit"}, UsageError, "give into"),
-        ("plain", {"into": "nf4", "min_retained": math.nan}, UsageError, "min_retained is 'nan'; a number"),
-        ("plain", {"into": "nf4", "max_noise": "1"}, UsageError, "max_noise is '1'; a number"),
+        ("plain", {"fallback": "16bit"}, UsageError, "give `into`"),
+        ("plain", {"into": "nf4", "min_retained": math.nan}, UsageError, "`min_retained` is 'nan'; a number"),
+        ("plain", {"into": "nf4", "max_noise": "1"}, UsageError, "`max_noise` is '1'; a number"),
         ("plain", {"into": "nf4", "probes": -1}, UsageError, "probes"),
-        ("plain", {"rounding": "feedback"}, UsageError, "give into"),
-        ("plain", {"min_retained": 0.5}, UsageError, "min_retained is for merges into a format"),
-        ("nf4", {"max_noise": 1.0, "into": "16bit"}, UsageError, "max_noise is for merges into a format"),
-        ("nf4", {"probes": 8}, UsageError, "probes is for merges into a format"),
+        ("plain", {"rounding": "feedback"}, UsageError, "give `into`"),
+        ("plain", {"min_retained": 0.5}, UsageError, "`min_retained` is for merges into a format"),
+        ("nf4", {"max_noise": 1.0, "into": "16bit"}, UsageError, "`max_noise` is for merges into a format"),
+        ("nf4", {"probes": 8}, UsageError, "`probes` is for merges into a format"),
         ("plain", {"into": "nf4", "rounding": "up"}, UsageError, "nearest, feedback"),
         ("fp8-rows", {"into": "keep", "fallback": "16bit", "min_retained": 1.1}, FormatError, "fbgemm_fp8"),
         ("plain", {"into": "nf4", "fallback": "16bit", "min_retained": 1.1}, MatchError, "too little there"),
-        ("plain", {"into": "w4a16-asym"}, UsageError, "one of"),
+        ("plain", {"into": "w4a16-asym"}, UsageError, "loads no packed zero points"),
         ("plain", {"into": "mxfp4"}, UsageError, "kernels for GPUs"),
         ("plain", {"into": "nf4", "base_as": "nf4"}, UsageError, "base_as"),
         ("plain", {"into": "nf4", "arithmetic": "peft"}, UsageError, "exact"),

@@ -132,7 +132,7 @@ def test_what_cannot_be_meant_with_into_is_refused(options: dict[str, str], adap
 @pytest.mark.parametrize("into", ["16bit", "keep"])
 def test_into_without_a_quantized_base_is_refused(into: str, adapter: Path, tmp_path: Path) -> None:
     surgery.merge_checkpoint(quantized_base(tmp_path / "base", "nf4"), adapter, tmp_path / "plain")
-    with pytest.raises(UsageError, match="no weight of it is quantized; leave into out"):
+    with pytest.raises(UsageError, match="no weight of it is quantized; leave `into` out"):
         surgery.merge_checkpoint(tmp_path / "plain", adapter, tmp_path / "out", into=into)
 
 

@@ -85,7 +85,7 @@ def _treatment(base: Checkpoint, adapters: Sequence[Weighted], asked: Treatment)
     if asked.into == "keep":
         refuse_kept(base.packed)
     if asked.into in HELD_IN and not has_nodes(asked.into):
-        raise UsageError(f"export: into {asked.into}, which no graph here decodes; 16bit, nf4, fp4 or int8 is wanted")
+        raise UsageError(f"export: `into={asked.into}`, which no graph here decodes; 16bit, nf4, fp4 or int8 is wanted")
     return asked
 
 

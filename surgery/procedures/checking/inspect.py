@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from surgery.adapters.peft import CONFIG, TENSORS, read_adapter
 from surgery.core.adapter import Adapter
-from surgery.core.report import Report
+from surgery.core.report import Report, in_units
 from surgery.core.site import Site
 from surgery.errors import printable, visible
 from surgery.hosts.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ class Inspection(Report):
     def summary(self) -> str:
         """One line."""
         total = sum(row.size_bytes for row in self.rows)
-        size = f"{len(self.rows)} {'sites' if self.kind == 'model' else 'tensors'}, {total / 1e6:.1f} MB"
+        size = f"{len(self.rows)} {'sites' if self.kind == 'model' else 'tensors'}, {in_units(total)}"
         return f"{self.kind}: {'; '.join([*(self.adapter.words() if self.adapter else ()), size])}"
 
     def to_json(self) -> dict[str, Any]:

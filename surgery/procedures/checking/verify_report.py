@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery.core.agreement import Agreements, in_words
 from surgery.core.survival import Survival
-from surgery.errors import CheckError, printable
+from surgery.errors import CheckError, printable, visible
 from surgery.procedures.checking.grade import GRADES, Grade
 from surgery.procedures.checking.report import Case, CaseReport
 
@@ -28,6 +28,7 @@ class VerifyReport(CaseReport):
     out: Path
     tensors: Mapping[str, Grade]
     outputs: Agreements | None = None
+    notes: tuple[str, ...] = ()  # on the options that the merge was derived by, where its receipt tells of them
 
     @property
     def ok(self) -> bool:
@@ -46,9 +47,7 @@ class VerifyReport(CaseReport):
                 "was made with: the same base, adapters, weights and base_as"
             )
         if self.outputs is not None and not self.outputs.ok:
-            raise CheckError(
-                f"{printable(self.out)}: outputs: {printable(self.outputs.why)}; the table has the figures"
-            )
+            raise CheckError(f"{printable(self.out)}: outputs: {visible(self.outputs.why)}; the table has the figures")
 
     @property
     def counts(self) -> dict[str, int]:
@@ -61,8 +60,9 @@ class VerifyReport(CaseReport):
         """One line."""
         counts = ", ".join(f"{count} {grade}" for grade, count in self.counts.items() if count or grade == "different")
         survived = [one.survival for one in self.tensors.values() if one.survival is not None]
-        told = f"{counts}; {reduce(Survival.plus, survived)}" if survived else counts
-        return f"{told}; outputs: {self.outputs.why}" if self.outputs is not None and self.outputs.why else told
+        told = [counts, *([str(reduce(Survival.plus, survived))] if survived else []), *self.notes]
+        told += [f"outputs: {self.outputs.why}"] if self.outputs is not None and self.outputs.why else []
+        return "; ".join(told)
 
     @property
     def title(self) -> str:
@@ -89,6 +89,7 @@ class VerifyReport(CaseReport):
         return {
             "ok": self.ok,
             "counts": self.counts,
+            "notes": list(self.notes),
             "tensors": {name: one.to_json() for name, one in self.tensors.items()},
         } | ({} if self.outputs is None else {"outputs": self.outputs.to_json()})
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from surgery.core.report import Report
-from surgery.errors import UsageError, printable
+from surgery.errors import UsageError, printable, quoted
 from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.graph import name_axes, simplify, strip
 from surgery.formats.onnx.link import link
@@ -85,7 +85,7 @@ class Manner:
     def __post_init__(self) -> None:
         for name, known in (("weights", ("link", "copy")), ("names", ("hf", "genai"))):
             if getattr(self, name) not in known:
-                raise UsageError(f"{name} is {printable(getattr(self, name))!r}; {' or '.join(known)} is wanted")
+                raise UsageError(f"`{name}` is {quoted(getattr(self, name))}; {' or '.join(known)} is wanted")
 
 
 @dataclass(frozen=True, repr=False)

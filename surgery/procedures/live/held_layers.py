@@ -47,8 +47,8 @@ class Landing:
         assert into is not None
         if into not in LIVE_FORMS:
             raise UsageError(
-                f"merge: no layer in memory holds {into}; one of {', '.join(LIVE_FORMS)} is wanted, or merge the "
-                "checkpoint"
+                f"merge: no layer in memory holds {into}; one of {', '.join(LIVE_FORMS)} is wanted, or save the "
+                f"adapter and merge_checkpoint(..., into={into!r}) it, or surgery merge --into {into}"
             )
         _import(_LIBRARIES[FORMS[into][0].name], into)
         found = {name: layer for name, layer in layers.items() if self._holds(name, layer, into)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from surgery.core.option_checks import check_whole
-from surgery.errors import UsageError, printable
+from surgery.errors import UsageError, quoted
 
 
 class Factors(NamedTuple):
@@ -45,20 +45,20 @@ class Recipe:
         for name, kinds in _KINDS.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-                raise UsageError(f"{name}: it is {printable(value)!r}; {kinds[-1].__name__} is wanted")
+                raise UsageError(f"`{name}` is {quoted(value)}; {kinds[-1].__name__} is wanted")
         if self.method not in COMBINATIONS:
             known = ", ".join(COMBINATIONS)
-            raise UsageError(f"method: {printable(self.method)!r} is not known; one of {known} is wanted")
+            raise UsageError(f"`method` is {quoted(self.method)}, which is not known; one of {known} is wanted")
         for name in ("density", "majority_sign_method", "rank", "seed"):
             if getattr(self, name) is not None and self.method not in _SETTINGS[name]:
                 having = ", ".join(_SETTINGS[name])
-                raise UsageError(f"{name}: the method {self.method} has none; leave it out, or take {having}")
+                raise UsageError(f"`{name}`: the method {self.method} has none; leave it out, or take {having}")
         if self.method in _SETTINGS["density"] and not (self.density is not None and 0 < self.density <= 1):
             found = "none is given" if self.density is None else f"it is {self.density}"
-            raise UsageError(f"density: {found}; {self.method} wants one above 0 and at most 1, such as 0.5")
+            raise UsageError(f"`density`: {found}; {self.method} wants one above 0 and at most 1, such as 0.5")
         if self.majority_sign_method not in (None, "total", "frequency"):
-            found = printable(self.majority_sign_method)
-            raise UsageError(f"majority_sign_method: it is {found!r}; 'total' or 'frequency' is wanted")
+            found = quoted(self.majority_sign_method)
+            raise UsageError(f"`majority_sign_method` is {found}; 'total' or 'frequency' is wanted")
         if self.seed is not None:
             check_whole("seed", self.seed, 0, (1 << 63) - 1)
         if self.rank is not None:

@@ -11,7 +11,7 @@ from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.names import nearest, suffix_hits
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
-from surgery.errors import InputError, MatchError, UsageError, printable
+from surgery.errors import InputError, MatchError, UsageError, printable, quoted
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.reading import Reading
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
@@ -71,10 +71,10 @@ class Extraction:
 
     def __post_init__(self) -> None:
         if self.rest not in ("refuse", "save", "drop"):
-            raise UsageError(f"rest is {printable(self.rest)!r}; refuse, save or drop is wanted")
+            raise UsageError(f"rest is {quoted(self.rest)}; refuse, save or drop is wanted")
         for name, op in self.ops.items():
             if op not in _OPS:
-                raise UsageError(f"op of {printable(name)} is {printable(op)!r}; one of {', '.join(_OPS)} is wanted")
+                raise UsageError(f"op of {printable(name)} is {quoted(op)}; one of {', '.join(_OPS)} is wanted")
 
     def takes(self, module: str) -> bool:
         return self.targets is None or bool(suffix_hits(self.targets, module))
@@ -152,7 +152,7 @@ def _sorted_out(base: Checkpoint, tuned: Checkpoint, extraction: Extraction, own
     for target in extraction.targets or ():
         if not any(suffix_hits([target], name) for name in names):
             near = ", ".join(map(printable, nearest(target, names)))
-            raise UsageError(f"target {printable(target)!r}: no module that changed is called so; nearest are {near}")
+            raise UsageError(f"target {quoted(target)}: no module that changed is called so; nearest are {near}")
     taken = {
         module: infos[0]
         for module, infos in modules.items()

@@ -24,11 +24,11 @@ class Truncation:
 
     def __post_init__(self) -> None:
         if self.rank is None and self.energy is None:
-            raise UsageError("neither rank nor energy is given; one of them is wanted, such as rank 16 or energy 0.99")
+            raise UsageError("neither `rank` nor `energy` is given; one is wanted, such as `rank=16` or `energy=0.99`")
         if self.rank is not None:
             check_whole("rank", self.rank, 1)
         if self.energy is not None and not (is_number(self.energy) and 0 < self.energy <= 1):
-            raise UsageError(f"energy is {printable(repr(self.energy))}; one above 0 and at most 1 is wanted")
+            raise UsageError(f"`energy` is {printable(repr(self.energy))}; one above 0 and at most 1 is wanted")
 
     def kept(self, squares: Tensor, whole: float) -> int | None:
         """Of singular values' squares, largest first, with the squared norm of all; None if these are too few."""

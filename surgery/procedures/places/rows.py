@@ -13,7 +13,7 @@ from surgery.core.config import AdapterConfig
 from surgery.core.method import Method, Params
 from surgery.core.names import nearest, suffix_hits
 from surgery.core.site import Site
-from surgery.errors import MatchError, printable
+from surgery.errors import MatchError, printable, quoted
 from surgery.hosts.recognition import op_of
 from surgery.layers import Adapted
 from surgery.procedures.places.model_tree import Tree
@@ -34,7 +34,7 @@ def with_rows(tree: Tree, config: AdapterConfig, adapted: Collection[str]) -> tu
         for entry in entries:
             if not any(suffix_hits((entry,), name) for name in tree.modules):
                 close = ", ".join(map(printable, nearest(entry, tree.modules)))
-                raise MatchError(f"trainable_token_indices: nothing matches {printable(entry)!r}; nearest: {close}")
+                raise MatchError(f"trainable_token_indices: nothing matches {quoted(entry)}; nearest: {close}")
     for name in sorted(found & {*adapted}):
         raise MatchError(
             f"{printable(name)}: trainable_token_indices and target_modules both name it, which PEFT refuses too; "

@@ -91,8 +91,8 @@ def merged_with_embedding(layers: Mapping[str, Adapted]) -> set[str]:
 def unlike_peft(where: str) -> ConfigError:
     """Why a merge of tied heads has no bits of PEFT."""
     return ConfigError(
-        f"{where}: ensure_weight_tying, and PEFT's merge adds the delta of tied weights twice, or unties them; leave "
-        "arithmetic 'exact'"
+        f"{where}: ensure_weight_tying, and PEFT's merge adds the delta of tied weights twice, or unties them; give "
+        "`arithmetic=exact`"
     )
 
 

@@ -28,8 +28,8 @@ def cover(draft: Draft, form: str, plainly: Collection[str] = ()) -> None:
     held = [name for name, one in draft.base.packed.items() if one.form == form]
     if held:
         raise UsageError(
-            f"into {form}: {printable(held[0])} is held so already; into 'keep' keeps its scales, '16bit' writes it "
-            "plainly"
+            f"`into={form}`: {printable(held[0])} is held so already; `into=keep` keeps its scales, `into=16bit` "
+            "writes it plainly"
         )
     modules, others = _modules(draft, form, plainly)
     covered = [info for info in draft.base.weights() if info.name in modules]
@@ -41,7 +41,7 @@ def cover(draft: Draft, form: str, plainly: Collection[str] = ()) -> None:
     if not covered:
         left = " but those that would keep too little there" if plainly else ""
         raise MatchError(
-            f"into {form}: {printable(draft.base.path)} has no linear weight{left} that it could hold; give into 16bit"
+            f"`into={form}`: {printable(draft.base.path)} has no linear weight{left} that it could hold; leave it out"
         )
     draft.notes.append(f"{len(covered)} weights are held in {form}; linear ones that are not: {len(others)}")
     codec, settings = FORMS[form]
@@ -59,7 +59,7 @@ def leave_plain(draft: Draft) -> None:
         draft.refusals.append(
             FormatError(
                 f"{printable(base.path)}: held by {printable(told.get('quant_method'))}, in which single weights are "
-                "not known to be left plain; merge into 16bit, or without fallback"
+                "not known to be left plain; give `into=16bit`, or leave `fallback` out"
             )
         )
         return
@@ -125,9 +125,9 @@ def _module(name: str) -> str:
 def _refusals(change: Change, form: str) -> Iterator[FormatError]:
     name = printable(change.site.weight.name)
     if change.new:
-        yield FormatError(f"{name}: the base has none of this shape, and {form} is for those it has; merge into 16bit")
+        yield FormatError(f"{name}: the base has none of this shape, and {form} is for those it has; give `into=16bit`")
     dtype = str(change.dtype).removeprefix("torch.")
     if change.dtype not in _HALVES:
-        yield FormatError(f"{name}: it is in {dtype}, which {form} is not made from; give --dtype bfloat16")
+        yield FormatError(f"{name}: it is in {dtype}, which {form} is not made from; give `dtype=bfloat16`")
     elif made_as(form, change.site.weight.shape, change.dtype).dtype not in {None, change.dtype}:
-        yield FormatError(f"{name}: it is in {dtype}, and {form} is always read as bfloat16; give --dtype bfloat16")
+        yield FormatError(f"{name}: it is in {dtype}, and {form} is always read as bfloat16; give `dtype=bfloat16`")

@@ -113,8 +113,8 @@ class Draft:
             if change.held:
                 self.refusals.append(
                     FormatError(
-                        f"{printable(name)}: held as {change.held}, which PEFT would quantize anew; leave arithmetic "
-                        "'exact', or dequantize the base first"
+                        f"{printable(name)}: held as {change.held}, which PEFT would quantize anew; give "
+                        "`arithmetic=exact`, or dequantize the base first"
                     )
                 )
             self.changes[name] = replace(change, as_peft=PeftMerge(safe=arithmetic == "peft-safe"))

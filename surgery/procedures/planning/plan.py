@@ -5,11 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surgery.adapters import out_proj
-from surgery.adapters.sorting import drawn_notes
-from surgery.core.adapter import Adapter, Weighted
+from surgery.core.adapter import Weighted
 from surgery.core.names import Naming
-from surgery.core.report import Report
-from surgery.core.select import unmatched
+from surgery.core.report import Report, in_units
 from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source
 from surgery.errors import ConfigError, InputError, printable
@@ -21,6 +19,7 @@ from surgery.procedures.planning.covering import cover, leave_plain
 from surgery.procedures.planning.draft import Draft
 from surgery.procedures.planning.feeding import feed_back
 from surgery.procedures.planning.matched import matched
+from surgery.procedures.planning.remarks import notes_of, notes_of_weights, unchecked
 from surgery.procedures.planning.treatment import HELD_IN, Treatment
 from surgery.procedures.planning.true_config import true_config
 from surgery.procedures.planning.unpacking import keep, pass_through, unpack
@@ -89,8 +88,8 @@ class Plan(Report):
         touched = sum(not change.new for change in self.changes)
         return (
             f"{merged} weights to merge, {replaced} to replace, {self.tensors - touched} untouched, "
-            f"{len(self.refusals)} refused; {self.written_bytes / 1e6:.1f} MB to write, "
-            f"about {self.peak_bytes / 1e6:.0f} MB of memory"
+            f"{len(self.refusals)} refused; {in_units(self.written_bytes)} to write, "
+            f"about {in_units(self.peak_bytes)} of memory"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -152,7 +151,7 @@ def make_plan(
     draft.notes += [
         note
         for one, naming in zip(adapters, draft.namings, strict=True)
-        for note in _unchecked(base, one.adapter, naming)
+        for note in unchecked(base, one.adapter, naming)
     ]
     if treatment.dtype is not None:
         draft.cast(treatment.dtype)
@@ -166,42 +165,11 @@ def make_plan(
         out_proj.refuse_other(one.adapter, treatment.arithmetic)
         if treatment.arithmetic != "exact" and one.adapter.config.parameters():
             where = printable(one.adapter.where)
-            raise ConfigError(f"{where}: PEFT's merge of target_parameters is not known; leave arithmetic 'exact'")
+            raise ConfigError(f"{where}: PEFT's merge of target_parameters is not known; give `arithmetic=exact`")
     draft.follow(treatment.arithmetic)
     draft.notes += draft.kept_whole()
     config = true_config(base.config, treatment.dtype, draft.outcome())
     return _costed(base, adapters, draft, config)
-
-
-def _notes(adapter: Adapter) -> list[str]:
-    config, where = adapter.config, printable(adapter.where)
-    notes = [
-        f"{where}: target_modules entry {printable(entry)!r} has no tensors"
-        for entry in unmatched(config, adapter.sites.keys())
-    ]
-    notes += [
-        f"{where}: {field} entry {printable(entry)!r} matches no tensors"
-        for field, entries in ({} if config.parameters() else config.unused(adapter.sites.keys())).items()
-        for entry in entries  # of parameters, whose sites the files name otherwise, nothing is said
-    ]
-    notes += [*out_proj.notes(adapter), *drawn_notes(adapter)]
-    for entry in sorted(config.modules_to_save or ()):
-        if not any(f"{entry}." in name for name in adapter.saved):
-            notes.append(f"{where}: modules_to_save entry {printable(entry)!r} has no tensors")
-    return notes
-
-
-def _unchecked(base: Checkpoint, adapter: Adapter, naming: Naming) -> list[str]:
-    """Whether the adapter tells of a base in another dtype, which no hash can tell from this one."""
-    for name, (info, _) in adapter.trained_on.items():
-        there = base.at[naming.of(name)][1].info if naming.of(name) in base.at else info
-        if there.dtype != info.dtype:
-            told, here = (str(one).removeprefix("torch.") for one in (info.dtype, there.dtype))
-            where = printable(adapter.where)
-            return [
-                f"{where}: trained on a base in {told}, this one is in {here}; whether it is the same cannot be told"
-            ]
-    return []
 
 
 def _sums_bytes(change: Change) -> int:
@@ -233,7 +201,7 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
     return Plan(
         tuple(changes),
         tuple(draft.refusals),
-        tuple(note for one in adapters for note in _notes(one.adapter)) + tuple(draft.notes),
+        (*(note for one in adapters for note in notes_of(one.adapter)), *draft.notes, *notes_of_weights(adapters)),
         tensors=sum(1 for _ in base.weights()),
         read_bytes=sum(info.nbytes for info in base.tensors()),
         written_bytes=sum(info.nbytes for info in infos.values()),

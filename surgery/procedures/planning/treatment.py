@@ -8,18 +8,28 @@ from typing import Any, Literal, TypedDict, Unpack, cast, get_args
 import torch
 
 from surgery.codecs import FORMS
+from surgery.codecs.formats import UNMADE_FORMS
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.as_peft import Arithmetic
 from surgery.core.names import nearest
 from surgery.core.option_checks import check_whole
 from surgery.core.survival import Bounds
-from surgery.errors import UsageError, printable
+from surgery.errors import UsageError, printable, quoted
 from surgery.hosts.calibration import Calibration
 from surgery.ops.linear import LAYOUTS
 
 LIVE_FORMS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8_block")  # those that layers in memory hold, too
 # Those that loaders read: transformers 5.23 loads no packed zero points, not even those of compressed-tensors itself.
 HELD_IN = tuple(form for form in FORMS if form != "w4a16-asym")
+# What may well be asked for and is not made, by option and value, and why.
+UNMADE: Mapping[tuple[str, str], str] = {
+    **{(option, form): why for option in ("into", "base_as") for form, why in UNMADE_FORMS.items()},
+    ("into", "mxfp4"): "kernels for GPUs make it, whose codes could not be compared with any here; give mxfp4a16, or "
+    "'keep' for a base in mxfp4",
+    ("into", "w4a16-asym"): "transformers loads no packed zero points; give w4a16",
+    ("fallback", "int8"): "a config.json names one format, and no loader reads int8 beside another; give "
+    "`fallback=16bit`, or `into=int8`",
+}
 _MOST_PROBES = 4096
 ROUNDINGS = ("nearest", "feedback")
 INTO = ("16bit", "keep", *HELD_IN)
@@ -59,7 +69,7 @@ class Treatment:
         """What the options of a call say; None is as if it were left out. UsageError for a value that is none."""
         for name in options.keys() - _READ.keys():
             close = ", ".join(nearest(name, _READ))
-            raise UsageError(f"option {printable(name)!r} is not known; nearest: {close}; help() of the function tells")
+            raise UsageError(f"option {quoted(name)} is not known; nearest: {close}; help() of the function tells")
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         found = cls(**{name: _READ[name](value) for name, value in given.items()})
         found._refuse_clashes()
@@ -69,17 +79,17 @@ class Treatment:
         """UsageError for options that do not go together."""
         into, how = self.into, self.arithmetic
         if into in HELD_IN and (how != "exact" or self.base_as is not None):
-            raise UsageError(f"into is {into!r}: it takes no base_as, and exact arithmetic alone; leave the others out")
+            raise UsageError(f"`into={into}` takes no `base_as`, and exact `arithmetic` alone; leave the others out")
         if self.base_as is not None and how != "exact":
-            raise UsageError(f"base_as is given, and arithmetic is {how!r}; PEFT merges no such base so; leave one out")
+            raise UsageError(f"`base_as` is given, and `arithmetic={how}`; PEFT merges no such base so; leave one out")
         for name, value in (("fallback", self.fallback), ("rounding", self.rounding)):
             if value is not None and into in (None, "16bit"):
-                raise UsageError(f"{name} is for merges into a format; give into, or leave it out")
+                raise UsageError(f"`{name}` is for merges into a format; give `into`, or leave it out")
 
     def calibrated_by(self, calibration: Calibration) -> "Treatment":
         """With inputs that tell what feedback is for. UsageError where none is asked for."""
         if self.rounding != "feedback":
-            raise UsageError("calibration is for rounding 'feedback'; give that too, or leave it out")
+            raise UsageError("`calibration` is for `rounding=feedback`; give that too, or leave it out")
         return replace(self, calibration=calibration)
 
     def bounds(self, min_retained: float | None, max_noise: float | None, probes: int = 0) -> Bounds:
@@ -89,7 +99,7 @@ class Treatment:
         for name in (*told, *(["probes"] if probes else [])):
             if self.into in (None, "16bit"):
                 raise UsageError(
-                    f"{name} is for merges into a format, which 16 bits are not; give into, or leave it out"
+                    f"`{name}` is for merges into a format, which 16 bits are not; give `into`, or leave it out"
                 )
         return Bounds(**told)
 
@@ -118,40 +128,25 @@ def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name is None or name in PLAIN_DTYPES:
         return name if isinstance(name, torch.dtype) else None
     if name not in known:
-        raise UsageError(f"dtype {printable(name)!r} is not known; one of {', '.join(known)} is wanted")
+        raise UsageError(f"dtype {quoted(name)} is not known; one of {', '.join(known)} is wanted")
     return known[str(name)]
 
 
 def _check_ops(ops: Mapping[str, str]) -> Mapping[str, str]:
     for name, op in ops.items():
-        _one_of(f"op of {printable(name)}", tuple(LAYOUTS), op)
+        if op not in LAYOUTS:
+            raise UsageError(f"`ops`: {quoted(op)} for {printable(name)}; one of {', '.join(LAYOUTS)} is wanted")
     return dict(ops)
 
 
-def _check_into(into: object) -> str:
-    if into == "mxfp4":
-        raise UsageError(
-            "into mxfp4: what makes it of other weights are kernels for GPUs, whose codes could not be compared with "
-            "any here; give another format, or 'keep' for a base in mxfp4"
-        )
-    return _one_of("into", INTO, into)
-
-
-def _check_fallback(fallback: object) -> str:
-    if fallback == "int8":
-        raise UsageError(
-            "fallback int8: a config.json names one format, and no loader reads int8 beside another; "
-            "give fallback 16bit, or into int8"
-        )
-    return _one_of("fallback", ("16bit",), fallback)
-
-
 def _one_of(option: str, known: Sequence[str], value: object) -> str:
-    """The value, which is one that is known. UsageError for another."""
-    if value not in known:
-        wanted = known[0] if len(known) == 1 else f"one of {', '.join(known)}"
-        raise UsageError(f"{option} is {printable(value)!r}; {wanted} is wanted")
-    return str(value)
+    """The value, which is one that is known. UsageError for another, with the reason where it may well be asked for."""
+    if value in known:
+        return str(value)
+    if why := UNMADE.get((option, str(value))):
+        raise UsageError(f"`{option}={value}`: {why}")
+    wanted = known[0] if len(known) == 1 else f"one of {', '.join(known)}"
+    raise UsageError(f"`{option}` is {quoted(value)}; {wanted} is wanted")
 
 
 _READ: Mapping[str, Callable[[Any], Any]] = {
@@ -159,10 +154,10 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
     "tied": partial(_one_of, "tied", ("refuse", "untie")),
     "ops": _check_ops,
     "compute_dtype": check_dtype,
-    "into": _check_into,
+    "into": partial(_one_of, "into", INTO),
     "base_as": partial(_one_of, "base_as", tuple(FORMS)),
     "arithmetic": check_arithmetic,
-    "fallback": _check_fallback,
+    "fallback": partial(_one_of, "fallback", ("16bit",)),
     "rounding": partial(_one_of, "rounding", ROUNDINGS),
 }
 

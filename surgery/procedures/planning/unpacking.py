@@ -10,9 +10,10 @@ from surgery.codecs.bnb4 import Bnb4
 from surgery.codecs.bnb8 import Bnb8
 from surgery.codecs.methods import refuse_unread
 from surgery.core.site import CODES, RawDtype, Site, TensorInfo
-from surgery.errors import FormatError, InputError, UsageError, printable
+from surgery.errors import ConfigError, FormatError, InputError, UsageError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.hosts.encoded import made_as
 from surgery.hosts.packing import BESIDE, Held, model_dtype, quantization_of
 from surgery.ops.experts import ExpertsByOutput
 from surgery.ops.linear import Conv1D, Linear
@@ -54,7 +55,7 @@ def keep(draft: Draft, dtype: torch.dtype | None, plainly: Collection[str] = ())
         return
     _require_packed(draft.base, "into")
     if dtype is not None:
-        raise UsageError("into keep: weights keep the dtypes that they have; leave dtype and compute_dtype out")
+        raise UsageError("`into=keep`: weights keep the dtypes that they have; leave `dtype` and `compute_dtype` out")
     for name in [name for name in draft.changes if name in draft.base.packed]:
         change, held = draft.changes[name], draft.base.packed[name]
         if name in plainly or change.saved is not None:
@@ -65,7 +66,7 @@ def keep(draft: Draft, dtype: torch.dtype | None, plainly: Collection[str] = ())
             draft.refusals.append(
                 FormatError(
                     f"{printable(name)}: a stack held as {held.codec.name}, which cannot keep its format; "
-                    "merge into 16bit instead"
+                    "give `into=16bit`"
                 )
             )
             continue
@@ -86,16 +87,21 @@ def pass_through(draft: Draft, form: str, dtype: torch.dtype | None) -> None:
     """
     base = draft.base
     if base.packed or quantization_of(base.config):
-        raise UsageError(f"{printable(base.path)}: it is quantized itself; leave base_as out")
+        raise UsageError(f"{printable(base.path)}: it is quantized itself; leave `base_as` out")
     heads, passed = vocabulary(base), 0
     for name, change in draft.changes.items():
         op = None if change.site.op is None else change.site.op.name
         if op == Conv1D.name and change.layers:
             draft.refusals.append(
-                FormatError(f"{printable(name)}: a Conv1D, which base_as does not support; merge it into its own base")
+                FormatError(f"{printable(name)}: a Conv1D, which `base_as` is not for; merge it into its own base")
             )
         elif op == Linear.name and change.layers and name not in heads and change.origin == change.site:
             weight = change.site.weight._replace(dtype=dtype or change.site.weight.torch_dtype)
+            try:
+                made_as(form, weight.shape, weight.torch_dtype)
+            except ConfigError as error:
+                draft.refusals.append(FormatError(f"{printable(name)}: `base_as={form}` does not hold it: {error}"))
+                continue
             site = replace(change.site, tensors={**change.site.tensors, "weight": weight})
             draft.changes[name], passed = replace(change, site=site, through=form), passed + 1
     others = sum(len(info.shape) == 2 for info in base.weights()) - passed
@@ -120,7 +126,7 @@ def _known(draft: Draft) -> bool:
 
 def _require_packed(base: Checkpoint, option: str) -> None:
     if not base.packed:
-        raise UsageError(f"{printable(base.path)}: no weight of it is quantized; leave {option} out")
+        raise UsageError(f"{printable(base.path)}: no weight of it is quantized; leave `{option}` out")
 
 
 def _plain(change: Change, held: Held, dtype: torch.dtype, base: Checkpoint) -> Change:
