@@ -132,6 +132,27 @@ def test_what_is_no_number_leaves_nothing_and_is_told_so(wrong: float) -> None:
     assert set(told.to_json().values()) == {None}
 
 
+@pytest.mark.parametrize("moved", [1.0, -1e-3, 1e120], ids=str)
+def test_sums_beyond_float64_are_told_to_be_no_numbers(moved: float) -> None:
+    """Squares of 2e154 are no float64; the sum of many just below is a rational that is none either."""
+    before = torch.zeros(9, 1, dtype=torch.float64)
+    wanted = torch.tensor([[1.3e154]] * 8 + [[2e154]], dtype=torch.float64)
+    finite, beyond = (Survival.of(*(one[rows] for one in (before, wanted, wanted * moved))) for rows in (slice(8), [8]))
+    assert finite.wanted > 2 * Fraction(torch.finfo(torch.float64).max)
+    assert beyond.wanted == math.inf
+    for told in (finite.plus(beyond), beyond.plus(finite), total({"a": finite, "b": beyond})):
+        assert math.isnan(told.retained)
+        assert math.isnan(told.noise)
+        assert not survival.Bounds(-math.inf, math.inf).admit(told)
+        assert str(told) == "retained nan, noise nan"
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_left_is_told_with_its_sign_where_it_is_beyond_float64(sign: int) -> None:
+    tiny, huge = Fraction(2) ** -900, sign * Fraction(2) ** 900
+    assert Survival(wanted=tiny, along=huge).retained == sign * math.inf
+
+
 def test_rows_too_small_for_an_exact_product_count_as_nothing_of_the_outputs() -> None:
     before, wanted, after, probes = weights()
     tiny = torch.full_like(wanted[:1], 2.0**-500)
