@@ -95,10 +95,9 @@ def _experts(name: str, one: Weighted) -> list[Factors]:
 def _check_stack(name: str, one: Weighted, found: int) -> None:
     """ShapeError where it is known that the parameter has not so many matrices: a damaged rank looks like a stack."""
     base, _ = one.adapter.trained_on.get(name, (None, ""))
-    if base is not None and base.dtype.is_floating_point:  # codes are laid out otherwise
+    wanted: int | None = 1 if name.rpartition(".")[2] in MATRICES else None
+    if base is not None and isinstance(base.dtype, torch.dtype) and base.dtype.is_floating_point:  # no codes
         wanted = base.shape[0] if len(base.shape) > 2 else 1
-    else:
-        wanted = 1 if name.rpartition(".")[2] in MATRICES else None
     if wanted not in (None, found):
         told = "one matrix" if wanted == 1 else f"a stack of {wanted}"
         raise ShapeError(
