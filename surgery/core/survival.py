@@ -119,12 +119,15 @@ def _rows(before: Tensor, wanted: Tensor, after: Tensor) -> tuple[Tensor, ...]:
 
 
 def _outputs(change: Tensor, probes: Tensor, product: ExactProduct) -> Tensor:
-    """[rows, n], to the 22 bits of an exact product; infinities where it holds no row, zeros where one is too small."""
+    """[rows, n], to the 22 bits of an exact product; infinities where it holds no row, zeros where one is too small.
+
+    Of each row by itself: what it takes of others it takes of these too.
+    """
     try:
         return product(change, probes)
     except ValueRangeError:
-        largest, most = change.abs().amax(1, keepdim=True), 2.0 ** (EXPONENT_LIMIT - 1)
-        held = torch.where((largest < most) & (largest > 1 / most), change, 0)
+        largest, most = change.abs().amax(1, keepdim=True), 2.0**EXPONENT_LIMIT
+        held = torch.where((largest < most) & (largest >= 0.5 / most), change, 0)
         return product(held, probes) + torch.where(largest < most, 0, math.inf)
 
 

@@ -170,6 +170,17 @@ def test_a_ratio_beyond_float64_is_infinite() -> None:
     assert Survival(Fraction(1, 1 << 1074), Fraction(), Fraction(1 << 10)).noise == math.inf
 
 
+@pytest.mark.parametrize("exponent", [-452, -451, -450, 448, 449], ids="2^{}".format)
+def test_outputs_of_a_row_do_not_depend_on_those_that_are_measured_with_it(exponent: int) -> None:
+    """An exact product takes rows from 2^-451 on and below 2^450; of one that is too small it makes nothing."""
+    before, probes = torch.zeros(2, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    wanted = torch.tensor([[2.0**exponent], [2.0**-500]], dtype=torch.float64)
+    both = Survival.of(before, wanted, before, probes)
+    alone = [Survival.of(before[row], wanted[row], before[row], probes) for row in (slice(1), slice(1, 2))]
+    assert both.words() == reduce(Survival.plus, alone).words()
+    assert bool(both.effect) == (exponent > -452)
+
+
 def test_the_inputs_of_probes_do_not_depend_on_threads(threads: int) -> None:
     """Products of many directions, which a BLAS adds in an order of its own."""
     drawn = torch.Generator().manual_seed(0)

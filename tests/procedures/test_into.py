@@ -296,6 +296,26 @@ def test_probes_tell_the_error_of_outputs_over_the_effect_in_receipt_and_verify(
     assert "output_error" not in surgery.verify_checkpoint(base, adapter, out).tensors[f"{SITES[0]}.weight"].to_json()
 
 
+@pytest.mark.parametrize("tile", [1, 700])
+@pytest.mark.parametrize("rounding", ["nearest", "feedback"])
+@pytest.mark.parametrize("into", ["keep", "nf4"])
+def test_what_probes_tell_does_not_depend_on_the_tiles(
+    into: str, rounding: str, tile: int, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = quantized_base(tmp_path / "base", "nf4") if into == "keep" else plain_base(tmp_path / "base")
+    options = {"into": into, "rounding": rounding, "probes": 5, **ANY}
+    whole = surgery.merge_checkpoint(base, adapter, tmp_path / "whole", **options).receipt
+    seen: list[Survival] = []
+    of = Survival.of
+    monkeypatch.setattr(Survival, "of", lambda *args: seen.append(of(*args)) or seen[-1])
+    monkeypatch.setattr("surgery.procedures.planning.feeding.FED_ELEMENTS", tile)
+    monkeypatch.setattr("surgery.api.files.Pace", partial(Pace, tile_elements=tile))
+    monkeypatch.setattr("surgery.hosts.encoded.TILE_ELEMENTS", tile)
+    tiled = surgery.merge_checkpoint(base, adapter, tmp_path / "tiled", **options).receipt
+    assert len(seen) > 2 * len(SITES)
+    assert (tiled["changed"], tiled["survived"]) == (whole["changed"], whole["survived"])
+
+
 def importance(A: Tensor) -> Tensor:
     """What inputs half of whose energy lies along A make of an error."""
     unit = A / A.norm(dim=1, keepdim=True)
