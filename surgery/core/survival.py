@@ -80,25 +80,26 @@ class Survival(NamedTuple):
         return [str(one) for one in self]
 
     def plus(self, other: "Survival") -> "Survival":
-        return Survival(*(a + b for a, b in zip(self, other, strict=True)))
+        return Survival(*map(_plus, self, other))
 
     @property
     def retained(self) -> float:
         """1 where all is there, and where nothing was wanted."""
-        return _float(self.along / self.wanted) if self.wanted else 1.0
+        return _float(_ratio(self.along, self.wanted)) if self.wanted else 1.0
 
     @property
     def noise(self) -> float:
         """In proportion to the change that was wanted."""
         if not self.wanted:
             return math.inf if self.moved else 0.0
-        square = _float(self.moved / self.wanted - (self.along / self.wanted) ** 2)
+        along = _ratio(self.along, self.wanted)
+        square = _float(_plus(_ratio(self.moved, self.wanted), -along * along))
         return 0.0 if square < 0 else math.sqrt(square)  # NaN stays NaN, which nothing admits
 
     @property
     def output_error(self) -> float | None:
         """In proportion to the effect that was wanted on the outputs; None without probes."""
-        return math.sqrt(_float(self.missed / self.effect)) if self.effect else None
+        return math.sqrt(_float(_ratio(self.missed, self.effect))) if self.effect else None
 
     def __str__(self) -> str:
         error = "" if self.output_error is None else f", output error {self.output_error:.3g} of the effect"
@@ -118,13 +119,28 @@ def _rows(before: Tensor, wanted: Tensor, after: Tensor) -> tuple[Tensor, ...]:
 
 
 def _outputs(change: Tensor, probes: Tensor, product: ExactProduct) -> Tensor:
-    """[rows, n], to the 22 bits of an exact product; infinities where it holds no row, zeros where one is too small."""
+    """[rows, n], to the 22 bits of an exact product; infinities where it holds no row, zeros where one is too small.
+
+    Of each row by itself: what it takes of others it takes of these too.
+    """
     try:
         return product(change, probes)
     except ValueRangeError:
-        largest, most = change.abs().amax(1, keepdim=True), 2.0 ** (EXPONENT_LIMIT - 1)
-        held = torch.where((largest < most) & (largest > 1 / most), change, 0)
+        largest, most = change.abs().amax(1, keepdim=True), 2.0**EXPONENT_LIMIT
+        held = torch.where((largest < most) & (largest >= 0.5 / most), change, 0)
         return product(held, probes) + torch.where(largest < most, 0, math.inf)
+
+
+def _plus(a: Sum, b: Sum) -> Sum:
+    """What is no finite number stays so: a float is never one, and a rational may be beyond every float."""
+    if isinstance(a, Fraction):
+        return a + b if isinstance(b, Fraction) else b
+    return a if isinstance(b, Fraction) else a + b
+
+
+def _ratio(a: Sum, b: Sum) -> Sum:
+    """NaN where either is no finite number: a sum that float64 does not hold tells nothing of the other's part."""
+    return a / b if isinstance(a, Fraction) and isinstance(b, Fraction) else math.nan
 
 
 def _float(ratio: Sum) -> float:
@@ -132,7 +148,7 @@ def _float(ratio: Sum) -> float:
     try:
         return float(ratio)
     except OverflowError:
-        return math.inf
+        return math.inf if ratio > 0 else -math.inf
 
 
 def total(told: Mapping[str, Survival]) -> Survival:

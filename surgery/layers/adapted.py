@@ -16,6 +16,7 @@ from surgery.core.site import Site
 from surgery.core.sums import sum_rows
 from surgery.layers.aware import Holding, held_merge
 from surgery.layers.bare import Bare
+from surgery.layers.called import inputs_of
 from surgery.layers.mixed import Mixed, Rows
 from surgery.layers.running import Below, Fitted, Over, Swappable
 from surgery.layers.slot import SharedSlot, Slot
@@ -126,10 +127,9 @@ class Adapted(Bare):
             return base_layer(*given, **kwargs) if self.beneath is None else self._run_stand_in(*given, **kwargs)
         if self.op.roles or self.laying is not None:  # its weights are read, and nothing else could be put in the way
             return functional_call(base_layer, self._read_weights(), given, kwargs)
-        if not given:  # a layer's input may be named
-            if not kwargs:
-                return base_layer()  # which says what is missing
-            given = (kwargs.pop(next(iter(kwargs))),)
+        given = inputs_of(self.innermost, given, kwargs)
+        if not given or (self.aware is not None and (given[1:] or kwargs)):
+            return base_layer(*given, **kwargs)  # which says what is missing, or too much
         if self.aware is not None:
             return self._run_held(given[0])
         bottom = Below(self, given[1:], kwargs)
@@ -185,10 +185,14 @@ class Adapted(Bare):
         base = self.dense()
         return self._effective(base, float_product) if self.laying is None else self.laying(base, self._effective)
 
-    def _run_stand_in(self, input: Tensor) -> Tensor:
+    def _run_stand_in(self, *given: Any, **kwargs: Any) -> Any:
         """The layer that stands in, in whatever dtype the model's own takes."""
-        out: Tensor = self.base_layer(input if self.decode is not None else input.to(self.base_weight.dtype))
-        return out.to(input.dtype)
+        assert self.beneath is not None
+        given = inputs_of(self.beneath, given, kwargs)
+        if len(given) != 1 or kwargs:
+            return self.beneath(*given, **kwargs)  # which says what is missing, or too much
+        out = self.base_layer(given[0] if self.decode is not None else given[0].to(self.base_weight.dtype))
+        return out.to(given[0].dtype)
 
     def _run_held(self, x: Tensor) -> Tensor:
         """As the merged layer will run once its weight is held in the format."""

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from surgery.core.op import Op
+from surgery.layers.called import inputs_of
 from surgery.layers.mixed import BASE, Rows, has_batch, read_while_mixed
 
 
@@ -46,9 +47,12 @@ class Replaced(nn.Module):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.apart is None or not (args or kwargs):  # without an input, the module says what is missing
+        if self.apart is None:
             return self.running(*args, **kwargs)
-        x, *rest = args or (kwargs.pop(next(iter(kwargs))),)
+        args = inputs_of(self.original_module, args, kwargs)
+        if not args:
+            return self.running(**kwargs)  # which says what is missing
+        x, *rest = args
         self.apart.rows.refuse_unlike(self.apart.site, x, has_batch(x, self.apart.op))
         return self.apart.rows.apart(x, lambda name, part, _: self._copy(name)(part, *rest, **kwargs))
 

@@ -132,6 +132,27 @@ def test_what_is_no_number_leaves_nothing_and_is_told_so(wrong: float) -> None:
     assert set(told.to_json().values()) == {None}
 
 
+@pytest.mark.parametrize("moved", [1.0, -1e-3, 1e120], ids=str)
+def test_sums_beyond_float64_are_told_to_be_no_numbers(moved: float) -> None:
+    """Squares of 2e154 are no float64; the sum of many just below is a rational that is none either."""
+    before = torch.zeros(9, 1, dtype=torch.float64)
+    wanted = torch.tensor([[1.3e154]] * 8 + [[2e154]], dtype=torch.float64)
+    finite, beyond = (Survival.of(*(one[rows] for one in (before, wanted, wanted * moved))) for rows in (slice(8), [8]))
+    assert finite.wanted > 2 * Fraction(torch.finfo(torch.float64).max)
+    assert beyond.wanted == math.inf
+    for told in (finite.plus(beyond), beyond.plus(finite), total({"a": finite, "b": beyond})):
+        assert math.isnan(told.retained)
+        assert math.isnan(told.noise)
+        assert not survival.Bounds(-math.inf, math.inf).admit(told)
+        assert str(told) == "retained nan, noise nan"
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_left_is_told_with_its_sign_where_it_is_beyond_float64(sign: int) -> None:
+    tiny, huge = Fraction(2) ** -900, sign * Fraction(2) ** 900
+    assert Survival(wanted=tiny, along=huge).retained == sign * math.inf
+
+
 def test_rows_too_small_for_an_exact_product_count_as_nothing_of_the_outputs() -> None:
     before, wanted, after, probes = weights()
     tiny = torch.full_like(wanted[:1], 2.0**-500)
@@ -147,6 +168,17 @@ def test_what_a_journal_keeps_is_exact() -> None:
 
 def test_a_ratio_beyond_float64_is_infinite() -> None:
     assert Survival(Fraction(1, 1 << 1074), Fraction(), Fraction(1 << 10)).noise == math.inf
+
+
+@pytest.mark.parametrize("exponent", [-452, -451, -450, 448, 449], ids="2^{}".format)
+def test_outputs_of_a_row_do_not_depend_on_those_that_are_measured_with_it(exponent: int) -> None:
+    """An exact product takes rows from 2^-451 on and below 2^450; of one that is too small it makes nothing."""
+    before, probes = torch.zeros(2, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    wanted = torch.tensor([[2.0**exponent], [2.0**-500]], dtype=torch.float64)
+    both = Survival.of(before, wanted, before, probes)
+    alone = [Survival.of(before[row], wanted[row], before[row], probes) for row in (slice(1), slice(1, 2))]
+    assert both.words() == reduce(Survival.plus, alone).words()
+    assert bool(both.effect) == (exponent > -452)
 
 
 def test_the_inputs_of_probes_do_not_depend_on_threads(threads: int) -> None:

@@ -202,3 +202,28 @@ def test_adapters_of_other_experts_orders_or_parts_are_refused(tmp_path: Path) -
     with pytest.raises(surgery.InputError, match="m is adapted, and so are parameters of it"):
         surgery.combine([three, tmp_path / "whole"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("printed", [True, False], ids=["base known", "known by name"])
+@pytest.mark.parametrize("rank", [1, 2], ids="rank {} in the config".format)
+def test_a_damaged_rank_of_a_matrix_makes_no_stack_of_it(printed: bool, rank: int, tmp_path: Path) -> None:
+    own = "table" if printed else "q_proj_weight"
+    model = nn.ModuleDict({"m": nn.Module()})
+    setattr(model["m"], own, nn.Parameter(torch.zeros(6, 5)))
+    fields = {"r": 4, "target_parameters": [f"m.{own}"], "init_lora_weights": False}
+    surgery.save(surgery.inject(model, surgery.LoraConfig(**fields)), tmp_path / "one")
+    surgery.combine([tmp_path / "one"], tmp_path / "whole")
+    if not printed:
+        (tmp_path / "one" / "surgery.base.json").unlink()
+    surgery.LoraConfig(**fields | {"r": rank}).save_pretrained(tmp_path / "one")
+    found = rf"one: m\.{own}: the factors are those of {4 // rank} matrices .* the parameter is one matrix"
+    with pytest.raises(surgery.ShapeError, match=found):
+        surgery.combine([tmp_path / "one"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_rank_of_a_stack_makes_no_more_experts(tmp_path: Path) -> None:
+    folder = adapter("mixtral", tmp_path / "one", 1, "surgery")
+    surgery.LoraConfig(**FIELDS | {"rank_pattern": {".*experts.down_proj": 1}}).save_pretrained(folder)
+    with pytest.raises(surgery.ShapeError, match=r"down_proj: .* of 6 matrices .* the parameter is a stack of 3"):
+        surgery.combine([folder], tmp_path / "out")

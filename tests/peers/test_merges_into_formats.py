@@ -1,14 +1,17 @@
 """Merges into a format, as transformers and bitsandbytes load them: every linear layer but the head."""
 
 import json
+import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_quantized_bases_of_transformers import FILE, SMALL, loaded, near, outputs, trained
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BartConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.bart.modeling_bart import BartEncoder
 
 import surgery
 from surgery.codecs import CODECS
@@ -73,6 +76,47 @@ def test_it_is_what_quantize_makes_of_the_merged_model_to_the_byte(form, merged:
 def test_verify_grades_all_of_it_bits(form, merged: Path):
     report = surgery.verify_checkpoint(merged / "base", merged / "adapter", merged / form)
     assert report.counts == {"bits": 14, "rounding": 0, "untouched": 7, "recorded": 0, "different": 0}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The encoder of BART alone, whose class transformers has and does not export, with an adapter."""
+    folder = tmp_path_factory.mktemp("encoder")
+    sizes = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "vocab_size": 29}
+    torch.manual_seed(0)
+    BartEncoder(BartConfig(**sizes)).bfloat16().save_pretrained(folder / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(BartEncoder.from_pretrained(folder / "base"), config).save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_a_part_of_a_model_goes_into_a_format_whole(form, encoder: Path, tmp_path: Path):
+    """Each of its linear layers, as those of a model whose class is exported."""
+    surgery.merge_checkpoint(encoder / "base", encoder / "adapter", tmp_path / "out", into=form, **ANY)
+    with Checkpoint(tmp_path / "out") as files:
+        linear = [
+            name
+            for name, one in BartEncoder.from_pretrained(encoder / "base").named_modules()
+            if type(one) is nn.Linear
+        ]
+        assert len(linear) == 12
+        assert {*files.packed} == {f"{name}.weight" for name in linear}
+    report = surgery.verify_checkpoint(encoder / "base", encoder / "adapter", tmp_path / "out")
+    assert report.counts["bits"] == 12
+    model = BartEncoder.from_pretrained(tmp_path / "out")
+    assert {type(one).__name__ for name, one in model.named_modules() if name in linear} == {HELD[form]}
+
+
+@pytest.mark.parametrize("architectures", [["NoSuchModel"], ["BartConfig"], ["a.b"]], ids=str)
+def test_a_class_that_transformers_has_not_is_refused_with_what_to_do_there(architectures, encoder: Path, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(encoder / "base", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
+    with pytest.raises(surgery.InputError, match="let its config name a class of it, or leave into out"):
+        surgery.merge_checkpoint(base, encoder / "adapter", tmp_path / "out", into="nf4", **ANY)
+    surgery.merge_checkpoint(base, encoder / "adapter", tmp_path / "out")
 
 
 @pytest.mark.parametrize("base", ["base", "nf4"])

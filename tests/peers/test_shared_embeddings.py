@@ -241,6 +241,21 @@ def test_a_combination_stays_tied(name: str, method: str, tmp_path: Path) -> Non
     torch.testing.assert_close(outputs(merged, name), wanted, **near(wanted, 4 * 2.0**-21))
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize("other", ["t5 without a head", "t5's encoder"])
+def test_adapters_that_tie_other_modules_are_not_combined(other: str, order: tuple[int, ...], tmp_path: Path) -> None:
+    names = ["t5", other]
+    for seed, name in enumerate(names):
+        surgery.save(trained(name, seed=seed), tmp_path / str(seed))
+        (tmp_path / str(seed) / "surgery.base.json").unlink(missing_ok=True)  # which may tell the bases apart before
+    tied = [", ".join(sorted(tied_names(made(names[one])))) for one in order]
+    first, second = (tmp_path / str(one) for one in order)
+    found = rf"{second.name}: it ties {tied[1]}, and \S*{first.name} ties {tied[0]};"
+    with pytest.raises(surgery.InputError, match=found):
+        surgery.combine([first, second], tmp_path / "sum")
+    assert not (tmp_path / "sum").exists()
+
+
 @each_model
 def test_what_is_extracted_of_it_is_for_every_module(name: str, tmp_path: Path) -> None:
     made(name).save_pretrained(tmp_path / "base")

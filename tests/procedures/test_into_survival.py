@@ -174,3 +174,23 @@ def test_what_would_be_lost_falls_back_to_16_bits_site_by_site(form: str, tmp_pa
     assert report.counts["bits"] == len(SITES)
     surgery.unmerge_checkpoint(out, tmp_path / "back")
     assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
+@pytest.mark.parametrize("tile", [1, 700])
+@pytest.mark.parametrize("rounding", ["nearest", "feedback"])
+@pytest.mark.parametrize("into", ["keep", "nf4"])
+def test_what_probes_tell_does_not_depend_on_the_tiles(
+    into: str, rounding: str, tile: int, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = quantized_base(tmp_path / "base", "nf4") if into == "keep" else plain_base(tmp_path / "base")
+    options = {"into": into, "rounding": rounding, "probes": 5, **ANY}
+    whole = surgery.merge_checkpoint(base, adapter, tmp_path / "whole", **options).receipt
+    seen: list[Survival] = []
+    of = Survival.of
+    monkeypatch.setattr(Survival, "of", lambda *args: seen.append(of(*args)) or seen[-1])
+    monkeypatch.setattr("surgery.procedures.planning.feeding.FED_ELEMENTS", tile)
+    monkeypatch.setattr("surgery.api.files.Pace", partial(Pace, tile_elements=tile))
+    monkeypatch.setattr("surgery.hosts.encoded.TILE_ELEMENTS", tile)
+    tiled = surgery.merge_checkpoint(base, adapter, tmp_path / "tiled", **options).receipt
+    assert len(seen) > 2 * len(SITES)
+    assert (tiled["changed"], tiled["survived"]) == (whole["changed"], whole["survived"])

@@ -47,6 +47,37 @@ def test_a_call_without_an_input_is_the_type_error_of_the_layer(name: str, state
             model[name]()
 
 
+@pytest.mark.parametrize("state", ["one", "two", "off", "merged", "mixed", "saved", "saved, mixed", "quantized"])
+def test_a_wrong_keyword_is_the_type_error_of_the_layer(state: str) -> None:
+    model, x, saved = net(), given("q"), "saved" in state
+    wrong = [{"x": x}, {"inputs": x}, {"input": x, "more": 1}, {"more": 1, "input": x}]
+    told = []
+    for named in wrong:
+        with pytest.raises(TypeError) as raised:
+            model["q"](**named)
+        told.append(str(raised.value))
+    targets, copies = (["other"], ["q"]) if saved else (["q"], None)
+    config = surgery.LoraConfig(r=2, target_modules=targets, modules_to_save=copies, init_lora_weights=False)
+    surgery.inject(model, config, **{"quantization_aware": "int8"} if state == "quantized" else {})
+    if state == "two":
+        surgery.inject(model, config, adapter_name="b")
+        surgery.set_adapter(model, ["default", "b"])
+    with ExitStack() as stack:
+        if state == "off":
+            stack.enter_context(surgery.disable_adapters(model))
+        elif state == "merged":
+            surgery.merge(model)
+        elif "mixed" in state:
+            stack.enter_context(surgery.mixed_batch(model, ["default", "__base__"]))
+        model["q"](x)
+        for named, wanted in zip(wrong, told, strict=True):
+            with pytest.raises(TypeError) as raised:
+                model["q"](**named)
+            assert str(raised.value) == wanted
+        with pytest.raises(TypeError):
+            model["q"](x, x)
+
+
 def test_a_model_shows_each_adapter_with_its_shapes() -> None:
     model = surgery.inject(net(), surgery.LoraConfig(r=2, target_modules=["q", "e"]))
     surgery.inject(model, surgery.LoraConfig(r=3, target_modules=["q"], use_dora=True), adapter_name="b")

@@ -7,14 +7,16 @@ import torch
 
 from surgery.errors import FormatError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.integrations.transformers.loading import class_of
+from surgery.integrations.transformers.loading import NAME_ONE, class_of
 from surgery.procedures.places.tying import architecture
+
+_STEP = f"{NAME_ONE}, or leave into out"
 
 
 def bare_model(base: Checkpoint) -> Any:
     """None where transformers is not there, or knows no such model.
 
-    FormatError for a config that it cannot read, InputError for a class that it does not export.
+    FormatError for a config that it cannot read, InputError for a class that it has not.
     """
     try:
         transformers: Any = import_module("transformers")
@@ -28,7 +30,7 @@ def bare_model(base: Checkpoint) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
         with torch.device("meta"):
-            return class_of(transformers, base.folder, None)(config)
+            return class_of(transformers, base.folder, None, _STEP)(config)
     except (
         strict,
         OSError,

@@ -4,6 +4,7 @@ What a config names chooses among the classes that transformers itself offers; n
 no code of a repository is run.
 """
 
+import sys
 from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
@@ -29,6 +30,7 @@ _TASKS: Mapping[str, str] = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+NAME_ONE = "let its config name a class of it"
 _LABELLING = ("SEQ_CLS", "TOKEN_CLS")
 _LABELS = ("classifier.weight", "score.weight", "out_proj.weight")  # a row for each label
 
@@ -85,7 +87,7 @@ def read_model(place: Located, wanted: Wanted, adapter: Adapter | None = None) -
     transformers = transformers_package()
     if not (place.path / "config.json").is_file():
         raise AbsentError(f"{printable(place.path)}: no config.json in it; a model or an adapter folder is wanted")
-    kind = _checked(wanted.model_class or class_of(transformers, place.path, adapter))
+    kind = _checked(wanted.model_class or class_of(transformers, place.path, adapter, "give model_class"))
     config = transformers.AutoConfig.from_pretrained(place.path, trust_remote_code=False)
     labels = None if adapter is None else _labels(adapter)
     if labels is not None and labels != config.num_labels:
@@ -119,8 +121,11 @@ def _checked(kind: Any) -> Any:
     )
 
 
-def class_of(transformers: Any, base: Path, adapter: Adapter | None) -> Any:
-    """By the adapter's task, the class that it names, or the one that the base names."""
+def class_of(transformers: Any, base: Path, adapter: Adapter | None, step: str = NAME_ONE) -> Any:
+    """By the adapter's task, the class that it names, or the one that the base names.
+
+    InputError with the next `step` for one that transformers has not.
+    """
     if adapter is not None and adapter.config.task_type in _TASKS:
         return getattr(transformers, _TASKS[str(adapter.config.task_type)])
     if adapter is not None:
@@ -128,22 +133,32 @@ def class_of(transformers: Any, base: Path, adapter: Adapter | None) -> Any:
         mapping = read_json((where if where.is_dir() else where.parent) / CONFIG).get("auto_mapping")
         named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
         if named is not None:
-            return _known_class(transformers, named, f"{printable(adapter.where)}: auto_mapping")
+            return _known_class(transformers, base, named, f"{printable(adapter.where)}: auto_mapping", step)
     told = read_json(base / "config.json").get("architectures")
     if isinstance(told, list) and told:
-        return _known_class(transformers, told[0], f"{printable(base)}: architectures")
+        return _known_class(transformers, base, told[0], f"{printable(base)}: architectures", step)
     return transformers.AutoModel
 
 
-def _known_class(transformers: Any, name: object, where: str) -> Any:
-    """The model class of transformers that is so called."""
-    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
-        raise InputError(
-            f"{where} names {printable(name)}, which is no model of transformers {transformers.__version__}; "
-            "give model_class"
-        )
-    return found
+def _known_class(transformers: Any, base: Path, name: object, where: str, step: str) -> Any:
+    """The model class of transformers that is so called: an exported one, or a part of the base's model."""
+    if isinstance(name, str) and name.isidentifier():
+        for place in (transformers, _modeling(transformers, base)):
+            found = getattr(place, name, None)
+            if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+                return found
+    raise InputError(
+        f"{where} names {printable(name)}, which is no model of transformers {transformers.__version__}; {step}"
+    )
+
+
+def _modeling(transformers: Any, base: Path) -> Any:
+    """The module of transformers that has the base's kind of model; None where it knows none."""
+    kind = read_json(base / "config.json").get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        return None
+    model = transformers.MODEL_MAPPING.get(transformers.CONFIG_MAPPING[kind], None)
+    return sys.modules[model.__module__] if isinstance(model, type) else None
 
 
 def _labels(adapter: Adapter) -> int | None:

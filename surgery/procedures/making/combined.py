@@ -14,6 +14,7 @@ from surgery.methods.stacks import by_expert, stacked
 from surgery.ops.experts import Experts
 from surgery.procedures.making.combinations import COMBINATIONS, Factors, Recipe, norm
 from surgery.procedures.making.fidelity import Fidelity
+from surgery.procedures.places.parameters import MATRICES
 
 
 def combined(
@@ -83,10 +84,26 @@ def _experts(name: str, one: Weighted) -> list[Factors]:
             f"{printable(one.adapter.where)}: {printable(name)}: A is {list(A)}, B {list(B)}; [experts * {method.r}, "
             f"in] and [out, {method.r} * experts] are wanted by its config; save it again"
         )
+    stack = A[0] // method.r
+    _check_stack(name, one, stack)
     check_finite(name, p, one.adapter.where)
-    held = by_expert(p, Experts(stack=A[0] // method.r))
+    held = by_expert(p, Experts(stack=stack))
     scale = one.weight * method.scaling
     return [Factors(A.double(), B.double(), scale) for A, B in zip(held["A"], held["B"], strict=True)]
+
+
+def _check_stack(name: str, one: Weighted, found: int) -> None:
+    """ShapeError where it is known that the parameter has not so many matrices: a damaged rank looks like a stack."""
+    base, _ = one.adapter.trained_on.get(name, (None, ""))
+    wanted: int | None = 1 if name.rpartition(".")[2] in MATRICES else None
+    if base is not None and isinstance(base.dtype, torch.dtype) and base.dtype.is_floating_point:  # no codes
+        wanted = base.shape[0] if len(base.shape) > 2 else 1
+    if wanted not in (None, found):
+        told = "one matrix" if wanted == 1 else f"a stack of {wanted}"
+        raise ShapeError(
+            f"{printable(one.adapter.where)}: {printable(name)}: the factors are those of {found} matrices by its "
+            f"config's rank, and the parameter is {told}; the rank that the factors have is wanted; save it again"
+        )
 
 
 def _factors(name: str, one: Weighted) -> Factors:

@@ -21,6 +21,8 @@ ORDER = (
     *("q_proj_weight", "k_proj_weight", "v_proj_weight"),
 )
 """In which modules of transformers and torch hold these, whichever they have."""
+MATRICES = frozenset(name for name in ORDER if name.endswith(("_bias", "_weight")))
+"""Those that have two axes: the biases of all experts, and the projections of an attention."""
 
 
 def module_of(name: str) -> str:

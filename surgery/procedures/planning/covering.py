@@ -41,7 +41,8 @@ def cover(draft: Draft, form: str, plainly: Collection[str] = ()) -> None:
     if not covered:
         left = " but those that would keep too little there" if plainly else ""
         raise MatchError(
-            f"`into={form}`: {printable(draft.base.path)} has no linear weight{left} that it could hold; leave it out"
+            f"`into={form}`: {printable(draft.base.path)} has no linear weight{left} that it could hold; "
+            "leave `into` out"
         )
     draft.notes.append(f"{len(covered)} weights are held in {form}; linear ones that are not: {len(others)}")
     codec, settings = FORMS[form]
@@ -125,7 +126,7 @@ def _module(name: str) -> str:
 def _refusals(change: Change, form: str) -> Iterator[FormatError]:
     name = printable(change.site.weight.name)
     if change.new:
-        yield FormatError(f"{name}: the base has none of this shape, and {form} is for those it has; give `into=16bit`")
+        yield FormatError(f"{name}: the base has none of this shape, and {form} is for those it has; leave `into` out")
     dtype = str(change.dtype).removeprefix("torch.")
     if change.dtype not in _HALVES:
         yield FormatError(f"{name}: it is in {dtype}, which {form} is not made from; give `dtype=bfloat16`")

@@ -1,5 +1,6 @@
 """Surviving: what a merge into a format would leave of each change, before anything is written."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial, reduce
 
@@ -22,7 +23,7 @@ def refuse_lost(told: Mapping[str, Survival], bounds: Bounds, what: str, step: s
     whole = total(told)
     if bounds.admit(whole):
         return
-    worst = sorted(told.items(), key=lambda item: item[1].retained)[:3]
+    worst = sorted(told.items(), key=lambda item: (not math.isnan(item[1].retained), item[1].retained))[:3]
     least = ", ".join(f"{printable(name)} ({one})" for name, one in worst)
     raise CheckError(
         f"{what}: {whole} of the adapters' change in all; {bounds} are wanted; least is left at {least}; {step}"
