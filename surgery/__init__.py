@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from surgery.methods.adalora_config import AdaLoraConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.lora_config import LoraConfig
+    from surgery.methods.pvera import PveraConfig
     from surgery.methods.vera import VeraConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
@@ -85,6 +86,7 @@ _HOMES = {
     "OutputExistsError": "errors",
     "Plan": "procedures.planning.plan",
     "PushReport": "procedures.writing.publish",
+    "PveraConfig": "methods.pvera",
     "ShapeError": "errors",
     "StateError": "errors",
     "SurgeryError": "errors",
@@ -138,6 +140,7 @@ __all__ = [
     "OutputExistsError",
     "Plan",
     "PushReport",
+    "PveraConfig",
     "ShapeError",
     "StateError",
     "SurgeryError",

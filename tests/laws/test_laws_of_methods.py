@@ -45,12 +45,14 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"init_r": 3, "rank_pattern": {"layer.lora_E": [True, False, True]}},
     ],
     "VERA": [{"r": 3, "vera_dropout": 0.5, "d_initial": -2}],
+    "PVERA": [{"r": 3, "pvera_dropout": 0.5}],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
     "IA3": {"feedforward_modules": []},
     "ADALORA": {"init_r": 4, "lora_alpha": 4 + 1e-5},
     "VERA": {"r": 4},
+    "PVERA": {"r": 4},
 }
 ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
 MATRICES = {"linear", "conv1d"}  # what methods with projections act on
@@ -60,7 +62,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("IA3", "convolution over one axis"): "a Conv1d",
     ("IA3", "attention"): "an attention",
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
-    **{("VERA", name): "VeRA acts on" for name in EXAMPLES if name not in MATRICES},
+    **{(method, name): "VeRA acts on" for method in ("VERA", "PVERA") for name in EXAMPLES if name not in MATRICES},
     ("LORA", GROUPED): "in groups",
 }
 
