@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from surgery.methods.loha import LoHaConfig
     from surgery.methods.lora_config import LoraConfig
     from surgery.methods.oft_config import OFTConfig
+    from surgery.methods.pvera import PveraConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
     from surgery.methods.vera import VeraConfig
     from surgery.procedures.checking.diff import DiffReport
@@ -90,6 +91,7 @@ _HOMES = {
     "OutputExistsError": "errors",
     "Plan": "procedures.planning.plan",
     "PushReport": "procedures.writing.publish",
+    "PveraConfig": "methods.pvera",
     "ShapeError": "errors",
     "StateError": "errors",
     "SurgeryError": "errors",
@@ -146,6 +148,7 @@ __all__ = [
     "OutputExistsError",
     "Plan",
     "PushReport",
+    "PveraConfig",
     "ShapeError",
     "StateError",
     "SurgeryError",

@@ -8,6 +8,7 @@ from surgery.methods.ia3 import IA3Config
 from surgery.methods.loha import LoHaConfig
 from surgery.methods.lora_config import LoraConfig
 from surgery.methods.oft_config import OFTConfig
+from surgery.methods.pvera import PveraConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
 from surgery.methods.vera import VeraConfig
 
@@ -19,4 +20,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "LOHA": LoHaConfig,
     "OFT": OFTConfig,
     "TRAINABLE_TOKENS": TrainableTokensConfig,
+    "PVERA": PveraConfig,
 }

@@ -4,6 +4,7 @@ https://arxiv.org/abs/2310.11454
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,33 @@ from surgery.methods.projections import ProjectionsConfig, check_op, held_beside
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeraConfig(ProjectionsConfig):
+class VectorsConfig(ProjectionsConfig):
+    """What the configs of VeRA and PVeRA have."""
+
+    halves: ClassVar[int] = 1  # as many times r are the rows of A, and the numbers of d
+
+    r: int = 256
+    d_initial: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("r", self.r)
+        if isinstance(self.d_initial, bool) or not isinstance(self.d_initial, int | float):
+            raise ConfigError(f"d_initial is {printable(self.d_initial)!r}; it must be a number")
+        if not math.isfinite(self.d_initial):
+            raise ConfigError(f"d_initial is {self.d_initial}; it must be a finite number")
+
+    def told(self, name: str) -> Mapping[str, float]:  # noqa: ARG002  # the same at all sites
+        return {"r": self.r}
+
+    def drawn(self, sites: Collection[Site]) -> Mapping[str, Tensor]:
+        (out_features, in_features), generator = largest(sites), self.generator()
+        A = kaiming((self.halves * self.r, in_features), generator)
+        return held_beside({"A": A, "B": kaiming((out_features, self.r), generator)}, sites)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeraConfig(VectorsConfig):
     """VeRA's settings, named as in PEFT: W + (b * B) (d * A), of b [out], d [r], B [out, r] and A [r, in].
 
     B and A are one pair for all modules, as large as the largest of them asks, of which each uses the first rows and
@@ -47,54 +74,41 @@ class VeraConfig(ProjectionsConfig):
     dropout_field = "vera_dropout"
     bias_of_adapted = "vera_only"
 
-    r: int = 256
     vera_dropout: float = 0.0
-    d_initial: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("r", self.r)
-        if isinstance(self.d_initial, bool) or not isinstance(self.d_initial, int | float):
-            raise ConfigError(f"d_initial is {printable(self.d_initial)!r}; it must be a number")
-        if not math.isfinite(self.d_initial):
-            raise ConfigError(f"d_initial is {self.d_initial}; it must be a finite number")
-
-    def told(self, name: str) -> Mapping[str, float]:  # noqa: ARG002  # the same at all sites
-        return {"r": self.r}
-
-    def drawn(self, sites: Collection[Site]) -> Mapping[str, Tensor]:
-        (out_features, in_features), generator = largest(sites), self.generator()
-        A = kaiming((self.r, in_features), generator)
-        return held_beside({"A": A, "B": kaiming((out_features, self.r), generator)}, sites)
 
     def method(self, name: str) -> "Vera":  # noqa: ARG002  # the same at all sites
         return Vera(1.0, self.r, self.vera_dropout, float(self.d_initial) if self.init_weights else None)
 
 
 @dataclass(frozen=True)
-class Vera(Additive):
+class Vectors(Additive):
     """b is [out], d is [r]; A is [r, in] and B is [out, r], or larger."""
 
     r: int
     dropout: float = 0.0
     d_initial: float | None = 0.1  # None: b and d begin with effect, as PEFT has it without init_weights
 
-    name = "VeRA"
+    prefix: ClassVar[str]
+    halves: ClassVar[int]  # as many times r are the rows of A, and the numbers of d; the first of them count
+
+    @abstractmethod
+    def hidden(self, h: Tensor, training: bool) -> Tensor:
+        """[*batch, r] out of what d and A make of an input, [*batch, halves * r]."""
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         check_op(site, self.name)
-        return _specs(self.r, site.shape)
+        return _specs(self.prefix, self.r, self.halves, site.shape)
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
-        out_features = site.shape[0]
+        out_features, rows = site.shape[0], self.halves * self.r
         if self.d_initial is None:
-            return {"b": torch.ones(out_features), "d": torch.randn(self.r)}
-        return {"b": torch.zeros(out_features), "d": torch.full((self.r,), self.d_initial)}
+            return {"b": torch.ones(out_features), "d": torch.randn(rows)}
+        return {"b": torch.zeros(out_features), "d": torch.full((rows,), self.d_initial)}
 
     def matrices(self, p: Params, site: Site) -> Params:
         out_features, in_features = site.shape
-        b, d = exact_float64(p["b"]).unsqueeze(1), exact_float64(p["d"]).unsqueeze(1)  # [out, 1], [r, 1]
-        B, A = exact_float64(p["B"][:out_features]), exact_float64(p["A"][:, :in_features])
+        b, d = exact_float64(p["b"]).unsqueeze(1), exact_float64(p["d"][: self.r]).unsqueeze(1)  # [out, 1], [r, 1]
+        B, A = exact_float64(p["B"][:out_features]), exact_float64(p["A"][: self.r, :in_features])
         # In float64 both are exact, where the factors have 24 bits or fewer.
         return {**p, "bB": b * B, "dA": d * A}
 
@@ -117,18 +131,30 @@ class Vera(Additive):
         x = in_dtype_of(A, x)
         if training and self.dropout:
             x = F.dropout(x, self.dropout)
-        moved = op.mix(op.apply(x, A) * p["d"], B)
+        moved = op.mix(self.hidden(op.apply(x, A) * p["d"], training), B)
         if torch.compiler.is_compiling() or not below.dtype == moved.dtype == b.dtype:
             return below + self.scaling * (b * moved)
         return torch.addcmul(below, moved, b, value=self.scaling)
 
 
+@dataclass(frozen=True)
+class Vera(Vectors):
+    """W + (b * B) (d * A)."""
+
+    name = "VeRA"
+    prefix = "vera"
+    halves = 1
+
+    def hidden(self, h: Tensor, training: bool) -> Tensor:  # noqa: ARG002  # the same in both
+        return h
+
+
 @lru_cache
-def _specs(r: int, shape: tuple[int, int]) -> Mapping[str, Spec]:
+def _specs(prefix: str, r: int, halves: int, shape: tuple[int, int]) -> Mapping[str, Spec]:
     out_features, in_features = shape
     return {
-        "b": Spec("vera_lambda_b", (out_features,)),
-        "d": Spec("vera_lambda_d", (r,)),
-        "A": Spec("vera_A", (r, in_features), fixed=True, shared=True, longer=(1,)),
-        "B": Spec("vera_B", (out_features, r), fixed=True, shared=True, longer=(0,)),
+        "b": Spec(f"{prefix}_lambda_b", (out_features,)),
+        "d": Spec(f"{prefix}_lambda_d", (halves * r,)),
+        "A": Spec(f"{prefix}_A", (halves * r, in_features), fixed=True, shared=True, longer=(1,)),
+        "B": Spec(f"{prefix}_B", (out_features, r), fixed=True, shared=True, longer=(0,)),
     }

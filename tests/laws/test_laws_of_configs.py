@@ -97,6 +97,17 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "bias": st.sampled_from(["none", "all", "vera_only"]),
         "init_weights": st.booleans(),
     },
+    "PVERA": {
+        "r": st.integers(1, 512),
+        "projection_prng_key": st.integers(-(2**63), 2**64 - 1),
+        "save_projection": st.booleans(),
+        "pvera_dropout": st.floats(0, 1, exclude_max=True),
+        "d_initial": numbers,
+        "fan_in_fan_out": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "pvera_only"]),
+        "init_weights": st.booleans(),
+        "generator_seed": st.none() | st.integers(0, 2**31),
+    },
     "IA3": {
         "feedforward_modules": st.none() | patterns | lists,
         "fan_in_fan_out": st.booleans(),

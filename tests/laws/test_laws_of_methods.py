@@ -56,6 +56,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"oft_block_size": 4, "coft": True, "eps": 0.7},
         {"oft_block_size": 5, "coft": True, "eps": 0.7, "use_cayley_neumann": False, "block_share": True},
     ],
+    "PVERA": [{"r": 3, "pvera_dropout": 0.5}],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
@@ -64,6 +65,7 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "VERA": {"r": 4},
     "OFT": {"oft_block_size": 4},
     "TRAINABLE_TOKENS": {"token_indices": [7, 0, 3]},
+    "PVERA": {"r": 4},
 }
 ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
 MATRICES = {"linear", "conv1d"}  # what methods with projections act on
@@ -76,7 +78,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("IA3", "attention"): "an attention",
     **{("TRAINABLE_TOKENS", name): "of Embedding and Linear" for name in EXAMPLES if not HAS_ROWS & {name}},
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
-    **{("VERA", name): "VeRA acts on" for name in EXAMPLES if name not in MATRICES},
+    **{(method, name): "VeRA acts on" for method in ("VERA", "PVERA") for name in EXAMPLES if name not in MATRICES},
     ("LORA", GROUPED): "in groups",
     **{("LOHA", name): "LoHa acts on" for name in EXAMPLES if name not in OF_LYCORIS},
     ("OFT", "conv1d"): "its op is conv1d",
