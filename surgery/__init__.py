@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from surgery.methods.adalora_config import AdaLoraConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.lora_config import LoraConfig
+    from surgery.methods.miss import MissConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
     from surgery.procedures.checking.verify_report import VerifyReport
@@ -81,6 +82,7 @@ _HOMES = {
     "LoraConfig": "methods.lora_config",
     "MatchError": "errors",
     "MergeReport": "procedures.writing.merge_checkpoint",
+    "MissConfig": "methods.miss",
     "OutputExistsError": "errors",
     "Plan": "procedures.planning.plan",
     "PushReport": "procedures.writing.publish",
@@ -133,6 +135,7 @@ __all__ = [
     "LoraConfig",
     "MatchError",
     "MergeReport",
+    "MissConfig",
     "OutputExistsError",
     "Plan",
     "PushReport",

@@ -6,5 +6,11 @@ from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.ia3 import IA3Config
 from surgery.methods.lora_config import LoraConfig
+from surgery.methods.miss import MissConfig
 
-METHODS: Mapping[str, type[AdapterConfig]] = {"LORA": LoraConfig, "IA3": IA3Config, "ADALORA": AdaLoraConfig}
+METHODS: Mapping[str, type[AdapterConfig]] = {
+    "LORA": LoraConfig,
+    "IA3": IA3Config,
+    "ADALORA": AdaLoraConfig,
+    "MISS": MissConfig,
+}

@@ -78,6 +78,13 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "rank_pattern": st.none()
         | st.dictionaries(names, st.lists(st.booleans(), min_size=12, max_size=12), max_size=3),
     },
+    "MISS": {
+        "r": st.integers(1, 512),
+        "miss_dropout": st.floats(0, 1, exclude_max=True),
+        "mini_r": st.integers(1, 64),
+        "init_weights": st.sampled_from([True, False, "mini"]),
+        "bias": st.sampled_from(["none", "all", "MiSS_only"]),
+    },
     "IA3": {
         "feedforward_modules": st.none() | patterns | lists,
         "fan_in_fan_out": st.booleans(),
