@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.loha import LoHaConfig
     from surgery.methods.lora_config import LoraConfig
+    from surgery.methods.miss import MissConfig
     from surgery.methods.oft_config import OFTConfig
     from surgery.methods.pvera import PveraConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
@@ -88,6 +89,7 @@ _HOMES = {
     "MatchError": "errors",
     "MergeReport": "procedures.writing.merge_checkpoint",
     "OFTConfig": "methods.oft_config",
+    "MissConfig": "methods.miss",
     "OutputExistsError": "errors",
     "Plan": "procedures.planning.plan",
     "PushReport": "procedures.writing.publish",
@@ -144,6 +146,7 @@ __all__ = [
     "LoraConfig",
     "MatchError",
     "MergeReport",
+    "MissConfig",
     "OFTConfig",
     "OutputExistsError",
     "Plan",

@@ -7,6 +7,7 @@ from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.ia3 import IA3Config
 from surgery.methods.loha import LoHaConfig
 from surgery.methods.lora_config import LoraConfig
+from surgery.methods.miss import MissConfig
 from surgery.methods.oft_config import OFTConfig
 from surgery.methods.pvera import PveraConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
@@ -21,4 +22,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "OFT": OFTConfig,
     "TRAINABLE_TOKENS": TrainableTokensConfig,
     "PVERA": PveraConfig,
+    "MISS": MissConfig,
 }

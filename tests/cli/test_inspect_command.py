@@ -53,6 +53,7 @@ def test_inspect_names_each_kind_of_module_once_and_only_some_of_many(tmp_path: 
             surgery.AdaLoraConfig(init_r=3, target_r=2, target_modules=["0"], total_step=9),
             "AdaLoRA; r 3; lora_alpha 8; target_modules 0; ",
         ),
+        (surgery.MissConfig(r=2, target_modules=["0"]), "MiSS; r 2; target_modules 0; "),
         (
             surgery.LoraConfig(r=2, target_modules=["0", "1"], rank_pattern={"1": 1}),
             "LoRA; r 1 to 2; lora_alpha 8; target_modules 0, 1; ",

@@ -107,6 +107,12 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "bias": st.sampled_from(["none", "all", "pvera_only"]),
         "init_weights": st.booleans(),
         "generator_seed": st.none() | st.integers(0, 2**31),
+    "MISS": {
+        "r": st.integers(1, 512),
+        "miss_dropout": st.floats(0, 1, exclude_max=True),
+        "mini_r": st.integers(1, 64),
+        "init_weights": st.sampled_from([True, False, "mini"]),
+        "bias": st.sampled_from(["none", "all", "MiSS_only"]),
     },
     "IA3": {
         "feedforward_modules": st.none() | patterns | lists,

@@ -1,7 +1,7 @@
 """Every method over every op: a fresh one changes nothing; branch and merge agree; tiles, steps and undo."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -57,6 +57,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"oft_block_size": 5, "coft": True, "eps": 0.7, "use_cayley_neumann": False, "block_share": True},
     ],
     "PVERA": [{"r": 3, "pvera_dropout": 0.5}],
+    "MISS": [{"r": 5, "miss_dropout": 0.5}, {"init_weights": "mini", "mini_r": 4}],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
@@ -66,6 +67,7 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "OFT": {"oft_block_size": 4},
     "TRAINABLE_TOKENS": {"token_indices": [7, 0, 3]},
     "PVERA": {"r": 4},
+    "MISS": {"r": 4},  # of which IN is no multiple
 }
 ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
 MATRICES = {"linear", "conv1d"}  # what methods with projections act on
@@ -79,6 +81,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("TRAINABLE_TOKENS", name): "of Embedding and Linear" for name in EXAMPLES if not HAS_ROWS & {name}},
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
     **{(method, name): "VeRA acts on" for method in ("VERA", "PVERA") for name in EXAMPLES if name not in MATRICES},
+    **{("MISS", name): "MiSS acts on Linear" for name in EXAMPLES if name != "linear"},
     ("LORA", GROUPED): "in groups",
     **{("LOHA", name): "LoHa acts on" for name in EXAMPLES if name not in OF_LYCORIS},
     ("OFT", "conv1d"): "its op is conv1d",
@@ -125,8 +128,14 @@ def _seeded() -> None:
 
 
 def trained(method: Method, op: Op, dtype: torch.dtype = torch.float64) -> Params:
-    """Every tensor of the method filled with normal numbers, as training would leave it."""
-    return {role: torch.randn(spec.shape, dtype=dtype) for role, spec in method.tensors(site_of(op)).items()}
+    """Every tensor of the method filled with normal numbers, as training would leave it; one of indices as it began."""
+    fresh = method.init(site_of(op), lambda: Dense(torch.ones(OUT, IN)))
+    return of_floats(fresh, lambda values: torch.randn(values.shape, dtype=dtype))
+
+
+def of_floats(p: Params, become: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """`p`, and what becomes of its tensors, but for those of indices."""
+    return {role: become(values) if values.is_floating_point() else values for role, values in p.items()}
 
 
 def begun(method: Method, op: Op, base: Dense) -> Params:
@@ -198,6 +207,17 @@ def test_tensors_are_shaped_as_init_makes_them(method: Method, op: Op):
     assert all(bool(torch.isfinite(values).all()) for values in fresh.values())
     if not method.mixes:  # whose gradient at zero is that of a step from it
         assert any(bool(values.any()) for values in fresh.values())  # all zero, and no gradient would ever flow
+    assert {role: tuple(values.shape) for role, values in fresh.items()} == {r: s.shape for r, s in specs.items()}
+    assert {values.dtype for values in fresh.values()} - {torch.int32} == {torch.float32}
+    assert all(bool(torch.isfinite(values).all()) for values in fresh.values())
+
+
+@each_case
+def test_a_fresh_adapter_has_a_gradient(method: Method, op: Op):
+    matrix = torch.randn(OUT, IN).double()
+    p = of_floats(method.init(site_of(op), lambda: Dense(matrix)), lambda values: values.double().requires_grad_())
+    method.branch(given(op, torch.float64, 4), Below(op, Dense(matrix)), op, p, False).square().sum().backward()
+    assert any(values.grad is not None and bool(values.grad.any()) for values in p.values())
 
 
 @each_pair
@@ -304,6 +324,7 @@ def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str
         return
     method = method.weighted(weight)
     p = {role: torch.randint(-3, 4, values.shape).float() for role, values in trained(method, op).items()}
+    p = of_floats(trained(method, op), lambda values: torch.randint(-3, 4, values.shape).float())
     base = Dense(torch.randint(-9, 10, (OUT, IN)).float(), torch.randint(-9, 10, (OUT,)).float())
     x = given(op, torch.float32, 5, 3)
     x = x.round() if x.is_floating_point() else x
@@ -316,10 +337,10 @@ def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str
 
 @each_case
 def test_a_branch_is_differentiable_in_every_tensor(method: Method, op: Op):
-    p = {role: values.requires_grad_() for role, values in trained(method, op).items()}
+    p = of_floats(trained(method, op), lambda values: values.requires_grad_())
     x, matrix = given(op, torch.float64, 4), torch.randn(OUT, IN).double()
     method.branch(x, Below(op, Dense(matrix)), op, p, True).square().sum().backward()
-    assert all(values.grad is not None and bool(values.grad.any()) for values in p.values())
+    assert all(values.grad is not None and bool(values.grad.any()) for values in p.values() if values.requires_grad)
 
 
 @each_case
@@ -390,7 +411,7 @@ def test_steps_in_the_memory_of_a_weight_are_the_same_and_leave_the_adapter_alon
     method: Method, op: Op, dtype: torch.dtype
 ):
     w = torch.randn(OUT, IN).double()
-    p = {role: values.to(dtype) for role, values in told(method, op, w, trained(method, op)).items()}
+    p = of_floats(told(method, op, w, trained(method, op)), lambda values: values.to(dtype))
     before = {role: values.clone() for role, values in p.items()}
     for one in (method, method.for_bias()):
         step = None if one is None else one.steps(p, WHOLE, exact_product)
@@ -455,7 +476,7 @@ def test_a_weight_scales_what_a_merge_changes(method: Method, op: Op, weight: fl
 @each_case
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_tensors_that_are_not_finite_are_refused_where_a_merge_begins(method: Method, op: Op, bad: float):
-    for role in trained(method, op):
+    for role in (role for role, values in trained(method, op).items() if values.is_floating_point()):
         p = trained(method, op)
         p[role].view(-1)[0] = bad
         merges = [one for one in (method, method.for_bias()) if one is not None]

@@ -33,6 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ia3": {"peft_type": "IA3", "feedforward_modules": []},
     "ia3 of inputs": {"peft_type": "IA3", "feedforward_modules": ["0"]},
     "adalora": {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 9},
+    "miss": {"peft_type": "MISS", "r": 8},
 }
 SMALL = {
     "hidden_size": 64,
@@ -232,6 +233,7 @@ OF_PEFT: dict[str, Any] = {
     "dora": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=LLAMA, use_dora=True),
     "ia3": lambda: peft.IA3Config(target_modules=LLAMA, feedforward_modules=["down_proj"]),
     "adalora": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=LLAMA),
+    "miss": lambda: peft.MissConfig(r=8, target_modules=LLAMA),
 }
 
 

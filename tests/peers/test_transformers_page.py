@@ -42,8 +42,10 @@ CONFIGS: dict[str, dict[str, Any]] = {  # a method is one line here
     "LORA": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     "IA3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 3, "target_modules": ["q_proj", "down_proj"]},
+    "MISS": {"r": 8, "target_modules": ["q_proj", "down_proj"]},
 }
 PAIRS = [("LORA", "IA3"), ("IA3", "LORA"), ("LORA", "LORA"), ("IA3", "IA3"), ("LORA", "ADALORA"), ("ADALORA", "IA3")]
+PAIRS += [("LORA", "MISS")]
 
 
 def config(kind: str) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def config(kind: str) -> dict[str, Any]:
     return {"peft_type": kind, "task_type": "CAUSAL_LM", **CONFIGS[kind], _INIT[kind]: False}
 
 
-_INIT = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights", "ADALORA": "init_lora_weights"}
+_INIT = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights", "ADALORA": "init_lora_weights", "MISS": "init_weights"}
 
 
 @pytest.fixture
