@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers import AdapterTrainer
     from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora_config import AdaLoraConfig
+    from surgery.methods.hira import HiraConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.lora_config import LoraConfig
     from surgery.procedures.checking.diff import DiffReport
@@ -75,6 +76,7 @@ _HOMES = {
     "ExportReport": "procedures.exports.export",
     "ExtractReport": "procedures.making.extract",
     "FormatError": "errors",
+    "HiraConfig": "methods.hira",
     "IA3Config": "methods.ia3",
     "InputError": "errors",
     "Inspection": "procedures.checking.inspect",
@@ -127,6 +129,7 @@ __all__ = [
     "ExportReport",
     "ExtractReport",
     "FormatError",
+    "HiraConfig",
     "IA3Config",
     "InputError",
     "Inspection",

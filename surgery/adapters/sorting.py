@@ -38,6 +38,7 @@ def sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: 
         sorting.settle_ties()
     config = _told_of_rows(config, sorting.sites, where)
     _check_complete(config, sorting.sites, where)
+    config = config.as_shaped({name: _shapes(held) for name, held in sorting.sites.items()})
     _resolve(config, sorting.sites, where)
     return Adapter(
         config,
@@ -123,6 +124,10 @@ class _Sorting:
             where = printable(self.where)
             raise FormatError(f"{where}: two tensors are {printable(name)}; one is wanted; save it again")
         held[name] = found.values
+
+
+def _shapes(held: Mapping[str, Found]) -> Mapping[str, tuple[int, ...]]:
+    return {role: found.info.shape for role, found in held.items()}
 
 
 def _stored(held: Mapping[str, Found]) -> Params:

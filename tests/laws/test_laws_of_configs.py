@@ -78,6 +78,13 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "rank_pattern": st.none()
         | st.dictionaries(names, st.lists(st.booleans(), min_size=12, max_size=12), max_size=3),
     },
+    "HIRA": {
+        "r": st.integers(1, 512),
+        "hira_dropout": st.floats(0, 1, exclude_max=True),
+        "fan_in_fan_out": st.booleans(),
+        "init_weights": st.sampled_from([True, False, None, "gaussian"]),
+        "rank_pattern": st.none() | st.dictionaries(patterns, st.integers(1, 64), max_size=3),
+    },
     "IA3": {
         "feedforward_modules": st.none() | patterns | lists,
         "fan_in_fan_out": st.booleans(),

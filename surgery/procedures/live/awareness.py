@@ -23,10 +23,12 @@ def holdings(
 
     ConfigError for dropout, StateError beside an adapter of another format, MatchError for what is not held so.
     """
-    dropout = next((getattr(config, one.name) for one in fields(config) if one.name == "lora_dropout"), 0)
-    if dropout:
+    named = {one.name: getattr(config, one.name) for one in fields(config) if one.name.endswith("_dropout")}
+    for field, dropout in named.items():
+        if not dropout:
+            continue
         raise ConfigError(
-            f"lora_dropout is {dropout}; a quantization-aware adapter acts in the weight and has no input of its own "
+            f"{field} is {dropout}; a quantization-aware adapter acts in the weight and has no input of its own "
             "that could be dropped; set it to 0"
         )
     found = {}
