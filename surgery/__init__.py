@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers import AdapterTrainer
     from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora_config import AdaLoraConfig
+    from surgery.methods.hira import HiraConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.loha import LoHaConfig
     from surgery.methods.lora_config import LoraConfig
@@ -81,6 +82,7 @@ _HOMES = {
     "ExportReport": "procedures.exports.export",
     "ExtractReport": "procedures.making.extract",
     "FormatError": "errors",
+    "HiraConfig": "methods.hira",
     "IA3Config": "methods.ia3",
     "InputError": "errors",
     "Inspection": "procedures.checking.inspect",
@@ -139,6 +141,7 @@ __all__ = [
     "ExportReport",
     "ExtractReport",
     "FormatError",
+    "HiraConfig",
     "IA3Config",
     "InputError",
     "Inspection",

@@ -40,6 +40,7 @@ def sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: 
     config = _told_of_rows(config, sorting.sites, where)
     _check_complete(config, sorting.sites, where)
     _check_shared(config, sorting.shared, where)
+    config = config.as_shaped({name: _shapes(held) for name, held in sorting.sites.items()})
     _resolve(config, sorting.sites, where)
     adapter = Adapter(
         config,
@@ -130,6 +131,10 @@ class _Sorting:
             where = printable(self.where)
             raise FormatError(f"{where}: two tensors are {printable(name)}; one is wanted; save it again")
         held[name] = found.values
+
+
+def _shapes(held: Mapping[str, Found]) -> Mapping[str, tuple[int, ...]]:
+    return {role: found.info.shape for role, found in held.items()}
 
 
 def _stored(held: Mapping[str, Found]) -> Params:

@@ -188,6 +188,10 @@ class AdapterConfig(ABC, metaclass=OfFields):
         """The config that what these have seen makes of it, and the sites that remain."""
         return self, observers.keys()
 
+    def as_shaped(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Self:  # noqa: ARG002  # as above
+        """The same as a file's tensors tell, by site and role, where PEFT writes what it does not heed."""
+        return self
+
     def written(self, sites: Mapping[str, Params]) -> tuple[Self, Mapping[str, Params]]:
         """Config and tensors as files hold them, where training has let go of some."""
         return self, sites

@@ -1,7 +1,7 @@
 """Elementwise: a merge as steps that treat each element by itself, so that it can be undone and searched."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -43,6 +43,10 @@ class Elementwise(ABC):
         """What an error of its input becomes."""
 
     @abstractmethod
+    def after(self, values: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """What it makes of w * values + added, in the same form."""
+
+    @abstractmethod
     def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         """What a plain merge rounds, by magnitude: what it holds in the weight's dtype, and its outcome."""
 
@@ -79,6 +83,9 @@ class Shift(Elementwise):
     def carried(self, error: Tensor) -> Tensor:
         return error
 
+    def after(self, values: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        return values, added + self.values
+
     def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         return self.values, before.abs().maximum(after.abs())
 
@@ -106,6 +113,9 @@ class Scale(Elementwise):
 
     def carried(self, error: Tensor) -> Tensor:
         return error * self.values.abs()
+
+    def after(self, values: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        return values * self.values, added * self.values
 
     def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002  # as Shift's
         return after, after
@@ -135,12 +145,74 @@ class Affine(Elementwise):
     def carried(self, error: Tensor) -> Tensor:
         return error * self.values.abs()
 
+    def after(self, values: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        return values * self.values, added * self.values + self.added
+
     def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         # Half an ulp of four times as much is what rounding both, and their product, may come to.
         return 4 * ((before * self.values).abs() + self.added.abs()), after
 
     def seen(self, view: Callable[[Tensor], Tensor]) -> Self:
         return replace(self, values=view(self.values), added=view(self.added))
+
+
+@dataclass(frozen=True)
+class Growth(Elementwise):
+    """w + base * values, of the base before any step: w * (1 + values) where it is the first; see `chained`."""
+
+    @property
+    def _scale(self) -> Scale:
+        return Scale(1 + self.values)
+
+    def apply(self, w: Tensor) -> Tensor:
+        return self._scale.apply(w)
+
+    def onto(self, w: Tensor) -> Tensor:
+        return self._scale.onto(w)
+
+    def undo(self, w: Tensor) -> Tensor:
+        return self._scale.undo(w)
+
+    def falls(self) -> Tensor | None:
+        return self._scale.falls()
+
+    def reach(self, size: Tensor) -> Tensor:
+        return self._scale.reach(size)
+
+    def carried(self, error: Tensor) -> Tensor:
+        return self._scale.carried(error)
+
+    def after(self, values: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        return values + self.values, added
+
+    def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        return before * self.values, before.abs().maximum(after.abs())
+
+
+def chained(steps: Sequence[Elementwise]) -> list[Elementwise]:
+    """Steps with the same outcome, none of which needs more than what the one before it gives.
+
+    Up to the last that grows by the base over others they are one, for these may have left nothing of the base.
+    """
+    last = _last_over_others(steps)
+    if not last:
+        return list(steps)
+    values, added = torch.ones_like(steps[0].values), torch.zeros_like(steps[0].values)
+    for step in steps[: last + 1]:
+        values, added = step.after(values, added)
+    return [Affine(values, added), *steps[last + 1 :]]
+
+
+def grounded(steps: Sequence[Elementwise], base: Tensor) -> list[Elementwise]:
+    """A step for each of `steps`, over a base that is known: what one over others grows by is a shift then."""
+    if not _last_over_others(steps):
+        return list(steps)
+    return [Shift(base * one.values) if at and isinstance(one, Growth) else one for at, one in enumerate(steps)]
+
+
+def _last_over_others(steps: Sequence[Elementwise]) -> int:
+    """0 where there is none."""
+    return max((at for at, one in enumerate(steps) if isinstance(one, Growth)), default=0)
 
 
 _FLOOR = 2.0**-1000

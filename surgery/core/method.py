@@ -75,6 +75,7 @@ class Method(ABC):
     """One site's settings, patterns resolved; holds no tensor."""
 
     name: ClassVar[str]  # as users know it
+    of_base: ClassVar[bool] = False  # does it add to what lies below what it makes of the base? Its step is a Growth
     turns: ClassVar[bool] = False  # is the same with A and B turned, in each other's place, its delta transposed?
     couples: ClassVar[frozenset[str]]  # along which axes elements depend on each other, by sums: see `terms`
     mixes: ClassVar[bool] = False  # does it make elements of several of the base's? See `Mixing`
@@ -148,6 +149,10 @@ class Method(ABC):
 
     def relative_spread(self, p: Params, tile: Tile) -> Tensor | float:  # noqa: ARG002  # most have none
         """The same in proportion to the outcome, besides."""
+        return 0.0
+
+    def base_spread(self, p: Params, tile: Tile, dtype: torch.dtype) -> Tensor | float:  # noqa: ARG002  # as above
+        """The same in proportion to the base, besides; of merges that hold in `dtype` what they multiply it with."""
         return 0.0
 
     @abstractmethod

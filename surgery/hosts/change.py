@@ -11,8 +11,9 @@ from torch import Tensor
 from surgery.core.adapter import Layer, Started
 from surgery.core.arithmetic import ExactProduct
 from surgery.core.as_peft import PeftMerge
-from surgery.core.elementwise import Elementwise
+from surgery.core.elementwise import Elementwise, chained
 from surgery.core.feedback import Feedback
+from surgery.core.layered import refuse_over
 from surgery.core.op import Op
 from surgery.core.site import Site
 from surgery.core.survival import Survival
@@ -135,7 +136,14 @@ Watch = Callable[[MergedTile], None]  # sees each tile of a merge, in order
 
 def elementwise(change: Change, rows: slice, started: Started | None = None) -> list[Elementwise] | None:
     """The layers as steps over `rows` of the stored weight; None if one of them is not elementwise."""
+    steps = by_layer(change, rows, started)
+    return None if steps is None else chained(steps)
+
+
+def by_layer(change: Change, rows: slice, started: Started | None = None) -> list[Elementwise] | None:
+    """The same, a step for each: one over others may ask for the base, see Growth."""
     if change.mixes:
+        refuse_over([one.method for one in change.layers], change.site)
         return None
     steps = []
     shape = change.site.laid(change.site.weight).rows(rows).shape
@@ -144,6 +152,7 @@ def elementwise(change: Change, rows: slice, started: Started | None = None) -> 
         with told_where(change.site):
             step = layer.method.steps(layer.told, op.tile(rows), product)
         if step is None:
+            refuse_over([one.method for one in change.layers], change.site)
             return None
         steps.append(_stored(step, op, shape))
     return steps

@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 from surgery.core.adapter import Layer
 from surgery.core.arithmetic import float_product
+from surgery.core.layered import layered
 from surgery.core.method import Dense, Method, Params, Product
 from surgery.core.op import WHOLE, Op
 from surgery.core.room import Room
@@ -172,14 +173,14 @@ class Adapted(Bare):
 
     def _effective(self, base: Dense, product: Product) -> Dense:
         """What the running adapters make of a weight and a bias."""
-        dense = base
+        layers = []
         for one in self.running:
             one.method.refuse_merge(self.site)
             p = one.method.matrices(one.computed, self.site)
             if one.method.couples:
                 p = one.method.told(p, sum_rows(one.method.terms(base.weight, p, WHOLE, product)))
-            dense = one.method.merge(dense, p, WHOLE, product)
-        return dense
+            layers.append((one.method, p))
+        return layered(base, layers, self.site, product)
 
     def _laid(self) -> Dense:
         base = self.dense()

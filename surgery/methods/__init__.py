@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
+from surgery.methods.hira import HiraConfig
 from surgery.methods.ia3 import IA3Config
 from surgery.methods.loha import LoHaConfig
 from surgery.methods.lora_config import LoraConfig
@@ -23,4 +24,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "TRAINABLE_TOKENS": TrainableTokensConfig,
     "PVERA": PveraConfig,
     "MISS": MissConfig,
+    "HIRA": HiraConfig,
 }

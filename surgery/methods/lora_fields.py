@@ -50,6 +50,12 @@ def check_count(name: str, value: object, lowest: int = 1) -> None:
         raise ConfigError(f"{name} is {printable(repr(value))}; it must be a whole number, from {lowest} to 2^31 - 1")
 
 
+def check_dropout(name: str, value: object) -> None:
+    """ConfigError for what is no part of an input that could be dropped."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ConfigError(f"{name} is {printable(repr(value))}; it must be a number, at least 0 and below 1")
+
+
 def check_tokens(value: object) -> None:
     """ConfigError for what is neither a list of tokens nor one for each module."""
     table = value if isinstance(value, Mapping) else {} if value is None else {"": value}

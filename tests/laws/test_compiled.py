@@ -26,6 +26,7 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "trainable_tokens": lambda: surgery.TrainableTokensConfig(token_indices=[7, 0], **TARGETS),
     "miss": lambda: surgery.MissConfig(r=4, **TARGETS),
     "miss mini": lambda: surgery.MissConfig(r=5, mini_r=3, init_weights="mini", **TARGETS),
+    "hira": lambda: surgery.HiraConfig(r=4, **TARGETS),
 }
 EVERYWHERE = ("conv1d", "convolution over two axes", "embedding")  # of LoRA
 

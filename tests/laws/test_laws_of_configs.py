@@ -107,12 +107,20 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "bias": st.sampled_from(["none", "all", "pvera_only"]),
         "init_weights": st.booleans(),
         "generator_seed": st.none() | st.integers(0, 2**31),
+    },
     "MISS": {
         "r": st.integers(1, 512),
         "miss_dropout": st.floats(0, 1, exclude_max=True),
         "mini_r": st.integers(1, 64),
         "init_weights": st.sampled_from([True, False, "mini"]),
         "bias": st.sampled_from(["none", "all", "MiSS_only"]),
+    },
+    "HIRA": {
+        "r": st.integers(1, 512),
+        "hira_dropout": st.floats(0, 1, exclude_max=True),
+        "fan_in_fan_out": st.booleans(),
+        "init_weights": st.sampled_from([True, False, None, "gaussian"]),
+        "rank_pattern": st.none() | st.dictionaries(patterns, st.integers(1, 64), max_size=3),
     },
     "IA3": {
         "feedforward_modules": st.none() | patterns | lists,

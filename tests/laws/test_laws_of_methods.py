@@ -11,7 +11,7 @@ from rational import same_bits
 from torch import Tensor
 
 from surgery.core.arithmetic import exact_product, float_product, round_once, ulp
-from surgery.core.elementwise import Elementwise
+from surgery.core.elementwise import Elementwise, Growth
 from surgery.core.method import Additive, Dense, Method, Mixing, Params, Spec
 from surgery.core.op import WHOLE, Op
 from surgery.core.sums import sum_rows
@@ -58,6 +58,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     ],
     "PVERA": [{"r": 3, "pvera_dropout": 0.5}],
     "MISS": [{"r": 5, "miss_dropout": 0.5}, {"init_weights": "mini", "mini_r": 4}],
+    "HIRA": [{"r": 2, "init_weights": "gaussian"}, {"rank_pattern": {"layer": 5}, "hira_dropout": 0.5}],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
@@ -79,6 +80,8 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("IA3", "convolution over one axis"): "a Conv1d",
     ("IA3", "attention"): "an attention",
     **{("TRAINABLE_TOKENS", name): "of Embedding and Linear" for name in EXAMPLES if not HAS_ROWS & {name}},
+    ("HIRA", "attention"): "an attention",
+    ("HIRA", GROUPED): "in 2 groups",
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
     **{(method, name): "VeRA acts on" for method in ("VERA", "PVERA") for name in EXAMPLES if name not in MATRICES},
     **{("MISS", name): "MiSS acts on Linear" for name in EXAMPLES if name != "linear"},
@@ -283,6 +286,7 @@ def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op
     off = method.spread(p, WHOLE) + method.relative_spread(p, WHOLE) * merged.weight.abs()
     if isinstance(method, Mixing):
         off = method.strayed(base.weight, torch.zeros(OUT, IN).double(), method.prepared(p, exact_product), WHOLE)
+    off = off + method.base_spread(p, WHOLE, torch.float64) * base.weight.abs()
     spread = magnitude(op, x, off.expand(OUT, IN))
     biases = beside(op, base.bias.abs() + merged.bias.abs())
     rounding = (IN + 2) * EPS * (magnitude(op, x, base.weight) + magnitude(op, x, merged.weight) + biases)
@@ -364,6 +368,11 @@ def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, o
     for rows in stored_tiles(op, 5):
         part = op.stored(method.spread(p, op.tile(rows))).expand(whole[rows].shape)
         assert torch.allclose(part, whole[rows], rtol=2 * OUT * IN * EPS, atol=0)  # plain sums, in any order
+    if method.of_base:
+        whole = op.stored(method.base_spread(p, WHOLE, torch.bfloat16))
+        parts = [op.stored(method.base_spread(p, op.tile(rows), torch.bfloat16)) for rows in stored_tiles(op, 5)]
+        assert torch.allclose(torch.cat(parts), whole, rtol=2 * OUT * IN * EPS, atol=0)
+        assert bool((whole > 0).all())
 
 
 @each_with_steps
@@ -394,12 +403,15 @@ def test_what_a_step_says_of_rounding_covers_the_merge_in_the_dtype_of_the_weigh
     method: Method, op: Op, dtype: torch.dtype
 ):
     w = torch.randn(OUT, IN).to(dtype)
-    step = method.steps(told(method, op, w, trained(method, op, dtype)), WHOLE, exact_product)
+    p = told(method, op, w, trained(method, op, dtype))
+    step = method.steps(p, WHOLE, exact_product)
     assert step is not None
     exact = step.apply(w.double())
-    plain = step.seen(lambda values: values.to(dtype)).apply(w).double()
+    narrow = step.seen(lambda values: values.to(dtype))
+    plain = (w + w * narrow.values if isinstance(step, Growth) else narrow.apply(w)).double()
     held, outcome = step.rounded(w.double(), exact)
-    assert bool(((plain - exact).abs() <= ulp(held, dtype) / 2 + ulp(outcome, dtype) / 2).all())
+    base = method.base_spread(p, WHOLE, dtype) * w.double().abs()
+    assert bool(((plain - exact).abs() <= ulp(held, dtype) / 2 + ulp(outcome, dtype) / 2 + base).all())
     off = step.apply(w.double() + 2.0**-6) - exact
     carried = step.carried(torch.full((OUT, IN), 2.0**-6).double())
     assert bool(((off.abs() - carried).abs() <= 4 * EPS * (w.double().abs() + exact.abs() + 1)).all())

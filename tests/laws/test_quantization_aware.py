@@ -36,6 +36,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "TRAINABLE_TOKENS": [{"token_indices": [7, 0]}],
     "PVERA": [{"r": 4}],
     "MISS": [{"r": 4}, {"r": 5, "init_weights": "mini", "mini_r": 4}],
+    "HIRA": [{"r": 4}],
 }
 PLAIN, OTHER = (METHODS[name](target_modules=["0"], **SETTINGS[name][0]) for name in ("LORA", "IA3"))
 CASES = [METHODS[name](target_modules=["0"], **one) for name in METHODS for one in SETTINGS[name]]

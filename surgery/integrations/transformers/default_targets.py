@@ -86,6 +86,7 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("IA3", _IA3),
         ("LOHA", _LORA),
         ("MISS", _LORA),
+        ("HIRA", _LORA),
     )
 }
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from surgery.core.adapter import Started
 from surgery.core.arithmetic import exact_float64, ulp
-from surgery.core.elementwise import Elementwise
+from surgery.core.elementwise import Elementwise, grounded
 from surgery.core.method import Dense, Mixing
 from surgery.core.source import Source
 from surgery.core.survival import Survival
 from surgery.errors import ValueRangeError
-from surgery.hosts.change import Change, MergedTile, elementwise
+from surgery.hosts.change import Change, MergedTile, by_layer
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.views import Merged
 from surgery.procedures.checking.spans import read_span
@@ -145,8 +145,11 @@ def _rounded(value: Tensor, steps: Sequence[Elementwise], change: Change) -> tup
 
 
 def _steps(tile: MergedTile) -> Sequence[Elementwise] | None:
-    """From what the tile begins as to its outcome; None if a layer is not elementwise."""
-    return elementwise(tile.change, tile.rows) if tile.steps is None else tile.steps
+    """From what the tile begins as to its outcome, one for each layer; None if a layer is not elementwise."""
+    if tile.steps is not None and len(tile.steps) == len(tile.change.layers):
+        return tile.steps
+    steps = by_layer(tile.change, tile.rows)
+    return None if steps is None else grounded(steps, exact_float64(_start(tile)))
 
 
 def _start(tile: MergedTile) -> Tensor:
@@ -161,7 +164,8 @@ def _start(tile: MergedTile) -> Tensor:
 def _spread(tile: MergedTile, steps: Sequence[Elementwise]) -> Tensor:
     """What the methods themselves leave open; each step carries on what those before it do."""
     total, op = torch.zeros(tile.merged.shape, dtype=torch.float64), tile.change.site.op
-    value = exact_float64(_start(tile)) if steps else total
+    held = tile.change.site.weight.torch_dtype
+    value = start = exact_float64(_start(tile)) if steps else total
     for index, (layer, _) in enumerate(tile.change.started()):
         assert op is not None
         if steps:
@@ -169,6 +173,7 @@ def _spread(tile: MergedTile, steps: Sequence[Elementwise]) -> Tensor:
         part, p = op.tile(tile.rows), layer.told
         total = total + op.stored(layer.method.spread(p, part))
         total = total + op.stored(layer.method.relative_spread(p, part) * op.matrix(value).abs())
+        total = total + op.stored(layer.method.base_spread(p, part, held) * op.matrix(start).abs())
     return total
 
 
