@@ -120,7 +120,10 @@ each_mixing, each_with_steps = (
     for mixes in (True, False)
 )
 # Those that treat each element by itself, or by sums; what replaces rows says nothing of what stood there.
-each_step = pytest.mark.parametrize(("method", "op"), [one for one in CASES if not one.values[0].replaced_rows])
+each_step = pytest.mark.parametrize(
+    ("method", "op"), [one for one in CASES if not one.values[0].mixes and not one.values[0].replaced_rows]
+)
+each_lasting = pytest.mark.parametrize(("method", "op"), [one for one in CASES if not one.values[0].replaced_rows])
 each_op = pytest.mark.parametrize("op", [op for op in EXAMPLES.values() if op.groups == 1], ids=lambda op: op.name)
 each_pair = pytest.mark.parametrize(("name", "example"), [(n, e) for n in METHODS for e in EXAMPLES], ids=str)
 
@@ -132,7 +135,7 @@ def _seeded() -> None:
 
 def trained(method: Method, op: Op, dtype: torch.dtype = torch.float64) -> Params:
     """Every tensor of the method filled with normal numbers, as training would leave it; one of indices as it began."""
-    fresh = method.init(site_of(op), lambda: Dense(torch.ones(OUT, IN)))
+    fresh = begun(method, op, Dense(torch.ones(OUT, IN)))
     return of_floats(fresh, lambda values: torch.randn(values.shape, dtype=dtype))
 
 
@@ -206,11 +209,6 @@ def test_tensors_are_shaped_as_init_makes_them(method: Method, op: Op):
     specs, fresh = method.tensors(site_of(op)), method.init(site_of(op), lambda: Dense(torch.randn(OUT, IN)))
     own = {role: spec.shape for role, spec in specs.items() if not spec.shared}
     assert {role: tuple(values.shape) for role, values in fresh.items()} == own
-    assert {values.dtype for values in fresh.values()} == {torch.float32}
-    assert all(bool(torch.isfinite(values).all()) for values in fresh.values())
-    if not method.mixes:  # whose gradient at zero is that of a step from it
-        assert any(bool(values.any()) for values in fresh.values())  # all zero, and no gradient would ever flow
-    assert {role: tuple(values.shape) for role, values in fresh.items()} == {r: s.shape for r, s in specs.items()}
     assert {values.dtype for values in fresh.values()} - {torch.int32} == {torch.float32}
     assert all(bool(torch.isfinite(values).all()) for values in fresh.values())
 
@@ -218,8 +216,9 @@ def test_tensors_are_shaped_as_init_makes_them(method: Method, op: Op):
 @each_case
 def test_a_fresh_adapter_has_a_gradient(method: Method, op: Op):
     matrix = torch.randn(OUT, IN).double()
-    p = of_floats(method.init(site_of(op), lambda: Dense(matrix)), lambda values: values.double().requires_grad_())
-    method.branch(given(op, torch.float64, 4), Below(op, Dense(matrix)), op, p, False).square().sum().backward()
+    p = of_floats(begun(method, op, Dense(matrix)), lambda values: values.double().requires_grad_())
+    out = method.branch(given(op, torch.float64, 4), Below(op, Dense(matrix)), op, p, False)
+    (out * torch.randn(out.shape)).sum().backward()  # by no norm, which rotations keep
     assert any(values.grad is not None and bool(values.grad.any()) for values in p.values())
 
 
@@ -375,7 +374,6 @@ def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, o
         assert bool((whole > 0).all())
 
 
-@each_with_steps
 @each_step
 def test_steps_are_the_merge_and_undo_takes_them_back(method: Method, op: Op):
     w, fitted = torch.randn(OUT, IN).double(), matrices(method, op, trained(method, op))
@@ -396,7 +394,6 @@ def test_steps_are_the_merge_and_undo_takes_them_back(method: Method, op: Op):
     assert bool(torch.where(rises, higher >= merged, higher <= merged).all())
 
 
-@each_with_steps
 @each_step
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_what_a_step_says_of_rounding_covers_the_merge_in_the_dtype_of_the_weight(
@@ -448,7 +445,6 @@ def test_a_method_that_changes_a_bias_does_so_as_its_steps_over_a_matrix_of_one_
     assert not torch.equal(merged.bias, base.bias)
 
 
-@each_with_steps
 @each_step
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_merge_comes_back_to_the_bit_from_its_index(method: Method, op: Op, dtype: torch.dtype):
@@ -471,7 +467,7 @@ def test_a_merge_comes_back_to_the_bit_from_its_index(method: Method, op: Op, dt
     assert same_bits(torch.cat(back), stored)
 
 
-@each_step
+@each_lasting
 @pytest.mark.parametrize("weight", [0.5, -2.0, 0.0])
 def test_a_weight_scales_what_a_merge_changes(method: Method, op: Op, weight: float):
     p, w = matrices(method, op, trained(method, op)), torch.randn(OUT, IN).double()
