@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from surgery.methods.adalora_config import AdaLoraConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.loha import LoHaConfig
+    from surgery.methods.lokr_config import LoKrConfig
     from surgery.methods.lora_config import LoraConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
@@ -80,6 +81,7 @@ _HOMES = {
     "InputError": "errors",
     "Inspection": "procedures.checking.inspect",
     "LoHaConfig": "methods.loha",
+    "LoKrConfig": "methods.lokr_config",
     "LoraConfig": "methods.lora_config",
     "MatchError": "errors",
     "MergeReport": "procedures.writing.merge_checkpoint",
@@ -133,6 +135,7 @@ __all__ = [
     "InputError",
     "Inspection",
     "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "MatchError",
     "MergeReport",

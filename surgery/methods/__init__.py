@@ -6,6 +6,7 @@ from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.ia3 import IA3Config
 from surgery.methods.loha import LoHaConfig
+from surgery.methods.lokr_config import LoKrConfig
 from surgery.methods.lora_config import LoraConfig
 
 METHODS: Mapping[str, type[AdapterConfig]] = {
@@ -13,4 +14,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "IA3": IA3Config,
     "ADALORA": AdaLoraConfig,
     "LOHA": LoHaConfig,
+    "LOKR": LoKrConfig,
 }

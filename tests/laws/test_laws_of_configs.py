@@ -93,6 +93,13 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_ia3_weights": st.booleans(),
     },
     "LOHA": {**LYCORIS, "init_weights": st.booleans()},
+    "LOKR": {
+        **LYCORIS,
+        "decompose_both": st.booleans(),
+        "decompose_factor": st.integers(-1, 64),
+        "rank_dropout_scale": st.booleans(),
+        "init_weights": st.sampled_from([True, False, "lycoris"]),
+    },
 }
 
 

@@ -48,6 +48,11 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 3, "alpha": 5, "use_effective_conv2d": True},
         {"r": 2, "alpha": -1.5, "rank_pattern": {"layer": 5}, "alpha_pattern": {"layer": 0.3}, "rank_dropout": 0.2},
     ],
+    "LOKR": [
+        {"r": 1, "alpha": 5, "use_effective_conv2d": True},
+        {"r": 1, "alpha": -0.3, "decompose_both": True, "decompose_factor": 4, "init_weights": "lycoris"},
+        {"r": 2, "decompose_factor": 1, "rank_dropout": 0.2, "rank_dropout_scale": True},
+    ],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
@@ -64,6 +69,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
     ("LORA", GROUPED): "in groups",
     **{("LOHA", name): "LoHa acts on" for name in EXAMPLES if name not in OF_LYCORIS},
+    **{("LOKR", name): "LoKr acts on" for name in EXAMPLES if name not in OF_LYCORIS},
 }
 
 ONLY = {  # settings that are refused over other ops
