@@ -143,11 +143,15 @@ def _moved(x: Tensor, op: Op, p: Params) -> Tensor:
     axes, swaps = len(op.kernel), _is_second_first(p, op)
     above, channels = -2 - axes, -1 - axes
     m = (p["w1"] if "w1" in p else p["w1_b"]).shape[1]
-    parts = x.unflatten(channels, (-1, m)).transpose(above, channels) if swaps else x.unflatten(channels, (m, -1))
+    parts = (
+        torch.unflatten(x, channels, (-1, m)).transpose(above, channels)
+        if swaps
+        else torch.unflatten(x, channels, (m, -1))
+    )
     h = _second(parts.reshape(-1, *parts.shape[channels:]), op, p)  # [batch * m, k, *places]
     inner = h.shape[channels:]
     h = _first(h.reshape(*parts.shape[:channels], inner.numel()), p)  # [*batch, l, k * places]
-    h = h.unflatten(-1, inner)
+    h = torch.unflatten(h, -1, inner)
     return (h.transpose(above, channels) if swaps else h).flatten(above, channels)  # [*batch, out, *places]
 
 
@@ -161,5 +165,8 @@ def _second(x: Tensor, op: Op, p: Params) -> Tensor:
 
 
 def _first(h: Tensor, p: Params) -> Tensor:
-    """[*batch, m, k] -> [*batch, l, k]"""
-    return p["w1"] @ h if "w1" in p else p["w1_a"] @ (p["w1_b"] @ h)
+    """[*batch, m, k] -> [*batch, l, k]; as one product of matrices, whether torch would make it many or not."""
+    *batch, m, k = h.shape
+    rows = h.mT.reshape(-1, m)
+    rows = rows @ p["w1"].T if "w1" in p else rows @ p["w1_b"].T @ p["w1_a"].T  # [batch * k, l]
+    return rows.view(*batch, k, rows.shape[1]).mT

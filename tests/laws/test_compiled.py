@@ -20,8 +20,14 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "qalora": lambda: surgery.LoraConfig(r=4, lora_alpha=12, use_qalora=True, qalora_group_size=2, **TARGETS),
     "ia3": lambda: surgery.IA3Config(feedforward_modules=["layer"], **TARGETS),
     "adalora": lambda: surgery.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=12, total_step=9, **TARGETS),
+    "loha": lambda: surgery.LoHaConfig(r=4, alpha=12, use_effective_conv2d=True, **TARGETS),
+    "lokr": lambda: surgery.LoKrConfig(r=1, alpha=3, use_effective_conv2d=True, **TARGETS),
 }
-EVERYWHERE = ("conv1d", "convolution over two axes", "embedding")  # of LoRA
+EVERYWHERE = {  # besides a Linear
+    "lora": ("conv1d", "convolution over two axes", "embedding"),
+    "loha": ("convolution over two axes",),
+    "lokr": ("convolution over one axis", "convolution in groups"),
+}
 
 
 class Net(nn.Module):
@@ -29,7 +35,7 @@ class Net(nn.Module):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        made = [*(("linear", one) for one in CONFIGS), *((op, "lora") for op in EVERYWHERE)]
+        made = [*(("linear", one) for one in CONFIGS), *((op, one) for one, ops in EVERYWHERE.items() for op in ops)]
         self.parts = nn.ModuleList(nn.ModuleDict({"layer": MODULES[op](True).to(dtype)}) for op, _ in made)
         self.given = [example(part["layer"], dtype) for part in self.parts]
         for part, (_, config) in zip(self.parts, made, strict=True):

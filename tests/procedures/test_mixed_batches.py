@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import surgery
-from surgery import AdaLoraConfig, AdapterConfig, IA3Config, LoraConfig, StateError, UsageError
+from surgery import AdaLoraConfig, AdapterConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, StateError, UsageError
 from surgery.methods import METHODS
 
 BASE = "__base__"
@@ -35,13 +35,18 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "ia3": lambda _: IA3Config(target_modules="0|2", feedforward_modules=[]),
     "ia3 of inputs": lambda _: IA3Config(target_modules="0|2", feedforward_modules="0|2"),
     "adalora": lambda r: AdaLoraConfig(init_r=r, target_r=1, total_step=9, target_modules="0|2"),
+    "loha": lambda r: LoHaConfig(r=r, alpha=4, init_weights=False, target_modules="0|2"),
+    "lokr": lambda r: LoKrConfig(r=r, alpha=4, init_weights=False, target_modules="0|2"),
 }
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")
+LYCORIS = ("loha", "lokr")
 CASES = [
     (layer, rule)
     for layer in LAYERS
     for rule in RULES
-    if layer in ON_LINEAR or rule == "lora" or (layer == "convolution" and ("ia3" in rule or rule == "adalora"))
+    if (rule not in LYCORIS and (layer in ON_LINEAR or rule == "lora"))
+    or (layer == "convolution" and ("ia3" in rule or rule == "adalora"))
+    or (rule in LYCORIS and (layer.startswith("linear") or "convolution" in layer))
 ]
 
 
