@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from surgery.methods.hira import HiraConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.loha import LoHaConfig
+    from surgery.methods.lokr_config import LoKrConfig
     from surgery.methods.lora_config import LoraConfig
     from surgery.methods.miss import MissConfig
     from surgery.methods.oft_config import OFTConfig
@@ -87,6 +88,7 @@ _HOMES = {
     "InputError": "errors",
     "Inspection": "procedures.checking.inspect",
     "LoHaConfig": "methods.loha",
+    "LoKrConfig": "methods.lokr_config",
     "LoraConfig": "methods.lora_config",
     "MatchError": "errors",
     "MergeReport": "procedures.writing.merge_checkpoint",
@@ -146,6 +148,7 @@ __all__ = [
     "InputError",
     "Inspection",
     "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "MatchError",
     "MergeReport",

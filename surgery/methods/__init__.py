@@ -7,6 +7,7 @@ from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.hira import HiraConfig
 from surgery.methods.ia3 import IA3Config
 from surgery.methods.loha import LoHaConfig
+from surgery.methods.lokr_config import LoKrConfig
 from surgery.methods.lora_config import LoraConfig
 from surgery.methods.miss import MissConfig
 from surgery.methods.oft_config import OFTConfig
@@ -25,4 +26,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "PVERA": PveraConfig,
     "MISS": MissConfig,
     "HIRA": HiraConfig,
+    "LOKR": LoKrConfig,
 }

@@ -21,6 +21,7 @@ from surgery.methods.lycoris import (
     check_op,
     factor,
     factor_spread,
+    is_tucker,
     kaiming,
     over_places,
     unit_of,
@@ -73,7 +74,7 @@ class LoHa(Additive):
         check_op(site, self.name)
         (out_features, in_features), kernel, r = site.shape, site.acting.kernel, self.r
         shapes: dict[str, tuple[int, ...]] = {"a": (out_features, r), "b": (r, in_features)}
-        tucker = self.effective and max(kernel, default=1) > 1
+        tucker = self.effective and is_tucker(kernel)
         if tucker:
             places = torch.Size(kernel).numel()
             shapes = {"a": (r, out_features), "b": (r, in_features // places)}

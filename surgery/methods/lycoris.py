@@ -11,7 +11,7 @@ from torch import Tensor
 from surgery.core.arithmetic import all_finite, exact_float64
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params, Product
-from surgery.core.op import WHOLE
+from surgery.core.op import WHOLE, Tile
 from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
@@ -98,6 +98,11 @@ def check_op(site: Site, name: str) -> None:
     )
 
 
+def is_tucker(kernel: tuple[int, ...]) -> bool:
+    """Has it more than one place, so that `use_effective_conv2d` is heeded?"""
+    return max(kernel, default=1) > 1
+
+
 def kaiming(shape: tuple[int, ...]) -> Tensor:
     """Kaiming's uniform start, with a = sqrt(5)."""
     values = torch.empty(shape)
@@ -114,7 +119,8 @@ def as_matrices(p: Params) -> Params:
 def factor(p: Params, one: str, rows: Rows, product: Product) -> Tensor:
     """Rows of w1 or w2 (`one` is "1" or "2"), [rows, in]: w, or a b, or by Tucker's form a t b in each place."""
     if f"w{one}" in p:
-        return whole_factor(p, f"w{one}", rows)
+        whole = p[f"w{one}"][rows]
+        return whole if product is plain_product else _wide(whole, f"w{one}")
     a, b, t = p[f"w{one}_a"][rows], p[f"w{one}_b"], p.get(f"t{one}")
     if t is None:
         return product(a, b, WHOLE, 1.0)
@@ -122,11 +128,16 @@ def factor(p: Params, one: str, rows: Rows, product: Product) -> Tensor:
     return over_places(product(mixed, b, WHOLE, 1.0), len(a))
 
 
-def whole_factor(p: Params, role: str, rows: Rows) -> Tensor:
-    """Rows of one that is no product, in float64."""
-    if not all_finite(p[role]):
+def plain_product(B: Tensor, A: Tensor, tile: Tile, scaling: float, *, fine: bool = False) -> Tensor:  # noqa: ARG001  # as others'
+    """B A of the whole, unscaled, in the factors' own dtype: for a branch, which scales later."""
+    return B @ A
+
+
+def _wide(values: Tensor, role: str) -> Tensor:
+    """In float64; ValueRangeError for what no merge can be made with."""
+    if not all_finite(values):
         raise ValueRangeError(f"{role} holds NaN or infinity; finite numbers are wanted; train or save it again")
-    return exact_float64(p[role][rows])
+    return exact_float64(values)
 
 
 def by_place(mixed: Tensor, r: int) -> Tensor:

@@ -27,8 +27,14 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "miss": lambda: surgery.MissConfig(r=4, **TARGETS),
     "miss mini": lambda: surgery.MissConfig(r=5, mini_r=3, init_weights="mini", **TARGETS),
     "hira": lambda: surgery.HiraConfig(r=4, **TARGETS),
+    "loha": lambda: surgery.LoHaConfig(r=4, alpha=12, use_effective_conv2d=True, **TARGETS),
+    "lokr": lambda: surgery.LoKrConfig(r=1, alpha=3, use_effective_conv2d=True, **TARGETS),
 }
-EVERYWHERE = ("conv1d", "convolution over two axes", "embedding")  # of LoRA
+EVERYWHERE = {  # besides a Linear
+    "lora": ("conv1d", "convolution over two axes", "embedding"),
+    "loha": ("convolution over two axes",),
+    "lokr": ("convolution over one axis", "convolution in groups"),
+}
 
 
 class Net(nn.Module):
@@ -36,7 +42,7 @@ class Net(nn.Module):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        made = [*(("linear", one) for one in CONFIGS), *((op, "lora") for op in EVERYWHERE)]
+        made = [*(("linear", one) for one in CONFIGS), *((op, one) for one, ops in EVERYWHERE.items() for op in ops)]
         self.parts = nn.ModuleList(nn.ModuleDict({"layer": MODULES[op](True).to(dtype)}) for op, _ in made)
         self.given = [example(part["layer"], dtype) for part in self.parts]
         for part, (_, config) in zip(self.parts, made, strict=True):

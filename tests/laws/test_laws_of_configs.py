@@ -142,6 +142,13 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "num_cayley_neumann_terms": st.integers(1, 9),
     },
     "TRAINABLE_TOKENS": {"token_indices": st.just([]) | tokens, "init_weights": st.booleans()},
+    "LOKR": {
+        **LYCORIS,
+        "decompose_both": st.booleans(),
+        "decompose_factor": st.integers(-1, 64),
+        "rank_dropout_scale": st.booleans(),
+        "init_weights": st.sampled_from([True, False, "lycoris"]),
+    },
 }
 
 

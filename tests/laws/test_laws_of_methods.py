@@ -59,6 +59,11 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     "PVERA": [{"r": 3, "pvera_dropout": 0.5}],
     "MISS": [{"r": 5, "miss_dropout": 0.5}, {"init_weights": "mini", "mini_r": 4}],
     "HIRA": [{"r": 2, "init_weights": "gaussian"}, {"rank_pattern": {"layer": 5}, "hira_dropout": 0.5}],
+    "LOKR": [
+        {"r": 1, "alpha": 5, "use_effective_conv2d": True},
+        {"r": 1, "alpha": -0.3, "decompose_both": True, "decompose_factor": 4, "init_weights": "lycoris"},
+        {"r": 2, "decompose_factor": 1, "rank_dropout": 0.2, "rank_dropout_scale": True},
+    ],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
@@ -93,6 +98,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("OFT", "convolution over two axes"): "PEFT's OFT changes the outputs before anything is trained",
     ("OFT", "convolution over three axes"): "a Conv3d",
     ("OFT", GROUPED): r"a convolution over \[2, 1\]",
+    **{("LOKR", name): "LoKr acts on" for name in EXAMPLES if name not in OF_LYCORIS},
 }
 
 ONLY = {  # settings that are refused over other ops

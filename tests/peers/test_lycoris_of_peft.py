@@ -18,12 +18,17 @@ import surgery
 from surgery.cli import main
 
 LAYERS = ("start", "point", "groups", "line", "dot", "head")
-KINDS = {"LOHA": (peft.LoHaConfig, surgery.LoHaConfig)}
+KINDS = {"LOHA": (peft.LoHaConfig, surgery.LoHaConfig), "LOKR": (peft.LoKrConfig, surgery.LoKrConfig)}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "loha": ("LOHA", {"r": 4, "alpha": 6}),
     "loha of tucker": ("LOHA", {"r": 3, "alpha": 5, "use_effective_conv2d": True}),
     "loha of patterns": ("LOHA", {"rank_pattern": {"head": 2, "start": 5}, "alpha_pattern": {"line": 3}}),
+    "lokr": ("LOKR", {"r": 1, "alpha": 3}),
+    "lokr of whole factors": ("LOKR", {"r": 64, "alpha": 50, "decompose_factor": 3}),
+    "lokr of tucker": ("LOKR", {"r": 2, "alpha": 5, "decompose_factor": 2, "use_effective_conv2d": True}),
+    "lokr of products": ("LOKR", {"r": 1, "decompose_both": True, "decompose_factor": 6}),
 }
+WEIGHTS = [f"{one}.weight" for one in LAYERS]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FILE, MODEL = "adapter_model.safetensors", "model.safetensors"
 each_case = pytest.mark.parametrize("case", CASES)
@@ -171,10 +176,10 @@ def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
     out = saved(theirs.merge_and_unload(safe_merge=safe), tmp_path / "out")
     surgery.verify_checkpoint(base, tmp_path / "adapter", out).require()
     before, after = (load_file(folder / MODEL) for folder in (base, out))
-    for one in LAYERS:
-        save_file(after | {f"{one}.weight": before[f"{one}.weight"]}, out / MODEL)
+    for one in WEIGHTS:
+        save_file(after | {one: before[one]}, out / MODEL)
         judged = surgery.verify_checkpoint(base, tmp_path / "adapter", out).tensors.items()
-        assert [name for name, judge in judged if judge.grade == "different"] == [f"{one}.weight"]
+        assert [name for name, judge in judged if judge.grade == "different"] == [one]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -186,7 +191,7 @@ def test_a_live_merge_and_one_of_files_have_the_same_bits_and_come_back(
     by_peft(case, made(dtype)).save_pretrained(tmp_path / "adapter")
     ours = surgery.load(made(dtype), tmp_path / "adapter")
     changed = merge_live_and_on_files(base, tmp_path / "adapter", ours, tmp_path)
-    assert changed == {f"{one}.weight" for one in LAYERS}
+    assert changed == {*WEIGHTS}
 
 
 @each_case
@@ -246,6 +251,27 @@ def test_rank_dropout_that_leaves_nothing_of_a_loha_leaves_the_base_where_peft_g
     ours = surgery.inject(copy.deepcopy(net), surgery.LoHaConfig(**fields)).train()
     assert bool(theirs(x).isnan().all())
     assert torch.equal(ours(x), net(x))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(12, 12, 3), nn.Conv2d(12, 12, (3, 1))], ids=["Conv1d", "Conv2d"])
+def test_tuckers_form_of_rank_1_runs_where_peft_raises(layer: nn.Module, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"target_modules": ["0"], "r": 1, "use_effective_conv2d": True, "init_weights": False}
+    x, model = torch.randn(2, 12, 9, 4)[..., *(0,) * (4 - layer.weight.dim())], nn.Sequential(copy.deepcopy(layer))
+    theirs = peft.get_peft_model(model, peft.LoKrConfig(**fields))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        theirs(x)
+    ours = surgery.load(nn.Sequential(layer), tmp_path)
+    p = {role: values.detach().double() for role, values in ours[0].fitted["default"].params.items()}
+    w2 = torch.einsum("i j k l, i p, j r -> p r k l", p["t2"], p["w2_a"], p["w2_b"])
+    delta = 8 * torch.einsum("i j, p r k l -> i p j r k l", p["w1"], w2).reshape(layer.weight.shape)
+    out, wanted = ours(x).detach(), (layer.weight.double() + delta).detach()
+    merged = surgery.merge(ours)[0].base_layer.weight
+    # Rounded once; and the two products of w2 lie on grids of 22 bits below their largest.
+    room = torch.finfo(torch.float32).eps * wanted.abs() + 2 * 2.0**-21 * delta.abs().max()
+    assert bool(((merged - wanted).abs() <= room).all())
+    assert float((ours(x) - out).abs().max()) <= 2 * 40 * torch.finfo(torch.float32).eps * float(out.abs().max())
+    assert not torch.equal(out, layer(x))
 
 
 @each_kind

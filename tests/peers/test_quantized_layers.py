@@ -34,6 +34,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ia3 of inputs": {"peft_type": "IA3", "feedforward_modules": ["0"]},
     "adalora": {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 9},
     "miss": {"peft_type": "MISS", "r": 8},
+    "loha": {"peft_type": "LOHA", "r": 4},
+    "lokr": {"peft_type": "LOKR", "r": 2},
 }
 SMALL = {
     "hidden_size": 64,

@@ -42,10 +42,12 @@ CONFIGS: dict[str, dict[str, Any]] = {  # a method is one line here
     "LORA": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     "IA3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 3, "target_modules": ["q_proj", "down_proj"]},
+    "LOHA": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    "LOKR": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
     "MISS": {"r": 8, "target_modules": ["q_proj", "down_proj"]},
 }
 PAIRS = [("LORA", "IA3"), ("IA3", "LORA"), ("LORA", "LORA"), ("IA3", "IA3"), ("LORA", "ADALORA"), ("ADALORA", "IA3")]
-PAIRS += [("LORA", "MISS")]
+PAIRS += [("LOHA", "LORA"), ("LORA", "LOKR"), ("LOKR", "LOHA"), ("LORA", "MISS")]
 
 
 def config(kind: str) -> dict[str, Any]:
@@ -53,7 +55,8 @@ def config(kind: str) -> dict[str, Any]:
     return {"peft_type": kind, "task_type": "CAUSAL_LM", **CONFIGS[kind], _INIT[kind]: False}
 
 
-_INIT = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights", "ADALORA": "init_lora_weights", "MISS": "init_weights"}
+_INIT = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights", "ADALORA": "init_lora_weights"}
+_INIT |= dict.fromkeys(("LOHA", "LOKR", "MISS"), "init_weights")
 
 
 @pytest.fixture
@@ -97,6 +100,7 @@ def test_the_first_example_names_no_modules_and_its_task_by_its_class(base: Path
 
 
 CLASSES = {"LORA": surgery.LoraConfig, "IA3": surgery.IA3Config, "ADALORA": surgery.AdaLoraConfig}
+CLASSES |= {"LOHA": surgery.LoHaConfig, "LOKR": surgery.LoKrConfig}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)),
@@ -106,7 +110,9 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
+_OF_METHODS = re.compile(r"\.(?:lora|ia3|hada|lokr)_")
 CASES = [(model, kind) for model in MODELS for kind in CLASSES if model in DEFAULTS[kind]]
+CASES = [case for case in CASES if case not in {("gpt2", "LOHA"), ("gpt2", "LOKR")}]  # whose Conv1D they refuse
 
 
 @pytest.mark.parametrize(("model", "kind"), CASES)
@@ -116,14 +122,18 @@ def test_a_config_without_modules_adapts_those_that_it_adapts_in_peft(model: str
     ours, theirs = surgery.inject(MODELS[model](), CLASSES[kind](**options)), MODELS[model]()
     peft.inject_adapter_in_model(peft.get_peft_config({"peft_type": kind, **options}), theirs)
     found, wanted = (
-        {name: values.shape for name, values in one.named_parameters() if "lora_" in name or "ia3_" in name}
+        {name: values.shape for name, values in one.named_parameters() if _OF_METHODS.search(name)}
         for one in (ours, theirs)
     )
     assert found == wanted
+    assert found
     tokens = {"input_ids": TOKENS % 9} | ({"decoder_input_ids": TOKENS % 9} if model == "t5" else {})
     ours.load_state_dict(theirs.state_dict(), strict=kind != "ADALORA")  # peft's has a number more
     with torch.no_grad():
-        assert torch.equal(ours.eval()(**tokens)[0], theirs.eval()(**tokens)[0])
+        given, wanted = (one.eval()(**tokens)[0] for one in (ours, theirs))
+    # Those of which peft makes a delta sum in another order here, over the 64 terms or fewer of a few layers.
+    room = 2 * 64 * torch.finfo(torch.float32).eps * float(wanted.abs().max()) if _INIT[kind] == "init_weights" else 0
+    assert float((given - wanted).abs().max()) <= room
 
 
 def test_every_default_of_peft_is_known() -> None:
@@ -148,7 +158,7 @@ def test_of_the_default_modules_those_are_left_out_that_the_config_takes_away(
     field, entry = fields
     taken = entry.format(gone) if isinstance(entry, str) else [one.format(gone) for one in entry]
     model = surgery.inject(MODELS["llama"](), CLASSES[kind](**options, **{field: taken}))
-    names = [re.split(r"\.(?:lora|ia3)_", name) for name, _ in model.named_parameters()]
+    names = [_OF_METHODS.split(name) for name, _ in model.named_parameters()]
     adapted = {before.rpartition(".")[2] for before, *after in names if after}
     assert adapted == {*kept}
     with pytest.raises(surgery.MatchError, match=r"target_modules: nothing matches .*takes away all it hits"):

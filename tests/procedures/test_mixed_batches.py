@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import surgery
-from surgery import AdaLoraConfig, AdapterConfig, IA3Config, LoraConfig, MissConfig, StateError, UsageError
+from surgery import (
+    AdaLoraConfig,
+    AdapterConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    StateError,
+    UsageError,
+)
 from surgery.methods import METHODS
 
 BASE = "__base__"
@@ -36,17 +46,16 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "ia3 of inputs": lambda _: IA3Config(target_modules="0|2", feedforward_modules="0|2"),
     "adalora": lambda r: AdaLoraConfig(init_r=r, target_r=1, total_step=9, target_modules="0|2"),
     "miss": lambda r: MissConfig(r=r, target_modules="0|2"),
+    "loha": lambda r: LoHaConfig(r=r, alpha=4, init_weights=False, target_modules="0|2"),
+    "lokr": lambda r: LoKrConfig(r=r, alpha=4, init_weights=False, target_modules="0|2"),
 }
-LINEAR_ALONE = ("miss",)
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")
-CASES = [
-    (layer, rule)
-    for layer in LAYERS
-    for rule in RULES
-    if (layer in ON_LINEAR and (layer != "conv1d" or rule not in LINEAR_ALONE))
-    or rule == "lora"
-    or (layer == "convolution" and ("ia3" in rule or rule == "adalora"))
-]
+WHERE: dict[str, set[str]] = {  # the layers that are tried beside linear ones, or in their place; LoRA on all
+    **{rule: {*ON_LINEAR, "convolution"} for rule in ("ia3", "ia3 of inputs", "adalora")},
+    "miss": {"linear", "linear of sequences"},
+    **{rule: {one for one in LAYERS if one.startswith("linear") or "convolution" in one} for rule in ("loha", "lokr")},
+}
+CASES = [(layer, rule) for layer in LAYERS for rule in RULES if (rule == "lora" or layer in WHERE.get(rule, ON_LINEAR))]
 
 
 def whole_numbers(net: nn.Module) -> nn.Module:

@@ -84,9 +84,7 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("LORA", _LORA),
         ("ADALORA", _ADALORA),
         ("IA3", _IA3),
-        ("LOHA", _LORA),
-        ("MISS", _LORA),
-        ("HIRA", _LORA),
+        *((kind, _LORA) for kind in ("LOHA", "LOKR", "MISS", "HIRA")),
     )
 }
 
