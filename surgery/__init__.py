@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.lora_config import LoraConfig
     from surgery.methods.pvera import PveraConfig
+    from surgery.methods.randlora import RandLoraConfig
     from surgery.methods.vera import VeraConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
@@ -87,6 +88,7 @@ _HOMES = {
     "Plan": "procedures.planning.plan",
     "PushReport": "procedures.writing.publish",
     "PveraConfig": "methods.pvera",
+    "RandLoraConfig": "methods.randlora",
     "ShapeError": "errors",
     "StateError": "errors",
     "SurgeryError": "errors",
@@ -141,6 +143,7 @@ __all__ = [
     "Plan",
     "PushReport",
     "PveraConfig",
+    "RandLoraConfig",
     "ShapeError",
     "StateError",
     "SurgeryError",

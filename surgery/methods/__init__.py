@@ -7,6 +7,7 @@ from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.ia3 import IA3Config
 from surgery.methods.lora_config import LoraConfig
 from surgery.methods.pvera import PveraConfig
+from surgery.methods.randlora import RandLoraConfig
 from surgery.methods.vera import VeraConfig
 
 METHODS: Mapping[str, type[AdapterConfig]] = {
@@ -15,4 +16,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "ADALORA": AdaLoraConfig,
     "VERA": VeraConfig,
     "PVERA": PveraConfig,
+    "RANDLORA": RandLoraConfig,
 }

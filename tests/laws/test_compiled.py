@@ -21,6 +21,7 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "ia3": lambda: surgery.IA3Config(feedforward_modules=["layer"], **TARGETS),
     "adalora": lambda: surgery.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=12, total_step=9, **TARGETS),
     "vera": lambda: surgery.VeraConfig(r=4, **TARGETS),
+    "randlora": lambda: surgery.RandLoraConfig(r=4, randlora_alpha=8, **TARGETS),
 }
 EVERYWHERE = ("conv1d", "convolution over two axes", "embedding")  # of LoRA
 

@@ -46,6 +46,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     ],
     "VERA": [{"r": 3, "vera_dropout": 0.5, "d_initial": -2}],
     "PVERA": [{"r": 3, "pvera_dropout": 0.5}],
+    "RANDLORA": [{"r": 3, "randlora_dropout": 0.5, "randlora_alpha": -7}, {"r": 12, "randlora_alpha": 3}],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
@@ -53,6 +54,7 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "ADALORA": {"init_r": 4, "lora_alpha": 4 + 1e-5},
     "VERA": {"r": 4},
     "PVERA": {"r": 4},
+    "RANDLORA": {"r": 4, "randlora_alpha": 8},
 }
 ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
 MATRICES = {"linear", "conv1d"}  # what methods with projections act on
@@ -63,6 +65,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("IA3", "attention"): "an attention",
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
     **{(method, name): "VeRA acts on" for method in ("VERA", "PVERA") for name in EXAMPLES if name not in MATRICES},
+    **{("RANDLORA", name): "RandLoRA acts on" for name in EXAMPLES if name not in MATRICES},
     ("LORA", GROUPED): "in groups",
 }
 
