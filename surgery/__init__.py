@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from surgery.methods.miss import MissConfig
     from surgery.methods.oft_config import OFTConfig
     from surgery.methods.pvera import PveraConfig
+    from surgery.methods.randlora import RandLoraConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
     from surgery.methods.vera import VeraConfig
     from surgery.procedures.checking.diff import DiffReport
@@ -98,6 +99,7 @@ _HOMES = {
     "Plan": "procedures.planning.plan",
     "PushReport": "procedures.writing.publish",
     "PveraConfig": "methods.pvera",
+    "RandLoraConfig": "methods.randlora",
     "ShapeError": "errors",
     "StateError": "errors",
     "SurgeryError": "errors",
@@ -158,6 +160,7 @@ __all__ = [
     "Plan",
     "PushReport",
     "PveraConfig",
+    "RandLoraConfig",
     "ShapeError",
     "StateError",
     "SurgeryError",

@@ -73,9 +73,9 @@ class _Sorting:
         dtype = found.info.torch_dtype
         name = found.info.name.removeprefix(PREFIX)
         spelled = next((end for end in suffixes(name) if end in self.endings), None)
-        role = self.config.shared.get(found.info.name.removeprefix(MODEL))
+        role = self._shared_role(found.info.name)
         if role is not None and dtype.is_floating_point:
-            self._put(self.shared, role, found)
+            self._share(role, found)
         elif spelled is not None and dtype.is_floating_point:
             self._at_site(name, spelled, found)
         elif name.endswith(".base_layer.weight"):
@@ -97,6 +97,21 @@ class _Sorting:
         for name, values in list(self.copies.items()):
             if any(torch.equal(values, one) for one in self.saved.values()):
                 self.saved[name] = self.copies.pop(name)
+
+    def _shared_role(self, name: str) -> str | None:
+        """That of a tensor that all sites share."""
+        path, _, last = name.rpartition(".")
+        there = f"{path}." == MODEL or (self.config.repeats_shared and name.startswith(PREFIX))
+        return self.config.shared.get(last) if there else None
+
+    def _share(self, role: str, found: Found) -> None:
+        """Once in memory, however often the file has it."""
+        values = found.values
+        if not torch.equal(self.shared.setdefault(role, values), values):
+            raise FormatError(
+                f"{printable(self.where)}: {printable(found.info.name)} is another than at other sites, and all share "
+                "one; save it again"
+            )
 
     def _at_site(self, name: str, spelled: str, found: Found) -> None:
         site = name.removesuffix(spelled).rstrip(".")

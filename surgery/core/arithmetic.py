@@ -57,6 +57,11 @@ def float_product(B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0
     return (B[..., rows, :] @ A[..., columns]).mul_(scaling)
 
 
+def factor_bytes(shape: tuple[int, int], r: int) -> int:
+    """What factors of a product of this shape, [out, in], take in float64, on their grids, and while they are made."""
+    return 3 * 8 * r * sum(shape)
+
+
 def memory_of(values: Tensor) -> tuple[object, ...]:
     """Equal for tensors that are the same elements of the same memory, read in the same dtype."""
     return values.data_ptr(), values.shape, values.stride(), values.dtype

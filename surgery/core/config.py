@@ -83,6 +83,7 @@ class AdapterConfig(ABC, metaclass=OfFields):
     unwritten: ClassVar[frozenset[str]] = frozenset()  # what PEFT's lacks: in the JSON only where it is set
     shared: ClassVar[Mapping[str, str]] = {}  # roles of the tensors that all sites share, by PEFT's names of these
     repeats_rows: ClassVar[bool] = False  # do its files hold the rows that it replaces for each of tied modules?
+    repeats_shared: ClassVar[bool] = False  # do PEFT's files hold them at each site, too?
 
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None

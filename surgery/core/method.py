@@ -93,6 +93,10 @@ class Method(ABC):
         """Its tensors as `merge`, `steps` and `spread` take them: [out, r] and [r, in], in place of PEFT's shapes."""
         return p
 
+    def work_bytes(self, site: Site) -> int:  # noqa: ARG002  # of most it is next to nothing
+        """What `matrices`, and their grids, take at a site beside its tensors."""
+        return 0
+
     def refuse_merge(self, site: Site) -> None:  # noqa: B027  # most can be merged anywhere
         """MatchError where no weight of this site's shape holds what the adapter computes."""
 

@@ -12,6 +12,7 @@ from surgery.methods.lora_config import LoraConfig
 from surgery.methods.miss import MissConfig
 from surgery.methods.oft_config import OFTConfig
 from surgery.methods.pvera import PveraConfig
+from surgery.methods.randlora import RandLoraConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
 from surgery.methods.vera import VeraConfig
 
@@ -27,4 +28,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "MISS": MissConfig,
     "HIRA": HiraConfig,
     "LOKR": LoKrConfig,
+    "RANDLORA": RandLoraConfig,
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64
+from surgery.core.arithmetic import exact_float64, factor_bytes
 from surgery.core.config import Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of
@@ -111,6 +111,9 @@ class Vectors(Additive):
         B, A = exact_float64(p["B"][:out_features]), exact_float64(p["A"][: self.r, :in_features])
         # In float64 both are exact, where the factors have 24 bits or fewer.
         return {**p, "bB": b * B, "dA": d * A}
+
+    def work_bytes(self, site: Site) -> int:
+        return factor_bytes(site.shape, self.r)
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
         return product(p["bB"], p["dA"], tile, self.scaling)

@@ -34,6 +34,7 @@ EVERYWHERE = {  # besides a Linear
     "lora": ("conv1d", "convolution over two axes", "embedding"),
     "loha": ("convolution over two axes",),
     "lokr": ("convolution over one axis", "convolution in groups"),
+    "randlora": lambda: surgery.RandLoraConfig(r=4, randlora_alpha=8, **TARGETS),
 }
 
 

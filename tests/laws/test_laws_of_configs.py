@@ -97,6 +97,18 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "bias": st.sampled_from(["none", "all", "vera_only"]),
         "init_weights": st.booleans(),
     },
+    "RANDLORA": {
+        "r": st.integers(1, 512),
+        "projection_prng_key": st.integers(-(2**63), 2**64 - 1),
+        "save_projection": st.booleans(),
+        "sparse": st.booleans(),
+        "very_sparse": st.booleans(),
+        "randlora_dropout": st.floats(0, 1, exclude_max=True),
+        "randlora_alpha": numbers,
+        "fan_in_fan_out": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "randlora_only"]),
+        "init_weights": st.booleans(),
+    },
     "PVERA": {
         "r": st.integers(1, 512),
         "projection_prng_key": st.integers(-(2**63), 2**64 - 1),

@@ -64,6 +64,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 1, "alpha": -0.3, "decompose_both": True, "decompose_factor": 4, "init_weights": "lycoris"},
         {"r": 2, "decompose_factor": 1, "rank_dropout": 0.2, "rank_dropout_scale": True},
     ],
+    "RANDLORA": [{"r": 3, "randlora_dropout": 0.5, "randlora_alpha": -7}, {"r": 12, "randlora_alpha": 3}],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
@@ -74,6 +75,7 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "TRAINABLE_TOKENS": {"token_indices": [7, 0, 3]},
     "PVERA": {"r": 4},
     "MISS": {"r": 4},  # of which IN is no multiple
+    "RANDLORA": {"r": 4, "randlora_alpha": 8},
 }
 ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
 MATRICES = {"linear", "conv1d"}  # what methods with projections act on
@@ -90,6 +92,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
     **{(method, name): "VeRA acts on" for method in ("VERA", "PVERA") for name in EXAMPLES if name not in MATRICES},
     **{("MISS", name): "MiSS acts on Linear" for name in EXAMPLES if name != "linear"},
+    **{("RANDLORA", name): "RandLoRA acts on" for name in EXAMPLES if name not in MATRICES},
     ("LORA", GROUPED): "in groups",
     **{("LOHA", name): "LoHa acts on" for name in EXAMPLES if name not in OF_LYCORIS},
     ("OFT", "conv1d"): "its op is conv1d",

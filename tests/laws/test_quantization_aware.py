@@ -38,6 +38,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "MISS": [{"r": 4}, {"r": 5, "init_weights": "mini", "mini_r": 4}],
     "HIRA": [{"r": 4}],
     "LOKR": [{"r": 4, "alpha": 6}, {"r": 16, "decompose_factor": 4}],
+    "RANDLORA": [{"r": 32}],
 }
 PLAIN, OTHER = (METHODS[name](target_modules=["0"], **SETTINGS[name][0]) for name in ("LORA", "IA3"))
 CASES = [METHODS[name](target_modules=["0"], **one) for name in METHODS for one in SETTINGS[name]]

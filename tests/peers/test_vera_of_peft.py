@@ -1,4 +1,4 @@
-"""VeRA and PVeRA to peft and from it: projections, outputs, gradients, files and merges."""
+"""VeRA, PVeRA and RandLoRA to peft and from it: projections, outputs, gradients, files and merges."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from pairs import (
     outputs,
     trained,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -39,6 +39,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "biases": ("llama", {"r": 8, "target_modules": ["q_proj"], "bias": "vera_only"}),
     "mean": ("llama", {"r": 4, "target_modules": ["q_proj", "down_proj"]}),  # of PVeRA
     "mean, drawn": ("gpt2", {"r": 4, "target_modules": ["c_attn", "mlp.c_fc"], "save_projection": False}),
+    "full": ("llama", {"r": 6, "target_modules": ["q_proj", "down_proj", "up_proj"], "randlora_alpha": 12}),  # RandLoRA
+    "full, drawn": (
+        "gpt2",
+        {"r": 8, "target_modules": ["c_attn", "mlp.c_proj"], "save_projection": False, "randlora_alpha": 4},
+    ),
+    "full, sparse": (
+        "llama",
+        {"r": 32, "target_modules": ["k_proj", "down_proj"], "sparse": True, "randlora_alpha": 9},
+    ),
+    "full, very sparse": (
+        "llama",
+        {"r": 40, "target_modules": ["o_proj", "up_proj"], "very_sparse": True, "randlora_alpha": 3},
+    ),
     "output head": ("llama", {"r": 8, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
 }
 DTYPES = (torch.float32, torch.bfloat16)
@@ -56,9 +69,9 @@ def made(case: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return MODELS[CASES[case][0]]().to(dtype).eval()
 
 
-def config(case: str) -> peft.VeraConfig | peft.PveraConfig:
-    kind = peft.PveraConfig if case.startswith("mean") else peft.VeraConfig
-    return kind(**copy.deepcopy(CASES[case][1]))
+def config(case: str) -> peft.PeftConfig:
+    kinds = {"mean": peft.PveraConfig, "full": peft.RandLoraConfig}
+    return kinds.get(case[:4], peft.VeraConfig)(**copy.deepcopy(CASES[case][1]))
 
 
 def by_peft(model: nn.Module, case: str) -> Any:
@@ -80,14 +93,14 @@ def test_a_fresh_one_has_the_projections_of_peft_to_the_bit_and_no_effect(case: 
     ours = surgery.inject(copy.deepcopy(model), config(case))
     there, state = (
         theirs.base_model,
-        {name: values for name, values in ours.named_buffers() if re.search("vera_[AB]", name)},
+        {name: values for name, values in ours.named_buffers() if re.search("(vera|lora)_[AB]", name)},
     )
     assert len(state) == 2
     for name, values in state.items():
         assert torch.equal(values, getattr(there, name.split(".")[-2])["default"])
     found = dict(ours.named_parameters())
     for name, values in theirs.named_parameters():
-        if "vera_lambda" in name:  # which peft has rounded to the base's dtype, its 0.1 too
+        if re.search("vera_lambda|randlora", name):  # which peft has rounded to the base's dtype, its 0.1 too
             assert torch.equal(found[name.removeprefix("base_model.model.")].to(dtype).float(), values)
     assert torch.equal(outputs(ours), outputs(model))
 
@@ -107,7 +120,7 @@ def test_what_peft_saves_gives_equal_outputs_here_and_back_again(case: str, dtyp
     found, wanted = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("ours", "theirs"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert any(name.endswith("vera_A") for name in found) == ("drawn" not in case)
+    assert any(name.endswith(("vera_A", "randlora_A")) for name in found) == ("drawn" not in case)
 
 
 @each_case
@@ -127,7 +140,7 @@ def test_gradients_are_those_of_peft_within_the_rounding_of_a_sum(case: str, tmp
         assert bool(wanted.any())
 
 
-@pytest.mark.parametrize("name", ["VeraConfig", "PveraConfig"])
+@pytest.mark.parametrize("name", ["VeraConfig", "PveraConfig", "RandLoraConfig"])
 def test_every_field_that_peft_writes_is_read_and_written_again(name: str, tmp_path: Path) -> None:
     getattr(peft, name)().save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -183,7 +196,7 @@ def test_a_merge_is_the_same_live_and_on_files_and_is_undone_to_the_bit(
 
 
 @each_dtype
-@pytest.mark.parametrize("case", ["llama", "drawn", "gpt2", "mean"])
+@pytest.mark.parametrize("case", ["llama", "drawn", "gpt2", "mean", "full", "full, drawn"])
 def test_what_is_merged_here_loads_in_transformers_as_the_live_merge_to_the_bit(
     case: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -208,3 +221,36 @@ def test_the_command_line_takes_it_through(tmp_path: Path, capsys: pytest.Captur
     assert "VeRA" in found[0].out + found[0].err
     assert "drawn from its seed" in found[1].out + found[1].err
     assert (tmp_path / "back" / FILE).read_bytes() == (tmp_path / "base" / FILE).read_bytes()
+
+
+KEPT = {
+    "at each layer too, as peft writes them": bool,  # all
+    "once": lambda name: not re.search(r"layers.*randlora_[AB]", name),
+    "at each layer alone": lambda name: name not in {"base_model.randlora_A", "base_model.randlora_B"},
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_bases_are_read_wherever_a_file_has_them_and_held_once(kept: str, tmp_path: Path) -> None:
+    model = made("full")
+    theirs = by_peft(model, "full")
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    held = load_file(file)
+    assert len([name for name in held if name.endswith("randlora_A")]) == 1 + 3 * 2  # peft's copies of one tensor
+    save_file({name: values for name, values in held.items() if KEPT[kept](name)}, file)
+    ours = surgery.load(copy.deepcopy(model), tmp_path)
+    assert close(outputs(ours), outputs(theirs), torch.float32)
+    assert len([name for name, _ in ours.named_buffers() if "randlora_A" in name]) == 1
+    if kept != "at each layer alone":  # which peft takes for what its own seed gives
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+        assert torch.equal(outputs(again), outputs(theirs))
+
+
+def test_a_layer_whose_bases_are_others_is_refused(tmp_path: Path) -> None:
+    by_peft(made("full"), "full").save_pretrained(tmp_path)
+    file, name = tmp_path / "adapter_model.safetensors", "base_model.model.model.layers.1.mlp.up_proj.randlora_B"
+    held = load_file(file)
+    save_file(held | {name: held[name] * 2}, file)
+    with pytest.raises(surgery.FormatError, match=f"{name} is another than at other sites"):
+        surgery.load(made("full"), tmp_path)

@@ -114,7 +114,8 @@ def _written(
         for role, spec in specs[name].items()
         if role in kept[name]
     }
-    return config, found | shared | _replacements(root, adapter, state_dict)
+    repeated = {f"{name}.{spelling}": shared[spelling] for name in specs if own.repeats_shared for spelling in shared}
+    return config, found | shared | repeated | _replacements(root, adapter, state_dict)
 
 
 def _picked(state_dict: Mapping[str, Tensor], layers: Mapping[str, Adapted], name: str, adapter: str) -> Params:

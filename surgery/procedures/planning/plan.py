@@ -177,6 +177,11 @@ def _sums_bytes(change: Change) -> int:
     return sum(8 * change.site.shape[0] for layer in change.layers if layer.method.couples)
 
 
+def _work_bytes(change: Change) -> int:
+    """Of what its layers compute with beside their tensors."""
+    return sum(layer.method.work_bytes(change.site) for layer in change.layers)
+
+
 def _whole_bytes(change: Change) -> int:
     """Of a weight that is merged whole: twice itself, and its change three times in float32 or wider."""
     weight = change.site.weight
@@ -210,7 +215,8 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         + shared
         + max(sites, default=0)
         + 8 * _TILE_COPIES * tile
-        + max(map(_whole_bytes, changes), default=0),
+        + max(map(_whole_bytes, changes), default=0)
+        + max(map(_work_bytes, changes), default=0),
         undo_bytes=sum(sites) + shared + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
         namings=tuple(draft.namings),
         laid=tuple(draft.laid),
