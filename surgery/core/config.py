@@ -119,7 +119,7 @@ class AdapterConfig(ABC, metaclass=OfFields):
         return {}
 
     def biases(self) -> str:
-        """Which biases of the base it trains: "none", "all", or "lora_only", those of what it adapts."""
+        """Which biases of the base it trains: "none", "all", or such as "lora_only", those of what it adapts."""
         return "none"
 
     def parameters(self) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Biases of the base that an adapter trains: PEFT's `bias`, "all" or "lora_only"."""
+"""Biases of the base that an adapter trains: PEFT's `bias`, "all" or such as "lora_only"."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -25,7 +25,7 @@ def trained_modules(tree: Tree, config: AdapterConfig, sites: Collection[str], s
     """
     if config.biases() == "none":
         return []
-    if config.biases() == "lora_only":
+    if config.biases().endswith("_only"):
         return [name for name in sites if _has_bias(tree, name)]
     if tree.root._parameters.get("bias") is not None:
         raise MatchError("bias is 'all', and the model itself holds one, outside any module; wrap it in a module")
