@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers import AdapterTrainer
     from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora_config import AdaLoraConfig
+    from surgery.methods.delora_config import DeloraConfig
     from surgery.methods.hira import HiraConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.loha import LoHaConfig
@@ -79,6 +80,7 @@ _HOMES = {
     "CombineReport": "procedures.making.combine",
     "ConfigError": "errors",
     "ConfigTypeError": "errors",
+    "DeloraConfig": "methods.delora_config",
     "DiffReport": "procedures.checking.diff",
     "EnvironmentFault": "errors",
     "ExportReport": "procedures.exports.export",
@@ -140,6 +142,7 @@ __all__ = [
     "CombineReport",
     "ConfigError",
     "ConfigTypeError",
+    "DeloraConfig",
     "DiffReport",
     "EnvironmentFault",
     "ExportReport",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
+from surgery.methods.delora_config import DeloraConfig
 from surgery.methods.hira import HiraConfig
 from surgery.methods.ia3 import IA3Config
 from surgery.methods.loha import LoHaConfig
@@ -29,4 +30,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "HIRA": HiraConfig,
     "LOKR": LoKrConfig,
     "RANDLORA": RandLoraConfig,
+    "DELORA": DeloraConfig,
 }

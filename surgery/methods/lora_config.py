@@ -1,7 +1,6 @@
 """LoraConfig: LoRA's settings, and the method that they mean at a site."""
 
 import math
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
@@ -30,6 +29,7 @@ from surgery.methods.lora_fields import (
     TokenIndices,
     check_bias,
     check_count,
+    check_number,
     check_ranges,
     check_tokens,
     layers_of,
@@ -38,8 +38,6 @@ from surgery.methods.lora_fields import (
 from surgery.methods.qa_lora import QaLora, check_group
 from surgery.methods.starters import check_settings, check_used, starter_of
 from surgery.methods.token_rows import TokenRows
-
-_LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +91,8 @@ class LoraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("r", self.r)
-        _check_number("lora_alpha", self.lora_alpha)
-        _check_number("lora_dropout", self.lora_dropout)
+        check_number("lora_alpha", self.lora_alpha)
+        check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
         check_init(self.init_lora_weights)
@@ -108,7 +106,7 @@ class LoraConfig(AdapterConfig):
         for key, rank in self.rank_pattern.items():
             check_count(f"rank_pattern[{quoted(key)}]", rank)
         for key, alpha in self.alpha_pattern.items():
-            _check_number(f"alpha_pattern[{quoted(key)}]", alpha)
+            check_number(f"alpha_pattern[{quoted(key)}]", alpha)
         check_together(self)
 
     def check_fresh(self) -> None:
@@ -241,8 +239,3 @@ class LoraConfig(AdapterConfig):
         """r and alpha of a site."""
         alpha = pattern_value(self.alpha_pattern, name, float(self.lora_alpha))
         return pattern_value(self.rank_pattern, name, self.r), alpha
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise ConfigError(f"{name} is {printable(repr(value))}; it must be a finite number")

@@ -4,6 +4,7 @@ And what is served beside the factors: `bias` and ranks, which AdaLoRA's configs
 `trainable_token_indices`.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,7 @@ Bias = Literal["none", "all", "lora_only"]
 TokenIndices = Sequence[int] | Mapping[str, Sequence[int]] | None
 Ranges = Sequence[Sequence[int]] | None  # of layers, each without its end
 _MOST_LAYERS = 4096
+_LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
 NEUTRAL: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
@@ -48,6 +50,12 @@ def check_count(name: str, value: object, lowest: int = 1) -> None:
     """ConfigError for what is no number of ranks, or steps."""
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < 1 << 31:
         raise ConfigError(f"{name} is {printable(repr(value))}; it must be a whole number, from {lowest} to 2^31 - 1")
+
+
+def check_number(name: str, value: object) -> None:
+    """ConfigError for what no factor of a weight can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+        raise ConfigError(f"{name} is {printable(repr(value))}; it must be a finite number")
 
 
 def check_dropout(name: str, value: object) -> None:

@@ -127,6 +127,15 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_weights": st.sampled_from([True, False, "mini"]),
         "bias": st.sampled_from(["none", "all", "MiSS_only"]),
     },
+    "DELORA": {
+        "r": st.integers(1, 512),
+        "delora_lambda": numbers,
+        "module_dropout": st.floats(0, 1, exclude_max=True),
+        "bias": st.sampled_from(["none", "all", "delora_only"]),
+        "init_weights": st.booleans(),
+        "rank_pattern": st.none() | st.dictionaries(patterns, st.integers(1, 64), max_size=3),
+        "lambda_pattern": st.none() | st.dictionaries(patterns, numbers, max_size=3),
+    },
     "HIRA": {
         "r": st.integers(1, 512),
         "hira_dropout": st.floats(0, 1, exclude_max=True),

@@ -39,6 +39,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "HIRA": [{"r": 4}],
     "LOKR": [{"r": 4, "alpha": 6}, {"r": 16, "decompose_factor": 4}],
     "RANDLORA": [{"r": 32}],
+    "DELORA": [{"r": 4}],
 }
 PLAIN, OTHER = (METHODS[name](target_modules=["0"], **SETTINGS[name][0]) for name in ("LORA", "IA3"))
 CASES = [METHODS[name](target_modules=["0"], **one) for name in METHODS for one in SETTINGS[name]]

@@ -84,7 +84,7 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("LORA", _LORA),
         ("ADALORA", _ADALORA),
         ("IA3", _IA3),
-        *((kind, _LORA) for kind in ("LOHA", "LOKR", "MISS", "HIRA")),
+        *((kind, _LORA) for kind in ("LOHA", "LOKR", "MISS", "HIRA", "DELORA")),
     )
 }
 

@@ -98,8 +98,7 @@ def _written(
     sites: dict[str, Params] = {}
     shared: dict[str, Tensor] = {}
     layers = adapted_layers(root)
-    repeated = injected(root).configs[adapter].repeats_rows
-    for name, layer in (_every(root, adapter) if repeated else _layers(root, adapter)).items():
+    for name, layer in (_every(root, adapter) if own.repeats_rows else _layers(root, adapter)).items():
         one = layer.fitted[adapter]
         there = spelled(layers, name, adapter)
         specs[there] = one.method.tensors(layer.site)

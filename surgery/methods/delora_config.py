@@ -1,0 +1,70 @@
+"""DeloraConfig: DeLoRA's settings, and the method that they mean at a site."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.patterns import PatternTable
+from surgery.core.select import pattern_value
+from surgery.errors import ConfigError, printable
+from surgery.methods.delora import Delora
+from surgery.methods.lora_fields import check_count, check_dropout, check_number
+
+Bias = Literal["none", "all", "delora_only"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeloraConfig(AdapterConfig):
+    """DeLoRA's settings, named as in PEFT: W + B D A * w, of A [r, in], B [out, r] and D = lambda / r / (|A_i| |B_i|).
+
+    `delora_lambda` is what lambda begins as, a number that is trained; w [in] holds the norms of the inputs of W as it
+    began. https://arxiv.org/abs/2503.18225
+
+    >>> DeloraConfig(r=8, lambda_pattern={"v_proj": 5}).method("layers.0.v_proj").bound
+    5.0
+    """
+
+    peft_type: ClassVar[str] = "DELORA"
+    spellings: ClassVar[Mapping[str, Spelling]] = {
+        "delora_A": Spelling("A"),
+        "delora_B": Spelling("B"),
+        "delora_lambda": Spelling("l"),
+        "delora_w_norm": Spelling("w"),
+    }
+    neutral: ClassVar[Mapping[str, Any]] = {}
+
+    r: int = 8
+    delora_lambda: float = 15
+    module_dropout: float = 0.0
+    bias: Bias = "none"  # which biases of the base are trained
+    init_weights: bool = True
+    rank_pattern: Mapping[str, int] | None = field(default_factory=dict)
+    lambda_pattern: Mapping[str, float] | None = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("r", self.r)
+        check_number("delora_lambda", self.delora_lambda)
+        check_dropout("module_dropout", self.module_dropout)
+        if self.bias not in ("none", "all", "delora_only"):
+            raise ConfigError(f"bias is {printable(self.bias)!r}; 'none', 'all' or 'delora_only' is wanted")
+        for key, rank in (self.rank_pattern or {}).items():
+            check_count(f"rank_pattern[{printable(key)!r}]", rank)
+        for key, bound in (self.lambda_pattern or {}).items():
+            check_number(f"lambda_pattern[{printable(key)!r}]", bound)
+
+    def biases(self) -> str:
+        return self.bias
+
+    def told(self, name: str) -> Mapping[str, float]:
+        return {"r": self.method(name).r}
+
+    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
+        tables = {"rank_pattern": self.rank_pattern, "lambda_pattern": self.lambda_pattern}
+        return {field: table.unused(names) for field, table in tables.items() if isinstance(table, PatternTable)}
+
+    def method(self, name: str) -> Delora:
+        r = pattern_value(self.rank_pattern or {}, name, self.r)
+        bound = pattern_value(self.lambda_pattern or {}, name, self.delora_lambda)
+        return Delora(1.0, r, float(bound), dropout=self.module_dropout, zero=self.init_weights)
