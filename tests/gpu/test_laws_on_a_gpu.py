@@ -6,7 +6,19 @@ import torch
 from device import DEVICE, all_there, here, there
 from op_examples import IN, OUT, site_of
 from rational import same_bits
-from test_laws_of_methods import EPS, Below, beside, each_case, each_with_steps, given, magnitude, matrices, stored_tiles, told, trained
+from test_laws_of_methods import (
+    EPS,
+    Below,
+    beside,
+    each_case,
+    each_with_steps,
+    given,
+    magnitude,
+    matrices,
+    stored_tiles,
+    told,
+    trained,
+)
 from torch import Tensor
 
 from surgery.codecs import FORMS
@@ -128,7 +140,9 @@ def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op
     p = told(method, op, base.weight, p)
     off = method.spread(p, WHOLE) + method.relative_spread(p, WHOLE) * merged.weight.abs()
     if isinstance(method, Mixing):
-        off = method.strayed(base.weight, there(torch.zeros(OUT, IN).double()), method.prepared(p, exact_product), WHOLE)
+        off = method.strayed(
+            base.weight, there(torch.zeros(OUT, IN).double()), method.prepared(p, exact_product), WHOLE
+        )
     biases = beside(op, base.bias.abs() + merged.bias.abs())
     rounding = (IN + 2) * EPS * (magnitude(op, x, base.weight) + magnitude(op, x, merged.weight) + biases)
     assert bool((apart <= magnitude(op, x, off.expand(OUT, IN)) + rounding).all())

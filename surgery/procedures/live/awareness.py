@@ -23,11 +23,11 @@ def holdings(
 
     ConfigError for dropout, StateError beside an adapter of another format, MatchError for what is not held so.
     """
-    dropout = next((getattr(config, one.name) for one in fields(config) if one.name == "lora_dropout"), 0)
-    if dropout:
+    drops = [one.name for one in fields(config) if one.name.endswith("_dropout") and getattr(config, one.name)]
+    if drops:
         raise ConfigError(
-            f"lora_dropout is {dropout}; a quantization-aware adapter acts in the weight and has no input of its own "
-            "that could be dropped; set it to 0"
+            f"{drops[0]} is {getattr(config, drops[0])}; a quantization-aware adapter acts in the weight and has no "
+            "input of its own that could be dropped; set it to 0"
         )
     found = {}
     for name, (site, method, _) in sites.items():
