@@ -99,4 +99,4 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _check_number(field: str, value: object, below: float = 1e30) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
-        raise ConfigError(f"{field} is {printable(value)!r}; it must be a number, at least 0 and below {below:g}")
+        raise ConfigError(f"{field} is {printable(repr(value))}; it must be a number, at least 0 and below {below:g}")
