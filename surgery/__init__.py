@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora_config import AdaLoraConfig
     from surgery.methods.ia3 import IA3Config
+    from surgery.methods.ln_tuning import LNTuningConfig
     from surgery.methods.lora_config import LoraConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
     from surgery.procedures.checking.diff import DiffReport
@@ -79,6 +80,7 @@ _HOMES = {
     "IA3Config": "methods.ia3",
     "InputError": "errors",
     "Inspection": "procedures.checking.inspect",
+    "LNTuningConfig": "methods.ln_tuning",
     "LoraConfig": "methods.lora_config",
     "MatchError": "errors",
     "MergeReport": "procedures.writing.merge_checkpoint",
@@ -132,6 +134,7 @@ __all__ = [
     "IA3Config",
     "InputError",
     "Inspection",
+    "LNTuningConfig",
     "LoraConfig",
     "MatchError",
     "MergeReport",

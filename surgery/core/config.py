@@ -79,6 +79,7 @@ class AdapterConfig(ABC, metaclass=OfFields):
     reasons: ClassVar[Mapping[str, str]] = {}  # why another value of those is refused, and the next step
     by_ends: ClassVar[frozenset[str]] = frozenset()  # fields that list ends of names, from whatever character on
     unwritten: ClassVar[frozenset[str]] = frozenset()  # what PEFT's lacks: in the JSON only where it is set
+    copied: ClassVar[str] = ""  # what holds its copies of the modules that it targets, where it trains these whole
     repeats_rows: ClassVar[bool] = False  # do its files hold the rows that it replaces for each of tied modules?
 
     target_modules: str | Sequence[str] | None = None

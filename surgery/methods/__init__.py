@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.ia3 import IA3Config
+from surgery.methods.ln_tuning import LNTuningConfig
 from surgery.methods.lora_config import LoraConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
 
@@ -13,4 +14,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "IA3": IA3Config,
     "ADALORA": AdaLoraConfig,
     "TRAINABLE_TOKENS": TrainableTokensConfig,
+    "LN_TUNING": LNTuningConfig,
 }

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import surgery
-from surgery import AdaLoraConfig, AdapterConfig, IA3Config, LoraConfig, StateError, UsageError
+from surgery import (
+    AdaLoraConfig,
+    AdapterConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    StateError,
+    TrainableTokensConfig,
+    UsageError,
+)
 from surgery.methods import METHODS
 
 BASE = "__base__"
@@ -35,13 +44,18 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "ia3": lambda _: IA3Config(target_modules="0|2", feedforward_modules=[]),
     "ia3 of inputs": lambda _: IA3Config(target_modules="0|2", feedforward_modules="0|2"),
     "adalora": lambda r: AdaLoraConfig(init_r=r, target_r=1, total_step=9, target_modules="0|2"),
+    "trainable tokens": lambda r: TrainableTokensConfig(token_indices=[1, 0, 3, 4][:r], target_modules="0|2"),
+    "ln_tuning": lambda _: LNTuningConfig(target_modules="0|2"),
 }
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")
+EVERYWHERE = ("lora", "ln_tuning")
 CASES = [
     (layer, rule)
     for layer in LAYERS
     for rule in RULES
-    if layer in ON_LINEAR or rule == "lora" or (layer == "convolution" and ("ia3" in rule or rule == "adalora"))
+    if (layer in ON_LINEAR and (layer, rule) != ("conv1d", "trainable tokens"))
+    or rule in EVERYWHERE
+    or (layer == "convolution" and ("ia3" in rule or rule == "adalora"))
 ]
 
 

@@ -174,7 +174,7 @@ def _notes(adapter: Adapter) -> list[str]:
     config, where = adapter.config, printable(adapter.where)
     notes = [
         f"{where}: target_modules entry {printable(entry)!r} has no tensors"
-        for entry in unmatched(config, adapter.sites.keys())
+        for entry in unmatched(config, {*adapter.sites, *adapter.targets})
     ]
     notes += [
         f"{where}: {field} entry {printable(entry)!r} matches no tensors"
