@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from surgery.methods.delora_config import DeloraConfig
     from surgery.methods.hira import HiraConfig
     from surgery.methods.ia3 import IA3Config
+    from surgery.methods.ln_tuning import LNTuningConfig
     from surgery.methods.loha import LoHaConfig
     from surgery.methods.lokr_config import LoKrConfig
     from surgery.methods.lora_config import LoraConfig
@@ -92,6 +93,7 @@ _HOMES = {
     "Inspection": "procedures.checking.inspect",
     "LoHaConfig": "methods.loha",
     "LoKrConfig": "methods.lokr_config",
+    "LNTuningConfig": "methods.ln_tuning",
     "LoraConfig": "methods.lora_config",
     "MatchError": "errors",
     "MergeReport": "procedures.writing.merge_checkpoint",
@@ -152,6 +154,7 @@ __all__ = [
     "IA3Config",
     "InputError",
     "Inspection",
+    "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",

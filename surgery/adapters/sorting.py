@@ -38,7 +38,8 @@ def sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: 
     if config.ties():
         sorting.settle_ties()
     config = _told_of_rows(config, sorting.sites, where)
-    _check_complete(config, sorting.sites, where)
+    if not sorting.targets:
+        _check_complete(config, sorting.sites, where)
     _check_shared(config, sorting.shared, where)
     config = config.as_shaped({name: _shapes(held) for name, held in sorting.sites.items()})
     _resolve(config, sorting.sites, where)
@@ -50,6 +51,7 @@ def sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: 
         sorting.ops,
         where,
         sha256,
+        targets=frozenset(sorting.targets),
         biases=frozenset(sorting.biases),
     )
     return adapter.sharing(sorting.shared) if sorting.shared else adapter
@@ -66,6 +68,7 @@ class _Sorting:
         self.saved: dict[str, Tensor] = {}
         self.copies: dict[str, Tensor] = {}
         self.ops: dict[str, str] = {}
+        self.targets: set[str] = set()
         self.biases: set[str] = set()
 
     def take(self, found: Found) -> None:
@@ -78,6 +81,8 @@ class _Sorting:
             self._share(role, found)
         elif spelled is not None and dtype.is_floating_point:
             self._at_site(name, spelled, found)
+        elif self.config.copied and f".{self.config.copied}." in name:
+            self._of_target(name, found)
         elif name.endswith(".base_layer.weight"):
             self._put(self.copies, in_base(name), found)
         elif self._is_bias(name):
@@ -89,8 +94,12 @@ class _Sorting:
         else:
             raise FormatError(
                 f"{printable(self.where)}: no place for {printable(found.info.name)} ({SPELLINGS[dtype]}); "
-                f"{self.config.peft_type} tensors end in {', '.join(self.endings)}; was it renamed?"
+                f"{self.config.peft_type} tensors {self._wanted}; was it renamed?"
             )
+
+    @property
+    def _wanted(self) -> str:
+        return f"lie in {self.config.copied}" if self.config.copied else f"end in {', '.join(self.endings)}"
 
     def settle_ties(self) -> None:
         """What looks like the base's own, and is what a trained module has, is tied to that."""
@@ -121,6 +130,12 @@ class _Sorting:
         self.sites[site][role] = found
         if op is not None:
             self.ops[site] = op
+
+    def _of_target(self, name: str, found: Found) -> None:
+        """Of what lies deeper in the module than it does itself, PEFT leaves the adapter's name there."""
+        module, _, own = name.partition(f".{self.config.copied}.")
+        self.targets.add(module)
+        self._put(self.saved, f"{module}.{own.partition('.')[2] or own}", found)
 
     def _is_bias(self, name: str) -> bool:
         """Is it one of the base's own biases, which this config trains?"""

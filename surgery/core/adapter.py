@@ -113,6 +113,7 @@ class Adapter:
     commit: str | None = None
     files: tuple[str, ...] = ()  # those of `sha256` that are files
     trained_on: Mapping[str, tuple[TensorInfo, str]] = field(default_factory=dict)  # base tensors, with their sha256
+    targets: frozenset[str] = frozenset()  # modules of `saved` that its config targets; the others it saves besides
     biases: frozenset[str] = frozenset()  # those of `saved` that are single biases of the base
     mha_out_proj_scale: int | None = None  # how often a delta of out_proj in its files counts, if there is one
     shared: Mapping[str, Tensor] = field(default_factory=dict)  # by role: those that all sites have, among their own

@@ -62,8 +62,14 @@ def injected(root: nn.Module) -> State:
 def refuse_merged(root: nn.Module, what: str) -> None:
     """StateError while adapters are merged, or a batch is mixed."""
     refuse_mixed(root, what)
-    if state_of(root) is not None and any(layer.merged is not None for layer in adapted_layers(root).values()):
+    if state_of(root) is not None and is_merged(root):
         raise StateError(f"cannot {what} while adapters are merged; unmerge first")
+
+
+def is_merged(root: nn.Module) -> bool:
+    """Does the model hold adapters as its own?"""
+    layers, holders = adapted_layers(root).values(), replaced_modules(root).values()
+    return any(layer.merged is not None for layer in layers) or any(holder.merged for holder in holders)
 
 
 def refuse_mixed(root: nn.Module, what: str) -> None:

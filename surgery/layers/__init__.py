@@ -2,7 +2,7 @@
 
 from surgery.layers.adapted import Adapted, base_of
 from surgery.layers.mixed import BASE, Rows
-from surgery.layers.replaced import Replaced
+from surgery.layers.replaced import Replaced, Spelled
 from surgery.layers.slot import SharedSlot, Slot
 
-__all__ = ["BASE", "Adapted", "Replaced", "Rows", "SharedSlot", "Slot", "base_of"]
+__all__ = ["BASE", "Adapted", "Replaced", "Rows", "SharedSlot", "Slot", "Spelled", "base_of"]

@@ -1,4 +1,4 @@
-"""Replaced: a module of `modules_to_save`, with a trained copy of it for each adapter."""
+"""Replaced: a module that adapters train whole, with a copy of it for each."""
 
 from typing import Any, NamedTuple
 
@@ -17,21 +17,42 @@ class Apart(NamedTuple):
     rows: Rows
 
 
+class Spelled(NamedTuple):
+    """What a live model calls the module itself, and what holds the copies."""
+
+    original: str = "original_module"
+    copies: str = "modules_to_save"
+
+
 class Replaced(nn.Module):
-    """Runs the active adapter's copy, or `original_module`. Spelled as PEFT does."""
+    """Runs the active adapter's copy, or the original. Spelled as PEFT does, for the adapter that came first."""
 
     apart: Apart | None = None
+    spelled = Spelled()
+    merged = False  # does the copy that runs count as the model's own, until it is unmerged?
 
-    def __init__(self, original_module: nn.Module) -> None:
+    def __init__(self, original: nn.Module, spelled: Spelled = spelled) -> None:
         super().__init__()
-        self.original_module = original_module
-        self.modules_to_save = nn.ModuleDict()
+        self.spelled = spelled
+        self.add_module(spelled.original, original)
+        self.add_module(spelled.copies, nn.ModuleDict())
         self.active: tuple[str, ...] = ()
         self.enabled = True
 
+    @property
+    def original(self) -> nn.Module:
+        return self.get_submodule(self.spelled.original)
+
+    @property
+    def copies(self) -> nn.ModuleDict:
+        """By adapter."""
+        held = self._modules[self.spelled.copies]
+        assert isinstance(held, nn.ModuleDict)
+        return held
+
     def activate(self, adapters: tuple[str, ...], enabled: bool) -> None:
         """The last of `adapters` that has a copy runs from now on, if `enabled`."""
-        self.active = tuple(name for name in adapters if name in self.modules_to_save)
+        self.active = tuple(name for name in adapters if name in self.copies)
         self.enabled = enabled
         self.apart = None
 
@@ -43,8 +64,8 @@ class Replaced(nn.Module):
     @property
     def running(self) -> nn.Module:
         if self.enabled and self.active:
-            return self.modules_to_save[self.active[-1]]
-        return self.original_module
+            return self.copies[self.active[-1]]
+        return self.original
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.apart is None:
@@ -57,13 +78,13 @@ class Replaced(nn.Module):
         return self.apart.rows.apart(x, lambda name, part, _: self._copy(name)(part, *rest, **kwargs))
 
     def _copy(self, adapter: str) -> nn.Module:
-        return self.original_module if adapter == BASE else self.modules_to_save[adapter]
+        return self.original if adapter == BASE else self.copies[adapter]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "modules_to_save"):
+            if name in self.spelled:  # while being unpickled
                 raise
             found = getattr(self.running, name)
             if self.apart is not None and isinstance(found, Tensor):

@@ -7,6 +7,7 @@ from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.delora_config import DeloraConfig
 from surgery.methods.hira import HiraConfig
 from surgery.methods.ia3 import IA3Config
+from surgery.methods.ln_tuning import LNTuningConfig
 from surgery.methods.loha import LoHaConfig
 from surgery.methods.lokr_config import LoKrConfig
 from surgery.methods.lora_config import LoraConfig
@@ -31,4 +32,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "LOKR": LoKrConfig,
     "RANDLORA": RandLoraConfig,
     "DELORA": DeloraConfig,
+    "LN_TUNING": LNTuningConfig,
 }

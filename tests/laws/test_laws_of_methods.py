@@ -119,9 +119,10 @@ def made(name: str, **settings: Any) -> Method:
     return METHODS[name](**NEEDED.get(name, {}) | settings).method("layer")
 
 
+AT_SITES = [name for name, config in METHODS.items() if not config.copied]  # those that copy modules compute nothing
 CASES = [
     pytest.param(made(name, **settings), op, id=f"{name}-{index}-{example}")
-    for name in METHODS
+    for name in AT_SITES
     for index, settings in enumerate([{}, *VARIANTS.get(name, [])])
     for example, op in EXAMPLES.items()
     if (name, example) not in UNFIT and not any(op.name not in ops and key in settings for key, ops in ONLY.items())
@@ -137,7 +138,7 @@ each_step = pytest.mark.parametrize(
 )
 each_lasting = pytest.mark.parametrize(("method", "op"), [one for one in CASES if not one.values[0].replaced_rows])
 each_op = pytest.mark.parametrize("op", [op for op in EXAMPLES.values() if op.groups == 1], ids=lambda op: op.name)
-each_pair = pytest.mark.parametrize(("name", "example"), [(n, e) for n in METHODS for e in EXAMPLES], ids=str)
+each_pair = pytest.mark.parametrize(("name", "example"), [(n, e) for n in AT_SITES for e in EXAMPLES], ids=str)
 
 
 @pytest.fixture(autouse=True)

@@ -138,7 +138,8 @@ def test_a_config_without_modules_adapts_those_that_it_adapts_in_peft(model: str
 
 def test_every_default_of_peft_is_known() -> None:
     constants = pytest.importorskip("peft.utils.constants")
-    tables = {kind: getattr(constants, f"TRANSFORMERS_MODELS_TO_{kind}_TARGET_MODULES_MAPPING") for kind in DEFAULTS}
+    called = {kind: f"TRANSFORMERS_MODELS_TO_{kind.replace('_', '')}_TARGET_MODULES_MAPPING" for kind in DEFAULTS}
+    tables = {kind: getattr(constants, name) for kind, name in called.items()}
     for kind, table in tables.items():
         assert {name: sorted(one) for name, one in table.items()} == {
             name: sorted(one.targets) for name, one in DEFAULTS[kind].items()

@@ -16,11 +16,13 @@ from surgery import (
     AdaLoraConfig,
     AdapterConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
     MissConfig,
     StateError,
+    TrainableTokensConfig,
     UsageError,
 )
 from surgery.methods import METHODS
@@ -45,17 +47,22 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "ia3": lambda _: IA3Config(target_modules="0|2", feedforward_modules=[]),
     "ia3 of inputs": lambda _: IA3Config(target_modules="0|2", feedforward_modules="0|2"),
     "adalora": lambda r: AdaLoraConfig(init_r=r, target_r=1, total_step=9, target_modules="0|2"),
+    "trainable tokens": lambda r: TrainableTokensConfig(token_indices=[1, 0, 3, 4][:r], target_modules="0|2"),
+    "ln_tuning": lambda _: LNTuningConfig(target_modules="0|2"),
     "miss": lambda r: MissConfig(r=r, target_modules="0|2"),
     "loha": lambda r: LoHaConfig(r=r, alpha=4, init_weights=False, target_modules="0|2"),
     "lokr": lambda r: LoKrConfig(r=r, alpha=4, init_weights=False, target_modules="0|2"),
 }
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")
-WHERE: dict[str, set[str]] = {  # the layers that are tried beside linear ones, or in their place; LoRA on all
+EVERYWHERE = ("lora", "ln_tuning")
+WHERE: dict[str, set[str]] = {  # the layers that a rule is tried on, if not on linear ones
     **{rule: {*ON_LINEAR, "convolution"} for rule in ("ia3", "ia3 of inputs", "adalora")},
-    "miss": {"linear", "linear of sequences"},
+    **{rule: {"linear", "linear of sequences"} for rule in ("trainable tokens", "miss")},
     **{rule: {one for one in LAYERS if one.startswith("linear") or "convolution" in one} for rule in ("loha", "lokr")},
 }
-CASES = [(layer, rule) for layer in LAYERS for rule in RULES if (rule == "lora" or layer in WHERE.get(rule, ON_LINEAR))]
+CASES = [
+    (layer, rule) for layer in LAYERS for rule in RULES if (rule in EVERYWHERE or layer in WHERE.get(rule, ON_LINEAR))
+]
 
 
 def whole_numbers(net: nn.Module) -> nn.Module:

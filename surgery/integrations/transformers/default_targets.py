@@ -78,12 +78,38 @@ _IA3 = (
     Default(("k", "v", "wo"), "t5", ("wo",)),
     Default(("k", "v", "wi_1"), "mt5"),
 )
+_LN_TUNING = (
+    Default(("input_layernorm", "post_attention_layernorm", "norm"), "gemma llama mistral"),
+    Default(("input_layernorm", "post_attention_layernorm", "ln_f"), "bloom falcon"),
+    Default(
+        ("multi_modal_projector", "input_layernorm", "post_attention_layernorm", "norm", "embed_tokens", "lm_head"),
+        "llava",
+    ),
+    Default(("layer_norm", "final_layer_norm"), "mt5 t5"),
+    Default(("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"), "bart"),
+    Default(("ln_1", "ln_2", "ln_f"), "gpt2"),
+    Default(("layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"), "blip-2"),
+    Default(("ln_1", "ln_f"), "gptj"),
+    Default(("input_layernorm", "final_layernorm"), "phi"),
+    Default(
+        (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+            "norm",
+        ),
+        "gemma2 gemma3_text",
+    ),
+    Default(("post_attention_layernorm",), "qwen2 qwen3"),
+)
 DEFAULTS: Mapping[str, Mapping[str, Default]] = {
     kind: {one: default for default in table for one in default.types.split()}
     for kind, table in (
         ("LORA", _LORA),
         ("ADALORA", _ADALORA),
         ("IA3", _IA3),
+        ("LN_TUNING", _LN_TUNING),
         *((kind, _LORA) for kind in ("LOHA", "LOKR", "MISS", "HIRA", "DELORA")),
     )
 }

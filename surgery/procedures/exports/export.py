@@ -23,7 +23,7 @@ from surgery.formats.onnx.links import DATA, GRAPH
 from surgery.formats.onnx.stored import Weights, weights_of
 from surgery.formats.onnx.trace import trace
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.hosts.tree import adapted_layers
+from surgery.hosts.tree import adapted_layers, is_merged
 from surgery.hosts.twin import Decoded, Weightless, aliases, exactly, weightless
 from surgery.io.lazy import Lazy, write_tensors
 from surgery.io.staging import Staging
@@ -209,7 +209,7 @@ def _merged(root: nn.Module) -> Iterator[State]:
 
 
 def _has_adapters(root: nn.Module) -> bool:
-    return any(layer.running or layer.merged is not None for layer in adapted_layers(root).values())
+    return is_merged(root) or any(layer.running for layer in adapted_layers(root).values())
 
 
 def _decoded(root: nn.Module) -> Decoded:

@@ -4,7 +4,7 @@ from torch import nn
 
 from surgery.errors import StateError
 from surgery.hosts.quantized import release
-from surgery.hosts.tree import places, refuse_mixed, set_state, state_of
+from surgery.hosts.tree import is_merged, places, refuse_mixed, set_state, state_of
 from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import lift_bias
 from surgery.procedures.live.merge import unmerge
@@ -21,7 +21,7 @@ def eject(root: nn.Module, keep_merged: bool = False) -> None:
     if state is None:
         raise StateError("eject: the model has no adapters; inject or load one first")
     refuse_mixed(root, "eject")
-    merged = any(isinstance(p.module, Adapted) and p.module.merged is not None for p in places(root))
+    merged = is_merged(root)
     if keep_merged and not merged:
         raise StateError("eject: keep_merged, but nothing is merged; merge the model first")
     if merged and not keep_merged:
@@ -46,5 +46,5 @@ def _unwrap(root: nn.Module, keep_merged: bool) -> None:
         if isinstance(place.module, Adapted):
             place.parent._modules[place.key] = place.module.base_layer
         elif isinstance(place.module, Replaced):
-            kept = place.module.running if keep_merged else place.module.original_module
+            kept = place.module.running if keep_merged else place.module.original
             place.parent._modules[place.key] = kept

@@ -12,11 +12,11 @@ from surgery.core.collector import collector_paused
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params
 from surgery.core.room import Room
-from surgery.errors import MatchError, StateError, UsageError, printable
+from surgery.errors import ConfigError, MatchError, StateError, UsageError, printable
 from surgery.hosts.of_peft import refuse_adapters_of_peft
 from surgery.hosts.quantized import hold, is_quantized
 from surgery.hosts.tree import State, adapted_layers, refuse_merged, set_state, state_of
-from surgery.layers import Adapted, Replaced, SharedSlot, Slot
+from surgery.layers import Adapted, Replaced, SharedSlot, Slot, Spelled
 from surgery.layers.aware import Holding
 from surgery.procedures.places.biases import Biases, lay_biases, refuse_clash, run_biases
 from surgery.procedures.places.model_tree import Tree, wrap
@@ -43,8 +43,15 @@ class Fitting:
     rooms: Mapping[str, Room] = dataclasses.field(default_factory=dict)  # by site, where tensors are held with room
     heads: Heads = dataclasses.field(default_factory=dict)  # sites that have the factors of another
 
+    def spelled(self, name: str) -> Spelled:
+        """How the model spells the copies of a module."""
+        targets = self.config.target_modules if self.config.copied else None
+        return Spelled("base_layer", self.config.copied) if name in (targets or ()) else Replaced.spelled
+
     def weighted(self, weight: float) -> "Fitting":
-        """The same, `weight` times as strong."""
+        """The same, `weight` times as strong. ConfigError where copies of modules are all that it is."""
+        if self.config.copied:
+            raise ConfigError(f"its weight is {weight}; {self.config.peft_type} replaces modules; 1 is wanted")
         sites = {name: (site, method.weighted(weight), p) for name, (site, method, p) in self.sites.items()}
         return replace(self, sites=sites)
 
@@ -73,6 +80,7 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
 def _refuse_unfit(tree: Tree, fitting: Fitting) -> None:
     """An error by name for what this model cannot hold."""
     _refuse_quantized_copies(tree, fitting)
+    _refuse_copies_of_adapted(tree, fitting)
     refuse_shares(tree, fitting.saved, "modules_to_save names it")
     refuse_shares(tree, fitting.biases, "its bias would be trained")
     refuse_shares(tree, fitting.aware, "the adapter would be aware of its format")
@@ -89,6 +97,26 @@ def _refuse_quantized_copies(tree: Tree, fitting: Fitting) -> None:
                 f"{printable(name)}: modules_to_save names it, and its weight is quantized, which no gradient can "
                 "train; leave it out there, or load the model with it skipped"
             )
+
+
+def _refuse_copies_of_adapted(tree: Tree, fitting: Fitting) -> None:
+    """MatchError for copies of what other adapters lie over, or within what is copied: they would be copied with it."""
+    targets = frozenset(fitting.config.target_modules or ()) if fitting.config.copied else frozenset[str]()
+    for name in fitting.saved:
+        field = "target_modules" if name in targets else "modules_to_save"
+        if any(isinstance(one, Adapted | Replaced) for one in _within(tree.modules[name])):
+            raise MatchError(
+                f"{printable(name)}: {field} names it, and an adapter lies over it or within it; leave it out there, "
+                "or delete that adapter first"
+            )
+        outer = next((other for other in fitting.saved if name.startswith(f"{other}.")), None)
+        if outer is not None and fitting.config.copied:
+            raise MatchError(f"{printable(name)}: it lies in {printable(outer)}, which is copied too; name one of them")
+
+
+def _within(module: nn.Module) -> Iterator[nn.Module]:
+    """All that a copy of the model's own module would hold, of what may have copies already."""
+    return (module.original if isinstance(module, Replaced) else module).modules()
 
 
 def _frozen(tree: Tree) -> State:
@@ -151,8 +179,8 @@ def _lay_copies(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> 
     touched = []
     for name, tensors in fitting.saved.items():
         module = tree.modules[name]
-        holder = module if isinstance(module, Replaced) else wrap(tree, module, Replaced(module))
-        holder.modules_to_save[adapter] = _copied(holder.original_module, tensors, trainable)
+        holder = module if isinstance(module, Replaced) else wrap(tree, module, Replaced(module, fitting.spelled(name)))
+        holder.copies[adapter] = _copied(holder.original, tensors, trainable)
         touched.append(holder)
     if fitting.config.ties():
         tie_copies(tree, adapter, fitting.saved)

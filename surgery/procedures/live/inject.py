@@ -13,6 +13,7 @@ from surgery.core.entries import InPeftTerms, in_peft_terms
 from surgery.core.method import Dense
 from surgery.core.names import Endings, suffix_hits
 from surgery.core.select import kept_out, refuse_unmatched, saved_modules, select, unmatched
+from surgery.errors import UsageError
 from surgery.hosts.holding import Awareness
 from surgery.procedures.live.awareness import holdings
 from surgery.procedures.live.examples import Examples
@@ -53,6 +54,8 @@ def inject(root: nn.Module, config: AdapterConfig, adapter: str, start: Start, t
 def _fresh(tree: Tree, config: AdapterConfig, start: Start) -> Fitting:
     """What `config` lays over the model. MatchError for an entry that hits nothing."""
     chosen = _choose(tree, _with_task_heads(config, tree), start)
+    if chosen.config.copied:
+        return _fresh_copies(tree, chosen.config, chosen.spelled, start)
     heads = tied_heads(tree, chosen.config, chosen.spelled)
     spelled = {name: one for name, one in chosen.spelled.items() if name not in heads}
     spelled |= {name: name for name in heads.values()}
@@ -74,6 +77,16 @@ def _fresh(tree: Tree, config: AdapterConfig, start: Start) -> Fitting:
     aware = {} if start.held is None else holdings(tree.modules, config, sites, start.held)
     biases = dict.fromkeys(trained_modules(tree, config, sites, saved))
     return Fitting(config, sites, saved, aware, biases, heads=heads)
+
+
+def _fresh_copies(tree: Tree, config: AdapterConfig, targets: Collection[str], start: Start) -> Fitting:
+    """Copies of the modules that `config` targets, and of those that it saves besides."""
+    if start.held is not None or start.examples is not None:
+        option = "quantization_aware" if start.held is not None else "examples"
+        raise UsageError(f"{option} is given, and {config.peft_type} trains copies of whole modules; leave it out")
+    besides = saved_modules(config, list(tree.modules), start.as_peft)
+    saved = dict.fromkeys([*targets, *(tree.first_name(name) for name in besides)])
+    return Fitting(config.named(list(targets)), {}, saved)
 
 
 def _no_base() -> Dense:
@@ -104,7 +117,7 @@ def _choose(tree: Tree, config: AdapterConfig, start: Start) -> Chosen:
     adapted = [*first, *parameters]
     for field, entries in () if as_peft else config.unused(adapted).items():
         refuse_unmatched(field, terms.missed(field, entries), adapted)
-    spelled = tree.spelled(first)
+    spelled = {name: name for name in first} if config.copied else tree.spelled(first)
     out = set() if as_peft else kept_out(config, spelled)  # PEFT adapts an attention layer's out_proj all the same
     kept = {name: spelling for name, spelling in spelled.items() if name not in out}
     return Chosen(config, modules, parameters, kept)

@@ -11,13 +11,13 @@ from surgery.adapters import out_proj
 from surgery.adapters.peft import check_shapes, completed
 from surgery.adapters.sorting import drawn_notes
 from surgery.core.adapter import Adapter
-from surgery.core.names import Endings, in_base, nearest, renaming
+from surgery.core.names import Endings, in_base, nearest, owners, renaming
 from surgery.core.sharded import whole
 from surgery.errors import MatchError, printable
 from surgery.hosts.holding import Awareness
 from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.octets import sha256_of
-from surgery.layers import Adapted
+from surgery.layers import Adapted, Replaced
 from surgery.procedures.live.awareness import holdings
 from surgery.procedures.live.fitting import Fitting, check_name, fit
 from surgery.procedures.live.own_weight import base_sha256
@@ -70,6 +70,7 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
     """Where each tensor of an adapter goes in this model. InputError unless all have a place."""
     adapter = fused(tree, adapter)
     given = {name: in_base(_module(tree, adapter, name)) for name in adapter.sites}
+    given |= {name: name for name in sorted(adapter.targets)}
     renamed = renaming(list(dict.fromkeys(given.values())), tree.modules.keys())
     if not renamed:
         absent = next(name for name in given.values() if name not in tree.modules)
@@ -86,7 +87,10 @@ def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
     _check_copies(tree, adapter)
     _check_base(tree, adapter, names)
     sites = _sites_of(tree, adapter, names, alone)
-    saved = _saved(tree, adapter)
+    targets = {name: tree.first_name(names[name]) for name in sorted(adapter.targets)}
+    saved = _saved(tree, adapter, targets)
+    if targets:
+        return Fitting(adapter.config.named(sorted({*targets.values()})), sites, saved)
     sites = with_tied_rows(tree, sites, saved)
     _check_ties(tree, adapter, sites, saved)
     refuse_missing(adapter.config, sites, adapter.where)
@@ -175,14 +179,21 @@ def _check_ties(tree: Tree, adapter: Adapter, sites: Collection[str], saved: Sav
             )
 
 
-def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor] | None]:
-    """The tensors of `modules_to_save` by module, each module whole."""
+def _saved(tree: Tree, adapter: Adapter, targets: Mapping[str, str]) -> dict[str, Mapping[str, Tensor] | None]:
+    """The tensors of `modules_to_save`, and of what is targeted, by module, each module whole.
+
+    `targets` are the model's paths by the adapter's.
+    """
     grouped: dict[str, dict[str, Tensor]] = {}
     roots = sorted((name for name in tree.modules), key=len)
     ends = Endings(adapter.config.modules_to_save or ())
     modules = [name for name in roots if ends.end(name)]
     for name, values in adapter.saved.items():
         if name in adapter.biases:
+            continue
+        target = next((module for module in owners(name) if module in targets), None)
+        if target is not None:
+            grouped.setdefault(targets[target], {})[name.removeprefix(target + ".")] = values
             continue
         owner = next((module for module in modules if name.startswith(module + ".")), None)
         if owner is None and adapter.config.ties() and name.rpartition(".")[0] in tree.modules:
@@ -192,10 +203,12 @@ def _saved(tree: Tree, adapter: Adapter) -> dict[str, Mapping[str, Tensor] | Non
         grouped.setdefault(tree.first_name(owner), {})[name.removeprefix(owner + ".")] = values
     for owner, given in grouped.items():
         module = tree.modules[owner]
-        found, wanted = map(_told, (given, getattr(module, "original_module", module).state_dict()))
+        own = module.original if isinstance(module, Replaced) else module
+        found, wanted = map(_told, (given, own.state_dict()))
         if found != wanted:
+            field = "target_modules" if owner in targets.values() else "modules_to_save"
             raise MatchError(
-                f"{printable(adapter.where)}: {printable(owner)} of modules_to_save holds {found}, and the model's "
+                f"{printable(adapter.where)}: {printable(owner)} of {field} holds {found}, and the model's "
                 f"{wanted}; the same tensors are wanted; is this the adapter's base?"
             )
     return dict(grouped)

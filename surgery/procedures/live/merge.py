@@ -9,8 +9,8 @@ from surgery.core.sharded import rest
 from surgery.errors import StateError, UsageError, printable
 from surgery.hosts.of_peft import refuse_adapters_of_peft
 from surgery.hosts.quantized import is_quantized
-from surgery.hosts.tree import adapted_layers, refuse_merged
-from surgery.layers import Adapted
+from surgery.hosts.tree import adapted_layers, refuse_merged, replaced_modules
+from surgery.layers import Adapted, Replaced
 from surgery.procedures.live.changes import changes_of
 from surgery.procedures.live.held_layers import Landing
 from surgery.procedures.live.in_place import UndoKind, mark_merged, merge_in_place, unmerge_in_place
@@ -46,6 +46,8 @@ def merge(root: nn.Module, undo: UndoKind = "index", landing: Landing | None = N
     for layer in quantized:
         if not is_quantized(layer.base_layer):
             settle(layer, model_dtype)
+    for holder in _copies(root):
+        holder.merged = True
 
 
 def unmerge(root: nn.Module) -> None:
@@ -54,13 +56,16 @@ def unmerge(root: nn.Module) -> None:
     StateError, and nothing changes, if nothing is merged or a merged weight has changed since.
     """
     merged = [layer for layer in adapted_layers(root).values() if layer.merged is not None]
-    if not merged:
+    holders = [holder for holder in replaced_modules(root).values() if holder.merged]
+    if not merged and not holders:
         raise StateError("unmerge: nothing is merged; merge the model first")
     rest(root)
     unmerge_in_place([layer for layer in merged if layer.beneath is None])
     for layer in merged:
         put_back(layer)
         mark_merged(layer, None)
+    for holder in holders:
+        holder.merged = False
 
 
 def _running(root: nn.Module) -> Mapping[str, Adapted]:
@@ -68,9 +73,14 @@ def _running(root: nn.Module) -> Mapping[str, Adapted]:
     refuse_merged(root, "merge again")
     rest(root)
     layers = {name: layer for name, layer in adapted_layers(root).items() if layer.running}
-    if not layers:
+    if not layers and not _copies(root):
         refuse_adapters_of_peft(root)
         raise StateError("merge: no active adapter; inject one, or set_adapter and enable_adapters")
     if stack_of(root) is not None:
         raise merge_refusal("merge")
     return layers
+
+
+def _copies(root: nn.Module) -> list[Replaced]:
+    """The modules of which a copy runs: a merge leaves them so."""
+    return [one for one in replaced_modules(root).values() if one.running is not one.original]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from surgery.hosts.quantized import is_quantized
-from surgery.hosts.tree import adapted_layers, injected, places
+from surgery.hosts.tree import adapted_layers, injected, is_merged, places
 from surgery.layers import Adapted, Replaced
 from surgery.layers.trained_bias import OWN, TRAINED
 from surgery.procedures.live.held_layers import Landing
@@ -25,7 +25,7 @@ def merged_state(root: nn.Module) -> Iterator[dict[str, Tensor]]:
     already stays so.
     """
     injected(root)
-    was_merged = any(layer.merged is not None for layer in adapted_layers(root).values())
+    was_merged = is_merged(root)
     if not was_merged:
         quantized = any(is_quantized(layer.base_layer) for layer in adapted_layers(root).values() if layer.running)
         merge(root, "copy", Landing(Treatment(into="16bit" if quantized else None)))
@@ -48,8 +48,9 @@ def plain_state(root: nn.Module) -> dict[str, Tensor]:
         elif isinstance(place.module, Adapted):
             inner[place.name] = "base_layer."
         elif isinstance(place.module, Replaced):
-            running = place.module.running is not place.module.original_module
-            inner[place.name] = f"modules_to_save.{place.module.active[-1]}." if running else "original_module."
+            own, copies = place.module.spelled
+            running = place.module.running is not place.module.original
+            inner[place.name] = f"{copies}.{place.module.active[-1]}." if running else f"{own}."
     named = ((_plain(name, inner), values) for name, values in root.state_dict().items())
     return {name: values for name, values in named if name is not None and name.rpartition(".")[2] not in _BESIDE}
 

@@ -60,7 +60,7 @@ def _mix(root: nn.Module, state: State, names: tuple[str, ...]) -> None:
         if op is None:  # none of its adapters is named
             holder.activate((), state.enabled)
         else:
-            holder.mix(name, op, rows_of(frozenset(holder.modules_to_save)))
+            holder.mix(name, op, rows_of(frozenset(holder.copies)))
     for layer in adapted_layers(root).values():
         if layer.op.roles:
             layer.activate((), state.enabled)
@@ -70,7 +70,7 @@ def _mix(root: nn.Module, state: State, names: tuple[str, ...]) -> None:
 
 def _op_of_copies(holder: Replaced) -> Op | None:
     """The op of a module that is nothing else, so that its rows are told as those of an adapted layer."""
-    op = op_of(holder.original_module)
+    op = op_of(holder.original)
     return None if op is None or op.roles else op
 
 
@@ -110,9 +110,9 @@ def _refuse_whole_batches(root: nn.Module, chosen: set[str]) -> None:
         if adapter in chosen:
             raise StateError(_told(next(iter(modules)), {adapter}, "its bias is trained, which no rows are known of"))
     for name, holder in replaced_modules(root).items():
-        both = chosen & holder.modules_to_save.keys()
+        both = chosen & holder.copies.keys()
         if both and _op_of_copies(holder) is None:
-            kind = type(holder.original_module).__name__
+            kind = type(holder.original).__name__
             raise StateError(_told(name, both, f"modules_to_save replaces a {kind}, of which no rows are known"))
     for name, layer in adapted_layers(root).items():
         both = chosen & layer.fitted.keys()

@@ -34,7 +34,7 @@ def refill(root: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     layers = {name: layer for name, layer in adapted_layers(root).items() if adapter_name in layer.fitted}
     fitting = _as_held(fitting_of(Tree(root), adapter), layers, adapter_name, state.configs[adapter_name])
     fitting = with_zeros(fitting, layers, adapter_name)
-    holders = {name: one for name, one in replaced_modules(root).items() if adapter_name in one.modules_to_save}
+    holders = {name: one for name, one in replaced_modules(root).items() if adapter_name in one.copies}
     _check_same(fitting.sites, layers, adapter)
     _check_tensors(fitting, layers, adapter_name, adapter)
     _check_same(fitting.saved, holders, adapter)
@@ -118,5 +118,5 @@ def _factors(
 
 def _wholes(fitting: Fitting, holders: dict[str, Replaced], adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     for name, holder in holders.items():
-        held, given = holder.modules_to_save[adapter_name].state_dict(), fitting.saved[name] or {}
+        held, given = holder.copies[adapter_name].state_dict(), fitting.saved[name] or {}
         yield from ((f"{name}.{key}", held[key], values) for key, values in given.items())

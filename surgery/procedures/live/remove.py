@@ -43,7 +43,7 @@ def _unfit(place: Place, layer: Adapted, adapters: Sequence[str]) -> None:
 
 
 def _drop(place: Place, holder: Replaced, adapters: Sequence[str]) -> None:
-    for adapter in set(adapters) & holder.modules_to_save.keys():
-        del holder.modules_to_save[adapter]
-    if not holder.modules_to_save:
-        place.parent._modules[place.key] = holder.original_module
+    for adapter in set(adapters) & holder.copies.keys():
+        del holder.copies[adapter]
+    if not holder.copies:
+        place.parent._modules[place.key] = holder.original

@@ -19,6 +19,7 @@ from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.tree import adapted_layers, injected, live_path, places, replaced_modules, spelled
 from surgery.io.durable import remove_other, write_file
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
+from surgery.io.octets import sha256_of
 from surgery.layers import Adapted
 from surgery.layers.running import Tied
 from surgery.methods.lora_config import LoraConfig
@@ -69,8 +70,11 @@ def write(
 
 def _refuse_meta(root: nn.Module, adapter: str) -> None:
     """StateError where there are no values that could be written."""
-    for name, layer in _layers(root, adapter).items():
-        if own_weight(layer).is_meta:
+    held = {name: own_weight(layer) for name, layer in _layers(root, adapter).items()}
+    copies = {name: one.copies[adapter] for name, one in replaced_modules(root).items() if adapter in one.copies}
+    held |= {f"{name}.{key}": values for name, one in copies.items() for key, values in one.state_dict().items()}
+    for name, values in held.items():
+        if values.is_meta:
             raise StateError(
                 f"{printable(name)}: it is on the meta device; give the model its weights before it is saved"
             )
@@ -132,14 +136,22 @@ def _picked(state_dict: Mapping[str, Tensor], layers: Mapping[str, Adapted], nam
 def _replacements(root: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The tensors of `modules_to_save`, and the biases that it trains."""
     found = {}
+    config = injected(root).configs[adapter]
+    targets = _copied(config)
     for name, module in replaced_modules(root).items():
-        if adapter in module.modules_to_save:
-            for key, values in module.modules_to_save[adapter].state_dict().items():
-                live = f"{name}.modules_to_save.{adapter}.{key}"
-                found[f"{name}.{key}"] = values if state_dict is None else _held(state_dict, live)
+        if adapter in module.copies:
+            for key, values in module.copies[adapter].state_dict().items():
+                live = f"{name}.{module.spelled.copies}.{adapter}.{key}"
+                infix = f"{config.copied}.{f'{adapter}.' if '.' in key else ''}" if name in targets else ""
+                found[f"{name}.{infix}{key}"] = values if state_dict is None else _held(state_dict, live)
     for one in written_biases(root, injected(root), adapter):
         found[one.spelling] = one.values if state_dict is None else _held(state_dict, one.held(state_dict))
     return found
+
+
+def _copied(config: AdapterConfig) -> frozenset[str]:
+    """The modules that it targets and trains whole, by the model's paths."""
+    return frozenset(config.target_modules or ()) if config.copied else frozenset()
 
 
 def _held(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
@@ -156,6 +168,20 @@ def _base_print(root: nn.Module, adapter: str) -> Hashed:
     hashes = map(base_sha256, layers.values())
     return {
         name: (info._replace(name=name), digest) for (name, info), digest in zip(infos.items(), hashes, strict=True)
+    } | _targets_print(root, injected(root).configs[adapter])
+
+
+def _targets_print(root: nn.Module, config: AdapterConfig) -> dict[str, tuple[TensorInfo, str]]:
+    """The same of the modules that it trains copies of."""
+    holders = replaced_modules(root)
+    held = {
+        f"{name}.{key}": values
+        for name in sorted(_copied(config))
+        for key, values in holders[name].original.named_parameters()
+    }
+    return {
+        name: (TensorInfo(name, values.dtype, tuple(values.shape)), sha256_of(whole(values)))
+        for name, values in held.items()
     }
 
 
@@ -180,7 +206,7 @@ def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterCo
     """The config with the paths it stands for, so that a reader needs no matching."""
     layers = _layers(root, adapter)
     alone = [name for name, layer in layers.items() if layer.parameter is not None]
-    names = sorted(name for name in layers if spelled(layers, name, adapter) == name)
+    names = sorted([*_copied(config), *(name for name in layers if spelled(layers, name, adapter) == name)])
     resolved = replace(
         config.named(names).with_parameters(alone),
         exclude_modules=_ended(root, names) or None,
@@ -198,8 +224,8 @@ def _resolved(root: nn.Module, config: AdapterConfig, adapter: str) -> AdapterCo
 
 def _replaced(root: nn.Module, adapter: str) -> list[str] | None:
     """Whole names: PEFT takes every module whose name ends in an entry, from whatever letter on."""
-    holders = replaced_modules(root)
-    return [name for name, one in holders.items() if adapter in one.modules_to_save] or None
+    holders, targets = replaced_modules(root), _copied(injected(root).configs[adapter])
+    return [name for name, one in holders.items() if adapter in one.copies and name not in targets] or None
 
 
 def _beginning_at_zero(config: AdapterConfig) -> AdapterConfig:

@@ -34,7 +34,7 @@ def set_adapter(root: nn.Module, adapters: str | Sequence[str]) -> Switched:
     if len(set(chosen)) != len(chosen):
         raise UsageError(f"set_adapter: {list(chosen)}; each adapter may stand once")
     for name, module in replaced_modules(root).items():
-        both = [adapter for adapter in chosen if adapter in module.modules_to_save]
+        both = [adapter for adapter in chosen if adapter in module.copies]
         if len(both) > 1:
             raise UsageError(f"set_adapter: {' and '.join(both)} both replace {name}; only one of them can run")
     return _switch(root, chosen, state.enabled)
@@ -80,7 +80,7 @@ def train_running(root: nn.Module) -> None:
                 if isinstance(values, nn.Parameter):
                     values.requires_grad_(adapter in trained)
     for holder in replaced_modules(root).values():
-        for adapter, module in holder.modules_to_save.items():
+        for adapter, module in holder.copies.items():
             module.requires_grad_(adapter in trained)
     for adapter, modules in state.biases.items():
         for module in modules.values():
@@ -94,6 +94,7 @@ def refuse_untrained(root: nn.Module) -> None:
         return
     refuse_merged(root, "train")
     mine = {id(values) for layer in layers for one in layer.fitted.values() for values in one.held.values()}
+    mine |= {id(values) for holder in replaced_modules(root).values() for values in holder.copies.parameters()}
     trained = [id(one) for one in root.parameters() if one.requires_grad]
     if not trained:
         raise StateError("nothing is to be trained: load the adapter with trainable=True, or inject a fresh one")

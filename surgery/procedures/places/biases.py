@@ -85,7 +85,7 @@ def refuse_clash(tree: Tree, state: State | None, biases: Biases, saved: Collect
                 f"{printable(name)}: modules_to_save names it, and another adapter trains its bias; leave it out"
             )
     for name, module in tree.modules.items() if biases else ():
-        inside = module.original_module.modules() if isinstance(module, Replaced) and name not in saved else ()
+        inside = module.original.modules() if isinstance(module, Replaced) and name not in saved else ()
         if any(own_bias(one) is not None for one in inside):
             raise StateError(
                 f"{printable(name)}: another adapter replaces it (modules_to_save), so that its bias cannot be "

@@ -76,7 +76,7 @@ class Tree:
     def _own(self, name: str) -> nn.Module:
         """The model's own module at `name`."""
         module = self.plain(name)
-        return module.original_module if isinstance(module, Replaced) else module
+        return module.original if isinstance(module, Replaced) else module
 
     def held(self, name: str) -> Mapping[str, nn.Parameter | None]:
         """The parameters of the module at `name`, in its order."""

@@ -33,9 +33,9 @@ def tie_copies(tree: Tree, adapter: str, saved: Collection[str]) -> None:
     for name in saved:
         holder = tree.modules[name]
         assert isinstance(holder, Replaced)
-        for path, original in holder.original_module.named_parameters():
+        for path, original in holder.original.named_parameters():
             owner, _, own = path.rpartition(".")
-            inside = holder.modules_to_save[adapter].get_submodule(owner)
+            inside = holder.copies[adapter].get_submodule(owner)
             mine = inside._parameters[own]
             assert mine is not None
             inside._parameters[own] = held.setdefault(id(original), mine)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from surgery.adapters.peft import check_finite, check_shapes, completed
-from surgery.core.adapter import Layer, Weighted, are_as_told, bias_layers
+from surgery.core.adapter import Adapter, Layer, Weighted, are_as_told, bias_layers
 from surgery.core.name_map import USUAL
-from surgery.core.names import in_base, naming_between, nearest, suffix_hits
+from surgery.core.names import in_base, naming_between, nearest, owners, suffix_hits
 from surgery.core.site import Site
 from surgery.errors import InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
@@ -37,7 +37,7 @@ class Joined:
         self.shared = shared_of(base)
         known |= {} if self.shared is None else self.shared.sites()
         known |= {site.name: site for site in alone.values()}
-        named = [in_base(name) for name in self.adapter.sites]
+        named = [*map(in_base, self.adapter.sites), *_holding(self.adapter)]
         usual = {name: known.get(USUAL.rename(name)) for name in named if name not in known}
         known |= {name: site for name, site in usual.items() if site is not None}
         self.naming = naming_between(named, known, base.in_memory)
@@ -178,3 +178,9 @@ class Joined:
             return f"{printable(self.adapter.where)}: {printable(name)}: {tied}"
         close = ", ".join(printable(other) for other in nearest(name, self.known))
         return f"{told}; nearest there: {close}; is this the adapter's base?"
+
+
+def _holding(adapter: Adapter) -> Sequence[str]:
+    """The modules that hold a weight, of those that an adapter targets and replaces whole."""
+    held = {name.rpartition(".")[0] for name in adapter.saved if name.endswith(".weight")}
+    return sorted(name for name in held if any(owner in adapter.targets for owner in (name, *owners(name))))

@@ -20,7 +20,7 @@ def notes_of(adapter: Adapter) -> list[str]:
     config, where = adapter.config, printable(adapter.where)
     notes = [
         f"{where}: target_modules entry {quoted(entry)} has no tensors"
-        for entry in unmatched(config, adapter.sites.keys())
+        for entry in unmatched(config, {*adapter.sites, *adapter.targets})
     ]
     notes += [
         f"{where}: {field} entry {quoted(entry)} matches no tensors"

@@ -139,7 +139,11 @@ class Wholes:
         )
 
     def _trained(self, name: str) -> str:
-        return printable(name) + ("" if name in self.adapter.biases else " of modules_to_save")
+        """A tensor's name, and the field by which it is there."""
+        if name in self.adapter.biases:
+            return printable(name)
+        targeted = any(owner in self.adapter.targets for owner in owners(name))
+        return printable(name) + (" of target_modules" if targeted else " of modules_to_save")
 
     def _unequal(self, name: str, info: TensorInfo | None) -> MatchError:
         where = printable(self.adapter.where)

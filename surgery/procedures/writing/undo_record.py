@@ -7,7 +7,7 @@ merge changed. No file in it ends in `.safetensors`, which loaders look for.
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from surgery.adapters.peft import check_shapes, open_adapter
-from surgery.core.adapter import Layer, Weighted, bias_layers
+from surgery.core.adapter import Adapter, Layer, Weighted, bias_layers
 from surgery.core.op import Op
 from surgery.core.site import Site, TensorInfo
 from surgery.core.undo import LONGEST
@@ -88,16 +88,17 @@ class UndoRecord:
 
     def changes(self, merged: Checkpoint) -> list[Change]:
         """What was merged into each tensor, in the order in which the originals are written."""
-        adapters = []
-        for index, weight in enumerate(self.weights):
-            read = open_adapter(contained(self.folder, f"adapter-{index}.tensors"), f"adapter-{index}.json")
-            adapters.append(Weighted(read, weight))
         try:
+            laid = {index for field in self.tensors.values() for index, _ in field.get("layers", ())}
+            adapters = {at: Weighted(self._adapter(at), one) for at, one in enumerate(self.weights) if at in laid}
             return [self._change(info, merged, adapters) for info in self.layout.infos() if info.name in self.tensors]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise FormatError(f"{printable(self.folder)}: record.json is damaged ({printable(error)})") from error
 
-    def _change(self, info: TensorInfo, merged: Checkpoint, adapters: Sequence[Weighted]) -> Change:
+    def _adapter(self, index: int) -> Adapter:
+        return open_adapter(contained(self.folder, f"adapter-{index}.tensors"), f"adapter-{index}.json")
+
+    def _change(self, info: TensorInfo, merged: Checkpoint, adapters: Mapping[int, Weighted]) -> Change:
         field = self.tensors[info.name]
         there = merged.at[info.name][1].info if info.name in merged.at else None
         op = ROLES[field["op"]].over(info.shape) if field.get("op") else None
