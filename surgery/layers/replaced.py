@@ -70,7 +70,7 @@ class Replaced(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.apart is None:
             return self.running(*args, **kwargs)
-        args = inputs_of(self.original_module, args, kwargs)
+        args = inputs_of(self.original, args, kwargs)
         if not args:
             return self.running(**kwargs)  # which says what is missing
         x, *rest = args
