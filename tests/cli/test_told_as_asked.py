@@ -19,6 +19,7 @@ CLASHES = [
     (["--fallback", "16bit"], "--fallback is for merges into a format; give --into, or leave it out"),
     (["--min-retained", "1"], "--min-retained is for merges into a format"),
     (["--max-noise", "nought"], "--max-noise"),
+    (["--probes", "-1"], "--probes is -1; a whole number from 0"),
     (["--probes", "4"], "--probes is for merges into a format"),
     (["--rounding", "feedback"], "--rounding is for merges into a format"),
     (["--into", "nf4", "--base-as", "nf4"], "--into nf4 takes no --base-as"),
