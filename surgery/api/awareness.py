@@ -31,10 +31,10 @@ def held_as(asked: str | None, root: nn.Module) -> Iterator[Awareness | None]:
         if asked not in LIVE_FORMS:
             _tell(asked)
     else:
-        opened: list[Checkpoint] = []
         with ExitStack() as stack:
-            yield KeptFiles(lambda: opened.append(stack.enter_context(_files_of(root))) or opened[0])
-        if opened:
+            files = KeptFiles(lambda: stack.enter_context(_files_of(root)))
+            yield files
+        if files.aside:
             _tell(KEEP)
 
 

@@ -93,7 +93,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
 def _check_outputs(outputs: bool, detailed: bool, base_as: str | None) -> None:
     """UsageError where a run of the models is asked for that cannot be, or how to run them and no run."""
     if detailed and not outputs:
-        raise UsageError("verify: `layers` and `inputs` are for a run of the models; give `outputs` too")
+        raise UsageError("verify: `layers`, and inputs, are for a run of the models; give `outputs` too")
     if outputs and base_as is not None:
         raise UsageError("verify: `outputs` are of plain models, and `base_as` makes the base none; leave one out")
 
@@ -103,11 +103,13 @@ def _check_alone(alone: bool, outputs: bool, derivation: Sequence[str]) -> None:
     if not alone:
         raise UsageError("verify: one of adapters and OUT is missing; name BASE, adapters and OUT, or OUT alone")
     if outputs:
-        raise UsageError("verify: `outputs` are compared with those of ADAPTER over BASE; name these too")
+        raise UsageError(
+            "verify: `outputs` are compared with those of adapters over a base; name base and adapters too"
+        )
     if derivation:
         raise UsageError(
             f"verify: {' and '.join(f'`{name}`' for name in derivation)} given, which only a merge that is derived "
-            "anew takes into account; name BASE and ADAPTER too"
+            "anew takes into account; name base and adapters too"
         )
 
 

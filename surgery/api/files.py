@@ -83,7 +83,7 @@ def merge_checkpoint(  # noqa: PLR0913  # three things and their options
 
     What is written:
 
-    - `dtype` casts all floats. `max_shard_size` is in bytes, or such as "5GB" (default: files as in the base).
+    - `dtype` casts all floats. `max_shard_size` is such as "5GB", or in bytes (default: files as in the base).
     - `tied` "untie" writes a tied head apart where an adapter changes it or the embedding; "refuse" is the default.
     - `reversible` adds what `unmerge_checkpoint` needs.
     - `push_to_hub` names a repository that OUT is then uploaded to, as the function of that name does.

@@ -63,6 +63,7 @@ class KeptFiles:
 
     def __init__(self, opened: Callable[[], Checkpoint]) -> None:
         self.opened = opened
+        self.aside = False  # are there layers whose codes stay beside them?
 
     def __call__(self, base_layer: nn.Module, op: Op, where: str) -> Holding | None:
         """MatchError for a weight that is not the one of the files, or that they do not name."""
@@ -78,6 +79,7 @@ class KeptFiles:
                 f"{printable(where)}: its weight is not what {printable(files.path)} decodes to, whose codes a merge "
                 "would keep; load the model from there anew"
             )
+        self.aside = True
         return refuse_unheld(found, base_layer, where)
 
     def _require_named(self, name: str) -> None:

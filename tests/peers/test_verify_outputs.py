@@ -283,7 +283,7 @@ def test_options_of_a_run_without_a_run_are_refused(tmp_path: Path) -> None:
             surgery.verify_checkpoint(tmp_path, tmp_path, tmp_path, **options)
     with pytest.raises(surgery.UsageError, match="base_as"):
         surgery.verify_checkpoint(tmp_path, tmp_path, tmp_path, outputs=True, base_as="nf4")
-    with pytest.raises(surgery.UsageError, match="name both"):
+    with pytest.raises(surgery.UsageError, match="name base and adapters too"):
         surgery.verify_checkpoint(tmp_path, outputs=True)
 
 

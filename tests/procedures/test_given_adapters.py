@@ -65,7 +65,7 @@ def test_a_verification_of_half_a_merge_is_refused(base: Path, adapter: Path) ->
         with pytest.raises(surgery.UsageError, match="one of adapters and OUT is missing"):
             surgery.verify_checkpoint(base, **given)
     for asked in ({"ops": {"q_proj": "linear"}}, {"probes": 3}, {"arithmetic": "peft"}, {"compute_dtype": "float16"}):
-        with pytest.raises(surgery.UsageError, match=f"verify: {min(asked)} given, .*; name base and adapters too"):
+        with pytest.raises(surgery.UsageError, match=f"verify: `{min(asked)}` given, .*; name base and adapters too"):
             surgery.verify_checkpoint(base, **asked)
 
 

@@ -60,9 +60,9 @@ class Recipe:
             found = quoted(self.majority_sign_method)
             raise UsageError(f"`majority_sign_method` is {found}; 'total' or 'frequency' is wanted")
         if self.seed is not None:
-            check_whole("seed", self.seed, 0, (1 << 63) - 1)
+            check_whole("`seed`", self.seed, 0, (1 << 63) - 1)
         if self.rank is not None:
-            check_whole("rank", self.rank, 1)
+            check_whole("`rank`", self.rank, 1)
 
     def draws(self) -> torch.Generator:
         """The random numbers of a whole combination."""

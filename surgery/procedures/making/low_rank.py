@@ -26,7 +26,7 @@ class Truncation:
         if self.rank is None and self.energy is None:
             raise UsageError("neither `rank` nor `energy` is given; one is wanted, such as `rank=16` or `energy=0.99`")
         if self.rank is not None:
-            check_whole("rank", self.rank, 1)
+            check_whole("`rank`", self.rank, 1)
         if self.energy is not None and not (is_number(self.energy) and 0 < self.energy <= 1):
             raise UsageError(f"`energy` is {printable(repr(self.energy))}; one above 0 and at most 1 is wanted")
 

@@ -114,7 +114,7 @@ class Treatment:
 
 def check_probes(probes: object) -> int:
     """UsageError for no number of inputs."""
-    return check_whole("probes", probes, 0, _MOST_PROBES)
+    return check_whole("`probes`", probes, 0, _MOST_PROBES)
 
 
 def check_arithmetic(arithmetic: object) -> Arithmetic:
