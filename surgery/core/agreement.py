@@ -77,6 +77,10 @@ class Agreements:
         """Does the adapter, if one is known of, change some output, and each so much that the error does not matter?"""
         return not self._changes_nothing() and not any(_too_faint(one.found, one.effect) for one in self.outputs)
 
+    def settled(self, again: "Agreements") -> "Agreements":
+        """This one, where `again` is by what an exact merge makes of the truth: what rounding drowns is no merge."""
+        return again if self.stands_out or not again.ok else self
+
     def _changes_nothing(self) -> bool:
         effects = [one.effect for one in self.outputs if one.effect is not None]
         return bool(effects) and max(effects) == 0

@@ -7,6 +7,7 @@ fits into memory.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,7 +124,7 @@ class _Graph:
         if not told:
             adapted, left_out = self._adapted(type(model), claim.example)
             merged = base_model(Located(claim.graph.parent), Wanted(type(model)), None)
-            return replace(prove(merged, claim, adapted), left_out=left_out)
+            return replace(prove(merged, claim, adapted).proof(), left_out=left_out)
         if bytes_by_layers(model) > most:
             check(claim.graph)
             return Proof((), f"not run against the model: {told}; {bytes_by_layers(model):,} layer by layer")
@@ -149,11 +150,12 @@ class _Graph:
             return None, f"compared with the merged weights alone: {why}"
         if any(weight != 1 and (adapter.saved or adapter.biases) for adapter, weight in self.adapters):
             return None, "compared with the merged weights alone: what an adapter replaces has no weight"
+        again = partial(live_model, self.base, self.adapters, kind)
         try:
-            live = live_model(self.base, self.adapters, kind)
+            live = again()
         except InputError as error:
             return None, f"compared with the merged weights alone, for no live model takes the adapter: {error}"
-        return reference_of(live, example, Pretrained().prepare), ""
+        return reference_of(live, example, Pretrained().prepare, again), ""
 
 
 def live_model(base: Checkpoint, adapters: Sequence[Weighted], kind: Any = None) -> nn.Module:

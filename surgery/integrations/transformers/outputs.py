@@ -24,7 +24,7 @@ from surgery.integrations.transformers.quiet import quiet
 from surgery.io.hub import Located
 from surgery.io.weight_files import INDEX, SINGLE
 from surgery.procedures.checking.exactly import as_merged
-from surgery.procedures.checking.outputs import Given, Inputs, mask_of, narrow_run, own_dtype, run, widened
+from surgery.procedures.checking.outputs import Given, Inputs, mask_of, narrow_run, run, widened
 from surgery.procedures.live.fitting import fit
 from surgery.procedures.live.load import fitting_of
 from surgery.procedures.live.switch import disable_adapters, set_adapter
@@ -55,11 +55,11 @@ class Adapted(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What the merged model gives in float64, the noise floors of its dtype, and which that is."""
+    """What the merged model gives in float64, the noise floors of its dtype, and which its parameters have."""
 
     found: Outputs
     floor: Mapping[str, Distance]
-    dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype]
 
 
 def agreements(
@@ -80,25 +80,25 @@ def agreements(
         }
         told = compare(true, merged.found, merged.floor, known.base, rows, _FACTOR)
         if not told.ok:  # seldom, so that the two runs more are not always made
-            true = _as_merged(true, _adapted(base, adapters, kind), known, merged.dtype)
-            again = compare(true, merged.found, merged.floor, known.base, rows, _FACTOR)
-            told = again if told.stands_out or not again.ok else told  # what rounding drowns is no merge
+            true = _as_merged(true, _adapted(base, adapters, kind), known, merged.dtypes)
+            told = told.settled(compare(true, merged.found, merged.floor, known.base, rows, _FACTOR))
     return replace(told, left_out=known.true.left_out)
 
 
 def _run_merged(out: Checkpoint, kind: Any, known: Adapted) -> Merged:
     model = _loaded(out, kind, adapters=())
-    dtype = own_dtype(model, known.given)
+    dtypes = {name: one.dtype for name, one in model.named_parameters(remove_duplicate=False)}
     narrow, part = _tried(model, known.given, lambda: narrow_run(model, known.given, known.paths))
     found = run(model.double(), widened(known.given), known.paths).outputs
     floor = floors(narrow, found, mask_of(known.given))
-    return Merged(found, {name: one.scaled(part) for name, one in floor.items()}, dtype)
+    return Merged(found, {name: one.scaled(part) for name, one in floor.items()}, dtypes)
 
 
-def _as_merged(true: Outputs, model: nn.Module, known: Adapted, dtype: torch.dtype) -> Outputs:
+def _as_merged(true: Outputs, model: nn.Module, known: Adapted, dtypes: Mapping[str, torch.dtype]) -> Outputs:
     """What is right of an exact merge; of factors that have none, `true` itself."""
     try:
-        return as_merged(true, model.double(), widened(known.given), dtype, known.paths)
+        wide = widened(known.given)
+        return as_merged(true, model.double(), lambda model: run(model, wide, known.paths).outputs, dtypes)
     except ValueRangeError:
         return true
 

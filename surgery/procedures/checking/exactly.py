@@ -3,8 +3,7 @@
 The factors lie on a grid then, and each weight is rounded to its dtype. Both are known, element by element.
 """
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -15,22 +14,22 @@ from surgery.core.arithmetic import GRID_BITS, exact_float64, exact_product, flo
 from surgery.core.method import Dense
 from surgery.core.op import Tile
 from surgery.hosts.tree import adapted_layers
-from surgery.layers.adapted import Effective, Laying
-from surgery.procedures.checking.outputs import Inputs, run
+from surgery.layers.adapted import Adapted, Effective, Laying
 
 _UNIT = 2.0 ** (1 - GRID_BITS)  # what the grid may add to a term, of its factors' largest: half a step for each
 
 
 def as_merged(
-    true: Outputs, model: nn.Module, inputs: Inputs, dtype: torch.dtype, watched: Collection[str] = ()
+    true: Outputs, model: nn.Module, outputs: Callable[[nn.Module], Outputs], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Tensor]:
-    """The outputs `true` of a float64 model with adapters, as an exact merge in `dtype` moves them.
+    """The outputs `true` of a float64 model with adapters, as an exact merge moves them.
 
-    The model runs on its effective weights twice, as plain products make them, and as exact ones that are rounded.
+    `outputs` runs a model, and `dtypes` are those of the merged one's parameters, by name. The model runs on its
+    effective weights twice, as plain products make them, and as exact ones that are rounded.
     What is wrong with a formula is so with both, and moves nothing; and no weight is moved by more than grid and
     rounding explain, however they are computed.
     """
-    plain, merged = (_run(model, inputs, watched, laying) for laying in (_plainly, partial(_exactly, dtype)))
+    plain, merged = (_run(model, outputs, laid) for laid in (lambda *_: _plainly, partial(_exactly_in, dtypes)))
     return {name: _moved(values, plain[name], merged[name]) for name, values in true.items()}
 
 
@@ -54,26 +53,26 @@ def _plainly(base: Dense, effective: Effective) -> Dense:
     return effective(base, float_product)
 
 
+def _exactly_in(dtypes: Mapping[str, torch.dtype], path: str, layer: Adapted) -> Laying:
+    """In the dtype that the layer's merged weight has; the model's widest where it is called otherwise."""
+    name = path if layer.op.alone else f"{path}.{layer.op.roles.get('weight', 'weight')}"
+    return partial(_exactly, dtypes[name] if name in dtypes else min(dtypes.values(), key=lambda d: torch.finfo(d).eps))
+
+
 def _exactly(dtype: torch.dtype, base: Dense, effective: Effective) -> Dense:
     weight, bias = effective(base, held_product)
     return Dense(held_rounding(weight, dtype), None if bias is None else held_rounding(bias, dtype))
 
 
-def _run(model: nn.Module, inputs: Inputs, watched: Collection[str], laying: Laying) -> Outputs:
-    with _laid_by(model, laying):
-        return run(model, inputs, watched).outputs
-
-
-@contextmanager
-def _laid_by(model: nn.Module, laying: Laying) -> Iterator[None]:
+def _run(model: nn.Module, outputs: Callable[[nn.Module], Outputs], laid: Callable[[str, Adapted], Laying]) -> Outputs:
     """Its adapted layers run on their effective weights, made so."""
-    layers = adapted_layers(model).values()
-    for layer in layers:
-        layer.laying = laying
+    layers = adapted_layers(model)
     try:
-        yield
+        for path, layer in layers.items():
+            layer.laying = laid(path, layer)
+        return outputs(model)
     finally:
-        for layer in layers:
+        for layer in layers.values():
             layer.laying = None
 
 

@@ -135,7 +135,8 @@ def export_model(
             kind.write(root, staging, state)
             sizes, _ = write_graph(graph, plain.module, kind, staging, how)
             write_readme(staging, sizes)
-            proof = prove(root, Claim(staging.folder / GRAPH, example, kind.prepare), adapted, _decoded(root))
+            tried = prove(root, Claim(staging.folder / GRAPH, example, kind.prepare), adapted, _decoded(root))
+        proof = tried.proof()
         proof.require(out)
     return ExportReport(out, sizes.pop(GRAPH), sizes, proof)
 

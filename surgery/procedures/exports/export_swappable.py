@@ -64,7 +64,7 @@ def export_swappable(root: nn.Module, example: Example, out: Path, kind: Kind, h
     with Staging(out, overwrite=how.overwrite) as staging:
         kind.write(root, staging, plain_state(root))
         sizes, _ = write_graph(graph, plain.module, kind, staging, how)
-        proof = prove(root, Claim(staging.folder / GRAPH, example, kind.prepare), None)
+        proof = prove(root, Claim(staging.folder / GRAPH, example, kind.prepare), None).proof()
         trials = list(proof.trials)
         for adapter in injected(root).configs:
             path = staging.folder / f"{adapter}.onnx_adapter"

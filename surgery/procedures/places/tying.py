@@ -3,8 +3,10 @@
 A checkpoint does not say so: a head that its files lack is the embedding.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 from surgery.core.site import Site, TensorInfo
 from surgery.errors import printable
@@ -23,20 +25,37 @@ _SEPARABLE = frozenset(
     )
 )
 _FREE = ("ForCausalLM", "LMHeadModel")
-# What transformers' models call the embedding of their tokens.
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared", "tokens_embed")
+# What transformers' models call the embedding of their tokens; XLM, Flaubert and RWKV the last.
+EMBEDDINGS = (
+    *("embed_tokens", "wte", "word_embeddings", "word_embedding", "tok_embeddings", "embed_in", "shared"),
+    *("tokens_embed", "embeddings"),
+)
 
 
-class Tying(NamedTuple):
+@dataclass(frozen=True)
+class Tying:
     """The embedding that an absent head is tied to, and whether the two can be written apart."""
 
     embedding: TensorInfo
     separable: bool
+    asked: Callable[[], str | None] = lambda: HEAD  # what the head's weight is called; None where nothing tells
 
     @property
     def head(self) -> Site:
         """As it would be written."""
-        return Site(HEAD.rpartition(".")[0], {"weight": self.embedding._replace(name=HEAD)})
+        return self._site(self._called or HEAD)
+
+    @property
+    def known_head(self) -> Site | None:
+        """The same, where the model in memory is known to have it, or to be able to."""
+        return None if self._called is None else self._site(self._called)
+
+    @cached_property
+    def _called(self) -> str | None:
+        return self.asked()
+
+    def _site(self, name: str) -> Site:
+        return Site(name.rpartition(".")[0], {"weight": self.embedding._replace(name=name)})
 
 
 def tying_of(base: Checkpoint) -> Tying | None:
@@ -45,8 +64,18 @@ def tying_of(base: Checkpoint) -> Tying | None:
     if len(found) != 1 or not ties_head(base, found[0]):
         return None
     kind = architecture(base.config)
-    free = kind.endswith(_FREE) and base.config.get("model_type") in _SEPARABLE
-    return Tying(found[0], free and base.info(HEAD) is None)
+    if base.config.get("model_type") in _SEPARABLE:
+        return Tying(found[0], kind.endswith(_FREE) and base.info(HEAD) is None)
+    if found[0].name.split(".")[-2] == "shared":  # of T5, BART and their like
+        return Tying(found[0], False)
+    return Tying(found[0], False, partial(_head_in_memory, base, found[0].name))
+
+
+def _head_in_memory(base: Checkpoint, embedding: str) -> str | None:
+    """What is tied to it there, if that is one: to ask takes a second, and transformers."""
+    ties, there = base.ties(), base.called()(embedding)
+    found = [name for name, one in ties.items() if one == there and not is_embedding(name) and base.info(name) is None]
+    return found[0] if len(found) == 1 else None
 
 
 def tied_though_held(base: Checkpoint) -> Tying | None:

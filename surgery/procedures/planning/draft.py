@@ -165,7 +165,8 @@ class Draft:
         """What the changes of an embedding and of its head come to."""
         held = tied_though_held(self.base) if self.tying is None else None
         if self.tying is not None:
-            self._take(self.tying, settle_absent(self._tied(self.tying), untie))
+            if self._bears_on(self.tying):
+                self._take(self.tying, settle_absent(self._tied(self.tying), untie))
         else:
             self.refusals += hidden_ties(self.base, self.changes, self._begun, self.tied)
         if held is not None:
@@ -186,10 +187,18 @@ class Draft:
         self.refusals += [] if settled.refusal is None else [settled.refusal]
         self.notes += [settled.note] if settled.note else []
 
+    def _bears_on(self, tying: Tying) -> bool:
+        """May something be changed of the two? Else what the head is called need not be known."""
+        return tying.embedding.name in self.changes or self._brings_new()
+
+    def _brings_new(self) -> bool:
+        """Is something changed that the base lacks, such as a head?"""
+        return any(self.base.info(name) is None for name in self.changes)
+
     def _grown(self) -> list[str]:
         """The tensors that have rows for more, or fewer, tokens than the base."""
         known = vocabulary(self.base)
-        if self.tying is not None:
+        if self.tying is not None and self._brings_new():
             known[self.tying.head.weight.name] = self.tying.head.weight
         here = {name: self.changes[name].site.weight for name in known if name in self.changes}
         return [name for name, info in here.items() if info.shape[0] != known[name].shape[0]]

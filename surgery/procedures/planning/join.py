@@ -32,12 +32,12 @@ class Joined:
         self.ops, self.tying = ops, tying_of(base)
         self.layers: dict[str, tuple[Site, Layer]] = {}
         known = {site.name: site for site in map(attention_site, base.sites()) if "weight" in site.tensors}
-        if self.tying is not None and self.tying.separable:
-            known[self.tying.head.name] = self.tying.head
         self.shared = shared_of(base)
         known |= {} if self.shared is None else self.shared.sites()
         known |= {site.name: site for site in alone.values()}
         named = [*map(in_base, self.adapter.sites), *_holding(self.adapter)]
+        head = self._head(named, known)
+        known |= {} if head is None else {head.name: head}
         usual = {name: known.get(USUAL.rename(name)) for name in named if name not in known}
         known |= {name: site for name, site in usual.items() if site is not None}
         self.naming = naming_between(named, known, base.in_memory)
@@ -49,6 +49,13 @@ class Joined:
         self._sites()
         self._rows()
         self._drop_repeated()
+
+    def _head(self, named: Sequence[str], known: Mapping[str, Site]) -> Site | None:
+        """One that is tied and absent, where the adapter may mean it."""
+        if self.tying is None or self.shared is not None:
+            return None if self.tying is None or not self.tying.separable else self.tying.head
+        asks = self.tying.separable or any(name not in known for name in named)
+        return self.tying.known_head if asks else None
 
     def _sites(self) -> None:
         found = {name: self.known.get(self.naming.of(in_base(name))) for name in self.adapter.sites}
@@ -103,7 +110,7 @@ class Joined:
 
     def _rows(self) -> None:
         """Rows of a head that the adapter speaks of and does not hold are those of the embedding that it is tied to."""
-        tied = [] if self.tying is None else [self.tying.head.name]
+        tied = [] if self.tying is None or not self.adapter.config.rows() else [self.tying.head.name]
         try:
             refuse_missing(self.adapter.config, [*self.adapter.sites, *tied], self.adapter.where)
         except MatchError as error:
