@@ -55,7 +55,7 @@ def _what(change: Mapping[str, Any], several: bool) -> str:
 
 def _laid(method: Mapping[str, str], matched: Mapping[str, Any], several: bool) -> str:
     """A layer: its method, r, alpha, scaling, its adapter, and the entry of target_modules that it is there by."""
-    numbers = [f"{name}={matched[name]:g}" for name in ("r", "lora_alpha") if name in matched]
+    numbers = [f"{name}={matched[name]:g}" for name in ("r", "lora_alpha", "alpha") if name in matched]
     numbers += [f"scaling={float.fromhex(method['scaling']):g}"] if "scaling" in method else []
     told = [f"of {printable(matched['adapter'])}"] if several else []
     return " ".join([method["method"], *numbers, *told, f"by {quoted(matched['by'])}"])

@@ -19,6 +19,7 @@ def test_inspect_says_what_an_adapter_is(run: Run, adapter: Path, tmp_path: Path
         "method": ["LoRA"],
         "r": [4],
         "lora_alpha": [6],
+        "alpha": [],
         "target_modules": ["q_proj", "up_proj"],
         "base_model_name_or_path": None,
     }
@@ -54,6 +55,8 @@ def test_inspect_names_each_kind_of_module_once_and_only_some_of_many(tmp_path: 
             "AdaLoRA; r 3; lora_alpha 8; target_modules 0; ",
         ),
         (surgery.MissConfig(r=2, target_modules=["0"]), "MiSS; r 2; target_modules 0; "),
+        (surgery.LoHaConfig(r=3, alpha=2, target_modules=["0"]), "LoHa; r 3; alpha 2; target_modules 0; "),
+        (surgery.LoKrConfig(r=1, target_modules=["0"]), "LoKr; r 1; alpha 8; target_modules 0; "),
         (
             surgery.LoraConfig(r=2, target_modules=["0", "1"], rank_pattern={"1": 1}),
             "LoRA; r 1 to 2; lora_alpha 8; target_modules 0, 1; ",

@@ -253,6 +253,17 @@ def test_tensors_are_spelled_as_the_config_reads_them(name: str, example: str):
         assert read.op in (None, op.name) or made(name).replaced_rows  # a head's lie as those of an embedding
 
 
+@each_pair
+def test_the_roles_of_a_site_are_those_of_a_form_of_its_config(name: str, example: str):
+    for settings in [{}, *VARIANTS.get(name, [])] if (name, example) not in UNFIT else []:
+        config, op = METHODS[name](**NEEDED.get(name, {}) | settings), EXAMPLES[example]
+        if not any(op.name not in ops and key in settings for key, ops in ONLY.items()):
+            specs = config.method("layer").tensors(site_of(op))
+            assert {
+                role for role, spec in specs.items() if not spec.fixed
+            } in config.forms()  # of those that files hold
+
+
 @each_case
 @pytest.mark.parametrize("training", [False, True], ids=["evaluating", "training"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -305,6 +316,19 @@ def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op
     assert bool((apart <= spread + rounding).all())
     effect = (branch - op.apply(x, base.weight, base.bias)).abs()
     assert float(effect.mean()) > 100 * float((spread + rounding).mean())  # else the law could not fail
+
+
+@each_case
+def test_a_branch_over_a_layer_that_nothing_watches_is_the_same(method: Method, op: Op):
+    base = Dense(torch.randn(OUT, IN).double(), torch.randn(OUT).double())
+    p, x = trained(method, op), given(op, torch.float64, 5, 3)
+    plain = Below(op, base)
+    plain.plain = lambda: base  # type: ignore[method-assign]
+    one, other = (method.branch(x, below, op, p, False) for below in (Below(op, base), plain))
+    merged = method.merge(base, matrices(method, op, p), WHOLE, float_product).weight
+    # Two forwards of at most in + 2 terms, rounded each time; and the sum of weight and delta.
+    size = magnitude(op, x, base.weight) + magnitude(op, x, merged) + beside(op, base.bias.abs())
+    assert bool(((one - other).abs() <= 2 * (IN + 3) * EPS * size).all())
 
 
 @each_case

@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import peft.tuners.loha.layer as of_loha
+import peft.tuners.lokr.layer as of_lokr
 import pytest
 import torch
 from pairs import gradients, merge_live_and_on_files, saved, trainable, trained
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import surgery
 from surgery.cli import main
+from surgery.methods.lokr import factorized
 
 LAYERS = ("start", "point", "groups", "line", "dot", "head")
 KINDS = {"LOHA": (peft.LoHaConfig, surgery.LoHaConfig), "LOKR": (peft.LoKrConfig, surgery.LoKrConfig)}
@@ -272,6 +274,12 @@ def test_tuckers_form_of_rank_1_runs_where_peft_raises(layer: nn.Module, tmp_pat
     assert bool(((merged - wanted).abs() <= room).all())
     assert float((ours(x) - out).abs().max()) <= 2 * 40 * torch.finfo(torch.float32).eps * float(out.abs().max())
     assert not torch.equal(out, layer(x))
+
+
+def test_numbers_are_factored_as_in_peft() -> None:
+    for size in range(1, 200):
+        for divisor in (-2, -1, 0, 1, 2, 3, 4, 8, 12, 50, 1000):
+            assert factorized(size, divisor) == of_lokr.factorization(size, divisor)
 
 
 @each_kind

@@ -40,13 +40,14 @@ class AdapterTold:
     method: list[str]
     r: list[float]
     lora_alpha: list[float]
+    alpha: list[float]
     target_modules: str | list[str] | None
     base_model_name_or_path: str | None
 
     def words(self) -> Iterator[str]:
         """Those that there are."""
         yield ", ".join(self.method)
-        for name, values in (("r", self.r), ("lora_alpha", self.lora_alpha)):
+        for name, values in (("r", self.r), ("lora_alpha", self.lora_alpha), ("alpha", self.alpha)):
             if values:
                 yield f"{name} {' to '.join(f'{one:g}' for one in dict.fromkeys((values[0], values[-1])))}"
         if isinstance(self.target_modules, str):
@@ -101,8 +102,8 @@ def inspect(path: Path, sha256: bool = False) -> Inspection:
 def _told(adapter: Adapter, config: Mapping[str, Any]) -> AdapterTold:
     methods = {adapter.config.method(site).name for site in adapter.sites} or {config["peft_type"]}
     numbers = [adapter.config.told(site) for site in adapter.sites]
-    r, lora_alpha = (sorted({one[name] for one in numbers if name in one}) for name in ("r", "lora_alpha"))
-    return AdapterTold(sorted(methods), r, lora_alpha, config["target_modules"], config["base_model_name_or_path"])
+    values = [sorted({one[name] for one in numbers if name in one}) for name in ("r", "lora_alpha", "alpha")]
+    return AdapterTold(sorted(methods), *values, config["target_modules"], config["base_model_name_or_path"])
 
 
 def _adapter_rows(adapter: Adapter) -> Iterator[Row]:
