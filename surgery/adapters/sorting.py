@@ -106,7 +106,8 @@ class _Sorting:
     def _share(self, role: str, found: Found) -> None:
         """Once in memory, however often the file has it."""
         values = found.values
-        if not torch.equal(self.shared.setdefault(role, values), values):
+        held = self.shared.setdefault(role, values)
+        if held is not values and not torch.equal(held, values):
             raise FormatError(
                 f"{printable(self.where)}: {printable(found.info.name)} is another than at other sites, and all share "
                 "one; save it again"

@@ -17,6 +17,7 @@ import surgery
 from surgery import FormatError, ShapeError, ValueRangeError, VeraConfig
 from surgery.adapters.peft import read_adapter
 from surgery.hosts.tree import adapted_layers
+from surgery.layers import SharedSlot
 from surgery.procedures.live.refill import refill
 from surgery.procedures.live.remove import remove
 
@@ -117,6 +118,7 @@ def test_a_state_dict_spells_it_at_each_layer_as_in_peft_and_is_loaded_strictly(
 
 def test_each_adapter_has_its_own_and_takes_it_along_when_it_goes(x: Tensor) -> None:
     model = trained(surgery.inject(net(), config()))
+    surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["up"]), adapter_name="beside")
     alone = model(x)
     surgery.inject(model, config(r=2, target_modules=["down", "out"], projection_prng_key=5), adapter_name="other")
     assert [one.shape for one in (held(model)[0], held(model, "other")[0])] == [(4, 10), (2, 10)]
@@ -125,7 +127,9 @@ def test_each_adapter_has_its_own_and_takes_it_along_when_it_goes(x: Tensor) -> 
     assert torch.equal(model(x), alone)  # the other is fresh
     remove(model, ["default"])
     assert {name for name in model.state_dict() if "vera_A" in name} == {"down.vera_A.other", "out.vera_A.other"}
+    remove(model, ["beside", "other"])
     assert type(model.up) is nn.Linear
+    assert model.state_dict().keys() == net().state_dict().keys()
 
 
 def test_the_record_of_a_live_merge_holds_one_copy_that_later_training_leaves_alone() -> None:
@@ -238,6 +242,17 @@ def test_another_takes_its_place_in_the_same_memory(tmp_path: Path, x: Tensor) -
     refill(model, read_adapter(given), "default")
     assert held(model)[0] is before
     assert torch.equal(model(x), surgery.load(net(), given)(x))
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_what_came_first_is_that_of_all_layers(trainable: bool) -> None:
+    slot, found = SharedSlot(), []
+    for values in (torch.ones(2), torch.zeros(2)):
+        held, key = slot.put("default", "", values, True) if trainable else slot.fix("default", "", values)
+        found.append(held[key])
+    assert found[0] is found[1]
+    assert isinstance(found[0], nn.Parameter) == trainable
+    assert bool(found[0].all())
 
 
 def test_inspect_lists_it_once(tmp_path: Path) -> None:
