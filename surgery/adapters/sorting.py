@@ -100,7 +100,7 @@ class _Sorting:
     def _shared_role(self, name: str) -> str | None:
         """That of a tensor that all sites share."""
         path, _, last = name.rpartition(".")
-        there = f"{path}." == MODEL or (self.config.repeats_shared and name.startswith(PREFIX))
+        there = self.config.repeats_shared or path in {"", MODEL.rstrip(".")}
         return self.config.shared.get(last) if there else None
 
     def _share(self, role: str, found: Found) -> None:

@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import rewrite
+from checkpoint_folders import rewrite, tensor_hashes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import surgery
 from surgery import FormatError, ShapeError, ValueRangeError, VeraConfig
-from surgery.adapters.peft import read_adapter
+from surgery.adapters.peft import adapter_of, read_adapter
 from surgery.hosts.tree import adapted_layers
 from surgery.layers import SharedSlot
+from surgery.procedures.live.load import lay
 from surgery.procedures.live.refill import refill
 from surgery.procedures.live.remove import remove
+from surgery.procedures.live.save import tensors_of
 
 FILE, TENSORS, CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 TARGETS = ["up", "down"]
@@ -253,6 +255,19 @@ def test_what_came_first_is_that_of_all_layers(trainable: bool) -> None:
     assert found[0] is found[1]
     assert isinstance(found[0], nn.Parameter) == trainable
     assert bool(found[0].all())
+
+
+@pytest.mark.parametrize("kind", [VeraConfig, surgery.RandLoraConfig])
+def test_a_state_dict_gives_the_tensors_of_files_and_both_are_read(kind: type, tmp_path: Path, x: Tensor) -> None:
+    model = trained(surgery.inject(net(), kind(r=4, target_modules=TARGETS)))
+    surgery.save(model, tmp_path)
+    held, told = tensors_of(model, "default"), tensors_of(model, "default", model.state_dict())
+    assert tensor_hashes(held) == tensor_hashes(told)
+    written = load_file(tmp_path / TENSORS)
+    assert {name.removeprefix("base_model.").removeprefix("model.") for name in written} == held.keys()
+    other = net()
+    lay(other, adapter_of(model.surgery_state.configs["default"], held, "held"))
+    assert torch.equal(other(x), model(x))
 
 
 def test_inspect_lists_it_once(tmp_path: Path) -> None:
