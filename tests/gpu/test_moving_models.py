@@ -39,6 +39,8 @@ CONFIGS: dict[str, Any] = {
     ),
     "ia3": surgery.IA3Config(feedforward_modules=["up"], target_modules=["turned", "up", "conv"]),
     "adalora": surgery.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["turned", "up"]),
+    "vera": surgery.VeraConfig(r=4, **LINEARS),
+    "randlora": surgery.RandLoraConfig(r=4, randlora_alpha=4, **LINEARS),
 }
 each_config = pytest.mark.parametrize("name", CONFIGS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
