@@ -167,17 +167,6 @@ def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Foun
             )
 
 
-def drawn_notes(adapter: Adapter) -> list[str]:
-    """What of an adapter its files leave to the generator of whoever reads them, to be said aloud."""
-    if adapter.config.keeps_shared():
-        return []
-    drawn = " and ".join(adapter.config.shared)
-    return [
-        f"{printable(adapter.where)}: {drawn} are not in it: they are drawn from its seed, as torch does on a CPU, and "
-        "rounded to the base's dtype, as in PEFT; another version of torch may draw others"
-    ]
-
-
 def _check_shared(config: AdapterConfig, shared: Mapping[str, Tensor], where: str) -> None:
     """FormatError unless those that sites share are there, or are not, as the config says."""
     for name, role in config.shared.items():
