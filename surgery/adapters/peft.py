@@ -221,6 +221,17 @@ def completed(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
     return adapter.completed(sites.values())
 
 
+def drawn_notes(adapter: Adapter) -> list[str]:
+    """What of an adapter its files leave to the generator of whoever reads them, to be said aloud."""
+    if adapter.config.keeps_shared():
+        return []
+    drawn = " and ".join(adapter.config.shared)
+    return [
+        f"{printable(adapter.where)}: {drawn} are not in it: they are drawn from its seed, as torch does on a CPU, and "
+        "rounded to the base's dtype, as in PEFT; another version of torch may draw others"
+    ]
+
+
 def check_finite(site_name: str, given: Params, where: str, checked: Collection[str] = ()) -> None:
     """ValueRangeError for what no merge can be made with, told before one begins; some roles are checked already."""
     for role in sorted(given.keys() - checked):

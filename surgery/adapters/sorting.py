@@ -110,13 +110,14 @@ class _Sorting:
     def _shared_role(self, name: str) -> str | None:
         """That of a tensor that all sites share."""
         path, _, last = name.rpartition(".")
-        there = f"{path}." == MODEL or (self.config.repeats_shared and name.startswith(PREFIX))
+        there = self.config.repeats_shared or path in {"", MODEL.rstrip(".")}
         return self.config.shared.get(last) if there else None
 
     def _share(self, role: str, found: Found) -> None:
         """Once in memory, however often the file has it."""
         values = found.values
-        if not torch.equal(self.shared.setdefault(role, values), values):
+        held = self.shared.setdefault(role, values)
+        if held is not values and not torch.equal(held, values):
             raise FormatError(
                 f"{printable(self.where)}: {printable(found.info.name)} is another than at other sites, and all share "
                 "one; save it again"
@@ -185,17 +186,6 @@ def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Foun
                 f"{printable(where)}: {printable(site)} has no tensor {lacking[0]}, only {', '.join(sorted(held))}; "
                 "the file is incomplete; save or download it again"
             )
-
-
-def drawn_notes(adapter: Adapter) -> list[str]:
-    """What of an adapter its files leave to the generator of whoever reads them, to be said aloud."""
-    if adapter.config.keeps_shared():
-        return []
-    drawn = " and ".join(adapter.config.shared)
-    return [
-        f"{printable(adapter.where)}: {drawn} are not in it: they are drawn from its seed, as torch does on a CPU, and "
-        "rounded to the base's dtype, as in PEFT; another version of torch may draw others"
-    ]
 
 
 def _check_shared(config: AdapterConfig, shared: Mapping[str, Tensor], where: str) -> None:

@@ -1,6 +1,6 @@
 """Adapted: a layer with adapters over it; any method, any op."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from surgery.layers.bare import Bare
 from surgery.layers.called import inputs_of
 from surgery.layers.mixed import Mixed, Rows
 from surgery.layers.running import Below, Fitted, Over, Swappable
-from surgery.layers.slot import SharedSlot, Slot
+from surgery.layers.slot import Slot, let_go
 
 Effective = Callable[[Dense, Product], Dense]  # what the running adapters make of a weight, by products of some kind
 Laying = Callable[[Dense, Effective], Dense]
@@ -80,22 +80,11 @@ class Adapted(Bare):
             slots["s"].leave_out(adapter)
             self.fitted[adapter] = Swappable(method, holders, slots, aware, shared, room=room)
 
-    def share(self, slots: Mapping[str, SharedSlot]) -> None:
-        """Have slots that other layers have too."""
-        self._modules.update(slots)
-
-    def shared_slots(self) -> list[tuple[str, SharedSlot]]:
-        """Those, by name."""
-        return [(name, one) for name, one in self._modules.items() if isinstance(one, SharedSlot)]
-
     def unfit(self, adapter: str) -> None:
         """Take an adapter away."""
         for slot in self.fitted.pop(adapter).slots.values():
             slot.remove(adapter)
-        kept = [slot for one in self.fitted.values() for slot in one.slots.values()]
-        for name, shared in self.shared_slots():
-            if shared not in kept:
-                del self._modules[name]
+        let_go(self._modules, {slot for one in self.fitted.values() for slot in one.slots.values()})
         self.activate(tuple(name for name in self.active if name != adapter), self.enabled)
 
     def retune(self, adapter: str, method: Method) -> None:

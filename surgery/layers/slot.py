@@ -1,6 +1,6 @@
 """Slot: one tensor name, such as `lora_A`, holding its tensor for each adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,3 +77,14 @@ class SharedSlot(Slot):
 
     def fix(self, adapter: str, leaf: str, values: Tensor) -> Holder:
         return self.holder(adapter, leaf) if adapter in self else super().fix(adapter, leaf, values)
+
+
+def shared_slots(layer: nn.Module) -> dict[str, SharedSlot]:
+    """Those that a layer has, by name."""
+    return {name: one for name, one in layer._modules.items() if isinstance(one, SharedSlot)}
+
+
+def let_go(modules: MutableMapping[str, nn.Module | None], used: Collection[nn.Module]) -> None:
+    """Take away shared slots that are not `used`; other layers may have them still."""
+    for name in [name for name, one in modules.items() if isinstance(one, SharedSlot) and one not in used]:
+        del modules[name]

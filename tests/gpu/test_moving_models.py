@@ -41,6 +41,8 @@ CONFIGS: dict[str, Any] = {
     "adalora": surgery.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["turned", "up"]),
     "loha": surgery.LoHaConfig(r=4, target_modules=["up", "conv"], use_effective_conv2d=True),
     "lokr": surgery.LoKrConfig(r=2, target_modules=["up", "conv", "head"]),
+    "vera": surgery.VeraConfig(r=4, **LINEARS),
+    "randlora": surgery.RandLoraConfig(r=4, randlora_alpha=4, **LINEARS),
 }
 each_config = pytest.mark.parametrize("name", CONFIGS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -26,6 +26,7 @@ CONFIGS: dict[str, Any] = {
     "dora": surgery.LoraConfig(r=4, use_dora=True, **TARGETS),
     "ia3": surgery.IA3Config(feedforward_modules=["down_proj"], **TARGETS),
     "adalora": surgery.AdaLoraConfig(init_r=4, target_r=2, total_step=9, **TARGETS),
+    "vera": surgery.VeraConfig(r=4, **TARGETS),
 }
 each_config = pytest.mark.parametrize("name", CONFIGS)
 

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import rewrite
+from checkpoint_folders import rewrite, tensor_hashes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import surgery
 from surgery import FormatError, ShapeError, ValueRangeError, VeraConfig
-from surgery.adapters.peft import read_adapter
+from surgery.adapters.peft import adapter_of, read_adapter
 from surgery.hosts.tree import adapted_layers
+from surgery.layers import SharedSlot
+from surgery.procedures.live.load import lay
 from surgery.procedures.live.refill import refill
 from surgery.procedures.live.remove import remove
+from surgery.procedures.live.save import tensors_of
 
 FILE, TENSORS, CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 TARGETS = ["up", "down"]
@@ -117,6 +120,7 @@ def test_a_state_dict_spells_it_at_each_layer_as_in_peft_and_is_loaded_strictly(
 
 def test_each_adapter_has_its_own_and_takes_it_along_when_it_goes(x: Tensor) -> None:
     model = trained(surgery.inject(net(), config()))
+    surgery.inject(model, surgery.LoraConfig(r=2, target_modules=["up"]), adapter_name="beside")
     alone = model(x)
     surgery.inject(model, config(r=2, target_modules=["down", "out"], projection_prng_key=5), adapter_name="other")
     assert [one.shape for one in (held(model)[0], held(model, "other")[0])] == [(4, 10), (2, 10)]
@@ -125,7 +129,9 @@ def test_each_adapter_has_its_own_and_takes_it_along_when_it_goes(x: Tensor) -> 
     assert torch.equal(model(x), alone)  # the other is fresh
     remove(model, ["default"])
     assert {name for name in model.state_dict() if "vera_A" in name} == {"down.vera_A.other", "out.vera_A.other"}
+    remove(model, ["beside", "other"])
     assert type(model.up) is nn.Linear
+    assert model.state_dict().keys() == net().state_dict().keys()
 
 
 def test_the_record_of_a_live_merge_holds_one_copy_that_later_training_leaves_alone() -> None:
@@ -238,6 +244,30 @@ def test_another_takes_its_place_in_the_same_memory(tmp_path: Path, x: Tensor) -
     refill(model, read_adapter(given), "default")
     assert held(model)[0] is before
     assert torch.equal(model(x), surgery.load(net(), given)(x))
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_what_came_first_is_that_of_all_layers(trainable: bool) -> None:
+    slot, found = SharedSlot(), []
+    for values in (torch.ones(2), torch.zeros(2)):
+        held, key = slot.put("default", "", values, True) if trainable else slot.fix("default", "", values)
+        found.append(held[key])
+    assert found[0] is found[1]
+    assert isinstance(found[0], nn.Parameter) == trainable
+    assert bool(found[0].all())
+
+
+@pytest.mark.parametrize("kind", [VeraConfig, surgery.RandLoraConfig])
+def test_a_state_dict_gives_the_tensors_of_files_and_both_are_read(kind: type, tmp_path: Path, x: Tensor) -> None:
+    model = trained(surgery.inject(net(), kind(r=4, target_modules=TARGETS)))
+    surgery.save(model, tmp_path)
+    held, told = tensors_of(model, "default"), tensors_of(model, "default", model.state_dict())
+    assert tensor_hashes(held) == tensor_hashes(told)
+    written = load_file(tmp_path / TENSORS)
+    assert {name.removeprefix("base_model.").removeprefix("model.") for name in written} == held.keys()
+    other = net()
+    lay(other, adapter_of(model.surgery_state.configs["default"], held, "held"))
+    assert torch.equal(other(x), model(x))
 
 
 def test_inspect_lists_it_once(tmp_path: Path) -> None:

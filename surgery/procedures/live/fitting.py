@@ -16,7 +16,7 @@ from surgery.errors import ConfigError, MatchError, StateError, UsageError, prin
 from surgery.hosts.of_peft import refuse_adapters_of_peft
 from surgery.hosts.quantized import hold, is_quantized
 from surgery.hosts.tree import State, adapted_layers, refuse_merged, set_state, state_of
-from surgery.layers import Adapted, Replaced, SharedSlot, Slot, Spelled
+from surgery.layers import Adapted, Replaced, SharedSlot, Slot, Spelled, shared_slots
 from surgery.layers.aware import Holding
 from surgery.procedures.places.biases import Biases, lay_biases, refuse_clash, run_biases
 from surgery.procedures.places.model_tree import Tree, wrap
@@ -150,8 +150,9 @@ class _Common:
     """What the sites of one adapter share: placed beside the first of them, and held in slots that all have."""
 
     def __init__(self, tree: Tree, config: AdapterConfig) -> None:
-        there = {name: slot for layer in adapted_layers(tree.root).values() for name, slot in layer.shared_slots()}
-        self.slots = {name: there.get(name) or SharedSlot() for name in config.shared}
+        layers = adapted_layers(tree.root).values() if config.shared else ()
+        there = {name: slot for layer in layers for name, slot in shared_slots(layer).items()}
+        self.slots = {name: there.get(name, SharedSlot()) for name in config.shared}
         self.roles, self.tensors = frozenset(config.shared.values()), dict[str, Tensor]()
 
     def placed(self, params: Params, layer: Adapted) -> Params:
@@ -159,7 +160,7 @@ class _Common:
         weight, op = layer.base_weight, layer.op
         if not self.roles:
             return placed(params, weight, op)
-        layer.share(self.slots)
+        layer._modules.update(self.slots)
         if not self.tensors:
             self.tensors.update(placed({role: params[role] for role in self.roles}, weight, op, whole=True))
         return {**placed({role: params[role] for role in params.keys() - self.roles}, weight, op), **self.tensors}

@@ -178,15 +178,12 @@ def _sums_bytes(change: Change) -> int:
 
 
 def _work_bytes(change: Change) -> int:
-    """Of what its layers compute with beside their tensors."""
-    return sum(layer.method.work_bytes(change.site) for layer in change.layers)
-
-
-def _whole_bytes(change: Change) -> int:
-    """Of a weight that is merged whole: twice itself, and its change three times in float32 or wider."""
+    """Of what its layers compute with; of one merged whole, itself twice, its change thrice in float32 or wider."""
     weight = change.site.weight
+    if change.as_peft is None:
+        return sum(layer.method.work_bytes(change.site) for layer in change.layers)
     wide = max(4, weight.torch_dtype.itemsize)
-    return 0 if change.as_peft is None else 2 * weight.nbytes + 3 * wide * weight.nbytes // weight.torch_dtype.itemsize
+    return 2 * weight.nbytes + 3 * wide * weight.nbytes // weight.torch_dtype.itemsize
 
 
 def _written(changes: Sequence[Change]) -> dict[str, list[TensorInfo]]:
@@ -201,8 +198,8 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
     infos |= {info.name: info for one in written.values() for info in one}
     tile = max((min(TILE_ELEMENTS, info.nbytes) for info in infos.values()), default=0)
     sites = [size for one in draft.laid for size in one.adapter.site_bytes()]
-    shared = sum(one.adapter.shared_bytes() for one in draft.laid)
     whole = [v.nbytes for one in adapters for v in (*one.adapter.saved.values(), *one.adapter.copies.values())]
+    whole += [one.adapter.shared_bytes() for one in draft.laid]
     return Plan(
         tuple(changes),
         tuple(draft.refusals),
@@ -212,12 +209,10 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         written_bytes=sum(info.nbytes for info in infos.values()),
         peak_bytes=_RUNTIME_BYTES
         + sum(whole)
-        + shared
         + max(sites, default=0)
         + 8 * _TILE_COPIES * tile
-        + max(map(_whole_bytes, changes), default=0)
         + max(map(_work_bytes, changes), default=0),
-        undo_bytes=sum(sites) + shared + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
+        undo_bytes=sum(sites) + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
         namings=tuple(draft.namings),
         laid=tuple(draft.laid),
         config=config,
