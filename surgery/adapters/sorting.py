@@ -68,8 +68,8 @@ class _Sorting:
         dtype = found.info.torch_dtype
         name = found.info.name.removeprefix(PREFIX)
         spelled = next((end for end in suffixes(name) if end in self.endings), None)
-        if spelled is not None and dtype.is_floating_point:
-            self._at_site(name, spelled, found)
+        if spelled is not None and self._fits(spelled, dtype):
+            self._at_site(name, spelled, _of_indices(found) if self.endings[spelled].integers else found)
         elif name.endswith(".base_layer.weight"):
             self._put(self.copies, in_base(name), found)
         elif self._is_bias(name):
@@ -90,9 +90,12 @@ class _Sorting:
             if any(torch.equal(values, one) for one in self.saved.values()):
                 self.saved[name] = self.copies.pop(name)
 
+    def _fits(self, spelled: str, dtype: torch.dtype) -> bool:
+        return dtype.is_floating_point or (self.endings[spelled].integers and dtype == torch.int32)
+
     def _at_site(self, name: str, spelled: str, found: Found) -> None:
         site = name.removesuffix(spelled).rstrip(".")
-        role, op, _ = self.endings[spelled]
+        role, op, *_ = self.endings[spelled]
         if role in self.sites.setdefault(site, {}):
             raise FormatError(f"{printable(self.where)}: {printable(site)} has two tensors {role}; one is wanted")
         self.sites[site][role] = found
@@ -126,8 +129,13 @@ class _Sorting:
 
 
 def _stored(held: Mapping[str, Found]) -> Params:
-    load = next(iter(held.values())).load
-    return Stored({role: found.info for role, found in held.items()}, load)
+    loads = {found.info.name: found.load for found in held.values()}
+    return Stored({role: found.info for role, found in held.items()}, lambda name: loads[name](name))
+
+
+def _of_indices(found: Found) -> Found:
+    """The same in int32."""
+    return Found(found.info._replace(dtype=torch.int32), lambda name: found.load(name).to(torch.int32))
 
 
 def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]], where: str) -> None:

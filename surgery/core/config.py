@@ -47,6 +47,7 @@ class Spelling(NamedTuple):
     role: str
     op: str | None = None
     alone: bool = False  # is it the only tensor of its site?
+    integers: bool = False  # does it hold indices? In int32; PEFT on Windows writes them as floats
 
 
 class ConfigFiles(Protocol):
@@ -149,6 +150,9 @@ class AdapterConfig(ABC, metaclass=OfFields):
     def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:  # noqa: ARG002  # for those that have such
         """By field beside the selection, its entries that mean none of the adapted `names`."""
         return {}
+
+    def check_given(self, value: object) -> None:  # most have nothing to refuse
+        """ConfigError for what the config of peft that it was made of holds beside its fields, such as code."""
 
     def check_fresh(self) -> None:  # most have nothing to refuse
         """ConfigError for what a fresh adapter cannot be trained with."""

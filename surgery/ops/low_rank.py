@@ -3,31 +3,18 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.nn import functional as F
 
+from surgery.core.one_step import may_be_one_step
 from surgery.core.op import Factors, is_many
 
 _MANY = 16  # columns of a product: as many float32 numbers as a processor takes at once
 
 
 def is_worth_one_step(x: Tensor, weight: Tensor, factors: Factors) -> bool:
-    """Is the input large, and is there nothing that looks for the separate operations?
-
-    Half types are left to these, which round as PEFT's do.
-    """
-    if not is_many(x) or x.dtype.itemsize < 4:
-        return False
-    given = (x, weight, factors.A, factors.B)
-    return (
-        all(type(one) in (Tensor, nn.Parameter) and one.dtype == x.dtype for one in given)
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    """Is the input large, and is there nothing that looks for the separate operations?"""
+    return is_many(x) and may_be_one_step(x, weight, factors.A, factors.B)
 
 
 class LowRank(torch.autograd.Function):

@@ -45,12 +45,14 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"init_r": 3, "rank_pattern": {"layer.lora_E": [True, False, True]}},
     ],
     "MISS": [{"r": 5, "miss_dropout": 0.5}, {"init_weights": "mini", "mini_r": 4}],
+    "SHIRA": [{"r": 5, "random_seed": 3}],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
     "IA3": {"feedforward_modules": []},
     "ADALORA": {"init_r": 4, "lora_alpha": 4 + 1e-5},
     "MISS": {"r": 4},  # of which IN is no multiple
+    "SHIRA": {"r": 2},
 }
 ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
 UNFIT = {  # which refuse each other, and what is said of it; the last where it would be merged
@@ -60,6 +62,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("IA3", "attention"): "an attention",
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
     **{("MISS", name): "MiSS acts on Linear" for name in EXAMPLES if name != "linear"},
+    **{("SHIRA", name): "SHiRA acts on Linear" for name in EXAMPLES if name != "linear"},
     ("LORA", GROUPED): "in groups",
 }
 
@@ -132,6 +135,9 @@ class Below:
     def base(self) -> Dense:
         return self.dense
 
+    def plain(self) -> Dense:
+        return self.dense
+
     def bias(self) -> Tensor | None:
         return self.dense.bias
 
@@ -160,6 +166,16 @@ def test_tensors_are_shaped_as_init_makes_them(method: Method, op: Op):
     assert {role: tuple(values.shape) for role, values in fresh.items()} == {r: s.shape for r, s in specs.items()}
     assert {values.dtype for values in fresh.values()} - {torch.int32} == {torch.float32}
     assert all(bool(torch.isfinite(values).all()) for values in fresh.values())
+
+
+@each_case
+def test_tensors_of_indices_are_never_trained_and_files_hold_them_in_int32(method: Method, op: Op):
+    fresh = method.init(site_of(op), lambda: Dense(torch.ones(OUT, IN)))
+    spellings = {ending: one for config in METHODS.values() for ending, one in config.spellings.items()}
+    for role, spec in method.tensors(site_of(op)).items():
+        spelled = spellings.get(spec.spelling)  # of those that are not in files there is none
+        assert (spelled is not None and spelled.integers) == (fresh[role].dtype == torch.int32)
+        assert spec.fixed or fresh[role].is_floating_point()
 
 
 @each_case
@@ -303,7 +319,10 @@ def test_a_merge_of_tiles_is_the_merge_of_the_whole_to_the_bit(method: Method, o
 def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, op: Op):
     p = told(method, op, torch.randn(OUT, IN), trained(method, op, torch.bfloat16))
     whole = op.stored(method.spread(p, WHOLE).expand(OUT, IN))
-    assert bool((whole > 0).all() if isinstance(method, Additive) else (whole >= 0).all())
+    assert bool((whole >= 0).all())
+    if isinstance(method, Additive):
+        added = op.stored(method.steps(p, WHOLE, exact_product).values.expand(OUT, IN))
+        assert bool((whole > 0)[added != 0].all())
     for rows in stored_tiles(op, 5):
         part = op.stored(method.spread(p, op.tile(rows))).expand(whole[rows].shape)
         assert torch.allclose(part, whole[rows], rtol=2 * OUT * IN * EPS, atol=0)  # plain sums, in any order

@@ -110,6 +110,7 @@ def _sites_of(
         first, method = site.name, adapter.config.method(alone.get(name, name))
         wanted = {role: spec.shape for role, spec in method.tensors(site).items()}
         check_shapes(name, params, wanted, adapter.where)
+        method.check_values(params, site, adapter.where)
         method.check_run(site)
         if first in sites and not all(torch.equal(values, sites[first][2][role]) for role, values in params.items()):
             raise MatchError(
