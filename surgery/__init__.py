@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.lora_config import LoraConfig
     from surgery.methods.miss import MissConfig
+    from surgery.methods.shira import ShiraConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
     from surgery.procedures.checking.verify_report import VerifyReport
@@ -87,6 +88,7 @@ _HOMES = {
     "Plan": "procedures.planning.plan",
     "PushReport": "procedures.writing.publish",
     "ShapeError": "errors",
+    "ShiraConfig": "methods.shira",
     "StateError": "errors",
     "SurgeryError": "errors",
     "TaskType": "core.config",
@@ -140,6 +142,7 @@ __all__ = [
     "Plan",
     "PushReport",
     "ShapeError",
+    "ShiraConfig",
     "StateError",
     "SurgeryError",
     "TaskType",

@@ -7,10 +7,12 @@ from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.ia3 import IA3Config
 from surgery.methods.lora_config import LoraConfig
 from surgery.methods.miss import MissConfig
+from surgery.methods.shira import ShiraConfig
 
 METHODS: Mapping[str, type[AdapterConfig]] = {
     "LORA": LoraConfig,
     "IA3": IA3Config,
     "ADALORA": AdaLoraConfig,
     "MISS": MissConfig,
+    "SHIRA": ShiraConfig,
 }

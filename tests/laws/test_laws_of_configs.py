@@ -85,6 +85,13 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_weights": st.sampled_from([True, False, "mini"]),
         "bias": st.sampled_from(["none", "all", "MiSS_only"]),
     },
+    "SHIRA": {
+        "r": st.integers(1, 512),
+        "mask_type": st.sampled_from(["random", "mine"]),
+        "random_seed": st.none() | st.integers(0, 99),
+        "fan_in_fan_out": st.booleans(),
+        "init_weights": st.booleans(),
+    },
     "IA3": {
         "feedforward_modules": st.none() | patterns | lists,
         "fan_in_fan_out": st.booleans(),

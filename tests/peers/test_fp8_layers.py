@@ -36,6 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ia3 of inputs": {"peft_type": "IA3", "feedforward_modules": ["down_proj"]},
     "adalora": {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 9},
     "miss": {"peft_type": "MISS", "r": 8},
+    "shira": {"peft_type": "SHIRA", "r": 8},
 }
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
 each_config = pytest.mark.parametrize("name", CONFIGS)

@@ -23,6 +23,7 @@ METHODS: dict[str, Any] = {
     "ia3": surgery.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "adalora": surgery.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"]),
     "miss": surgery.MissConfig(r=8, target_modules=["q_proj", "down_proj"]),
+    "shira": surgery.ShiraConfig(r=8, target_modules=["q_proj", "down_proj"]),
 }
 # By name: the kind, the dtype of the model, and that of what 4 bits compute in.
 BASES = {

@@ -34,6 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ia3 of inputs": {"peft_type": "IA3", "feedforward_modules": ["0"]},
     "adalora": {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 9},
     "miss": {"peft_type": "MISS", "r": 8},
+    "shira": {"peft_type": "SHIRA", "r": 8},
 }
 SMALL = {
     "hidden_size": 64,
@@ -234,6 +235,7 @@ OF_PEFT: dict[str, Any] = {
     "ia3": lambda: peft.IA3Config(target_modules=LLAMA, feedforward_modules=["down_proj"]),
     "adalora": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=LLAMA),
     "miss": lambda: peft.MissConfig(r=8, target_modules=LLAMA),
+    "shira": lambda: peft.ShiraConfig(r=8, target_modules=LLAMA),
 }
 
 

@@ -17,6 +17,7 @@ KINDS: dict[str, Any] = {
     "ia3": lambda: surgery.IA3Config(init_ia3_weights=False, feedforward_modules=["2"], **TARGETS),
     "adalora": lambda: surgery.AdaLoraConfig(init_r=2, target_r=1, total_step=9, init_lora_weights=False, **TARGETS),
     "miss": lambda: surgery.MissConfig(r=4, init_weights=False, **TARGETS),
+    "shira": lambda: surgery.ShiraConfig(r=2, init_weights=False, **TARGETS),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 

@@ -43,9 +43,10 @@ CONFIGS: dict[str, dict[str, Any]] = {  # a method is one line here
     "IA3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 3, "target_modules": ["q_proj", "down_proj"]},
     "MISS": {"r": 8, "target_modules": ["q_proj", "down_proj"]},
+    "SHIRA": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
 }
 PAIRS = [("LORA", "IA3"), ("IA3", "LORA"), ("LORA", "LORA"), ("IA3", "IA3"), ("LORA", "ADALORA"), ("ADALORA", "IA3")]
-PAIRS += [("LORA", "MISS")]
+PAIRS += [("LORA", "MISS"), ("LORA", "SHIRA")]
 
 
 def config(kind: str) -> dict[str, Any]:
@@ -53,7 +54,13 @@ def config(kind: str) -> dict[str, Any]:
     return {"peft_type": kind, "task_type": "CAUSAL_LM", **CONFIGS[kind], _INIT[kind]: False}
 
 
-_INIT = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights", "ADALORA": "init_lora_weights", "MISS": "init_weights"}
+_INIT = {
+    "LORA": "init_lora_weights",
+    "IA3": "init_ia3_weights",
+    "ADALORA": "init_lora_weights",
+    "MISS": "init_weights",
+    "SHIRA": "init_weights",
+}
 
 
 @pytest.fixture

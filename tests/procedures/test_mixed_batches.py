@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import surgery
-from surgery import AdaLoraConfig, AdapterConfig, IA3Config, LoraConfig, MissConfig, StateError, UsageError
+from surgery import AdaLoraConfig, AdapterConfig, IA3Config, LoraConfig, MissConfig, ShiraConfig, StateError, UsageError
 from surgery.methods import METHODS
 
 BASE = "__base__"
@@ -36,8 +36,9 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "ia3 of inputs": lambda _: IA3Config(target_modules="0|2", feedforward_modules="0|2"),
     "adalora": lambda r: AdaLoraConfig(init_r=r, target_r=1, total_step=9, target_modules="0|2"),
     "miss": lambda r: MissConfig(r=r, target_modules="0|2"),
+    "shira": lambda r: ShiraConfig(r=r // 2, target_modules="0|2"),
 }
-LINEAR_ALONE = ("miss",)
+LINEAR_ALONE = ("miss", "shira")
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")
 CASES = [
     (layer, rule)

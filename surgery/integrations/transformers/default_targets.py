@@ -46,6 +46,10 @@ _LORA = (
     Default(("key", "value", "receptance", "output"), "rwkv"),
     Default(("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"), "rwkv7"),
 )
+_SHIRA = (
+    *(one for one in _LORA if one.types != "phi"),
+    Default(("q_proj", "v_proj"), "phi"),
+)
 _ADALORA = (
     Default(("q_proj", "v_proj"), "gemma gemma2 gemma3_text gpt_neo gptj llama llama4 qwen2 qwen3"),
     Default(("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), "bart opt"),
@@ -79,7 +83,7 @@ _IA3 = (
 )
 DEFAULTS: Mapping[str, Mapping[str, Default]] = {
     kind: {one: default for default in table for one in default.types.split()}
-    for kind, table in (("LORA", _LORA), ("ADALORA", _ADALORA), ("IA3", _IA3), ("MISS", _LORA))
+    for kind, table in (("LORA", _LORA), ("ADALORA", _ADALORA), ("IA3", _IA3), ("MISS", _LORA), ("SHIRA", _SHIRA))
 }
 
 
