@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
+from surgery.methods.c3a import C3AConfig
 from surgery.methods.ia3 import IA3Config
 from surgery.methods.lora_config import LoraConfig
 from surgery.methods.miss import MissConfig
@@ -15,4 +16,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "ADALORA": AdaLoraConfig,
     "MISS": MissConfig,
     "SHIRA": ShiraConfig,
+    "C3A": C3AConfig,
 }

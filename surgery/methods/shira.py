@@ -109,12 +109,12 @@ class Shira(Placed):
         return {"v": torch.zeros(count) if self.zero else torch.randn(count), "at": at}
 
     def check_values(self, p: Params, site: Site, where: str) -> None:
-        rows, columns = p["at"].to(torch.int64)
+        rows, columns = p["at"].to(torch.int64).unbind()
         (out_features, in_features), least = site.shape, min(int(rows.min()), int(columns.min()))
         flat = rows * in_features + columns
         if least < 0 or int(rows.max()) >= out_features or int(columns.max()) >= in_features:
             why = f"indices beyond a weight of {[out_features, in_features]}"
-        elif len(flat.unique()) < len(flat):
+        elif len(torch.unique(flat)) < len(flat):
             why = "an index twice"
         else:
             return
@@ -125,7 +125,7 @@ class Shira(Placed):
 
     def matrices(self, p: Params, site: Site) -> Params:
         """The frame, [out, in, 0], has the weight's shape, and no numbers."""
-        rows, columns = p["at"].to(torch.int64)
+        rows, columns = p["at"].to(torch.int64).unbind()
         return {"v": p["v"], "rows": rows, "columns": columns, "frame": p["v"].new_empty(*site.shape, 0)}
 
     def numbers(self, p: Params, tile: Tile) -> Tensor:
@@ -149,7 +149,7 @@ class Shira(Placed):
         if may_be_one_step(x, v):
             moved: Tensor = Sparse.apply(x, None, None, v, at, shape)  # type: ignore[no-untyped-call]
             return below + moved
-        rows, columns = at.to(torch.int64)
+        rows, columns = at.to(torch.int64).unbind()
         return below + F.linear(x, laid(None, v, rows * shape[1] + columns, shape))
 
 

@@ -45,14 +45,14 @@ class Sparse(torch.autograd.Function):
 
 
 def _flat(at: Tensor, shape: tuple[int, int]) -> Tensor:
-    rows, columns = at.to(torch.int64)
+    rows, columns = at.to(torch.int64).unbind()
     return rows * shape[1] + columns
 
 
 def _sampled(left: Tensor, right: Tensor, at: Tensor) -> Tensor:
     """Of left^T right [out, in] the numbers at `at`, by blocks of rows."""
     out_features, in_features = left.shape[1], right.shape[1]
-    rows, columns = at.to(torch.int64)
+    rows, columns = at.to(torch.int64).unbind()
     step = max(1, _NUMBERS // in_features)
     found = left.new_zeros(len(rows))
     for first in range(0, out_features, step):

@@ -31,6 +31,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "ADALORA": [{"init_r": 4, "target_r": 2, "total_step": 9}],
     "MISS": [{"r": 4}, {"r": 5, "init_weights": "mini", "mini_r": 4}],
     "SHIRA": [{"r": 8}],
+    "C3A": [{"block_size": 16}],
 }
 PLAIN, OTHER = (METHODS[name](target_modules=["0"], **SETTINGS[name][0]) for name in ("LORA", "IA3"))
 CASES = [METHODS[name](target_modules=["0"], **one) for name in METHODS for one in SETTINGS[name]]

@@ -24,6 +24,7 @@ METHODS: dict[str, Any] = {
     "adalora": surgery.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"]),
     "miss": surgery.MissConfig(r=8, target_modules=["q_proj", "down_proj"]),
     "shira": surgery.ShiraConfig(r=8, target_modules=["q_proj", "down_proj"]),
+    "c3a": surgery.C3AConfig(block_size=32, target_modules=["q_proj", "down_proj"]),
 }
 # By name: the kind, the dtype of the model, and that of what 4 bits compute in.
 BASES = {

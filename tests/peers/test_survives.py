@@ -18,6 +18,7 @@ KINDS: dict[str, Any] = {
     "adalora": lambda: surgery.AdaLoraConfig(init_r=2, target_r=1, total_step=9, init_lora_weights=False, **TARGETS),
     "miss": lambda: surgery.MissConfig(r=4, init_weights=False, **TARGETS),
     "shira": lambda: surgery.ShiraConfig(r=2, init_weights=False, **TARGETS),
+    "c3a": lambda: surgery.C3AConfig(block_size=2, **TARGETS),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 

@@ -44,9 +44,10 @@ CONFIGS: dict[str, dict[str, Any]] = {  # a method is one line here
     "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 3, "target_modules": ["q_proj", "down_proj"]},
     "MISS": {"r": 8, "target_modules": ["q_proj", "down_proj"]},
     "SHIRA": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
+    "C3A": {"block_size": 16, "target_modules": ["q_proj", "down_proj"]},
 }
 PAIRS = [("LORA", "IA3"), ("IA3", "LORA"), ("LORA", "LORA"), ("IA3", "IA3"), ("LORA", "ADALORA"), ("ADALORA", "IA3")]
-PAIRS += [("LORA", "MISS"), ("LORA", "SHIRA")]
+PAIRS += [("LORA", "MISS"), ("LORA", "SHIRA"), ("LORA", "C3A")]
 
 
 def config(kind: str) -> dict[str, Any]:
@@ -60,6 +61,7 @@ _INIT = {
     "ADALORA": "init_lora_weights",
     "MISS": "init_weights",
     "SHIRA": "init_weights",
+    "C3A": "init_weights",
 }
 
 

@@ -50,6 +50,7 @@ _SHIRA = (
     *(one for one in _LORA if one.types != "phi"),
     Default(("q_proj", "v_proj"), "phi"),
 )
+_C3A = (*(one for one in _LORA if "gpt2" not in one.types), Default(("mlp.c_proj",), "gpt2 gpt_bigcode"))
 _ADALORA = (
     Default(("q_proj", "v_proj"), "gemma gemma2 gemma3_text gpt_neo gptj llama llama4 qwen2 qwen3"),
     Default(("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), "bart opt"),
@@ -83,7 +84,14 @@ _IA3 = (
 )
 DEFAULTS: Mapping[str, Mapping[str, Default]] = {
     kind: {one: default for default in table for one in default.types.split()}
-    for kind, table in (("LORA", _LORA), ("ADALORA", _ADALORA), ("IA3", _IA3), ("MISS", _LORA), ("SHIRA", _SHIRA))
+    for kind, table in (
+        ("LORA", _LORA),
+        ("ADALORA", _ADALORA),
+        ("IA3", _IA3),
+        ("MISS", _LORA),
+        ("SHIRA", _SHIRA),
+        ("C3A", _C3A),
+    )
 }
 
 
