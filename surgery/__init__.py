@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers import AdapterTrainer
     from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora_config import AdaLoraConfig
+    from surgery.methods.c3a import C3AConfig
     from surgery.methods.delora_config import DeloraConfig
     from surgery.methods.hira import HiraConfig
     from surgery.methods.ia3 import IA3Config
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from surgery.methods.oft_config import OFTConfig
     from surgery.methods.pvera import PveraConfig
     from surgery.methods.randlora import RandLoraConfig
+    from surgery.methods.shira import ShiraConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
     from surgery.methods.vera import VeraConfig
     from surgery.procedures.checking.diff import DiffReport
@@ -77,6 +79,7 @@ _HOMES = {
     "AdaLoraConfig": "methods.adalora_config",
     "AdapterConfig": "core.config",
     "AdapterTrainer": "integrations.transformers",
+    "C3AConfig": "methods.c3a",
     "CheckError": "errors",
     "CombineReport": "procedures.making.combine",
     "ConfigError": "errors",
@@ -105,6 +108,7 @@ _HOMES = {
     "PveraConfig": "methods.pvera",
     "RandLoraConfig": "methods.randlora",
     "ShapeError": "errors",
+    "ShiraConfig": "methods.shira",
     "StateError": "errors",
     "SurgeryError": "errors",
     "TaskType": "core.config",
@@ -140,6 +144,7 @@ __all__ = [
     "AdaLoraConfig",
     "AdapterConfig",
     "AdapterTrainer",
+    "C3AConfig",
     "CheckError",
     "CombineReport",
     "ConfigError",
@@ -168,6 +173,7 @@ __all__ = [
     "PveraConfig",
     "RandLoraConfig",
     "ShapeError",
+    "ShiraConfig",
     "StateError",
     "SurgeryError",
     "TaskType",

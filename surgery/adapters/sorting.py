@@ -79,8 +79,8 @@ class _Sorting:
         role = self._shared_role(found.info.name)
         if role is not None and dtype.is_floating_point:
             self._share(role, found)
-        elif spelled is not None and dtype.is_floating_point:
-            self._at_site(name, spelled, found)
+        elif spelled is not None and self._fits(spelled, dtype):
+            self._at_site(name, spelled, _of_indices(found) if self.endings[spelled].integers else found)
         elif self.config.copied and f".{self.config.copied}." in name:
             self._of_target(name, found)
         elif name.endswith(".base_layer.weight"):
@@ -123,9 +123,12 @@ class _Sorting:
                 "one; save it again"
             )
 
+    def _fits(self, spelled: str, dtype: torch.dtype) -> bool:
+        return dtype.is_floating_point or (self.endings[spelled].integers and dtype == torch.int32)
+
     def _at_site(self, name: str, spelled: str, found: Found) -> None:
         site = name.removesuffix(spelled).rstrip(".")
-        role, op, _ = self.endings[spelled]
+        role, op, *_ = self.endings[spelled]
         if role in self.sites.setdefault(site, {}):
             raise FormatError(f"{printable(self.where)}: {printable(site)} has two tensors {role}; one is wanted")
         self.sites[site][role] = found
@@ -169,8 +172,13 @@ def _shapes(held: Mapping[str, Found]) -> Mapping[str, tuple[int, ...]]:
 
 
 def _stored(held: Mapping[str, Found]) -> Params:
-    load = next(iter(held.values())).load
-    return Stored({role: found.info for role, found in held.items()}, load)
+    loads = {found.info.name: found.load for found in held.values()}
+    return Stored({role: found.info for role, found in held.items()}, lambda name: loads[name](name))
+
+
+def _of_indices(found: Found) -> Found:
+    """The same in int32."""
+    return Found(found.info._replace(dtype=torch.int32), lambda name: found.load(name).to(torch.int32))
 
 
 def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]], where: str) -> None:

@@ -49,6 +49,7 @@ class Spelling(NamedTuple):
     role: str
     op: str | None = None
     alone: bool = False  # is it the only tensor of its site?
+    integers: bool = False  # does it hold indices? In int32; PEFT on Windows writes them as floats
 
 
 class ConfigFiles(Protocol):
@@ -171,6 +172,9 @@ class AdapterConfig(ABC, metaclass=OfFields):
     def drawn(self, sites: Collection[Site]) -> Mapping[str, Tensor]:  # noqa: ARG002  # for those that share
         """By role, the shared tensors that an adapter over all these sites begins with."""
         return {}
+
+    def check_given(self, value: object) -> None:  # most have nothing to refuse
+        """ConfigError for what the config of peft that it was made of holds beside its fields, such as code."""
 
     def check_fresh(self) -> None:  # most have nothing to refuse
         """ConfigError for what a fresh adapter cannot be trained with."""

@@ -100,6 +100,9 @@ class Method(ABC):
     def refuse_merge(self, site: Site) -> None:  # noqa: B027  # most can be merged anywhere
         """MatchError where no weight of this site's shape holds what the adapter computes."""
 
+    def check_values(self, p: Params, site: Site, where: str) -> None:  # noqa: B027  # most can hold any
+        """ValueRangeError for tensors of the file `where` that mean nothing at this site: indices beyond it."""
+
     def check_run(self, site: Site) -> None:  # noqa: B027  # most run anywhere
         """ConfigError for settings that could not act, or train, as they say at this site."""
 

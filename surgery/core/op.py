@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
 Tile = tuple[slice, slice]
 WHOLE: Tile = (slice(None), slice(None))
@@ -105,17 +104,6 @@ class Op(ABC):
 def is_many(x: Tensor) -> bool:
     """Does one more pass over them take longer than one more call? On a GPU it is calls that take the time."""
     return x.is_cpu and x.numel() >= FEW
-
-
-def is_eager(*given: Tensor) -> bool:
-    """Is there nothing that looks for separate operations: no subclass of Tensor, no compiler, tracer or transform?"""
-    return (
-        all(type(one) in (Tensor, nn.Parameter) for one in given)
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
 
 
 def adds_up(x: Tensor, weight: Tensor, delta: Tensor) -> bool:

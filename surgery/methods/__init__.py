@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
+from surgery.methods.c3a import C3AConfig
 from surgery.methods.delora_config import DeloraConfig
 from surgery.methods.hira import HiraConfig
 from surgery.methods.ia3 import IA3Config
@@ -15,6 +16,7 @@ from surgery.methods.miss import MissConfig
 from surgery.methods.oft_config import OFTConfig
 from surgery.methods.pvera import PveraConfig
 from surgery.methods.randlora import RandLoraConfig
+from surgery.methods.shira import ShiraConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
 from surgery.methods.vera import VeraConfig
 
@@ -33,4 +35,6 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "RANDLORA": RandLoraConfig,
     "DELORA": DeloraConfig,
     "LN_TUNING": LNTuningConfig,
+    "SHIRA": ShiraConfig,
+    "C3A": C3AConfig,
 }

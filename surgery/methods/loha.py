@@ -10,7 +10,8 @@ from torch import Tensor
 from surgery.core.arithmetic import exact_product
 from surgery.core.config import Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
-from surgery.core.op import Op, Tile, adds_up, in_dtype_of, is_eager
+from surgery.core.one_step import is_eager
+from surgery.core.op import Op, Tile, adds_up, in_dtype_of
 from surgery.core.site import Site
 from surgery.methods.lycoris import (
     NONE,

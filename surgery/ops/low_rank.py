@@ -6,21 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.op import Factors, is_eager, is_many
+from surgery.core.one_step import may_be_one_step
+from surgery.core.op import Factors, is_many
 
 _MANY = 16  # columns of a product: as many float32 numbers as a processor takes at once
 
 
 def is_worth_one_step(x: Tensor, weight: Tensor, factors: Factors) -> bool:
-    """Is the input large, and is there nothing that looks for the separate operations?
-
-    Half types are left to these, which round as PEFT's do.
-    """
-    if not is_many(x) or x.dtype.itemsize < 4:
-        return False
-    given = (x, weight, factors.A, factors.B)
-    alike = all(one.dtype == x.dtype for one in given)
-    return alike and not torch.is_autocast_enabled(x.device.type) and is_eager(*given)
+    """Is the input large, and is there nothing that looks for the separate operations?"""
+    return is_many(x) and may_be_one_step(x, weight, factors.A, factors.B)
 
 
 class LowRank(torch.autograd.Function):

@@ -36,6 +36,8 @@ EVERYWHERE = {  # besides a Linear
     "loha": ("convolution over two axes",),
     "lokr": ("convolution over one axis", "convolution in groups"),
     "randlora": lambda: surgery.RandLoraConfig(r=4, randlora_alpha=8, **TARGETS),
+    "shira": lambda: surgery.ShiraConfig(r=2, **TARGETS),
+    "c3a": lambda: surgery.C3AConfig(block_size=2, **TARGETS),
 }
 
 

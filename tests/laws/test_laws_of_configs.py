@@ -143,6 +143,19 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_weights": st.sampled_from([True, False, None, "gaussian"]),
         "rank_pattern": st.none() | st.dictionaries(patterns, st.integers(1, 64), max_size=3),
     },
+    "SHIRA": {
+        "r": st.integers(1, 512),
+        "mask_type": st.sampled_from(["random", "mine"]),
+        "random_seed": st.none() | st.integers(0, 99),
+        "fan_in_fan_out": st.booleans(),
+        "init_weights": st.booleans(),
+    },
+    "C3A": {
+        "block_size": st.integers(1, 512),
+        "block_size_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
+        "init_weights": st.sampled_from([True, False, "gaussian", "kaiming_uniform", "xavier_uniform"]),
+        "bias": st.sampled_from(["none", "all", "c3a_only"]),
+    },
     "IA3": {
         "feedforward_modules": st.none() | patterns | lists,
         "fan_in_fan_out": st.booleans(),

@@ -66,6 +66,8 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 2, "decompose_factor": 1, "rank_dropout": 0.2, "rank_dropout_scale": True},
     ],
     "RANDLORA": [{"r": 3, "randlora_dropout": 0.5, "randlora_alpha": -7}, {"r": 12, "randlora_alpha": 3}],
+    "SHIRA": [{"r": 5, "random_seed": 3}],
+    "C3A": [{"block_size": 1}, {"block_size": 5, "block_size_pattern": {"layer": 2}}],
 }
 # Settings that have no default, or whose default is no whole scaling.
 NEEDED: Mapping[str, dict[str, Any]] = {
@@ -77,6 +79,8 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "PVERA": {"r": 4},
     "MISS": {"r": 4},  # of which IN is no multiple
     "RANDLORA": {"r": 4, "randlora_alpha": 8},
+    "SHIRA": {"r": 2},
+    "C3A": {"block_size": 2, "init_weights": True},
 }
 ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
 MATRICES = {"linear", "conv1d"}  # what methods with projections act on
@@ -95,6 +99,8 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{(method, name): "VeRA acts on" for method in ("VERA", "PVERA") for name in EXAMPLES if name not in MATRICES},
     **{("MISS", name): "MiSS acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("RANDLORA", name): "RandLoRA acts on" for name in EXAMPLES if name not in MATRICES},
+    **{("SHIRA", name): "SHiRA acts on Linear" for name in EXAMPLES if name != "linear"},
+    **{("C3A", name): "C3A acts on Linear" for name in EXAMPLES if name != "linear"},
     ("LORA", GROUPED): "in groups",
     **{("LOHA", name): "LoHa acts on" for name in EXAMPLES if name not in OF_LYCORIS},
     ("OFT", "conv1d"): "its op is conv1d",
@@ -105,7 +111,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("OFT", GROUPED): r"a convolution over \[2, 1\]",
     **{("LOKR", name): "LoKr acts on" for name in EXAMPLES if name not in OF_LYCORIS},
 }
-UNEVEN = {"DELORA"}  # which make fractions of whole numbers
+UNEVEN = {"DELORA", "C3A"}  # which make fractions of whole numbers
 
 ONLY = {  # settings that are refused over other ops
     "lora_dropout": {"linear", "conv1d", "embedding", "convolution"},
@@ -195,6 +201,9 @@ class Below:
     def plain(self) -> Dense | None:
         return None
 
+    def plain(self) -> Dense:
+        return self.dense
+
     def bias(self) -> Tensor | None:
         return self.dense.bias
 
@@ -224,6 +233,16 @@ def test_tensors_are_shaped_as_init_makes_them(method: Method, op: Op):
     assert {role: tuple(values.shape) for role, values in fresh.items()} == own
     assert {values.dtype for values in fresh.values()} - {torch.int32} == {torch.float32}
     assert all(bool(torch.isfinite(values).all()) for values in fresh.values())
+
+
+@each_case
+def test_tensors_of_indices_are_never_trained_and_files_hold_them_in_int32(method: Method, op: Op):
+    fresh = begun(method, op, Dense(torch.ones(OUT, IN)))
+    spellings = {ending: one for config in METHODS.values() for ending, one in config.spellings.items()}
+    for role, spec in method.tensors(site_of(op)).items():
+        spelled = spellings.get(spec.spelling)  # of those that are not in files there is none
+        assert (spelled is not None and spelled.integers) == (fresh[role].dtype == torch.int32)
+        assert spec.fixed or fresh[role].is_floating_point()
 
 
 @each_case
@@ -399,7 +418,10 @@ def test_a_merge_of_tiles_is_the_merge_of_the_whole_to_the_bit(method: Method, o
 def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, op: Op):
     p = told(method, op, torch.randn(OUT, IN), trained(method, op, torch.bfloat16))
     whole = op.stored(method.spread(p, WHOLE).expand(OUT, IN))
-    assert bool((whole > 0).all() if isinstance(method, Additive) else (whole >= 0).all())
+    assert bool((whole >= 0).all())
+    if isinstance(method, Additive):
+        added = op.stored(method.steps(p, WHOLE, exact_product).values.expand(OUT, IN))
+        assert bool((whole > 0)[added != 0].all())
     for rows in stored_tiles(op, 5):
         part = op.stored(method.spread(p, op.tile(rows))).expand(whole[rows].shape)
         assert torch.allclose(part, whole[rows], rtol=2 * OUT * IN * EPS, atol=0)  # plain sums, in any order

@@ -40,6 +40,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "LOKR": [{"r": 4, "alpha": 6}, {"r": 16, "decompose_factor": 4}],
     "RANDLORA": [{"r": 32}],
     "DELORA": [{"r": 4}],
+    "SHIRA": [{"r": 8}],
+    "C3A": [{"block_size": 16}],
 }
 PLAIN, OTHER = (METHODS[name](target_modules=["0"], **SETTINGS[name][0]) for name in ("LORA", "IA3"))
 SITED = [name for name, config in METHODS.items() if not config.copied]

@@ -32,6 +32,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "loha": lambda: surgery.LoHaConfig(r=3, init_weights=False, **BOTH),
     "lokr": lambda: surgery.LoKrConfig(r=1, init_weights=False, **BOTH),
     "vera": lambda: surgery.VeraConfig(r=3, init_weights=False, **BOTH),
+    "shira": lambda: surgery.ShiraConfig(r=2, init_weights=False, **BOTH),
+    "c3a": lambda: surgery.C3AConfig(block_size=3, **BOTH),
 }
 ALLOTTING = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 9}
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}

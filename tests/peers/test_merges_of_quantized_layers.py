@@ -25,6 +25,8 @@ METHODS: dict[str, Any] = {
     "miss": surgery.MissConfig(r=8, target_modules=["q_proj", "down_proj"]),
     "loha": surgery.LoHaConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "lokr": surgery.LoKrConfig(r=2, target_modules=["q_proj", "down_proj"]),
+    "shira": surgery.ShiraConfig(r=8, target_modules=["q_proj", "down_proj"]),
+    "c3a": surgery.C3AConfig(block_size=32, target_modules=["q_proj", "down_proj"]),
 }
 # By name: the kind, the dtype of the model, and that of what 4 bits compute in.
 BASES = {

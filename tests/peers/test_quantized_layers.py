@@ -36,6 +36,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "miss": {"peft_type": "MISS", "r": 8},
     "loha": {"peft_type": "LOHA", "r": 4},
     "lokr": {"peft_type": "LOKR", "r": 2},
+    "shira": {"peft_type": "SHIRA", "r": 8},
+    "c3a": {"peft_type": "C3A", "block_size": 16, "init_weights": True},
 }
 SMALL = {
     "hidden_size": 64,
@@ -236,6 +238,7 @@ OF_PEFT: dict[str, Any] = {
     "ia3": lambda: peft.IA3Config(target_modules=LLAMA, feedforward_modules=["down_proj"]),
     "adalora": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=LLAMA),
     "miss": lambda: peft.MissConfig(r=8, target_modules=LLAMA),
+    "shira": lambda: peft.ShiraConfig(r=8, target_modules=LLAMA),
 }
 
 

@@ -19,6 +19,8 @@ KINDS: dict[str, Any] = {
     "miss": lambda: surgery.MissConfig(r=4, init_weights=False, **TARGETS),
     "loha": lambda: surgery.LoHaConfig(r=2, init_weights=False, **TARGETS),
     "lokr": lambda: surgery.LoKrConfig(r=1, init_weights=False, **TARGETS),
+    "shira": lambda: surgery.ShiraConfig(r=2, init_weights=False, **TARGETS),
+    "c3a": lambda: surgery.C3AConfig(block_size=2, **TARGETS),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 

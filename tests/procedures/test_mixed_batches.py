@@ -21,6 +21,7 @@ from surgery import (
     LoKrConfig,
     LoraConfig,
     MissConfig,
+    ShiraConfig,
     StateError,
     TrainableTokensConfig,
     UsageError,
@@ -52,12 +53,13 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "miss": lambda r: MissConfig(r=r, target_modules="0|2"),
     "loha": lambda r: LoHaConfig(r=r, alpha=4, init_weights=False, target_modules="0|2"),
     "lokr": lambda r: LoKrConfig(r=r, alpha=4, init_weights=False, target_modules="0|2"),
+    "shira": lambda r: ShiraConfig(r=r // 2, target_modules="0|2"),
 }
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")
 EVERYWHERE = ("lora", "ln_tuning")
 WHERE: dict[str, set[str]] = {  # the layers that a rule is tried on, if not on linear ones
     **{rule: {*ON_LINEAR, "convolution"} for rule in ("ia3", "ia3 of inputs", "adalora")},
-    **{rule: {"linear", "linear of sequences"} for rule in ("trainable tokens", "miss")},
+    **{rule: {"linear", "linear of sequences"} for rule in ("trainable tokens", "miss", "shira")},
     **{rule: {one for one in LAYERS if one.startswith("linear") or "convolution" in one} for rule in ("loha", "lokr")},
 }
 CASES = [

@@ -47,6 +47,11 @@ _LORA = (
     Default(("key", "value", "receptance", "output"), "rwkv"),
     Default(("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"), "rwkv7"),
 )
+_SHIRA = (
+    *(one for one in _LORA if one.types != "phi"),
+    Default(("q_proj", "v_proj"), "phi"),
+)
+_C3A = (*(one for one in _LORA if "gpt2" not in one.types), Default(("mlp.c_proj",), "gpt2 gpt_bigcode"))
 _ADALORA = (
     Default(("q_proj", "v_proj"), "gemma gemma2 gemma3_text gpt_neo gptj llama llama4 qwen2 qwen3"),
     Default(("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), "bart opt"),
@@ -110,6 +115,8 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("ADALORA", _ADALORA),
         ("IA3", _IA3),
         ("LN_TUNING", _LN_TUNING),
+        ("SHIRA", _SHIRA),
+        ("C3A", _C3A),
         *((kind, _LORA) for kind in ("LOHA", "LOKR", "MISS", "HIRA", "DELORA")),
     )
 }

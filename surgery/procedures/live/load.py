@@ -114,6 +114,7 @@ def _sites_of(
     for name, site in there.items():
         params, first, method = adapter.sites[name], site.name, adapter.config.method(alone.get(name, name))
         check_shapes(name, params, method.tensors(site), adapter.where)
+        method.check_values(params, site, adapter.where)
         method.check_run(site)
         if first in sites and not all(torch.equal(values, sites[first][2][role]) for role, values in params.items()):
             raise MatchError(

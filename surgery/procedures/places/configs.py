@@ -20,7 +20,9 @@ def config_of(value: object) -> AdapterConfig:
     spelled: Any = value.to_dict() if hasattr(value, "to_dict") else value  # a peft config
     if not isinstance(spelled, Mapping):
         raise ConfigTypeError(f"config: a {type(value).__name__}; a config, a dict or a folder is wanted")
-    return config_from({key: _plain(field) for key, field in spelled.items()}, "config")
+    config = config_from({key: _plain(field) for key, field in spelled.items()}, "config")
+    config.check_given(value)
+    return config
 
 
 def is_peft_s(value: object) -> bool:

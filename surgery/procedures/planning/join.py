@@ -166,6 +166,7 @@ class Joined:
             )
         check_shapes(name, params, wanted, self.adapter.where)
         check_finite(name, params, self.adapter.where, self.adapter.shared)
+        method.check_values(params, site, self.adapter.where)
         method.refuse_merge(site)
         return Layer(method.weighted(self.weight), params, self.index, name)
 

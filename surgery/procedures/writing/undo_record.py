@@ -111,6 +111,7 @@ class UndoRecord:
             if op is not None and op.name in {"linear", "conv1d", "embedding"}:  # others know more than their name
                 site = Site(info.name, {"weight": info, "bias": info}, op)
                 check_shapes(name, params, method.tensors(site), RECORD)
+                method.check_values(params, site, RECORD)
             if method.couples and sums is None:
                 raise FormatError(f"{printable(self.folder)}: {RECORD} lacks the sums of {printable(name)}")
             layers.append(Layer(method, params, index, name, sums))
