@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora_config import AdaLoraConfig
     from surgery.methods.delora_config import DeloraConfig
+    from surgery.methods.gralora import GraloraConfig
     from surgery.methods.hira import HiraConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.lora_config import LoraConfig
@@ -78,6 +79,7 @@ _HOMES = {
     "ExportReport": "procedures.exports.export",
     "ExtractReport": "procedures.making.extract",
     "FormatError": "errors",
+    "GraloraConfig": "methods.gralora",
     "HiraConfig": "methods.hira",
     "IA3Config": "methods.ia3",
     "InputError": "errors",
@@ -132,6 +134,7 @@ __all__ = [
     "ExportReport",
     "ExtractReport",
     "FormatError",
+    "GraloraConfig",
     "HiraConfig",
     "IA3Config",
     "InputError",

@@ -45,6 +45,10 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"init_r": 3, "rank_pattern": {"layer.lora_E": [True, False, True]}},
     ],
     "DELORA": [{"r": 3, "delora_lambda": -0.5}, {"lambda_pattern": {"layer": 4}, "module_dropout": 0.5}],
+    "GRALORA": [
+        {"r": 4, "hybrid_r": 3, "alpha": -3, "gralora_dropout": 0.5},
+        {"r": 6, "gralora_k": 1, "alpha": 5},
+    ],
     "HIRA": [{"r": 2, "init_weights": "gaussian"}, {"rank_pattern": {"layer": 5}, "hira_dropout": 0.5}],
 }
 # Settings that have no default, or whose default is no whole scaling.
@@ -59,6 +63,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("IA3", "convolution over one axis"): "a Conv1d",
     ("IA3", "attention"): "an attention",
     **{("DELORA", name): "DeLoRA acts on" for name in EXAMPLES if name != "linear"},
+    **{("GRALORA", name): "GraLoRA acts on" for name in EXAMPLES if name not in {"linear", "conv1d"}},
     ("HIRA", "attention"): "an attention",
     ("HIRA", GROUPED): "in 2 groups",
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},

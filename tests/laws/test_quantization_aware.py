@@ -31,6 +31,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "ADALORA": [{"init_r": 4, "target_r": 2, "total_step": 9}],
     "HIRA": [{"r": 4}],
     "DELORA": [{"r": 4}],
+    "GRALORA": [{"r": 8, "gralora_k": 4, "hybrid_r": 2}],
 }
 PLAIN, OTHER = (METHODS[name](target_modules=["0"], **SETTINGS[name][0]) for name in ("LORA", "IA3"))
 CASES = [METHODS[name](target_modules=["0"], **one) for name in METHODS for one in SETTINGS[name]]

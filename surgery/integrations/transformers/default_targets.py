@@ -79,7 +79,14 @@ _IA3 = (
 )
 DEFAULTS: Mapping[str, Mapping[str, Default]] = {
     kind: {one: default for default in table for one in default.types.split()}
-    for kind, table in (("LORA", _LORA), ("ADALORA", _ADALORA), ("IA3", _IA3), ("HIRA", _LORA), ("DELORA", _LORA))
+    for kind, table in (
+        ("LORA", _LORA),
+        ("ADALORA", _ADALORA),
+        ("IA3", _IA3),
+        ("HIRA", _LORA),
+        ("DELORA", _LORA),
+        ("GRALORA", _LORA),
+    )
 }
 
 
