@@ -28,6 +28,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     "lora_bias": lambda: surgery.LoraConfig(r=3, lora_bias=True, init_lora_weights=False, **BOTH),
     "ia3": lambda: surgery.IA3Config(feedforward_modules=["2"], init_ia3_weights=False, **BOTH),
     "adalora": lambda: surgery.AdaLoraConfig(init_r=3, target_r=2, total_step=9, **BOTH),
+    "hira": lambda: surgery.HiraConfig(r=3, **BOTH),
+    "delora": lambda: surgery.DeloraConfig(r=3, **BOTH),
+    "gralora": lambda: surgery.GraloraConfig(r=3, gralora_k=3, **BOTH),
 }
 ALLOTTING = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 9}
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}

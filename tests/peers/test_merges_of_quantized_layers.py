@@ -22,6 +22,9 @@ METHODS: dict[str, Any] = {
     "dora": surgery.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True),
     "ia3": surgery.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "adalora": surgery.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"]),
+    "hira": surgery.HiraConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "delora": surgery.DeloraConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "gralora": surgery.GraloraConfig(r=4, target_modules=["q_proj", "down_proj"]),
 }
 # By name: the kind, the dtype of the model, and that of what 4 bits compute in.
 BASES = {

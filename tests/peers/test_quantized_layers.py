@@ -232,6 +232,7 @@ OF_PEFT: dict[str, Any] = {
     "dora": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=LLAMA, use_dora=True),
     "ia3": lambda: peft.IA3Config(target_modules=LLAMA, feedforward_modules=["down_proj"]),
     "adalora": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=LLAMA),
+    "hira": lambda: peft.HiraConfig(r=4, target_modules=LLAMA),
 }
 
 

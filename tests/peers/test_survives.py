@@ -16,6 +16,9 @@ KINDS: dict[str, Any] = {
     "dora": lambda: surgery.LoraConfig(r=2, init_lora_weights=False, use_dora=True, **TARGETS),
     "ia3": lambda: surgery.IA3Config(init_ia3_weights=False, feedforward_modules=["2"], **TARGETS),
     "adalora": lambda: surgery.AdaLoraConfig(init_r=2, target_r=1, total_step=9, init_lora_weights=False, **TARGETS),
+    "hira": lambda: surgery.HiraConfig(r=2, init_weights=False, **TARGETS),
+    "delora": lambda: surgery.DeloraConfig(r=2, init_weights=False, **TARGETS),
+    "gralora": lambda: surgery.GraloraConfig(r=2, hybrid_r=1, init_weights=False, **TARGETS),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
