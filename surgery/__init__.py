@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from surgery.methods.adalora_config import AdaLoraConfig
     from surgery.methods.c3a import C3AConfig
     from surgery.methods.delora_config import DeloraConfig
+    from surgery.methods.gralora import GraloraConfig
     from surgery.methods.hira import HiraConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.ln_tuning import LNTuningConfig
@@ -90,6 +91,7 @@ _HOMES = {
     "ExportReport": "procedures.exports.export",
     "ExtractReport": "procedures.making.extract",
     "FormatError": "errors",
+    "GraloraConfig": "methods.gralora",
     "HiraConfig": "methods.hira",
     "IA3Config": "methods.ia3",
     "InputError": "errors",
@@ -155,6 +157,7 @@ __all__ = [
     "ExportReport",
     "ExtractReport",
     "FormatError",
+    "GraloraConfig",
     "HiraConfig",
     "IA3Config",
     "InputError",

@@ -6,6 +6,7 @@ from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.c3a import C3AConfig
 from surgery.methods.delora_config import DeloraConfig
+from surgery.methods.gralora import GraloraConfig
 from surgery.methods.hira import HiraConfig
 from surgery.methods.ia3 import IA3Config
 from surgery.methods.ln_tuning import LNTuningConfig
@@ -37,4 +38,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "LN_TUNING": LNTuningConfig,
     "SHIRA": ShiraConfig,
     "C3A": C3AConfig,
+    "GRALORA": GraloraConfig,
 }

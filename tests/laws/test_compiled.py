@@ -27,6 +27,7 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "miss": lambda: surgery.MissConfig(r=4, **TARGETS),
     "miss mini": lambda: surgery.MissConfig(r=5, mini_r=3, init_weights="mini", **TARGETS),
     "delora": lambda: surgery.DeloraConfig(r=4, **TARGETS),
+    "gralora": lambda: surgery.GraloraConfig(r=4, hybrid_r=2, **TARGETS),
     "hira": lambda: surgery.HiraConfig(r=4, **TARGETS),
     "loha": lambda: surgery.LoHaConfig(r=4, alpha=12, use_effective_conv2d=True, **TARGETS),
     "lokr": lambda: surgery.LoKrConfig(r=1, alpha=3, use_effective_conv2d=True, **TARGETS),

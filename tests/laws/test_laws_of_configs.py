@@ -136,6 +136,16 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "rank_pattern": st.none() | st.dictionaries(patterns, st.integers(1, 64), max_size=3),
         "lambda_pattern": st.none() | st.dictionaries(patterns, numbers, max_size=3),
     },
+    "GRALORA": {
+        "r": st.integers(1, 64).map(lambda part: 12 * part),
+        "hybrid_r": st.integers(0, 512),
+        "alpha": numbers,
+        "gralora_dropout": st.floats(0, 1, exclude_max=True),
+        "gralora_k": st.sampled_from([1, 2, 4]),
+        "fan_in_fan_out": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "gralora_only"]),
+        "init_weights": st.booleans(),
+    },
     "HIRA": {
         "r": st.integers(1, 512),
         "hira_dropout": st.floats(0, 1, exclude_max=True),

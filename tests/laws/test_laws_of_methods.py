@@ -59,6 +59,10 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     "PVERA": [{"r": 3, "pvera_dropout": 0.5}],
     "MISS": [{"r": 5, "miss_dropout": 0.5}, {"init_weights": "mini", "mini_r": 4}],
     "DELORA": [{"r": 3, "delora_lambda": -0.5}, {"lambda_pattern": {"layer": 4}, "module_dropout": 0.5}],
+    "GRALORA": [
+        {"r": 4, "hybrid_r": 3, "alpha": -3, "gralora_dropout": 0.5},
+        {"r": 6, "gralora_k": 1, "alpha": 5},
+    ],
     "HIRA": [{"r": 2, "init_weights": "gaussian"}, {"rank_pattern": {"layer": 5}, "hira_dropout": 0.5}],
     "LOKR": [
         {"r": 1, "alpha": 5, "use_effective_conv2d": True},
@@ -93,6 +97,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("IA3", "attention"): "an attention",
     **{("TRAINABLE_TOKENS", name): "of Embedding and Linear" for name in EXAMPLES if not HAS_ROWS & {name}},
     **{("DELORA", name): "DeLoRA acts on" for name in EXAMPLES if name != "linear"},
+    **{("GRALORA", name): "GraLoRA acts on" for name in EXAMPLES if name not in {"linear", "conv1d"}},
     ("HIRA", "attention"): "an attention",
     ("HIRA", GROUPED): "in 2 groups",
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
@@ -197,9 +202,6 @@ class Below:
 
     def base(self) -> Dense:
         return self.dense
-
-    def plain(self) -> Dense | None:
-        return None
 
     def plain(self) -> Dense:
         return self.dense

@@ -42,6 +42,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "DELORA": [{"r": 4}],
     "SHIRA": [{"r": 8}],
     "C3A": [{"block_size": 16}],
+    "GRALORA": [{"r": 8, "gralora_k": 4, "hybrid_r": 2}],
 }
 PLAIN, OTHER = (METHODS[name](target_modules=["0"], **SETTINGS[name][0]) for name in ("LORA", "IA3"))
 SITED = [name for name, config in METHODS.items() if not config.copied]

@@ -34,6 +34,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     "vera": lambda: surgery.VeraConfig(r=3, init_weights=False, **BOTH),
     "shira": lambda: surgery.ShiraConfig(r=2, init_weights=False, **BOTH),
     "c3a": lambda: surgery.C3AConfig(block_size=3, **BOTH),
+    "hira": lambda: surgery.HiraConfig(r=3, **BOTH),
+    "delora": lambda: surgery.DeloraConfig(r=3, **BOTH),
+    "gralora": lambda: surgery.GraloraConfig(r=3, gralora_k=3, **BOTH),
 }
 ALLOTTING = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 9}
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}

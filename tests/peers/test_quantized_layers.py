@@ -239,6 +239,7 @@ OF_PEFT: dict[str, Any] = {
     "adalora": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=LLAMA),
     "miss": lambda: peft.MissConfig(r=8, target_modules=LLAMA),
     "shira": lambda: peft.ShiraConfig(r=8, target_modules=LLAMA),
+    "hira": lambda: peft.HiraConfig(r=4, target_modules=LLAMA),
 }
 
 

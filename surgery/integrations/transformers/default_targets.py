@@ -117,7 +117,7 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("LN_TUNING", _LN_TUNING),
         ("SHIRA", _SHIRA),
         ("C3A", _C3A),
-        *((kind, _LORA) for kind in ("LOHA", "LOKR", "MISS", "HIRA", "DELORA")),
+        *((kind, _LORA) for kind in ("LOHA", "LOKR", "MISS", "HIRA", "DELORA", "GRALORA")),
     )
 }
 
