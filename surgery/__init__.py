@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers import AdapterTrainer
     from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora_config import AdaLoraConfig
+    from surgery.methods.hra import HRAConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.lora_config import LoraConfig
     from surgery.methods.oft_config import OFTConfig
@@ -76,6 +77,7 @@ _HOMES = {
     "ExportReport": "procedures.exports.export",
     "ExtractReport": "procedures.making.extract",
     "FormatError": "errors",
+    "HRAConfig": "methods.hra",
     "IA3Config": "methods.ia3",
     "InputError": "errors",
     "Inspection": "procedures.checking.inspect",
@@ -129,6 +131,7 @@ __all__ = [
     "ExportReport",
     "ExtractReport",
     "FormatError",
+    "HRAConfig",
     "IA3Config",
     "InputError",
     "Inspection",

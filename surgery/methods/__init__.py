@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
+from surgery.methods.hra import HRAConfig
 from surgery.methods.ia3 import IA3Config
 from surgery.methods.lora_config import LoraConfig
 from surgery.methods.oft_config import OFTConfig
@@ -13,4 +14,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "IA3": IA3Config,
     "ADALORA": AdaLoraConfig,
     "OFT": OFTConfig,
+    "HRA": HRAConfig,
 }

@@ -83,6 +83,11 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "fan_in_fan_out": st.booleans(),
         "init_ia3_weights": st.booleans(),
     },
+    "HRA": {
+        "r": st.integers(1, 512),
+        "bias": st.sampled_from(["none", "all", "hra_only"]),
+        "init_weights": st.booleans(),
+    },
     "OFT": {
         "r": st.just(0),
         "oft_block_size": st.integers(1, 512),

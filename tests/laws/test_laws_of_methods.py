@@ -44,6 +44,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"lora_alpha": 3, "lora_dropout": 0.5},
         {"init_r": 3, "rank_pattern": {"layer.lora_E": [True, False, True]}},
     ],
+    "HRA": [{"r": 2}, {"r": 6}],
     "OFT": [
         {"r": 3, "oft_block_size": 0, "module_dropout": 0.5, "num_cayley_neumann_terms": 7},
         {"oft_block_size": 2, "block_share": True, "num_cayley_neumann_terms": 2},
@@ -57,6 +58,7 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "IA3": {"feedforward_modules": []},
     "ADALORA": {"init_r": 4, "lora_alpha": 4 + 1e-5},
     "OFT": {"oft_block_size": 4},
+    "HRA": {"r": 4},
 }
 ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
 UNFIT = {  # which refuse each other, and what is said of it; the last where it would be merged
@@ -72,6 +74,14 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("OFT", "convolution over two axes"): "PEFT's OFT changes the outputs before anything is trained",
     ("OFT", "convolution over three axes"): "a Conv3d",
     ("OFT", GROUPED): r"a convolution over \[2, 1\]",
+    ("HRA", "conv1d"): "its op is conv1d",
+    ("HRA", "attention"): "its op is attention",
+    ("HRA", "embedding"): "its op is embedding",
+    ("HRA", "scaled embedding"): "its op is embedding",
+    ("HRA", "convolution over one axis"): r"a convolution over \[5\]",
+    ("HRA", "convolution over two axes"): r"a convolution over \[1, 2\]",
+    ("HRA", "convolution over three axes"): r"a convolution over \[2, 1, 1\]",
+    ("HRA", GROUPED): r"a convolution over \[2, 1\], in 2 groups",
 }
 
 ONLY = {  # settings that are refused over other ops
@@ -266,8 +276,8 @@ def test_one_that_turns_adds_with_turned_factors_its_delta_transposed_to_the_bit
     assert bool(wide.weight.all())
 
 
-@each_pair
-@pytest.mark.parametrize("weight", [1.0, -0.5, 2.0])
+@pytest.mark.parametrize(("name", "example"), [(n, e) for n in METHODS if n != "HRA" for e in EXAMPLES], ids=str)
+@pytest.mark.parametrize("weight", [1.0, -0.5, 2.0])  # HRA's lengths are roots
 def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str, example: str, weight: float):
     method, op = made(name).weighted(weight), EXAMPLES[example]
     if (name, example) in UNFIT:
