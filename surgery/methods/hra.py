@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
+from functools import partial
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from surgery.methods.lora_fields import check_count
 from surgery.methods.rotations import inverse, times
 
 HraBias = Literal["none", "all", "hra_only"]
+Dot = Callable[[Tensor, Tensor], Tensor]
+_NEAR = 2.0**-12  # what Gram-Schmidt has to leave of a vector, in float32 of which it is rounded to 2^-24
 _GRID = 2.0**-42  # of the exact product, see arithmetic
 
 
@@ -26,7 +29,7 @@ class HRAConfig(AdapterConfig):
     """HRA's settings, named as in PEFT: `r` reflections of a layer's inputs, by vectors U [in, r].
 
     An even r starts with pairs of equal ones, which change nothing; an odd r, and `init_weights=False`, with random
-    ones, which do. https://arxiv.org/abs/2405.17484
+    ones, which do. `apply_GS` makes them orthogonal first, by Gram-Schmidt. https://arxiv.org/abs/2405.17484
 
     >>> HRAConfig(r=4, target_modules=["q_proj"]).method("q_proj").r
     4
@@ -34,13 +37,10 @@ class HRAConfig(AdapterConfig):
 
     peft_type: ClassVar[str] = "HRA"
     spellings: ClassVar[Mapping[str, Spelling]] = {"hra_u": Spelling("U")}
-    neutral: ClassVar[Mapping[str, Any]] = {"apply_GS": False}
-    reasons: ClassVar[Mapping[str, str]] = {
-        "apply_GS": "of the equal vectors that it starts with, Gram-Schmidt leaves what was rounded, which differs from "
-        "machine to machine; merge it in PEFT"
-    }
+    neutral: ClassVar[Mapping[str, Any]] = {}
 
     r: int = 8
+    apply_GS: bool = False  # noqa: N815  # PEFT's spelling
     bias: HraBias = "none"  # which biases of the base are trained
     init_weights: bool = True
 
@@ -54,14 +54,14 @@ class HRAConfig(AdapterConfig):
         return self.bias
 
     def method(self, name: str) -> "Hra":  # noqa: ARG002  # all sites are alike
-        return Hra(self.r, paired=self.init_weights and self.r % 2 == 0)
+        return Hra(self.r, orthogonal=self.apply_GS, paired=self.init_weights and self.r % 2 == 0)
 
-
-class _Turn(NamedTuple):
-    """H = I + L C, of [in, r] and [r, in]."""
-
-    L: Tensor
-    C: Tensor
+    def check_fresh(self) -> None:
+        if self.apply_GS and self.init_weights and self.r % 2 == 0:
+            raise ConfigError(
+                f"apply_GS is true and r is {self.r}, which starts with pairs of equal vectors; of their second ones "
+                "Gram-Schmidt leaves what was rounded; give init_weights=False, or leave apply_GS out"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Hra(Mixing):
     """
 
     r: int
+    orthogonal: bool = False  # are the vectors made so first?
     paired: bool = True
     strength: float = 1.0
 
@@ -99,10 +100,14 @@ class Hra(Mixing):
         """With "L" and "C"."""
         if not all_finite(p["U"].detach()):
             raise ValueRangeError("U holds NaN or infinity; finite numbers are wanted; train or save it again")
-        V = _units(exact_float64(p["U"]))
-        if not all_finite(V.detach()):
-            raise ValueRangeError("a vector of U is zero, or beyond what can be squared; it reflects nothing; train it")
-        L, R = _pairs(V, lambda u, v: product(u.unsqueeze(1), v.unsqueeze(2), _WHOLE, 1.0, fine=True).flatten(1))
+        dot = partial(_dot, product)
+        V = self._vectors(exact_float64(p["U"]), dot)
+        if not all_finite(V.detach()) or (self.orthogonal and self._leaves_little(p["U"], V)):
+            raise ValueRangeError(
+                "a vector of U is zero, or beyond what can be squared, or apply_GS leaves less than 2^-12 of it beside "
+                "those before; what it reflects is not told; train it again"
+            )
+        L, R = _pairs(V, dot)
         C = times(product, inverse(_ahead(times(product, R.T, L)), product), R.T)
         return {**p, "L": L, "C": C}
 
@@ -114,19 +119,49 @@ class Hra(Mixing):
         return base._replace(weight=weight + self.strength * moved)
 
     def strayed(self, base: Tensor, error: Tensor, p: Params, tile: Tile) -> Tensor:  # noqa: ARG002  # of whole rows
-        # Each reflection multiplies what came before by u, sums of `n` products, takes that from it, and has a norm of
-        # as many; what came before and comes after is at most I + |L| |C|. Then n products are summed, of a weight
-        # that is rounded to the factors' dtype, and the outcome is rounded to it. The last term is the exact product's.
-        V, L, C = _units(exact_float64(p["U"])).abs(), p["L"].abs(), p["C"].abs()
+        # Each reflection multiplies what came before by u, sums of n products, takes that from it, and has a norm of
+        # as many. Then n products are summed, of a weight that is rounded to the factors' dtype, and the outcome is
+        # rounded to it. The last term is the exact product's.
+        V = self._vectors(exact_float64(p["U"]), _plain_dot)
         unit, n = torch.finfo(p["U"].dtype).eps / 2, len(V)
-        before, after = V + L @ (C @ V), V.T + (V.T @ L) @ C
-        W, through = base.abs(), base.abs() @ L
-        own = 4 * (n + 5) * unit * ((W @ before) @ after) + (n + self.r + 2) * unit * (W + through @ C)
+        before, after, moved = _sizes(V)
+        W, L, C = base.abs(), p["L"].abs(), p["C"].abs()
+        own = 4 * (n + 5) * unit * ((W @ before) @ after.T)
+        own = own + (n + self.r + 2) * unit * (W + (W @ moved) @ V.T.abs())
+        if self.orthogonal:
+            own = own + self._slanted(exact_float64(p["U"]), unit) * base.square().sum(1, keepdim=True).sqrt()
         grid = (n + self.r) * _GRID * n * W.amax(1, keepdim=True) * L.amax() * self.r * C.amax()
-        return error + abs(self.strength) * ((error @ L) @ C + own + grid)
+        return error + abs(self.strength) * ((error @ moved) @ V.T.abs() + own + grid)
+
+    def _slanted(self, U: Tensor, unit: float) -> float:
+        """By how much Gram-Schmidt may turn H, in its norm.
+
+        Its vectors are those of columns that are off by n + 5 units for each that is taken off: to first order each is
+        then off by sqrt(2) |R^-1| times as much, in norms of Q R, and H by 4 times that.
+        """
+        n, r = U.shape
+        slant = torch.linalg.inv(self._vectors(U, _plain_dot).T @ _units(U))
+        return float(4 * (2 * r) ** 0.5 * r * (n + 5) * unit * slant.norm())
+
+    def _vectors(self, U: Tensor, dot: Dot) -> Tensor:
+        """The columns at length 1, and orthogonal if they are to be."""
+        if not self.orthogonal:
+            return _units(U)
+        found: list[Tensor] = []
+        for u in _units(U).T.unsqueeze(1):  # [1, in]
+            rest = u
+            for v in found:
+                rest = rest - dot(v, rest) * v
+            found.append(_units(rest.T).T)
+        return torch.cat(found).T
+
+    def _leaves_little(self, U: Tensor, V: Tensor) -> bool:
+        along = torch.triu(V.T @ _units(exact_float64(U)), 1).detach()  # [r, r], of length 1 in all
+        return bool((1 - along.square().sum(0) < _NEAR**2).any())
 
     def settings(self) -> Mapping[str, str]:
-        return {"r": str(self.r), "strength": self.strength.hex()}
+        vectors = {"vectors": "orthogonal"} if self.orthogonal else {}
+        return {"r": str(self.r), **vectors, "strength": self.strength.hex()}
 
     def weighted(self, weight: float) -> Self:
         return replace(self, strength=self.strength * weight)
@@ -134,7 +169,7 @@ class Hra(Mixing):
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
         U = p["U"].to(torch.promote_types(p["U"].dtype, torch.float32))
         with torch.autocast(U.device.type, enabled=False):
-            L, R = _pairs(_units(U), lambda u, v: (u * v).sum(1, keepdim=True))
+            L, R = _pairs(self._vectors(U, _plain_dot), _plain_dot)
             C = torch.linalg.solve_triangular(_ahead(R.T @ L), R.T, upper=True, unitriangular=True)
         wide = x.to(torch.promote_types(x.dtype, C.dtype))
         L, C = L.to(wide.dtype), C.to(wide.dtype)
@@ -152,7 +187,16 @@ def _units(U: Tensor) -> Tensor:
     return (rows / row_sums(rows * rows).sqrt().unsqueeze(1)).T
 
 
-def _pairs(V: Tensor, dot: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _dot(product: Product, u: Tensor, v: Tensor) -> Tensor:
+    """Of rows: [n, in] each -> [n, 1]."""
+    return product(u.unsqueeze(1), v.unsqueeze(2), _WHOLE, 1.0, fine=True).flatten(1)
+
+
+def _plain_dot(u: Tensor, v: Tensor) -> Tensor:
+    return (u * v).sum(1, keepdim=True)
+
+
+def _pairs(V: Tensor, dot: Dot) -> tuple[Tensor, Tensor]:
     """L and R [in, r], of which I + L_j R_j^T is two reflections, by u and v = u + w; the last is alone if r is odd.
 
     (I - 2 u u^T) (I - 2 v v^T) = I + u (2 w + 4 (u . w) v)^T - w (2 v)^T, which is I to the bit where w is zero.
@@ -163,6 +207,19 @@ def _pairs(V: Tensor, dot: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, 
     L = torch.stack([u, w], 1).flatten(0, 1)
     R = torch.stack([2 * w + 4 * dot(u, w) * v, -2 * v], 1).flatten(0, 1)
     return torch.cat([L, rows[paired:]]).T, torch.cat([R, -2 * rows[paired:]]).T
+
+
+def _sizes(V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[in, r] each: what |u_i| becomes at most by all reflections before it, and by all after it; and |L| for H.
+
+    H = I - 2 (y_1 u_1^T + ... + y_r u_r^T), of y_i = H_1 ... H_(i - 1) u_i; the rows of a rotation have length 1.
+    """
+    A, G, eye = V.abs(), V.T @ V, torch.eye(V.shape[1], dtype=V.dtype, device=V.device)
+    Y = torch.linalg.solve_triangular(eye + 2 * torch.triu(G, 1), V, upper=True, left=False).abs()
+    Z = torch.linalg.solve_triangular(eye + 2 * torch.tril(G, -1), V, upper=False, left=False).abs()
+    B = A.T @ A
+    before, after = A + 2 * Y @ torch.triu(B, 1), A + 2 * Z @ torch.tril(B, -1)
+    return before.clamp(max=1), after.clamp(max=1), 2 * Y
 
 
 def _ahead(products: Tensor) -> Tensor:

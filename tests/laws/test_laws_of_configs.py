@@ -85,6 +85,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "HRA": {
         "r": st.integers(1, 512),
+        "apply_GS": st.booleans(),
         "bias": st.sampled_from(["none", "all", "hra_only"]),
         "init_weights": st.booleans(),
     },

@@ -29,7 +29,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "IA3": [{"feedforward_modules": []}, {"feedforward_modules": ["0"]}],
     "ADALORA": [{"init_r": 4, "target_r": 2, "total_step": 9}],
-    "HRA": [{"r": 4}],
+    "HRA": [{"r": 4}, {"r": 3, "apply_GS": True}],
     "OFT": [{"oft_block_size": 16}, {"oft_block_size": 16, "use_cayley_neumann": False}],
 }
 PLAIN, OTHER = (METHODS[name](target_modules=["0"], **SETTINGS[name][0]) for name in ("LORA", "IA3"))

@@ -16,13 +16,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
 from surgery.cli import main
-from surgery.errors import ConfigError, FormatError, MatchError, ValueRangeError
+from surgery.errors import ConfigError, MatchError, ValueRangeError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
-TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"]}
+TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-RANKS = (1, 2, 5, 8)
-each_r = pytest.mark.parametrize("r", RANKS)
+CASES: dict[str, dict[str, Any]] = {
+    **{f"r {r}": {"r": r} for r in (1, 2, 5, 8)},
+    "orthogonal": {"r": 3, "apply_GS": True},
+    "random orthogonal": {"r": 6, "apply_GS": True, "init_weights": False},
+}
+each_case = pytest.mark.parametrize("case", CASES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 pytestmark = pytest.mark.filterwarnings("ignore:The symmetric initialization")
 
@@ -32,12 +36,12 @@ def made(dtype: torch.dtype = torch.float32, biases: bool = False) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**SMALL, attention_bias=biases)).to(dtype).eval()
 
 
-def config(r: int, **fields: Any) -> peft.HRAConfig:
-    return peft.HRAConfig(r=r, **TARGETS | fields)
+def config(case: str, **fields: Any) -> peft.HRAConfig:
+    return peft.HRAConfig(**TARGETS | CASES[case] | fields)
 
 
-def by_peft(model: nn.Module, r: int, **fields: Any) -> peft.PeftModel:
-    return trained(peft.get_peft_model(copy.deepcopy(model), config(r, **fields)), 0.1)
+def by_peft(model: nn.Module, case: str, **fields: Any) -> peft.PeftModel:
+    return trained(peft.get_peft_model(copy.deepcopy(model), config(case, **fields)), 1.0)
 
 
 def close(found: Tensor, wanted: Tensor, floor: Tensor) -> bool:
@@ -51,10 +55,10 @@ def noise(model: nn.Module) -> Tensor:
 
 
 @each_dtype
-@each_r
-def test_what_peft_saves_gives_equal_outputs_here_and_back_again(r: int, dtype: torch.dtype, tmp_path: Path) -> None:
+@each_case
+def test_what_peft_saves_gives_equal_outputs_here_and_back_again(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = made(dtype)
-    before, theirs = outputs(model), by_peft(model, r)
+    before, theirs = outputs(model), by_peft(model, case)
     wanted, floor = outputs(theirs), noise(model)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = surgery.load(copy.deepcopy(model), tmp_path / "theirs")
@@ -68,23 +72,24 @@ def test_what_peft_saves_gives_equal_outputs_here_and_back_again(r: int, dtype: 
     assert torch.equal(outputs(again), wanted)
 
 
-@each_r
-def test_a_config_hits_the_same_modules_with_the_same_shapes_and_an_even_one_changes_nothing(r: int) -> None:
-    wanted = trainable(peft.get_peft_model(made(), config(r)))
-    ours = surgery.inject(made(), config(r))
+@each_case
+def test_a_config_hits_the_same_modules_with_the_same_shapes_and_an_even_one_changes_nothing(case: str) -> None:
+    wanted = trainable(peft.get_peft_model(made(), config(case)))
+    ours = surgery.inject(made(), config(case))
     assert trainable(ours) == wanted
-    assert torch.equal(outputs(ours), outputs(made())) == (r % 2 == 0)
-    assert not torch.equal(outputs(surgery.inject(made(), config(r, init_weights=False))), outputs(made()))
-    bound = (1 if r % 2 else 2 / r) ** 0.5 / (r if r % 2 else 1) ** 0.5
+    r, even = CASES[case]["r"], CASES[case] in ({"r": 2}, {"r": 8})
+    assert torch.equal(outputs(ours), outputs(made())) == even
+    assert not torch.equal(outputs(surgery.inject(made(), config(case, init_weights=False))), outputs(made()))
+    bound = (r // 2 if even else r) ** -0.5
     for name, values in ours.named_parameters():
         if "hra_u" in name:
             assert 0.9 * bound < float(values.detach().abs().max()) <= bound
 
 
-@each_r
-def test_training_goes_as_in_peft(r: int) -> None:
+@each_case
+def test_training_goes_as_in_peft(case: str) -> None:
     """Of three steps from the same vectors; gradients are off by roundings of sums of at most 64 terms."""
-    theirs, ours = by_peft(made(), r).train(), surgery.inject(made(), config(r)).train()
+    theirs, ours = by_peft(made(), case).train(), surgery.inject(made(), config(case)).train()
     held = {name.removeprefix("base_model.model."): values for name, values in theirs.named_parameters()}
     with torch.no_grad():
         for name, values in ours.named_parameters():
@@ -104,21 +109,23 @@ def test_training_goes_as_in_peft(r: int) -> None:
             assert float((found[1][name] - wanted).norm()) <= 2**-12 * float(wanted.norm())  # float32 has 2^-24
 
 
-def test_every_field_that_peft_writes_is_read_and_written_again_and_gram_schmidt_is_refused(tmp_path: Path) -> None:
+def test_every_field_that_peft_writes_is_read_and_written_again_and_a_start_that_is_noise_is_refused(
+    tmp_path: Path,
+) -> None:
     peft.HRAConfig().save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert surgery.HRAConfig().to_json() == written
     assert surgery.HRAConfig.from_json(written) == surgery.HRAConfig()
-    with pytest.raises(FormatError, match="apply_GS is True; of the equal vectors that it starts with"):
-        surgery.HRAConfig.from_json({**written, "apply_GS": True})
+    with pytest.raises(ConfigError, match="apply_GS is true and r is 8, which starts with pairs of equal vectors"):
+        surgery.inject(made(), surgery.HRAConfig(apply_GS=True, **TARGETS))
     with pytest.raises(ConfigError, match="r is 0"):
         surgery.HRAConfig(r=0)
     with pytest.raises(ConfigError, match="'none', 'all' or 'hra_only' is wanted"):
         surgery.HRAConfig(bias="lora_only")  # type: ignore[arg-type]
 
 
-def test_gram_schmidt_of_peft_reflects_what_rounding_leaves_of_its_start() -> None:
-    """A defect of peft, for which it is refused: the second of two equal vectors is noise that is taken as a vector."""
+def test_gram_schmidt_of_peft_reflects_what_rounding_leaves_of_its_start(tmp_path: Path) -> None:
+    """A defect of peft, for which such a start is refused: of two equal vectors the second becomes noise."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(4, 64)
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.HRAConfig(r=2, apply_GS=True, target_modules=["0"]))
@@ -127,40 +134,45 @@ def test_gram_schmidt_of_peft_reflects_what_rounding_leaves_of_its_start() -> No
     alone = torch.eye(64) - 2 * torch.outer(u, u) / u.square().sum()
     assert float((H - alone).norm()) > 0.5  # one more reflection, or NaN, by no vector of the adapter
     assert float((theirs(x) - model(x)).abs().max()) > 0.1
+    theirs.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueRangeError, match=r"0\.weight: a vector of U .* apply_GS leaves less than 2\^-12 of it"):
+        surgery.merge_checkpoint(saved(model, tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
 
 
 @pytest.mark.parametrize("bias", ["all", "hra_only"])
 def test_biases_that_peft_trains_are_trained_here_and_come_back(bias: str, tmp_path: Path) -> None:
-    theirs = by_peft(made(biases=True), 2, bias=bias)
+    theirs = by_peft(made(biases=True), "r 2", bias=bias)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = surgery.load(made(biases=True), tmp_path / "theirs", trainable=True)
     assert close(outputs(ours), outputs(theirs), noise(made(biases=True)))
     surgery.save(ours, tmp_path / "ours")
     found, told = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("ours", "theirs"))
-    assert len([name for name in told if name.endswith(".bias")]) == 2 * (1 if bias == "hra_only" else 4)
+    assert len([name for name in told if name.endswith(".bias")]) == 2 * (2 if bias == "hra_only" else 4)
     assert found.keys() == told.keys()
     assert all(torch.equal(found[name], told[name]) for name in told)
 
 
 @pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
 @each_dtype
-@each_r
+@each_case
 def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
-    r: int, dtype: torch.dtype, safe: bool, tmp_path: Path
+    case: str, dtype: torch.dtype, safe: bool, tmp_path: Path
 ) -> None:
     model = made(dtype)
-    judge_merge_of_peft(model, by_peft(model, r), tmp_path, safe)
+    judge_merge_of_peft(model, by_peft(model, case), tmp_path, safe)
 
 
 @each_dtype
-@each_r
+@each_case
 def test_what_is_merged_in_tiles_on_files_is_the_live_merge_and_comes_back(
-    r: int, dtype: torch.dtype, tmp_path: Path
+    case: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     layers = {"up": nn.Linear(64, 9000), "place": nn.Conv2d(64, 9000, 1)}  # of two tiles each
     model = nn.Sequential(OrderedDict(layers)).to(dtype)
-    ours = trained(surgery.inject(copy.deepcopy(model), surgery.HRAConfig(r=r, target_modules=[*layers])), 0.1)
+    ours = trained(
+        surgery.inject(copy.deepcopy(model), surgery.HRAConfig(**CASES[case], target_modules=[*layers])), 1.0
+    )
     surgery.save(ours, tmp_path / "adapter")
     with torch.no_grad():
         x = torch.randn(3, 64, 2, 5).to(dtype)
@@ -198,7 +210,7 @@ def run(*words: object) -> int:
 def test_it_is_merged_and_checked_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter, out, back = (tmp_path / one for one in ("base", "adapter", "out", "back"))
     made().save_pretrained(base)
-    by_peft(made(), 4).save_pretrained(adapter)
+    by_peft(made(), "r 8").save_pretrained(adapter)
     for words, told in {
         ("inspect", adapter): "HRA",
         ("plan", base, adapter): "makes each element of several others",
@@ -211,6 +223,6 @@ def test_it_is_merged_and_checked_on_the_command_line(tmp_path: Path, capsys: py
     assert (back / FILE).read_bytes() == (base / FILE).read_bytes()
     begun, whole = load_file(base / FILE), load_file(out / FILE)
     moved = [name for name in begun if not torch.equal(whole[name], begun[name])]
-    assert len(moved) == 4
+    assert len(moved) == 8
     save_file(whole | {moved[0]: begun[moved[0]]}, out / FILE, {"format": "pt"})
     assert run("verify", base, f"{adapter}=0.5", out) == 4
