@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from surgery.methods.delora_config import DeloraConfig
     from surgery.methods.gralora import GraloraConfig
     from surgery.methods.hira import HiraConfig
+    from surgery.methods.hra import HRAConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.ln_tuning import LNTuningConfig
     from surgery.methods.loha import LoHaConfig
@@ -93,6 +94,7 @@ _HOMES = {
     "FormatError": "errors",
     "GraloraConfig": "methods.gralora",
     "HiraConfig": "methods.hira",
+    "HRAConfig": "methods.hra",
     "IA3Config": "methods.ia3",
     "InputError": "errors",
     "Inspection": "procedures.checking.inspect",
@@ -158,6 +160,7 @@ __all__ = [
     "ExtractReport",
     "FormatError",
     "GraloraConfig",
+    "HRAConfig",
     "HiraConfig",
     "IA3Config",
     "InputError",

@@ -8,6 +8,7 @@ from surgery.methods.c3a import C3AConfig
 from surgery.methods.delora_config import DeloraConfig
 from surgery.methods.gralora import GraloraConfig
 from surgery.methods.hira import HiraConfig
+from surgery.methods.hra import HRAConfig
 from surgery.methods.ia3 import IA3Config
 from surgery.methods.ln_tuning import LNTuningConfig
 from surgery.methods.loha import LoHaConfig
@@ -39,4 +40,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "SHIRA": ShiraConfig,
     "C3A": C3AConfig,
     "GRALORA": GraloraConfig,
+    "HRA": HRAConfig,
 }

@@ -59,7 +59,7 @@ def neumann_off(Q: Tensor, terms: int, unit: float, rough: float) -> Tensor:
 
 def cayley(Q: Tensor, product: Product) -> Tensor:
     """D [blocks, b, b], -2 Q (I + Q)^-1, by products alone."""
-    return -2 * times(product, Q, _inverse(_eye(Q) + Q, product))
+    return -2 * times(product, Q, inverse(_eye(Q) + Q, product))
 
 
 def cayley_solved(Q: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _eliminated(A: Tensor) -> Tensor:
     return total
 
 
-def _inverse(A: Tensor, product: Product) -> Tensor:
+def inverse(A: Tensor, product: Product) -> Tensor:
     """A^-1 of [..., n, n], by blocks: [[a, b], [c, d]] is left with d - c a^-1 b.
 
     Without pivots: the symmetric part of A is at least I, and so is that of each such rest, whose inverses are at
@@ -101,9 +101,9 @@ def _inverse(A: Tensor, product: Product) -> Tensor:
         return 1 / A
     half = n // 2
     a, b, c, d = A[..., :half, :half], A[..., :half, half:], A[..., half:, :half], A[..., half:, half:]
-    a, by = _inverse(a, product), partial(times, product)
+    a, by = inverse(a, product), partial(times, product)
     left, right = by(c, a), by(a, b)  # c a^-1, a^-1 b
-    d = _inverse(d - by(c, right), product)
+    d = inverse(d - by(c, right), product)
     beside = by(right, d)  # a^-1 b d^-1
     top = torch.cat([a + by(beside, left), -beside], -1)
     return torch.cat([top, torch.cat([-by(d, left), d], -1)], -2)

@@ -21,6 +21,7 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "ia3": lambda: surgery.IA3Config(feedforward_modules=["layer"], **TARGETS),
     "adalora": lambda: surgery.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=12, total_step=9, **TARGETS),
     "vera": lambda: surgery.VeraConfig(r=4, **TARGETS),
+    "hra": lambda: surgery.HRAConfig(r=4, **TARGETS),
     "oft": lambda: surgery.OFTConfig(oft_block_size=5, **TARGETS),
     "coft": lambda: surgery.OFTConfig(oft_block_size=5, use_cayley_neumann=False, coft=True, **TARGETS),
     "trainable_tokens": lambda: surgery.TrainableTokensConfig(token_indices=[7, 0], **TARGETS),

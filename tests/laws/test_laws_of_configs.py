@@ -172,6 +172,12 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_ia3_weights": st.booleans(),
     },
     "LOHA": {**LYCORIS, "init_weights": st.booleans()},
+    "HRA": {
+        "r": st.integers(1, 512),
+        "apply_GS": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "hra_only"]),
+        "init_weights": st.booleans(),
+    },
     "OFT": {
         "r": st.just(0),
         "oft_block_size": st.integers(1, 512),

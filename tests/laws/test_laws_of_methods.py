@@ -49,6 +49,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 3, "alpha": 5, "use_effective_conv2d": True},
         {"r": 2, "alpha": -1.5, "rank_pattern": {"layer": 5}, "alpha_pattern": {"layer": 0.3}, "rank_dropout": 0.2},
     ],
+    "HRA": [{"r": 2}, {"r": 6}],
     "OFT": [
         {"r": 3, "oft_block_size": 0, "module_dropout": 0.5, "num_cayley_neumann_terms": 7},
         {"oft_block_size": 2, "block_share": True, "num_cayley_neumann_terms": 2},
@@ -85,6 +86,7 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "RANDLORA": {"r": 4, "randlora_alpha": 8},
     "SHIRA": {"r": 2},
     "C3A": {"block_size": 2, "init_weights": True},
+    "HRA": {"r": 4},
 }
 ALLOTTED = {"linear", "conv1d", "convolution of one place", "convolution over two axes"}  # what AdaLoRA acts on
 MATRICES = {"linear", "conv1d"}  # what methods with projections act on
@@ -115,6 +117,14 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("OFT", "convolution over three axes"): "a Conv3d",
     ("OFT", GROUPED): r"a convolution over \[2, 1\]",
     **{("LOKR", name): "LoKr acts on" for name in EXAMPLES if name not in OF_LYCORIS},
+    ("HRA", "conv1d"): "its op is conv1d",
+    ("HRA", "attention"): "its op is attention",
+    ("HRA", "embedding"): "its op is embedding",
+    ("HRA", "scaled embedding"): "its op is embedding",
+    ("HRA", "convolution over one axis"): r"a convolution over \[5\]",
+    ("HRA", "convolution over two axes"): r"a convolution over \[1, 2\]",
+    ("HRA", "convolution over three axes"): r"a convolution over \[2, 1, 1\]",
+    ("HRA", GROUPED): r"a convolution over \[2, 1\], in 2 groups",
 }
 UNEVEN = {"DELORA", "C3A"}  # which make fractions of whole numbers
 
@@ -377,8 +387,8 @@ def test_one_that_turns_adds_with_turned_factors_its_delta_transposed_to_the_bit
     assert bool(wide.weight.all())
 
 
-@each_pair
-@pytest.mark.parametrize("weight", [1.0, -0.5, 2.0])
+@pytest.mark.parametrize(("name", "example"), [(n, e) for n in METHODS if n != "HRA" for e in EXAMPLES], ids=str)
+@pytest.mark.parametrize("weight", [1.0, -0.5, 2.0])  # HRA's lengths are roots
 def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str, example: str, weight: float):
     method, op = made(name), EXAMPLES[example]
     if (name, example) in UNFIT or name in UNEVEN or (method.replaced_rows and weight != 1):  # which is refused

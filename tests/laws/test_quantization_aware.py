@@ -32,6 +32,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "ADALORA": [{"init_r": 4, "target_r": 2, "total_step": 9}],
     "VERA": [{"r": 4}],
     "LOHA": [{"r": 4, "alpha": 6}],
+    "HRA": [{"r": 4}, {"r": 3, "apply_GS": True}],
     "OFT": [{"oft_block_size": 16}, {"oft_block_size": 16, "use_cayley_neumann": False}],
     "TRAINABLE_TOKENS": [{"token_indices": [7, 0]}],
     "PVERA": [{"r": 4}],

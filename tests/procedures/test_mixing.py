@@ -19,11 +19,20 @@ FILE = "model.safetensors"
 TARGETS: dict[str, Any] = {"target_modules": ["0", "2"]}
 CONFIGS: dict[str, Callable[[], surgery.AdapterConfig]] = {
     "oft": lambda: surgery.OFTConfig(oft_block_size=16, **TARGETS),
+    "hra": lambda: surgery.HRAConfig(r=4, **TARGETS),
     "lora": lambda: surgery.LoraConfig(r=4, lora_alpha=6, **TARGETS),
     "dora": lambda: surgery.LoraConfig(r=4, lora_alpha=6, use_dora=True, **TARGETS),
     "ia3": lambda: surgery.IA3Config(feedforward_modules=["2"], **TARGETS),
 }
-CHAINS = [("oft", "lora"), ("lora", "oft"), ("oft", "dora"), ("ia3", "oft"), ("oft", "oft"), ("oft", "lora", "oft")]
+CHAINS = [
+    ("oft", "lora"),
+    ("lora", "oft"),
+    ("oft", "dora"),
+    ("ia3", "oft"),
+    ("oft", "oft"),
+    ("oft", "lora", "oft"),
+    ("hra", "oft"),
+]
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 each_chain = pytest.mark.parametrize("chain", CHAINS, ids="-".join)
 
@@ -126,7 +135,7 @@ def test_merges_one_after_another_pass_as_rounding_and_a_mistaken_one_does_not(
 
 @pytest.mark.parametrize("form", ["nf4", "int8", "fp8_dynamic", "w4a16"])
 def test_a_merge_into_a_format_is_checked_to_the_bit_and_comes_back(form: str, tmp_path: Path) -> None:
-    folders, plain = adapters(tmp_path, ("oft",), torch.bfloat16), base(tmp_path / "base", torch.bfloat16)
+    folders, plain = adapters(tmp_path, ("oft", "hra"), torch.bfloat16), base(tmp_path / "base", torch.bfloat16)
     surgery.merge_checkpoint(plain, folders, tmp_path / "out", into=form, reversible=True)
     grades = {one.grade for one in surgery.verify_checkpoint(plain, folders, tmp_path / "out").tensors.values()}
     assert "bits" in grades
@@ -150,7 +159,7 @@ def test_it_runs_over_quantized_layers_and_merges_into_plain_ones(tmp_path: Path
 
 
 def test_each_row_of_a_batch_runs_under_its_own_adapter(tmp_path: Path) -> None:
-    model = loaded(net(), adapters(tmp_path, ("oft", "lora", "oft")))
+    model = loaded(net(), adapters(tmp_path, ("oft", "lora", "hra")))
     names = ["a0", "a1", "__base__", "a2", "a0", "a2"]
     wanted = []
     for row, name in enumerate(names):
@@ -187,7 +196,7 @@ def test_what_is_no_number_is_refused_by_what_holds_it(bad: float, tmp_path: Pat
 
 def test_an_export_gives_the_outputs_of_the_merge(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = loaded(net(), adapters(tmp_path, ("oft",)))
+    model = loaded(net(), adapters(tmp_path, ("oft", "hra")))
     surgery.export_onnx(model, None, tmp_path / "onnx", inputs=given())
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     (found,) = session.run(None, {session.get_inputs()[0].name: given().numpy()})

@@ -1,0 +1,230 @@
+"""HRA: W H, for H = H_1 ... H_r of reflections H_i = I - 2 u_i u_i^T / |u_i|^2. https://arxiv.org/abs/2405.17484"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from surgery.core.arithmetic import all_finite, exact_float64
+from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.method import Dense, Mixing, Params, Product, Run, Spec
+from surgery.core.op import Op, Tile
+from surgery.core.site import Site
+from surgery.core.sums import row_sums
+from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
+from surgery.methods.lora_fields import check_count
+from surgery.methods.rotations import inverse, times
+
+HraBias = Literal["none", "all", "hra_only"]
+Dot = Callable[[Tensor, Tensor], Tensor]
+_NEAR = 2.0**-12  # what Gram-Schmidt has to leave of a vector, in float32 of which it is rounded to 2^-24
+_GRID = 2.0**-42  # of the exact product, see arithmetic
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRAConfig(AdapterConfig):
+    """HRA's settings, named as in PEFT: `r` reflections of a layer's inputs, by vectors U [in, r].
+
+    An even r starts with pairs of equal ones, which change nothing; an odd r, and `init_weights=False`, with random
+    ones, which do. `apply_GS` makes them orthogonal first, by Gram-Schmidt. https://arxiv.org/abs/2405.17484
+
+    >>> HRAConfig(r=4, target_modules=["q_proj"]).method("q_proj").r
+    4
+    """
+
+    peft_type: ClassVar[str] = "HRA"
+    spellings: ClassVar[Mapping[str, Spelling]] = {"hra_u": Spelling("U")}
+    neutral: ClassVar[Mapping[str, Any]] = {}
+
+    r: int = 8
+    apply_GS: bool = False  # noqa: N815  # PEFT's spelling
+    bias: HraBias = "none"  # which biases of the base are trained
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("r", self.r)
+        if self.bias not in get_args(HraBias):
+            raise ConfigError(f"bias is {printable(self.bias)!r}; 'none', 'all' or 'hra_only' is wanted")
+
+    def biases(self) -> str:
+        return self.bias
+
+    def method(self, name: str) -> "Hra":  # noqa: ARG002  # all sites are alike
+        return Hra(self.r, orthogonal=self.apply_GS, paired=self.init_weights and self.r % 2 == 0)
+
+    def check_fresh(self) -> None:
+        if self.apply_GS and self.init_weights and self.r % 2 == 0:
+            raise ConfigError(
+                f"apply_GS is true and r is {self.r}, which starts with pairs of equal vectors; of their second ones "
+                "Gram-Schmidt leaves what was rounded; give init_weights=False, or leave apply_GS out"
+            )
+
+
+@dataclass(frozen=True)
+class Hra(Mixing):
+    """U is [in, r]. Two reflections by equal vectors cancel to the bit.
+
+    At another strength than 1 it goes so much of the way from the base to the merge.
+    """
+
+    r: int
+    orthogonal: bool = False  # are the vectors made so first?
+    paired: bool = True
+    strength: float = 1.0
+
+    name = "HRA"
+
+    def tensors(self, site: Site) -> Mapping[str, Spec]:
+        op = site.acting
+        if op.name != "linear" and (op.kernel != (1, 1) or op.groups > 1):
+            found = (
+                f"a convolution over {list(op.kernel)}, in {op.groups} groups" if op.kernel else f"its op is {op.name}"
+            )
+            raise MatchError(
+                f"{printable(site.name)}: {found}; HRA acts on Linear and Conv2d of one place in one group; exclude it"
+            )
+        return {"U": Spec("hra_u", (site.shape[1], self.r))}
+
+    def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
+        (spec,) = self.tensors(site).values()
+        U = torch.empty(spec.shape[0], self.r // 2 if self.paired else self.r)
+        bound = max(1, U.shape[1]) ** -0.5  # Kaiming's uniform start, with a = sqrt(5)
+        U.uniform_(-bound, bound)
+        return {"U": U.repeat_interleave(2, 1) if self.paired else U}
+
+    def prepared(self, p: Params, product: Product) -> Params:
+        """With "L" and "C"."""
+        if not all_finite(p["U"].detach()):
+            raise ValueRangeError("U holds NaN or infinity; finite numbers are wanted; train or save it again")
+        dot = partial(_dot, product)
+        V = self._vectors(exact_float64(p["U"]), dot)
+        if not all_finite(V.detach()) or (self.orthogonal and self._leaves_little(p["U"], V)):
+            raise ValueRangeError(
+                "a vector of U is zero, or beyond what can be squared, or apply_GS leaves less than 2^-12 of it beside "
+                "those before; what it reflects is not told; train it again"
+            )
+        L, R = _pairs(V, dot)
+        C = times(product, inverse(_ahead(times(product, R.T, L)), product), R.T)
+        return {**p, "L": L, "C": C}
+
+    def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:  # noqa: ARG002  # of whole rows
+        p, weight = p if "C" in p else self.prepared(p, product), base.weight
+        if not all_finite(weight):  # it stays so, which those who read it refuse
+            return base
+        moved = times(product, times(product, weight.to(p["L"].dtype), p["L"]), p["C"])
+        return base._replace(weight=weight + self.strength * moved)
+
+    def strayed(self, base: Tensor, error: Tensor, p: Params, tile: Tile) -> Tensor:  # noqa: ARG002  # of whole rows
+        # Each reflection multiplies what came before by u, sums of n products, takes that from it, and has a norm of
+        # as many. Then n products are summed, of a weight that is rounded to the factors' dtype, and the outcome is
+        # rounded to it. The last term is the exact product's.
+        V = self._vectors(exact_float64(p["U"]), _plain_dot)
+        unit, n = torch.finfo(p["U"].dtype).eps / 2, len(V)
+        before, after, moved = _sizes(V)
+        W, L, C = base.abs(), p["L"].abs(), p["C"].abs()
+        own = 4 * (n + 5) * unit * ((W @ before) @ after.T)
+        own = own + (n + self.r + 2) * unit * (W + (W @ moved) @ V.T.abs())
+        if self.orthogonal:
+            own = own + self._slanted(exact_float64(p["U"]), unit) * base.square().sum(1, keepdim=True).sqrt()
+        grid = (n + self.r) * _GRID * n * W.amax(1, keepdim=True) * L.amax() * self.r * C.amax()
+        return error + abs(self.strength) * ((error @ moved) @ V.T.abs() + own + grid)
+
+    def _slanted(self, U: Tensor, unit: float) -> float:
+        """By how much Gram-Schmidt may turn H, in its norm.
+
+        Its vectors are those of columns that are off by n + 5 units for each that is taken off: to first order each is
+        then off by sqrt(2) |R^-1| times as much, in norms of Q R, and H by 4 times that.
+        """
+        n, r = U.shape
+        slant = torch.linalg.inv(self._vectors(U, _plain_dot).T @ _units(U))
+        return float(4 * (2 * r) ** 0.5 * r * (n + 5) * unit * slant.norm())
+
+    def _vectors(self, U: Tensor, dot: Dot) -> Tensor:
+        """The columns at length 1, and orthogonal if they are to be."""
+        if not self.orthogonal:
+            return _units(U)
+        found: list[Tensor] = []
+        for u in _units(U).T.unsqueeze(1):  # [1, in]
+            rest = u
+            for v in found:
+                rest = rest - dot(v, rest) * v
+            found.append(_units(rest.T).T)
+        return torch.cat(found).T
+
+    def _leaves_little(self, U: Tensor, V: Tensor) -> bool:
+        along = torch.triu(V.T @ _units(exact_float64(U)), 1).detach()  # [r, r], of length 1 in all
+        return bool((1 - along.square().sum(0) < _NEAR**2).any())
+
+    def settings(self) -> Mapping[str, str]:
+        vectors = {"vectors": "orthogonal"} if self.orthogonal else {}
+        return {"r": str(self.r), **vectors, "strength": self.strength.hex()}
+
+    def weighted(self, weight: float) -> Self:
+        return replace(self, strength=self.strength * weight)
+
+    def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
+        U = p["U"].to(torch.promote_types(p["U"].dtype, torch.float32))
+        with torch.autocast(U.device.type, enabled=False):
+            L, R = _pairs(self._vectors(U, _plain_dot), _plain_dot)
+            C = torch.linalg.solve_triangular(_ahead(R.T @ L), R.T, upper=True, unitriangular=True)
+        wide = x.to(torch.promote_types(x.dtype, C.dtype))
+        L, C = L.to(wide.dtype), C.to(wide.dtype)
+        rows = wide.movedim(-3, -1) if op.kernel else wide  # [*batch, in]
+        moved = (rows @ C.T) @ (L.T if self.strength == 1 else self.strength * L.T)
+        return run((wide + (moved.movedim(-1, -3) if op.kernel else moved)).to(x.dtype))
+
+
+_WHOLE: Tile = (slice(None), slice(None))
+
+
+def _units(U: Tensor) -> Tensor:
+    """Its columns at length 1, each by the same operations, so that equal ones stay so."""
+    rows = U.T.contiguous()  # [r, in]
+    return (rows / row_sums(rows * rows).sqrt().unsqueeze(1)).T
+
+
+def _dot(product: Product, u: Tensor, v: Tensor) -> Tensor:
+    """Of rows: [n, in] each -> [n, 1]."""
+    return product(u.unsqueeze(1), v.unsqueeze(2), _WHOLE, 1.0, fine=True).flatten(1)
+
+
+def _plain_dot(u: Tensor, v: Tensor) -> Tensor:
+    return (u * v).sum(1, keepdim=True)
+
+
+def _pairs(V: Tensor, dot: Dot) -> tuple[Tensor, Tensor]:
+    """L and R [in, r], of which I + L_j R_j^T is two reflections, by u and v = u + w; the last is alone if r is odd.
+
+    (I - 2 u u^T) (I - 2 v v^T) = I + u (2 w + 4 (u . w) v)^T - w (2 v)^T, which is I to the bit where w is zero.
+    """
+    rows, paired = V.T, V.shape[1] // 2 * 2
+    u, v = rows[0:paired:2], rows[1:paired:2]  # [r / 2, in]
+    w = v - u
+    L = torch.stack([u, w], 1).flatten(0, 1)
+    R = torch.stack([2 * w + 4 * dot(u, w) * v, -2 * v], 1).flatten(0, 1)
+    return torch.cat([L, rows[paired:]]).T, torch.cat([R, -2 * rows[paired:]]).T
+
+
+def _sizes(V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[in, r] each: what |u_i| becomes at most by all reflections before it, and by all after it; and |L| for H.
+
+    H = I - 2 (y_1 u_1^T + ... + y_r u_r^T), of y_i = H_1 ... H_(i - 1) u_i; the rows of a rotation have length 1.
+    """
+    A, G, eye = V.abs(), V.T @ V, torch.eye(V.shape[1], dtype=V.dtype, device=V.device)
+    Y = torch.linalg.solve_triangular(eye + 2 * torch.triu(G, 1), V, upper=True, left=False).abs()
+    Z = torch.linalg.solve_triangular(eye + 2 * torch.tril(G, -1), V, upper=False, left=False).abs()
+    B = A.T @ A
+    before, after = A + 2 * Y @ torch.triu(B, 1), A + 2 * Z @ torch.tril(B, -1)
+    return before.clamp(max=1), after.clamp(max=1), 2 * Y
+
+
+def _ahead(products: Tensor) -> Tensor:
+    """I - N, of R^T L [r, r]; N is what pairs make of later ones: (I + L_1 R_1^T) (I + L_2 R_2^T) has R_1^T L_2."""
+    r = len(products)
+    pair = torch.arange(r, device=products.device) // 2
+    later = pair.unsqueeze(1) < pair
+    return torch.eye(r, dtype=products.dtype, device=products.device) - products.masked_fill(~later, 0)
