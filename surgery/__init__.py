@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers import AdapterTrainer
     from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora_config import AdaLoraConfig
+    from surgery.methods.beft import BeftConfig
     from surgery.methods.ia3 import IA3Config
     from surgery.methods.ln_tuning import LNTuningConfig
     from surgery.methods.lora_config import LoraConfig
@@ -68,6 +69,7 @@ _HOMES = {
     "AdaLoraConfig": "methods.adalora_config",
     "AdapterConfig": "core.config",
     "AdapterTrainer": "integrations.transformers",
+    "BeftConfig": "methods.beft",
     "CheckError": "errors",
     "CombineReport": "procedures.making.combine",
     "ConfigError": "errors",
@@ -122,6 +124,7 @@ __all__ = [
     "AdaLoraConfig",
     "AdapterConfig",
     "AdapterTrainer",
+    "BeftConfig",
     "CheckError",
     "CombineReport",
     "ConfigError",

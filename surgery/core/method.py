@@ -62,6 +62,7 @@ class Method(ABC):
 
     name: ClassVar[str]  # as users know it
     turns: ClassVar[bool] = False  # is the same with A and B turned, in each other's place, its delta transposed?
+    leaves_weight: ClassVar[bool] = False  # does it change the bias alone?
     couples: ClassVar[frozenset[str]]  # along which axes elements depend on each other, by sums: see `terms`
 
     @property

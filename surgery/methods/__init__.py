@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
+from surgery.methods.beft import BeftConfig
 from surgery.methods.ia3 import IA3Config
 from surgery.methods.ln_tuning import LNTuningConfig
 from surgery.methods.lora_config import LoraConfig
@@ -15,4 +16,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "ADALORA": AdaLoraConfig,
     "TRAINABLE_TOKENS": TrainableTokensConfig,
     "LN_TUNING": LNTuningConfig,
+    "BEFT": BeftConfig,
 }

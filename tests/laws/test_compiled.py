@@ -20,6 +20,7 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "qalora": lambda: surgery.LoraConfig(r=4, lora_alpha=12, use_qalora=True, qalora_group_size=2, **TARGETS),
     "ia3": lambda: surgery.IA3Config(feedforward_modules=["layer"], **TARGETS),
     "adalora": lambda: surgery.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=12, total_step=9, **TARGETS),
+    "beft": lambda: surgery.BeftConfig(**TARGETS),
     "trainable_tokens": lambda: surgery.TrainableTokensConfig(token_indices=[7, 0], **TARGETS),
 }
 EVERYWHERE = ("conv1d", "convolution over two axes", "embedding")  # of LoRA

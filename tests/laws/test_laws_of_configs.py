@@ -83,6 +83,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "fan_in_fan_out": st.booleans(),
         "init_ia3_weights": st.booleans(),
     },
+    "BEFT": {"init_weights": st.booleans()},
     "TRAINABLE_TOKENS": {"token_indices": st.just([]) | tokens, "init_weights": st.booleans()},
 }
 

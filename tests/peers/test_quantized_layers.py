@@ -33,6 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ia3": {"peft_type": "IA3", "feedforward_modules": []},
     "ia3 of inputs": {"peft_type": "IA3", "feedforward_modules": ["0"]},
     "adalora": {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 9},
+    "beft": {"peft_type": "BEFT"},
 }
 SMALL = {
     "hidden_size": 64,

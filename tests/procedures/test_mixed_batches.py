@@ -15,6 +15,7 @@ import surgery
 from surgery import (
     AdaLoraConfig,
     AdapterConfig,
+    BeftConfig,
     IA3Config,
     LNTuningConfig,
     LoraConfig,
@@ -44,6 +45,7 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "ia3": lambda _: IA3Config(target_modules="0|2", feedforward_modules=[]),
     "ia3 of inputs": lambda _: IA3Config(target_modules="0|2", feedforward_modules="0|2"),
     "adalora": lambda r: AdaLoraConfig(init_r=r, target_r=1, total_step=9, target_modules="0|2"),
+    "beft": lambda _: BeftConfig(target_modules="0|2"),
     "trainable tokens": lambda r: TrainableTokensConfig(token_indices=[1, 0, 3, 4][:r], target_modules="0|2"),
     "ln_tuning": lambda _: LNTuningConfig(target_modules="0|2"),
 }
@@ -53,7 +55,7 @@ CASES = [
     (layer, rule)
     for layer in LAYERS
     for rule in RULES
-    if (layer in ON_LINEAR and (layer, rule) != ("conv1d", "trainable tokens"))
+    if (layer in ON_LINEAR and (layer, rule) not in {("conv1d", "trainable tokens"), ("conv1d", "beft")})
     or rule in EVERYWHERE
     or (layer == "convolution" and ("ia3" in rule or rule == "adalora"))
 ]

@@ -103,9 +103,21 @@ _LN_TUNING = (
     ),
     Default(("post_attention_layernorm",), "qwen2 qwen3"),
 )
+_BEFT = (
+    Default(("v",), "mt5 t5"),
+    Default(("value",), "bert roberta"),
+    Default(("v_proj",), "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt phi qwen2 qwen3"),
+    Default(("value_proj",), "deberta-v2"),
+)
 DEFAULTS: Mapping[str, Mapping[str, Default]] = {
     kind: {one: default for default in table for one in default.types.split()}
-    for kind, table in (("LORA", _LORA), ("ADALORA", _ADALORA), ("IA3", _IA3), ("LN_TUNING", _LN_TUNING))
+    for kind, table in (
+        ("LORA", _LORA),
+        ("ADALORA", _ADALORA),
+        ("IA3", _IA3),
+        ("LN_TUNING", _LN_TUNING),
+        ("BEFT", _BEFT),
+    )
 }
 
 
