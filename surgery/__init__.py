@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers import AdapterTrainer
     from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora_config import AdaLoraConfig
+    from surgery.methods.beft import BeftConfig
     from surgery.methods.c3a import C3AConfig
     from surgery.methods.delora_config import DeloraConfig
     from surgery.methods.gralora import GraloraConfig
@@ -82,6 +83,7 @@ _HOMES = {
     "AdapterConfig": "core.config",
     "AdapterTrainer": "integrations.transformers",
     "C3AConfig": "methods.c3a",
+    "BeftConfig": "methods.beft",
     "CheckError": "errors",
     "CombineReport": "procedures.making.combine",
     "ConfigError": "errors",
@@ -148,6 +150,7 @@ __all__ = [
     "AdaLoraConfig",
     "AdapterConfig",
     "AdapterTrainer",
+    "BeftConfig",
     "C3AConfig",
     "CheckError",
     "CombineReport",

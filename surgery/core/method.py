@@ -77,6 +77,7 @@ class Method(ABC):
     name: ClassVar[str]  # as users know it
     of_base: ClassVar[bool] = False  # does it add to what lies below what it makes of the base? Its step is a Growth
     turns: ClassVar[bool] = False  # is the same with A and B turned, in each other's place, its delta transposed?
+    leaves_weight: ClassVar[bool] = False  # does it change the bias alone?
     couples: ClassVar[frozenset[str]]  # along which axes elements depend on each other, by sums: see `terms`
     mixes: ClassVar[bool] = False  # does it make elements of several of the base's? See `Mixing`
 

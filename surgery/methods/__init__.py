@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
+from surgery.methods.beft import BeftConfig
 from surgery.methods.c3a import C3AConfig
 from surgery.methods.delora_config import DeloraConfig
 from surgery.methods.gralora import GraloraConfig
@@ -41,4 +42,5 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "C3A": C3AConfig,
     "GRALORA": GraloraConfig,
     "HRA": HRAConfig,
+    "BEFT": BeftConfig,
 }

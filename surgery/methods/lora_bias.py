@@ -87,9 +87,9 @@ class LoraBias(Method, AsPeft):
 
 @dataclass(frozen=True)
 class Offset(Additive, AsPeft):
-    """What becomes of the bias, as a matrix [out, 1]."""
+    """What becomes of the bias, as a matrix [out, 1]; b is [out], or [1, out]."""
 
-    name = "lora_bias"
+    name = "added bias"
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         return {"b": Spec("lora_B.bias", (site.shape[0],))}
@@ -100,15 +100,15 @@ class Offset(Additive, AsPeft):
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:  # noqa: ARG002  # no product in it
         if not all_finite(p["b"]):
             raise ValueRangeError("b holds NaN or infinity; finite numbers are wanted; train or save it again")
-        return (exact_float64(p["b"][tile[0]]) * self.scaling).unsqueeze(1)
+        return (exact_float64(p["b"].flatten()[tile[0]]) * self.scaling).unsqueeze(1)
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # One product, rounded.
         unit = torch.finfo(p["b"].dtype).eps / 2
-        return unit * abs(self.scaling) * exact_float64(p["b"][tile[0]]).abs().unsqueeze(1)
+        return unit * abs(self.scaling) * exact_float64(p["b"].flatten()[tile[0]]).abs().unsqueeze(1)
 
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:  # noqa: ARG002  # one way
-        return (stored + p["b"] * self.scaling).to(stored.dtype)
+        return (stored + p["b"].flatten() * self.scaling).to(stored.dtype)
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
         return run(x) + op.beside(self.scaling * p["b"])

@@ -191,6 +191,7 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "use_cayley_neumann": st.booleans(),
         "num_cayley_neumann_terms": st.integers(1, 9),
     },
+    "BEFT": {"init_weights": st.booleans()},
     "TRAINABLE_TOKENS": {"token_indices": st.just([]) | tokens, "init_weights": st.booleans()},
     "LOKR": {
         **LYCORIS,

@@ -108,6 +108,12 @@ _LN_TUNING = (
     ),
     Default(("post_attention_layernorm",), "qwen2 qwen3"),
 )
+_BEFT = (
+    Default(("v",), "mt5 t5"),
+    Default(("value",), "bert roberta"),
+    Default(("v_proj",), "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt phi qwen2 qwen3"),
+    Default(("value_proj",), "deberta-v2"),
+)
 DEFAULTS: Mapping[str, Mapping[str, Default]] = {
     kind: {one: default for default in table for one in default.types.split()}
     for kind, table in (
@@ -117,6 +123,7 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("LN_TUNING", _LN_TUNING),
         ("SHIRA", _SHIRA),
         ("C3A", _C3A),
+        ("BEFT", _BEFT),
         *((kind, _LORA) for kind in ("LOHA", "LOKR", "MISS", "HIRA", "DELORA", "GRALORA")),
     )
 }

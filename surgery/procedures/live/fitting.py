@@ -45,8 +45,12 @@ class Fitting:
 
     def spelled(self, name: str) -> Spelled:
         """How the model spells the copies of a module."""
+        return Spelled("base_layer", self.config.copied) if self.field(name) == "target_modules" else Replaced.spelled
+
+    def field(self, name: str) -> str:
+        """Which of the config's fields names a module that is copied."""
         targets = self.config.target_modules if self.config.copied else None
-        return Spelled("base_layer", self.config.copied) if name in (targets or ()) else Replaced.spelled
+        return "target_modules" if name in (targets or ()) else "modules_to_save"
 
     def weighted(self, weight: float) -> "Fitting":
         """The same, `weight` times as strong. ConfigError where copies of modules are all that it is."""
@@ -81,7 +85,8 @@ def _refuse_unfit(tree: Tree, fitting: Fitting) -> None:
     """An error by name for what this model cannot hold."""
     _refuse_quantized_copies(tree, fitting)
     _refuse_copies_of_adapted(tree, fitting)
-    refuse_shares(tree, fitting.saved, "modules_to_save names it")
+    for name in fitting.saved:
+        refuse_shares(tree, [name], f"{fitting.field(name)} names it")
     refuse_shares(tree, fitting.biases, "its bias would be trained")
     refuse_shares(tree, fitting.aware, "the adapter would be aware of its format")
     refuse_shares(tree, fitting.heads, "its factors are those of the embedding that it is tied to")
@@ -94,20 +99,18 @@ def _refuse_quantized_copies(tree: Tree, fitting: Fitting) -> None:
     for name in fitting.saved:
         if any(is_quantized(one) for one in tree.modules[name].modules()):
             raise MatchError(
-                f"{printable(name)}: modules_to_save names it, and its weight is quantized, which no gradient can "
-                "train; leave it out there, or load the model with it skipped"
+                f"{printable(name)}: {fitting.field(name)} names it, and its weight is quantized, which no gradient "
+                "can train; leave it out there, or load the model with it skipped"
             )
 
 
 def _refuse_copies_of_adapted(tree: Tree, fitting: Fitting) -> None:
     """MatchError for copies of what other adapters lie over, or within what is copied: they would be copied with it."""
-    targets = frozenset(fitting.config.target_modules or ()) if fitting.config.copied else frozenset[str]()
     for name in fitting.saved:
-        field = "target_modules" if name in targets else "modules_to_save"
         if any(isinstance(one, Adapted | Replaced) for one in _within(tree.modules[name])):
             raise MatchError(
-                f"{printable(name)}: {field} names it, and an adapter lies over it or within it; leave it out there, "
-                "or delete that adapter first"
+                f"{printable(name)}: {fitting.field(name)} names it, and an adapter lies over it or within it; leave "
+                "it out there, or delete that adapter first"
             )
         outer = next((other for other in fitting.saved if name.startswith(f"{other}.")), None)
         if outer is not None and fitting.config.copied:

@@ -128,19 +128,21 @@ class Joined:
             del self.layers[site.weight.name]
 
     def _add(self, site: Site, layer: Layer) -> None:
-        if site.weight.name in self.layers:
-            other = self.layers[site.weight.name][1].name
+        bias, on_bias = bias_site(site), bias_layers([layer])
+        first = site.weight if bias is None or not layer.method.leaves_weight else bias.weight
+        if first.name in self.layers:
+            other = self.layers[first.name][1].name
             raise MatchError(
-                f"{printable(layer.name)}: {printable(other)} is the base's {printable(site.weight.name)} too; "
+                f"{printable(layer.name)}: {printable(other)} is the base's {printable(first.name)} too; "
                 "one adapter of each weight is wanted; was it renamed?"
             )
-        bias, on_bias = bias_site(site), bias_layers([layer])
         if bias is not None and on_bias and bias.weight.shape != site.shape[:1]:
             raise ShapeError(
                 f"{printable(bias.weight.name)}: {list(bias.weight.shape)}; one for each of the {site.shape[0]} "
                 "outputs is wanted; the base is damaged"
             )
-        self.layers[site.weight.name] = site, layer
+        if not layer.method.leaves_weight:
+            self.layers[site.weight.name] = site, layer
         if bias is not None and on_bias:
             self.layers[bias.weight.name] = bias, on_bias[0]
         if bias is not None and not self._has_trained(bias.weight.name):
