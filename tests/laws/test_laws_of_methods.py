@@ -127,7 +127,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("HRA", "convolution over three axes"): r"a convolution over \[2, 1, 1\]",
     ("HRA", GROUPED): r"a convolution over \[2, 1\], in 2 groups",
 }
-UNEVEN = {"DELORA", "C3A"}  # which make fractions of whole numbers
+UNEVEN = {"DELORA", "C3A", "HRA"}  # which make fractions or roots of whole numbers
 
 ONLY = {  # settings that are refused over other ops
     "lora_dropout": {"linear", "conv1d", "embedding", "convolution"},
@@ -290,10 +290,9 @@ def test_the_roles_of_a_site_are_those_of_a_form_of_its_config(name: str, exampl
     for settings in [{}, *VARIANTS.get(name, [])] if (name, example) not in UNFIT else []:
         config, op = METHODS[name](**NEEDED.get(name, {}) | settings), EXAMPLES[example]
         if not any(op.name not in ops and key in settings for key, ops in ONLY.items()):
-            specs = config.method("layer").tensors(site_of(op))
-            assert {
-                role for role, spec in specs.items() if not spec.fixed
-            } in config.forms()  # of those that files hold
+            specs, read = config.method("layer").tensors(site_of(op)).values(), config.endings()
+            held = [read[spec.spelling] for spec in specs if spec.spelling in read]  # of those that files hold
+            assert [one.alone for one in held] == [True] or {one.role for one in held} in config.forms()
 
 
 @each_case
@@ -388,8 +387,8 @@ def test_one_that_turns_adds_with_turned_factors_its_delta_transposed_to_the_bit
     assert bool(wide.weight.all())
 
 
-@pytest.mark.parametrize(("name", "example"), [(n, e) for n in METHODS if n != "HRA" for e in EXAMPLES], ids=str)
-@pytest.mark.parametrize("weight", [1.0, -0.5, 2.0])  # HRA's lengths are roots
+@each_pair
+@pytest.mark.parametrize("weight", [1.0, -0.5, 2.0])
 def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str, example: str, weight: float):
     method, op = made(name), EXAMPLES[example]
     if (name, example) in UNFIT or name in UNEVEN or (method.replaced_rows and weight != 1):  # which is refused
