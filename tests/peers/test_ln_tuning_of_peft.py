@@ -244,6 +244,35 @@ def test_beside_lora_and_another_of_its_kind(tmp_path: Path) -> None:
     assert torch.equal(outputs(merged), outputs(surgery.eject(surgery.merge(model), keep_merged=True)))
 
 
+def test_a_model_without_its_head_has_the_same_modules_by_other_paths(tmp_path: Path) -> None:
+    whole = made("llama")
+    by_peft(whole, CASES["norms"][1]).save_pretrained(tmp_path / "adapter")
+    whole.model.save_pretrained(tmp_path / "base")
+    ours = surgery.load(whole.model, tmp_path / "adapter")
+    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = type(whole.model).from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(outputs(merged), outputs(ours))
+    surgery.save(ours, tmp_path / "again")
+    names = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / "again" / TENSORS)}
+    found = {name.removeprefix("base_model.model.model.") for name in load_file(tmp_path / "adapter" / TENSORS)}
+    assert names == found
+
+
+def test_a_model_of_transformers_saves_loads_and_swaps_it_by_its_own_methods(tmp_path: Path) -> None:
+    model = trained(surgery.inject(made("llama"), LNTuningConfig(target_modules=["norm"])), 1.0)
+    wanted, held = outputs(model), dict(model.named_parameters())
+    model.save_pretrained(tmp_path / "first")
+    trained(model, 2.0)
+    assert not torch.equal(outputs(model), wanted)
+    model.load_adapter(str(tmp_path / "first"), "default", hotswap=True)
+    assert torch.equal(outputs(model), wanted)
+    assert all(values is held[name] for name, values in model.named_parameters())
+    assert torch.equal(outputs(surgery.load(made("llama"), tmp_path / "first")), wanted)
+    assert [*model.get_adapter_state_dict("default")] == ["model.norm.ln_tuning_layers.weight"]
+    model.delete_adapter("default")
+    assert torch.equal(outputs(model), outputs(made("llama")))
+
+
 def test_what_cannot_be_is_refused_and_nothing_changes(tmp_path: Path) -> None:
     def refused(error: type[Exception], words: str, config: object, model: nn.Module, **options: Any) -> None:
         before = dict(model.named_modules())

@@ -90,6 +90,8 @@ def test_a_fresh_one_is_named_and_shaped_as_in_peft_and_changes_nothing(target: 
 def test_tied_modules_have_the_same_rows_live_in_files_and_in_merges(target: str, tmp_path: Path) -> None:
     model = llama(tied=True)
     theirs = by_peft(model, target)
+    config = TrainableTokensConfig(token_indices=TOKENS, target_modules=TARGETS[target])
+    assert trainable(surgery.inject(copy.deepcopy(model), config)) == trainable(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     model.save_pretrained(tmp_path / "base")
     ours = surgery.load(copy.deepcopy(model), tmp_path / "theirs")
