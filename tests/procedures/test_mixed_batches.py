@@ -35,6 +35,9 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "ia3": lambda _: IA3Config(target_modules="0|2", feedforward_modules=[]),
     "ia3 of inputs": lambda _: IA3Config(target_modules="0|2", feedforward_modules="0|2"),
     "adalora": lambda r: AdaLoraConfig(init_r=r, target_r=1, total_step=9, target_modules="0|2"),
+    "vera": lambda r: surgery.VeraConfig(r=r, target_modules="0|2"),
+    "pvera": lambda r: surgery.PveraConfig(r=4 * r, target_modules="0|2"),  # of some d that is not zero
+    "randlora": lambda r: surgery.RandLoraConfig(r=r, randlora_alpha=8, target_modules="0|2"),
 }
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")
 CASES = [
@@ -46,7 +49,7 @@ CASES = [
 
 
 def whole_numbers(net: nn.Module) -> nn.Module:
-    for values in net.parameters():
+    for values in (*net.parameters(), *net.buffers()):  # which are what adapters share
         values.data = torch.randint(-4, 5, values.shape).double()
     return net
 
