@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from surgery.core.adapter import Layer
 from surgery.core.arithmetic import float_product
 from surgery.core.layered import layered
 from surgery.core.method import Dense, Method, Params, Product
@@ -105,11 +104,6 @@ class Adapted(Bare):
     def mix(self, rows: Rows) -> None:
         """Each row of a batch runs under its own adapter from now on, until `activate`."""
         self.__dict__["running"] = (Mixed(self.site.name, rows, self.fitted),)
-
-    def layers(self) -> tuple[Layer, ...]:
-        """The active adapters' methods with their tensors."""
-        chosen = [self.fitted[name] for name in self.active]
-        return tuple(Layer(one.method, {r: p.detach() for r, p in one.params.items()}) for one in chosen)
 
     def forward(self, *given: Any, **kwargs: Any) -> Any:
         base_layer: Any = self._modules["base_layer"]

@@ -14,6 +14,7 @@ from surgery.core.arithmetic import exact_product, float_product, round_once, ul
 from surgery.core.elementwise import Elementwise, Growth
 from surgery.core.method import Additive, Dense, Method, Mixing, Params, Spec
 from surgery.core.op import WHOLE, Op
+from surgery.core.site import Site, TensorInfo
 from surgery.core.sums import sum_rows
 from surgery.core.turned import turned
 from surgery.core.undo import Recorder, Restorer, accumulate
@@ -574,3 +575,21 @@ def test_what_a_base_is_off_by_is_carried_through_a_mix_and_no_further_than_told
     assert bool(((moved - here).abs() <= allowed).all())
     assert bool(((moved - here).abs() > method.strayed(w, 0 * error, p, WHOLE)).any())  # else it could not fail
     assert method.steps(p, WHOLE, exact_product) is None
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].shared])
+def test_what_all_sites_share_is_drawn_alike_each_time_and_fits_each_of_them(name: str):
+    config = METHODS[name](**NEEDED[name])
+    shapes = [(OUT, IN), (5, 30), (9, 9)]
+    sites = [Site("layer", {"weight": TensorInfo("w", torch.float32, shape)}, EXAMPLES["linear"]) for shape in shapes]
+    drawn, again = config.drawn(sites), config.drawn(sites)
+    assert drawn.keys() == {*config.shared.values()}
+    assert all(same_bits(values, again[role]) for role, values in drawn.items())
+    for site in sites:
+        for role, spec in config.method("layer").tensors(site).items():
+            assert spec.shared == (role in drawn)
+            assert not spec.shared or (spec.fixed and spec.fits(tuple(drawn[role].shape)))
+    smaller = config.drawn(sites[:1])
+    assert not all(config.method("layer").tensors(sites[1])[role].fits(tuple(v.shape)) for role, v in smaller.items())
+    others = METHODS[name](**NEEDED[name], projection_prng_key=1).drawn(sites)
+    assert not any(torch.equal(values, others[role]) for role, values in drawn.items())

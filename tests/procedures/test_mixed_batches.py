@@ -68,6 +68,9 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "hira": lambda r: HiraConfig(r=r, target_modules="0|2"),
     "delora": lambda r: DeloraConfig(r=r, target_modules="0|2"),
     "gralora": lambda r: GraloraConfig(r=r, alpha=4 * r, target_modules="0|2"),
+    "vera": lambda r: surgery.VeraConfig(r=r, target_modules="0|2"),
+    "pvera": lambda r: surgery.PveraConfig(r=4 * r, target_modules="0|2"),  # of some d that is not zero
+    "randlora": lambda r: surgery.RandLoraConfig(r=r, randlora_alpha=8, target_modules="0|2"),
 }
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")
 EVERYWHERE = ("lora", "ln_tuning")
@@ -86,7 +89,7 @@ CASES = [
 
 
 def whole_numbers(net: nn.Module) -> nn.Module:
-    for values in net.parameters():
+    for values in (*net.parameters(), *net.buffers()):  # which are what adapters share
         values.data = torch.randint(-4, 5, values.shape).double()
     return net
 

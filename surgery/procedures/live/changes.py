@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.adapter import Layer, bias_layers
-from surgery.core.arithmetic import memory_of
 from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
 from surgery.core.sharded import whole
+from surgery.core.site import Site
 from surgery.errors import MatchError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.model import live_site
 from surgery.layers import Adapted
+from surgery.layers.running import Fitted
 from surgery.ops.bias import Bias, bias_site
 from surgery.procedures.live.standing_in import held_as, plain_dtype
 from surgery.procedures.places.rows import merged_once
@@ -54,37 +55,38 @@ def _role(change: Change) -> str:
 
 
 class Clones:
-    """Copies of factors, for training may go on; what several layers share is copied once."""
+    """Copies of what lies over layers, for training may go on; what layers share is copied once for each device."""
 
     def __init__(self) -> None:
-        self.made: dict[tuple[object, ...], Tensor] = {}
+        self.shared: dict[tuple[int, torch.device], Tensor] = {}  # by what the model holds
 
-    def of(self, values: Tensor, device: torch.device, shared: bool) -> Tensor:
-        """On the device; again the same one, if it is `shared` and was there before."""
-        if not shared:
-            return whole(values).to(device, copy=True)
-        key = (*memory_of(values), device)
-        if key not in self.made:
-            self.made[key] = whole(values).to(device, copy=True)
-        return self.made[key]
+    def of(self, one: Fitted, site: Site, device: torch.device) -> Layer:
+        """An adapter over a site, its tensors on the device."""
+        specs = one.method.tensors(site)
+        copies = {
+            role: self._once(values, device) if specs[role].shared else _copy(values, device)
+            for role, values in one.params.items()
+        }
+        return Layer(one.method, copies)
+
+    def _once(self, values: Tensor, device: torch.device) -> Tensor:
+        key = id(values), device
+        if key not in self.shared:
+            self.shared[key] = _copy(values, device)
+        return self.shared[key]
+
+
+def _copy(values: Tensor, device: torch.device) -> Tensor:
+    return whole(values.detach()).to(device, copy=True)
 
 
 def _changes(name: str, layer: Adapted, model_dtype: torch.dtype, clones: Clones) -> tuple[Change, ...]:
     """What the active adapters make of a layer's weight and bias; the factors are cloned, for training may go on."""
     site = layer.site if layer.op.alone else live_site(name, layer.base_layer, layer.op)
-    for one in layer.layers():
+    active = [layer.fitted[adapter] for adapter in layer.active]
+    for one in active:
         one.method.refuse_merge(site)
-    device = layer.base_weight.device
-    layers = [
-        Layer(
-            one.method,
-            {
-                role: clones.of(values, device, one.method.tensors(site)[role].shared)
-                for role, values in one.params.items()
-            },
-        )
-        for one in layer.layers()
-    ]
+    layers = [clones.of(one, site, layer.base_weight.device) for one in active]
     held = held_as(layer)
     dtype = plain_dtype(layer.beneath, model_dtype) if held else site.weight.torch_dtype
     on_weight = tuple(layer for layer in layers if not layer.method.leaves_weight)
