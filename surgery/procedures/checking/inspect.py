@@ -102,8 +102,11 @@ def inspect(path: Path, sha256: bool = False) -> Inspection:
 def _told(adapter: Adapter, config: Mapping[str, Any]) -> AdapterTold:
     methods = {adapter.config.method(site).name for site in adapter.sites} or {config["peft_type"]}
     numbers = [adapter.config.told(site) for site in adapter.sites]
-    values = [sorted({one[name] for one in numbers if name in one}) for name in ("r", "lora_alpha", "alpha")]
-    return AdapterTold(sorted(methods), *values, config["target_modules"], config["base_model_name_or_path"])
+    r, lora_alpha, alpha = (
+        sorted({one[name] for one in numbers if name in one}) for name in ("r", "lora_alpha", "alpha")
+    )
+    where = config["target_modules"], config["base_model_name_or_path"]
+    return AdapterTold(sorted(methods), r, lora_alpha, alpha, *where)
 
 
 def _adapter_rows(adapter: Adapter) -> Iterator[Row]:
