@@ -223,24 +223,25 @@ def _ran(call: list[str]) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(12, 30), nn.Conv2d(12, 30, 3)], ids=["Linear", "Conv2d"])
 @each_case
-def test_dropouts_leave_out_what_they_do_in_peft(case: str) -> None:
+def test_dropouts_leave_out_what_they_do_in_peft(case: str, layer: nn.Module) -> None:
     """With the seed that peft had, once its layer has drawn whether it runs at all."""
     # A scaling that float32 holds, since peft rounds that of LoHa to it.
     dropped = {"target_modules": ["0"], "rank_dropout": 0.4, "module_dropout": 0.3, "r": 4, "alpha": 6}
     theirs, ours = KINDS[CASES[case][0]]
     fields = {name: value for name, value in settings(case).items() if not name.endswith("_pattern")} | dropped
-    net = nn.Sequential(nn.Linear(12, 30)).double()
+    net = nn.Sequential(copy.deepcopy(layer)).double()
     other = trained(peft.get_peft_model(copy.deepcopy(net), theirs(**fields)), 1).double().train()
     model = surgery.inject(net, ours(**fields)).double().train()
     model.load_state_dict({name.removeprefix("base_model.model."): v for name, v in other.state_dict().items()})
-    x, seen = torch.randn(7, 12).double(), set()
+    x, seen = torch.randn(7, 12, *layer.weight.shape[2:]).double(), set()
     for seed in range(12):
         found = []
         for one in (model, other):
             torch.manual_seed(seed)
             found.append(one(x).detach())
-        assert float((found[0] - found[1]).abs().max()) <= 2 * 12 * 2.0**-52 * float(found[1].abs().max())
+        assert float((found[0] - found[1]).abs().max()) <= 2 * 12 * 9 * 2.0**-52 * float(found[1].abs().max())
         seen.add(torch.equal(found[0], model[0].base_layer(x)))
     assert seen == {True, False}
     assert not torch.equal(model.eval()(x), found[0])
