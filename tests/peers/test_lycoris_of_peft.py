@@ -107,7 +107,7 @@ def test_a_config_hits_the_same_modules_with_the_same_shapes_as_in_peft(case: st
 
 @each_case
 def test_gradients_are_those_of_peft(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(of_loha, "make_weight_cp", tucker)  # whose own are wrong: see below
+    monkeypatch.setattr(of_loha, "make_weight_cp", tucker)  # whose own are wrong, see test_lycoris_beside_peft
     theirs = by_peft(case)
     theirs.save_pretrained(tmp_path)
     ours, found = surgery.load(made(), tmp_path, trainable=True), []
@@ -126,35 +126,6 @@ def tucker(*given: Tensor, scale: Tensor) -> Tensor:
     """As peft's `make_weight_cp`, with torch's own gradients."""
     first, second = (torch.einsum("i j k l, j r, i p -> p r k l", t, b, a) for t, a, b in (given[:3], given[3:]))
     return first * second * scale
-
-
-def test_gradients_of_a_kernel_in_tuckers_form_are_those_of_the_outcome_where_pefts_are_not() -> None:
-    """Those of w1_a peft makes of t2 and w2_b, and those of w2_a of t1 and w1_b."""
-    x, net = torch.randn(2, 4, 6, 6).double(), nn.Sequential(nn.Conv2d(4, 6, 3)).double()
-    fields: dict[str, Any] = {"target_modules": ["0"], "use_effective_conv2d": True, "init_weights": False, "r": 2}
-    theirs = peft.get_peft_model(copy.deepcopy(net), peft.LoHaConfig(alpha=2, **fields)).double()
-    ours = surgery.inject(net, surgery.LoHaConfig(alpha=2, **fields)).double()
-    ours.load_state_dict({name.removeprefix("base_model.model."): v for name, v in theirs.state_dict().items()})
-    found = []
-    for model in (ours, theirs):
-        model(x).square().sum().backward()
-        found.append(gradients(model))
-    for name, values in ours.named_parameters():
-        if values.requires_grad:
-            step, (mine, of_peft) = 2.0**-20, (one[name].flatten()[0] for one in found)
-            sides = []
-            for change in (step, -2 * step):
-                with torch.no_grad():
-                    values.view(-1)[0] += change
-                    sides.append(ours(x).square().sum())
-            with torch.no_grad():
-                values.view(-1)[0] += step
-            slope = (sides[0] - sides[1]) / (2 * step)
-            # What rounding leaves of a difference of sums, and the third derivative times the step squared.
-            room = 2.0**-20 * float(slope.abs()) + 2.0**-52 / step * float(sides[0])
-            assert abs(float(mine - slope)) <= room, name
-            wrong = "_a" in name
-            assert (abs(float(of_peft - slope)) > 1000 * room) == wrong, name
 
 
 @each_kind
@@ -212,88 +183,41 @@ def test_the_command_line_merges_verifies_and_unmerges_it(
         ["unmerge", out, back],
     )
     for call in calls:
-        assert _ran(call) == 0, capsys.readouterr().err
+        with pytest.raises(SystemExit) as ended:
+            main(call)
+        assert not ended.value.code, capsys.readouterr().err
     assert (Path(back) / MODEL).read_bytes() == (base / MODEL).read_bytes()
     assert {"LOHA": "LoHa", "LOKR": "LoKr"}[CASES[case][0]] in capsys.readouterr().out
 
 
-def _ran(call: list[str]) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(call)
-    return int(ended.value.code or 0)
-
-
+@pytest.mark.parametrize("layer", [nn.Linear(12, 30), nn.Conv2d(12, 30, 3)], ids=["Linear", "Conv2d"])
 @each_case
-def test_dropouts_leave_out_what_they_do_in_peft(case: str) -> None:
+def test_dropouts_leave_out_what_they_do_in_peft(case: str, layer: nn.Module) -> None:
     """With the seed that peft had, once its layer has drawn whether it runs at all."""
     # A scaling that float32 holds, since peft rounds that of LoHa to it.
     dropped = {"target_modules": ["0"], "rank_dropout": 0.4, "module_dropout": 0.3, "r": 4, "alpha": 6}
     theirs, ours = KINDS[CASES[case][0]]
     fields = {name: value for name, value in settings(case).items() if not name.endswith("_pattern")} | dropped
-    net = nn.Sequential(nn.Linear(12, 30)).double()
+    net = nn.Sequential(copy.deepcopy(layer)).double()
     other = trained(peft.get_peft_model(copy.deepcopy(net), theirs(**fields)), 1).double().train()
     model = surgery.inject(net, ours(**fields)).double().train()
     model.load_state_dict({name.removeprefix("base_model.model."): v for name, v in other.state_dict().items()})
-    x, seen = torch.randn(7, 12).double(), set()
+    x, seen = torch.randn(7, 12, *layer.weight.shape[2:]).double(), set()
     for seed in range(12):
         found = []
         for one in (model, other):
             torch.manual_seed(seed)
             found.append(one(x).detach())
-        assert float((found[0] - found[1]).abs().max()) <= 2 * 12 * 2.0**-52 * float(found[1].abs().max())
+        assert float((found[0] - found[1]).abs().max()) <= 2 * 12 * 9 * 2.0**-52 * float(found[1].abs().max())
         seen.add(torch.equal(found[0], model[0].base_layer(x)))
     assert seen == {True, False}
     assert not torch.equal(model.eval()(x), found[0])
-
-
-def test_rank_dropout_that_leaves_nothing_of_a_loha_leaves_the_base_where_peft_gives_nan() -> None:
-    fields: dict[str, Any] = {"target_modules": ["0"], "rank_dropout": 0.999, "init_weights": False}
-    x, net = torch.randn(3, 4), nn.Sequential(nn.Linear(4, 2))
-    theirs = peft.get_peft_model(copy.deepcopy(net), peft.LoHaConfig(**fields)).train()
-    ours = surgery.inject(copy.deepcopy(net), surgery.LoHaConfig(**fields)).train()
-    assert bool(theirs(x).isnan().all())
-    assert torch.equal(ours(x), net(x))
-
-
-@pytest.mark.parametrize("layer", [nn.Conv1d(12, 12, 3), nn.Conv2d(12, 12, (3, 1))], ids=["Conv1d", "Conv2d"])
-def test_tuckers_form_of_rank_1_runs_where_peft_raises(layer: nn.Module, tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"target_modules": ["0"], "r": 1, "use_effective_conv2d": True, "init_weights": False}
-    x, model = torch.randn(2, 12, 9, 4)[..., *(0,) * (4 - layer.weight.dim())], nn.Sequential(copy.deepcopy(layer))
-    theirs = peft.get_peft_model(model, peft.LoKrConfig(**fields))
-    theirs.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="view size is not compatible"):
-        theirs(x)
-    ours = surgery.load(nn.Sequential(layer), tmp_path)
-    p = {role: values.detach().double() for role, values in ours[0].fitted["default"].params.items()}
-    w2 = torch.einsum("i j k l, i p, j r -> p r k l", p["t2"], p["w2_a"], p["w2_b"])
-    delta = 8 * torch.einsum("i j, p r k l -> i p j r k l", p["w1"], w2).reshape(layer.weight.shape)
-    out, wanted = ours(x).detach(), (layer.weight.double() + delta).detach()
-    merged = surgery.merge(ours)[0].base_layer.weight
-    # Rounded once; and the two products of w2 lie on grids of 22 bits below their largest.
-    room = torch.finfo(torch.float32).eps * wanted.abs() + 2 * 2.0**-21 * delta.abs().max()
-    assert bool(((merged - wanted).abs() <= room).all())
-    assert float((ours(x) - out).abs().max()) <= 2 * 40 * torch.finfo(torch.float32).eps * float(out.abs().max())
-    assert not torch.equal(out, layer(x))
 
 
 def test_numbers_are_factored_as_in_peft() -> None:
     for size in range(1, 200):
         for divisor in (-2, -1, 0, 1, 2, 3, 4, 8, 12, 50, 1000):
             assert factorized(size, divisor) == of_lokr.factorization(size, divisor)
-
-
-@each_kind
-def test_a_convolution_pads_as_its_layer_does_where_peft_pads_with_zeros(kind: str, tmp_path: Path) -> None:
-    """peft merges into the layer what its own forward did not compute."""
-    theirs, _ = KINDS[kind]
-    net = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular")).eval()
-    model = trained(peft.get_peft_model(copy.deepcopy(net), theirs(target_modules=["0"])), 1)
-    model.save_pretrained(tmp_path)
-    ours, x = surgery.load(copy.deepcopy(net), tmp_path), torch.randn(2, 4, 5, 5)
-    out, apart = model(x), model.merge_and_unload()(x)
-    room = 2 * (4 * 9 + 2) * torch.finfo(torch.float32).eps * float(apart.abs().max())
-    assert float((ours(x) - apart).abs().max()) <= room
-    assert float((out - apart).abs().max()) > 1000 * room
 
 
 @each_kind

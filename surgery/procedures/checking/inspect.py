@@ -105,8 +105,8 @@ def _told(adapter: Adapter, config: Mapping[str, Any]) -> AdapterTold:
     r, lora_alpha, alpha = (
         sorted({one[name] for one in numbers if name in one}) for name in ("r", "lora_alpha", "alpha")
     )
-    base = config["base_model_name_or_path"]
-    return AdapterTold(sorted(methods), r, lora_alpha, alpha, config["target_modules"], base)
+    where = config["target_modules"], config["base_model_name_or_path"]
+    return AdapterTold(sorted(methods), r, lora_alpha, alpha, *where)
 
 
 def _adapter_rows(adapter: Adapter) -> Iterator[Row]:
