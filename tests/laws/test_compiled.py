@@ -23,7 +23,7 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "miss": lambda: surgery.MissConfig(r=4, **TARGETS),
     "miss mini": lambda: surgery.MissConfig(r=5, mini_r=3, init_weights="mini", **TARGETS),
     "shira": lambda: surgery.ShiraConfig(r=2, **TARGETS),
-    "c3a": lambda: surgery.C3AConfig(block_size=2, **TARGETS),
+    "c3a": lambda: surgery.C3AConfig(block_size=2, init_weights=True, **TARGETS),
 }
 EVERYWHERE = ("conv1d", "convolution over two axes", "embedding")  # of LoRA
 

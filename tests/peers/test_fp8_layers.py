@@ -37,7 +37,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "adalora": {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 9},
     "miss": {"peft_type": "MISS", "r": 8},
     "shira": {"peft_type": "SHIRA", "r": 8},
-    "c3a": {"peft_type": "C3A", "block_size": 16, "init_weights": True},
 }
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
 each_config = pytest.mark.parametrize("name", CONFIGS)
