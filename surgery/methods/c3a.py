@@ -132,11 +132,10 @@ class C3A(Placed):
         w = exact_float64(p["w"])
         unit = torch.finfo(torch.promote_types(p["w"].dtype, torch.float32)).eps / 2
         passes = sum(math.sqrt(q) * (q + 4) for q in _prime_factors(self.block))
-        each = (
-            (3 * passes + 5) * unit * abs(self.scaling) / (w.shape[1] * self.block) * torch.linalg.vector_norm(w, dim=2)
-        )
-        at = torch.arange(len(w) * self.block, device=w.device)[tile[0]] // self.block
-        return each[at].repeat_interleave(self.block, 1)[:, tile[1]]
+        norms: Tensor = torch.linalg.vector_norm(w, dim=2)  # [out / block, in / block]
+        each = norms * ((3 * passes + 5) * unit * abs(self.scaling) / (w.shape[1] * self.block))
+        at = torch.arange(len(w) * self.block, device=w.device)[tile[0]]
+        return each.index_select(0, at // self.block).repeat_interleave(self.block, 1)[:, tile[1]]
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # no dropout
         below, wide = run(x), torch.promote_types(p["w"].dtype, torch.float32)  # no transform is of half types

@@ -40,7 +40,7 @@ EVERYWHERE = {  # besides a Linear
     "lokr": ("convolution over one axis", "convolution in groups"),
     "randlora": lambda: surgery.RandLoraConfig(r=4, randlora_alpha=8, **TARGETS),
     "shira": lambda: surgery.ShiraConfig(r=2, **TARGETS),
-    "c3a": lambda: surgery.C3AConfig(block_size=2, **TARGETS),
+    "c3a": lambda: surgery.C3AConfig(block_size=2, init_weights=True, **TARGETS),
 }
 
 

@@ -39,7 +39,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "loha": {"peft_type": "LOHA", "r": 4},
     "lokr": {"peft_type": "LOKR", "r": 2},
     "shira": {"peft_type": "SHIRA", "r": 8},
-    "c3a": {"peft_type": "C3A", "block_size": 16, "init_weights": True},
 }
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
 each_config = pytest.mark.parametrize("name", CONFIGS)
