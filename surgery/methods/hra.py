@@ -21,6 +21,7 @@ from surgery.methods.rotations import inverse, times
 HraBias = Literal["none", "all", "hra_only"]
 Dot = Callable[[Tensor, Tensor], Tensor]
 _NEAR = 2.0**-12  # what Gram-Schmidt has to leave of a vector, in float32 of which it is rounded to 2^-24
+_SURE = 8
 _GRID = 2.0**-42  # of the exact product, see arithmetic
 
 
@@ -119,29 +120,35 @@ class Hra(Mixing):
         return base._replace(weight=weight + self.strength * moved)
 
     def strayed(self, base: Tensor, error: Tensor, p: Params, tile: Tile) -> Tensor:  # noqa: ARG002  # of whole rows
-        # Each reflection multiplies what came before by u, sums of n products, takes that from it, and has a norm of
-        # as many. Then n products are summed, of a weight that is rounded to the factors' dtype, and the outcome is
-        # rounded to it. The last term is the exact product's.
+        # Roundings are taken as independent and as often up as down: their sum is beyond _SURE times the root of the
+        # sum of their squares once in 10^13 (Hoeffding). Those of a sum of n products are 2 n, of the partial sums.
         V = self._vectors(exact_float64(p["U"]), _plain_dot)
         unit, n = torch.finfo(p["U"].dtype).eps / 2, len(V)
-        before, after, moved = _sizes(V)
-        W, L, C = base.abs(), p["L"].abs(), p["C"].abs()
-        own = 4 * (n + 5) * unit * ((W @ before) @ after.T)
-        own = own + (n + self.r + 2) * unit * (W + (W @ moved) @ V.T.abs())
+        before, after, Y = _sizes(V)
+        A, W, L, C = V.abs(), base.abs(), p["L"].abs(), p["C"].abs()
+        # Each reflection takes 2 (K u) u^T from K, what came before it: a sum for each row, and a norm for all.
+        squares = 8 * n * (W.square() @ before.square()) @ after.square().T
+        squares += 4 * (n + 16) * (base @ Y).square() @ after.square().T
+        # W H is a sum, and K is rounded by each, W to the factors' dtype, and the outcome to it.
+        squares += (2 * n + self.r + 2) * (W + 2 * (W @ Y.abs()) @ A.T).square()
+        own = _SURE * unit * squares.sqrt()
         if self.orthogonal:
-            own = own + self._slanted(exact_float64(p["U"]), unit) * base.square().sum(1, keepdim=True).sqrt()
+            own = own + self._slanted(exact_float64(p["U"]), V, base, unit)
         grid = (n + self.r) * _GRID * n * W.amax(1, keepdim=True) * L.amax() * self.r * C.amax()
-        return error + abs(self.strength) * ((error @ moved) @ V.T.abs() + own + grid)
+        return error + abs(self.strength) * (2 * (error @ Y.abs()) @ A.T + own + grid)
 
-    def _slanted(self, U: Tensor, unit: float) -> float:
-        """By how much Gram-Schmidt may turn H, in its norm.
+    def _slanted(self, U: Tensor, V: Tensor, base: Tensor, unit: float) -> Tensor:
+        """What the weight may be off by because Gram-Schmidt rounds.
 
-        Its vectors are those of columns that are off by n + 5 units for each that is taken off: to first order each is
-        then off by sqrt(2) |R^-1| times as much, in norms of Q R, and H by 4 times that.
+        Its vectors are those of columns that sums of n products have moved, r times; so each is off by sqrt(2 r) |R^-1|
+        times as much in norm, to first order, along itself and those before.
         """
         n, r = U.shape
-        slant = torch.linalg.inv(self._vectors(U, _plain_dot).T @ _units(U))
-        return float(4 * (2 * r) ** 0.5 * r * (n + 5) * unit * slant.norm())
+        units, A = _units(U), V.abs()
+        slant = (2 * r) ** 0.5 * torch.linalg.inv(V.T @ units).norm() * r * _SURE * (2 * n + 5) ** 0.5 * unit
+        length, along = base.square().sum(1, keepdim=True).sqrt(), (base @ V).abs().sum(1, keepdim=True)  # [out, 1]
+        off: Tensor = 2 * slant * (length * A.sum(1) + along * (A + units.abs()).sum(1))
+        return off
 
     def _vectors(self, U: Tensor, dot: Dot) -> Tensor:
         """The columns at length 1, and orthogonal if they are to be."""
@@ -210,16 +217,16 @@ def _pairs(V: Tensor, dot: Dot) -> tuple[Tensor, Tensor]:
 
 
 def _sizes(V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[in, r] each: what |u_i| becomes at most by all reflections before it, and by all after it; and |L| for H.
+    """[in, r] each: what |u_i| becomes at most by all reflections before it, and by all after it; and Y.
 
     H = I - 2 (y_1 u_1^T + ... + y_r u_r^T), of y_i = H_1 ... H_(i - 1) u_i; the rows of a rotation have length 1.
     """
     A, G, eye = V.abs(), V.T @ V, torch.eye(V.shape[1], dtype=V.dtype, device=V.device)
-    Y = torch.linalg.solve_triangular(eye + 2 * torch.triu(G, 1), V, upper=True, left=False).abs()
+    Y = torch.linalg.solve_triangular(eye + 2 * torch.triu(G, 1), V, upper=True, left=False)
     Z = torch.linalg.solve_triangular(eye + 2 * torch.tril(G, -1), V, upper=False, left=False).abs()
     B = A.T @ A
-    before, after = A + 2 * Y @ torch.triu(B, 1), A + 2 * Z @ torch.tril(B, -1)
-    return before.clamp(max=1), after.clamp(max=1), 2 * Y
+    before, after = A + 2 * Y.abs() @ torch.triu(B, 1), A + 2 * Z @ torch.tril(B, -1)
+    return before.clamp(max=1), after.clamp(max=1), Y
 
 
 def _ahead(products: Tensor) -> Tensor:
