@@ -18,7 +18,7 @@ from surgery.hosts.twin import weightless
 from surgery.hosts.within import within
 from surgery.integrations import transformers as hugging
 from surgery.io.hub import local_path
-from surgery.io.staging import refuse_overlap
+from surgery.io.place import refuse_overlap
 from surgery.procedures.exports.export import AnyModule, ExportReport, Kind, Manner, export_model
 from surgery.procedures.exports.export_swappable import Carrying, export_swappable
 from surgery.procedures.planning.treatment import Treatment

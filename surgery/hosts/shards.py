@@ -12,7 +12,8 @@ from surgery.core.workers import Backlog
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout, OutFile
 from surgery.io.octets import Tally, octets
-from surgery.io.staging import StagedFile, Staging
+from surgery.io.staged_file import StagedFile
+from surgery.io.staging import Staging
 
 
 @dataclass(frozen=True)

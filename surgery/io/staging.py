@@ -8,24 +8,23 @@ journal tells which parts are finished.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from surgery.errors import EnvironmentFault, InputError, OutputExistsError, StateError, printable
+from surgery.errors import EnvironmentFault, InputError, StateError, printable
 from surgery.io import disk
 from surgery.io.durable import PARTIAL, faults, make_folder, remove_all, sync_folder
 from surgery.io.journal import NAME as JOURNAL
 from surgery.io.journal import Journal
 from surgery.io.lock import Lock
+from surgery.io.place import Place
 from surgery.io.regular import contained, file_sha256, read_pieces
+from surgery.io.staged_file import StagedFile
 
 _FAULTS = (EnvironmentFault, OSError, MemoryError, RuntimeError)  # after these a run can go on, as when interrupted
-
-_BEGIN_BYTES = 16 << 20  # to the disk at a time
-_CONFIGS, _WEIGHTS = ("config.json", "adapter_config.json"), (".safetensors", ".onnx")
 
 
 class Staging:
@@ -38,23 +37,20 @@ class Staging:
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False, key: str = "", resume: bool | None = None) -> None:
-        self.out = Path.cwd() / out
+        self.place = Place(out)
+        self.out, self.folder = self.place.out, self.place.folder
         self.overwrite, self.key, self.resume = overwrite, key, resume
-        self.folder = self.out.with_name(f".{self.out.name}.surgery-staging")
-        self.aside = self.out.with_name(f".{self.out.name}.surgery-old")
         self.journal = Journal(self.folder, key)
 
     def __enter__(self) -> Self:
-        self._refuse_existing()
+        self.place.refuse_taken(self.overwrite)
         with faults(self.out):
             make_folder(self.out.parent)
             self.lock = Lock(self.out)
         try:
             with faults(self.out):
-                if os.path.lexists(self.folder) or os.path.lexists(self.aside):
-                    sync_folder(self.out.parent)  # the names that a run cut short has changed, before it is removed
-                self._put_back()
-                self._refuse_existing()  # anew: a run that held the lock may have just written it
+                self.place.mend()
+                self.place.refuse_taken(self.overwrite)  # anew: a run that held the lock may have just written it
                 self._begin()
         except BaseException:
             self.journal.close()
@@ -68,7 +64,8 @@ class Staging:
         try:
             if kind is None:
                 with faults(self.out):
-                    self._publish()
+                    self.journal.close()
+                    self.place.take(self.journal.path)
             elif not self.finished or not _goes_on(kind):
                 remove_all(self.folder)
             elif value is not None:
@@ -104,7 +101,7 @@ class Staging:
             )
 
     @contextmanager
-    def file(self, name: str, size: int = 0) -> Iterator["StagedFile"]:
+    def file(self, name: str, size: int = 0) -> Iterator[StagedFile]:
         """A file of the folder, of `size` bytes if known; it bears its name only once it is whole and on the disk."""
         path = self.folder / name
         partial = path.with_name(path.name + PARTIAL)
@@ -148,23 +145,6 @@ class Staging:
                     with path.open("rb") as file:
                         disk.sync(file.fileno())
 
-    def _refuse_existing(self) -> None:
-        if os.path.lexists(self.out) and not self.overwrite:
-            raise OutputExistsError(
-                f"{printable(self.out)}: it exists; a new folder is wanted; or give `overwrite=True`"
-            )
-        if os.path.lexists(self.out) and not _is_output(self.out):
-            raise OutputExistsError(
-                f"{printable(self.out)}: it holds no model and no adapter; `overwrite` would remove all of it; "
-                "name another, or remove it first"
-            )
-
-    def _put_back(self) -> None:
-        """Where names cannot change places at once, a run may have died between its two renames."""
-        if os.path.lexists(self.aside) and not os.path.lexists(self.out):
-            disk.rename(self.aside, self.out)
-        remove_all(self.aside)
-
     def _begin(self) -> None:
         """An empty folder, or one that holds finished parts and nothing else; with an open journal."""
         resumable = bool(self.key) and self.resume is not False and self.journal.read()
@@ -201,83 +181,7 @@ class Staging:
         except (InputError, EnvironmentFault, KeyError, TypeError, AttributeError):
             return False
 
-    def _publish(self) -> None:
-        """The folder becomes `out`; what was there is gone. On an error all is as it was, without the folder."""
-        try:
-            self.journal.close()
-            disk.remove(self.journal.path)
-            for path in (*(path for path in self.folder.rglob("*") if path.is_dir()), self.folder):
-                sync_folder(path)
-            take_back = self._switch()
-        except OSError:
-            self._put_back()
-            remove_all(self.folder)
-            raise
-        try:
-            sync_folder(self.out.parent)
-        except OSError:
-            take_back()
-            remove_all(self.folder)
-            raise
-        remove_all(self.folder)
-        remove_all(self.aside)
-
-    def _switch(self) -> Callable[[], object]:
-        """The folder becomes `out`, and what was there goes aside; returns what takes that back."""
-        if not os.path.lexists(self.out):
-            try:
-                disk.place(self.folder, self.out)
-            except FileExistsError as error:
-                remove_all(self.folder)
-                raise OutputExistsError(f"{printable(self.out)}: it has appeared meanwhile; name another") from error
-            return lambda: disk.rename(self.out, self.folder)
-        if disk.exchange(self.folder, self.out):
-            return lambda: disk.exchange(self.folder, self.out)
-        disk.rename(self.out, self.aside)
-        disk.rename(self.folder, self.out)
-        return self._go_back
-
-    def _go_back(self) -> None:
-        disk.rename(self.out, self.folder)
-        disk.rename(self.aside, self.out)
-
-
-class StagedFile:
-    """A file that is being written, from front to back. The disk is kept busy meanwhile: at the end little is left."""
-
-    def __init__(self, descriptor: int, out: Path) -> None:
-        self.descriptor, self.out = descriptor, out
-        self.size = self.begun = 0  # bytes that are written, and that the disk has begun with
-
-    def write(self, data: bytes | memoryview) -> None:
-        """All of `data`."""
-        with faults(self.out):
-            disk.write_all(self.descriptor, data)
-            self.size += len(data)
-            if self.size - self.begun >= _BEGIN_BYTES:
-                disk.begin_sync(self.descriptor, self.begun, self.size - self.begun)
-                self.begun = self.size
-
 
 def _goes_on(kind: type[BaseException]) -> bool:
     """Can a run that ended so be gone on with: was it interrupted, or did the environment fail it?"""
     return not issubclass(kind, Exception) or (issubclass(kind, _FAULTS) and not issubclass(kind, InputError))
-
-
-def _is_output(folder: Path) -> bool:
-    """Is it a folder that is empty, or holds itself, not in folders within, what models and adapters consist of?"""
-    if not folder.is_dir():
-        return False
-    with os.scandir(folder) as found:
-        names = [one.name for one in found]
-    return not names or any(name in _CONFIGS or name.endswith(_WEIGHTS) for name in names)
-
-
-def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
-    """OutputExistsError if `out` is an input, lies in one or holds one: writing it would change what is read."""
-    target = out.resolve()
-    for path in (one.resolve() for one in inputs):
-        if target == path or path in target.parents or target in path.parents:
-            raise OutputExistsError(
-                f"{printable(out)}: it overlaps with {printable(path)}, which is read; name another folder"
-            )

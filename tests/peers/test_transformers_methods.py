@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from adapted_llama import FIRST, SECOND, TOKENS, adapted, llama, outputs, state, trained, unchanged
 from guarded import is_guarded
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
 import surgery
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
-TOKENS = torch.arange(24).reshape(2, 12)
-FIRST = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
-SECOND = {"r": 2, "target_modules": ["up_proj", "v_proj"], "init_lora_weights": False}
 METHODS = [
     "add_adapter",
     "load_adapter",
@@ -32,37 +28,6 @@ METHODS = [
     "delete_adapter",
     "save_pretrained",
 ]
-
-
-def llama(**options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SMALL, **options)).eval()
-
-
-def adapted(**options: Any) -> LlamaForCausalLM:
-    """Under a first adapter, which is active, and a second one."""
-    model = surgery.inject(llama(**options), surgery.LoraConfig(**FIRST), adapter_name="first")
-    model.add_adapter(surgery.LoraConfig(**SECOND), "second")
-    model.set_adapter("first")
-    return model
-
-
-def outputs(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(TOKENS).logits
-
-
-def trained(model: nn.Module) -> set[str]:
-    return {name for name, values in model.named_parameters() if values.requires_grad}
-
-
-def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
-    now = model.state_dict()
-    return now.keys() == before.keys() and all(torch.equal(values, before[name]) for name, values in now.items())
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: values.clone() for name, values in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("option", ["distributed_checkpoint", "never_heard_of"])
@@ -319,100 +284,8 @@ def test_a_merge_by_the_method_is_undone_to_the_bit() -> None:
     assert torch.equal(outputs(model), running)
 
 
-def loaded_plainly(kind: Any, folder: Path) -> PreTrainedModel:
-    model, told = kind.from_pretrained(folder, output_loading_info=True)
-    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(model) is kind
-    return model
-
-
-@pytest.mark.parametrize("merged", [False, True], ids=["live", "merged"])
-def test_a_merged_checkpoint_is_a_plain_one_and_the_model_stays_as_it_is(merged: bool, tmp_path: Path) -> None:
-    model = adapted()
-    config, before = model.config.to_dict(), state(model)
-    if merged:
-        model.merge_adapter()
-    held = state(model)
-    model.save_merged(tmp_path / "out")
-    assert unchanged(model, held)
-    assert model.config.to_dict() == config
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    }
-    (tmp_path / "other").touch()
-    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {(tmp_path / "other").stat().st_mode}
-    plain = loaded_plainly(LlamaForCausalLM, tmp_path / "out")
-    if not merged:
-        surgery.merge(model)
-    assert torch.equal(outputs(plain), outputs(model))
-    assert unchanged(surgery.unmerge(model), before)
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_trained_head_is_in_the_merged_checkpoint_apart_from_the_embedding(tied: bool, tmp_path: Path) -> None:
-    config = surgery.LoraConfig(**FIRST, modules_to_save=["lm_head"])
-    model = surgery.inject(llama(tie_word_embeddings=tied), config)
-    with torch.no_grad():
-        model.lm_head.running.weight.add_(1)
-    surgery.save_merged(model, tmp_path / "out")
-    assert model.config.tie_word_embeddings is tied
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
-    plain = loaded_plainly(LlamaForCausalLM, tmp_path / "out")
-    assert torch.equal(outputs(plain), outputs(surgery.merge(model)))
-
-
-def test_a_tied_model_is_saved_merged_with_its_tie(tmp_path: Path) -> None:
-    model = surgery.inject(llama(tie_word_embeddings=True), surgery.LoraConfig(**FIRST))
-    surgery.save_merged(model, tmp_path / "out")
-    plain = loaded_plainly(LlamaForCausalLM, tmp_path / "out")
-    assert plain.lm_head.weight is plain.model.embed_tokens.weight
-    assert torch.equal(outputs(plain), outputs(surgery.merge(model)))
-
-
-def test_a_classifier_is_saved_merged_with_its_head(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = BertForSequenceClassification(BertConfig(**SMALL, num_labels=3)).eval()
-    config = surgery.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
-    model = surgery.inject(base, config)
-    surgery.save_merged(model, tmp_path / "out", max_shard_size="20KB")
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
-    plain = loaded_plainly(BertForSequenceClassification, tmp_path / "out")
-    assert torch.equal(outputs(plain), outputs(surgery.merge(model)))
-
-
-def test_a_merged_checkpoint_takes_the_place_of_another_only_when_told(tmp_path: Path) -> None:
-    model = adapted()
-    surgery.save_merged(model, tmp_path / "out")
-    with pytest.raises(surgery.OutputExistsError):
-        surgery.save_merged(model, tmp_path / "out")
-    (tmp_path / "out" / "stale").touch()
-    surgery.save_merged(model, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "stale").exists()
-    assert [path.name for path in tmp_path.iterdir() if "surgery" in path.name] == []
-
-
-def test_a_merge_that_cannot_be_saved_leaves_no_folder_and_the_model_as_it_is(tmp_path: Path) -> None:
-    model = adapted()
-    with torch.no_grad():
-        model.get_submodule("model.layers.1.self_attn.q_proj").lora_A.first.weight[0, 0] = torch.nan
-    before = state(model)
-    with pytest.raises(surgery.ValueRangeError):
-        surgery.save_merged(model, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-    assert all(values.equal(before[name]) or values.isnan().any() for name, values in model.state_dict().items())
-
-
-def test_other_modules_and_models_without_adapters_are_not_saved_merged(tmp_path: Path) -> None:
-    with pytest.raises(surgery.UsageError, match="a model of transformers is wanted"):
-        surgery.save_merged(nn.Linear(2, 2), tmp_path / "out")
-    with pytest.raises(surgery.StateError, match="no adapters"):
-        surgery.save_merged(llama(), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
 Call = Callable[[Any, Any, Path], object]
+
 # Each on a model with an adapter "first", that the config given would make; and on one without adapters.
 WRONG: dict[str, tuple[Call, type[Exception]]] = {
     "set another": (lambda model, *_: model.set_adapter("none"), ValueError),
@@ -424,6 +297,8 @@ WRONG: dict[str, tuple[Call, type[Exception]]] = {
     "swap another": (lambda model, _, folder: model.load_adapter(folder, "none", hotswap=True), ValueError),
     "delete another": (lambda model, *_: model.delete_adapter(["first", "none"]), ValueError),
 }
+
+
 BARE: dict[str, Call] = {
     "set": lambda model, *_: model.set_adapter("first"),
     "enable": lambda model, *_: model.enable_adapters(),
@@ -480,69 +355,3 @@ def test_an_adapter_is_loaded_from_a_sub_folder_that_is_in_its_folder(tmp_path: 
     for wrong in ("..", "none"):
         with pytest.raises(surgery.InputError):
             model.load_adapter(tmp_path / "repository", "fourth", subfolder=wrong)
-
-
-@pytest.fixture
-def pair() -> tuple[Any, Any]:
-    """Of one base, a model of surgery and one of transformers and peft, both under the same first adapter."""
-    peft = pytest.importorskip("peft")
-    theirs = llama()
-    theirs.add_adapter(peft.LoraConfig(**FIRST), "first")
-    theirs.add_adapter(peft.LoraConfig(**SECOND), "second")
-    ours = adapted()
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
-
-
-STEPS: dict[str, Callable[[Any], object]] = {
-    "first": lambda model: model.set_adapter("first"),
-    "second": lambda model: model.set_adapter("second"),
-    "both": lambda model: model.set_adapter(["first", "second"]),
-    "disabled": lambda model: (model.set_adapter("first"), model.disable_adapters()),
-    "enabled": lambda model: (model.set_adapter("second"), model.disable_adapters(), model.enable_adapters()),
-}
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_a_method_does_what_it_does_in_transformers_with_peft(step: str, pair: tuple[Any, Any]) -> None:
-    ours, theirs = pair
-    for model in pair:
-        STEPS[step](model)
-    assert torch.equal(outputs(ours), outputs(theirs))
-    assert ours.active_adapters() == theirs.active_adapters()
-    if step != "disabled":  # peft freezes then, so that a pass without adapters cannot be part of a training step
-        assert trained(ours) == trained(theirs)
-    found, wanted = ours.get_adapter_state_dict(), theirs.get_adapter_state_dict()
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], values) for name, values in wanted.items())
-
-
-def test_what_is_saved_on_one_side_is_loaded_on_the_other(pair: tuple[Any, Any], tmp_path: Path) -> None:
-    ours, theirs = pair
-    for model, folder in ((ours, "ours"), (theirs, "theirs")):
-        model.set_adapter("second")
-        model.save_pretrained(tmp_path / folder)
-    by_them, by_us = llama(), surgery.load(llama(), tmp_path / "theirs")
-    by_them.load_adapter(tmp_path / "ours")
-    assert torch.equal(outputs(by_them), outputs(ours))
-    assert torch.equal(outputs(by_us), outputs(ours))
-
-
-def test_a_model_of_peft_beside_it_is_not_disturbed(pair: tuple[Any, Any], tmp_path: Path) -> None:
-    ours, theirs = pair
-    STEPS["first"](theirs)
-    before, held = outputs(theirs), state(theirs)
-    ours.set_adapter("second")
-    ours.merge_adapter()
-    ours.save_merged(tmp_path / "out")
-    surgery.eject(ours)
-    assert type(theirs) is LlamaForCausalLM
-    assert unchanged(theirs, held)
-    assert torch.equal(outputs(theirs), before)
-    assert theirs.active_adapters() == ["first"]
-    model = adapted()
-    running = outputs(model)
-    theirs.disable_adapters()
-    theirs.delete_adapter(["first", "second"])
-    assert torch.equal(outputs(model), running)
-    assert model.active_adapters() == ["first"]

@@ -17,7 +17,8 @@ from surgery.core.turned import EMBEDDING
 from surgery.errors import InputError, UsageError, printable
 from surgery.io.fingerprint import BASE_PRINT, base_print_bytes
 from surgery.io.octets import octets
-from surgery.io.staging import Staging, refuse_overlap
+from surgery.io.place import refuse_overlap
+from surgery.io.staging import Staging
 from surgery.methods.lora_config import LoraConfig
 from surgery.procedures.making.by_parameter import by_parameter
 from surgery.procedures.making.combinations import Factors, Recipe

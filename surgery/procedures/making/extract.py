@@ -15,7 +15,8 @@ from surgery.errors import InputError, MatchError, UsageError, printable, quoted
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.reading import Reading
 from surgery.io.fingerprint import BASE_PRINT, Hashed, base_print_bytes
-from surgery.io.staging import Staging, refuse_overlap
+from surgery.io.place import refuse_overlap
+from surgery.io.staging import Staging
 from surgery.ops import OPS
 from surgery.ops.convolution import Convolution
 from surgery.ops.linear import LAYOUTS

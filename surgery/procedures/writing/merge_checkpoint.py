@@ -16,7 +16,8 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout, layout_like
 from surgery.hosts.reading import Reading
 from surgery.hosts.shards import FilePart
-from surgery.io.staging import Staging, refuse_overlap
+from surgery.io.place import refuse_overlap
+from surgery.io.staging import Staging
 from surgery.io.strict_json import json_bytes
 from surgery.io.weight_files import INDEX
 from surgery.procedures.planning.covering import can_leave_plain

@@ -18,7 +18,8 @@ from surgery.hosts.change import Change, MergedTile
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout
 from surgery.io.octets import octets
-from surgery.io.staging import StagedFile, Staging
+from surgery.io.staged_file import StagedFile
+from surgery.io.staging import Staging
 from surgery.io.strict_json import json_bytes
 from surgery.procedures.writing.undo_record import FOLDER, FORMAT, RECORD
 

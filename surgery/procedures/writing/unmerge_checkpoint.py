@@ -12,8 +12,9 @@ from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.layout import Layout
 from surgery.hosts.shards import FilePart
 from surgery.hosts.unmerged import Unmerged
+from surgery.io.place import refuse_overlap
 from surgery.io.regular import contained
-from surgery.io.staging import Staging, refuse_overlap
+from surgery.io.staging import Staging
 from surgery.io.strict_json import json_bytes
 from surgery.procedures.writing.filling import Pace, fill
 from surgery.procedures.writing.receipt import VERSION, read_receipt
