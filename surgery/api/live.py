@@ -246,6 +246,5 @@ def record_inputs(  # noqa: PLR0913  # three things and their options
     ...     surgery.record_inputs(model, [torch.randn(32, 8)], f"{folder}/inputs").counts
     {'0': 32}
     """
-    return recording.record_inputs(
-        within(model), Examples(batches, "batches"), local_path(out), targets, rank, overwrite
-    )
+    ran = Examples(batches, "batches")
+    return recording.record_inputs(within(model), ran, local_path(out), targets, rank, overwrite)

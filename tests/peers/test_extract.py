@@ -264,7 +264,7 @@ def test_what_no_adapter_can_tell_is_refused(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "neither rank nor energy"),
+        ({}, "neither `rank` nor `energy`"),
         ({"rank": 0}, "1 or more"),
         ({"energy": 1.5}, "above 0 and at most 1"),
         ({"rank": 2, "rest": "keep"}, "refuse, save or drop"),

@@ -178,8 +178,8 @@ def test_hooks_of_a_layer_are_of_the_one_in_its_place_until_they_are_removed(bas
     [
         ("plain", {"into": "keep"}, UsageError, "no adapted weight is quantized; leave it out"),
         ("nf4", {"into": "nf4"}, UsageError, r"q: it is held in nf4 already; give into=\"keep\""),
-        ("plain", {"into": "nf4", "arithmetic": "peft"}, UsageError, "exact arithmetic alone"),
-        ("plain", {"rounding": "feedback"}, UsageError, "give into"),
+        ("plain", {"into": "nf4", "arithmetic": "peft"}, UsageError, "exact `arithmetic` alone"),
+        ("plain", {"rounding": "feedback"}, UsageError, "give `into`"),
         ("nf4", {}, UsageError, 'or "keep", for the nearest codes'),
     ],
 )

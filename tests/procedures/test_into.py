@@ -152,7 +152,7 @@ def test_weights_without_elements_stay_plain(form: str, tmp_path: Path):
 
 def test_what_is_always_read_as_bfloat16_is_made_of_it(adapter: Path, tmp_path: Path):
     base = plain_base(tmp_path / "base", dtype=torch.float16)
-    with pytest.raises(FormatError, match="nvfp4 is always read as bfloat16; give --dtype bfloat16"):
+    with pytest.raises(FormatError, match="nvfp4 is always read as bfloat16; give `dtype=bfloat16`"):
         surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="nvfp4", **ANY)
 
 
@@ -204,7 +204,7 @@ def test_a_module_that_the_adapter_replaces_is_plain_beside_weights_that_keep_th
         ("plain", {"into": "mxfp4"}, UsageError, "kernels for GPUs"),
         ("plain", {"into": "nf4", "base_as": "nf4"}, UsageError, "base_as"),
         ("plain", {"into": "nf4", "arithmetic": "peft"}, UsageError, "exact"),
-        ("plain", {"into": "nf4", "dtype": "float64"}, FormatError, "--dtype bfloat16"),
+        ("plain", {"into": "nf4", "dtype": "float64"}, FormatError, "give `dtype=bfloat16`"),
         ("int8", {"into": "int8"}, UsageError, "held so already"),
     ],
     ids=str,

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack, cast
 
-from surgery.errors import UsageError, printable
+from surgery.errors import FormatError, UsageError, printable
 from surgery.procedures.planning.treatment import Treatment, TreatmentOptions
 from surgery.procedures.writing.receipt import read_receipt
 from surgery.procedures.writing.small_files import RECEIPT
@@ -16,7 +16,7 @@ _DERIVED_BY = ("arithmetic", "base_as", "compute_dtype", "ops")
 class Recorded(NamedTuple):
     """What a merge by surgery says that it was made with."""
 
-    options: Mapping[str, Any] | None = None  # of _DERIVED_BY, as the treatment tells them; None: there is no receipt
+    options: TreatmentOptions | None = None  # of _DERIVED_BY, as the treatment tells them; None: there is no receipt
     mha_out_proj_scale: int | None = None
     rounding: str | None = None
     calibration: Mapping[str, Any] = {}  # sha256 by file
@@ -27,9 +27,9 @@ class Recorded(NamedTuple):
         UsageError for a value that is none.
         """
         asked = {name: value for name, value in given.items() if value}
-        told, said = Treatment.of(**given).to_json(), []
+        found, recorded, said = Treatment.of(**given).to_json(), Treatment.of(**(self.options or {})).to_json(), []
         for name in _DERIVED_BY if self.options is not None else ():
-            here, there = told.get(name), (self.options or {}).get(name)
+            here, there = found.get(name), recorded.get(name)
             if name in asked and here != there:
                 said.append(f"{name} {_words(here)} is given, and the receipt tells {_words(there)}")
             elif here != there:
@@ -48,7 +48,7 @@ class Recorded(NamedTuple):
 
 
 def recorded(folder: Path) -> Recorded:
-    """Nothing of what has no receipt."""
+    """Nothing of what has no receipt. FormatError for one of options that are none."""
     if not (folder / RECEIPT).is_file():
         return Recorded()
     receipt = read_receipt(folder)
@@ -57,18 +57,24 @@ def recorded(folder: Path) -> Recorded:
     scales = [one.get("mha_out_proj_scale") for one in receipt["adapters"] if isinstance(one, dict)]
     rounding = "feedback" if options.get("rounding") == "feedback" else None
     calibration = options.get("calibration")
+    derived: TreatmentOptions = _derived(options)
+    try:
+        Treatment.of(**derived)
+    except UsageError as error:
+        raise FormatError(f"{printable(folder / RECEIPT)}: {error}; was it edited?") from error
     return Recorded(
-        {name: options[name] for name in _DERIVED_BY if _is_spelled(options.get(name))},
+        derived,
         next((one for one in scales if one is not None), None),
         rounding,
         calibration if isinstance(calibration, dict) and rounding else {},
     )
 
 
-def _is_spelled(value: object) -> bool:
-    """Is it a value of an option, as a receipt has it?"""
-    values = value.values() if isinstance(value, dict) else [value]
-    return all(isinstance(one, str) for one in values)
+def _derived(options: Mapping[str, Any]) -> TreatmentOptions:
+    """Those of _DERIVED_BY, where they are of the kind that a receipt has: a text, of `ops` one by name."""
+    kinds = {name: dict if name == "ops" else str for name in _DERIVED_BY}
+    found: Any = {name: options[name] for name, kind in kinds.items() if isinstance(options.get(name), kind)}
+    return cast(TreatmentOptions, found)
 
 
 def _words(value: object) -> str:
