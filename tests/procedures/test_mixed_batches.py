@@ -55,7 +55,7 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "ia3": lambda _: IA3Config(target_modules="0|2", feedforward_modules=[]),
     "ia3 of inputs": lambda _: IA3Config(target_modules="0|2", feedforward_modules="0|2"),
     "adalora": lambda r: AdaLoraConfig(init_r=r, target_r=1, total_step=9, target_modules="0|2"),
-    "oft": lambda _: OFTConfig(oft_block_size=2, target_modules="0|2"),
+    "oft": lambda _: OFTConfig(oft_block_size=4, target_modules="0|2"),
     "hra": lambda r: HRAConfig(r=r, target_modules="0|2"),
     "c3a": lambda _: C3AConfig(block_size=2, target_modules="0|2"),
     "beft": lambda _: BeftConfig(target_modules="0|2"),
@@ -90,7 +90,7 @@ CASES = [
 
 
 def whole_numbers(net: nn.Module) -> nn.Module:
-    for values in (*net.parameters(), *net.buffers()):  # which are what adapters share
+    for values in filter(Tensor.is_floating_point, (*net.parameters(), *net.buffers())):  # buffers are what is shared
         values.data = torch.randint(-4, 5, values.shape).double()
     return net
 
