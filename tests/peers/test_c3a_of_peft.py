@@ -228,3 +228,20 @@ def test_over_shira_and_under_lora_it_adds_to_what_they_make_also_under_autocast
         assert near(outputs(model), adapted, torch.bfloat16)
     assert near(outputs(surgery.merge(model)), adapted, torch.float32)
     assert torch.equal(outputs(surgery.eject(model)), outputs(made()))
+
+
+def test_rows_of_a_batch_run_each_under_an_adapter_of_its_own() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 48)), torch.randn(5, 32)
+    for name, block in (("a", 16), ("b", 2)):
+        config = surgery.C3AConfig(block_size=block, target_modules=["0"], init_weights="gaussian")
+        surgery.inject(model, config, adapter_name=name)
+    names = ["a", "b", "__base__", "b", "a"]
+    with surgery.mixed_batch(model, names):
+        mixed = model(x)
+    for row, name in enumerate(names):
+        if name != "__base__":
+            surgery.set_adapter(model, name)
+        alone = model[0].base_layer(x[row]) if name == "__base__" else model(x[row])
+        # Sums of 32 numbers in another order, and transforms of at most 4 passes.
+        assert apart(mixed[row], alone) <= 2 * (32 + 3 * 4) * torch.finfo(torch.float32).eps * float(alone.abs().max())
+    assert apart(mixed[0], model[0].base_layer(x[0])) > 1e-2 * float(mixed[0].abs().max())
