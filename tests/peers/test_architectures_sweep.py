@@ -33,6 +33,9 @@ _WAVES = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4), "
 _WAVES |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
 _STATES = {"num_heads": 4, "head_dim": 8, "expand": 2}
 _HYBRID = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+_MASKS = {"num_blocks": 1, "num_queries": 5, "num_labels": 6, "num_upscale_blocks": 1}
+_NGRAM = {f"num_{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+_MASKED = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
 _STAGES = {"depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 2}
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "LlamaForCausalLM": {},
@@ -68,6 +71,10 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "ConvNextForImageClassification": {"depths": [1, 1], "hidden_sizes": [8, 16], "num_stages": 2},
     "SiglipForImageClassification": {},
     "HubertForCTC": _WAVES,
+    "SplinterForQuestionAnswering": {},
+    "ProphetNetForConditionalGeneration": {**_NGRAM, "decoder_start_token_id": 1},
+    "EomtForUniversalSegmentation": _MASKS,
+    "ViTMAEForPreTraining": {**_MASKED, "decoder_intermediate_size": 24},
 }
 
 

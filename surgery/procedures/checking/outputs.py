@@ -1,6 +1,7 @@
 """outputs: what a model, or any callable, gives for some inputs; in its own dtype, and in float64."""
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.core.agreement import Outputs, floors
 from surgery.core.distance import Distance
@@ -29,15 +31,63 @@ class Given(NamedTuple):
 def run(model: Runs, inputs: Inputs, watched: Collection[str] = ()) -> Given:
     """The outcome of a call, in eval mode, without gradients; and what the `watched` modules give in it.
 
-    A tensor alone is called "output", others by their key or number, and a module's by `layer` and its path.
+    A tensor alone is called "output", others by their key or number, and a module's by `layer` and its path. Numbers
+    that it draws, as ViTMAE does to mask, are the same in each run; what it masks by its dtype's lowest number is -inf.
     """
+    if not isinstance(model, nn.Module) or own_dtype(model, inputs) != torch.float64:
+        return _run(model, inputs, watched)
+    with in_float64():
+        found = _run(model, inputs, watched)
+        if _count_of_nan(found):  # some make a mask in the default dtype, which the lowest of float64 overflows
+            with by_default(torch.float64):
+                again = _run(model, inputs, watched)
+            found = min(found, again, key=_count_of_nan)
+    return found
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Attention by its definition: on a CPU, torch's fast kernel misreads a float32 mask beside float64 values."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _run(model: Runs, inputs: Inputs, watched: Collection[str]) -> Given:
     with torch.no_grad(), ExitStack() as stack:
         seen: dict[str, Any] = {}
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.default_generator.manual_seed(0)
         if isinstance(model, nn.Module):
             stack.enter_context(evaluating(model))
             stack.enter_context(_watching(model, watched, seen))
         outcome = _given(call(model, inputs))
-    return Given(outcome.outputs | _given(seen).outputs, outcome.left_out)
+        found = Given(outcome.outputs | _given(seen).outputs, outcome.left_out)
+    most = torch.finfo(own_dtype(model, inputs)).max if isinstance(model, nn.Module) else math.inf
+    return found._replace(outputs={name: _unmasked(values, most) for name, values in found.outputs.items()})
+
+
+def _unmasked(values: Tensor, most: float) -> Tensor:
+    """Logits that are masked by the lowest number of their dtype, or of the model's, are alike in all dtypes then."""
+    if not values.is_floating_point() or values.dtype.itemsize < 2:
+        return values
+    return values.masked_fill(values < _LOWEST * min(most, torch.finfo(values.dtype).max), -math.inf)
+
+
+_LOWEST = -1 + 2.0**-7  # of the largest: a logit more is lost in it
+
+
+def _count_of_nan(given: Given) -> int:
+    return sum(int(torch.isnan(values).sum()) for values in given.outputs.values() if values.is_floating_point())
+
+
+@contextmanager
+def by_default(dtype: torch.dtype) -> Iterator[None]:
+    was = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(was)
 
 
 def twin(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -1,7 +1,7 @@
 """runs: what a model gives for the inputs of some trials, in the dtype that it is of."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from surgery.core.agreement import Outputs
 from surgery.errors import InputError, printable
 from surgery.formats.onnx.example import Example
 from surgery.formats.onnx.refusal import place_of
+from surgery.procedures.checking.outputs import by_default, in_float64
 
 Inputs = Mapping[str, Tensor]
 Prepare = Callable[[nn.Module], None]
@@ -28,7 +29,7 @@ def prepared(model: nn.Module, prepare: Prepare) -> nn.Module:
 def runs(model: nn.Module, trials: Sequence[Inputs], example: Example) -> list[dict[str, Tensor]]:
     """The model's outputs, its floating inputs in its own dtype. InputError, naming the module, where it gives none."""
     dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
-    with torch.no_grad():
+    with torch.no_grad(), in_float64() if dtype == torch.float64 else nullcontext():
         return [_run(model, _cast(one, dtype), example, dtype) for one in trials]
 
 
@@ -61,7 +62,7 @@ def _run(model: nn.Module, inputs: Inputs, example: Example, dtype: torch.dtype)
         if not isinstance(error, RuntimeError):
             raise _unfit(model, inputs, dtype, error) from error
     try:
-        with _by_default(dtype):  # numbers that it makes of its own are float32 otherwise, which float64 does not meet
+        with by_default(dtype):  # numbers that it makes of its own are float32 otherwise, which float64 does not meet
             return example.run(model, inputs)
     except _RAISED as error:
         raise _unfit(model, inputs, dtype, error) from error
@@ -77,16 +78,6 @@ def _unfit(model: nn.Module, inputs: Inputs, dtype: torch.dtype, error: Exceptio
         f"({printable(type(error).__name__)}: {printable(error)}); a module that takes any size along dynamic_axes, "
         "in any floating dtype, is wanted"
     )
-
-
-@contextmanager
-def _by_default(dtype: torch.dtype) -> Iterator[None]:
-    was = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(was)
 
 
 def _cast(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
