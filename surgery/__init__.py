@@ -225,7 +225,7 @@ _OF_PEFT = {
     "AutoPeftModel": "surgery.load_model(path)",
     "AutoPeftModelForCausalLM": "surgery.load_model(path)",
     "AutoPeftModelForSequenceClassification": "surgery.load_model(path)",
-    "PeftConfig": "surgery.LoraConfig, surgery.IA3Config or surgery.AdaLoraConfig",
+    "PeftConfig": "surgery.LoraConfig, or the config of another method",
     "PeftModel": "surgery.load(model, path)",
     "PeftModelForCausalLM": "surgery.load(model, path)",
     "get_peft_model": "surgery.inject(model, config)",
