@@ -108,7 +108,8 @@ class Adapted(Bare):
     def forward(self, *given: Any, **kwargs: Any) -> Any:
         base_layer: Any = self._modules["base_layer"]
         if not self.running:
-            return base_layer(*given, **kwargs) if self.beneath is None else self._run_stand_in(*given, **kwargs)
+            own = self.beneath
+            return base_layer(*given, **kwargs) if own is None else self._run_stand_in(own, given, kwargs)
         if self.op.roles or self.laying is not None:  # its weights are read, and nothing else could be put in the way
             return functional_call(base_layer, self._read_weights(), given, kwargs)
         given = inputs_of(self.innermost, given, kwargs)
@@ -169,14 +170,13 @@ class Adapted(Bare):
         base = self.dense()
         return self._effective(base, float_product) if self.laying is None else self.laying(base, self._effective)
 
-    def _run_stand_in(self, *given: Any, **kwargs: Any) -> Any:
+    def _run_stand_in(self, own: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer that stands in, in whatever dtype the model's own takes."""
-        assert self.beneath is not None
-        given = inputs_of(self.beneath, given, kwargs)
+        given = inputs_of(own, given, kwargs)
         if len(given) != 1 or kwargs:
-            return self.beneath(*given, **kwargs)  # which says what is missing, or too much
-        out = self.base_layer(given[0] if self.decode is not None else given[0].to(self.base_weight.dtype))
-        return out.to(given[0].dtype)
+            return own(*given, **kwargs)  # which says what is missing, or too much
+        x = given[0] if self.decode is not None else given[0].to(self.base_weight.dtype)
+        return self.base_layer(x).to(given[0].dtype)
 
     def _run_held(self, x: Tensor) -> Tensor:
         """As the merged layer will run once its weight is held in the format."""
