@@ -156,7 +156,7 @@ class _Common:
         layers = adapted_layers(tree.root).values() if config.shared else ()
         there = {name: slot for layer in layers for name, slot in shared_slots(layer).items()}
         self.slots = {name: there.get(name, SharedSlot()) for name in config.shared}
-        self.roles, self.tensors = frozenset(config.shared.values()), dict[str, Tensor]()
+        self.roles, self.tensors = tuple(config.shared.values()), dict[str, Tensor]()
 
     def placed(self, params: Params, layer: Adapted) -> Params:
         """The tensors of a layer beside its weight."""
@@ -166,7 +166,8 @@ class _Common:
         layer._modules.update(self.slots)
         if not self.tensors:
             self.tensors.update(placed({role: params[role] for role in self.roles}, weight, op, whole=True))
-        return {**placed({role: params[role] for role in params.keys() - self.roles}, weight, op), **self.tensors}
+        own = {role: values for role, values in params.items() if role not in self.roles}  # in one order everywhere
+        return {**placed(own, weight, op), **self.tensors}
 
 
 def _outer_first(tree: Tree, sites: Mapping[str, FittedSite]) -> Iterator[tuple[str, FittedSite]]:
