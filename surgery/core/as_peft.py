@@ -54,6 +54,6 @@ def refuse_unlike_peft(method: Method, site: Site) -> None:
     what = "a merge of parameters" if site.acting.alone else what
     if what:
         raise ConfigError(
-            f"{printable(site.name)}: {what} is not known as PEFT makes it; LoRA without DoRA, (IA)^3 and AdaLoRA are; "
-            "give `arithmetic=exact`"
+            f"{printable(site.name)}: {what} is not known as PEFT makes it; those of LoRA without DoRA, (IA)^3, "
+            "AdaLoRA, BEFT and trainable tokens are; give `arithmetic=exact`"
         )

@@ -17,7 +17,7 @@ from surgery.core.op import Op, Tile, onto
 from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, printable
+from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.circular import Circular, circular
 from surgery.methods.lora_fields import check_count
 from surgery.methods.placed import Placed, only_linear
@@ -54,7 +54,7 @@ class C3AConfig(AdapterConfig):
         if not isinstance(self.block_size_pattern, Mapping):
             raise ConfigError(f"block_size_pattern is {printable(self.block_size_pattern)!r}; a table is wanted")
         for key, size in self.block_size_pattern.items():
-            check_count(f"block_size_pattern[{printable(key)!r}]", size)
+            check_count(f"block_size_pattern[{quoted(key)}]", size)
         if not isinstance(self.init_weights, bool) and self.init_weights not in get_args(Drawn):
             wanted = ", ".join(map(repr, get_args(Drawn)))
             raise ConfigError(f"init_weights is {printable(self.init_weights)!r}; true, false, {wanted} is wanted")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
-from surgery.errors import ConfigError, printable
+from surgery.errors import ConfigError, printable, quoted
 from surgery.methods.delora import Delora
 from surgery.methods.lora_fields import check_count, check_dropout, check_number
 
@@ -50,9 +50,9 @@ class DeloraConfig(AdapterConfig):
         if self.bias not in ("none", "all", "delora_only"):
             raise ConfigError(f"bias is {printable(self.bias)!r}; 'none', 'all' or 'delora_only' is wanted")
         for key, rank in (self.rank_pattern or {}).items():
-            check_count(f"rank_pattern[{printable(key)!r}]", rank)
+            check_count(f"rank_pattern[{quoted(key)}]", rank)
         for key, bound in (self.lambda_pattern or {}).items():
-            check_number(f"lambda_pattern[{printable(key)!r}]", bound)
+            check_number(f"lambda_pattern[{quoted(key)}]", bound)
 
     def biases(self) -> str:
         return self.bias

@@ -16,7 +16,7 @@ from surgery.core.op import Op, Tile, in_dtype_of, is_many
 from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, printable
+from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.lora_fields import check_count, check_dropout
 
 Init = bool | Literal["gaussian"] | None
@@ -57,7 +57,7 @@ class HiraConfig(AdapterConfig):
                 f"init_weights is {printable(self.init_weights)!r}; true, false, null or 'gaussian' is wanted"
             )
         for key, rank in (self.rank_pattern or {}).items():
-            check_count(f"rank_pattern[{printable(key)!r}]", rank)
+            check_count(f"rank_pattern[{quoted(key)}]", rank)
 
     def told(self, name: str) -> Mapping[str, float]:
         return {"r": self._rank(name)}

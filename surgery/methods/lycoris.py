@@ -15,7 +15,7 @@ from surgery.core.op import WHOLE, Tile
 from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
+from surgery.errors import ConfigError, MatchError, ValueRangeError, printable, quoted
 from surgery.methods.lora_fields import check_count
 
 Rows = slice | Tensor  # of a matrix, or their indices
@@ -45,9 +45,9 @@ class LycorisConfig(AdapterConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         for key, rank in self.rank_pattern.items():
-            check_count(f"rank_pattern[{printable(key)!r}]", rank)
+            check_count(f"rank_pattern[{quoted(key)}]", rank)
         for key, alpha in self.alpha_pattern.items():
-            _check_number(f"alpha_pattern[{printable(key)!r}]", alpha)
+            _check_number(f"alpha_pattern[{quoted(key)}]", alpha)
 
     def told(self, name: str) -> Mapping[str, float]:
         return dict(zip(("r", "alpha"), self.numbers(name), strict=True))
