@@ -4,12 +4,9 @@ import codec_examples
 import pytest
 import torch
 from device import DEVICE, all_there, here, there
-from op_examples import IN, OUT, site_of
-from rational import same_bits
-from test_laws_of_methods import (
+from method_examples import (
     EPS,
     Below,
-    beside,
     each_case,
     each_with_steps,
     given,
@@ -19,6 +16,8 @@ from test_laws_of_methods import (
     told,
     trained,
 )
+from op_examples import IN, OUT, beside, site_of
+from rational import same_bits
 from torch import Tensor
 
 from surgery.codecs import FORMS
