@@ -1,4 +1,4 @@
-"""Every method over every op: its tensors, a fresh one that changes nothing, and a branch that agrees with the merge."""
+"""Every method over every op: its tensors, a fresh one that changes nothing, a branch that agrees with the merge."""
 
 import pytest
 import torch

@@ -127,7 +127,7 @@ def test_other_files_are_refused(tensors: Any, error: Any, why: str, adapter: Pa
 
 def test_it_is_for_feedback_alone(adapter: Path, recorded: Path, tmp_path: Path):
     base = quantized_base(tmp_path / "base", "nf4")
-    with pytest.raises(UsageError, match="is for rounding 'feedback'"):
+    with pytest.raises(UsageError, match="is for `rounding=feedback`"):
         surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="keep", calibration=recorded)
 
 

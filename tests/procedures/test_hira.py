@@ -10,7 +10,7 @@ from checkpoint_folders import file_hashes, read_tensors, tensor_hashes, write_b
 from torch import Tensor, nn
 
 import surgery
-from surgery import HiraConfig, IA3Config, LoraConfig, MatchError
+from surgery import HiraConfig, IA3Config, LoraConfig, MatchError, OFTConfig
 from surgery.core.elementwise import Affine, Elementwise, Growth, Scale, Shift, chained, grounded
 from surgery.core.layered import layered
 from surgery.core.method import Dense
@@ -22,6 +22,7 @@ CONFIGS = {
     "other": HiraConfig(r=3, target_modules=["up"], init_weights=False),
     "lora": LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False),
     "dora": LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False, use_dora=True),
+    "oft": OFTConfig(oft_block_size=2, target_modules=["up"], init_weights=False),
     "ia3": IA3Config(target_modules=["up", "down"], feedforward_modules=["down"], init_ia3_weights=False),
 }
 ORDERS = [
@@ -192,3 +193,20 @@ def test_over_a_method_that_is_not_elementwise_it_is_refused_by_name() -> None:
         layered(op.dense(), layers, op.site, lambda B, A, _, scaling: scaling * (B @ A))
 
     layered(op.dense(), layers[::-1], op.site, lambda B, A, _, scaling: scaling * (B @ A))
+
+
+def test_over_a_rotation_it_is_refused_before_anything_is_merged_and_below_one_it_comes_back(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {f"{name}": one.detach() for name, one in Net().named_parameters()})
+    first, second = (adapter(tmp_path, name) for name in ("oft", "other"))
+    assert [str(one) for one in surgery.plan(base, [first, second]).refusals] == [
+        "up.weight: HiRA adds to the base, over OFT, and one of the two is not merged element by element; give HiRA "
+        "first, or merge them apart"
+    ]
+    with pytest.raises(MatchError, match="HiRA adds to the base, over OFT"):
+        surgery.merge_checkpoint(base, [first, second], tmp_path / "out")
+    with pytest.raises(MatchError, match="HiRA adds to the base, over OFT"):
+        surgery.merge(loaded(torch.float32, [first, second]))
+    surgery.merge_checkpoint(base, [second, first], tmp_path / "out", reversible=True)
+    assert surgery.verify_checkpoint(base, [second, first], tmp_path / "out").counts["different"] == 0
+    surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert file_hashes(tmp_path / "back") == file_hashes(base)

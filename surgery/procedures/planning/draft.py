@@ -9,6 +9,7 @@ import torch
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Layer, Weighted
 from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
+from surgery.core.layered import refuse_over
 from surgery.core.names import Naming, suffix_hits
 from surgery.core.site import Site
 from surgery.errors import ConfigError, FormatError, InputError, MatchError, UsageError, printable
@@ -83,6 +84,8 @@ class Draft:
         self._settle_ties(untie=tied == "untie")
         self._check_vocabulary()
         for name, change in self.changes.items():
+            if any(layer.method.mixes or layer.method.replaced_rows for layer in change.layers):
+                self._refuse(change)
             held = change.site.weight.dtype
             if held not in PLAIN_DTYPES:
                 what = str(held).removeprefix("torch.")
@@ -136,6 +139,13 @@ class Draft:
         """What config.json has to tell of."""
         sizes = {self.changes[name].site.weight.shape[0] for name in self._grown()}
         return Outcome(max(sizes, default=None), self.untied, self.heads, self.task_type, self.plain, self.quantization)
+
+    def _refuse(self, change: Change) -> None:
+        """What no merge of its layers over one another holds."""
+        try:
+            refuse_over([layer.method for layer in change.layers], change.site)
+        except MatchError as error:
+            self.refusals.append(error)
 
     def _replace(self, name: str, whole: Whole) -> None:
         before = self.changes.get(name)
