@@ -210,3 +210,31 @@ def test_over_a_rotation_it_is_refused_before_anything_is_merged_and_below_one_i
     assert surgery.verify_checkpoint(base, [second, first], tmp_path / "out").counts["different"] == 0
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert file_hashes(tmp_path / "back") == file_hashes(base)
+
+
+def test_a_plain_merge_of_it_below_a_rotation_is_judged_by_what_both_leave_open(tmp_path: Path) -> None:
+    """Its product all but cancels, so that what float32 rounds in it is far more than an ulp of what is left."""
+    torch.manual_seed(5)
+    w = torch.randn(8, 8)
+    base = write_base(tmp_path / "base", {"up.weight": w})
+    paths = []
+    for name, config in {
+        "hira": HiraConfig(r=64, target_modules=["up"], init_weights=False),
+        "oft": OFTConfig(oft_block_size=2, target_modules=["up"]),
+    }.items():
+        model = surgery.inject(nn.ModuleDict({"up": nn.Linear(8, 8, bias=False)}), config)
+        if name == "hira":
+            with torch.no_grad():
+                half = torch.randn(8, 32) * 300
+                model["up"].hira_B["default"].copy_(torch.cat([half, -half], 1))
+                A = model["up"].hira_A["default"]
+                A[32:] = A[:32] * (1 + torch.randn(32, 8) / 10**5)
+                grown = torch.stack([B @ A for B in model["up"].hira_B["default"]])  # [out, in], plainly
+        surgery.save(model, tmp_path / name)
+        (tmp_path / name / "surgery.base.json").unlink()
+        paths.append(tmp_path / name)
+    merged = write_base(tmp_path / "out", {"up.weight": w + w * grown})
+    report = surgery.verify_checkpoint(base, paths, merged)
+    assert {one.grade for one in report.tensors.values()} == {"rounding"}
+    wrong = write_base(tmp_path / "wrong", {"up.weight": (w + w * grown) * 1.1})
+    assert not surgery.verify_checkpoint(base, paths, wrong).ok

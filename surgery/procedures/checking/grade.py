@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surgery.core.adapter import Started
+from surgery.core.adapter import Layer, Started
 from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.elementwise import Elementwise, grounded
 from surgery.core.method import Dense, Mixing
+from surgery.core.op import Tile
 from surgery.core.source import Source
 from surgery.core.survival import Survival
 from surgery.errors import ValueRangeError
@@ -128,8 +129,8 @@ def _mixed(tile: MergedTile) -> tuple[Tensor, Tensor]:
         if isinstance(method, Mixing):
             allowed = method.strayed(before, allowed, p, part)
         elif step is not None:
-            spread = method.spread(p, part) + method.relative_spread(p, part) * value.abs()
-            allowed = step.carried(allowed) + spread + ulp(step.rounded(before, value)[0], held) / 2
+            allowed = step.carried(allowed) + ulp(step.rounded(before, value)[0], held) / 2
+            allowed = allowed + _open(layer, part, value, before, held)
         allowed = allowed + ulp(value, change.dtype) / 2
     return op.stored(value), op.stored(allowed)
 
@@ -170,11 +171,15 @@ def _spread(tile: MergedTile, steps: Sequence[Elementwise]) -> Tensor:
         assert op is not None
         if steps:
             total, value = steps[index].carried(total), steps[index].apply(value)
-        part, p = op.tile(tile.rows), layer.told
-        total = total + op.stored(layer.method.spread(p, part))
-        total = total + op.stored(layer.method.relative_spread(p, part) * op.matrix(value).abs())
-        total = total + op.stored(layer.method.base_spread(p, part, held) * op.matrix(start).abs())
+        total = total + op.stored(_open(layer, op.tile(tile.rows), op.matrix(value), op.matrix(start), held))
     return total
+
+
+def _open(layer: Layer, part: Tile, value: Tensor, base: Tensor, held: torch.dtype) -> Tensor:
+    """[out, in] of the tile, or what broadcasts over it: what a layer leaves open, of its outcome and the base."""
+    method, p = layer.method, layer.told
+    apart = method.spread(p, part) + method.relative_spread(p, part) * value.abs()
+    return apart + method.base_spread(p, part, held) * base.abs()
 
 
 def _size(error: float) -> float:
