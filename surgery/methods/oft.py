@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from math import sqrt
 from typing import Self
 
 import torch
@@ -142,7 +143,7 @@ class Oft(Mixing):
         """Each block's numbers, cut to norm `ball` / sqrt(2 blocks), which its Q has both below and above."""
         if self.ball is None:
             return numbers
-        most = self.ball / len(numbers) ** 0.5
+        most = self.ball / sqrt(len(numbers))  # rounded once on any machine, as a power is not
         norm = (2 * row_sums(numbers * numbers).unsqueeze(1)).sqrt()  # [blocks, 1]
         inside = norm <= most
         return torch.where(inside, numbers, numbers * (most / norm.masked_fill(inside, 1)))
