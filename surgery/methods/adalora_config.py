@@ -12,7 +12,8 @@ from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Params
 from surgery.errors import ConfigError, printable, quoted
 from surgery.methods.adalora import BESIDE_RANK, AdaLora
-from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias, check_bias, check_count
+from surgery.methods.field_values import check_bias, check_count
+from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias
 
 _COUNTS: Mapping[str, int] = {"r": 0, "init_r": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
 _LARGEST = sys.float_info.max

@@ -11,7 +11,7 @@ from surgery.core.elementwise import Shift
 from surgery.core.method import Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, printable
+from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.lora import Lora
 
 _OPS = frozenset({"linear", "conv1d"})
@@ -97,12 +97,12 @@ def check_blocks(value: object) -> None:
     if value is None:
         return
     if not isinstance(value, Mapping) or not {*value} <= {*_FIELDS}:
-        raise ConfigError(f"use_bdlora is {printable(value)!r}; a table of {', '.join(_FIELDS)} is wanted")
+        raise ConfigError(f"use_bdlora is {quoted(value)}; a table of {', '.join(_FIELDS)} is wanted")
     told = {**_FIELDS, **value}
     for field in ("target_modules_bd_a", "target_modules_bd_b"):
         names: Any = told[field] or []
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
-            raise ConfigError(f"use_bdlora: {field} is {printable(names)!r}; a list of parts of names is wanted")
+            raise ConfigError(f"use_bdlora: {field} is {quoted(names)}; a list of parts of names is wanted")
     count, strict = told["nblocks"], told["match_strict"]
     if type(count) is not int or not 1 <= count < 1 << 31 or not isinstance(strict, bool):
         raise ConfigError("use_bdlora: nblocks must be a whole number from 1, and match_strict true or false")

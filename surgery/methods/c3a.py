@@ -19,11 +19,11 @@ from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.circular import Circular, circular
-from surgery.methods.lora_fields import check_count
+from surgery.methods.field_values import check_bias, check_count, check_counts
 from surgery.methods.placed import Placed, only_linear
 
 Drawn = Literal["gaussian", "kaiming_uniform", "xavier_uniform"]
-_BIASES = ("none", "all", "c3a_only")
+Bias = Literal["none", "all", "c3a_only"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +46,18 @@ class C3AConfig(AdapterConfig):
     block_size: int = 256
     block_size_pattern: Mapping[str, int] = field(default_factory=dict)
     init_weights: bool | Drawn = "xavier_uniform"
-    bias: str = "none"  # which biases of the base are trained
+    bias: Bias = "none"  # which biases of the base are trained
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("block_size", self.block_size)
         if not isinstance(self.block_size_pattern, Mapping):
-            raise ConfigError(f"block_size_pattern is {printable(self.block_size_pattern)!r}; a table is wanted")
-        for key, size in self.block_size_pattern.items():
-            check_count(f"block_size_pattern[{quoted(key)}]", size)
+            raise ConfigError(f"block_size_pattern is {quoted(self.block_size_pattern)}; a table is wanted")
+        check_counts("block_size_pattern", self.block_size_pattern)
         if not isinstance(self.init_weights, bool) and self.init_weights not in get_args(Drawn):
             wanted = ", ".join(map(repr, get_args(Drawn)))
-            raise ConfigError(f"init_weights is {printable(self.init_weights)!r}; true, false, {wanted} is wanted")
-        if self.bias not in _BIASES:
-            raise ConfigError(f"bias is {printable(self.bias)!r}; 'none', 'all' or 'c3a_only' is wanted")
+            raise ConfigError(f"init_weights is {quoted(self.init_weights)}; true, false, {wanted} is wanted")
+        check_bias(self.bias, "c3a_only")
 
     def method(self, name: str) -> "C3A":
         drawn = None if self.init_weights is True else self.init_weights or "xavier_uniform"

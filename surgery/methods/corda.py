@@ -14,10 +14,10 @@ from surgery.core.arithmetic import all_finite
 from surgery.core.method import Dense, Params
 from surgery.core.site import Site
 from surgery.core.starter import Observer
-from surgery.errors import ConfigError, ValueRangeError, printable
+from surgery.errors import ConfigError, ValueRangeError, printable, quoted
+from surgery.methods.field_values import check_choice
 from surgery.methods.inits import FromBase, halves
 from surgery.methods.mean import Mean
-from surgery.methods.start_settings import check_choice
 
 _DAMP, _INEXACT = 0.01, 0.05  # of PEFT: what is added to C, and how far its inverse may be off
 
@@ -43,7 +43,7 @@ class CordaSettings:
         for name in ("cache_file", "covariance_file"):
             if getattr(self, name) is not None:
                 raise ConfigError(
-                    f"corda_config: {name} is {printable(getattr(self, name))!r}; no such file is read or written "
+                    f"corda_config: {name} is {quoted(getattr(self, name))}; no such file is read or written "
                     "here; leave it out, and give inject the examples"
                 )
 

@@ -7,9 +7,15 @@ from typing import Any, ClassVar, Literal
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
-from surgery.errors import ConfigError, printable, quoted
 from surgery.methods.delora import Delora
-from surgery.methods.lora_fields import check_count, check_dropout, check_number
+from surgery.methods.field_values import (
+    check_bias,
+    check_count,
+    check_counts,
+    check_dropout,
+    check_number,
+    check_numbers,
+)
 
 Bias = Literal["none", "all", "delora_only"]
 
@@ -47,12 +53,9 @@ class DeloraConfig(AdapterConfig):
         check_count("r", self.r)
         check_number("delora_lambda", self.delora_lambda)
         check_dropout("module_dropout", self.module_dropout)
-        if self.bias not in ("none", "all", "delora_only"):
-            raise ConfigError(f"bias is {printable(self.bias)!r}; 'none', 'all' or 'delora_only' is wanted")
-        for key, rank in (self.rank_pattern or {}).items():
-            check_count(f"rank_pattern[{quoted(key)}]", rank)
-        for key, bound in (self.lambda_pattern or {}).items():
-            check_number(f"lambda_pattern[{quoted(key)}]", bound)
+        check_bias(self.bias, "delora_only")
+        check_counts("rank_pattern", self.rank_pattern or {})
+        check_numbers("lambda_pattern", self.lambda_pattern or {})
 
     def biases(self) -> str:
         return self.bias

@@ -17,7 +17,7 @@ from surgery.core.select import patterned
 from surgery.core.site import Site
 from surgery.core.starter import Observer
 from surgery.errors import ConfigError
-from surgery.methods.start_settings import check_between, check_choice, check_whole
+from surgery.methods.field_values import check_between, check_choice, check_whole
 
 _ROUNDS, _SEED = 4, 42  # of the randomized SVD, as in PEFT, so that the same directions are found
 _NOTHING = torch.finfo(torch.float32).eps  # a share of the variance that is rounding alone

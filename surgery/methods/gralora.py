@@ -18,7 +18,7 @@ from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
-from surgery.methods.lora_fields import check_count, check_dropout, check_number
+from surgery.methods.field_values import check_bias, check_count, check_dropout, check_number
 
 Bias = Literal["none", "all", "gralora_only"]
 _OPS = frozenset({"linear", "conv1d"})
@@ -63,8 +63,7 @@ class GraloraConfig(AdapterConfig):
         check_dropout("gralora_dropout", self.gralora_dropout)
         if self.r % self.gralora_k:
             raise ConfigError(f"r is {self.r}; it must be a multiple of gralora_k, {self.gralora_k}")
-        if self.bias not in ("none", "all", "gralora_only"):
-            raise ConfigError(f"bias is {printable(self.bias)!r}; 'none', 'all' or 'gralora_only' is wanted")
+        check_bias(self.bias, "gralora_only")
 
     def biases(self) -> str:
         return self.bias

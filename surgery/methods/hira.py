@@ -17,7 +17,7 @@ from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable, quoted
-from surgery.methods.lora_fields import check_count, check_dropout
+from surgery.methods.field_values import check_count, check_counts, check_dropout
 
 Init = bool | Literal["gaussian"] | None
 _OPS = frozenset({"linear", "conv1d", "embedding", "convolution"})
@@ -53,11 +53,8 @@ class HiraConfig(AdapterConfig):
         check_count("r", self.r)
         check_dropout("hira_dropout", self.hira_dropout)
         if self.init_weights is not None and self.init_weights not in (True, False, "gaussian"):
-            raise ConfigError(
-                f"init_weights is {printable(self.init_weights)!r}; true, false, null or 'gaussian' is wanted"
-            )
-        for key, rank in (self.rank_pattern or {}).items():
-            check_count(f"rank_pattern[{quoted(key)}]", rank)
+            raise ConfigError(f"init_weights is {quoted(self.init_weights)}; true, false, null or 'gaussian' is wanted")
+        check_counts("rank_pattern", self.rank_pattern or {})
 
     def told(self, name: str) -> Mapping[str, float]:
         return {"r": self._rank(name)}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.core.sums import row_sums
 from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
-from surgery.methods.lora_fields import check_count
+from surgery.methods.field_values import check_bias, check_count
 from surgery.methods.rotations import inverse, times
 
-HraBias = Literal["none", "all", "hra_only"]
+Bias = Literal["none", "all", "hra_only"]
 Dot = Callable[[Tensor, Tensor], Tensor]
 _NEAR = 2.0**-12  # what Gram-Schmidt has to leave of a vector, in float32 of which it is rounded to 2^-24
 _SURE = 8
@@ -42,14 +42,13 @@ class HRAConfig(AdapterConfig):
 
     r: int = 8
     apply_GS: bool = False  # noqa: N815  # PEFT's spelling
-    bias: HraBias = "none"  # which biases of the base are trained
+    bias: Bias = "none"  # which biases of the base are trained
     init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("r", self.r)
-        if self.bias not in get_args(HraBias):
-            raise ConfigError(f"bias is {printable(self.bias)!r}; 'none', 'all' or 'hra_only' is wanted")
+        check_bias(self.bias, "hra_only")
 
     def biases(self) -> str:
         return self.bias

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from surgery.core.method import Additive, Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, printable
+from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.eva import Eva
 from surgery.methods.lora import Lora
 
@@ -46,7 +46,7 @@ def check_init(start: object) -> None:
         "True, False, 'gaussian', 'orthogonal', 'eva', 'pissa', 'pissa_niter_N', 'olora', 'corda', 'lora_ga' and "
         "'loftq' are supported; start with one of them, or train it in PEFT"
     )
-    raise ConfigError(f"init_lora_weights is {printable(start)!r}; {why or known}")
+    raise ConfigError(f"init_lora_weights is {quoted(start)}; {why or known}")
 
 
 def joined(p: Params) -> Params:

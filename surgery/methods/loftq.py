@@ -13,8 +13,8 @@ from surgery.core.method import Dense, Params
 from surgery.core.site import Site
 from surgery.core.starter import Held, Starter
 from surgery.errors import StateError, printable
+from surgery.methods.field_values import check_choice, check_whole
 from surgery.methods.inits import FromBase, halves
-from surgery.methods.start_settings import check_choice, check_whole
 
 _FORMS = {4: "nf4", 8: "int8"}
 

@@ -6,7 +6,7 @@ from itertools import product
 from typing import ClassVar
 
 from surgery.core.config import Spelling
-from surgery.errors import ConfigError, printable
+from surgery.errors import ConfigError, quoted
 from surgery.methods.lokr import Init, LoKr
 from surgery.methods.lycoris import Dropouts, LycorisConfig
 
@@ -38,9 +38,9 @@ class LoKrConfig(LycorisConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if type(self.decompose_factor) is not int:
-            raise ConfigError(f"decompose_factor is {printable(self.decompose_factor)!r}; it must be a whole number")
+            raise ConfigError(f"decompose_factor is {quoted(self.decompose_factor)}; it must be a whole number")
         if self.init_weights not in (True, False, "lycoris") or not isinstance(self.init_weights, bool | str):
-            raise ConfigError(f"init_weights is {printable(self.init_weights)!r}; it must be true, false or 'lycoris'")
+            raise ConfigError(f"init_weights is {quoted(self.init_weights)}; it must be true, false or 'lycoris'")
 
     def forms(self) -> Collection[frozenset[str]]:
         return [frozenset(first | second) for first, second in product(_FIRST, _SECOND)]

@@ -13,10 +13,18 @@ from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.core.starter import Held, Starter
-from surgery.errors import ConfigError, printable, quoted
+from surgery.errors import ConfigError, printable
 from surgery.methods.bd_lora import BdLora, blocks_of, check_blocks
 from surgery.methods.dora import Dora
 from surgery.methods.eva import Eva, is_settled, patterns_of
+from surgery.methods.field_values import (
+    check_bias,
+    check_count,
+    check_counts,
+    check_dropout,
+    check_number,
+    check_numbers,
+)
 from surgery.methods.inits import CONVERSION, FromBase, check_init, doubled, is_from_base, joined
 from surgery.methods.lora import OUT_PROJ, Init, Lora
 from surgery.methods.lora_bias import LoraBias
@@ -27,9 +35,6 @@ from surgery.methods.lora_fields import (
     Bias,
     Ranges,
     TokenIndices,
-    check_bias,
-    check_count,
-    check_number,
     check_ranges,
     check_tokens,
     layers_of,
@@ -92,9 +97,7 @@ class LoraConfig(AdapterConfig):
         super().__post_init__()
         check_count("r", self.r)
         check_number("lora_alpha", self.lora_alpha)
-        check_number("lora_dropout", self.lora_dropout)
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
+        check_dropout("lora_dropout", self.lora_dropout)
         check_init(self.init_lora_weights)
         check_bias(self.bias)
         check_blocks(self.use_bdlora)
@@ -103,10 +106,8 @@ class LoraConfig(AdapterConfig):
         check_tokens(self.trainable_token_indices)
         check_settings(self)
         check_names("target_parameters", self.target_parameters, or_pattern=False)
-        for key, rank in self.rank_pattern.items():
-            check_count(f"rank_pattern[{quoted(key)}]", rank)
-        for key, alpha in self.alpha_pattern.items():
-            check_number(f"alpha_pattern[{quoted(key)}]", alpha)
+        check_counts("rank_pattern", self.rank_pattern)
+        check_numbers("alpha_pattern", self.alpha_pattern)
         check_together(self)
 
     def check_fresh(self) -> None:

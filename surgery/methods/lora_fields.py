@@ -1,12 +1,11 @@
 """LoRA's fields that PEFT writes and we do not serve: the value that leaves the maths alone, and what another means.
 
-And what is served beside the factors: `bias` and ranks, which AdaLoRA's configs have too, and
+And what is served beside the factors: `bias`, which AdaLoRA's configs have too, layers stacked anew, and
 `trainable_token_indices`.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from surgery.core.names import suffix_hits
 from surgery.errors import ConfigError, printable, quoted
@@ -15,7 +14,6 @@ Bias = Literal["none", "all", "lora_only"]
 TokenIndices = Sequence[int] | Mapping[str, Sequence[int]] | None
 Ranges = Sequence[Sequence[int]] | None  # of layers, each without its end
 _MOST_LAYERS = 4096
-_LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
 NEUTRAL: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
@@ -38,30 +36,6 @@ REASONS: Mapping[str, str] = {
     "monteclora_config": "MonteCLoRA draws its factors anew in each step of training; train and merge it in PEFT",
     "velora_config": "VeLoRA compresses what training keeps; train it in PEFT; what is trained does not need it",
 }
-
-
-def check_bias(value: object) -> None:
-    """ConfigError for what says nothing of which biases are trained."""
-    if value not in get_args(Bias):
-        raise ConfigError(f"bias is {quoted(value)}; 'none', 'all' or 'lora_only' is wanted")
-
-
-def check_count(name: str, value: object, lowest: int = 1) -> None:
-    """ConfigError for what is no number of ranks, or steps."""
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < 1 << 31:
-        raise ConfigError(f"{name} is {printable(repr(value))}; it must be a whole number, from {lowest} to 2^31 - 1")
-
-
-def check_number(name: str, value: object) -> None:
-    """ConfigError for what no factor of a weight can be."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise ConfigError(f"{name} is {printable(repr(value))}; it must be a finite number")
-
-
-def check_dropout(name: str, value: object) -> None:
-    """ConfigError for what is no part of an input that could be dropped."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ConfigError(f"{name} is {printable(repr(value))}; it must be a number, at least 0 and below 1")
 
 
 def check_tokens(value: object) -> None:

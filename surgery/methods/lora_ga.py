@@ -15,9 +15,9 @@ from surgery.core.method import Dense, Params
 from surgery.core.site import Site
 from surgery.core.starter import Observer
 from surgery.errors import ValueRangeError, printable
+from surgery.methods.field_values import check_choice, check_whole
 from surgery.methods.inits import FromBase
 from surgery.methods.mean import Mean
-from surgery.methods.start_settings import check_choice, check_whole
 
 _ROUNDS = 4  # of the randomized SVD, as in PEFT
 

@@ -1,6 +1,5 @@
 """What LoHa and LoKr share, which PEFT took from LyCORIS: fields, dropouts, and factors that may be products."""
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,11 +14,10 @@ from surgery.core.op import WHOLE, Tile
 from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, ValueRangeError, printable, quoted
-from surgery.methods.lora_fields import check_count
+from surgery.errors import MatchError, ValueRangeError, printable
+from surgery.methods.field_values import check_count, check_counts, check_dropout, check_number, check_numbers
 
 Rows = slice | Tensor  # of a matrix, or their indices
-_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +37,11 @@ class LycorisConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("r", self.r)
-        for name in ("alpha", "rank_dropout", "module_dropout"):
-            _check_number(name, getattr(self, name))
-        for name in ("rank_dropout", "module_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        for key, rank in self.rank_pattern.items():
-            check_count(f"rank_pattern[{quoted(key)}]", rank)
-        for key, alpha in self.alpha_pattern.items():
-            _check_number(f"alpha_pattern[{quoted(key)}]", alpha)
+        check_number("alpha", self.alpha)
+        check_dropout("rank_dropout", self.rank_dropout)
+        check_dropout("module_dropout", self.module_dropout)
+        check_counts("rank_pattern", self.rank_pattern)
+        check_numbers("alpha_pattern", self.alpha_pattern)
 
     def told(self, name: str) -> Mapping[str, float]:
         return dict(zip(("r", "alpha"), self.numbers(name), strict=True))
@@ -175,8 +169,3 @@ def _apart(B: Tensor, off: Tensor, A: Tensor, unit: float) -> Tensor:
     r, size = len(A), B + off
     grid = r * 2.0**-21 * size.amax(1, keepdim=True) * A.amax(0, keepdim=True)
     return off @ A + grid + (r + 1) * unit * (size @ A)
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise ConfigError(f"{name} is {printable(repr(value))}; it must be a finite number")

@@ -15,12 +15,12 @@ from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Dense, Params, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, printable
-from surgery.methods.lora_fields import check_count
+from surgery.errors import ConfigError, MatchError, printable, quoted
+from surgery.methods.field_values import check_bias, check_count, check_dropout
 from surgery.methods.placed import Placed, only_linear
 
 Init = bool | Literal["mini"]
-_BIASES = ("none", "all", "MiSS_only")
+Bias = Literal["none", "all", "MiSS_only"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +42,14 @@ class MissConfig(AdapterConfig):
     miss_dropout: float = 0.0
     mini_r: int = 1
     init_weights: Init = True
-    bias: str = "none"  # which biases of the base are trained
+    bias: Bias = "none"  # which biases of the base are trained
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("r", self.r)
         check_count("mini_r", self.mini_r)
-        rate = self.miss_dropout
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-            raise ConfigError(f"miss_dropout is {printable(rate)!r}; it must be at least 0 and below 1")
-        if self.bias not in _BIASES:
-            raise ConfigError(f"bias is {printable(self.bias)!r}; 'none', 'all' or 'MiSS_only' is wanted")
+        check_dropout("miss_dropout", self.miss_dropout)
+        check_bias(self.bias, "MiSS_only")
         _check_init(self.init_weights)
 
     def method(self, name: str) -> "Miss":  # noqa: ARG002  # the same everywhere
@@ -73,7 +70,7 @@ def _check_init(value: object) -> None:
             "served; merge it in PEFT, or train with True or 'mini'"
         )
     if not isinstance(value, bool) and value != "mini":
-        raise ConfigError(f"init_weights is {printable(value)!r}; true, false or 'mini' is wanted")
+        raise ConfigError(f"init_weights is {quoted(value)}; true, false or 'mini' is wanted")
 
 
 @dataclass(frozen=True)

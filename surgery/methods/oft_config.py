@@ -3,14 +3,14 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.errors import ConfigError, FormatError, printable
-from surgery.methods.lora_fields import check_count
+from surgery.methods.field_values import check_between, check_bias, check_count, check_dropout
 from surgery.methods.oft import Oft
 
-OftBias = Literal["none", "all", "oft_only"]
+Bias = Literal["none", "all", "oft_only"]
 _RETRAIN = "PEFT asks to train it again, or to run it by the version that made it"
 _SERIES_SINCE = (0, 18)  # of PEFT, whose earlier versions doubled the last power too
 
@@ -40,7 +40,7 @@ class OFTConfig(AdapterConfig):
     oft_block_size: int = 32
     module_dropout: float = 0.0
     fan_in_fan_out: bool = False  # read and written for PEFT, which turns it off
-    bias: OftBias = "none"  # which biases of the base are trained
+    bias: Bias = "none"  # which biases of the base are trained
     init_weights: bool = True
     coft: bool = False
     eps: float = 6e-5
@@ -58,10 +58,9 @@ class OFTConfig(AdapterConfig):
                 "the other"
             )
         check_count("num_cayley_neumann_terms", self.num_cayley_neumann_terms)
-        _check_number("module_dropout", self.module_dropout, below=1)
-        _check_number("eps", self.eps)
-        if self.bias not in get_args(OftBias):
-            raise ConfigError(f"bias is {printable(self.bias)!r}; 'none', 'all' or 'oft_only' is wanted")
+        check_dropout("module_dropout", self.module_dropout)
+        check_between("eps", self.eps, 0, 1e30)
+        check_bias(self.bias, "oft_only")
 
     def biases(self) -> str:
         return self.bias
@@ -95,8 +94,3 @@ class OFTConfig(AdapterConfig):
 def _release(version: str) -> tuple[int, ...]:
     found = re.match(r"(\d{1,9})\.(\d{1,9})", version)
     return tuple(map(int, found.groups())) if found else ()
-
-
-def _check_number(field: str, value: object, below: float = 1e30) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
-        raise ConfigError(f"{field} is {printable(repr(value))}; it must be a number, at least 0 and below {below:g}")

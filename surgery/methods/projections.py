@@ -13,8 +13,8 @@ from torch import Tensor
 
 from surgery.core.config import AdapterConfig
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, printable
-from surgery.methods.start_settings import check_choice, check_whole
+from surgery.errors import MatchError, printable
+from surgery.methods.field_values import check_bias, check_dropout, check_whole
 
 _OPS = frozenset({"linear", "conv1d"})
 
@@ -36,13 +36,11 @@ class ProjectionsConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole("projection_prng_key", self.projection_prng_key, -(1 << 63), (1 << 64) - 1)
-        check_choice("bias", self.bias, ("none", "all", self.bias_of_adapted))
-        dropout = getattr(self, self.dropout_field)
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise ConfigError(f"{self.dropout_field} is {printable(dropout)!r}; it must be at least 0 and below 1")
+        check_bias(self.bias, self.bias_of_adapted)
+        check_dropout(self.dropout_field, getattr(self, self.dropout_field))
 
     def biases(self) -> str:
-        return "lora_only" if self.bias == self.bias_of_adapted else self.bias
+        return self.bias
 
     def keeps_shared(self) -> bool:
         return self.save_projection

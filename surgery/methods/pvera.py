@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgery.core.config import Spelling
 from surgery.errors import ConfigError
-from surgery.methods.start_settings import check_whole
+from surgery.methods.field_values import check_whole
 from surgery.methods.vera import Vectors, VectorsConfig
 
 

@@ -16,7 +16,7 @@ from surgery.core.elementwise import Shift
 from surgery.core.method import Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, printable
+from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.lora import Lora
 
 
@@ -82,4 +82,4 @@ class QaLora(Method):
 def check_group(value: object) -> None:
     """ConfigError for what is no number of inputs."""
     if type(value) is not int or not 1 <= value < 1 << 31:
-        raise ConfigError(f"qalora_group_size is {printable(value)!r}; a whole number of inputs, from 1, is wanted")
+        raise ConfigError(f"qalora_group_size is {quoted(value)}; a whole number of inputs, from 1, is wanted")

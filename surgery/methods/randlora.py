@@ -18,8 +18,7 @@ from surgery.core.config import Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
-from surgery.errors import ConfigError, printable
-from surgery.methods.lora_fields import check_count
+from surgery.methods.field_values import check_count, check_number
 from surgery.methods.projections import ProjectionsConfig, check_op, held_beside, largest
 
 
@@ -58,9 +57,7 @@ class RandLoraConfig(ProjectionsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("r", self.r)
-        alpha = self.randlora_alpha
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST:
-            raise ConfigError(f"randlora_alpha is {printable(repr(alpha))}; it must be a finite number")
+        check_number("randlora_alpha", self.randlora_alpha)
 
     def told(self, name: str) -> Mapping[str, float]:  # noqa: ARG002  # the same at all sites
         return {"r": self.r}
@@ -200,6 +197,3 @@ def _specs(r: int, low: int, high: int) -> Mapping[str, Spec]:
         "A": Spec("randlora_A", (r, 1, low), fixed=True, shared=True, longer=(2,)),
         "B": Spec("randlora_B", (high, bases, r), fixed=True, shared=True, longer=(0, 1)),
     }
-
-
-_LARGEST = torch.finfo(torch.float64).max

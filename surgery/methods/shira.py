@@ -13,8 +13,8 @@ from surgery.core.method import Dense, Params, Run, Spec
 from surgery.core.one_step import may_be_one_step
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
-from surgery.methods.lora_fields import check_count
+from surgery.errors import ConfigError, MatchError, ValueRangeError, printable, quoted
+from surgery.methods.field_values import check_count
 from surgery.methods.placed import Placed, only_linear
 from surgery.methods.sparse import Sparse, laid
 
@@ -54,12 +54,10 @@ class ShiraConfig(AdapterConfig):
         super().__post_init__()
         check_count("r", self.r)
         if not isinstance(self.mask_type, str):
-            raise ConfigError(f"mask_type is {printable(self.mask_type)!r}; it must be a string")
+            raise ConfigError(f"mask_type is {quoted(self.mask_type)}; it must be a string")
         seed = self.random_seed
         if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 64):
-            raise ConfigError(
-                f"random_seed is {printable(seed)!r}; a whole number from 0 to 2^64 - 1, or none, is wanted"
-            )
+            raise ConfigError(f"random_seed is {quoted(seed)}; a whole number from 0 to 2^64 - 1, or none, is wanted")
 
     def method(self, name: str) -> "Shira":  # noqa: ARG002  # the same everywhere
         return Shira(1.0, self.r, self.random_seed, self.init_weights)
@@ -74,7 +72,7 @@ class ShiraConfig(AdapterConfig):
 
     def check_fresh(self) -> None:
         if self.mask_type != "random":
-            raise ConfigError(f"mask_type is {printable(self.mask_type)!r}: {_OWN_MASK}")
+            raise ConfigError(f"mask_type is {quoted(self.mask_type)}: {_OWN_MASK}")
 
 
 @dataclass(frozen=True)

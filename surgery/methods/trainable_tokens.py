@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from surgery.core.config import AdapterConfig, Spelling
-from surgery.errors import ConfigError, printable
+from surgery.errors import ConfigError, printable, quoted
 from surgery.methods.lora_fields import check_token_list
 from surgery.methods.token_rows import TokenRows
 
@@ -34,7 +34,7 @@ class TrainableTokensConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.token_indices, list | tuple):
-            raise ConfigError(f"token_indices is {printable(self.token_indices)!r}; a list of tokens is wanted")
+            raise ConfigError(f"token_indices is {quoted(self.token_indices)}; a list of tokens is wanted")
         check_token_list("token_indices", self.token_indices)
 
     def rows(self) -> Collection[str] | None:

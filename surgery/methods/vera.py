@@ -3,7 +3,6 @@
 https://arxiv.org/abs/2310.11454
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from surgery.core.config import Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
-from surgery.errors import ConfigError, printable
-from surgery.methods.lora_fields import check_count
+from surgery.methods.field_values import check_count, check_number
 from surgery.methods.projections import ProjectionsConfig, check_op, held_beside, kaiming, largest
 
 
@@ -36,10 +34,7 @@ class VectorsConfig(ProjectionsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("r", self.r)
-        if isinstance(self.d_initial, bool) or not isinstance(self.d_initial, int | float):
-            raise ConfigError(f"d_initial is {printable(self.d_initial)!r}; it must be a number")
-        if not math.isfinite(self.d_initial):
-            raise ConfigError(f"d_initial is {self.d_initial}; it must be a finite number")
+        check_number("d_initial", self.d_initial)
 
     def told(self, name: str) -> Mapping[str, float]:  # noqa: ARG002  # the same at all sites
         return {"r": self.r}
