@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64
+from surgery.core.arithmetic import exact_float64, product_spread, unit_of
 from surgery.core.as_peft import AsPeft
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
@@ -73,12 +73,10 @@ class AdaLora(Additive, AsPeft):
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # As LoRA's, with three more operations rounded: A * E, the rank's 1e-5, and the division by it.
-        B, AE = p["wide B"][tile[0]].abs(), p["AE"][:, tile[1]].abs()
+        B, AE = p["wide B"][tile[0]], p["AE"][:, tile[1]]
         if not self.r:
             return B @ AE
-        unit = max(torch.finfo(p[role].dtype).eps / 2 for role in "AEB")
-        grid = self.r * 2.0**-21 * B.amax(1, keepdim=True) * AE.amax(0, keepdim=True)  # [out, in]
-        return abs(self.scaling) * (grid + (self.r + 4) * unit * (B @ AE))
+        return abs(self.scaling) * product_spread(B, AE, unit_of(*(p[role] for role in "AEB")), 3)
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         below = run(x)

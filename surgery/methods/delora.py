@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import divided, exact_float64
+from surgery.core.arithmetic import divided, exact_float64, product_spread, unit_of
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Factors, Op, Tile, in_dtype_of, is_many
 from surgery.core.site import Site
@@ -77,12 +77,10 @@ class Delora(Additive):
         # As LoRA's, with eight more operations rounded: two norms, their product, lambda / r, the quotient, and what
         # it and w are multiplied with. The squares of a norm are added in any order, in float32 at least, and the
         # root halves what they are off by.
-        B, A = p["wide B"][tile[0]].abs(), p["scaled A"][:, tile[1]].abs()
-        unit = max(torch.finfo(p[role].dtype).eps / 2 for role in "ABlw")
+        B, A = p["wide B"][tile[0]], p["scaled A"][:, tile[1]]
         exact = max(torch.finfo(torch.promote_types(p[role].dtype, torch.float32)).eps / 2 for role in "AB")
-        relative = (self.r + 9) * unit + (p["A"].shape[1] + p["B"].shape[0]) / 2 * exact
-        grid = self.r * 2.0**-21 * B.amax(1, keepdim=True) * A.amax(0, keepdim=True)  # [out, in]
-        return abs(self.scaling) * (grid + relative * (B @ A))
+        norms = (p["A"].shape[1] + p["B"].shape[0]) / 2 * exact * (B.abs() @ A.abs())  # [out, in]
+        return abs(self.scaling) * (product_spread(B, A, unit_of(*(p[role] for role in "ABlw")), 8) + norms)
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         A, B = self._short(p), p["B"]

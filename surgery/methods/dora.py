@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import all_finite, exact_float64, exact_product
+from surgery.core.arithmetic import exact_float64, exact_product, require_finite, unit_of
 from surgery.core.elementwise import Affine
 from surgery.core.method import Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of
@@ -91,8 +91,7 @@ class Dora(Method):
         return base._replace(weight=step.apply(base.weight))
 
     def steps(self, p: Params, tile: Tile, product: Product) -> Affine | None:
-        if not all_finite(p["m"]):
-            raise ValueRangeError("m holds NaN or infinity; finite numbers are wanted; train or save it again")
+        require_finite(p["m"], "m")
         delta = self.lora.steps(p, tile, product).values
         if "norm" not in p:
             return None
@@ -106,7 +105,7 @@ class Dora(Method):
         # Of the norm: a sum of squares in any order, halved by the root; what the elements of V are off by; and four
         # roundings, of V, of the norm, of the quotient and of the product.
         A, B = exact_float64(p["A"]), exact_float64(p["B"][tile[0]]).abs()
-        unit = max(torch.finfo(p[role].dtype).eps / 2 for role in ("A", "B", "m"))
+        unit = unit_of(p["A"], p["B"], p["m"])
         exact = torch.finfo(_wide(p["m"])).eps / 2
         grid = 2.0**-21 * self.lora.r * B.amax(1) * A.abs().amax(0).square().sum().sqrt()  # [out]
         off = abs(self.lora.scaling) * (grid + (self.lora.r + 1) * unit * (B @ A.square().sum(1).sqrt()))

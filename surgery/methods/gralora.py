@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64
+from surgery.core.arithmetic import exact_float64, product_spread, unit_of
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
@@ -133,14 +133,11 @@ class Gralora(Additive):
         return torch.cat([cut, p["A general"]]) if self.hybrid else cut
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
-        # Of each product the grid's bound (see arithmetic), and that of a sum of as many products as its rank, with
-        # each operation rounded; of both, their sum and what it is scaled by.
-        unit = max(torch.finfo(values.dtype).eps / 2 for values in p.values())
+        # As LoRA's of each product, with two more operations rounded: the sum of both, and what it is scaled by.
+        unit = unit_of(*p.values())
 
         def apart(B: Tensor, A: Tensor, part: Tile) -> Tensor:
-            B, A = exact_float64(B[part[0]]).abs(), exact_float64(A[:, part[1]]).abs()
-            grid = len(A) * 2.0**-21 * B.amax(1, keepdim=True) * A.amax(0, keepdim=True)  # [out, in]
-            return grid + (len(A) + 3) * unit * (B @ A)
+            return product_spread(exact_float64(B[part[0]]), exact_float64(A[:, part[1]]), unit, 2)
 
         return abs(self.scaling) * self._laid(p, tile, apart)
 

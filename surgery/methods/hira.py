@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64, ulp
+from surgery.core.arithmetic import exact_float64, product_spread, ulp, unit_of
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.elementwise import Growth
 from surgery.core.method import Dense, Method, Params, Product, Run, Spec
@@ -133,14 +133,11 @@ class Hira(Method):
         return torch.zeros_like(p["A"][:1, tile[1]], dtype=torch.float64)  # all is in proportion to the base
 
     def base_spread(self, p: Params, tile: Tile, dtype: torch.dtype) -> Tensor:
-        # Of B A: the grid's bound (see arithmetic), that of a sum of r products with each operation rounded, and half
-        # an ulp of its own in the weight's dtype. PEFT adds two such up before it multiplies: their sum, of twice the
-        # larger at most, is off by an ulp of that more.
+        # As LoRA's, and half an ulp of B A in the weight's dtype. PEFT adds two such up before it multiplies: their
+        # sum, of twice the larger at most, is off by an ulp of that more.
         A, B = exact_float64(p["A"][:, tile[1]]), exact_float64(p["B"][tile[0]])
-        size, moved = B.abs() @ A.abs(), self.strength * (B @ A)  # [out, in]
-        unit = max(torch.finfo(p[role].dtype).eps / 2 for role in "AB")
-        grid = self.r * 2.0**-21 * B.abs().amax(1, keepdim=True) * A.abs().amax(0, keepdim=True)
-        return abs(self.strength) * (grid + (self.r + 1) * unit * size) + 1.5 * ulp(moved, dtype)
+        moved = self.strength * (B @ A)  # [out, in]
+        return abs(self.strength) * product_spread(B, A, unit_of(p["A"], p["B"])) + 1.5 * ulp(moved, dtype)
 
     def settings(self) -> Mapping[str, str]:
         return {"strength": self.strength.hex()}

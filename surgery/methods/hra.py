@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import all_finite, exact_float64
+from surgery.core.arithmetic import all_finite, exact_float64, require_finite, unit_of
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Dense, Mixing, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
@@ -98,8 +98,7 @@ class Hra(Mixing):
 
     def prepared(self, p: Params, product: Product) -> Params:
         """With "L" and "C"."""
-        if not all_finite(p["U"].detach()):
-            raise ValueRangeError("U holds NaN or infinity; finite numbers are wanted; train or save it again")
+        require_finite(p["U"], "U")
         dot = partial(_dot, product)
         V = self._vectors(exact_float64(p["U"]), dot)
         if not all_finite(V.detach()) or (self.orthogonal and self._leaves_little(p["U"], V)):
@@ -122,7 +121,7 @@ class Hra(Mixing):
         # Roundings are taken as independent and as often up as down: their sum is beyond _SURE times the root of the
         # sum of their squares once in 10^13 (Hoeffding). Those of a sum of n products are 2 n, of the partial sums.
         V = self._vectors(exact_float64(p["U"]), _plain_dot)
-        unit, n = torch.finfo(p["U"].dtype).eps / 2, len(V)
+        unit, n = unit_of(p["U"]), len(V)
         before, after, Y = _sizes(V)
         A, W, L, C = V.abs(), base.abs(), p["L"].abs(), p["C"].abs()
         # Each reflection takes 2 (K u) u^T from K, what came before it: a sum for each row, and a norm for all.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import all_finite, exact_float64
+from surgery.core.arithmetic import exact_float64, require_finite
 from surgery.core.as_peft import AsPeft
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.elementwise import Scale
@@ -19,7 +19,7 @@ from surgery.core.names import Endings
 from surgery.core.op import Op, Tile
 from surgery.core.patterns import Budget
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
+from surgery.errors import ConfigError, MatchError, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +135,7 @@ class Ia3(Method, AsPeft):
         return Dense(base.weight * factor, base.bias * factor.flatten())
 
     def steps(self, p: Params, tile: Tile, product: Product) -> Scale:  # noqa: ARG002  # no product in it
-        if not all_finite(p["l"]):
-            raise ValueRangeError("l holds NaN or infinity; finite numbers are wanted; train or save it again")
+        require_finite(p["l"], "l")
         return Scale(self._factor({"l": exact_float64(p["l"])}, tile))
 
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:  # noqa: ARG002  # one way

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_product
+from surgery.core.arithmetic import exact_product, unit_of
 from surgery.core.config import Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.one_step import is_eager
@@ -25,7 +25,6 @@ from surgery.methods.lycoris import (
     is_tucker,
     kaiming,
     over_places,
-    unit_of,
 )
 
 _ALWAYS = frozenset({"w1_a", "w1_b", "w2_a", "w2_b"})
@@ -102,7 +101,7 @@ class LoHa(Additive):
         rows, columns = tile
         first, second = (factor(p, one, rows, exact_product).abs() for one in "12")
         off, other = (factor_spread(p, one, rows) for one in "12")
-        apart = off * (second + other) + other * first + (3 * unit_of(p) + 2.0**-24) * first * second
+        apart = off * (second + other) + other * first + (3 * unit_of(*p.values()) + 2.0**-24) * first * second
         return (abs(self.scaling) * apart)[:, columns]
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:

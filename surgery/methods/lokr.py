@@ -10,7 +10,7 @@ from math import isqrt, prod
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_product
+from surgery.core.arithmetic import exact_product, unit_of
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
@@ -24,7 +24,6 @@ from surgery.methods.lycoris import (
     is_tucker,
     kaiming,
     plain_product,
-    unit_of,
 )
 
 Init = bool | str
@@ -88,7 +87,7 @@ class LoKr(Additive):
         first, second = (factor(p, one, at, exact_product).abs() for one, at in places.items())
         off, other = (factor_spread(p, one, at) for one, at in places.items())
         off, other = off.expand_as(first), other.expand_as(second)
-        apart = _outer(off, second + other) + _outer(first, other) + 4 * unit_of(p) * _outer(first, second)
+        apart = _outer(off, second + other) + _outer(first, other) + 4 * unit_of(*p.values()) * _outer(first, second)
         return (abs(self.scaling) * apart)[:, columns]
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64
+from surgery.core.arithmetic import exact_float64, product_spread, unit_of
 from surgery.core.as_peft import AsPeft
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Factors, Op, Tile, in_dtype_of, is_many
@@ -104,11 +104,8 @@ class Lora(Additive, AsPeft):
         if p["A"].dim() > 2:
             each = stacks.parts(tile, p["B"].shape[1])
             return torch.cat([self.spread({role: p[role][one] for role in "AB"}, part) for one, part in each])
-        # The grid's bound (see arithmetic), and that of a sum of r products with each operation rounded.
-        A, B = exact_float64(p["A"][:, tile[1]]).abs(), exact_float64(p["B"][tile[0]]).abs()
-        unit = max(torch.finfo(p[role].dtype).eps / 2 for role in "AB")
-        grid = self.r * 2.0**-21 * B.amax(1, keepdim=True) * A.amax(0, keepdim=True)  # [out, in]
-        return abs(self.scaling) * (grid + (self.r + 1) * unit * (B @ A))
+        A, B = exact_float64(p["A"][:, tile[1]]), exact_float64(p["B"][tile[0]])
+        return abs(self.scaling) * product_spread(B, A, unit_of(p["A"], p["B"]))
 
     def check_run(self, site: Site) -> None:
         if self.dropout and site.acting.roles:

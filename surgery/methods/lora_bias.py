@@ -7,13 +7,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import all_finite, exact_float64
+from surgery.core.arithmetic import exact_float64, require_finite, unit_of
 from surgery.core.as_peft import AsPeft
 from surgery.core.elementwise import Shift
 from surgery.core.method import Additive, Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
-from surgery.errors import MatchError, ValueRangeError, printable
+from surgery.errors import MatchError, printable
 from surgery.methods.lora import Lora
 
 _OPS = frozenset({"linear", "conv1d", "convolution"})
@@ -98,13 +98,12 @@ class Offset(Additive, AsPeft):
         return {"b": torch.zeros(site.shape[0])}
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:  # noqa: ARG002  # no product in it
-        if not all_finite(p["b"]):
-            raise ValueRangeError("b holds NaN or infinity; finite numbers are wanted; train or save it again")
+        require_finite(p["b"], "b")
         return (exact_float64(p["b"].flatten()[tile[0]]) * self.scaling).unsqueeze(1)
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # One product, rounded.
-        unit = torch.finfo(p["b"].dtype).eps / 2
+        unit = unit_of(p["b"])
         return unit * abs(self.scaling) * exact_float64(p["b"].flatten()[tile[0]]).abs().unsqueeze(1)
 
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:  # noqa: ARG002  # one way

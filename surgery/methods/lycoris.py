@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import all_finite, exact_float64
+from surgery.core.arithmetic import exact_float64, product_spread, require_finite, unit_of
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params, Product
 from surgery.core.op import WHOLE, Tile
 from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
-from surgery.errors import MatchError, ValueRangeError, printable
+from surgery.errors import MatchError, printable
 from surgery.methods.field_values import check_count, check_counts, check_dropout, check_number, check_numbers
 
 Rows = slice | Tensor  # of a matrix, or their indices
@@ -129,8 +129,7 @@ def plain_product(B: Tensor, A: Tensor, tile: Tile, scaling: float, *, fine: boo
 
 def _wide(values: Tensor, role: str) -> Tensor:
     """In float64; ValueRangeError for what no merge can be made with."""
-    if not all_finite(values):
-        raise ValueRangeError(f"{role} holds NaN or infinity; finite numbers are wanted; train or save it again")
+    require_finite(values, role)
     return exact_float64(values)
 
 
@@ -151,21 +150,13 @@ def factor_spread(p: Params, one: str, rows: Rows) -> Tensor:
     a, b, t = (exact_float64(p[role]).abs() if role in p else None for role in (f"w{one}_a", f"w{one}_b", f"t{one}"))
     assert a is not None
     assert b is not None
-    a, unit = a[rows], unit_of(p)
+    a, unit = a[rows], unit_of(*p.values())
     if t is None:
         return _apart(a, torch.zeros_like(a), b, unit)
     off = by_place(_apart(a, torch.zeros_like(a), t, unit), len(b))
     return over_places(_apart(by_place(a @ t, len(b)), off, b, unit), len(a))
 
 
-def unit_of(p: Params) -> float:
-    """Half an eps of the coarsest dtype."""
-    return max(torch.finfo(values.dtype).eps / 2 for values in p.values())
-
-
 def _apart(B: Tensor, off: Tensor, A: Tensor, unit: float) -> Tensor:
-    """Of two products of B, which may be `off` by so much, and A, both as magnitudes: what B carries, the grid's bound
-    (see arithmetic), and that of a sum of r products with each operation rounded."""
-    r, size = len(A), B + off
-    grid = r * 2.0**-21 * size.amax(1, keepdim=True) * A.amax(0, keepdim=True)
-    return off @ A + grid + (r + 1) * unit * (size @ A)
+    """Of two products of B, which may be `off` by so much, and A, both as magnitudes: what B carries besides."""
+    return off @ A + product_spread(B + off, A, unit)

@@ -9,12 +9,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import all_finite, exact_float64
+from surgery.core.arithmetic import all_finite, exact_float64, require_finite, unit_of
 from surgery.core.method import Dense, Mixing, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.core.sums import row_sums
-from surgery.errors import MatchError, ValueRangeError, printable
+from surgery.errors import MatchError, printable
 from surgery.methods.rotations import (
     cayley,
     cayley_off,
@@ -76,8 +76,7 @@ class Oft(Mixing):
     def prepared(self, p: Params, product: Product) -> Params:
         """With "D", [blocks, b, b], by which `merge` multiplies rows."""
         side, numbers = next(iter(p.items()))
-        if not all_finite(numbers.detach()):
-            raise ValueRangeError("R holds NaN or infinity; finite numbers are wanted; train or save it again")
+        require_finite(numbers, "R")
         Q = skew(self._within(exact_float64(numbers)))
         D = cayley(Q, product) if self.series is None else neumann(Q, self.series, partial(times, product))
         return {**p, "D": D if side == "L" else D.mT}
@@ -94,7 +93,7 @@ class Oft(Mixing):
         # R is off by what `_off` tells. Then b products are summed, of a weight that is rounded to the factors' dtype,
         # and the outcome is rounded to it. The last term is the exact product's own.
         D, turned = p["D"].abs(), "L" in p
-        unit, b = torch.finfo(p["L" if turned else "R"].dtype).eps / 2, D.shape[-1]
+        unit, b = unit_of(p["L" if turned else "R"]), D.shape[-1]
         size = D + torch.eye(b, dtype=D.dtype, device=D.device)
         largest = D.amax((-2, -1), keepdim=True).expand(D.shape)
         own = (b + 2) * unit * size + self._off(p, unit) + b * _GRID * largest

@@ -3,15 +3,14 @@
 from abc import abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import all_finite, exact_float64
+from surgery.core.arithmetic import exact_float64, require_finite, unit_of
 from surgery.core.elementwise import Shift
 from surgery.core.method import Additive, Dense, Params, Product
 from surgery.core.op import Tile
 from surgery.core.site import Site
-from surgery.errors import MatchError, ValueRangeError, printable
+from surgery.errors import MatchError, printable
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,7 @@ class Placed(Additive):
 
     def steps(self, p: Params, tile: Tile, product: Product) -> Shift:
         for role, values in p.items():
-            if not all_finite(values):
-                raise ValueRangeError(
-                    f"{role} holds NaN or infinity; finite numbers are wanted; train or save it again"
-                )
+            require_finite(values, role)
         wide = {role: exact_float64(values) if values.is_floating_point() else values for role, values in p.items()}
         return Shift(self.delta(wide, tile, product))
 
@@ -42,7 +38,7 @@ class Placed(Additive):
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # The scaling rounds once; what is added has no other operation.
-        unit = max(torch.finfo(values.dtype).eps / 2 for values in p.values() if values.is_floating_point())
+        unit = unit_of(*(values for values in p.values() if values.is_floating_point()))
         return unit * abs(self.scaling) * exact_float64(self.numbers(p, tile)).abs()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64, factor_bytes
+from surgery.core.arithmetic import exact_float64, factor_bytes, product_spread, unit_of
 from surgery.core.config import Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
@@ -132,10 +132,8 @@ class RandLora(Additive):
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # As LoRA's of rank k, with two more operations rounded: L * A, and its product with G.
-        left, right = p["left"][tile[0]].abs(), p["right"][:, tile[1]].abs()
-        unit, k = max(torch.finfo(p[role].dtype).eps / 2 for role in "LGAB"), left.shape[1]
-        grid = k * 2.0**-21 * left.amax(1, keepdim=True) * right.amax(0, keepdim=True)  # [out, in]
-        return abs(self.scaling) * (grid + (k + 3) * unit * (left @ right))
+        unit = unit_of(*(p[role] for role in "LGAB"))
+        return abs(self.scaling) * product_spread(p["left"][tile[0]], p["right"][:, tile[1]], unit, 2)
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         below = run(x)

@@ -10,12 +10,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import all_finite
+from surgery.core.arithmetic import require_finite
 from surgery.core.as_peft import AsPeft
 from surgery.core.method import Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
-from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
+from surgery.errors import ConfigError, MatchError, printable
 
 _AXES = {"linear": 0, "embedding": 1}  # of the matrix [out, in], along which tokens lie
 
@@ -73,8 +73,7 @@ class TokenRows(Method, AsPeft):
         return base._replace(weight=weight.index_copy(axis, places, rows.to(weight.device, weight.dtype)))
 
     def steps(self, p: Params, tile: Tile, product: Product) -> None:  # noqa: ARG002  # what stood there is gone
-        if not all_finite(p["t"]):
-            raise ValueRangeError("t holds NaN or infinity; finite numbers are wanted; train or save it again")
+        require_finite(p["t"], "t")
 
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:  # noqa: ARG002  # one way
         places = torch.tensor(self.tokens, device=stored.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64, factor_bytes
+from surgery.core.arithmetic import exact_float64, factor_bytes, product_spread, unit_of
 from surgery.core.config import Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of
@@ -118,10 +118,8 @@ class Vectors(Additive):
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # As LoRA's, with two more operations rounded: b * B and d * A.
-        B, A = p["bB"][tile[0]].abs(), p["dA"][:, tile[1]].abs()
-        unit = max(torch.finfo(p[role].dtype).eps / 2 for role in "bdAB")
-        grid = self.r * 2.0**-21 * B.amax(1, keepdim=True) * A.amax(0, keepdim=True)  # [out, in]
-        return abs(self.scaling) * (grid + (self.r + 3) * unit * (B @ A))
+        unit = unit_of(*(p[role] for role in "bdAB"))
+        return abs(self.scaling) * product_spread(p["bB"][tile[0]], p["dA"][:, tile[1]], unit, 2)
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         below, b = run(x), p["b"]
