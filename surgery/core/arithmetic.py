@@ -57,21 +57,6 @@ def float_product(B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0
     return (B[..., rows, :] @ A[..., columns]).mul_(scaling)
 
 
-def product_spread(B: Tensor, A: Tensor, unit: float, others: int = 0) -> Tensor:
-    """[out, in]: how far an exact product of B [out, r] and A [r, in] and a plain one may lie apart.
-
-    The grid's bound, and that of a sum of r products with each operation rounded by `unit`, and so many others.
-    """
-    B, A = B.abs(), A.abs()
-    grid = len(A) * 2.0**-21 * B.amax(1, keepdim=True) * A.amax(0, keepdim=True)
-    return grid + (len(A) + 1 + others) * unit * (B @ A)
-
-
-def unit_of(*given: Tensor) -> float:
-    """Half an eps of the coarsest of their dtypes: what an operation rounds by, in proportion."""
-    return max(torch.finfo(values.dtype).eps / 2 for values in given)
-
-
 def factor_bytes(shape: tuple[int, int], r: int) -> int:
     """What factors of a product of this shape, [out, in], take in float64, on their grids, and while they are made."""
     return 3 * 8 * r * sum(shape)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64, product_spread, unit_of
+from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
 from surgery.errors import MatchError, printable
+from surgery.methods.spreads import product_spread, unit_of
 
 BESIDE_RANK = 1e-5  # what PEFT adds to the rank that it divides by
 _OPS = frozenset({"linear", "conv1d", "convolution"})

@@ -14,6 +14,7 @@ from surgery.core.method import Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.errors import MatchError, printable
+from surgery.methods.acts_on import only_linear
 from surgery.methods.lora_bias import Offset
 
 
@@ -50,10 +51,7 @@ class Beft(Method, AsPeft):
     leaves_weight = True
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        if site.acting.name != "linear":
-            raise MatchError(
-                f"{printable(site.name)}: its op is {site.acting.name}; BEFT acts on Linear, as in PEFT; exclude it"
-            )
+        only_linear(site, self.name)
         return {"b": Spec("beft_bias", (1, site.shape[0]))}
 
     def refuse_merge(self, site: Site) -> None:

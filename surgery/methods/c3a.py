@@ -18,9 +18,10 @@ from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable, quoted
+from surgery.methods.acts_on import only_linear
 from surgery.methods.circular import Circular, circular
 from surgery.methods.field_values import check_bias, check_count, check_counts
-from surgery.methods.placed import Placed, only_linear
+from surgery.methods.placed import Placed
 
 Drawn = Literal["gaussian", "kaiming_uniform", "xavier_uniform"]
 Bias = Literal["none", "all", "c3a_only"]

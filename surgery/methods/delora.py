@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import divided, exact_float64, product_spread, unit_of
+from surgery.core.arithmetic import divided, exact_float64
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Factors, Op, Tile, in_dtype_of, is_many
 from surgery.core.site import Site
 from surgery.core.source import TILE_ELEMENTS, row_tiles
 from surgery.core.sums import TreeSum, row_sums
-from surgery.errors import MatchError, StateError, printable
+from surgery.errors import StateError, printable
+from surgery.methods.acts_on import only_linear
+from surgery.methods.kaiming import kaiming
+from surgery.methods.spreads import product_spread, unit_of
 
 _LEAST = 1e-4  # what a norm counts as
 
@@ -36,10 +39,7 @@ class Delora(Additive):
     name = "DeLoRA"
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        if site.acting.name != "linear" or site.acting.alone:
-            raise MatchError(
-                f"{printable(site.name)}: its op is {site.acting.name}; DeLoRA acts on Linear, as in PEFT; exclude it"
-            )
+        only_linear(site, self.name)
         out_features, in_features = site.shape
         return {
             "A": Spec("delora_A", (self.r, in_features)),
@@ -55,10 +55,8 @@ class Delora(Additive):
                 f"{printable(site.name)}: it is on the meta device, and DeLoRA keeps the norms of its weight; give the "
                 "model its weights first"
             )
-        A, B = torch.empty(shapes["A"]), torch.zeros(shapes["B"])
-        _kaiming(A)
-        if not self.zero:
-            _kaiming(B)
+        A = kaiming(shapes["A"])
+        B = torch.zeros(shapes["B"]) if self.zero else kaiming(shapes["B"])
         return {"A": A, "B": B, "l": torch.full(shapes["l"], self.bound), "w": _norms(weight).to(torch.float32)}
 
     def matrices(self, p: Params, site: Site) -> Params:  # noqa: ARG002  # the shapes tell all
@@ -116,9 +114,3 @@ def _norms(weight: Tensor) -> Tensor:
     for rows in row_tiles(weight.shape, TILE_ELEMENTS):
         tree.feed(exact_float64(weight[rows].detach().cpu()).square())
     return tree.total().sqrt()
-
-
-def _kaiming(values: Tensor) -> None:
-    """Kaiming's uniform start, with a = sqrt(5)."""
-    bound = values.shape[1] ** -0.5
-    values.uniform_(-bound, bound)

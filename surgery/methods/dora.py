@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64, exact_product, require_finite, unit_of
+from surgery.core.arithmetic import exact_float64, exact_product, require_finite
 from surgery.core.elementwise import Affine
 from surgery.core.method import Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of
@@ -17,6 +17,7 @@ from surgery.core.source import TILE_ELEMENTS, row_tiles
 from surgery.core.sums import sum_rows
 from surgery.errors import MatchError, StateError, ValueRangeError, printable
 from surgery.methods.lora import Lora
+from surgery.methods.spreads import unit_of
 
 _OPS = frozenset({"linear", "conv1d", "embedding", "convolution"})
 _LEAST, _SMALLEST = 2.0**-1022, 2.0**-800  # of a square that counts, of a sum that has lost nothing

@@ -54,10 +54,10 @@ def check_choice(name: str, value: object, wanted: tuple[object, ...]) -> None:
 def check_whole(name: str, value: object, low: int, high: int) -> None:
     """ConfigError for what is no whole number within the bounds."""
     if type(value) is not int or not low <= value <= high:
-        raise ConfigError(f"{name} is {quoted(value)}; a whole number from {low} to {high} is wanted")
+        raise ConfigError(f"{name} is {printable(repr(value))}; a whole number from {low} to {high} is wanted")
 
 
 def check_between(name: str, value: object, low: float, high: float) -> None:
     """ConfigError for what is no number within the bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ConfigError(f"{name} is {quoted(value)}; a number from {low:g} to {high:g} is wanted")
+        raise ConfigError(f"{name} is {printable(repr(value))}; a number from {low:g} to {high:g} is wanted")

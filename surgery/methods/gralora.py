@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64, product_spread, unit_of
+from surgery.core.arithmetic import exact_float64
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
+from surgery.methods.acts_on import only_linear_or_conv1d
 from surgery.methods.field_values import check_bias, check_count, check_dropout, check_number
+from surgery.methods.kaiming import kaiming
+from surgery.methods.spreads import product_spread, unit_of
 
 Bias = Literal["none", "all", "gralora_only"]
-_OPS = frozenset({"linear", "conv1d"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +98,7 @@ class Gralora(Additive):
     name = "GraLoRA"
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        if site.acting.name not in _OPS or site.acting.alone:
-            raise MatchError(
-                f"{printable(site.name)}: its op is {site.acting.name}; GraLoRA acts on Linear and Conv1D of "
-                "transformers, as in PEFT; exclude it"
-            )
+        only_linear_or_conv1d(site, self.name)
         (out_features, in_features), k, r = site.shape, self.k, self.r
         if out_features % k or in_features % k:
             raise MatchError(
@@ -114,12 +112,11 @@ class Gralora(Additive):
         return found
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
-        fresh = {role: torch.zeros(spec.shape) for role, spec in self.tensors(site).items()}
-        for role, values in fresh.items():
-            if role.startswith("A") or not self.zero:  # Kaiming's uniform start, with a = sqrt(5)
-                bound = values.shape[-1 if role.endswith("general") else 1] ** -0.5
-                values.uniform_(-bound, bound)
-        return fresh
+        shapes = {role: spec.shape for role, spec in self.tensors(site).items()}
+        return {
+            role: kaiming(shape, shape[1]) if role.startswith("A") or not self.zero else torch.zeros(shape)
+            for role, shape in shapes.items()
+        }
 
     def matrices(self, p: Params, site: Site) -> Params:  # noqa: ARG002  # the shapes tell all
         A, B, k, part = p["A"].mT, p["B"].mT, self.k, self.r // self.k  # [k, r, in / k], [k, out / k, r]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64, product_spread, ulp, unit_of
+from surgery.core.arithmetic import exact_float64, ulp
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.elementwise import Growth
 from surgery.core.method import Dense, Method, Params, Product, Run, Spec
@@ -18,6 +18,8 @@ from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.field_values import check_count, check_counts, check_dropout
+from surgery.methods.kaiming import kaiming
+from surgery.methods.spreads import product_spread, unit_of
 
 Init = bool | Literal["gaussian"] | None
 _OPS = frozenset({"linear", "conv1d", "embedding", "convolution"})
@@ -119,8 +121,7 @@ class Hira(Method):
         if self.start == "gaussian" and not site.acting.kernel:  # which PEFT heeds over no convolution
             A.normal_(std=1 / self.r)
         else:
-            bound = A.flatten(1).shape[1] ** -0.5  # Kaiming's uniform start, with a = sqrt(5)
-            A.uniform_(-bound, bound)
+            A = kaiming(A.shape)
         return {"A": A, "B": B}
 
     def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:

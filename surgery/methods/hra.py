@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import all_finite, exact_float64, require_finite, unit_of
+from surgery.core.arithmetic import all_finite, exact_float64, require_finite
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Dense, Mixing, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
@@ -16,7 +16,9 @@ from surgery.core.site import Site
 from surgery.core.sums import row_sums
 from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
 from surgery.methods.field_values import check_bias, check_count
+from surgery.methods.kaiming import kaiming
 from surgery.methods.rotations import inverse, times
+from surgery.methods.spreads import unit_of
 
 Bias = Literal["none", "all", "hra_only"]
 Dot = Callable[[Tensor, Tensor], Tensor]
@@ -91,9 +93,7 @@ class Hra(Mixing):
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
         (spec,) = self.tensors(site).values()
-        U = torch.empty(spec.shape[0], self.r // 2 if self.paired else self.r)
-        bound = max(1, U.shape[1]) ** -0.5  # Kaiming's uniform start, with a = sqrt(5)
-        U.uniform_(-bound, bound)
+        U = kaiming((spec.shape[0], self.r // 2 if self.paired else self.r))
         return {"U": U.repeat_interleave(2, 1) if self.paired else U}
 
     def prepared(self, p: Params, product: Product) -> Params:

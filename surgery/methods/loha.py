@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_product, unit_of
+from surgery.core.arithmetic import exact_product
 from surgery.core.config import Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.one_step import is_eager
 from surgery.core.op import Op, Tile, adds_up, in_dtype_of
 from surgery.core.site import Site
+from surgery.methods.kaiming import kaiming
 from surgery.methods.lycoris import (
     NONE,
     Dropouts,
@@ -23,9 +24,9 @@ from surgery.methods.lycoris import (
     factor,
     factor_spread,
     is_tucker,
-    kaiming,
     over_places,
 )
+from surgery.methods.spreads import unit_of
 
 _ALWAYS = frozenset({"w1_a", "w1_b", "w2_a", "w2_b"})
 _TUCKER = ("t1", "t2")

@@ -10,10 +10,11 @@ from math import isqrt, prod
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_product, unit_of
+from surgery.core.arithmetic import exact_product
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
+from surgery.methods.kaiming import kaiming
 from surgery.methods.lycoris import (
     NONE,
     Dropouts,
@@ -22,9 +23,9 @@ from surgery.methods.lycoris import (
     factor,
     factor_spread,
     is_tucker,
-    kaiming,
     plain_product,
 )
+from surgery.methods.spreads import unit_of
 
 Init = bool | str
 

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64, product_spread, unit_of
+from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Factors, Op, Tile, in_dtype_of, is_many
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods import stacks
+from surgery.methods.kaiming import kaiming
 from surgery.methods.lora_as_peft import delta_as_peft, rounds_first
+from surgery.methods.spreads import product_spread, unit_of
 
 OUT_PROJ = ".base_layer.out_proj"
 """How PEFT spells the out_proj of an adapted nn.MultiheadAttention, whose delta it adds twice."""
@@ -77,9 +79,9 @@ class Lora(Additive, AsPeft):
         elif self.start == "gaussian":
             A.normal_(std=1 / self.r)
         else:
-            _kaiming(A)
+            A = kaiming(A.shape)
             if self.start is False:
-                _kaiming(B)
+                B = kaiming(B.shape)
         return {"A": A, "B": B}
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
@@ -154,12 +156,6 @@ def _specs(op: str, kernel: tuple[int, ...], a: tuple[int, int], b: tuple[int, i
 def _as_matrix(values: Tensor) -> Tensor:
     """A factor of a convolution, [rows, channels, *kernel], as [rows, in]."""
     return values.flatten(1) if values.dim() > 2 else values
-
-
-def _kaiming(values: Tensor) -> None:
-    """Kaiming's uniform start, with a = sqrt(5): by how many numbers each output is made of."""
-    bound = max(1, _as_matrix(values).shape[1]) ** -0.5
-    values.uniform_(-bound, bound)
 
 
 def _orthogonal(A: Tensor, B: Tensor) -> Params:

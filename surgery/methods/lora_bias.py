@@ -7,14 +7,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_float64, require_finite, unit_of
+from surgery.core.arithmetic import exact_float64, require_finite
 from surgery.core.as_peft import AsPeft
 from surgery.core.elementwise import Shift
 from surgery.core.method import Additive, Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.errors import MatchError, printable
+from surgery.methods.kaiming import kaiming
 from surgery.methods.lora import Lora
+from surgery.methods.spreads import unit_of
 
 _OPS = frozenset({"linear", "conv1d", "convolution"})
 
@@ -48,9 +50,8 @@ class LoraBias(Method, AsPeft):
             )
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:
-        b = torch.zeros(self.tensors(site)["b"].shape)
-        if self.lora.start is False:
-            b.uniform_(-(self.lora.r**-0.5), self.lora.r**-0.5)
+        shape = self.tensors(site)["b"].shape
+        b = kaiming(shape, self.lora.r) if self.lora.start is False else torch.zeros(shape)
         return {**self.lora.init(site, base), "b": b}
 
     def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_float64, product_spread, require_finite, unit_of
+from surgery.core.arithmetic import exact_float64, require_finite
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params, Product
 from surgery.core.op import WHOLE, Tile
@@ -16,6 +16,7 @@ from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import MatchError, printable
 from surgery.methods.field_values import check_count, check_counts, check_dropout, check_number, check_numbers
+from surgery.methods.spreads import product_spread, unit_of
 
 Rows = slice | Tensor  # of a matrix, or their indices
 
@@ -95,13 +96,6 @@ def check_op(site: Site, name: str) -> None:
 def is_tucker(kernel: tuple[int, ...]) -> bool:
     """Has it more than one place, so that `use_effective_conv2d` is heeded?"""
     return max(kernel, default=1) > 1
-
-
-def kaiming(shape: tuple[int, ...]) -> Tensor:
-    """Kaiming's uniform start, with a = sqrt(5)."""
-    values = torch.empty(shape)
-    bound = max(1, values[:1].numel()) ** -0.5
-    return values.uniform_(-bound, bound)
 
 
 def as_matrices(p: Params) -> Params:

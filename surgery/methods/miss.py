@@ -16,8 +16,10 @@ from surgery.core.method import Dense, Params, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable, quoted
+from surgery.methods.acts_on import only_linear
 from surgery.methods.field_values import check_bias, check_count, check_dropout
-from surgery.methods.placed import Placed, only_linear
+from surgery.methods.kaiming import kaiming
+from surgery.methods.placed import Placed
 
 Init = bool | Literal["mini"]
 Bias = Literal["none", "all", "MiSS_only"]
@@ -100,10 +102,8 @@ class Miss(Placed):
         return {"D": Spec("miss_block", (self.r, self.columns or out_features))}
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
-        D = torch.zeros(self.tensors(site)["D"].shape)
-        if not self.zero:  # Kaiming's uniform start, with a = sqrt(5), by the numbers in a row
-            D.uniform_(-(D.shape[1] ** -0.5), D.shape[1] ** -0.5)
-        return {"D": D}
+        shape = self.tensors(site)["D"].shape
+        return {"D": torch.zeros(shape) if self.zero else kaiming(shape)}
 
     def matrices(self, p: Params, site: Site) -> Params:
         """D as [out, r], and for each input the column of it that counts."""

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import all_finite, exact_float64, require_finite, unit_of
+from surgery.core.arithmetic import all_finite, exact_float64, require_finite
 from surgery.core.method import Dense, Mixing, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
@@ -25,6 +25,7 @@ from surgery.methods.rotations import (
     skew,
     times,
 )
+from surgery.methods.spreads import unit_of
 
 _GRID = 2.0**-42  # of the exact product, see arithmetic
 

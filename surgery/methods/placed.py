@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_float64, require_finite, unit_of
+from surgery.core.arithmetic import exact_float64, require_finite
 from surgery.core.elementwise import Shift
 from surgery.core.method import Additive, Dense, Params, Product
 from surgery.core.op import Tile
-from surgery.core.site import Site
-from surgery.errors import MatchError, printable
+from surgery.methods.spreads import unit_of
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,3 @@ class Placed(Additive):
         # The scaling rounds once; what is added has no other operation.
         unit = unit_of(*(values for values in p.values() if values.is_floating_point()))
         return unit * abs(self.scaling) * exact_float64(self.numbers(p, tile)).abs()
-
-
-def only_linear(site: Site, method: str) -> None:
-    """MatchError for a site that is no Linear."""
-    if site.acting.name != "linear":
-        raise MatchError(
-            f"{printable(site.name)}: its op is {site.acting.name}; {method} acts on Linear, as in PEFT; exclude it"
-        )

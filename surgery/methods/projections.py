@@ -13,10 +13,7 @@ from torch import Tensor
 
 from surgery.core.config import AdapterConfig
 from surgery.core.site import Site
-from surgery.errors import MatchError, printable
 from surgery.methods.field_values import check_bias, check_dropout, check_whole
-
-_OPS = frozenset({"linear", "conv1d"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +56,7 @@ def largest(sites: Iterable[Site]) -> tuple[int, int]:
     return max(outs), max(ins)
 
 
-def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+def kaiming_of_seed(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Kaiming's uniform numbers, as many to an output as there are columns."""
     bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
@@ -75,12 +72,3 @@ def _through(values: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor:
     for dtype in dtypes:
         values = values.to(dtype) if dtype.is_floating_point else values
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def check_op(site: Site, name: str) -> None:
-    """MatchError over what PEFT does not act on."""
-    if site.acting.name not in _OPS:
-        raise MatchError(
-            f"{printable(site.name)}: its op is {site.acting.name}; {name} acts on Linear and Conv1D of transformers, "
-            "as in PEFT; exclude it"
-        )

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from surgery.core.method import Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable, quoted
+from surgery.methods.kaiming import kaiming
 from surgery.methods.lora import Lora
 
 
@@ -49,8 +49,7 @@ class QaLora(Method):
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:
         fresh, shape = self.lora.init(site, base), self.tensors(site)["A"].shape
-        bound = max(1, shape[1]) ** -0.5
-        return {**fresh, "A": torch.empty(shape).uniform_(-bound, bound)}
+        return {**fresh, "A": kaiming(shape)}
 
     def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:
         return self._over(p["A"].shape[1]).merge(base, p, tile, product)

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64, factor_bytes, product_spread, unit_of
+from surgery.core.arithmetic import exact_float64, factor_bytes
 from surgery.core.config import Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
+from surgery.methods.acts_on import only_linear_or_conv1d
 from surgery.methods.field_values import check_count, check_number
-from surgery.methods.projections import ProjectionsConfig, check_op, held_beside, largest
+from surgery.methods.projections import ProjectionsConfig, held_beside, largest
+from surgery.methods.spreads import product_spread, unit_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ class RandLora(Additive):
     name = "RandLoRA"
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        check_op(site, self.name)
+        only_linear_or_conv1d(site, self.name)
         return _specs(self.r, min(site.shape), max(site.shape))
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others

@@ -14,8 +14,9 @@ from surgery.core.one_step import may_be_one_step
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, ValueRangeError, printable, quoted
+from surgery.methods.acts_on import only_linear
 from surgery.methods.field_values import check_count
-from surgery.methods.placed import Placed, only_linear
+from surgery.methods.placed import Placed
 from surgery.methods.sparse import Sparse, laid
 
 _MANY = 1 << 12  # numbers of an input, with which one product of W + S takes less than one of each

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64, factor_bytes, product_spread, unit_of
+from surgery.core.arithmetic import exact_float64, factor_bytes
 from surgery.core.config import Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
+from surgery.methods.acts_on import only_linear_or_conv1d
 from surgery.methods.field_values import check_count, check_number
-from surgery.methods.projections import ProjectionsConfig, check_op, held_beside, kaiming, largest
+from surgery.methods.projections import ProjectionsConfig, held_beside, kaiming_of_seed, largest
+from surgery.methods.spreads import product_spread, unit_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +43,8 @@ class VectorsConfig(ProjectionsConfig):
 
     def drawn(self, sites: Collection[Site]) -> Mapping[str, Tensor]:
         (out_features, in_features), generator = largest(sites), self.generator()
-        A = kaiming((self.halves * self.r, in_features), generator)
-        return held_beside({"A": A, "B": kaiming((out_features, self.r), generator)}, sites)
+        A = kaiming_of_seed((self.halves * self.r, in_features), generator)
+        return held_beside({"A": A, "B": kaiming_of_seed((out_features, self.r), generator)}, sites)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ class Vectors(Additive):
         """[*batch, r] out of what d and A make of an input, [*batch, halves * r]."""
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        check_op(site, self.name)
+        only_linear_or_conv1d(site, self.name)
         return _specs(self.prefix, self.r, self.halves, site.shape)
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
