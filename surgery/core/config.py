@@ -157,9 +157,10 @@ class AdapterConfig(ABC, metaclass=OfFields):
         """The same for just the parameters `names`."""
         return self
 
-    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:  # noqa: ARG002  # for those that have such
+    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
         """By field beside the selection, its entries that mean none of the adapted `names`."""
-        return {}
+        tables = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: table.unused(names) for name, table in tables if isinstance(table, PatternTable)}
 
     def keeps_shared(self) -> bool:
         """Do its files hold the tensors that sites share?"""

@@ -1,7 +1,7 @@
 """C3A: W + C / in, where C consists of circulant blocks, each told by its kernel. https://arxiv.org/abs/2407.19342"""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -14,7 +14,6 @@ from surgery.core.elementwise import Shift
 from surgery.core.method import Dense, Params, Product, Run, Spec
 from surgery.core.one_step import may_be_one_step
 from surgery.core.op import Op, Tile, onto
-from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable, quoted
@@ -63,10 +62,6 @@ class C3AConfig(AdapterConfig):
     def method(self, name: str) -> "C3A":
         drawn = None if self.init_weights is True else self.init_weights or "xavier_uniform"
         return C3A(1.0, pattern_value(self.block_size_pattern, name, self.block_size), drawn)
-
-    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
-        table = self.block_size_pattern
-        return {"block_size_pattern": table.unused(names)} if isinstance(table, PatternTable) else {}
 
     def biases(self) -> str:
         return self.bias

@@ -1,11 +1,10 @@
 """DeloraConfig: DeLoRA's settings, and the method that they mean at a site."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from surgery.core.config import AdapterConfig, Spelling
-from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.methods.delora import Delora
 from surgery.methods.field_values import (
@@ -62,10 +61,6 @@ class DeloraConfig(AdapterConfig):
 
     def told(self, name: str) -> Mapping[str, float]:
         return {"r": self.method(name).r}
-
-    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
-        tables = {"rank_pattern": self.rank_pattern, "lambda_pattern": self.lambda_pattern}
-        return {field: table.unused(names) for field, table in tables.items() if isinstance(table, PatternTable)}
 
     def method(self, name: str) -> Delora:
         r = pattern_value(self.rank_pattern or {}, name, self.r)

@@ -1,6 +1,6 @@
 """HiRA: W + W0 * (B A), by elements, of the base W0 before any adapter. https://openreview.net/forum?id=TwJrTz9cRS"""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,7 +13,6 @@ from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.elementwise import Growth
 from surgery.core.method import Dense, Method, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, is_many
-from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable, quoted
@@ -60,10 +59,6 @@ class HiraConfig(AdapterConfig):
 
     def told(self, name: str) -> Mapping[str, float]:
         return {"r": self._rank(name)}
-
-    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
-        table = self.rank_pattern
-        return {"rank_pattern": table.unused(names)} if isinstance(table, PatternTable) else {}
 
     def as_shaped(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Self:
         """PEFT gives a model's first adapter `r` everywhere, whatever its `rank_pattern` says."""

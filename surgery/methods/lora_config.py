@@ -9,7 +9,6 @@ from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.field_checks import check_names
 from surgery.core.method import Params
 from surgery.core.names import suffix_hits
-from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.core.starter import Held, Starter
@@ -162,10 +161,6 @@ class LoraConfig(AdapterConfig):
 
     def _doubled(self, r: int, alpha: float) -> tuple[int, float]:
         return doubled(r, alpha, self.use_rslora)
-
-    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
-        tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        return {field: table.unused(names) for field, table in tables.items() if isinstance(table, PatternTable)}
 
     def endings(self) -> Mapping[str, Spelling]:
         wanted = {"m": self.use_dora, "b": self.lora_bias, "t": bool(self.trainable_token_indices)}

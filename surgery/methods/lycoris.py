@@ -1,6 +1,6 @@
 """What LoHa and LoKr share, which PEFT took from LyCORIS: fields, dropouts, and factors that may be products."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,7 +11,6 @@ from surgery.core.arithmetic import exact_float64, require_finite
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params, Product
 from surgery.core.op import WHOLE, Tile
-from surgery.core.patterns import PatternTable
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import MatchError, printable
@@ -46,10 +45,6 @@ class LycorisConfig(AdapterConfig):
 
     def told(self, name: str) -> Mapping[str, float]:
         return dict(zip(("r", "alpha"), self.numbers(name), strict=True))
-
-    def unused(self, names: Collection[str]) -> Mapping[str, Sequence[str]]:
-        tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        return {field: table.unused(names) for field, table in tables.items() if isinstance(table, PatternTable)}
 
     def numbers(self, name: str) -> tuple[int, float]:
         """r and alpha of a site."""

@@ -15,7 +15,7 @@ from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, ValueRangeError, printable, quoted
 from surgery.methods.acts_on import only_linear
-from surgery.methods.field_values import check_count
+from surgery.methods.field_values import check_count, check_whole
 from surgery.methods.placed import Placed
 from surgery.methods.sparse import Sparse, laid
 
@@ -56,9 +56,8 @@ class ShiraConfig(AdapterConfig):
         check_count("r", self.r)
         if not isinstance(self.mask_type, str):
             raise ConfigError(f"mask_type is {quoted(self.mask_type)}; it must be a string")
-        seed = self.random_seed
-        if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 64):
-            raise ConfigError(f"random_seed is {quoted(seed)}; a whole number from 0 to 2^64 - 1, or none, is wanted")
+        if self.random_seed is not None:
+            check_whole("random_seed", self.random_seed, 0, (1 << 64) - 1)
 
     def method(self, name: str) -> "Shira":  # noqa: ARG002  # the same everywhere
         return Shira(1.0, self.r, self.random_seed, self.init_weights)

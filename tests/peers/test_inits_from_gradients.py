@@ -279,7 +279,7 @@ EXAMPLES: dict[str, Any] = {"examples": batches()}
         (CORDA | {"corda_config": {"cache_file": "x"}}, EXAMPLES, ConfigError, "no such file is read or written"),
         (GA | {"lora_ga_config": {"direction": "x"}}, EXAMPLES, ConfigError, "direction is 'x'; one of 'ArBr'"),
         (GA | {"lora_ga_config": {"scale": 1}}, EXAMPLES, ConfigError, "scale is '1'; one of 'stable'"),
-        (GA | {"lora_ga_config": {"stable_gamma": 0}}, EXAMPLES, ConfigError, "stable_gamma is '0'"),
+        (GA | {"lora_ga_config": {"stable_gamma": 0}}, EXAMPLES, ConfigError, "stable_gamma is 0"),
         ({"corda_config": {"corda_method": "kpm"}}, {}, ConfigError, "init_lora_weights is not 'corda'"),
         (GA | {"use_dora": True}, EXAMPLES, ConfigError, "goes without use_dora"),
         (CORDA | {"target_modules": ["1"]}, EXAMPLES, MatchError, "1: a torch.nn.modules.activation.Tanh"),

@@ -226,7 +226,7 @@ def test_what_was_saved_is_laid_into_a_model_that_starts_anew_and_trained_on_to_
         ({"use_dora": True}, ConfigError, "goes without use_dora"),
         ({"lora_bias": True}, ConfigError, "init_lora_weights True or False"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 2}}, ConfigError, "one of 4, 8 is wanted"),
-        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 0}}, ConfigError, "loftq_iter is '0'"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 0}}, ConfigError, "loftq_iter is 0"),
         ({"init_lora_weights": "loftq", "lora_alpha": 0}, ConfigError, "0: its scaling is 0.0, .* above 0"),
         ({"loftq_config": {"loftq_bits": 4}}, ConfigError, "init_lora_weights is not 'loftq'"),
         ({"init_lora_weights": "mica"}, ConfigError, "trains A alone"),
