@@ -11,20 +11,19 @@ from torch import Tensor
 from surgery.core.arithmetic import all_finite, exact_float64, require_finite
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Dense, Mixing, Params, Product, Run, Spec
-from surgery.core.op import Op, Tile
+from surgery.core.op import WHOLE, Op, Tile
 from surgery.core.site import Site
 from surgery.core.sums import row_sums
 from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
 from surgery.methods.field_values import check_bias, check_count
 from surgery.methods.kaiming import kaiming
-from surgery.methods.rotations import inverse, times
+from surgery.methods.rotations import FINE, inverse, times
 from surgery.methods.spreads import unit_of
 
 Bias = Literal["none", "all", "hra_only"]
 Dot = Callable[[Tensor, Tensor], Tensor]
 _NEAR = 2.0**-12  # what Gram-Schmidt has to leave of a vector, in float32 of which it is rounded to 2^-24
 _SURE = 8
-_GRID = 2.0**-42  # of the exact product, see arithmetic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +131,7 @@ class Hra(Mixing):
         own = _SURE * unit * squares.sqrt()
         if self.orthogonal:
             own = own + self._slanted(exact_float64(p["U"]), V, base, unit)
-        grid = (n + self.r) * _GRID * n * W.amax(1, keepdim=True) * L.amax() * self.r * C.amax()
+        grid = (n + self.r) * FINE * n * W.amax(1, keepdim=True) * L.amax() * self.r * C.amax()
         return error + abs(self.strength) * (2 * (error @ Y.abs()) @ A.T + own + grid)
 
     def _slanted(self, U: Tensor, V: Tensor, base: Tensor, unit: float) -> Tensor:
@@ -183,9 +182,6 @@ class Hra(Mixing):
         return run((wide + (moved.movedim(-1, -3) if op.kernel else moved)).to(x.dtype))
 
 
-_WHOLE: Tile = (slice(None), slice(None))
-
-
 def _units(U: Tensor) -> Tensor:
     """Its columns at length 1, each by the same operations, so that equal ones stay so."""
     rows = U.T.contiguous()  # [r, in]
@@ -194,7 +190,7 @@ def _units(U: Tensor) -> Tensor:
 
 def _dot(product: Product, u: Tensor, v: Tensor) -> Tensor:
     """Of rows: [n, in] each -> [n, 1]."""
-    return product(u.unsqueeze(1), v.unsqueeze(2), _WHOLE, 1.0, fine=True).flatten(1)
+    return product(u.unsqueeze(1), v.unsqueeze(2), WHOLE, 1.0, fine=True).flatten(1)
 
 
 def _plain_dot(u: Tensor, v: Tensor) -> Tensor:

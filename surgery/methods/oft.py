@@ -16,6 +16,7 @@ from surgery.core.site import Site
 from surgery.core.sums import row_sums
 from surgery.errors import MatchError, printable
 from surgery.methods.rotations import (
+    FINE,
     cayley,
     cayley_off,
     cayley_solved,
@@ -26,8 +27,6 @@ from surgery.methods.rotations import (
     times,
 )
 from surgery.methods.spreads import unit_of
-
-_GRID = 2.0**-42  # of the exact product, see arithmetic
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Oft(Mixing):
         unit, b = unit_of(p["L" if turned else "R"]), D.shape[-1]
         size = D + torch.eye(b, dtype=D.dtype, device=D.device)
         largest = D.amax((-2, -1), keepdim=True).expand(D.shape)
-        own = (b + 2) * unit * size + self._off(p, unit) + b * _GRID * largest
+        own = (b + 2) * unit * size + self._off(p, unit) + b * FINE * largest
         rows, errors = (one.T.abs() if turned else one.abs() for one in (base, error))
         moved = _by_blocks(errors, D, torch.matmul) + _by_blocks(rows, own, torch.matmul)
         total = errors + abs(self.strength) * moved

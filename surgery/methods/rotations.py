@@ -15,6 +15,7 @@ from surgery.core.method import Product
 from surgery.core.op import WHOLE
 
 Multiply = Callable[[Tensor, Tensor], Tensor]  # [..., b, b] each
+FINE = 2.0**-42  # of a fine product of n terms, times n and the largest of each factor, see `exact_product`
 
 
 def block_of(numbers: int) -> int:
