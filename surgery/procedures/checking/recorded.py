@@ -52,8 +52,9 @@ def recorded(folder: Path) -> Recorded:
     if not (folder / RECEIPT).is_file():
         return Recorded()
     receipt = read_receipt(folder)
-    options = receipt.get("options")
-    options = options if isinstance(options, dict) else {}
+    options = receipt.get("options", {})
+    if not isinstance(options, dict):
+        raise FormatError(f"{printable(folder / RECEIPT)}: options is no table; was it edited?")
     scales = [one.get("mha_out_proj_scale") for one in receipt["adapters"] if isinstance(one, dict)]
     rounding = "feedback" if options.get("rounding") == "feedback" else None
     calibration = options.get("calibration")
@@ -71,9 +72,8 @@ def recorded(folder: Path) -> Recorded:
 
 
 def _derived(options: Mapping[str, Any]) -> TreatmentOptions:
-    """Those of _DERIVED_BY, where they are of the kind that a receipt has: a text, of `ops` one by name."""
-    kinds = {name: dict if name == "ops" else str for name in _DERIVED_BY}
-    found: Any = {name: options[name] for name, kind in kinds.items() if isinstance(options.get(name), kind)}
+    """Those of _DERIVED_BY."""
+    found: Any = {name: options[name] for name in _DERIVED_BY if name in options}
     return cast(TreatmentOptions, found)
 
 
