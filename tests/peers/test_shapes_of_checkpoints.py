@@ -201,7 +201,7 @@ def test_a_head_that_the_files_lack_for_it_is_tied_is_told_so(saved: list[str] |
     adapter_of(model, tmp_path / "adapter", ["query"] if saved else ["generator_lm_head"], modules_to_save=saved)
     told = refused(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert "generator_lm_head" in told
-    assert "tied to electra.embeddings.word_embeddings.weight, which alone is in the files; save the base with" in told
+    assert "tied to electra.embeddings.word_embeddings.weight, and only it is adapted; save the base with" in told
 
 
 @pytest.mark.parametrize("saved", [["shared"], None], ids=["saved", "adapted"])
