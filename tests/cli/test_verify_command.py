@@ -138,6 +138,14 @@ def test_a_receipt_of_options_that_are_none_is_damaged(
     assert told(run("verify", base, adapter, merged), 3).endswith("; was it edited?")
 
 
+def test_an_option_that_cannot_stand_beside_a_recorded_one_is_told_so(
+    run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    assert run("merge", base, adapter, tmp_path / "out", "--base-as", "nf4").code == 0
+    message = told(run("verify", base, adapter, tmp_path / "out", "--arithmetic", "peft"), 2)
+    assert message.startswith("verify: beside what the receipt tells: --base-as is given, and --arithmetic peft;")
+
+
 def test_a_receipt_without_a_table_of_options_is_damaged(run: Run, base: Path, adapter: Path, merged: Path) -> None:
     path = merged / "surgery.receipt.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"options": ["nf4"]}))

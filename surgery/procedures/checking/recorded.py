@@ -35,7 +35,10 @@ class Recorded(NamedTuple):
             elif here != there:
                 said.append(f"{name} {_words(there)} as the receipt tells")
         options: TreatmentOptions = {**(self.options or {}), **asked}  # type: ignore[typeddict-item]  # names of both
-        return replace(Treatment.of(**options), rounding=self.rounding), tuple(said)
+        try:
+            return replace(Treatment.of(**options), rounding=self.rounding), tuple(said)
+        except UsageError as error:  # neither alone is wrong
+            raise UsageError(f"verify: beside what the receipt tells: {error}") from error
 
     def require_calibration(self, treatment: Treatment) -> None:
         """UsageError unless the very inputs are given that it was rounded by."""
