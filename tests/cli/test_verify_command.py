@@ -146,6 +146,17 @@ def test_an_option_that_cannot_stand_beside_a_recorded_one_is_told_so(
     assert message.startswith("verify: beside what the receipt tells: --base-as is given, and --arithmetic peft;")
 
 
+@pytest.mark.parametrize("scale", ["1", 3, [1], True])
+def test_a_receipt_of_a_scale_that_is_none_is_damaged(
+    scale: object, run: Run, base: Path, adapter: Path, merged: Path
+) -> None:
+    path = merged / "surgery.receipt.json"
+    receipt = json.loads(path.read_text())
+    receipt["adapters"][0]["mha_out_proj_scale"] = scale
+    path.write_text(json.dumps(receipt))
+    assert told(run("verify", base, adapter, merged), 3).endswith("; was it edited?")
+
+
 def test_a_receipt_without_a_table_of_options_is_damaged(run: Run, base: Path, adapter: Path, merged: Path) -> None:
     path = merged / "surgery.receipt.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"options": ["nf4"]}))

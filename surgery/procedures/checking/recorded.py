@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack, cast
 
+from surgery.core.option_checks import check_whole
 from surgery.errors import FormatError, UsageError, printable
 from surgery.procedures.planning.treatment import Treatment, TreatmentOptions
 from surgery.procedures.writing.receipt import read_receipt
@@ -40,6 +41,15 @@ class Recorded(NamedTuple):
         except UsageError as error:  # neither alone is wrong
             raise UsageError(f"verify: beside what the receipt tells: {error}") from error
 
+    def out_proj_scale(self, given: int | None) -> tuple[int | None, tuple[str, ...]]:
+        """The `mha_out_proj_scale` that is given, else the recorded one; and what a report has to say of it."""
+        there = self.mha_out_proj_scale
+        if there is None or given == there:
+            return given, ()
+        if given is None:
+            return there, (f"mha_out_proj_scale {there} as the receipt tells",)
+        return given, (f"mha_out_proj_scale {given} is given, and the receipt tells {there}",)
+
     def require_calibration(self, treatment: Treatment) -> None:
         """UsageError unless the very inputs are given that it was rounded by."""
         given = {} if treatment.calibration is None else treatment.calibration.sha256
@@ -59,16 +69,19 @@ def recorded(folder: Path) -> Recorded:
     if not isinstance(options, dict):
         raise FormatError(f"{printable(folder / RECEIPT)}: options is no table; was it edited?")
     scales = [one.get("mha_out_proj_scale") for one in receipt["adapters"] if isinstance(one, dict)]
+    scale = next((one for one in scales if one is not None), None)
     rounding = "feedback" if options.get("rounding") == "feedback" else None
     calibration = options.get("calibration")
     derived: TreatmentOptions = _derived(options)
     try:
         Treatment.of(**derived)
+        if scale is not None:
+            check_whole("`mha_out_proj_scale`", scale, 1, 2)
     except UsageError as error:
         raise FormatError(f"{printable(folder / RECEIPT)}: {error}; was it edited?") from error
     return Recorded(
         derived,
-        next((one for one in scales if one is not None), None),
+        scale,
         rounding,
         calibration if isinstance(calibration, dict) and rounding else {},
     )
