@@ -125,6 +125,8 @@ def test_an_option_that_contradicts_the_receipt_is_told(
         {"ops": {"q_proj": "conv2d"}},
         {"ops": {"q": 1}},
         {"ops": ["q_proj"]},
+        {"rounding": "up"},
+        {"rounding": ["feedback"]},
         {"compute_dtype": ["float32"]},
         {"base_as": "nf4", "arithmetic": "peft"},
     ],

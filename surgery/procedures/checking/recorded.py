@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Unpack, cast
 
 from surgery.core.option_checks import check_whole
-from surgery.errors import FormatError, UsageError, printable
-from surgery.procedures.planning.treatment import Treatment, TreatmentOptions
+from surgery.errors import FormatError, UsageError, printable, quoted
+from surgery.procedures.planning.treatment import ROUNDINGS, Treatment, TreatmentOptions
 from surgery.procedures.writing.receipt import read_receipt
 from surgery.procedures.writing.small_files import RECEIPT
 
@@ -73,6 +73,8 @@ def recorded(folder: Path) -> Recorded:
     rounding = "feedback" if options.get("rounding") == "feedback" else None
     calibration = options.get("calibration")
     derived: TreatmentOptions = _derived(options)
+    if options.get("rounding") not in (None, *ROUNDINGS):
+        raise FormatError(f"{printable(folder / RECEIPT)}: rounding is {quoted(options['rounding'])}; was it edited?")
     try:
         Treatment.of(**derived)
         if scale is not None:
