@@ -25,7 +25,7 @@ def check_scale(scale: object) -> Scale | None:
     """UsageError for what is none."""
     if scale is None:
         return None
-    return 1 if check_whole("mha_out_proj_scale", scale, 1, 2) == 1 else 2
+    return 1 if check_whole("`mha_out_proj_scale`", scale, 1, 2) == 1 else 2
 
 
 def scale_of(sites: Sequence[str], version: object, told: Scale | None, where: str) -> Scale | None:

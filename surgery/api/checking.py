@@ -82,11 +82,12 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
             ops=ops or {}, compute_dtype=compute_dtype, base_as=base_as, arithmetic=arithmetic
         )
         _check_outputs(outputs, layers or inputs is not None, treatment.base_as)
-        given = weighted(adapters, told.mha_out_proj_scale if mha_out_proj_scale is None else mha_out_proj_scale)
+        scale, said = told.out_proj_scale(mha_out_proj_scale)
+        given = weighted(adapters, scale)
         with calibrated(treatment, calibration) as treatment:
             told.require_calibration(treatment)
             report = verifying.verify_checkpoint(source, given, found, treatment, probes=probes)
-        report = replace(report, notes=notes)
+        report = replace(report, notes=(*notes, *said))
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 
 

@@ -213,7 +213,7 @@ def _rounded(change: Change, exact: Tensor) -> Tensor:
     if not all_finite(weight):
         dtype = str(weight.dtype).removeprefix("torch.")
         raise ValueRangeError(
-            f"{printable(change.site.weight.name)}: the merged weight is not finite in {dtype}; choose a --dtype of "
+            f"{printable(change.site.weight.name)}: the merged weight is not finite in {dtype}; choose a `dtype` of "
             "wider range"
         )
     return weight

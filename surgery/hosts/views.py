@@ -200,5 +200,5 @@ def _non_finite(change: Change, begin: Tensor, merged: Tensor) -> ValueRangeErro
     dtype, source = str(values.dtype).removeprefix("torch."), "adapter" if change.saved is not None else "base"
     return ValueRangeError(
         f"{printable(change.site.name)}: {what} holds NaN or infinity in {dtype}; "
-        f"finite numbers are wanted; check the {source}, or choose a --dtype of wider range"
+        f"finite numbers are wanted; check the {source}, or choose a `dtype` of wider range"
     )

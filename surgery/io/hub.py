@@ -15,7 +15,8 @@ _HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>(?!.*\.\.)\w[
 
 _URL = re.compile(  # of a model's page, or a file of it
     r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/)"
-    r"(?P<id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<at>[\w./-]+)|/(?:tree|blob|resolve)/(?P<revision>[\w.-]+))?(?:[/?#].*)?",
+    r"(?!(?:datasets|spaces|docs|papers|collections|blog)/)"
+    r"(?P<id>\w[\w.-]*/\w[\w.-]*?)(?:\.git)?(?:@(?P<at>[\w./-]+)|/(?:tree|blob|resolve)/(?P<revision>[\w.-]+))?(?:[/?#].*)?",
     re.ASCII,
 )
 

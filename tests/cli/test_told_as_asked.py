@@ -1,6 +1,8 @@
 """What is said to who calls the command line: in its own words, with the reason, and with the next step."""
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from surgery.codecs import FORMS
 from surgery.procedures.planning.treatment import INTO, UNMADE
 
 PYTHON_S = re.compile(r"`\w+(=\w+)?`|\b(base_as|compute_dtype|min_retained|max_noise|max_shard_size|give into)\b")
+DASHES = re.compile(r"(?<!surgery merge )--(?!debug)[a-z]")
 CLASHES = [
     (["--fallback", "16bit"], "--fallback is for merges into a format; give --into, or leave it out"),
     (["--min-retained", "1"], "--min-retained is for merges into a format"),
@@ -47,6 +50,41 @@ def test_an_option_is_named_as_it_was_given(
 def test_the_same_error_names_the_option_as_python_has_it(base: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(surgery.UsageError, match="`fallback` is for merges into a format; give `into`"):
         surgery.merge_checkpoint(base, adapter, tmp_path / "out", fallback="16bit")
+
+
+def test_no_message_below_the_command_line_spells_an_option_as_it_does() -> None:
+    root, found = Path(surgery.__file__).parent, []
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] not in {"cli", "examples"}:
+            found += [f"{path.name}: {one}" for one in said(path.read_text()) if DASHES.search(one)]
+    assert found == []
+
+
+def test_a_message_that_does_is_found() -> None:
+    source = '''"""Not --this."""\nraise E(f"{x}: choose a --dtype; " "or `surgery merge --into y`")\n'''
+    assert [one for one in said(source) if DASHES.search(one)] == ["?: choose a --dtype; or `surgery merge --into y`"]
+    assert not DASHES.search("`surgery merge --into y`; --debug shows where")
+
+
+def said(source: str) -> Iterator[str]:
+    """The texts of a file that are no docstrings, with a mark for what they are filled with."""
+    for statement in (one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.stmt)):
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue
+        for one in ast.iter_child_nodes(statement):
+            yield from (spelled(text) for text in texts(one))
+
+
+def texts(node: ast.AST) -> Iterator[ast.AST]:
+    if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+        yield node
+    elif not isinstance(node, ast.stmt):
+        yield from (text for one in ast.iter_child_nodes(node) for text in texts(one))
+
+
+def spelled(text: ast.AST) -> str:
+    parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+    return "".join(str(one.value) if isinstance(one, ast.Constant) else "?" for one in parts)
 
 
 def test_a_plan_lists_refusals_and_notes_in_the_words_of_the_command_line(run: Run, base: Path, tmp_path: Path) -> None:

@@ -119,7 +119,17 @@ def test_an_option_that_contradicts_the_receipt_is_told(
 
 @pytest.mark.parametrize(
     "options",
-    [{"base_as": "nf5"}, {"ops": {"q_proj": "conv2d"}}, {"ops": {"q": 1}}, {"base_as": "nf4", "arithmetic": "peft"}],
+    [
+        {"base_as": "nf5"},
+        {"base_as": 5},
+        {"ops": {"q_proj": "conv2d"}},
+        {"ops": {"q": 1}},
+        {"ops": ["q_proj"]},
+        {"rounding": "up"},
+        {"rounding": ["feedback"]},
+        {"compute_dtype": ["float32"]},
+        {"base_as": "nf4", "arithmetic": "peft"},
+    ],
 )
 def test_a_receipt_of_options_that_are_none_is_damaged(
     options: dict[str, object], run: Run, base: Path, adapter: Path, merged: Path
@@ -130,13 +140,29 @@ def test_a_receipt_of_options_that_are_none_is_damaged(
     assert told(run("verify", base, adapter, merged), 3).endswith("; was it edited?")
 
 
-def test_options_of_a_receipt_that_are_of_another_kind_are_not_taken(
-    run: Run, base: Path, adapter: Path, merged: Path
+def test_an_option_that_cannot_stand_beside_a_recorded_one_is_told_so(
+    run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    assert run("merge", base, adapter, tmp_path / "out", "--base-as", "nf4").code == 0
+    message = told(run("verify", base, adapter, tmp_path / "out", "--arithmetic", "peft"), 2)
+    assert message.startswith("verify: beside what the receipt tells: --base-as is given, and --arithmetic peft;")
+
+
+@pytest.mark.parametrize("scale", ["1", 3, [1], True])
+def test_a_receipt_of_a_scale_that_is_none_is_damaged(
+    scale: object, run: Run, base: Path, adapter: Path, merged: Path
 ) -> None:
     path = merged / "surgery.receipt.json"
     receipt = json.loads(path.read_text())
-    path.write_text(json.dumps(receipt | {"options": {"base_as": [1], "ops": "q_proj", "compute_dtype": 5}}))
-    assert run("verify", base, adapter, merged).out == "4 bits, 5 untouched, 0 different\n"
+    receipt["adapters"][0]["mha_out_proj_scale"] = scale
+    path.write_text(json.dumps(receipt))
+    assert told(run("verify", base, adapter, merged), 3).endswith("; was it edited?")
+
+
+def test_a_receipt_without_a_table_of_options_is_damaged(run: Run, base: Path, adapter: Path, merged: Path) -> None:
+    path = merged / "surgery.receipt.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"options": ["nf4"]}))
+    assert told(run("verify", base, adapter, merged), 3).endswith("options is no table; was it edited?")
 
 
 def test_outputs_are_refused_of_a_base_as_a_form_by_the_receipt_too(

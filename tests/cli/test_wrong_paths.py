@@ -175,6 +175,7 @@ HUB_PAGES = [
     ("huggingface.co/owner/name", "owner/name"),
     ("https://hf.co/owner/name?library=peft", "owner/name"),
     ("hf://owner/name@v1", "owner/name@v1"),
+    ("https://huggingface.co/owner/name.v1.git", "owner/name.v1"),
     ("https://huggingface.co/owner/name/tree/main", "owner/name@main"),
     ("https://huggingface.co/owner/name/blob/abc123/model.safetensors", "owner/name@abc123"),
 ]
@@ -194,7 +195,10 @@ def test_an_address_of_the_hub_is_told_as_the_id_that_it_is_of(
         assert found.err.endswith(f"an address; a path or owner/name[@revision] is wanted, here {spelled}\n"), found.err
 
 
-@pytest.mark.parametrize("address", ["https://example.com/owner/name.git/x", "s3://bucket", "https://huggingface.co"])
+@pytest.mark.parametrize(
+    "address",
+    ["https://example.com/owner/name.git/x", "s3://bucket", "https://huggingface.co", "hf://datasets/owner/name"],
+)
 def test_another_address_is_no_id(address: str, run: Run) -> None:
     assert "no such file or folder; a path or owner/name[@revision] is wanted" in run("inspect", address).err
 

@@ -22,10 +22,25 @@ def trained(model: nn.Module, part: float) -> nn.Module:
     return model.eval()
 
 
+def forward(model: nn.Module) -> Tensor:
+    """What a model of transformers gives for some tokens."""
+    return model(torch.arange(12)[None])[0]
+
+
 def outputs(model: nn.Module) -> Tensor:
-    """Of a model of transformers."""
+    """The same without gradients."""
     with torch.no_grad():
-        return model(torch.arange(12)[None])[0]
+        return forward(model)
+
+
+def noise(model: nn.Module) -> Tensor:
+    """How far its outputs lie from those in float64."""
+    return (outputs(model).double() - outputs(copy.deepcopy(model).double())).abs().max()
+
+
+def within_noise(found: Tensor, wanted: Tensor, floor: Tensor) -> bool:
+    """As near as two runs in the dtype are: 8 times as far as one is from the run in float64 of the same weights."""
+    return float((found - wanted).abs().max()) <= 8 * float(floor)
 
 
 def trainable(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -256,7 +256,9 @@ def test_a_merge_on_files_follows_what_is_said_and_verify_its_receipt(tmp_path: 
     assert any("its delta counts once" in note for note in report.receipt["notes"])
     assert report.receipt["adapters"][0]["mha_out_proj_scale"] == 1
     surgery.verify_checkpoint(*here).require()
+    assert surgery.verify_checkpoint(*here).notes == ("mha_out_proj_scale 1 as the receipt tells",)
     other = surgery.verify_checkpoint(*here, mha_out_proj_scale=2)
+    assert other.notes == ("mha_out_proj_scale 2 is given, and the receipt tells 1",)
     wrong = {name for name, one in other.tensors.items() if one.grade == "different"}
     assert wrong == {"attn.out_proj.weight", "layer.self_attn.out_proj.weight"}
     surgery.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")

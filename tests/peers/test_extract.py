@@ -166,7 +166,7 @@ def norm_tuned(folder: Path) -> Path:
 
 def test_other_changes_are_refused_saved_whole_or_left_out(tmp_path: Path) -> None:
     base, tuned, out = saved(llama(), tmp_path / "base"), norm_tuned(tmp_path / "tuned"), tmp_path / "adapter"
-    with pytest.raises(surgery.MatchError, match=r"model\.norm: it changed, and no LoRA .* --rest save"):
+    with pytest.raises(surgery.MatchError, match=r"model\.norm: it changed, and no LoRA .* `rest=save`"):
         surgery.extract(base, tuned, out, rank=1)
     assert not out.exists()
     report = surgery.extract(base, tuned, out, rank=1, rest="save")
@@ -323,7 +323,7 @@ def test_an_embedding_by_a_name_that_does_not_tell_is_asked_for(tmp_path: Path) 
     with torch.no_grad():
         other.embeddings_project.weight.mul_(1.5)
     tuned = saved(other, tmp_path / "tuned")
-    with pytest.raises(surgery.MatchError, match="--op embeddings_project=embedding or =linear"):
+    with pytest.raises(surgery.MatchError, match="`ops` embeddings_project=embedding or =linear"):
         surgery.extract(base, tuned, tmp_path / "adapter", rank=1)
     assert not (tmp_path / "adapter").exists()
     surgery.extract(base, tuned, tmp_path / "adapter", rank=1, ops={"embeddings_project": "linear"})

@@ -180,7 +180,7 @@ def test_biases_of_experts_are_parameters_too_and_what_else_there_is_cannot_be_s
     ):
         torch.testing.assert_close(logits(model), outcome, **near)
     targets = ["experts.gate_up_proj", "experts.down_proj"]
-    with pytest.raises(surgery.MatchError, match=r"experts: parameters of it are adapted, .* --rest drop"):
+    with pytest.raises(surgery.MatchError, match=r"experts: parameters of it are adapted, .* `rest=drop`"):
         surgery.extract(base, wanted, tmp_path / "2", rank=1, targets=targets, rest="save")
     report = surgery.extract(base, wanted, tmp_path / "2", rank=1, targets=targets, rest="drop")
     assert len(report.sites) == 4

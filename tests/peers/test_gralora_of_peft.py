@@ -9,9 +9,18 @@ import peft
 import pytest
 import torch
 from both_ways import close, command_line_merges_and_takes_back, files_go_both_ways, gradients_agree
-from pairs import judge_merge_of_peft, merge_for_transformers, merge_live_and_on_files, saved, trainable, trained
+from pairs import (
+    forward,
+    judge_merge_of_peft,
+    merge_for_transformers,
+    merge_live_and_on_files,
+    outputs,
+    saved,
+    trainable,
+    trained,
+)
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import surgery
@@ -44,15 +53,6 @@ def made(case: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model.to(dtype).eval()
 
 
-def outputs(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return differentiable(model)
-
-
-def differentiable(model: nn.Module) -> Tensor:
-    return model(torch.arange(12)[None])[0]
-
-
 def config(case: str) -> peft.GraloraConfig:
     return peft.GraloraConfig(r=8, **copy.deepcopy(CASES[case]))
 
@@ -67,7 +67,7 @@ def test_files_go_both_ways_with_equal_outputs_and_gradients(case: str, tmp_path
     theirs = by_peft(model, case)
     files_go_both_ways(model, theirs, outputs, tmp_path)
     ours = surgery.load(copy.deepcopy(model), tmp_path / "theirs", trainable=True)
-    gradients_agree(theirs, ours, differentiable)
+    gradients_agree(theirs, ours, forward)
 
 
 @each_case

@@ -9,9 +9,20 @@ from typing import Any
 import peft
 import pytest
 import torch
-from pairs import FILE, gradients, judge_merge_of_peft, merge_live_and_on_files, outputs, saved, trainable, trained
+from pairs import (
+    FILE,
+    gradients,
+    judge_merge_of_peft,
+    merge_live_and_on_files,
+    noise,
+    outputs,
+    saved,
+    trainable,
+    trained,
+    within_noise,
+)
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
@@ -44,16 +55,6 @@ def by_peft(model: nn.Module, case: str, **fields: Any) -> peft.PeftModel:
     return trained(peft.get_peft_model(copy.deepcopy(model), config(case, **fields)), 1.0)
 
 
-def close(found: Tensor, wanted: Tensor, floor: Tensor) -> bool:
-    """As near as two runs in the dtype are: 8 times as far as one is from the run in float64 of the same weights."""
-    return float((found - wanted).abs().max()) <= 8 * float(floor)
-
-
-def noise(model: nn.Module) -> Tensor:
-    """How far its outputs lie from those in float64."""
-    return (outputs(model).double() - outputs(copy.deepcopy(model).double())).abs().max()
-
-
 @each_dtype
 @each_case
 def test_what_peft_saves_gives_equal_outputs_here_and_back_again(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -62,8 +63,8 @@ def test_what_peft_saves_gives_equal_outputs_here_and_back_again(case: str, dtyp
     wanted, floor = outputs(theirs), noise(model)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = surgery.load(copy.deepcopy(model), tmp_path / "theirs")
-    assert close(outputs(ours), wanted, floor)
-    assert not close(outputs(ours), before, floor)
+    assert within_noise(outputs(ours), wanted, floor)
+    assert not within_noise(outputs(ours), before, floor)
     surgery.save(ours, tmp_path / "ours")
     found, told = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("ours", "theirs"))
     assert found.keys() == told.keys()
@@ -144,7 +145,7 @@ def test_biases_that_peft_trains_are_trained_here_and_come_back(bias: str, tmp_p
     theirs = by_peft(made(biases=True), "r 2", bias=bias)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = surgery.load(made(biases=True), tmp_path / "theirs", trainable=True)
-    assert close(outputs(ours), outputs(theirs), noise(made(biases=True)))
+    assert within_noise(outputs(ours), outputs(theirs), noise(made(biases=True)))
     surgery.save(ours, tmp_path / "ours")
     found, told = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("ours", "theirs"))
     assert len([name for name in told if name.endswith(".bias")]) == 2 * (2 if bias == "hra_only" else 4)

@@ -291,6 +291,8 @@ def test_what_cannot_be_is_refused_and_nothing_changes(tmp_path: Path) -> None:
         refused(MatchError, "an adapter lies over it or within it", LNTuningConfig(target_modules=[target]), model)
         besides = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[target])
         refused(MatchError, "an adapter lies over it or within it", besides, model)
+    model = surgery.inject(made("llama"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"]))
+    refused(MatchError, "another adapter trains copies of it", LoraConfig(r=2, target_modules=["down_proj"]), model)
     by_peft(made("llama"), CASES["norms"][1]).save_pretrained(tmp_path / "adapter")
     made("llama").save_pretrained(tmp_path / "base")
     with pytest.raises(ConfigError, match="its weight must be 1"):

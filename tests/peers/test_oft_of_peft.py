@@ -10,7 +10,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-from pairs import FILE, gradients, judge_merge_of_peft, merge_live_and_on_files, outputs, saved, trainable, trained
+from pairs import (
+    FILE,
+    gradients,
+    judge_merge_of_peft,
+    merge_live_and_on_files,
+    noise,
+    outputs,
+    saved,
+    trainable,
+    trained,
+    within_noise,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,16 +64,6 @@ def by_peft(model: nn.Module, case: str, **fields: Any) -> peft.PeftModel:
     return trained(peft.get_peft_model(copy.deepcopy(model), config(case, **fields)), 0.1)
 
 
-def close(found: Tensor, wanted: Tensor, floor: Tensor) -> bool:
-    """As near as two runs in the dtype are: 8 times as far as one is from the run in float64 of the same weights."""
-    return float((found - wanted).abs().max()) <= 8 * float(floor)
-
-
-def noise(model: nn.Module) -> Tensor:
-    """How far its outputs lie from those in float64."""
-    return (outputs(model).double() - outputs(copy.deepcopy(model).double())).abs().max()
-
-
 @each_dtype
 @each_case
 def test_what_peft_saves_gives_equal_outputs_here_and_back_again(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -72,14 +73,14 @@ def test_what_peft_saves_gives_equal_outputs_here_and_back_again(case: str, dtyp
     theirs.save_pretrained(tmp_path / "theirs")
     ours = surgery.load(copy.deepcopy(model), tmp_path / "theirs")
     floor = noise(model)
-    assert close(outputs(ours), wanted, floor)
-    assert not close(outputs(ours), before, floor)
+    assert within_noise(outputs(ours), wanted, floor)
+    assert not within_noise(outputs(ours), before, floor)
     surgery.save(ours, tmp_path / "ours")
     found, told = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("ours", "theirs"))
     assert {*found} == {*told} - {EMBEDDING}  # of which peft saves the base's weight too
     assert all(torch.equal(found[name], told[name]) for name in found)
     again = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
-    assert close(outputs(again), wanted, floor)
+    assert within_noise(outputs(again), wanted, floor)
 
 
 @each_case
@@ -149,7 +150,7 @@ def test_biases_that_peft_trains_are_trained_here_and_come_back(bias: str, tmp_p
     theirs = by_peft(made(), "series", bias=bias)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = surgery.load(made(), tmp_path / "theirs", trainable=True)
-    assert close(outputs(ours), outputs(theirs), noise(made()))
+    assert within_noise(outputs(ours), outputs(theirs), noise(made()))
     surgery.save(ours, tmp_path / "ours")
     found, told = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("ours", "theirs"))
     biases = {name for name in found if name.endswith(".bias")}

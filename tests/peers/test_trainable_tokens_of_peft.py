@@ -118,7 +118,7 @@ def test_rows_of_tied_modules_that_differ_are_refused_by_name(tmp_path: Path) ->
     model.save_pretrained(tmp_path / "base")
     with pytest.raises(MatchError, match=r"is tied to .*, and the adapter makes something else of it"):
         surgery.load(model, tmp_path / "adapter")
-    with pytest.raises(MatchError, match="the adapters make another tensor of each; --tied untie"):
+    with pytest.raises(MatchError, match="the adapters make another tensor of each; `tied=untie`"):
         surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 

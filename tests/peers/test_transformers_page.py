@@ -34,6 +34,8 @@ from transformers import (
 
 import surgery
 from surgery.integrations.transformers.default_targets import DEFAULTS
+from surgery.layers import Adapted
+from surgery.methods import METHODS
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -49,8 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {  # a method is one line here
     "C3A": {"block_size": 16, "target_modules": ["q_proj", "down_proj"]},
 }
 PAIRS = [("LORA", "IA3"), ("IA3", "LORA"), ("LORA", "LORA"), ("IA3", "IA3"), ("LORA", "ADALORA"), ("ADALORA", "IA3")]
-PAIRS += [("LOHA", "LORA"), ("LORA", "LOKR"), ("LOKR", "LOHA"), ("LORA", "MISS")]
-PAIRS += [("LORA", "MISS"), ("LORA", "SHIRA"), ("LORA", "C3A")]
+PAIRS += [("LOHA", "LORA"), ("LORA", "LOKR"), ("LOKR", "LOHA"), ("LORA", "MISS"), ("LORA", "SHIRA"), ("LORA", "C3A")]
 
 
 def config(kind: str) -> dict[str, Any]:
@@ -59,15 +60,7 @@ def config(kind: str) -> dict[str, Any]:
 
 
 _INIT = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights", "ADALORA": "init_lora_weights"}
-_INIT |= dict.fromkeys(("LOHA", "LOKR", "MISS"), "init_weights")
-_INIT = {
-    "LORA": "init_lora_weights",
-    "IA3": "init_ia3_weights",
-    "ADALORA": "init_lora_weights",
-    "MISS": "init_weights",
-    "SHIRA": "init_weights",
-    "C3A": "init_weights",
-}
+_INIT |= dict.fromkeys(("LOHA", "LOKR", "MISS", "SHIRA", "C3A"), "init_weights")
 
 
 @pytest.fixture
@@ -122,8 +115,10 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 _OF_METHODS = re.compile(r"\.(?:lora|ia3|hada|lokr)_")
-CASES = [(model, kind) for model in MODELS for kind in CLASSES if model in DEFAULTS[kind]]
-CASES = [case for case in CASES if case not in {("gpt2", "LOHA"), ("gpt2", "LOKR")}]  # whose Conv1D they refuse
+_REFUSED = {("gpt2", "LOHA"), ("gpt2", "LOKR")}  # a Conv1D
+CASES = [
+    (model, kind) for model in MODELS for kind in CLASSES if model in DEFAULTS[kind] and (model, kind) not in _REFUSED
+]
 
 
 @pytest.mark.parametrize(("model", "kind"), CASES)
@@ -149,14 +144,23 @@ def test_a_config_without_modules_adapts_those_that_it_adapts_in_peft(model: str
 
 def test_every_default_of_peft_is_known() -> None:
     constants = pytest.importorskip("peft.utils.constants")
-    called = {kind: f"TRANSFORMERS_MODELS_TO_{kind.replace('_', '')}_TARGET_MODULES_MAPPING" for kind in DEFAULTS}
-    tables = {kind: getattr(constants, name) for kind, name in called.items()}
+    called = {kind: f"TRANSFORMERS_MODELS_TO_{kind.replace('_', '')}_TARGET_MODULES_MAPPING" for kind in METHODS}
+    tables = {kind: getattr(constants, name) for kind, name in called.items() if hasattr(constants, name)}
+    assert tables.keys() == DEFAULTS.keys()
     for kind, table in tables.items():
         assert {name: sorted(one) for name, one in table.items()} == {
             name: sorted(one.targets) for name, one in DEFAULTS[kind].items()
         }
     feedforward = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
     assert {name: list(one.feedforward) for name, one in DEFAULTS["IA3"].items()} == feedforward
+
+
+@pytest.mark.parametrize("kind", ["VERA", "PVERA", "RANDLORA", "OFT", "HRA"])
+def test_methods_of_other_shapes_adapt_by_default_what_lora_does(kind: str) -> None:
+    sizes = {"OFT": {"oft_block_size": 4}}.get(kind, {"r": 4})
+    model = surgery.inject(MODELS["llama"](), METHODS[kind](**sizes))
+    adapted = {name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, Adapted)}
+    assert adapted == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -94,7 +94,7 @@ def test_verify_tells_from_the_files_alone_what_survived(form: str, tmp_path: Pa
 def test_an_erased_adapter_fails_with_the_option_that_would_keep_it(form: str, tmp_path: Path) -> None:
     base = quantized_base(tmp_path / "base", form)
     adapter = write_adapter(tmp_path / "a", strong(0.004))
-    with pytest.raises(surgery.CheckError, match=r"retained .*--into 16bit keeps all"):
+    with pytest.raises(surgery.CheckError, match=r"retained .*`into=16bit` keeps all"):
         surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="keep")
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
     report = surgery.merge_checkpoint(base, adapter, tmp_path / "out", into="keep", min_retained=0.0, max_noise=9.0)

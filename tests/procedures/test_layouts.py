@@ -186,14 +186,14 @@ def test_a_square_weight_is_refused_where_its_neighbours_are_transposed(tmp_path
     named = {"h.0.c_proj.lora_A.weight": torch.randn(4, 6), "h.0.c_proj.lora_B.weight": torch.randn(6, 4)}
     named |= {"h.0.c_fc.lora_A.weight": torch.randn(4, 6), "h.0.c_fc.lora_B.weight": torch.randn(10, 4)}
     adapter = write_adapter(tmp_path / "adapter", named, target_modules=["c_proj", "c_fc"], fan_in_fan_out=False)
-    with pytest.raises(surgery.MatchError, match="--op c_proj=conv1d"):
+    with pytest.raises(surgery.MatchError, match="`ops` c_proj=conv1d"):
         surgery.merge_checkpoint(base, adapter, tmp_path / "out")
 
 
 def test_a_square_weight_of_an_unknown_family_is_refused_where_the_config_says_conv1d(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", base_tensors(torch.float32), config={"model_type": "new"})
     adapter = write_adapter(tmp_path / "adapter", factors(SQUARE), fan_in_fan_out=True, target_modules=["q_proj"])
-    with pytest.raises(surgery.MatchError, match="--op q_proj=conv1d"):
+    with pytest.raises(surgery.MatchError, match="`ops` q_proj=conv1d"):
         surgery.merge_checkpoint(base, adapter, tmp_path / "out")
     out = {}
     for op in ("linear", "conv1d"):

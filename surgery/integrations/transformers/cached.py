@@ -32,7 +32,7 @@ def cached_example(plain: Weightless) -> Example:
     if model.config.is_encoder_decoder or not model.can_generate() or model.main_input_name != "input_ids":
         raise InputError(
             f"a {printable(type(model).__name__)}: no decoder of text, and has no cache that a graph could take; "
-            "export it without --kv"
+            "export it without `kv`"
         )
     Pretrained().prepare(plain.module)  # grouped products of experts have no shapes of their own
     shapes = _shapes(plain)
@@ -55,7 +55,7 @@ def _shapes(plain: Weightless) -> dict[str, tuple[int, int]]:
     if not layers or not all(isinstance(getattr(one, "keys", None), Tensor) for one in layers):
         raise InputError(
             f"a {printable(type(given).__name__)}: its cache is a {type(cache).__name__}, not keys and values for each "
-            "layer; export it without --kv"
+            "layer; export it without `kv`"
         )
     return {
         f"{CACHE}.{i}.{what}": (values.shape[1], values.shape[3])

@@ -47,10 +47,11 @@ _LORA = (
     Default(("key", "value", "receptance", "output"), "rwkv"),
     Default(("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"), "rwkv7"),
 )
-_SHIRA = (
+_VERA = (
     *(one for one in _LORA if one.types != "phi"),
     Default(("q_proj", "v_proj"), "phi"),
 )
+_PVERA = (*_VERA, Default(("query", "value"), "dinov2"))
 _C3A = (*(one for one in _LORA if "gpt2" not in one.types), Default(("mlp.c_proj",), "gpt2 gpt_bigcode"))
 _ADALORA = (
     Default(("q_proj", "v_proj"), "gemma gemma2 gemma3_text gpt_neo gptj llama llama4 qwen2 qwen3"),
@@ -121,10 +122,12 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("ADALORA", _ADALORA),
         ("IA3", _IA3),
         ("LN_TUNING", _LN_TUNING),
-        ("SHIRA", _SHIRA),
+        ("VERA", _VERA),
+        ("PVERA", _PVERA),
+        ("SHIRA", _VERA),
         ("C3A", _C3A),
         ("BEFT", _BEFT),
-        *((kind, _LORA) for kind in ("LOHA", "LOKR", "MISS", "HIRA", "DELORA", "GRALORA")),
+        *((kind, _LORA) for kind in ("LOHA", "LOKR", "RANDLORA", "OFT", "HRA", "HIRA", "DELORA", "GRALORA", "MISS")),
     )
 }
 

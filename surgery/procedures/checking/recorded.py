@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack, cast
 
-from surgery.errors import FormatError, UsageError, printable
-from surgery.procedures.planning.treatment import Treatment, TreatmentOptions
+from surgery.core.option_checks import check_whole
+from surgery.errors import FormatError, UsageError, printable, quoted
+from surgery.procedures.planning.treatment import ROUNDINGS, Treatment, TreatmentOptions
 from surgery.procedures.writing.receipt import read_receipt
 from surgery.procedures.writing.small_files import RECEIPT
 
@@ -35,7 +36,19 @@ class Recorded(NamedTuple):
             elif here != there:
                 said.append(f"{name} {_words(there)} as the receipt tells")
         options: TreatmentOptions = {**(self.options or {}), **asked}  # type: ignore[typeddict-item]  # names of both
-        return replace(Treatment.of(**options), rounding=self.rounding), tuple(said)
+        try:
+            return replace(Treatment.of(**options), rounding=self.rounding), tuple(said)
+        except UsageError as error:  # neither alone is wrong
+            raise UsageError(f"verify: beside what the receipt tells: {error}") from error
+
+    def out_proj_scale(self, given: int | None) -> tuple[int | None, tuple[str, ...]]:
+        """The `mha_out_proj_scale` that is given, else the recorded one; and what a report has to say of it."""
+        there = self.mha_out_proj_scale
+        if there is None or given == there:
+            return given, ()
+        if given is None:
+            return there, (f"mha_out_proj_scale {there} as the receipt tells",)
+        return given, (f"mha_out_proj_scale {given} is given, and the receipt tells {there}",)
 
     def require_calibration(self, treatment: Treatment) -> None:
         """UsageError unless the very inputs are given that it was rounded by."""
@@ -52,28 +65,33 @@ def recorded(folder: Path) -> Recorded:
     if not (folder / RECEIPT).is_file():
         return Recorded()
     receipt = read_receipt(folder)
-    options = receipt.get("options")
-    options = options if isinstance(options, dict) else {}
+    options = receipt.get("options", {})
+    if not isinstance(options, dict):
+        raise FormatError(f"{printable(folder / RECEIPT)}: options is no table; was it edited?")
     scales = [one.get("mha_out_proj_scale") for one in receipt["adapters"] if isinstance(one, dict)]
+    scale = next((one for one in scales if one is not None), None)
     rounding = "feedback" if options.get("rounding") == "feedback" else None
     calibration = options.get("calibration")
     derived: TreatmentOptions = _derived(options)
+    if options.get("rounding") not in (None, *ROUNDINGS):
+        raise FormatError(f"{printable(folder / RECEIPT)}: rounding is {quoted(options['rounding'])}; was it edited?")
     try:
         Treatment.of(**derived)
+        if scale is not None:
+            check_whole("`mha_out_proj_scale`", scale, 1, 2)
     except UsageError as error:
         raise FormatError(f"{printable(folder / RECEIPT)}: {error}; was it edited?") from error
     return Recorded(
         derived,
-        next((one for one in scales if one is not None), None),
+        scale,
         rounding,
         calibration if isinstance(calibration, dict) and rounding else {},
     )
 
 
 def _derived(options: Mapping[str, Any]) -> TreatmentOptions:
-    """Those of _DERIVED_BY, where they are of the kind that a receipt has: a text, of `ops` one by name."""
-    kinds = {name: dict if name == "ops" else str for name in _DERIVED_BY}
-    found: Any = {name: options[name] for name, kind in kinds.items() if isinstance(options.get(name), kind)}
+    """Those of _DERIVED_BY."""
+    found: Any = {name: options[name] for name in _DERIVED_BY if name in options}
     return cast(TreatmentOptions, found)
 
 

@@ -63,7 +63,7 @@ class Landing:
             self.treatment.calibration.refuse_other(list(layers))
         found = {name: self._made(layer, changes[name], told) for name, layer in layers.items()}
         if found:
-            step = 'give into="16bit", or min_retained and max_noise'
+            step = "give `into=16bit`, or `min_retained` and `max_noise`"
             refuse_lost(told, self.bounds, f"merge into {self.treatment.into}", step)
         return found
 

@@ -71,10 +71,10 @@ class Extraction:
 
     def __post_init__(self) -> None:
         if self.rest not in ("refuse", "save", "drop"):
-            raise UsageError(f"rest is {quoted(self.rest)}; refuse, save or drop is wanted")
+            raise UsageError(f"`rest` is {quoted(self.rest)}; refuse, save or drop is wanted")
         for name, op in self.ops.items():
             if op not in _OPS:
-                raise UsageError(f"op of {printable(name)} is {quoted(op)}; one of {', '.join(_OPS)} is wanted")
+                raise UsageError(f"`ops`: {quoted(op)} for {printable(name)}; one of {', '.join(_OPS)} is wanted")
 
     def takes(self, module: str) -> bool:
         return self.targets is None or bool(suffix_hits(self.targets, module))
@@ -193,23 +193,23 @@ def _check_rest(base: Checkpoint, found: _Sorted, extraction: Extraction, own: O
         name, more = found.rest[0], len(found.rest) - 1
         raise MatchError(
             f"{printable(name)}{f' (and {more} more)' if more else ''}: it changed, and no LoRA of these targets "
-            "stands for it in the model's own modules; save it whole with --rest save, or leave it out with --rest "
-            "drop; of a stack of experts say how its matrices lie with --op NAME=linear or =conv1d"
+            "stands for it in the model's own modules; save it whole with `rest=save`, or leave it out with "
+            "`rest=drop`; of a stack of experts say how its matrices lie with `ops` NAME=linear or =conv1d"
         )
     beside = {_module(name) for name in found.stacks}
     for module in found.rest if extraction.rest == "save" else ():
         if module in beside:
             raise MatchError(
                 f"{printable(module)}: parameters of it are adapted, so that it cannot be saved whole too; leave what "
-                "else changed in it out with --rest drop"
+                "else changed in it out with `rest=drop`"
             )
         if any(own.of(info.name) is None for info in of_module(base, module)):
             raise MatchError(
                 f"{printable(module)}: it changed, and the model in memory calls it otherwise, or holds it in a stack; "
-                "no adapter has a place for it; leave it out with --rest drop"
+                "no adapter has a place for it; leave it out with `rest=drop`"
             )
     if "" in found.rest and extraction.rest == "save":
-        raise MatchError("a tensor outside of any module changed; it cannot be saved whole; take --rest drop")
+        raise MatchError("a tensor outside of any module changed; it cannot be saved whole; take `rest=drop`")
 
 
 def _trained_on(base: Checkpoint, readings: Sequence[Reading], found: _Sorted) -> Hashed:
@@ -243,7 +243,7 @@ def _op(base: Checkpoint, name: str, info: TensorInfo, told: Mapping[str, str]) 
     if not _UNSURE.isdisjoint(last.split("_")):
         raise MatchError(
             f"{printable(name)}: its name does not tell whether rows of it are looked up; say which with "
-            f"--op {printable(last)}=embedding or =linear"
+            f"`ops` {printable(last)}=embedding or =linear"
         )
     return OPS[layout_by_name(base.config, name)]
 

@@ -83,7 +83,7 @@ class OpChoice:
         if against is not None:
             raise MatchError(
                 f"{printable(name)}: its weight is square, so that no shape tells its layout; fan_in_fan_out says "
-                f"{told.name}, {printable(against)} does not; say which with --op {printable(last)}=conv1d or =linear"
+                f"{told.name}, {printable(against)} does not; say which with `ops` {printable(last)}=conv1d or =linear"
             )
         return told
 

@@ -77,7 +77,7 @@ class Draft:
         """What can only be said of all changes together: `tied` is "refuse" or "untie"."""
         for entry in self.ops:
             if not any(suffix_hits((entry,), name) for name in self._names):
-                raise UsageError(f"--op {printable(entry)}: no site of the adapters has this name; name another")
+                raise UsageError(f"`ops` {printable(entry)}: no site of the adapters has this name; name another")
         if self.tied:
             self.turned = True
             self.notes.append("the shared embedding changes once, and the modules that it is stay tied to it")

@@ -164,7 +164,7 @@ class Joined:
         told = suffix_hits(self.ops.keys(), name) or suffix_hits(self.ops.keys(), site.name)
         if told and not are_as_told(params, wanted):
             raise MatchError(
-                f"{printable(name)}: {site.acting.name}, as --op says, it does not fit the adapter; leave --op out"
+                f"{printable(name)}: {site.acting.name}, as `ops` says, it does not fit the adapter; leave `ops` out"
             )
         check_shapes(name, params, wanted, self.adapter.where)
         check_finite(name, params, self.adapter.where, self.adapter.shared)

@@ -162,7 +162,7 @@ def _site(info: TensorInfo) -> Site:
 def _one_alone(tying: Tying, e: Change | None, h: Change | None) -> MatchError:
     """What the adapters make of two that are tied is not the same."""
     embedding, head = printable(tying.embedding.name), printable(tying.head.weight.name)
-    step = "--tied untie writes them apart" if tying.separable else "save the base with the two apart first"
+    step = "`tied=untie` writes them apart" if tying.separable else "save the base with the two apart first"
     if e is not None and h is not None:
         return MatchError(f"{head}: it is tied to {embedding}, and the adapters make another tensor of each; {step}")
     one, other = (embedding, head) if h is None else (head, embedding)

@@ -122,17 +122,18 @@ def check_arithmetic(arithmetic: object) -> Arithmetic:
     return cast(Arithmetic, _one_of("arithmetic", get_args(Arithmetic), arithmetic))
 
 
-def check_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+def _check_dtype(option: str, name: object) -> torch.dtype:
     """The plain dtype of that name. UsageError for another."""
     known = {str(dtype).removeprefix("torch."): dtype for dtype in PLAIN_DTYPES}
-    if name is None or name in PLAIN_DTYPES:
-        return name if isinstance(name, torch.dtype) else None
-    if name not in known:
-        raise UsageError(f"dtype {quoted(name)} is not known; one of {', '.join(known)} is wanted")
-    return known[str(name)]
+    found = name if isinstance(name, torch.dtype) else known.get(name) if isinstance(name, str) else None
+    if found not in PLAIN_DTYPES:
+        raise UsageError(f"`{option}` is {quoted(name)}; one of {', '.join(known)} is wanted")
+    return found
 
 
-def _check_ops(ops: Mapping[str, str]) -> Mapping[str, str]:
+def _check_ops(ops: object) -> Mapping[str, str]:
+    if not isinstance(ops, Mapping):
+        raise UsageError(f"`ops` is {quoted(ops)}; a layout by name is wanted, such as {{'q_proj': 'linear'}}")
     for name, op in ops.items():
         if op not in LAYOUTS:
             raise UsageError(f"`ops`: {quoted(op)} for {printable(name)}; one of {', '.join(LAYOUTS)} is wanted")
@@ -150,10 +151,10 @@ def _one_of(option: str, known: Sequence[str], value: object) -> str:
 
 
 _READ: Mapping[str, Callable[[Any], Any]] = {
-    "dtype": check_dtype,
+    "dtype": partial(_check_dtype, "dtype"),
     "tied": partial(_one_of, "tied", ("refuse", "untie")),
     "ops": _check_ops,
-    "compute_dtype": check_dtype,
+    "compute_dtype": partial(_check_dtype, "compute_dtype"),
     "into": partial(_one_of, "into", INTO),
     "base_as": partial(_one_of, "base_as", tuple(FORMS)),
     "arithmetic": check_arithmetic,

@@ -43,7 +43,7 @@ class UndoRecord:
         self.folder = merged / FOLDER
         if not self.folder.is_dir():
             raise FormatError(
-                f"{printable(merged)}: no {FOLDER} in it; only a merge made with --reversible can be unmerged"
+                f"{printable(merged)}: no {FOLDER} in it; only a merge made with `reversible` can be unmerged"
             )
         told, where = read_bytes(contained(self.folder, RECORD), "an undo record"), printable(self.folder / RECORD)
         self.sha256 = hashlib.sha256(told).hexdigest()
