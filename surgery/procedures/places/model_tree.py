@@ -145,6 +145,11 @@ class Tree:
         """The site at a path. MatchError if no op of ours acts there."""
         base = self.plain(name)
         op = op_of(base)
+        if op is None and isinstance(base, Replaced):
+            raise MatchError(
+                f"{printable(name)}: another adapter holds a copy of it, over which none can lie; exclude it, or "
+                "delete that adapter first"
+            )
         if op is None:
             kind = f"{type(base).__module__}.{type(base).__name__}"
             raise MatchError(
