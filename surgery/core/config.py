@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from enum import StrEnum
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
@@ -250,9 +251,10 @@ class AdapterConfig(ABC, metaclass=OfFields):
             if name in own or name in PROVENANCE:
                 continue
             if name not in cls.neutral:
+                near = get_close_matches(name[:64], sorted(own), n=1)
                 raise FormatError(
                     f"{where}: unknown field {quoted(name)}; it may change the maths, so it is refused; "
-                    "remove it if it does not"
+                    f"{f'is {near[0]} meant? ' if near else ''}remove it if it changes nothing"
                 )
             why = cls.refusal(name, value)
             if why:

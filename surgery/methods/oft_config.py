@@ -54,8 +54,8 @@ class OFTConfig(AdapterConfig):
         check_count("oft_block_size", self.oft_block_size, 0)
         if (self.r == 0) == (self.oft_block_size == 0):
             raise ConfigError(
-                f"r is {self.r} and oft_block_size is {self.oft_block_size}; one of them must be 0, as it follows from "
-                "the other"
+                f"r is {self.r} and oft_block_size is {self.oft_block_size}; just one of them must be 0, as it follows "
+                "from the other"
             )
         check_count("num_cayley_neumann_terms", self.num_cayley_neumann_terms)
         check_dropout("module_dropout", self.module_dropout)

@@ -255,6 +255,14 @@ def test_an_unknown_field_is_refused_whatever_its_value(name: str, value: object
 
 
 @each_config
+def test_a_misspelt_field_is_refused_with_the_one_that_is_near(name: str):
+    config = METHODS[name]
+    for field in config.own() - {"r"}:
+        with pytest.raises(FormatError, match=rf"unknown field '{field}z'; .*; is {field} meant\?"):
+            config.from_json({**config().to_json(), f"{field}z": 1}, "here.json")
+
+
+@each_config
 def test_a_field_that_changes_the_maths_is_refused_unless_it_is_neutral(name: str):
     config = METHODS[name]
     plain = config().to_json()

@@ -132,8 +132,8 @@ def test_every_field_that_peft_writes_is_read_and_written_again(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"r": 4}, "r is 4 and oft_block_size is 32; one of them must be 0"),
-        ({"oft_block_size": 0}, "r is 0 and oft_block_size is 0; one of them must be 0"),
+        ({"r": 4}, "r is 4 and oft_block_size is 32; just one of them must be 0"),
+        ({"oft_block_size": 0}, "r is 0 and oft_block_size is 0; just one of them must be 0"),
         ({"eps": -1}, "eps is -1; a number from 0"),
         ({"module_dropout": 1.0}, r"module_dropout is 1\.0; .* below 1"),
         ({"num_cayley_neumann_terms": 0}, "num_cayley_neumann_terms is 0"),

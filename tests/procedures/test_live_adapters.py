@@ -256,3 +256,16 @@ def test_a_save_over_another_adapter_that_is_cut_short_leaves_none_with_the_sett
         surgery.save(_with(_net(seed=1), lora_alpha=64), tmp_path)
     with pytest.raises(surgery.AbsentError):
         surgery.load(_net(), tmp_path)
+
+
+def test_a_copy_over_an_adapter_and_an_adapter_over_a_copy_are_told_by_name(tmp_path: Path) -> None:
+    surgery.save(_with(_net(), target_modules=["0"], modules_to_save=["2"]), tmp_path / "copy")
+    surgery.save(_with(_net(), target_modules=["2"]), tmp_path / "over")
+    covered = surgery.load(_net(), tmp_path / "over")
+    with pytest.raises(MatchError, match=r"^2: modules_to_save names it, and an adapter lies over it or within it"):
+        surgery.load(covered, tmp_path / "copy", adapter_name="copy")
+    copied = surgery.load(_net(), tmp_path / "copy")
+    with pytest.raises(MatchError, match=r"^2: another adapter holds a copy of it, over which none can lie"):
+        surgery.load(copied, tmp_path / "over", adapter_name="over")
+    with pytest.raises(MatchError, match=r"^2: another adapter holds a copy of it"):
+        _with(copied, "more", target_modules=["2"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoint_folders import (
     INDEX,
+    SITES,
     base_tensors,
     factors,
     file_hashes,
@@ -198,8 +199,20 @@ def test_modules_to_save_replace_the_bases_tensors(prefix: str, base: Path, tmp_
 def test_replaced_modules_take_no_weight_but_one(base: Path, tmp_path: Path) -> None:
     tensors = factors() | {"lm_head.weight": torch.randn(11, 6)}
     adapter = write_adapter(tmp_path / "saved", tensors, modules_to_save=["lm_head"])
-    with pytest.raises(ConfigError, match="weight must be 1"):
+    with pytest.raises(ConfigError, match=r"saved: its weight is 0\.5; modules_to_save, bias of it"):
         surgery.merge_checkpoint(base, [(adapter, 0.5)], tmp_path / "out")
+
+
+def test_what_one_adapter_replaces_and_another_adapts_is_refused_with_the_next_step(base: Path, tmp_path: Path) -> None:
+    site, *others = SITES
+    whole = {f"{site}.weight": read_tensors(base)[f"{site}.weight"] + 1}
+    replacing = write_adapter(
+        tmp_path / "whole", factors(tuple(others)) | whole, target_modules=others, modules_to_save=[site]
+    )
+    adapting = write_adapter(tmp_path / "factors", factors((site,)), target_modules=[site])
+    for adapters in ([replacing, adapting], [adapting, replacing]):
+        with pytest.raises(MatchError, match=r"\.weight: .*; leave one of the adapters out, or merge them apart"):
+            surgery.merge_checkpoint(base, adapters, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "weights_v2.safetensors"])

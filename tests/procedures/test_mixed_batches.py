@@ -342,7 +342,7 @@ def test_each_copy_of_a_replaced_module_is_trained_by_its_own_rows_alone() -> No
 def test_other_replaced_modules_are_refused_only_where_a_named_adapter_replaces_one() -> None:
     torch.manual_seed(0)
     net, x = replaced(nn.LayerNorm(4)), inputs()
-    with pytest.raises(StateError, match=r"body: modules_to_save replaces a LayerNorm.*cannot run a there"):
+    with pytest.raises(StateError, match=r"body: a copy stands in for this LayerNorm.*cannot run a there"):
         mixed(net, x, ["a", BASE, "c", "c", "c", "c", "c"])
     with surgery.mixed_batch(net, ["c", BASE, "c", "c", "c", "c", "c"]):
         found = net["body"](x)

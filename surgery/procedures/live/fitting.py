@@ -83,8 +83,9 @@ def fit(tree: Tree, adapter: str, fitting: Fitting, trainable: bool) -> None:
 
 def _refuse_unfit(tree: Tree, fitting: Fitting) -> None:
     """An error by name for what this model cannot hold."""
-    _refuse_quantized_copies(tree, fitting)
-    _refuse_copies_of_adapted(tree, fitting)
+    for name in fitting.saved:
+        refuse_copy(tree.modules[name], name, fitting.field(name))
+        _refuse_copy_in_copy(name, fitting)
     for name in fitting.saved:
         refuse_shares(tree, [name], f"{fitting.field(name)} names it")
     refuse_shares(tree, fitting.biases, "its bias would be trained")
@@ -94,27 +95,24 @@ def _refuse_unfit(tree: Tree, fitting: Fitting) -> None:
     refuse_clash(tree, state_of(tree.root), fitting.biases, fitting.saved)
 
 
-def _refuse_quantized_copies(tree: Tree, fitting: Fitting) -> None:
-    """MatchError where modules_to_save names what cannot be trained."""
-    for name in fitting.saved:
-        if any(is_quantized(one) for one in tree.modules[name].modules()):
-            raise MatchError(
-                f"{printable(name)}: {fitting.field(name)} names it, and its weight is quantized, which no gradient "
-                "can train; leave it out there, or load the model with it skipped"
-            )
+def refuse_copy(module: nn.Module, name: str, field: str) -> None:
+    """MatchError where `field` names what cannot be trained, or what other adapters lie over and would be copied."""
+    if any(is_quantized(one) for one in module.modules()):
+        raise MatchError(
+            f"{printable(name)}: {field} names it, and its weight is quantized, which no gradient can train; leave it "
+            "out there, or load the model with it skipped"
+        )
+    if any(isinstance(one, Adapted | Replaced) for one in _within(module)):
+        raise MatchError(
+            f"{printable(name)}: {field} names it, and an adapter lies over it or within it; leave it out there, or "
+            "delete that adapter first"
+        )
 
 
-def _refuse_copies_of_adapted(tree: Tree, fitting: Fitting) -> None:
-    """MatchError for copies of what other adapters lie over, or within what is copied: they would be copied with it."""
-    for name in fitting.saved:
-        if any(isinstance(one, Adapted | Replaced) for one in _within(tree.modules[name])):
-            raise MatchError(
-                f"{printable(name)}: {fitting.field(name)} names it, and an adapter lies over it or within it; leave "
-                "it out there, or delete that adapter first"
-            )
-        outer = next((other for other in fitting.saved if name.startswith(f"{other}.")), None)
-        if outer is not None and fitting.config.copied:
-            raise MatchError(f"{printable(name)}: it lies in {printable(outer)}, which is copied too; name one of them")
+def _refuse_copy_in_copy(name: str, fitting: Fitting) -> None:
+    outer = next((other for other in fitting.saved if name.startswith(f"{other}.")), None)
+    if outer is not None and fitting.config.copied:
+        raise MatchError(f"{printable(name)}: it lies in {printable(outer)}, which is copied too; name one of them")
 
 
 def _within(module: nn.Module) -> Iterator[nn.Module]:

@@ -18,7 +18,7 @@ from surgery.io.fingerprint import BASE_PRINT
 from surgery.io.octets import sha256_of
 from surgery.layers import Adapted, Replaced
 from surgery.procedures.live.awareness import holdings
-from surgery.procedures.live.fitting import Fitting, check_name, fit
+from surgery.procedures.live.fitting import Fitting, check_name, fit, refuse_copy
 from surgery.procedures.live.own_weight import base_sha256
 from surgery.procedures.live.room import with_room
 from surgery.procedures.live.save import DEFAULT
@@ -203,10 +203,11 @@ def _saved(tree: Tree, adapter: Adapter, targets: Mapping[str, str]) -> dict[str
         grouped.setdefault(tree.first_name(owner), {})[name.removeprefix(owner + ".")] = values
     for owner, given in grouped.items():
         module = tree.modules[owner]
+        field = "target_modules" if owner in targets.values() else "modules_to_save"
+        refuse_copy(module, owner, field)
         own = module.original if isinstance(module, Replaced) else module
         found, wanted = map(_told, (given, own.state_dict()))
         if found != wanted:
-            field = "target_modules" if owner in targets.values() else "modules_to_save"
             raise MatchError(
                 f"{printable(adapter.where)}: {printable(owner)} of {field} holds {found}, and the model's "
                 f"{wanted}; the same tensors are wanted; is this the adapter's base?"

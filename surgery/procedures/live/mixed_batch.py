@@ -113,7 +113,7 @@ def _refuse_whole_batches(root: nn.Module, chosen: set[str]) -> None:
         both = chosen & holder.copies.keys()
         if both and _op_of_copies(holder) is None:
             kind = type(holder.original).__name__
-            raise StateError(_told(name, both, f"modules_to_save replaces a {kind}, of which no rows are known"))
+            raise StateError(_told(name, both, f"a copy stands in for this {kind}, of which no rows are known"))
     for name, layer in adapted_layers(root).items():
         both = chosen & layer.fitted.keys()
         if layer.op.roles and both:

@@ -26,6 +26,8 @@ from surgery.procedures.planning.wholes import Whole, same
 
 _WHOLE_NUMBERS = frozenset(DTYPES[name] for name in ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"))
 
+_APART = "leave one of the adapters out, or merge them apart, one into what the other made"
+
 
 class Draft:
     """`changes` by tensor, what stands against them, and what is worth a remark."""
@@ -51,8 +53,11 @@ class Draft:
     def lay(self, given: Weighted, index: int) -> None:
         """Add what one adapter changes."""
         if given.adapter.saved and given.weight != 1:
-            where = printable(given.adapter.where)
-            raise ConfigError(f"{where}: it replaces tensors (modules_to_save, bias); its weight must be 1")
+            fields = "target_modules" if given.adapter.config.copied else "modules_to_save, bias"
+            raise ConfigError(
+                f"{printable(given.adapter.where)}: its weight is {given.weight}; {fields} of it replaces tensors; "
+                "a weight of 1 is wanted"
+            )
         if given.adapter.config.stacking():
             self.refusals.append(merge_refusal(printable(given.adapter.where)))
             self.namings.append(Naming())
@@ -152,7 +157,7 @@ class Draft:
         if before is not None:
             if not (name in self._begun and whole.copied and same(before.saved, whole.values)):
                 self.refusals.append(
-                    MatchError(f"{printable(name)}: it would be replaced twice, or adapted and replaced")
+                    MatchError(f"{printable(name)}: it would be replaced twice, or adapted and replaced; {_APART}")
                 )
             return
         site = Site(name, {"weight": whole.info})
@@ -167,7 +172,7 @@ class Draft:
         replaced = before.saved is not None and name not in self._begun
         if replaced or (before.layers and before.site.op != site.op):
             self.refusals.append(
-                MatchError(f"{printable(name)}: two adapters treat it in ways that exclude each other")
+                MatchError(f"{printable(name)}: two adapters treat it in ways that exclude each other; {_APART}")
             )
         self.changes[name] = replace(before, site=_alone(site), layers=(*before.layers, layer))
 

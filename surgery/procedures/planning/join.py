@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from surgery.adapters.peft import check_finite, check_shapes, completed
 from surgery.core.adapter import Adapter, Layer, Weighted, are_as_told, bias_layers
+from surgery.core.method import Method
 from surgery.core.name_map import USUAL
 from surgery.core.names import in_base, naming_between, nearest, owners, suffix_hits
 from surgery.core.site import Site
-from surgery.errors import InputError, MatchError, ShapeError, printable
+from surgery.errors import ConfigError, InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.ops.attention import attention_site
 from surgery.ops.bias import bias_site
@@ -170,7 +171,13 @@ class Joined:
         check_finite(name, params, self.adapter.where, self.adapter.shared)
         method.check_values(params, site, self.adapter.where)
         method.refuse_merge(site)
-        return Layer(method.weighted(self.weight), params, self.index, name)
+        return Layer(self._weighted(method), params, self.index, name)
+
+    def _weighted(self, method: Method) -> Method:
+        try:
+            return method.weighted(self.weight)
+        except ConfigError as error:
+            raise ConfigError(f"{printable(self.adapter.where)}: {error}") from error
 
     def _as_grown(self, site: Site) -> Site:
         tied = self.tying is not None and self.base.info(site.weight.name) is None
