@@ -265,7 +265,7 @@ def test_a_copy_over_an_adapter_and_an_adapter_over_a_copy_are_told_by_name(tmp_
     with pytest.raises(MatchError, match=r"^2: modules_to_save names it, and an adapter lies over it or within it"):
         surgery.load(covered, tmp_path / "copy", adapter_name="copy")
     copied = surgery.load(_net(), tmp_path / "copy")
-    with pytest.raises(MatchError, match=r"^2: another adapter holds a copy of it, over which none can lie"):
+    with pytest.raises(MatchError, match=r"^2: another adapter trains copies of it, over which none can lie"):
         surgery.load(copied, tmp_path / "over", adapter_name="over")
-    with pytest.raises(MatchError, match=r"^2: another adapter holds a copy of it"):
+    with pytest.raises(MatchError, match=r"^2: another adapter trains copies of it"):
         _with(copied, "more", target_modules=["2"])
