@@ -28,6 +28,9 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "trainable_tokens": lambda: surgery.TrainableTokensConfig(token_indices=[7, 0], **TARGETS),
     "miss": lambda: surgery.MissConfig(r=4, **TARGETS),
     "miss mini": lambda: surgery.MissConfig(r=5, mini_r=3, init_weights="mini", **TARGETS),
+    "randlora": lambda: surgery.RandLoraConfig(r=4, randlora_alpha=8, **TARGETS),
+    "shira": lambda: surgery.ShiraConfig(r=2, **TARGETS),
+    "c3a": lambda: surgery.C3AConfig(block_size=2, init_weights=True, **TARGETS),
     "delora": lambda: surgery.DeloraConfig(r=4, **TARGETS),
     "gralora": lambda: surgery.GraloraConfig(r=4, hybrid_r=2, **TARGETS),
     "hira": lambda: surgery.HiraConfig(r=4, **TARGETS),
@@ -38,9 +41,6 @@ EVERYWHERE = {  # besides a Linear
     "lora": ("conv1d", "convolution over two axes", "embedding"),
     "loha": ("convolution over two axes",),
     "lokr": ("convolution over one axis", "convolution in groups"),
-    "randlora": lambda: surgery.RandLoraConfig(r=4, randlora_alpha=8, **TARGETS),
-    "shira": lambda: surgery.ShiraConfig(r=2, **TARGETS),
-    "c3a": lambda: surgery.C3AConfig(block_size=2, init_weights=True, **TARGETS),
 }
 
 

@@ -122,7 +122,7 @@ def test_a_plain_base_is_quantized_as_it_is_exported(base: Path, into: str, tmp_
 def test_formats_that_no_graph_holds_are_refused(base: Path, tmp_path: Path) -> None:
     held = {"nf4", "nf4-double", "fp4", "fp4-double", "int8"}
     for into in [form for form in HELD_IN if form not in held]:
-        with pytest.raises(surgery.UsageError, match=f"{into}, which no graph here decodes"):
+        with pytest.raises(surgery.UsageError, match=f"{into}`, which no graph here decodes"):
             surgery.export_onnx(base.parent / "plain", None, tmp_path / "out", into=into)
     assert list(tmp_path.iterdir()) == []
 

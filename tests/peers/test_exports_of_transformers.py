@@ -20,7 +20,7 @@ from surgery.cli import main
 from surgery.formats.onnx.runtime import decode
 from surgery.integrations.transformers import export_files, exporting
 from surgery.integrations.transformers.exporting import _one_of
-from surgery.procedures.exports import proof
+from surgery.procedures.exports import tokens
 
 DECODERS = ("llama", "qwen3", "mistral", "gemma3", "phi3", "opt", "gpt2", "gpt-neox", "bloom", "mixtral", "qwen3-moe")
 QUICK = ("vit", "mixtral")  # one that is renamed in files, and one whose experts are fused
@@ -284,7 +284,7 @@ def test_one_graph_takes_a_prompt_and_then_single_tokens(name: str, tmp_path: Pa
 
 def test_tokens_that_differ_end_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ARCHITECTURES["gpt2"]().eval()
-    monkeypatch.setattr(proof, "decode", lambda *_: torch.full([12], 3))
+    monkeypatch.setattr(tokens, "decode", lambda *_: torch.full([12], 3))
     with pytest.raises(surgery.CheckError, match=r"token 0 of 12 that onnxruntime decodes is 3, the model's is \d+"):
         surgery.export_onnx(model, None, tmp_path / "out", kv=True)
     assert list(tmp_path.iterdir()) == []

@@ -213,7 +213,7 @@ def test_a_config_goes_to_a_folder_and_back(name: str, tmp_path: Path) -> None:
     assert surgery.AdapterConfig.from_pretrained(tmp_path / "new" / "folder") == config
     peft = pytest.importorskip("peft")
     theirs = peft.PeftConfig.from_pretrained(str(tmp_path / "new" / "folder"))
-    assert theirs.target_modules == {"q_proj"}
+    assert {*theirs.target_modules} == {"q_proj"}
 
 
 def test_a_config_of_another_kind_or_none_is_refused(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_config_of_another_kind_or_none_is_refused(tmp_path: Path) -> None:
         surgery.LoraConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["AdaLoraConfig", "LoraConfig"])
 def test_a_config_reads_files_whatever_was_imported_before(name: str, tmp_path: Path) -> None:
     import subprocess
     import sys

@@ -153,7 +153,7 @@ def test_a_held_product_is_the_exact_one(r: int, stack: tuple[int, ...], dtype: 
 def test_a_product_that_is_wrong_moves_nothing_by_more_than_the_grid_explains(monkeypatch: pytest.MonkeyPatch) -> None:
     B, A = factors(600)
     ideal = 0.3 * (B.double() @ A.double())
-    monkeypatch.setattr(exactly, "exact_product", lambda B, A, *_: 2 * (B.double() @ A.double()))
+    monkeypatch.setattr(exactly, "exact_product", lambda B, A, *_, **__: 2 * (B.double() @ A.double()))
     apart = (held_product(B, A, WHOLE, 0.3) - ideal).abs()
     most = 0.3 * 600 * 2.0**-21 * B.double().abs().amax(1, keepdim=True) * A.double().abs().amax(0)
     # Either sum of r terms may be off by r * 2^-53 of their sizes, each of which is 2^21 / r of `most` at the most.

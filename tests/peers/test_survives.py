@@ -47,6 +47,7 @@ def gradients(model: nn.Module, call: Any) -> list[Tensor]:
 
 @each_kind
 def test_it_is_compiled_in_one_piece_and_trained_so(kind: str) -> None:
+    torch._dynamo.reset()  # it counts how often a forward is compiled, by whatever test
     model = injected(kind)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for found, wanted in zip(gradients(model, compiled), gradients(model, model), strict=True):
@@ -91,7 +92,7 @@ def test_it_goes_to_another_dtype_and_is_merged_there(kind: str, dtype: torch.dt
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", [one for one in KINDS if one != "dora"])  # which starts from weights, and says so
+@pytest.mark.parametrize("kind", [one for one in KINDS if one not in {"dora", "delora"}])  # which start from weights
 def test_one_that_was_made_on_the_meta_device_takes_its_weights_later(kind: str) -> None:
     wanted = injected(kind)
     with torch.device("meta"):

@@ -119,7 +119,7 @@ class Joined:
 
     def _drop_repeated(self) -> None:
         """Rows that the files of PEFT's TRAINABLE_TOKENS hold of a tied head too change once, with its embedding."""
-        if self.tying is None:
+        if self.tying is None or not self.adapter.config.repeats_rows:
             return
         head, embedding = (self.layers.get(one.name) for one in (self.tying.head.weight, self.tying.embedding))
         if head is None or embedding is None or not head[1].method.replaced_rows:
