@@ -47,7 +47,11 @@ def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("export", "dtype"),
-    [(in_memory, torch.float32), (in_memory, torch.bfloat16), (from_files, torch.bfloat16)],
+    [
+        pytest.param(in_memory, torch.float32, marks=pytest.mark.slow),
+        (in_memory, torch.bfloat16),
+        pytest.param(from_files, torch.bfloat16, marks=pytest.mark.slow),
+    ],
     ids=["memory, float32", "memory, bfloat16", "files, bfloat16"],
 )
 def test_a_right_graph_is_proved_by_what_is_known_of_an_exact_merge(
@@ -64,7 +68,7 @@ def test_a_right_graph_is_proved_by_what_is_known_of_an_exact_merge(
 
 
 @DTYPES
-@pytest.mark.parametrize("by", [1 - 2.0**-5, -1], ids=["weaker", "turned"])
+@pytest.mark.parametrize("by", [1 - 2.0**-5, pytest.param(-1, marks=pytest.mark.slow)], ids=["weaker", "turned"])
 def test_a_graph_of_a_wrong_merge_is_refused(
     by: float, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
