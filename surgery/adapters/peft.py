@@ -89,7 +89,7 @@ def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
             "wanted; is it an adapter's config?"
         )
     if not isinstance(kind, str) or kind not in METHODS:
-        known = f"supported are {', '.join(METHODS)}; use PEFT for this one"
+        known = f"supported are {', '.join(METHODS)}; see whether PEFT reads it"
         alone = _NO_WEIGHT.get(kind) if isinstance(kind, str) else None
         why = f"{alone}, which no merged weight can do; run it in PEFT" if alone else known
         raise FormatError(f"{where}: peft_type is {printable(kind)!r}; {why}")
