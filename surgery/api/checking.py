@@ -96,7 +96,9 @@ def _check_outputs(outputs: bool, detailed: bool, base_as: str | None) -> None:
     if detailed and not outputs:
         raise UsageError("verify: `layers`, and inputs, are for a run of the models; give `outputs` too")
     if outputs and base_as is not None:
-        raise UsageError("verify: `outputs` are of plain models, and `base_as` makes the base none; leave `outputs` out")
+        raise UsageError(
+            "verify: `outputs` are of plain models, and `base_as` makes the base none; leave `outputs` out"
+        )
 
 
 def _check_alone(alone: bool, outputs: bool, derivation: Sequence[str]) -> None:
