@@ -29,10 +29,11 @@ def layered(base: Dense, layers: Sequence[tuple[Method, Params]], site: Site, pr
 
 
 def refuse_over(methods: Sequence[Method], site: Site) -> None:
-    """MatchError where one adds to the base over others whose merge is not elementwise."""
-    over = next((one for one in methods[1:] if one.of_base), None)
-    if over is not None:
-        raise MatchError(
-            f"{printable(site.name)}: {over.name} adds to the base, over {methods[0].name}, and one of the two is not "
-            f"merged element by element; give {over.name} first, or merge them apart"
-        )
+    """MatchError where one adds to the base over others, of methods whose merge is not elementwise."""
+    for at, over in enumerate(methods):
+        if at and over.of_base:
+            below = ", ".join(one.name for one in methods[:at])
+            raise MatchError(
+                f"{printable(site.name)}: {over.name} adds to the base, over {below}, and not every method here is "
+                f"merged element by element; give {over.name} first, or merge them apart"
+            )

@@ -106,10 +106,11 @@ def check_streaming(config: peft.PeftConfig, dtype: torch.dtype, part: float, fo
     report.require()
     assert {one.grade for one in report.tensors.values()} == {"bits", "untouched"}
     read, fresh = (type(model).from_pretrained(folder / one, dtype=dtype).eval() for one in ("base", "out"))
-    live = surgery.load(read, folder / "adapter")
+    plain, live = outputs(read), surgery.load(read, folder / "adapter")
     before, adapted = {name: values.clone() for name, values in live.state_dict().items()}, outputs(live)
     surgery.merge(live)
     assert near(outputs(live), adapted, dtype)
+    assert apart(plain, adapted) > 4 * apart(outputs(live), adapted)
     assert torch.equal(outputs(fresh), outputs(live))
     surgery.unmerge(live)
     assert all(torch.equal(values, before[name]) for name, values in live.state_dict().items())

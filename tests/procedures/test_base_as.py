@@ -20,16 +20,13 @@ def adapter(tmp_path: Path) -> Path:
 LORA = {"A": (4, 128), "B": (160, 4)}
 
 
-AS = {"nf4": "nf4", "nf4-double": "nf4-double", "int8": "int8"}
-
-
-@pytest.mark.parametrize("form", AS)
+@pytest.mark.parametrize("form", ["nf4", "nf4-double", "int8"])
 def test_a_plain_base_is_merged_as_the_form_that_the_adapter_was_trained_over(form: str, tmp_path: Path) -> None:
     """As if it were merged into the quantized base itself, at the sites of the adapter."""
     plain = {f"{site}.weight": one for site, one in plain_weights().items()}
     write_base(tmp_path / "plain", plain, config={"model_type": "llama", "dtype": "bfloat16"})
     adapter, out = write_adapter(tmp_path / "a", factors()), tmp_path / "out"
-    report = surgery.merge_checkpoint(tmp_path / "plain", adapter, out, base_as=AS[form], reversible=True)
+    report = surgery.merge_checkpoint(tmp_path / "plain", adapter, out, base_as=form, reversible=True)
     surgery.merge_checkpoint(quantized_base(tmp_path / "base", form), adapter, tmp_path / "wanted")
     found, wanted = read_tensors(out), read_tensors(tmp_path / "wanted")
     for site in SITES[:3]:

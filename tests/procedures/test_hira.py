@@ -199,9 +199,11 @@ def test_over_a_rotation_it_is_refused_before_anything_is_merged_and_below_one_i
     base = write_base(tmp_path / "base", {f"{name}": one.detach() for name, one in Net().named_parameters()})
     first, second = (adapter(tmp_path, name) for name in ("oft", "other"))
     assert [str(one) for one in surgery.plan(base, [first, second]).refusals] == [
-        "up.weight: HiRA adds to the base, over OFT, and one of the two is not merged element by element; give HiRA "
+        "up.weight: HiRA adds to the base, over OFT, and not every method here is merged element by element; give HiRA "
         "first, or merge them apart"
     ]
+    beside = surgery.plan(base, [adapter(tmp_path, "lora"), first, second]).refusals
+    assert ["HiRA adds to the base, over LoRA, OFT, and" in str(one) for one in beside] == [True]
     with pytest.raises(MatchError, match="HiRA adds to the base, over OFT"):
         surgery.merge_checkpoint(base, [first, second], tmp_path / "out")
     with pytest.raises(MatchError, match="HiRA adds to the base, over OFT"):
