@@ -1,18 +1,19 @@
 """Forward and backward of 24 linears in nf4 with LoRA, against peft: bitsandbytes' layers, hidden 1024, 4 x 256 tokens.
 
-Both take turns in one process, so that a busy machine slows each alike; then the same without gradients.
+Both take turns in one process; then the same without gradients.
 """
 
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 
 import peft
 import torch
 from torch import Tensor, nn
 
 import surgery
-from bench.thin import DEVICE, middle, seconds, shuffle_adapters
+from bench.thin import DEVICE, in_turn, middle, ratio, shuffle_adapters
 from bench.train import FIELDS, HIDDEN, LAYERS, step
 from bench.words import ms
 
@@ -39,13 +40,10 @@ def forward(model: nn.Module, x: Tensor) -> None:
 
 
 def row(models: dict[str, nn.Module], x: Tensor, what: str, run: Callable[[nn.Module, Tensor], None]) -> list[str]:
-    times: dict[str, list[float]] = {tool: [] for tool in models}
-    for _ in range(ROUNDS):
-        for tool, model in models.items():
-            times[tool].append(seconds(lambda m=model: run(m, x)))
-    ours, theirs = (middle(times[tool]) for tool in ("surgery", "peft"))
+    took = in_turn({tool: partial(run, model, x) for tool, model in models.items()}, ROUNDS)
+    ours, theirs = took["surgery"], took["peft"]
     told = f"{what} of {LAYERS} nf4 linears with LoRA"
-    return [told, ms(ours), ms(theirs), f"{ours / theirs:.2f}", "<= 1"]
+    return [told, ms(middle(ours)), ms(middle(theirs)), f"{ratio(ours, theirs):.2f}", "<= 1"]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A training step of a decoder with LoRA (r = 16) on all linears, against peft: `python -m bench.step [110M | 1.1B]`.
 
-All take turns in one process, so that a busy machine slows each alike; then each runs alone, for its memory.
+All take turns in one process; then each runs alone, for its memory.
 """
 
 import gc
@@ -14,12 +14,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.merge import peak_mb
-from bench.thin import DEVICE, TARGETS, finish, middle, seconds, shuffle_adapters
+from bench.thin import DEVICE, TARGETS, finish, in_turn, middle, ratio, shuffle_adapters
 from bench.words import ms
 
 RANK, VOCAB = 16, 32000
 FIELDS = {"r": RANK, "lora_alpha": 32, "target_modules": TARGETS}
-ROUNDS, ALONE = 20 if DEVICE == "cuda" else 7, 3
+ROUNDS, ALONE = 20 if DEVICE == "cuda" else 15, 3
 Step = Callable[[], None]
 
 
@@ -50,24 +50,20 @@ def main(name: str = "110M", alone: str = "") -> None:
     print(json.dumps(table(name, times(name))))
 
 
-def times(name: str) -> Mapping[str, float]:
-    """Seconds of a step by each."""
+def times(name: str) -> Mapping[str, list[float]]:
+    """Seconds of a step by each, round by round."""
     steps = {kind: make(name) for kind, make in MAKERS.items()}
-    found: dict[str, list[float]] = {kind: [] for kind in steps}
     for step in steps.values():
         step()
-    for _ in range(ROUNDS):
-        for kind, step in steps.items():
-            found[kind].append(seconds(step))
-    return {kind: middle(values) for kind, values in found.items()}
+    return in_turn(steps, ROUNDS)
 
 
-def table(name: str, took: Mapping[str, float]) -> list[list[str]]:
+def table(name: str, took: Mapping[str, list[float]]) -> list[list[str]]:
     ours, theirs, bare = took["surgery"], took["peft"], took["bare"]
     memory = {kind: measured(name, kind) for kind in ("surgery", "peft")}
-    what = f"training step of a {name} decoder, LoRA; its base alone takes {ms(bare)}"
-    row = [what, ms(ours), ms(theirs), f"{ours / theirs:.2f}", "<= 0.9"]
-    over = [f"{kind / bare:.2f} x" for kind in (ours, theirs)]
+    what = f"training step of a {name} decoder, LoRA; its base alone takes {ms(middle(bare))}"
+    row = [what, ms(middle(ours)), ms(middle(theirs)), f"{ratio(ours, theirs):.2f}", "<= 0.9"]
+    over = [f"{ratio(one, bare):.2f} x" for one in (ours, theirs)]
     used = [f"{memory[kind]:.0f} MB" for kind in ("surgery", "peft")]
     return [
         row,

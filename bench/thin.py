@@ -1,8 +1,9 @@
 """The thin Llama that the overhead of adapters is measured on: many layers, little arithmetic. And how it is timed."""
 
 import os
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -45,11 +46,28 @@ def seconds(once: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def in_turn(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, round by round, in another order each: a busy machine, and full caches, slow each alike."""
+    chance = random.Random(0)
+    took: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for _ in range(rounds):
+        chance.shuffle(order)
+        for name in order:
+            took[name].append(seconds(runs[name]))
+    return took
+
+
 def finish() -> None:
     """Wait for what runs on a GPU."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
-def middle(values: list[float]) -> float:
+def middle(values: Sequence[float]) -> float:
     return median(values)
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The middle of what one takes over the other in the same round: the machine's speed changes between rounds."""
+    return median(one / other for one, other in zip(ours, theirs, strict=True))
