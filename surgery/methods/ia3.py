@@ -14,7 +14,7 @@ from surgery.core.as_peft import AsPeft
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.elementwise import Scale
 from surgery.core.field_checks import check_names, check_pattern
-from surgery.core.method import Dense, Method, Params, Product, Run, Spec
+from surgery.core.method import AtStrength, Dense, Params, Product, Run, Spec
 from surgery.core.names import Endings
 from surgery.core.op import Op, Tile
 from surgery.core.patterns import Budget
@@ -87,7 +87,7 @@ class IA3Config(AdapterConfig):
 
 
 @dataclass(frozen=True)
-class Ia3(Method, AsPeft):
+class Ia3(AtStrength, AsPeft):
     """l is [1, in] where it scales the input (`feedforward`), else [out, 1]; [1, channels, 1, ...] of a convolution.
 
     At another strength the factor is 1 + strength * (l - 1): so much of the way from the base to the merge.
@@ -95,7 +95,6 @@ class Ia3(Method, AsPeft):
 
     feedforward: bool
     ones: bool = True
-    strength: float = 1.0
 
     name = "IA3"
     couples = frozenset()
@@ -151,10 +150,7 @@ class Ia3(Method, AsPeft):
         return torch.zeros_like(self._factor(p, tile), dtype=torch.float64)  # one product, rounded with the outcome
 
     def settings(self) -> Mapping[str, str]:
-        return {"scales": "input" if self.feedforward else "output", "strength": self.strength.hex()}
-
-    def weighted(self, weight: float) -> Self:
-        return replace(self, strength=self.strength * weight)
+        return {"scales": "input" if self.feedforward else "output", **super().settings()}
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
         factor = self._strong(p["l"])

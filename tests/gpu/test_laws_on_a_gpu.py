@@ -137,7 +137,7 @@ def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op
     merged = method.merge(base, matrices(method, op, p), WHOLE, exact_product)
     apart = (method.branch(x, Below(op, base), op, p, False) - op.apply(x, merged.weight, merged.bias)).abs()
     p = told(method, op, base.weight, p)
-    off = method.spread(p, WHOLE) + method.relative_spread(p, WHOLE) * merged.weight.abs()
+    off = method.spread_over(base.weight, merged.weight, p, WHOLE, torch.float64)
     if isinstance(method, Mixing):
         off = method.strayed(
             base.weight, there(torch.zeros(OUT, IN).double()), method.prepared(p, exact_product), WHOLE

@@ -58,11 +58,20 @@ def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, o
     for rows in stored_tiles(op, 5):
         part = op.stored(method.spread(p, op.tile(rows))).expand(whole[rows].shape)
         assert torch.allclose(part, whole[rows], rtol=2 * OUT * IN * EPS, atol=0)  # plain sums, in any order
-    if method.of_base:
-        whole = op.stored(method.base_spread(p, WHOLE, torch.bfloat16))
-        parts = [op.stored(method.base_spread(p, op.tile(rows), torch.bfloat16)) for rows in stored_tiles(op, 5)]
-        assert torch.allclose(torch.cat(parts), whole, rtol=2 * OUT * IN * EPS, atol=0)
-        assert bool((whole > 0).all())
+
+
+@each_with_steps
+def test_the_spread_over_a_tile_of_base_and_outcome_is_that_tile_of_the_whole(method: Method, op: Op):
+    base = torch.randn(OUT, IN).double()
+    p = told(method, op, base, trained(method, op, torch.bfloat16))
+    outcome = method.merge(Dense(base), p, WHOLE, exact_product).weight
+    whole = method.spread_over(base, outcome, p, WHOLE, torch.bfloat16).expand(OUT, IN)
+    assert bool((whole >= method.spread(p, WHOLE)).all())
+    assert bool((whole > 0).all()) or not method.of_base
+    for rows in stored_tiles(op, 5):
+        tile = op.tile(rows)
+        part = method.spread_over(base[tile], outcome[tile], p, tile, torch.bfloat16).expand(base[tile].shape)
+        assert torch.allclose(part, whole[tile], rtol=2 * OUT * IN * EPS, atol=0)  # plain sums, in any order
 
 
 @each_step
@@ -98,7 +107,7 @@ def test_what_a_step_says_of_rounding_covers_the_merge_in_the_dtype_of_the_weigh
     narrow = step.seen(lambda values: values.to(dtype))
     plain = (w + w * narrow.values if isinstance(step, Growth) else narrow.apply(w)).double()
     held, outcome = step.rounded(w.double(), exact)
-    base = method.base_spread(p, WHOLE, dtype) * w.double().abs()
+    base = method.spread_over(w.double(), exact, p, WHOLE, dtype) if method.of_base else 0
     assert bool(((plain - exact).abs() <= ulp(held, dtype) / 2 + ulp(outcome, dtype) / 2 + base).all())
     off = step.apply(w.double() + 2.0**-6) - exact
     carried = step.carried(torch.full((OUT, IN), 2.0**-6).double())
