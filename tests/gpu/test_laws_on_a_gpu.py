@@ -21,12 +21,13 @@ from rational import same_bits
 from torch import Tensor
 
 from surgery.codecs import FORMS
-from surgery.core.arithmetic import divided, exact_product, largest_change, round_once, tree_sum, ulp
+from surgery.core.arithmetic import divided, exact_product, largest_change, tree_sum
 from surgery.core.codec import Codec, Packed
 from surgery.core.elementwise import Elementwise
 from surgery.core.feedback import Feedback
 from surgery.core.method import Dense, Method, Mixing
 from surgery.core.op import WHOLE, Op
+from surgery.core.rounding import round_once, ulp
 from surgery.core.sums import sum_rows
 from surgery.core.undo import Recorder, Restorer, accumulate
 

@@ -20,10 +20,11 @@ from method_examples import (
 from op_examples import IN, OUT
 from rational import same_bits
 
-from surgery.core.arithmetic import exact_product, round_once, ulp
+from surgery.core.arithmetic import exact_product
 from surgery.core.elementwise import Elementwise, Growth
 from surgery.core.method import Additive, Dense, Method, Mixing
 from surgery.core.op import WHOLE, Op
+from surgery.core.rounding import round_once, ulp
 from surgery.core.undo import Recorder, Restorer, accumulate
 from surgery.errors import ValueRangeError
 from surgery.ops.bias import Bias

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.agreement import Outputs
-from surgery.core.arithmetic import GRID_BITS, exact_float64, exact_product, float_product, round_once, ulp
+from surgery.core.arithmetic import GRID_BITS, exact_float64, exact_product, float_product
 from surgery.core.method import Dense
 from surgery.core.op import Tile
+from surgery.core.rounding import round_once, ulp
 from surgery.hosts.tree import adapted_layers
 from surgery.layers.adapted import Adapted, Effective, Laying
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from surgery.core.adapter import Started
-from surgery.core.arithmetic import exact_float64, ulp
+from surgery.core.arithmetic import exact_float64
 from surgery.core.elementwise import Elementwise, grounded
 from surgery.core.method import Dense, Mixing
+from surgery.core.rounding import ulp
 from surgery.core.source import Source
 from surgery.core.survival import Survival
 from surgery.errors import ValueRangeError
