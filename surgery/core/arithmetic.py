@@ -18,20 +18,12 @@ BLOCK = 512  # terms whose sum is exact: 2 * 22 bits + 9 bits = 53
 EXPONENT_LIMIT = 450  # beyond it a product of two grid steps could leave float64's normal range
 
 
-def exact_product(B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0, *, fine: bool = False) -> Tensor:
+class Exact:
     """A tile of scaling * (B @ A) in float64, free of summation order; B is [out, r], A is [r, in], or stacks of such.
 
     The product differs from the ideal one by at most r * 2^-21 (if `fine` 2^-42) * max|A column| * max|B row|; scaling
     it is an operation of its own. Raises ValueRangeError where a factor is not finite or lies beyond 2^±450.
     """
-    return ExactProduct()(B, A, tile, scaling, fine=fine)
-
-
-class ExactProduct:
-    """`exact_product`, which keeps the factors' grids for as long as the next call brings the same memory."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0, *, fine: bool = False) -> Tensor:
         if fine:
@@ -43,6 +35,21 @@ class ExactProduct:
         # By a power of two a factor may be scaled in place of the product: nothing is rounded, and it is smaller.
         return _sum(B * scaling, A) if _only_shifts(scaling) else _sum(B, A).mul_(scaling)
 
+    def held(self, values: Tensor, role: str) -> Tensor:
+        """In float64. ValueRangeError for what no merge can be made with."""
+        require_finite(values, role)
+        return exact_float64(values)
+
+    def _on_grid(self, factor: Tensor, along: int) -> Tensor:
+        return on_grid(factor, along)
+
+
+class ExactProduct(Exact):
+    """The same, which keeps the factors' grids for as long as the next call brings the same memory."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
     def _on_grid(self, factor: Tensor, along: int) -> Tensor:
         kept = self._kept.get(along)
         if kept is None or memory_of(kept[0]) != memory_of(factor):
@@ -50,10 +57,18 @@ class ExactProduct:
         return kept[1]
 
 
-def float_product(B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0, *, fine: bool = False) -> Tensor:  # noqa: ARG001  # one way
+class Plain:
     """The same in the factors' own dtype, differentiable."""
-    rows, columns = tile
-    return (B[..., rows, :] @ A[..., columns]).mul_(scaling)
+
+    def __call__(self, B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0, *, fine: bool = False) -> Tensor:  # noqa: ARG002  # one way
+        rows, columns = tile
+        return (B[..., rows, :] @ A[..., columns]).mul_(scaling)
+
+    def held(self, values: Tensor, role: str) -> Tensor:  # noqa: ARG002  # of what is wrong the outputs tell
+        return values
+
+
+exact_product, float_product = Exact(), Plain()
 
 
 def factor_bytes(shape: tuple[int, int], r: int) -> int:

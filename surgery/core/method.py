@@ -20,6 +20,10 @@ class Product(Protocol):
 
     def __call__(self, B: Tensor, A: Tensor, tile: Tile, scaling: float, /, *, fine: bool = False) -> Tensor: ...
 
+    def held(self, values: Tensor, role: str, /) -> Tensor:
+        """Numbers of an adapter as it takes factors, for what is made of them without a product."""
+        ...
+
 
 class Dense(NamedTuple):
     """All that a method may see of a base: weight [out, in] and bias [out]."""

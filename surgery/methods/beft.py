@@ -70,7 +70,7 @@ class Beft(AtStrength, AsPeft):
         return base._replace(bias=self.for_bias().merge(column, p, tile, product).weight.squeeze(1))
 
     def steps(self, p: Params, tile: Tile, product: Product) -> Scale:  # noqa: ARG002  # the weight stays
-        return Scale(torch.ones(1, 1, dtype=torch.float64, device=p["b"].device))
+        return Scale(torch.ones_like(product.held(p["b"][:1, :1], "b")))
 
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:  # noqa: ARG002  # the weight stays
         return stored

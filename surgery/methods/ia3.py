@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_float64, require_finite
 from surgery.core.as_peft import AsPeft
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.elementwise import Scale
@@ -127,15 +126,14 @@ class Ia3(AtStrength, AsPeft):
             role: (torch.ones if self.ones else torch.randn)(spec.shape) for role, spec in self.tensors(site).items()
         }
 
-    def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:  # noqa: ARG002  # no product in it
-        factor = self._factor(p, tile)
+    def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:
+        factor = self.steps(p, tile, product).values
         if base.bias is None or self.feedforward:
             return base._replace(weight=base.weight * factor)
         return Dense(base.weight * factor, base.bias * factor.flatten())
 
-    def steps(self, p: Params, tile: Tile, product: Product) -> Scale:  # noqa: ARG002  # no product in it
-        require_finite(p["l"], "l")
-        return Scale(self._factor({"l": exact_float64(p["l"])}, tile))
+    def steps(self, p: Params, tile: Tile, product: Product) -> Scale:
+        return Scale(self._factor({"l": product.held(p["l"], "l")}, tile))
 
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:  # noqa: ARG002  # one way
         return (stored * site.acting.stored(self.matrices(p, site)["l"])).to(stored.dtype)

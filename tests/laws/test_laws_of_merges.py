@@ -20,7 +20,7 @@ from method_examples import (
 from op_examples import IN, OUT
 from rational import same_bits
 
-from surgery.core.arithmetic import exact_product
+from surgery.core.arithmetic import exact_product, float_product
 from surgery.core.elementwise import Elementwise, Growth
 from surgery.core.method import Additive, Dense, Method, Mixing
 from surgery.core.op import WHOLE, Op
@@ -93,6 +93,25 @@ def test_steps_are_the_merge_and_undo_takes_them_back(method: Method, op: Op):
     falls = step.falls()
     rises = torch.ones(OUT, IN, dtype=torch.bool) if falls is None else ~falls
     assert bool(torch.where(rises, higher >= merged, higher <= merged).all())
+
+
+@each_step
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_are_the_merge_of_tensors_of_any_dtype(method: Method, op: Op, dtype: torch.dtype):
+    w = torch.randn(OUT, IN).double()
+    p = told(method, op, w, trained(method.weighted(0.3), op, dtype))
+    step = method.weighted(0.3).steps(p, WHOLE, exact_product)
+    assert step is not None
+    assert same_bits(method.weighted(0.3).merge(Dense(w), p, WHOLE, exact_product).weight, step.apply(w))
+
+
+@each_step
+def test_plain_products_widen_nothing(method: Method, op: Op):
+    p = told(method, op, torch.randn(OUT, IN), trained(method, op, torch.float32))
+    step = method.steps(p, WHOLE, float_product)
+    assert step is not None
+    held = [values.dtype for values in p.values() if values.is_floating_point()]
+    assert step.values.dtype == max(held, key=lambda dtype: dtype.itemsize)
 
 
 @each_step
