@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from surgery.peft_names import OF_PEFT
+
 if TYPE_CHECKING:
     from surgery import testing
     from surgery.api.adalora import adalora_step, orthogonal_loss
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from surgery.api.made_adapters import combine, extract
     from surgery.api.pretrained import load_model, save_merged
     from surgery.api.running import disable_adapters, enable_adapters, mixed_batch, set_adapter
-    from surgery.core.config import AdapterConfig, TaskType
+    from surgery.core.config import AdapterConfig
+    from surgery.core.task import TaskType
     from surgery.errors import (
         AbsentError,
         CheckError,
@@ -117,7 +120,7 @@ _HOMES = {
     "ShiraConfig": "methods.shira",
     "StateError": "errors",
     "SurgeryError": "errors",
-    "TaskType": "core.config",
+    "TaskType": "core.task",
     "TrainableTokensConfig": "methods.trainable_tokens",
     "UnmergeReport": "procedures.writing.unmerge_checkpoint",
     "UsageError": "errors",
@@ -221,25 +224,11 @@ __all__ = [
     "verify_checkpoint",
 ]
 
-_OF_PEFT = {
-    "AutoPeftModel": "surgery.load_model(path)",
-    "AutoPeftModelForCausalLM": "surgery.load_model(path)",
-    "AutoPeftModelForSequenceClassification": "surgery.load_model(path)",
-    "PeftConfig": "surgery.LoraConfig, or the config of another method",
-    "PeftModel": "surgery.load(model, path)",
-    "PeftModelForCausalLM": "surgery.load(model, path)",
-    "get_peft_model": "surgery.inject(model, config)",
-    "get_peft_model_state_dict": "model.get_adapter_state_dict()",
-    "inject_adapter_in_model": "surgery.inject(model, config)",
-    "prepare_model_for_kbit_training": "surgery.inject(model, config), which takes quantized models as they are",
-    "set_peft_model_state_dict": "model.load_adapter(peft_config=config, adapter_state_dict=tensors)",
-}
-
 
 def __getattr__(name: str) -> Any:
     """Public names come from their files when they are first used: torch is not imported before."""
     if name not in __all__:
-        here = f"; what peft has so is here {_OF_PEFT[name]}" if name in _OF_PEFT else ""
+        here = f"; what peft has so is here {OF_PEFT[name]}" if name in OF_PEFT else ""
         raise AttributeError(f"module 'surgery' has no attribute {name!r}{here}", name=name)
     if name == "testing":
         return import_module("surgery.testing")

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from surgery.api.given import Adapters, Where, checkpoint, weighted
 from surgery.io.hub import local_path
 from surgery.procedures.making import combine as combining
-from surgery.procedures.making import extract as extraction
+from surgery.procedures.making import extract as extracting
+from surgery.procedures.making.changes import Extraction, Rest
 from surgery.procedures.making.combinations import Recipe
 from surgery.procedures.making.low_rank import Truncation
 
@@ -56,10 +57,10 @@ def extract(  # noqa: PLR0913  # three things and their options
     rank: int | None = None,
     energy: float | None = None,
     targets: Sequence[str] | None = None,
-    rest: extraction.Rest = "refuse",
+    rest: Rest = "refuse",
     ops: Mapping[str, str] | None = None,
     overwrite: bool = False,
-) -> extraction.ExtractReport:
+) -> extracting.ExtractReport:
     """Write what the checkpoint `tuned` has over `base` as a LoRA adapter to the new folder `out`, in PEFT's format.
 
     Each matrix that changed becomes about the best B A of at most `rank`, and of no higher rank than holds `energy`, a
@@ -87,6 +88,6 @@ def extract(  # noqa: PLR0913  # three things and their options
     >>> made.sites["0"].r, made.relative_error < 1e-5
     (1, True)
     """
-    wanted = extraction.Extraction(Truncation(rank, energy), targets, rest, ops or {})
+    wanted = Extraction(Truncation(rank, energy), targets, rest, ops or {})
     with checkpoint(base) as before, checkpoint(tuned) as after:
-        return extraction.extract(before, after, local_path(out), wanted, overwrite=overwrite)
+        return extracting.extract(before, after, local_path(out), wanted, overwrite=overwrite)

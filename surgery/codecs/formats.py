@@ -9,8 +9,8 @@ from surgery.codecs import FORMS
 from surgery.codecs.bnb4_fresh import BLOCKSIZE
 from surgery.codecs.fp8_block import BLOCK
 from surgery.codecs.int_groups import GROUP, WORD
-from surgery.core.arithmetic import round_once
 from surgery.core.codec import Codec, Headers, Packed, Settings, Shape, TiledCodec
+from surgery.core.rounding import round_once
 from surgery.errors import UsageError, printable
 
 # Formats that weights are read in, and are not made in.

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import round_once
 from surgery.core.codec import Codec, Headers, Packed, Settings, Shape
+from surgery.core.rounding import round_once
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,16 +1,15 @@
-"""Exact products and one rounding: the same bits for any tile, thread count or device.
+"""Exact products: the same bits for any tile, thread count or device.
 
 A factor is put on a power-of-two grid of 22 bits (a column of A, a row of B), so a product has at most
 44 bits and every float64 partial sum of up to 512 of them is exact, in whatever order it is taken.
 """
 
 import math
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from surgery.core.halves import farthest_apart, magnitude, with_low_half
+from surgery.core.halves import farthest_apart, magnitude
 from surgery.core.op import WHOLE, Tile
 from surgery.errors import ValueRangeError
 
@@ -19,20 +18,12 @@ BLOCK = 512  # terms whose sum is exact: 2 * 22 bits + 9 bits = 53
 EXPONENT_LIMIT = 450  # beyond it a product of two grid steps could leave float64's normal range
 
 
-def exact_product(B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0, *, fine: bool = False) -> Tensor:
+class Exact:
     """A tile of scaling * (B @ A) in float64, free of summation order; B is [out, r], A is [r, in], or stacks of such.
 
     The product differs from the ideal one by at most r * 2^-21 (if `fine` 2^-42) * max|A column| * max|B row|; scaling
     it is an operation of its own. Raises ValueRangeError where a factor is not finite or lies beyond 2^±450.
     """
-    return ExactProduct()(B, A, tile, scaling, fine=fine)
-
-
-class ExactProduct:
-    """`exact_product`, which keeps the factors' grids for as long as the next call brings the same memory."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0, *, fine: bool = False) -> Tensor:
         if fine:
@@ -44,6 +35,21 @@ class ExactProduct:
         # By a power of two a factor may be scaled in place of the product: nothing is rounded, and it is smaller.
         return _sum(B * scaling, A) if _only_shifts(scaling) else _sum(B, A).mul_(scaling)
 
+    def held(self, values: Tensor, role: str) -> Tensor:
+        """In float64. ValueRangeError for what no merge can be made with."""
+        require_finite(values, role)
+        return exact_float64(values)
+
+    def _on_grid(self, factor: Tensor, along: int) -> Tensor:
+        return on_grid(factor, along)
+
+
+class ExactProduct(Exact):
+    """The same, which keeps the factors' grids for as long as the next call brings the same memory."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
     def _on_grid(self, factor: Tensor, along: int) -> Tensor:
         kept = self._kept.get(along)
         if kept is None or memory_of(kept[0]) != memory_of(factor):
@@ -51,10 +57,18 @@ class ExactProduct:
         return kept[1]
 
 
-def float_product(B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0, *, fine: bool = False) -> Tensor:  # noqa: ARG001  # one way
+class Plain:
     """The same in the factors' own dtype, differentiable."""
-    rows, columns = tile
-    return (B[..., rows, :] @ A[..., columns]).mul_(scaling)
+
+    def __call__(self, B: Tensor, A: Tensor, tile: Tile = WHOLE, scaling: float = 1.0, *, fine: bool = False) -> Tensor:  # noqa: ARG002  # one way
+        rows, columns = tile
+        return (B[..., rows, :] @ A[..., columns]).mul_(scaling)
+
+    def held(self, values: Tensor, role: str) -> Tensor:  # noqa: ARG002  # of what is wrong the outputs tell
+        return values
+
+
+exact_product, float_product = Exact(), Plain()
 
 
 def factor_bytes(shape: tuple[int, int], r: int) -> int:
@@ -144,63 +158,6 @@ def exact_float64(values: Tensor) -> Tensor:
     return values.to(torch.float64)
 
 
-def round_once(acc: Tensor, dtype: torch.dtype) -> Tensor:
-    """`acc` (float64) rounded once to `dtype`, to nearest, ties to even."""
-    return rounding(acc, dtype).values
-
-
-class Rounding(NamedTuple):
-    """Values rounded once; and of a half type, flat positions among which are all that float32 takes for ties."""
-
-    values: Tensor
-    near_ties: Tensor | None = None
-
-
-def rounding(acc: Tensor, dtype: torch.dtype) -> Rounding:
-    """As `round_once`.
-
-    torch converts float64 to a half type by way of float32 and so rounds twice. That errs only where the
-    float32 value is a tie of the half type; there it is moved one step towards `acc` before.
-    """
-    acc = acc.contiguous()  # below, bits are changed through views
-    if dtype in (torch.float64, torch.float32):
-        return Rounding(acc.to(dtype))
-    if dtype not in _TIE:
-        raise ValueRangeError(f"cannot round to {dtype}; float64, float32, bfloat16 and float16 can be merged")
-    single = acc.to(torch.float32)
-    bits = single.view(torch.int32).flatten()
-    where = _suspects(bits, dtype)
-    if where.numel():
-        _nudge(bits, acc.flatten(), single.flatten(), where)
-    return Rounding(single.to(dtype), where)
-
-
-def _suspects(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Flat positions of the float32 `bits` that may be a tie of a half type."""
-    mask, tie = _TIE[dtype]
-    if mask == 0xFFFF and bits.device.type == "cpu":
-        return with_low_half(bits, tie)
-    values: Any = bits.numpy() if bits.device.type == "cpu" else bits  # numpy compares four times as fast as torch
-    suspect = (values & mask) == tie
-    if dtype == torch.float16:  # subnormal results have their ties elsewhere; a nudge is harmless there
-        suspect |= (values & 0x7FFF_FFFF) < _SMALLEST_NORMAL
-    found = suspect.nonzero()
-    where = torch.from_numpy(found[0]) if isinstance(found, tuple) else found.squeeze(1)
-    return where[(bits[where] & 1) == 0]
-
-
-_TIE = {torch.bfloat16: (0xFFFF, 0x8000), torch.float16: (0x1FFF, 0x1000)}
-_SMALLEST_NORMAL = 0x3880_0000  # of float16, as float32 bits: 2^-14
-
-
-def _nudge(bits: Tensor, acc: Tensor, single: Tensor, where: Tensor) -> None:
-    """Move `single` one float32 step towards `acc` where they differ; `bits` is its own memory."""
-    exact, near = acc[where], single[where].to(torch.float64)
-    step = torch.where(exact.abs() > near.abs(), 1, -1)
-    step = torch.where((exact == near) | ~torch.isfinite(near), 0, step)
-    bits[where] += step.to(torch.int32)
-
-
 def tree_sum(values: Tensor) -> float:
     """The sum of flat float64 values, by halves added elementwise: the same bits on any machine, by any threads."""
     while values.numel() > 1:
@@ -243,17 +200,3 @@ def largest_change(a: Tensor, b: Tensor) -> float:
     wide = torch.float32 if max(a.itemsize, b.itemsize) == 2 else torch.float64
     lowest, largest = torch.aminmax(a.to(wide, copy=True).sub_(b.to(wide)))
     return max(-float(lowest), float(largest))
-
-
-def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The spacing of `dtype` at each of `values` (float64): the step to the next magnitude."""
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(values.abs()).exponent.to(torch.int64)
-    bits = _PRECISION[dtype]
-    lowest = torch.frexp(torch.tensor(info.tiny, dtype=torch.float64)).exponent.to(exponent)
-    exponent = torch.where(values == 0, lowest, exponent)
-    exponent = torch.maximum(exponent, lowest) - bits
-    return power_of_two(torch.clamp(exponent, min=-1022))
-
-
-_PRECISION = {torch.float64: 53, torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}

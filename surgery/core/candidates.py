@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import round_once
 from surgery.core.elementwise import Elementwise, Scale
 from surgery.core.halves import magnitude, places
+from surgery.core.rounding import round_once
 
 _INTEGER = {
     torch.float64: torch.int64,

@@ -3,8 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
-from enum import StrEnum
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -13,35 +11,13 @@ from torch import Tensor
 from surgery.core.field_checks import check_layers, check_names, check_pattern
 from surgery.core.method import Method, Params
 from surgery.core.patterns import PatternTable
-from surgery.core.peft_fields import PROVENANCE, OfFields, as_json
+from surgery.core.peft_fields import OfFields, as_json
 from surgery.core.site import Site
 from surgery.core.starter import Held, Starter
+from surgery.core.task import TASK_HEADS
 from surgery.errors import ConfigError, FormatError, printable, quoted
 
 Where = str | PathLike[str]
-
-
-class TaskType(StrEnum):
-    """What a model with an adapter is for, as PEFT names it: `task_type` of a config takes these, or their names.
-
-    >>> TaskType.CAUSAL_LM == "CAUSAL_LM"
-    True
-    """
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-# What PEFT itself puts into modules_to_save for a task, whether or not the model has it.
-TASK_HEADS: Mapping[str, frozenset[str]] = {
-    "SEQ_CLS": frozenset({"classifier", "score"}),
-    "TOKEN_CLS": frozenset({"classifier", "score"}),
-    "QUESTION_ANS": frozenset({"qa_outputs"}),
-}
 
 
 class Spelling(NamedTuple):
@@ -246,21 +222,9 @@ class AdapterConfig(ABC, metaclass=OfFields):
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str = "adapter_config.json") -> Self:
         """The config that `data` spells. FormatError for a field that changes the maths in a way we lack."""
-        own = cls.own()
-        for name, value in data.items():
-            if name in own or name in PROVENANCE:
-                continue
-            if name not in cls.neutral:
-                near = get_close_matches(name[:64], sorted(own), n=1)
-                raise FormatError(
-                    f"{where}: unknown field {quoted(name)}; it may change the maths, so it is refused; "
-                    f"{f'is {near[0]} meant? ' if near else ''}remove it if it changes nothing"
-                )
-            why = cls.refusal(name, value)
-            if why:
-                raise FormatError(f"{where}: {name} is {quoted(value)}; {why}")
+        cls.check_known(data, where)
         try:
-            return cls(**{name: value for name, value in data.items() if name in own})
+            return cls(**{name: value for name, value in data.items() if name in cls.own()})
         except ConfigError as error:
             raise FormatError(f"{where}: {error}") from error
         except (TypeError, AttributeError) as error:

@@ -2,30 +2,42 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from surgery.core.elementwise import chained
 from surgery.core.method import Dense, Method, Params, Product
 from surgery.core.op import WHOLE
 from surgery.core.site import Site
 from surgery.errors import MatchError, printable
 
+Layers = Sequence[tuple[Method, Params]]  # in their order; each with all that it has to be told
 
-def layered(base: Dense, layers: Sequence[tuple[Method, Params]], site: Site, product: Product) -> Dense:
-    """The whole base with these in it, in their order; each with all that it has to be told."""
-    dense = base
+
+def layered(base: Dense, layers: Layers, site: Site, product: Product) -> Dense:
+    """The whole base with these in it."""
+    if any(method.of_base for method, _ in layers[1:]):
+        return Dense(_by_steps(base.weight, layers, site, product), _bias(base.bias, layers, product))
     for method, p in layers:
-        dense = method.merge(dense, p, WHOLE, product)
-    if not any(method.of_base for method, _ in layers[1:]):
-        return dense
-    weight, steps = base.weight, []
-    for method, p in layers:
-        step = method.steps(p, WHOLE, product)
-        if step is None:
-            refuse_over([one for one, _ in layers], site)
-            return dense
-        steps.append(step)
-    for step in chained(steps):
+        base = method.merge(base, p, WHOLE, product)
+    return base
+
+
+def _by_steps(weight: Tensor, layers: Layers, site: Site, product: Product) -> Tensor:
+    steps = [method.steps(p, WHOLE, product) for method, p in layers]
+    if any(one is None for one in steps):
+        refuse_over([one for one, _ in layers], site)
+    for step in chained([one for one in steps if one is not None]):
         weight = step.apply(weight)
-    return dense._replace(weight=weight)
+    return weight
+
+
+def _bias(bias: Tensor | None, layers: Layers, product: Product) -> Tensor | None:
+    """[out]"""
+    for method, p in layers:
+        on_bias = method.for_bias()
+        if on_bias is not None and bias is not None:
+            bias = on_bias.merge(Dense(bias.unsqueeze(1)), p, WHOLE, product).weight.squeeze(1)
+    return bias
 
 
 def refuse_over(methods: Sequence[Method], site: Site) -> None:

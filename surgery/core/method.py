@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -19,6 +19,10 @@ class Product(Protocol):
     """B [out, r], A [r, in], or stacks of such -> the tile of scaling * (B @ A); `fine` to more than float32 tells."""
 
     def __call__(self, B: Tensor, A: Tensor, tile: Tile, scaling: float, /, *, fine: bool = False) -> Tensor: ...
+
+    def held(self, values: Tensor, role: str, /) -> Tensor:
+        """Numbers of an adapter as it takes factors, for what is made of them without a product."""
+        ...
 
 
 class Dense(NamedTuple):
@@ -153,15 +157,12 @@ class Method(ABC):
     @abstractmethod
     def spread(self, p: Params, tile: Tile) -> Tensor:
         """[out, in] of the tile, or what broadcasts over it: how far two correct merges in the factors' dtype may
-        lie apart, beyond what rounding their outcomes explains."""
+        lie apart, beyond what rounding their outcomes explains, whatever the base is."""
 
-    def relative_spread(self, p: Params, tile: Tile) -> Tensor | float:  # noqa: ARG002  # most have none
-        """The same in proportion to the outcome, besides."""
-        return 0.0
-
-    def base_spread(self, p: Params, tile: Tile, dtype: torch.dtype) -> Tensor | float:  # noqa: ARG002  # as above
-        """The same in proportion to the base, besides; of merges that hold in `dtype` what they multiply it with."""
-        return 0.0
+    def spread_over(self, base: Tensor, outcome: Tensor, p: Params, tile: Tile, dtype: torch.dtype) -> Tensor:  # noqa: ARG002  # most depend on neither
+        """The same, with what is in proportion to the base or the outcome, which are of the tile; of merges that hold
+        in `dtype` what they multiply the base with."""
+        return self.spread(p, tile)
 
     @abstractmethod
     def settings(self) -> Mapping[str, str]:
@@ -199,6 +200,19 @@ class Additive(Method):
 
     def weighted(self, weight: float) -> Self:
         return replace(self, scaling=self.scaling * weight)
+
+
+@dataclass(frozen=True)
+class AtStrength(Method):
+    """One that at another strength than 1 goes so much of the way from the base to its merge."""
+
+    strength: float = field(default=1.0, kw_only=True)
+
+    def settings(self) -> Mapping[str, str]:
+        return {"strength": self.strength.hex()}
+
+    def weighted(self, weight: float) -> Self:
+        return replace(self, strength=self.strength * weight)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from abc import ABCMeta
 from collections.abc import Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from inspect import Signature, signature
 from typing import Any
 
 from surgery.core.patterns import PatternTable
-from surgery.errors import ConfigError
+from surgery.errors import ConfigError, FormatError, quoted
 
 # Fields that say where a file came from. They change no number, so any value is carried.
 PROVENANCE = frozenset({"auto_mapping", "peft_type", "peft_version", "runtime_config"})
@@ -44,6 +45,21 @@ class OfFields(ABCMeta):
             return ""
         default = f"only {cls.neutral[name]!r} is supported; merge this adapter with the tool that made it"
         return cls.reasons.get(name, default)
+
+    def check_known(cls, data: Mapping[str, Any], where: str) -> None:
+        """FormatError for a field of `data` that is not known, or has a value that is not served."""
+        own = cls.own()
+        for name, value in data.items():
+            if name in own or name in PROVENANCE:
+                continue
+            if name not in cls.neutral:
+                near = get_close_matches(name[:64], sorted(own), n=1)
+                raise FormatError(
+                    f"{where}: unknown field {quoted(name)}; it may change the maths, so it is refused; "
+                    f"{f'is {near[0]} meant? ' if near else ''}remove it if it changes nothing"
+                )
+            if why := cls.refusal(name, value):
+                raise FormatError(f"{where}: {name} is {quoted(value)}; {why}")
 
 
 def as_json(value: Any) -> Any:

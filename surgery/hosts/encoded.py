@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from surgery.codecs import FORMS, codec_of, cut
-from surgery.core.arithmetic import all_finite, round_once
+from surgery.core.arithmetic import all_finite
 from surgery.core.codec import Codec, Headers, Packed, Settings, TiledCodec, as_stored
 from surgery.core.feedback import Feedback
+from surgery.core.rounding import round_once
 from surgery.core.site import CODES, Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source, row_tiles
 from surgery.errors import ConfigError, ValueRangeError, printable

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from surgery.codecs import codec_of
 from surgery.core.adapter import Started
-from surgery.core.arithmetic import Rounding, all_finite, rounding
+from surgery.core.arithmetic import all_finite
 from surgery.core.as_peft import PeftMerge
 from surgery.core.codec import Packed
 from surgery.core.elementwise import Elementwise
 from surgery.core.feedback import Feedback
 from surgery.core.method import Dense
+from surgery.core.rounding import Rounding, rounding
 from surgery.core.site import Site
 from surgery.core.source import Source
 from surgery.core.undo import accumulate_onto

@@ -6,8 +6,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from surgery.core.arithmetic import exact_product, float_product, round_once
+from surgery.core.arithmetic import exact_product, float_product
 from surgery.core.method import Dense, Product
+from surgery.core.rounding import round_once
 
 
 class Holding(Protocol):

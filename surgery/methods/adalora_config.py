@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import Spelling
 from surgery.core.method import Params
 from surgery.errors import ConfigError, printable, quoted
 from surgery.methods.adalora import BESIDE_RANK, AdaLora
-from surgery.methods.field_values import check_bias, check_count
+from surgery.methods.bias_config import BiasConfig
+from surgery.methods.field_values import check_count
 from surgery.methods.lora_fields import NEUTRAL, REASONS, Bias
 
 _COUNTS: Mapping[str, int] = {"r": 0, "init_r": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
@@ -47,7 +48,7 @@ _NEUTRAL = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoraConfig(AdapterConfig):
+class AdaLoraConfig(BiasConfig):
     """AdaLoRA's settings, named as in PEFT: W + scaling * B (E * A), of A [r, in], E [r, 1] and B [out, r].
 
     Up to step `tinit` all ranks are `init_r`; at step `total_step - tfinal` they are `target_r` on average; in
@@ -60,6 +61,7 @@ class AdaLoraConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
+    bias_of_adapted = "lora_only"
     spellings: ClassVar[Mapping[str, Spelling]] = {f"lora_{role}": Spelling(role) for role in "AEB"}
     neutral: ClassVar[Mapping[str, Any]] = _NEUTRAL
     reasons: ClassVar[Mapping[str, str]] = REASONS
@@ -88,10 +90,6 @@ class AdaLoraConfig(AdapterConfig):
                 check_count(field, getattr(self, field), lowest)
         for field in _NUMBERS:
             _check_number(field, getattr(self, field))
-        check_bias(self.bias)
-
-    def biases(self) -> str:
-        return self.bias
 
     def told(self, name: str) -> Mapping[str, float]:
         return {"r": self.method(name).r, "lora_alpha": self.lora_alpha}

@@ -1,8 +1,8 @@
 """BEFT: a vector added to a layer's bias, bias + b, and nothing else. https://arxiv.org/abs/2509.15974"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from surgery.core.as_peft import AsPeft
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.elementwise import Scale
-from surgery.core.method import Dense, Method, Params, Product, Run, Spec
+from surgery.core.method import AtStrength, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.errors import MatchError, printable
@@ -40,11 +40,10 @@ class BeftConfig(AdapterConfig):
 
 
 @dataclass(frozen=True)
-class Beft(Method, AsPeft):
+class Beft(AtStrength, AsPeft):
     """b is [1, out]; at another strength so much of it is added."""
 
     zeros: bool = True
-    strength: float = 1.0
 
     name = "BEFT"
     couples = frozenset()
@@ -71,7 +70,7 @@ class Beft(Method, AsPeft):
         return base._replace(bias=self.for_bias().merge(column, p, tile, product).weight.squeeze(1))
 
     def steps(self, p: Params, tile: Tile, product: Product) -> Scale:  # noqa: ARG002  # the weight stays
-        return Scale(torch.ones(1, 1, dtype=torch.float64, device=p["b"].device))
+        return Scale(torch.ones_like(product.held(p["b"][:1, :1], "b")))
 
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:  # noqa: ARG002  # the weight stays
         return stored
@@ -84,12 +83,6 @@ class Beft(Method, AsPeft):
 
     def spread(self, p: Params, tile: Tile) -> Tensor:  # noqa: ARG002  # of the weight, which stays
         return torch.zeros(1, 1, dtype=torch.float64)
-
-    def settings(self) -> Mapping[str, str]:
-        return {"strength": self.strength.hex()}
-
-    def weighted(self, weight: float) -> Self:
-        return replace(self, strength=self.strength * weight)
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
         b = p["b"].flatten()

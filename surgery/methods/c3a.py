@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import divided, exact_float64
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import Spelling
 from surgery.core.elementwise import Shift
 from surgery.core.method import Dense, Params, Product, Run, Spec
 from surgery.core.one_step import may_be_one_step
@@ -18,8 +18,9 @@ from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.acts_on import only_linear
+from surgery.methods.bias_config import BiasConfig
 from surgery.methods.circular import Circular, circular
-from surgery.methods.field_values import check_bias, check_count, check_counts
+from surgery.methods.field_values import check_count, check_counts
 from surgery.methods.placed import Placed
 
 Drawn = Literal["gaussian", "kaiming_uniform", "xavier_uniform"]
@@ -27,7 +28,7 @@ Bias = Literal["none", "all", "c3a_only"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class C3AConfig(AdapterConfig):
+class C3AConfig(BiasConfig):
     """C3A's settings, named as in PEFT: kernels [out / block_size, in / block_size, block_size] of circulant blocks.
 
     The block size divides the inputs and outputs of each layer. A fresh adapter changes the outputs, as in PEFT,
@@ -39,6 +40,7 @@ class C3AConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "C3A"
+    bias_of_adapted = "c3a_only"
     spellings: ClassVar[Mapping[str, Spelling]] = {"c3a_kernel": Spelling("w")}
     neutral: ClassVar[Mapping[str, Any]] = {}
     unwritten = frozenset({"exclude_modules"})
@@ -57,14 +59,10 @@ class C3AConfig(AdapterConfig):
         if not isinstance(self.init_weights, bool) and self.init_weights not in get_args(Drawn):
             wanted = ", ".join(map(repr, get_args(Drawn)))
             raise ConfigError(f"init_weights is {quoted(self.init_weights)}; true, false, {wanted} is wanted")
-        check_bias(self.bias, "c3a_only")
 
     def method(self, name: str) -> "C3A":
         drawn = None if self.init_weights is True else self.init_weights or "xavier_uniform"
         return C3A(1.0, pattern_value(self.block_size_pattern, name, self.block_size), drawn)
-
-    def biases(self) -> str:
-        return self.bias
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import Spelling
 from surgery.core.select import pattern_value
+from surgery.methods.bias_config import BiasConfig
 from surgery.methods.delora import Delora
 from surgery.methods.field_values import (
-    check_bias,
     check_count,
     check_counts,
     check_dropout,
@@ -20,7 +20,7 @@ Bias = Literal["none", "all", "delora_only"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeloraConfig(AdapterConfig):
+class DeloraConfig(BiasConfig):
     """DeLoRA's settings, named as in PEFT: W + B D A * w, of A [r, in], B [out, r] and D = lambda / r / (|A_i| |B_i|).
 
     `delora_lambda` is what lambda begins as, a number that is trained; w [in] holds the norms of the inputs of W as it
@@ -31,6 +31,7 @@ class DeloraConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "DELORA"
+    bias_of_adapted = "delora_only"
     spellings: ClassVar[Mapping[str, Spelling]] = {
         "delora_A": Spelling("A"),
         "delora_B": Spelling("B"),
@@ -52,12 +53,8 @@ class DeloraConfig(AdapterConfig):
         check_count("r", self.r)
         check_number("delora_lambda", self.delora_lambda)
         check_dropout("module_dropout", self.module_dropout)
-        check_bias(self.bias, "delora_only")
         check_counts("rank_pattern", self.rank_pattern or {})
         check_numbers("lambda_pattern", self.lambda_pattern or {})
-
-    def biases(self) -> str:
-        return self.bias
 
     def told(self, name: str) -> Mapping[str, float]:
         return {"r": self.method(name).r}

@@ -1,8 +1,7 @@
 """DoRA: m * V / |V| for V = W + scaling * B A, a norm for each output. https://arxiv.org/abs/2402.09353"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64, exact_product, require_finite
 from surgery.core.elementwise import Affine
-from surgery.core.method import Dense, Method, Params, Product, Run, Spec
+from surgery.core.method import AtStrength, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
 from surgery.core.source import TILE_ELEMENTS, row_tiles
@@ -24,7 +23,7 @@ _LEAST, _SMALLEST = 2.0**-1022, 2.0**-800  # of a square that counts, of a sum t
 
 
 @dataclass(frozen=True)
-class Dora(Method):
+class Dora(AtStrength):
     """A and B are LoRA's, m is [out], or [1, out, 1, ...] over a convolution. The norm counts as a constant: no
     gradient passes through it.
 
@@ -34,7 +33,6 @@ class Dora(Method):
 
     lora: Lora  # without dropout
     dropout: float = 0.0
-    strength: float = 1.0
 
     name = "DoRA"
     couples = frozenset({"in"})
@@ -102,7 +100,7 @@ class Dora(Method):
     def spread(self, p: Params, tile: Tile) -> Tensor:
         return abs(self.strength) * self._factor(p, tile).abs() * self.lora.spread(p, tile)
 
-    def relative_spread(self, p: Params, tile: Tile) -> Tensor:
+    def spread_over(self, base: Tensor, outcome: Tensor, p: Params, tile: Tile, dtype: torch.dtype) -> Tensor:  # noqa: ARG002  # as others'
         # Of the norm: a sum of squares in any order, halved by the root; what the elements of V are off by; and four
         # roundings, of V, of the norm, of the quotient and of the product.
         A, B = exact_float64(p["A"]), exact_float64(p["B"][tile[0]]).abs()
@@ -112,13 +110,10 @@ class Dora(Method):
         off = abs(self.lora.scaling) * (grid + (self.lora.r + 1) * unit * (B @ A.square().sum(1).sqrt()))
         norm = p["norm"][tile[0]]
         relative = (A.shape[1] / 2 + 2) * exact + 4 * unit + off / norm.clamp(min=_LEAST)
-        return abs(self.strength) * relative.unsqueeze(1)  # [out, 1]
+        return self.spread(p, tile) + abs(self.strength) * relative.unsqueeze(1) * outcome.abs()
 
     def settings(self) -> Mapping[str, str]:
-        return {**self.lora.settings(), "strength": self.strength.hex()}
-
-    def weighted(self, weight: float) -> Self:
-        return replace(self, strength=self.strength * weight)
+        return {**self.lora.settings(), **super().settings()}
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         weight, bias = run.base().weight, run.bias()

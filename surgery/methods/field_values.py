@@ -8,7 +8,7 @@ from surgery.errors import ConfigError, printable, quoted
 _LARGEST = sys.float_info.max  # NaN compares false to it, and a whole number of any length can be compared
 
 
-def check_bias(value: object, of_adapted: str = "lora_only") -> None:
+def check_bias(value: object, of_adapted: str) -> None:
     """ConfigError for what says nothing of which biases are trained; PEFT has a word for each method."""
     if value not in ("none", "all", of_adapted):
         raise ConfigError(f"bias is {quoted(value)}; 'none', 'all' or '{of_adapted}' is wanted")

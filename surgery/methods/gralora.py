@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods.acts_on import only_linear_or_conv1d
-from surgery.methods.field_values import check_bias, check_count, check_dropout, check_number
+from surgery.methods.bias_config import BiasConfig
+from surgery.methods.field_values import check_count, check_dropout, check_number
 from surgery.methods.kaiming import kaiming
 from surgery.methods.spreads import product_spread, unit_of
 
@@ -27,7 +28,7 @@ Bias = Literal["none", "all", "gralora_only"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraloraConfig(AdapterConfig):
+class GraloraConfig(BiasConfig):
     """GraLoRA's settings, named as in PEFT: W + scaling * D, of k x k blocks with a product of rank r / k each.
 
     A is [k, in / k, r], B is [k, r, out / k]; both count as many numbers as a LoRA's of rank `r`. With `hybrid_r` there
@@ -38,6 +39,7 @@ class GraloraConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "GRALORA"
+    bias_of_adapted = "gralora_only"
     spellings: ClassVar[Mapping[str, Spelling]] = {
         "gralora_A": Spelling("A"),
         "gralora_B": Spelling("B"),
@@ -65,10 +67,6 @@ class GraloraConfig(AdapterConfig):
         check_dropout("gralora_dropout", self.gralora_dropout)
         if self.r % self.gralora_k:
             raise ConfigError(f"r is {self.r}; it must be a multiple of gralora_k, {self.gralora_k}")
-        check_bias(self.bias, "gralora_only")
-
-    def biases(self) -> str:
-        return self.bias
 
     def endings(self) -> Mapping[str, Spelling]:
         return {end: one for end, one in self.spellings.items() if self.hybrid_r or not one.role.endswith("general")}

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64, ulp
+from surgery.core.arithmetic import exact_float64
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.elementwise import Growth
-from surgery.core.method import Dense, Method, Params, Product, Run, Spec
+from surgery.core.method import AtStrength, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, is_many
+from surgery.core.rounding import ulp
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable, quoted
@@ -72,7 +73,7 @@ class HiraConfig(AdapterConfig):
 
 
 @dataclass(frozen=True)
-class Hira(Method):
+class Hira(AtStrength):
     """A is [r, in], B is [out, r]; over a convolution [r, channels, *kernel] and [out, r, 1, ...].
 
     Over other adapters it adds to what they have made what it makes of the base, as several of its kind do in PEFT.
@@ -81,7 +82,6 @@ class Hira(Method):
     r: int
     dropout: float = 0.0
     start: Init = True
-    strength: float = 1.0
 
     name = "HiRA"
     of_base = True
@@ -128,18 +128,13 @@ class Hira(Method):
     def spread(self, p: Params, tile: Tile) -> Tensor:
         return torch.zeros_like(p["A"][:1, tile[1]], dtype=torch.float64)  # all is in proportion to the base
 
-    def base_spread(self, p: Params, tile: Tile, dtype: torch.dtype) -> Tensor:
+    def spread_over(self, base: Tensor, outcome: Tensor, p: Params, tile: Tile, dtype: torch.dtype) -> Tensor:  # noqa: ARG002  # as others'
         # As LoRA's, and half an ulp of B A in the weight's dtype. PEFT adds two such up before it multiplies: their
         # sum, of twice the larger at most, is off by an ulp of that more.
         A, B = exact_float64(p["A"][:, tile[1]]), exact_float64(p["B"][tile[0]])
         moved = self.strength * (B @ A)  # [out, in]
-        return abs(self.strength) * product_spread(B, A, unit_of(p["A"], p["B"])) + 1.5 * ulp(moved, dtype)
-
-    def settings(self) -> Mapping[str, str]:
-        return {"strength": self.strength.hex()}
-
-    def weighted(self, weight: float) -> Self:
-        return replace(self, strength=self.strength * weight)
+        off = abs(self.strength) * product_spread(B, A, unit_of(p["A"], p["B"])) + 1.5 * ulp(moved, dtype)
+        return off * base.abs()
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         A, B = p["A"].flatten(1), p["B"].flatten(1)

@@ -1,21 +1,22 @@
 """HRA: W H, for H = H_1 ... H_r of reflections H_i = I - 2 u_i u_i^T / |u_i|^2. https://arxiv.org/abs/2405.17484"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import all_finite, exact_float64, require_finite
-from surgery.core.config import AdapterConfig, Spelling
-from surgery.core.method import Dense, Mixing, Params, Product, Run, Spec
+from surgery.core.config import Spelling
+from surgery.core.method import AtStrength, Dense, Mixing, Params, Product, Run, Spec
 from surgery.core.op import WHOLE, Op, Tile
 from surgery.core.site import Site
 from surgery.core.sums import row_sums
 from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
-from surgery.methods.field_values import check_bias, check_count
+from surgery.methods.bias_config import BiasConfig
+from surgery.methods.field_values import check_count
 from surgery.methods.kaiming import kaiming
 from surgery.methods.rotations import FINE, inverse, times
 from surgery.methods.spreads import unit_of
@@ -27,7 +28,7 @@ _SURE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class HRAConfig(AdapterConfig):
+class HRAConfig(BiasConfig):
     """HRA's settings, named as in PEFT: `r` reflections of a layer's inputs, by vectors U [in, r].
 
     An even r starts with pairs of equal ones, which change nothing; an odd r, and `init_weights=False`, with random
@@ -38,6 +39,7 @@ class HRAConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "HRA"
+    bias_of_adapted = "hra_only"
     spellings: ClassVar[Mapping[str, Spelling]] = {"hra_u": Spelling("U")}
     neutral: ClassVar[Mapping[str, Any]] = {}
 
@@ -49,10 +51,6 @@ class HRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("r", self.r)
-        check_bias(self.bias, "hra_only")
-
-    def biases(self) -> str:
-        return self.bias
 
     def method(self, name: str) -> "Hra":  # noqa: ARG002  # all sites are alike
         return Hra(self.r, orthogonal=self.apply_GS, paired=self.init_weights and self.r % 2 == 0)
@@ -66,7 +64,7 @@ class HRAConfig(AdapterConfig):
 
 
 @dataclass(frozen=True)
-class Hra(Mixing):
+class Hra(AtStrength, Mixing):
     """U is [in, r]. Two reflections by equal vectors cancel to the bit.
 
     At another strength than 1 it goes so much of the way from the base to the merge.
@@ -75,7 +73,6 @@ class Hra(Mixing):
     r: int
     orthogonal: bool = False  # are the vectors made so first?
     paired: bool = True
-    strength: float = 1.0
 
     name = "HRA"
 
@@ -165,10 +162,7 @@ class Hra(Mixing):
 
     def settings(self) -> Mapping[str, str]:
         vectors = {"vectors": "orthogonal"} if self.orthogonal else {}
-        return {"r": str(self.r), **vectors, "strength": self.strength.hex()}
-
-    def weighted(self, weight: float) -> Self:
-        return replace(self, strength=self.strength * weight)
+        return {"r": str(self.r), **vectors, **super().settings()}
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
         U = p["U"].to(torch.promote_types(p["U"].dtype, torch.float32))

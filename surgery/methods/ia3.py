@@ -9,12 +9,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_float64, require_finite
 from surgery.core.as_peft import AsPeft
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.elementwise import Scale
 from surgery.core.field_checks import check_names, check_pattern
-from surgery.core.method import Dense, Method, Params, Product, Run, Spec
+from surgery.core.method import AtStrength, Dense, Params, Product, Run, Spec
 from surgery.core.names import Endings
 from surgery.core.op import Op, Tile
 from surgery.core.patterns import Budget
@@ -87,7 +86,7 @@ class IA3Config(AdapterConfig):
 
 
 @dataclass(frozen=True)
-class Ia3(Method, AsPeft):
+class Ia3(AtStrength, AsPeft):
     """l is [1, in] where it scales the input (`feedforward`), else [out, 1]; [1, channels, 1, ...] of a convolution.
 
     At another strength the factor is 1 + strength * (l - 1): so much of the way from the base to the merge.
@@ -95,7 +94,6 @@ class Ia3(Method, AsPeft):
 
     feedforward: bool
     ones: bool = True
-    strength: float = 1.0
 
     name = "IA3"
     couples = frozenset()
@@ -128,15 +126,14 @@ class Ia3(Method, AsPeft):
             role: (torch.ones if self.ones else torch.randn)(spec.shape) for role, spec in self.tensors(site).items()
         }
 
-    def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:  # noqa: ARG002  # no product in it
-        factor = self._factor(p, tile)
+    def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:
+        factor = self.steps(p, tile, product).values
         if base.bias is None or self.feedforward:
             return base._replace(weight=base.weight * factor)
         return Dense(base.weight * factor, base.bias * factor.flatten())
 
-    def steps(self, p: Params, tile: Tile, product: Product) -> Scale:  # noqa: ARG002  # no product in it
-        require_finite(p["l"], "l")
-        return Scale(self._factor({"l": exact_float64(p["l"])}, tile))
+    def steps(self, p: Params, tile: Tile, product: Product) -> Scale:
+        return Scale(self._factor({"l": product.held(p["l"], "l")}, tile))
 
     def merge_as_peft(self, stored: Tensor, p: Params, site: Site, safe: bool) -> Tensor:  # noqa: ARG002  # one way
         return (stored * site.acting.stored(self.matrices(p, site)["l"])).to(stored.dtype)
@@ -151,10 +148,7 @@ class Ia3(Method, AsPeft):
         return torch.zeros_like(self._factor(p, tile), dtype=torch.float64)  # one product, rounded with the outcome
 
     def settings(self) -> Mapping[str, str]:
-        return {"scales": "input" if self.feedforward else "output", "strength": self.strength.hex()}
-
-    def weighted(self, weight: float) -> Self:
-        return replace(self, strength=self.strength * weight)
+        return {"scales": "input" if self.feedforward else "output", **super().settings()}
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
         factor = self._strong(p["l"])

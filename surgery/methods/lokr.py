@@ -10,7 +10,7 @@ from math import isqrt, prod
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_product
+from surgery.core.arithmetic import exact_product, float_product
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
@@ -23,7 +23,6 @@ from surgery.methods.lycoris import (
     factor,
     factor_spread,
     is_tucker,
-    plain_product,
 )
 from surgery.methods.spreads import unit_of
 
@@ -135,7 +134,7 @@ def _dense(p: Params, op: Op) -> Tensor:
     """The delta before its scaling, [out, in], in the factors' dtype."""
     held = dict(as_matrices(p)) | ({"w2": p["w2"]} if _is_second_first(p, op) else {})
     first, second = _rows_of(held, slice(None))
-    return _outer(factor(held, "1", first, plain_product), factor(held, "2", second, plain_product))
+    return _outer(factor(held, "1", first, float_product), factor(held, "2", second, float_product))
 
 
 def _moved(x: Tensor, op: Op, p: Params) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_float64, require_finite
+from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
 from surgery.core.elementwise import Shift
 from surgery.core.method import Additive, Dense, Method, Params, Product, Run, Spec
@@ -98,9 +98,8 @@ class Offset(Additive, AsPeft):
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # as others'
         return {"b": torch.zeros(site.shape[0])}
 
-    def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:  # noqa: ARG002  # no product in it
-        require_finite(p["b"], "b")
-        return (exact_float64(p["b"].flatten()[tile[0]]) * self.scaling).unsqueeze(1)
+    def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
+        return (product.held(p["b"].flatten()[tile[0]], "b") * self.scaling).unsqueeze(1)
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # One product, rounded.

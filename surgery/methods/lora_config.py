@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import Spelling
 from surgery.core.field_checks import check_names
 from surgery.core.method import Params
 from surgery.core.names import suffix_hits
@@ -14,10 +14,10 @@ from surgery.core.site import Site
 from surgery.core.starter import Held, Starter
 from surgery.errors import ConfigError, printable
 from surgery.methods.bd_lora import BdLora, blocks_of, check_blocks
+from surgery.methods.bias_config import BiasConfig
 from surgery.methods.dora import Dora
 from surgery.methods.eva import Eva, is_settled, patterns_of
 from surgery.methods.field_values import (
-    check_bias,
     check_count,
     check_counts,
     check_dropout,
@@ -45,7 +45,7 @@ from surgery.methods.token_rows import TokenRows
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(AdapterConfig):
+class LoraConfig(BiasConfig):
     """LoRA's settings, named as in PEFT: W + scaling * B A, of A [r, in] and B [out, r].
 
     The scaling is lora_alpha / r, or with `use_rslora` lora_alpha / sqrt(r). docs/adapters.md tells of each field.
@@ -56,6 +56,7 @@ class LoraConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    bias_of_adapted = "lora_only"
     spellings: ClassVar[Mapping[str, Spelling]] = {
         "lora_A.weight": Spelling("A"),
         "lora_B.weight": Spelling("B"),
@@ -98,7 +99,6 @@ class LoraConfig(AdapterConfig):
         check_number("lora_alpha", self.lora_alpha)
         check_dropout("lora_dropout", self.lora_dropout)
         check_init(self.init_lora_weights)
-        check_bias(self.bias)
         check_blocks(self.use_bdlora)
         check_group(self.qalora_group_size)
         check_ranges(self.layer_replication)
@@ -169,9 +169,6 @@ class LoraConfig(AdapterConfig):
 
     def told(self, name: str) -> Mapping[str, float]:
         return dict(zip(("r", "lora_alpha"), self._numbers(name), strict=True))
-
-    def biases(self) -> str:
-        return self.bias
 
     def parameters(self) -> Sequence[str]:
         return self.target_parameters or ()

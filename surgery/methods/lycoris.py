@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_float64, require_finite
+from surgery.core.arithmetic import exact_float64
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params, Product
-from surgery.core.op import WHOLE, Tile
+from surgery.core.op import WHOLE
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import MatchError, printable
@@ -102,24 +102,12 @@ def as_matrices(p: Params) -> Params:
 def factor(p: Params, one: str, rows: Rows, product: Product) -> Tensor:
     """Rows of w1 or w2 (`one` is "1" or "2"), [rows, in]: w, or a b, or by Tucker's form a t b in each place."""
     if f"w{one}" in p:
-        whole = p[f"w{one}"][rows]
-        return whole if product is plain_product else _wide(whole, f"w{one}")
+        return product.held(p[f"w{one}"][rows], f"w{one}")
     a, b, t = p[f"w{one}_a"][rows], p[f"w{one}_b"], p.get(f"t{one}")
     if t is None:
         return product(a, b, WHOLE, 1.0)
     mixed = by_place(product(a, t, WHOLE, 1.0), len(b))
     return over_places(product(mixed, b, WHOLE, 1.0), len(a))
-
-
-def plain_product(B: Tensor, A: Tensor, tile: Tile, scaling: float, *, fine: bool = False) -> Tensor:  # noqa: ARG001  # as others'
-    """B A of the whole, unscaled, in the factors' own dtype: for a branch, which scales later."""
-    return B @ A
-
-
-def _wide(values: Tensor, role: str) -> Tensor:
-    """In float64; ValueRangeError for what no merge can be made with."""
-    require_finite(values, role)
-    return exact_float64(values)
 
 
 def by_place(mixed: Tensor, r: int) -> Tensor:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import Spelling
 from surgery.core.method import Dense, Params, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.acts_on import only_linear
-from surgery.methods.field_values import check_bias, check_count, check_dropout
+from surgery.methods.bias_config import BiasConfig
+from surgery.methods.field_values import check_count, check_dropout
 from surgery.methods.kaiming import kaiming
 from surgery.methods.placed import Placed
 
@@ -26,7 +27,7 @@ Bias = Literal["none", "all", "MiSS_only"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MissConfig(AdapterConfig):
+class MissConfig(BiasConfig):
     """MiSS's settings, named as in PEFT: output o gains D[i % r, o] times input i, of D [r, out].
 
     With `init_weights="mini"` D is [r, mini_r], and repeated over the outputs. https://arxiv.org/abs/2409.15371
@@ -37,6 +38,7 @@ class MissConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "MISS"
+    bias_of_adapted = "MiSS_only"
     spellings: ClassVar[Mapping[str, Spelling]] = {"miss_block": Spelling("D")}
     neutral: ClassVar[Mapping[str, Any]] = {}
 
@@ -51,7 +53,6 @@ class MissConfig(AdapterConfig):
         check_count("r", self.r)
         check_count("mini_r", self.mini_r)
         check_dropout("miss_dropout", self.miss_dropout)
-        check_bias(self.bias, "MiSS_only")
         _check_init(self.init_weights)
 
     def method(self, name: str) -> "Miss":  # noqa: ARG002  # the same everywhere
@@ -60,9 +61,6 @@ class MissConfig(AdapterConfig):
 
     def told(self, name: str) -> Mapping[str, float]:  # noqa: ARG002  # the same everywhere
         return {"r": self.r}
-
-    def biases(self) -> str:
-        return self.bias
 
 
 def _check_init(value: object) -> None:

@@ -1,16 +1,15 @@
 """OFT: W R^T, for R that rotates blocks of inputs; over an embedding R^T W. https://arxiv.org/abs/2306.07280"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import sqrt
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import all_finite, exact_float64, require_finite
-from surgery.core.method import Dense, Mixing, Params, Product, Run, Spec
+from surgery.core.method import AtStrength, Dense, Mixing, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.core.sums import row_sums
@@ -30,7 +29,7 @@ from surgery.methods.spreads import unit_of
 
 
 @dataclass(frozen=True)
-class Oft(Mixing):
+class Oft(AtStrength, Mixing):
     """The tensor is [blocks, b (b - 1) / 2], what lies above the diagonal of each block's skew Q; see rotations.
 
     All is computed by D = R - I, so that where it is zero nothing changes. At another strength than 1 it goes so much
@@ -44,7 +43,6 @@ class Oft(Mixing):
     ball: float | None = None  # the largest norm of all Q together
     dropout: float = 0.0
     zero: bool = True
-    strength: float = 1.0
 
     name = "OFT"
 
@@ -105,10 +103,7 @@ class Oft(Mixing):
     def settings(self) -> Mapping[str, str]:
         by = "cayley" if self.series is None else f"neumann to the power of {last_power(self.series)}"
         ball = {} if self.ball is None else {"ball": self.ball.hex()}
-        return {"rotation": by, **ball, "strength": self.strength.hex()}
-
-    def weighted(self, weight: float) -> Self:
-        return replace(self, strength=self.strength * weight)
+        return {"rotation": by, **ball, **super().settings()}
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         R = self._live(p["R"], training)

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import Spelling
 from surgery.errors import ConfigError, FormatError, printable
-from surgery.methods.field_values import check_between, check_bias, check_count, check_dropout
+from surgery.methods.bias_config import BiasConfig
+from surgery.methods.field_values import check_between, check_count, check_dropout
 from surgery.methods.oft import Oft
 
 Bias = Literal["none", "all", "oft_only"]
@@ -16,7 +17,7 @@ _SERIES_SINCE = (0, 18)  # of PEFT, whose earlier versions doubled the last powe
 
 
 @dataclass(frozen=True, kw_only=True)
-class OFTConfig(AdapterConfig):
+class OFTConfig(BiasConfig):
     """OFT's settings, named as in PEFT: blocks of `oft_block_size` inputs of a layer are rotated, or `r` blocks.
 
     One of the two is 0. Where it does not divide the inputs, what is nearest to it and does is taken. A block of b has
@@ -30,6 +31,7 @@ class OFTConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "OFT"
+    bias_of_adapted = "oft_only"
     spellings: ClassVar[Mapping[str, Spelling]] = {
         "oft_R.weight": Spelling("R"),
         "oft_embedding_R.weight": Spelling("R", "embedding"),
@@ -60,10 +62,6 @@ class OFTConfig(AdapterConfig):
         check_count("num_cayley_neumann_terms", self.num_cayley_neumann_terms)
         check_dropout("module_dropout", self.module_dropout)
         check_between("eps", self.eps, 0, 1e30)
-        check_bias(self.bias, "oft_only")
-
-    def biases(self) -> str:
-        return self.bias
 
     def method(self, name: str) -> Oft:  # noqa: ARG002  # all sites are alike
         return Oft(

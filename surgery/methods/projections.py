@@ -11,33 +11,27 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from surgery.core.config import AdapterConfig
 from surgery.core.site import Site
-from surgery.methods.field_values import check_bias, check_dropout, check_whole
+from surgery.methods.bias_config import BiasConfig
+from surgery.methods.field_values import check_dropout, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectionsConfig(AdapterConfig):
+class ProjectionsConfig(BiasConfig):
     """What the configs of such methods have."""
 
     dropout_field: ClassVar[str]
-    bias_of_adapted: ClassVar[str]  # PEFT's word for the biases of what is adapted
     unwritten: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
 
     projection_prng_key: int = 0
     save_projection: bool = True
     fan_in_fan_out: bool = False  # read and written for PEFT; the op decides, see hosts
-    bias: str = "none"  # which biases of the base are trained
     init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole("projection_prng_key", self.projection_prng_key, -(1 << 63), (1 << 64) - 1)
-        check_bias(self.bias, self.bias_of_adapted)
         check_dropout(self.dropout_field, getattr(self, self.dropout_field))
-
-    def biases(self) -> str:
-        return self.bias
 
     def keeps_shared(self) -> bool:
         return self.save_projection

@@ -21,12 +21,13 @@ from rational import same_bits
 from torch import Tensor
 
 from surgery.codecs import FORMS
-from surgery.core.arithmetic import divided, exact_product, largest_change, round_once, tree_sum, ulp
+from surgery.core.arithmetic import divided, exact_product, largest_change, tree_sum
 from surgery.core.codec import Codec, Packed
 from surgery.core.elementwise import Elementwise
 from surgery.core.feedback import Feedback
 from surgery.core.method import Dense, Method, Mixing
 from surgery.core.op import WHOLE, Op
+from surgery.core.rounding import round_once, ulp
 from surgery.core.sums import sum_rows
 from surgery.core.undo import Recorder, Restorer, accumulate
 
@@ -137,7 +138,7 @@ def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op
     merged = method.merge(base, matrices(method, op, p), WHOLE, exact_product)
     apart = (method.branch(x, Below(op, base), op, p, False) - op.apply(x, merged.weight, merged.bias)).abs()
     p = told(method, op, base.weight, p)
-    off = method.spread(p, WHOLE) + method.relative_spread(p, WHOLE) * merged.weight.abs()
+    off = method.spread_over(base.weight, merged.weight, p, WHOLE, torch.float64)
     if isinstance(method, Mixing):
         off = method.strayed(
             base.weight, there(torch.zeros(OUT, IN).double()), method.prepared(p, exact_product), WHOLE

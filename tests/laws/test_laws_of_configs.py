@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from surgery.errors import ConfigError, FormatError
 from surgery.methods import METHODS
+from surgery.methods.bias_config import BiasConfig
 
 laws = settings(deadline=None, max_examples=60, database=None)
 each_config = pytest.mark.parametrize("name", METHODS)
@@ -270,6 +271,20 @@ def test_a_field_that_changes_the_maths_is_refused_unless_it_is_neutral(name: st
         assert config.from_json({**plain, field: value}) == config()
         with pytest.raises(FormatError, match=field):
             config.from_json({**plain, field: "anything else"}, "here.json")
+
+
+@each_config
+def test_which_biases_are_trained_is_told_by_bias_which_takes_no_word_of_another_method(name: str):
+    config = METHODS[name]
+    if "bias" not in {field.name for field in fields(config)}:
+        assert config().biases() == "none"
+        return
+    assert issubclass(config, BiasConfig)
+    for value in ("none", "all", config.bias_of_adapted):
+        assert config(bias=value).biases() == value
+    for value in ("another_only", "None", "", None, True):
+        with pytest.raises(ConfigError, match=f"'none', 'all' or '{config.bias_of_adapted}' is wanted"):
+            config(bias=value)
 
 
 @each_config

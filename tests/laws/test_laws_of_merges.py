@@ -20,10 +20,11 @@ from method_examples import (
 from op_examples import IN, OUT
 from rational import same_bits
 
-from surgery.core.arithmetic import exact_product, round_once, ulp
+from surgery.core.arithmetic import exact_product, float_product
 from surgery.core.elementwise import Elementwise, Growth
 from surgery.core.method import Additive, Dense, Method, Mixing
 from surgery.core.op import WHOLE, Op
+from surgery.core.rounding import round_once, ulp
 from surgery.core.undo import Recorder, Restorer, accumulate
 from surgery.errors import ValueRangeError
 from surgery.ops.bias import Bias
@@ -58,11 +59,20 @@ def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, o
     for rows in stored_tiles(op, 5):
         part = op.stored(method.spread(p, op.tile(rows))).expand(whole[rows].shape)
         assert torch.allclose(part, whole[rows], rtol=2 * OUT * IN * EPS, atol=0)  # plain sums, in any order
-    if method.of_base:
-        whole = op.stored(method.base_spread(p, WHOLE, torch.bfloat16))
-        parts = [op.stored(method.base_spread(p, op.tile(rows), torch.bfloat16)) for rows in stored_tiles(op, 5)]
-        assert torch.allclose(torch.cat(parts), whole, rtol=2 * OUT * IN * EPS, atol=0)
-        assert bool((whole > 0).all())
+
+
+@each_with_steps
+def test_the_spread_over_a_tile_of_base_and_outcome_is_that_tile_of_the_whole(method: Method, op: Op):
+    base = torch.randn(OUT, IN).double()
+    p = told(method, op, base, trained(method, op, torch.bfloat16))
+    outcome = method.merge(Dense(base), p, WHOLE, exact_product).weight
+    whole = method.spread_over(base, outcome, p, WHOLE, torch.bfloat16).expand(OUT, IN)
+    assert bool((whole >= method.spread(p, WHOLE)).all())
+    assert bool((whole > 0).all()) or not method.of_base
+    for rows in stored_tiles(op, 5):
+        tile = op.tile(rows)
+        part = method.spread_over(base[tile], outcome[tile], p, tile, torch.bfloat16).expand(base[tile].shape)
+        assert torch.allclose(part, whole[tile], rtol=2 * OUT * IN * EPS, atol=0)  # plain sums, in any order
 
 
 @each_step
@@ -86,6 +96,25 @@ def test_steps_are_the_merge_and_undo_takes_them_back(method: Method, op: Op):
 
 
 @each_step
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_are_the_merge_of_tensors_of_any_dtype(method: Method, op: Op, dtype: torch.dtype):
+    w = torch.randn(OUT, IN).double()
+    p = told(method, op, w, trained(method.weighted(0.3), op, dtype))
+    step = method.weighted(0.3).steps(p, WHOLE, exact_product)
+    assert step is not None
+    assert same_bits(method.weighted(0.3).merge(Dense(w), p, WHOLE, exact_product).weight, step.apply(w))
+
+
+@each_step
+def test_plain_products_widen_nothing(method: Method, op: Op):
+    p = told(method, op, torch.randn(OUT, IN), trained(method, op, torch.float32))
+    step = method.steps(p, WHOLE, float_product)
+    assert step is not None
+    held = [values.dtype for values in p.values() if values.is_floating_point()]
+    assert step.values.dtype == max(held, key=lambda dtype: dtype.itemsize)
+
+
+@each_step
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_what_a_step_says_of_rounding_covers_the_merge_in_the_dtype_of_the_weight(
     method: Method, op: Op, dtype: torch.dtype
@@ -98,7 +127,7 @@ def test_what_a_step_says_of_rounding_covers_the_merge_in_the_dtype_of_the_weigh
     narrow = step.seen(lambda values: values.to(dtype))
     plain = (w + w * narrow.values if isinstance(step, Growth) else narrow.apply(w)).double()
     held, outcome = step.rounded(w.double(), exact)
-    base = method.base_spread(p, WHOLE, dtype) * w.double().abs()
+    base = method.spread_over(w.double(), exact, p, WHOLE, dtype) if method.of_base else 0
     assert bool(((plain - exact).abs() <= ulp(held, dtype) / 2 + ulp(outcome, dtype) / 2 + base).all())
     off = step.apply(w.double() + 2.0**-6) - exact
     carried = step.carried(torch.full((OUT, IN), 2.0**-6).double())

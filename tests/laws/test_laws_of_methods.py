@@ -140,10 +140,9 @@ def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op
     apart = (branch - op.apply(x, merged.weight, merged.bias)).abs()
     # Each weight may be off by the spread; each forward sums at most in + 2 terms, rounded each time.
     p = told(method, op, base.weight, p)
-    off = method.spread(p, WHOLE) + method.relative_spread(p, WHOLE) * merged.weight.abs()
+    off = method.spread_over(base.weight, merged.weight, p, WHOLE, torch.float64)
     if isinstance(method, Mixing):
         off = method.strayed(base.weight, torch.zeros(OUT, IN).double(), method.prepared(p, exact_product), WHOLE)
-    off = off + method.base_spread(p, WHOLE, torch.float64) * base.weight.abs()
     spread = magnitude(op, x, off.expand(OUT, IN))
     biases = beside(op, base.bias.abs() + merged.bias.abs())
     rounding = (IN + 2) * EPS * (magnitude(op, x, base.weight) + magnitude(op, x, merged.weight) + biases)

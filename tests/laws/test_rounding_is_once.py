@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rational import FORMATS, nearest_even, same_bits, spacing
 from torch import Tensor
 
-from surgery.core.arithmetic import round_once, ulp
+from surgery.core.rounding import round_once, ulp
 from surgery.errors import ValueRangeError
 
 HALVES = [torch.bfloat16, torch.float16]

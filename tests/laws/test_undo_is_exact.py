@@ -10,8 +10,9 @@ from rational import same_bits
 from torch import Tensor
 
 from surgery.core import bits, undo
-from surgery.core.arithmetic import exact_product, rounding
+from surgery.core.arithmetic import exact_product
 from surgery.core.elementwise import Elementwise, Scale, Shift
+from surgery.core.rounding import rounding
 from surgery.core.undo import Recorder, Restorer, accumulate, from_order, merged_value, order
 from surgery.errors import CheckError
 

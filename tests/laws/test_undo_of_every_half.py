@@ -6,8 +6,8 @@ import torch
 from rational import same_bits
 from torch import Tensor
 
-from surgery.core.arithmetic import rounding
 from surgery.core.elementwise import Elementwise, Scale, Shift
+from surgery.core.rounding import rounding
 from surgery.core.undo import Recorder, Restorer, accumulate, from_order, merged_value, order
 
 BFLOAT, HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float16, torch.float32, torch.float64

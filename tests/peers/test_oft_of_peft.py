@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
 from surgery.cli import main
-from surgery.core.arithmetic import ulp
+from surgery.core.rounding import ulp
 from surgery.errors import ConfigError, FormatError, MatchError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}

@@ -14,6 +14,7 @@ import surgery
 from surgery.core import arithmetic
 from surgery.core.arithmetic import BLOCK, exact_product, float_product
 from surgery.core.op import WHOLE
+from surgery.core.rounding import round_once
 from surgery.integrations.transformers import outputs
 from surgery.methods.lora import Lora
 from surgery.procedures.checking import exactly
@@ -163,7 +164,7 @@ def test_a_product_that_is_wrong_moves_nothing_by_more_than_the_grid_explains(mo
 
 def test_a_rounding_that_is_wrong_moves_nothing_by_more_than_half_an_ulp(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(held_rounding(values, torch.bfloat16), arithmetic.round_once(values, torch.bfloat16).double())
+    assert torch.equal(held_rounding(values, torch.bfloat16), round_once(values, torch.bfloat16).double())
     monkeypatch.setattr(exactly, "round_once", lambda values, _: 2 * values)
     most = 2.0**-8 + 2.0**-53  # the sum with half an ulp is rounded itself
     assert ((held_rounding(values, torch.bfloat16) - values).abs() <= most * values.abs()).all()

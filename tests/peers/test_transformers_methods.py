@@ -1,8 +1,6 @@
 """The methods that transformers' documentation calls work on the model itself, with peft installed or not."""
 
-import copy
 import inspect
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,43 +235,6 @@ def test_modules_that_are_no_model_of_transformers_stay_of_their_class() -> None
     assert type(model) is nn.Sequential
 
 
-def again_by_deepcopy(model: PreTrainedModel, folder: Path) -> PreTrainedModel:  # noqa: ARG001  # as the others
-    return copy.deepcopy(model)
-
-
-def again_by_pickle(model: PreTrainedModel, folder: Path) -> PreTrainedModel:  # noqa: ARG001  # as the others
-    return pickle.loads(pickle.dumps(model))
-
-
-def again_by_torch(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    torch.save(model, folder / "model.pt")
-    return torch.load(folder / "model.pt", weights_only=False)
-
-
-@pytest.mark.parametrize("again", [again_by_deepcopy, again_by_pickle, again_by_torch])
-def test_a_copy_has_the_methods_and_is_switched_alone(
-    again: Callable[[PreTrainedModel, Path], PreTrainedModel], tmp_path: Path
-) -> None:
-    model = adapted()
-    before, twin = outputs(model), again(model, tmp_path)
-    assert type(twin) is type(model)
-    twin.set_adapter("second")
-    assert not torch.equal(outputs(twin), before)
-    assert model.active_adapters() == ["first"]
-    assert torch.equal(outputs(model), before)
-    twin.set_adapter("first")
-    assert torch.equal(outputs(twin), before)
-    surgery.eject(twin)
-    assert type(twin) is LlamaForCausalLM
-    assert type(model) is not LlamaForCausalLM
-
-
-def test_a_state_dict_goes_round() -> None:
-    model, other = adapted(), adapted()
-    other.load_state_dict(state(model))
-    assert torch.equal(outputs(other), outputs(model))
-
-
 def test_a_merge_by_the_method_is_undone_to_the_bit() -> None:
     model = adapted()
     before, running = state(model), outputs(model)
@@ -282,69 +243,6 @@ def test_a_merge_by_the_method_is_undone_to_the_bit() -> None:
     model.unmerge_adapter()
     assert unchanged(model, before)
     assert torch.equal(outputs(model), running)
-
-
-Call = Callable[[Any, Any, Path], object]
-
-# Each on a model with an adapter "first", that the config given would make; and on one without adapters.
-WRONG: dict[str, tuple[Call, type[Exception]]] = {
-    "set another": (lambda model, *_: model.set_adapter("none"), ValueError),
-    "set others": (lambda model, *_: model.set_adapter(["first", "none"]), ValueError),
-    "add it again": (lambda model, config, _: model.add_adapter(config, "first"), ValueError),
-    "add no config": (lambda model, *_: model.add_adapter(3, "second"), TypeError),
-    "load it again": (lambda model, _, folder: model.load_adapter(folder, "first"), ValueError),
-    "load nothing": (lambda model, *_: model.load_adapter(adapter_name="second"), ValueError),
-    "swap another": (lambda model, _, folder: model.load_adapter(folder, "none", hotswap=True), ValueError),
-    "delete another": (lambda model, *_: model.delete_adapter(["first", "none"]), ValueError),
-}
-
-
-BARE: dict[str, Call] = {
-    "set": lambda model, *_: model.set_adapter("first"),
-    "enable": lambda model, *_: model.enable_adapters(),
-    "disable": lambda model, *_: model.disable_adapters(),
-    "active": lambda model, *_: model.active_adapters(),
-    "state": lambda model, *_: model.get_adapter_state_dict(),
-    "delete": lambda model, *_: model.delete_adapter("first"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_call_raises_what_it_raises_in_transformers_and_changes_nothing(case: str, tmp_path: Path) -> None:
-    call, kind = WRONG[case]
-    model = surgery.inject(llama(), surgery.LoraConfig(**FIRST), adapter_name="first")
-    model.save_pretrained(tmp_path)
-    before = state(model)
-    with pytest.raises(kind) as raised:
-        call(model, surgery.LoraConfig(**FIRST), tmp_path)
-    assert isinstance(raised.value, surgery.SurgeryError)
-    assert unchanged(model, before)
-    peft = pytest.importorskip("peft")
-    theirs, config = llama(), peft.LoraConfig(**FIRST)
-    theirs.add_adapter(config, "first")
-    with pytest.raises(kind):
-        call(theirs, config, tmp_path)
-
-
-@pytest.mark.parametrize("case", BARE)
-def test_a_call_without_adapters_raises_what_it_raises_in_transformers(case: str, tmp_path: Path) -> None:
-    model = adapted()
-    model.delete_adapter(["first", "second"])
-    with pytest.raises(ValueError, match="no adapters") as raised:
-        BARE[case](model, None, tmp_path)
-    assert isinstance(raised.value, surgery.StateError)
-    pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="No adapter loaded"):
-        BARE[case](llama(), None, tmp_path)
-
-
-def test_an_argument_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
-    model = adapted()
-    model.save_pretrained(tmp_path)
-    with pytest.raises(surgery.UsageError, match="HF_TOKEN"):
-        model.load_adapter(tmp_path, "third", token="secret")
-    with pytest.raises(surgery.UsageError, match="no_such"):
-        model.load_adapter(tmp_path, "third", no_such=1)
 
 
 def test_an_adapter_is_loaded_from_a_sub_folder_that_is_in_its_folder(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import HiraConfig, IA3Config, LoraConfig, MatchError, OFTConfig
+from surgery.core.arithmetic import Plain
 from surgery.core.elementwise import Affine, Elementwise, Growth, Scale, Shift, chained, grounded
 from surgery.core.layered import layered
 from surgery.core.method import Dense
@@ -193,6 +195,24 @@ def test_over_a_method_that_is_not_elementwise_it_is_refused_by_name() -> None:
         layered(op.dense(), layers, op.site, lambda B, A, _, scaling: scaling * (B @ A))
 
     layered(op.dense(), layers[::-1], op.site, lambda B, A, _, scaling: scaling * (B @ A))
+
+
+@pytest.mark.parametrize("names", [("hira", "lora"), ("lora", "hira"), ("lora", "ia3", "hira", "other")], ids=str)
+def test_each_product_is_made_once(names: tuple[str, ...]) -> None:
+    made: list[Tensor] = []
+
+    class Counted(Plain):
+        def __call__(self, *given: Any, **told: Any) -> Tensor:
+            made.append(given[0])
+            return super().__call__(*given, **told)
+
+    model = Net()
+    for name in names:
+        surgery.inject(model, CONFIGS[name], adapter_name=name)
+    up = model.up
+    layers = [(fitted.method, fitted.method.matrices(fitted.params, up.site)) for fitted in map(up.fitted.get, names)]
+    layered(up.dense(), layers, up.site, Counted())
+    assert len(made) == sum(name != "ia3" for name in names)
 
 
 def test_over_a_rotation_it_is_refused_before_anything_is_merged_and_below_one_it_comes_back(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from surgery.codecs.plain import PLAIN_DTYPES
-from surgery.core.arithmetic import all_finite, tree_sum, ulp
+from surgery.core.arithmetic import all_finite, tree_sum
+from surgery.core.rounding import ulp
 from surgery.core.site import Dtype, bits_of
 from surgery.core.undo import order
 from surgery.io.octets import tensor_from

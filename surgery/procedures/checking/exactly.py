@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.agreement import Outputs
-from surgery.core.arithmetic import GRID_BITS, exact_float64, exact_product, float_product, round_once, ulp
+from surgery.core.arithmetic import GRID_BITS, exact_float64, exact_product, float_product
 from surgery.core.method import Dense
 from surgery.core.op import Tile
+from surgery.core.rounding import round_once, ulp
 from surgery.hosts.tree import adapted_layers
 from surgery.layers.adapted import Adapted, Effective, Laying
 
@@ -33,14 +34,22 @@ def as_merged(
     return {name: _moved(values, plain[name], merged[name]) for name, values in true.items()}
 
 
-def held_product(B: Tensor, A: Tensor, tile: Tile, scaling: float, *, fine: bool = False) -> Tensor:
+class Held:
     """The exact product, where it lies as near to the plain one as the grid explains; else what is nearest to it."""
-    exact, (rows, columns) = exact_product(B, A, tile, scaling, fine=fine), tile
-    B, A = exact_float64(B), exact_float64(A)
-    plain = float_product(B, A, tile, scaling)  # [..., out, in]
-    largest = B.abs().amax(-1, keepdim=True)[..., rows, :] * A.abs().amax(-2, keepdim=True)[..., columns]
-    most = abs(scaling) * A.shape[-2] * _UNIT * largest  # [..., out, in]
-    return exact.clamp(plain - most, plain + most)
+
+    def __call__(self, B: Tensor, A: Tensor, tile: Tile, scaling: float, *, fine: bool = False) -> Tensor:
+        exact, (rows, columns) = exact_product(B, A, tile, scaling, fine=fine), tile
+        B, A = exact_float64(B), exact_float64(A)
+        plain = float_product(B, A, tile, scaling)  # [..., out, in]
+        largest = B.abs().amax(-1, keepdim=True)[..., rows, :] * A.abs().amax(-2, keepdim=True)[..., columns]
+        most = abs(scaling) * A.shape[-2] * _UNIT * largest  # [..., out, in]
+        return exact.clamp(plain - most, plain + most)
+
+    def held(self, values: Tensor, role: str) -> Tensor:
+        return exact_product.held(values, role)
+
+
+held_product = Held()
 
 
 def held_rounding(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surgery.core.adapter import Layer, Started
-from surgery.core.arithmetic import exact_float64, ulp
+from surgery.core.adapter import Started
+from surgery.core.arithmetic import exact_float64
 from surgery.core.elementwise import Elementwise, grounded
 from surgery.core.method import Dense, Mixing
-from surgery.core.op import Tile
+from surgery.core.rounding import ulp
 from surgery.core.source import Source
 from surgery.core.survival import Survival
 from surgery.errors import ValueRangeError
@@ -130,7 +130,7 @@ def _mixed(tile: MergedTile) -> tuple[Tensor, Tensor]:
             allowed = method.strayed(before, allowed, p, part)
         elif step is not None:
             allowed = step.carried(allowed) + ulp(step.rounded(before, value)[0], held) / 2
-            allowed = allowed + _open(layer, part, value, before, held)
+            allowed = allowed + method.spread_over(before, value, p, part, held)
         allowed = allowed + ulp(value, change.dtype) / 2
     return op.stored(value), op.stored(allowed)
 
@@ -171,15 +171,9 @@ def _spread(tile: MergedTile, steps: Sequence[Elementwise]) -> Tensor:
         assert op is not None
         if steps:
             total, value = steps[index].carried(total), steps[index].apply(value)
-        total = total + op.stored(_open(layer, op.tile(tile.rows), op.matrix(value), op.matrix(start), held))
+        part, base, outcome = op.tile(tile.rows), op.matrix(start), op.matrix(value)
+        total = total + op.stored(layer.method.spread_over(base, outcome, layer.told, part, held))
     return total
-
-
-def _open(layer: Layer, part: Tile, value: Tensor, base: Tensor, held: torch.dtype) -> Tensor:
-    """[out, in] of the tile, or what broadcasts over it: what a layer leaves open, of its outcome and the base."""
-    method, p = layer.method, layer.told
-    apart = method.spread(p, part) + method.relative_spread(p, part) * value.abs()
-    return apart + method.base_spread(p, part, held) * base.abs()
 
 
 def _size(error: float) -> float:

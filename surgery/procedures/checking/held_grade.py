@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from surgery.codecs import FORMS, codec_of
-from surgery.core.arithmetic import ulp
 from surgery.core.codec import Codec, Packed
+from surgery.core.rounding import ulp
 from surgery.core.source import Source
 from surgery.errors import ValueRangeError
 from surgery.hosts.change import Change, MergedTile
