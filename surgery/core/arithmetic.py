@@ -5,6 +5,7 @@ A factor is put on a power-of-two grid of 22 bits (a column of A, a row of B), s
 """
 
 import math
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -106,11 +107,17 @@ def _sum(B: Tensor, A: Tensor) -> Tensor:
 
 def _fine(B: Tensor, A: Tensor) -> Tensor:
     """B @ A of factors in two parts each; that of the lower parts is left out."""
-    B, A = exact_float64(B), exact_float64(A)
-    by_row, by_column = _shift(B, along=-1), _shift(A, along=-2)
-    high_B, high_A = _rounded(B, by_row), _rounded(A, by_column)
-    low_B, low_A = _rounded(B - high_B, by_row + GRID_BITS), _rounded(A - high_A, by_column + GRID_BITS)
+    (high_B, low_B), (high_A, low_A) = _parts(exact_float64(B), along=-1), _parts(exact_float64(A), along=-2)
     return _sum(high_B, high_A) + (_sum(high_B, low_A) + _sum(low_B, high_A))
+
+
+def _parts(values: Tensor, along: int) -> tuple[Tensor, Tensor]:
+    """Rounded to 22 bits, and what is left of them to 22 more."""
+    shift = _shift(values, along)
+    steps, unit = values * power_of_two(shift), power_of_two(-shift)
+    high = steps.round()
+    low = (steps - high).mul_(2.0**GRID_BITS).round_()
+    return high * unit, low.mul_(unit * 2.0**-GRID_BITS)
 
 
 def on_grid(factor: Tensor, along: int) -> Tensor:
@@ -129,16 +136,19 @@ def _shift(values: Tensor, along: int) -> Tensor:
     if values.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=values.device)
     largest = values.abs().amax(dim=along, keepdim=True)
+    exponent = torch.frexp(largest).exponent.to(torch.int64)  # of zero it is 0
+    if not bool(((largest < 2.0**EXPONENT_LIMIT) & (exponent >= -EXPONENT_LIMIT)).all()):  # one look at a device
+        _refuse(largest)
+    return GRID_BITS - exponent
+
+
+def _refuse(largest: Tensor) -> NoReturn:
     if not bool(torch.isfinite(largest).all()):
         raise ValueRangeError("a factor holds NaN or infinity; finite numbers are wanted; train or save it again")
-    exponent = torch.frexp(largest).exponent
-    exponent = torch.where(largest == 0, torch.zeros_like(exponent), exponent)
-    if bool((exponent.abs() > EXPONENT_LIMIT).any()):
-        raise ValueRangeError(
-            f"a factor's largest magnitude is beyond 2^±{EXPONENT_LIMIT}; exact arithmetic needs it within; "
-            "rescale the factor"
-        )
-    return GRID_BITS - exponent
+    raise ValueRangeError(
+        f"a factor's largest magnitude is beyond 2^±{EXPONENT_LIMIT}; exact arithmetic needs it within; "
+        "rescale the factor"
+    )
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

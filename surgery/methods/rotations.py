@@ -98,8 +98,8 @@ def inverse(A: Tensor, product: Product) -> Tensor:
     most 1 then.
     """
     n = A.shape[-1]
-    if n == 1:
-        return 1 / A
+    if n <= _SMALL:
+        return _eliminated_wholly(A)
     half = n // 2
     a, b, c, d = A[..., :half, :half], A[..., :half, half:], A[..., half:, :half], A[..., half:, half:]
     a, by = inverse(a, product), partial(times, product)
@@ -108,6 +108,20 @@ def inverse(A: Tensor, product: Product) -> Tensor:
     beside = by(right, d)  # a^-1 b d^-1
     top = torch.cat([a + by(beside, left), -beside], -1)
     return torch.cat([top, torch.cat([-by(d, left), d], -1)], -2)
+
+
+def _eliminated_wholly(A: Tensor) -> Tensor:
+    """A^-1 row by row, by elementwise operations alone: the same bits on any device."""
+    n = A.shape[-1]
+    rest = torch.cat([A, _eye(A).expand_as(A)], -1)  # [..., n, 2 n]
+    rows = torch.arange(n, device=A.device).unsqueeze(1)
+    for k in range(n):
+        row = rest[..., k : k + 1, :] / rest[..., k : k + 1, k : k + 1]
+        rest = torch.where(rows == k, row, rest - rest[..., :, k : k + 1] * row)
+    return rest[..., n:]
+
+
+_SMALL = 32  # rows, up to which that takes less time than products of blocks
 
 
 def times(product: Product, A: Tensor, B: Tensor) -> Tensor:

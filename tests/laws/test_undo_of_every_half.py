@@ -77,13 +77,13 @@ def counted(outcome: Tensor) -> tuple[Tensor, Tensor]:
     """Of rising weights, by their outcomes: which of those with the same it is, and the bits to tell them apart."""
     _, group, sizes = torch.unique_consecutive(order(outcome), return_inverse=True, return_counts=True)
     first = sizes.cumsum(0) - sizes
-    bits = torch.tensor([(size - 1).bit_length() for size in sizes.tolist()])
+    _, bits = torch.frexp((sizes - 1).double())  # the length of the binary number
     return torch.arange(len(outcome)) - first[group], bits[group]
 
 
 def packed(indices: Tensor, bits: int) -> bytes:
-    digits = "".join(format(index, f"0{bits}b")[::-1] for index in indices.tolist())
-    return np.packbits(np.array([*digits], dtype=np.uint8), bitorder="little").tobytes()
+    digits = indices.numpy()[:, None] >> np.arange(bits) & 1
+    return np.packbits(digits.astype(np.uint8), bitorder="little").tobytes()
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from pairs import (
+    each_merge,
     gradients,
     judge_merge_of_peft,
     merge_for_transformers,
@@ -91,9 +92,7 @@ def test_a_fresh_one_hits_the_same_modules_changes_nothing_and_trains_as_in_peft
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-@each_dtype
-@each_case
+@each_merge(CASES, [torch.float32, torch.bfloat16, torch.float16])
 def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
     case: str, dtype: torch.dtype, safe: bool, tmp_path: Path
 ) -> None:

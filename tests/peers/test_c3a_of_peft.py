@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from click.testing import CliRunner
-from pairs import judge_merge_of_peft, outputs, trained
+from pairs import each_merge, judge_merge_of_peft, outputs, trained
 from peft.tuners.c3a.utils import BlockCircularConvolution, get_circulant_fast
 from placed_pairs import (
     DTYPES,
@@ -107,9 +107,7 @@ def test_a_fresh_kernel_is_drawn_as_in_peft(start: Any) -> None:
     assert bool(wanted.any())
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-@each_dtype
-@pytest.mark.parametrize("case", ["xavier", "gaussian", "pattern", "biases", "output head"])
+@each_merge(["xavier", "gaussian", "pattern", "biases", "output head"], DTYPES)
 def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
     case: str, dtype: torch.dtype, safe: bool, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from pairs import gradients, judge_merge_of_peft, merge_for_transformers
+from pairs import each_merge, gradients, judge_merge_of_peft, merge_for_transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -148,9 +148,7 @@ def test_several_give_the_outputs_of_peft_in_either_order(dtype: torch.dtype, tm
     assert apart(*seen) > 4 * apart(seen[-1], outputs(theirs))
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-@each_dtype
-@each_case
+@each_merge(CASES, DTYPES)
 def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
     case: str, dtype: torch.dtype, safe: bool, tmp_path: Path
 ) -> None:

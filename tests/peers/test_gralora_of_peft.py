@@ -10,6 +10,7 @@ import pytest
 import torch
 from both_ways import close, command_line_merges_and_takes_back, files_go_both_ways, gradients_agree
 from pairs import (
+    each_merge,
     forward,
     judge_merge_of_peft,
     merge_for_transformers,
@@ -125,9 +126,7 @@ def test_every_field_that_peft_writes_is_read_and_written_again(tmp_path: Path) 
     assert surgery.GraloraConfig.from_json(written) == surgery.GraloraConfig()
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-@each_dtype
-@pytest.mark.parametrize("case", ["hybrid", "biases", "gpt2"])
+@each_merge(["hybrid", "biases", "gpt2"], DTYPES)
 def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
     case: str, dtype: torch.dtype, safe: bool, tmp_path: Path
 ) -> None:

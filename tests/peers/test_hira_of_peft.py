@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from both_ways import close, command_line_merges_and_takes_back, files_go_both_ways, gradients_agree
-from pairs import judge_merge_of_peft, merge_live_and_on_files, saved, trainable, trained
+from pairs import each_merge, judge_merge_of_peft, merge_live_and_on_files, saved, trainable, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -113,9 +113,7 @@ def test_every_field_that_peft_writes_is_read_and_written_again(tmp_path: Path) 
     assert surgery.HiraConfig.from_json(written) == surgery.HiraConfig()
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-@each_dtype
-@of_transformers
+@each_merge(["llama", "embedding", "gpt2"], DTYPES)
 def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
     case: str, dtype: torch.dtype, safe: bool, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pairs import (
     FILE,
+    each_merge,
     gradients,
     judge_merge_of_peft,
     merge_live_and_on_files,
@@ -153,9 +154,7 @@ def test_biases_that_peft_trains_are_trained_here_and_come_back(bias: str, tmp_p
     assert all(torch.equal(found[name], told[name]) for name in told)
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-@each_dtype
-@each_case
+@each_merge(CASES, DTYPES)
 def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
     case: str, dtype: torch.dtype, safe: bool, tmp_path: Path
 ) -> None:

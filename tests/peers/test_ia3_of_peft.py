@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from pairs import gradients, judge_merge_of_peft, merge_for_transformers, outputs, trainable, trained
+from pairs import each_merge, gradients, judge_merge_of_peft, merge_for_transformers, outputs, trainable, trained
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -119,9 +119,7 @@ def test_a_list_of_feedforward_modules_names_ends_of_names_as_in_peft(entry: str
     assert {name: v.shape for name, v in ours.named_parameters() if "ia3" in name} == wanted
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-@each_dtype
-@each_case
+@each_merge(CASES, DTYPES)
 def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
     case: str, dtype: torch.dtype, safe: bool, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from click.testing import CliRunner
-from pairs import judge_merge_of_peft, outputs, trained
+from pairs import each_merge, judge_merge_of_peft, outputs, trained
 from placed_pairs import (
     DTYPES,
     TARGETS,
@@ -67,9 +67,7 @@ def test_every_field_that_peft_writes_is_read_and_written_again(tmp_path: Path) 
     check_fields(peft.MissConfig(), surgery.MissConfig(), tmp_path)
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-@each_dtype
-@pytest.mark.parametrize("case", ["whole blocks", "a shorter last block", "mini", "all biases", "output head"])
+@each_merge(["whole blocks", "a shorter last block", "mini", "all biases", "output head"], DTYPES)
 def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
     case: str, dtype: torch.dtype, safe: bool, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from outcomes import called
 from pairs import (
     FILE,
+    each_merge,
     gradients,
     judge_merge_of_peft,
     merge_for_transformers,
@@ -168,9 +169,7 @@ def test_pvera_that_samples_where_it_is_merged_is_refused() -> None:
         surgery.inject(made("mean"), surgery.PveraConfig(target_modules=["q_proj"], generator_seed=1))
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-@each_dtype
-@pytest.mark.parametrize("case", [name for name in CASES if name != "biases"])  # which its merge leaves trained
+@each_merge([name for name in CASES if name != "biases"], DTYPES)  # which its merge leaves trained
 def test_a_merge_by_peft_passes_verify_and_one_that_forgot_a_tensor_does_not(
     case: str, dtype: torch.dtype, safe: bool, tmp_path: Path
 ) -> None:
