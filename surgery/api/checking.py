@@ -15,7 +15,7 @@ from surgery.procedures.checking import diff as differing
 from surgery.procedures.checking import inspect as inspection
 from surgery.procedures.checking import verify as verifying
 from surgery.procedures.checking.outputs import Inputs
-from surgery.procedures.checking.recorded import recorded
+from surgery.procedures.checking.recorded import recorded, told_beside
 from surgery.procedures.checking.verify_report import VerifyReport
 from surgery.procedures.planning.treatment import check_probes
 
@@ -86,7 +86,8 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
         given = weighted(adapters, scale)
         with calibrated(treatment, calibration) as treatment:
             told.require_calibration(treatment)
-            report = verifying.verify_checkpoint(source, given, found, treatment, probes=probes)
+            with told_beside((*notes, *said)):
+                report = verifying.verify_checkpoint(source, given, found, treatment, probes=probes)
         report = replace(report, notes=(*notes, *said))
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 
