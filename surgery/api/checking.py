@@ -82,6 +82,8 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
             ops=ops or {}, compute_dtype=compute_dtype, base_as=base_as, arithmetic=arithmetic
         )
         _check_outputs(outputs, layers or inputs is not None, treatment.base_as)
+        if outputs:
+            hugging.refuse_unlike(source, found)
         scale, said = told.out_proj_scale(mha_out_proj_scale)
         given = weighted(adapters, scale)
         with calibrated(treatment, calibration) as treatment:
