@@ -15,7 +15,7 @@ from surgery.procedures.checking import diff as differing
 from surgery.procedures.checking import inspect as inspection
 from surgery.procedures.checking import verify as verifying
 from surgery.procedures.checking.outputs import Inputs
-from surgery.procedures.checking.recorded import recorded
+from surgery.procedures.checking.recorded import recorded, told_beside
 from surgery.procedures.checking.verify_report import VerifyReport
 from surgery.procedures.planning.treatment import check_probes
 
@@ -82,11 +82,14 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
             ops=ops or {}, compute_dtype=compute_dtype, base_as=base_as, arithmetic=arithmetic
         )
         _check_outputs(outputs, layers or inputs is not None, treatment.base_as)
+        if outputs:
+            hugging.refuse_unlike(source, found)
         scale, said = told.out_proj_scale(mha_out_proj_scale)
         given = weighted(adapters, scale)
         with calibrated(treatment, calibration) as treatment:
             told.require_calibration(treatment)
-            report = verifying.verify_checkpoint(source, given, found, treatment, probes=probes)
+            with told_beside((*notes, *said)):
+                report = verifying.verify_checkpoint(source, given, found, treatment, probes=probes)
         report = replace(report, notes=(*notes, *said))
         return replace(report, outputs=hugging.agreements(source, given, found, inputs, layers)) if outputs else report
 

@@ -49,7 +49,11 @@ def refuse_swapped(base: Where, adapters: Adapters) -> None:
 
 def is_adapter(path: Path) -> bool:
     """The file of one, or its folder, without other weights beside it."""
-    return path.name == TENSORS or ((path / CONFIG).is_file() and _weights(path) == {TENSORS})
+    return _is_its_file(path) or ((path / CONFIG).is_file() and _weights(path) == {TENSORS})
+
+
+def _is_its_file(path: Path) -> bool:
+    return path.name == TENSORS and path.is_file()
 
 
 def _is_model(path: Path) -> bool:
@@ -75,7 +79,7 @@ def merged_folder(where: Where) -> Path:
 def _refuse_adapter(path: Path) -> None:
     """InputError for a folder of an adapter, without a model beside, or the file of one."""
     alone = (path / TENSORS).is_file() and not (path / "config.json").exists()
-    if path.name == TENSORS or (alone and (path / CONFIG).is_file()):
+    if _is_its_file(path) or (alone and (path / CONFIG).is_file()):
         raise InputError(
             f"{printable(path)}: it is an adapter; a model is wanted; a merge names BASE first, and OUT last"
         )

@@ -80,13 +80,21 @@ class OFTConfig(BiasConfig):
         if "auto_mapping" in data:  # as in each file that PEFT writes
             version = str(data.get("peft_version") or "")
             if "oft_block_size" not in data:
-                raise FormatError(f"{where}: no oft_block_size; OFT was another method before PEFT 0.14; {_RETRAIN}")
+                raise FormatError(f"{where}: no oft_block_size{_why_absent(data)}")
             if data.get("use_cayley_neumann") and _release(version) < _SERIES_SINCE:
                 raise FormatError(
                     f"{where}: peft_version is {printable(version) or 'not given'}; use_cayley_neumann meant another "
                     f"series before 0.18; {_RETRAIN}"
                 )
         return super().from_json(data, where)
+
+
+def _why_absent(data: Mapping[str, Any]) -> str:
+    """Two fields are in each file of the method that OFT was, and in none since."""
+    if "rank_pattern" in data or "alpha_pattern" in data:
+        return f"; OFT was another method before PEFT 0.14; {_RETRAIN}"
+    size = "0, as r counts the blocks" if data.get("r") else "the inputs of a block"
+    return f", which PEFT has written since 0.14, and does not load OFT without; put it back: {size}"
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from surgery.codecs import FORMS
 from surgery.procedures.planning.treatment import INTO, UNMADE
 
 PYTHON_S = re.compile(r"`\w+(=\w+)?`|\b(base_as|compute_dtype|min_retained|max_noise|max_shard_size|give into)\b")
-DASHES = re.compile(r"(?<!surgery merge )--(?!debug)[a-z]")
+DASHES = re.compile(r"(?<!surgery )(?<!surgery merge )--[a-z]")
 CLASHES = [
     (["--fallback", "16bit"], "--fallback is for merges into a format; give --into, or leave it out"),
     (["--min-retained", "1"], "--min-retained is for merges into a format"),
@@ -63,7 +63,7 @@ def test_no_message_below_the_command_line_spells_an_option_as_it_does() -> None
 def test_a_message_that_does_is_found() -> None:
     source = '''"""Not --this."""\nraise E(f"{x}: choose a --dtype; " "or `surgery merge --into y`")\n'''
     assert [one for one in said(source) if DASHES.search(one)] == ["?: choose a --dtype; or `surgery merge --into y`"]
-    assert not DASHES.search("`surgery merge --into y`; --debug shows where")
+    assert not DASHES.search("`surgery merge --into y`; `surgery --debug` shows where")
 
 
 def said(source: str) -> Iterator[str]:

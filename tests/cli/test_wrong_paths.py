@@ -229,6 +229,15 @@ def test_a_merge_does_not_replace_an_adapter_that_stands_where_out_is_wanted(
     assert sorted(path.name for path in other.iterdir()) == sorted(path.name for path in adapter.iterdir())
 
 
+def test_a_new_folder_that_is_named_as_the_file_of_an_adapter_is_none(
+    run: Run, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "adapter_model.safetensors"
+    for line in (["merge", base, adapter, out], ["verify", out], ["verify", base, adapter, out], ["inspect", out]):
+        assert run(*line).code == 0, line
+    assert "adapter_model.safetensors: no such file" in run("inspect", tmp_path / "other" / out.name).err
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [

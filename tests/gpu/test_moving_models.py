@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import surgery
+from surgery.procedures.checking.outputs import run as outputs_of
 from surgery.testing import assert_equivalent
 
 
@@ -191,3 +192,23 @@ def test_adalora_allots_ranks_there_and_its_progress_moves() -> None:
     assert sum(left) == 4
     before = held(model)
     assert held(surgery.unmerge(surgery.merge(model))) == before
+
+
+class Drawing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn: Tensor = self.linear(x) + torch.rand(4, device=x.device)
+        return drawn
+
+
+def test_what_a_model_draws_there_is_the_same_in_each_run_and_leaves_the_generator_as_it_was() -> None:
+    model, x = there(Drawing()), there(torch.ones(1, 4))
+    first = outputs_of(model, x).outputs["output"]
+    torch.manual_seed(3)
+    wanted = torch.rand(4, device=DEVICE)
+    torch.manual_seed(3)
+    assert torch.equal(outputs_of(model, x).outputs["output"], first)
+    assert torch.equal(torch.rand(4, device=DEVICE), wanted)

@@ -126,8 +126,18 @@ def test_every_field_that_peft_writes_is_read_and_written_again(tmp_path: Path) 
         with pytest.raises(FormatError, match=r"meant another series before 0\.18"):
             surgery.OFTConfig.from_json({**written, **fields})
     assert surgery.OFTConfig.from_json({**written, "peft_version": "0.17.1", "use_cayley_neumann": False})
-    with pytest.raises(FormatError, match="no oft_block_size"):
-        surgery.OFTConfig.from_json({name: value for name, value in written.items() if name != "oft_block_size"})
+
+
+def test_a_file_without_its_block_size_is_told_apart_from_the_method_before() -> None:
+    written = surgery.OFTConfig(r=4, oft_block_size=0).to_json()
+    without = {name: value for name, value in written.items() if name != "oft_block_size"}
+    with pytest.raises(FormatError, match="put it back: 0, as r counts the blocks"):
+        surgery.OFTConfig.from_json(without)
+    assert surgery.OFTConfig.from_json({**without, "oft_block_size": 0}) == surgery.OFTConfig(r=4, oft_block_size=0)
+    with pytest.raises(FormatError, match="put it back: the inputs of a block"):
+        surgery.OFTConfig.from_json({**without, "r": 0})
+    with pytest.raises(FormatError, match=r"another method before PEFT 0\.14"):
+        surgery.OFTConfig.from_json({**without, "rank_pattern": {}, "alpha_pattern": {}})
 
 
 @pytest.mark.parametrize(

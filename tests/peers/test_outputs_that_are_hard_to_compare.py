@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import surgery
 from surgery.integrations.transformers import outputs
-from surgery.procedures.checking.outputs import run
+from surgery.procedures.checking.outputs import drawing_alike, run
 
 # Each masks, or draws, in another way: see the tests below.
 HARD = (
@@ -96,6 +96,22 @@ def test_what_a_model_draws_is_the_same_in_each_run_and_leaves_the_generator_as_
     torch.set_rng_state(before)
     run(model, x)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_drawn_on_another_device_is_the_same_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generators of the CPU stand for those of two GPUs, of which the model lies on the second."""
+    first, second = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)
+    monkeypatch.setattr(torch.cuda, "default_generators", (first, second))
+    before, drawn = [one.get_state() for one in (first, second)], []
+    for _ in range(2):
+        with drawing_alike({torch.device("cuda", 1), torch.device("cpu"), torch.device("meta")}):
+            drawn += [torch.rand(3, generator=second), torch.rand(3)]
+        assert torch.equal(second.get_state(), before[1])
+        torch.rand(1, generator=second)
+        before[1] = second.get_state()
+    assert torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[1], drawn[3])
+    assert torch.equal(first.get_state(), before[0])
 
 
 class Masking(nn.Module):

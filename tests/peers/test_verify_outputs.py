@@ -249,6 +249,19 @@ def test_what_cannot_be_run_is_refused_by_name(broken: str, tmp_path: Path) -> N
         surgery.verify_checkpoint(folder / "base", folder / "adapter", given, outputs=True)
 
 
+def test_a_quantized_model_is_refused_with_what_does_measure_it(tmp_path: Path) -> None:
+    folder = merged(made("LlamaForCausalLM", tmp_path))
+    base, adapter, out, more = folder / "base", folder / "adapter", folder / "in-codes", folder / "plain"
+    surgery.merge_checkpoint(base, adapter, out, into="nf4", min_retained=-9.0, max_noise=9.0)
+    with pytest.raises(surgery.InputError, match="in-codes: it is quantized; .*`probes=16` instead of `outputs`"):
+        surgery.verify_checkpoint(base, adapter, out, outputs=True)
+    assert "output error" in surgery.verify_checkpoint(base, adapter, out, probes=16).summary()
+    surgery.merge_checkpoint(out, adapter, more)
+    with pytest.raises(surgery.InputError, match="in-codes: it is quantized; .* leave `outputs` out"):
+        surgery.verify_checkpoint(out, adapter, more, outputs=True)
+    assert surgery.verify_checkpoint(out, adapter, more).counts["bits"] > 0
+
+
 def test_a_model_whose_inputs_are_not_known_says_what_it_takes(tmp_path: Path) -> None:
     folder = merged(made("PatchTSTForPrediction", tmp_path))
     with pytest.raises(surgery.UsageError, match=r"main input is past_values, .*takes past_values.*inputs="):

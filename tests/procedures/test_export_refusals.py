@@ -45,6 +45,8 @@ def test_what_has_no_graph_is_refused_in_one_line_that_names_its_module(
         surgery.export_onnx(model, None, tmp_path / "out", inputs=torch.ones(2, 4, 4))
     assert "\n" not in str(refused.value)
     assert "\x1b" not in str(refused.value)
+    assert " --debug" not in str(refused.value).replace("`surgery --debug`", "")
+    assert refused.value.__cause__ is not None or "raised from" not in str(refused.value)
     assert capfd.readouterr().err == ""
     assert list(tmp_path.iterdir()) == []
 

@@ -299,3 +299,23 @@ def test_a_nested_config_tells_the_truth_too() -> None:
     told = {"vocab_size": 12, "dtype": "bfloat16", "tie_word_embeddings": False}
     assert found == config | {"text_config": told, "dtype": "bfloat16", "tie_word_embeddings": False}
     assert true_config(config, None, Outcome()) is None
+
+
+def test_an_op_of_no_site_is_refused_with_the_nearest(base: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(surgery.MatchError, match=r"^`ops` q_prj: no site .*nearest: q_proj.*; name one") as raised:
+        surgery.merge_checkpoint(base, adapter, tmp_path / "out", ops={"q_prj": "linear"})
+    assert raised.value.exit_code == 3
+
+
+def test_ops_of_a_receipt_that_name_no_site_refuse_the_receipt_and_not_the_call(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    surgery.merge_checkpoint(base, adapter, out, ops={"q_proj": "linear"})
+    path = out / "surgery.receipt.json"
+    path.write_text(path.read_text().replace('"q_proj": "linear"', '"c_proj": "linear"'))
+    with pytest.raises(surgery.InputError, match="^`ops` c_proj: no site") as raised:
+        surgery.verify_checkpoint(base, adapter, out)
+    assert raised.value.exit_code == 3
+    assert raised.value.__notes__ == ["ops c_proj=linear as the receipt tells"]
+    assert surgery.verify_checkpoint(base, adapter, out, ops={"q_proj": "linear"}).ok

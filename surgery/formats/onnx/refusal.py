@@ -20,7 +20,8 @@ def refused(error: BaseException, module: nn.Module, example: Example) -> InputE
     cause = next(_causes(error))
     where = place_of(cause, module) or type(module).__name__
     return InputError(
-        f"{printable(where)}: it has no ONNX graph: {_why(cause, example)}; --debug shows where it stopped"
+        f"{printable(where)}: it has no ONNX graph: {_why(cause, example)}; what this error is raised from, or "
+        "`surgery --debug`, tells where it stopped"
     )
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers.loading import Wanted, load_model
     from surgery.integrations.transformers.model import is_pretrained, output_heads, room_of
     from surgery.integrations.transformers.names import name_map, names_in_memory, ties_in_memory
-    from surgery.integrations.transformers.outputs import agreements, run_experts_singly
+    from surgery.integrations.transformers.outputs import agreements, refuse_unlike, run_experts_singly
     from surgery.integrations.transformers.quantizing import tell_ejected, tell_quantized
     from surgery.integrations.transformers.saving import save_merged
     from surgery.integrations.transformers.subclass import attach, detach
@@ -37,6 +37,7 @@ __all__ = [
     "name_map",
     "names_in_memory",
     "output_heads",
+    "refuse_unlike",
     "room_of",
     "run_experts_singly",
     "save_merged",
@@ -64,6 +65,7 @@ _HOMES = {
     "name_map": "names",
     "names_in_memory": "names",
     "output_heads": "model",
+    "refuse_unlike": "outputs",
     "room_of": "model",
     "run_experts_singly": "outputs",
     "save_merged": "saving",

@@ -88,6 +88,22 @@ def agreements(
     return replace(told, left_out=known.true.left_out)
 
 
+def refuse_unlike(base: Checkpoint, out: Checkpoint) -> None:
+    """InputError where the outputs of one of them are not compared, before anything is read."""
+    if quantization_of(out.config):
+        raise InputError(
+            f"{printable(out.path)}: it is quantized; outputs are compared of plain models only; give `probes=16` "
+            "instead of `outputs`, which tells how far its codes move those of each layer"
+        )
+    if quantization_of(base.config):
+        raise InputError(
+            f"{printable(base.path)}: it is quantized; outputs are compared of plain models only; leave `outputs` "
+            "out: all that the adapter changes is derived and graded without"
+        )
+    _folder(base)
+    _folder(out)
+
+
 def _run_merged(out: Checkpoint, kind: Any, known: Adapted) -> Merged:
     model = _loaded(out, kind, adapters=())
     dtypes = {name: one.dtype for name, one in model.named_parameters(remove_duplicate=False)}
@@ -193,8 +209,6 @@ def run_experts_singly(model: Any) -> None:
 
 def _folder(place: Checkpoint) -> Path:
     """Where transformers finds just these weights. InputError for what it would read otherwise."""
-    if quantization_of(place.config):
-        raise InputError(f"{printable(place.path)}: it is quantized; outputs are compared of plain models only")
     if "config.json" not in {path.name for path in place.folder.iterdir()}:
         raise InputError(f"{printable(place.path)}: no config.json beside it; a whole model folder is wanted to run it")
     if not place.path.is_dir() or (place.index is None and place.files[0].path.name != SINGLE):

@@ -90,7 +90,7 @@ def inspect_model(root: nn.Module) -> Inspection:
 
 def inspect(path: Path, sha256: bool = False) -> Inspection:
     """InputError if neither a model nor an adapter lies at `path`. With `sha256` the whole model is read."""
-    if (path / CONFIG).is_file() or path.name == TENSORS:
+    if (path / CONFIG).is_file() or (path.name == TENSORS and path.is_file()):
         adapter = read_adapter(path)
         config = adapter.config.to_json()
         return Inspection("adapter", tuple(_adapter_rows(adapter)), config, adapter.digest, _told(adapter, config))

@@ -55,8 +55,7 @@ def in_float64() -> Iterator[None]:
 def _run(model: Runs, inputs: Inputs, watched: Collection[str]) -> Given:
     with torch.no_grad(), ExitStack() as stack:
         seen: dict[str, Any] = {}
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        torch.default_generator.manual_seed(0)
+        stack.enter_context(drawing_alike(_devices(model, inputs)))
         if isinstance(model, nn.Module):
             stack.enter_context(evaluating(model))
             stack.enter_context(_watching(model, watched, seen))
@@ -64,6 +63,31 @@ def _run(model: Runs, inputs: Inputs, watched: Collection[str]) -> Given:
         found = Given(outcome.outputs | _given(seen).outputs, outcome.left_out)
     most = torch.finfo(own_dtype(model, inputs)).max if isinstance(model, nn.Module) else math.inf
     return found._replace(outputs={name: _unmasked(values, most) for name, values in found.outputs.items()})
+
+
+@contextmanager
+def drawing_alike(devices: Collection[torch.device]) -> Iterator[None]:
+    """Numbers that are drawn on these devices are the same each time, and others are drawn as if these had not been."""
+    generators = [torch.default_generator, *filter(None, map(_generator, devices))]
+    states = [one.get_state() for one in generators]
+    for one in generators:
+        one.manual_seed(0)
+    try:
+        yield
+    finally:
+        for one, state in zip(generators, states, strict=True):
+            one.set_state(state)
+
+
+def _generator(device: torch.device) -> torch.Generator | None:
+    """From which it draws by default, where it is not the CPU and torch holds one for each of its kind."""
+    every: Sequence[torch.Generator] = getattr(getattr(torch, device.type, None), "default_generators", ())
+    return every[device.index or 0] if every else None
+
+
+def _devices(model: Runs, inputs: Inputs) -> set[torch.device]:
+    held = chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
+    return {one.device for one in chain(held, _given(inputs).outputs.values())}
 
 
 def _unmasked(values: Tensor, most: float) -> Tensor:

@@ -1,12 +1,13 @@
 """Recorded: what a merged folder tells of the options that it was made with."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack, cast
 
 from surgery.core.option_checks import check_whole
-from surgery.errors import FormatError, UsageError, printable, quoted
+from surgery.errors import FormatError, InputError, UsageError, printable, quoted
 from surgery.procedures.planning.treatment import ROUNDINGS, Treatment, TreatmentOptions
 from surgery.procedures.writing.receipt import read_receipt
 from surgery.procedures.writing.small_files import RECEIPT
@@ -58,6 +59,17 @@ class Recorded(NamedTuple):
             raise UsageError(
                 f"verify: it was rounded by calibration inputs of {names}; give `calibration`, the same by sha256"
             )
+
+
+@contextmanager
+def told_beside(said: Collection[str]) -> Iterator[None]:
+    """What was taken from a receipt is told with a refusal, for it may be what is wrong."""
+    try:
+        yield
+    except InputError as error:
+        for one in said:
+            error.add_note(one)
+        raise
 
 
 def recorded(folder: Path) -> Recorded:

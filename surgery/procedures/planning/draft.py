@@ -10,9 +10,9 @@ from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Layer, Weighted
 from surgery.core.as_peft import Arithmetic, PeftMerge, refuse_unlike_peft
 from surgery.core.layered import refuse_over
-from surgery.core.names import Naming, suffix_hits
+from surgery.core.names import Naming, nearest, suffix_hits
 from surgery.core.site import Site
-from surgery.errors import ConfigError, FormatError, InputError, MatchError, UsageError, printable
+from surgery.errors import ConfigError, FormatError, InputError, MatchError, printable
 from surgery.hosts.change import Change
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.io.header import DTYPES
@@ -82,7 +82,10 @@ class Draft:
         """What can only be said of all changes together: `tied` is "refuse" or "untie"."""
         for entry in self.ops:
             if not any(suffix_hits((entry,), name) for name in self._names):
-                raise UsageError(f"`ops` {printable(entry)}: no site of the adapters has this name; name another")
+                close = ", ".join(map(printable, nearest(entry, self._names)))
+                step = f"nearest: {close}; name one of them" if close else "leave it out"
+                told = f"`ops` {printable(entry)}: no site of the adapters has this name; {step}"
+                self.refusals.append(MatchError(told))
         if self.tied:
             self.turned = True
             self.notes.append("the shared embedding changes once, and the modules that it is stay tied to it")

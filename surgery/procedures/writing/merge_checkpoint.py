@@ -158,7 +158,8 @@ class _Books:
 def _check_survival(told: Mapping[str, Survival], base: Checkpoint, options: Options) -> None:
     """CheckError where too little of the adapters is left, or too much came beside it."""
     falling = ", `fallback=16bit` does where it is needed" if _can_fall_back(told, base, options) else ""
-    step = f"`into=16bit` keeps all of it{falling}, and `min_retained` and `max_noise` let it pass"
+    whole = "`into=16bit`" if base.packed else "a merge without `into`"
+    step = f"{whole} keeps all of it{falling}, and `min_retained` and `max_noise` let it pass"
     refuse_lost(told, options.bounds, f"merge into {options.treatment.into}", step)
 
 
