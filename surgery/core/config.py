@@ -60,6 +60,7 @@ class AdapterConfig(ABC, metaclass=OfFields):
     by_ends: ClassVar[frozenset[str]] = frozenset()  # fields that list ends of names, from whatever character on
     unwritten: ClassVar[frozenset[str]] = frozenset()  # what PEFT's lacks: in the JSON only where it is set
     shared: ClassVar[Mapping[str, str]] = {}  # roles of the tensors that all sites share, by PEFT's names of these
+    title: ClassVar[str] = ""  # as users know it, where no method at its sites tells
     copied: ClassVar[str] = ""  # what holds its copies of the modules that it targets, where it trains these whole
     repeats_rows: ClassVar[bool] = False  # do its files hold the rows that it replaces for each of tied modules?
     repeats_shared: ClassVar[bool] = False  # do PEFT's files hold them at each site, too?

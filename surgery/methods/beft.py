@@ -78,8 +78,8 @@ class Beft(AtStrength, AsPeft):
     def beyond_peft(self) -> str:
         return "" if self.strength == 1 else "BEFT at another weight than 1"
 
-    def for_bias(self) -> Offset:
-        return Offset(self.strength)
+    def for_bias(self) -> "BeftOffset":
+        return BeftOffset(self.strength)
 
     def spread(self, p: Params, tile: Tile) -> Tensor:  # noqa: ARG002  # of the weight, which stays
         return torch.zeros(1, 1, dtype=torch.float64)
@@ -87,3 +87,10 @@ class Beft(AtStrength, AsPeft):
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # as others'
         b = p["b"].flatten()
         return run(x) + op.beside(b if self.strength == 1 else self.strength * b)
+
+
+@dataclass(frozen=True)
+class BeftOffset(Offset):
+    """What becomes of the bias."""
+
+    name = Beft.name

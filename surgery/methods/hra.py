@@ -18,7 +18,7 @@ from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
 from surgery.methods.bias_config import BiasConfig
 from surgery.methods.field_values import check_count
 from surgery.methods.kaiming import kaiming
-from surgery.methods.rotations import FINE, inverse, times
+from surgery.methods.rotations import COPIES, FINE, inverse, times
 from surgery.methods.spreads import unit_of
 
 Bias = Literal["none", "all", "hra_only"]
@@ -86,6 +86,9 @@ class Hra(AtStrength, Mixing):
                 f"{printable(site.name)}: {found}; HRA acts on Linear and Conv2d of one place in one group; exclude it"
             )
         return {"U": Spec("hra_u", (site.shape[1], self.r))}
+
+    def work_bytes(self, site: Site) -> int:
+        return 8 * COPIES * self.r * max(site.shape[1], self.r)
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
         (spec,) = self.tensors(site).values()

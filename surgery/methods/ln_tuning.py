@@ -27,6 +27,7 @@ class LNTuningConfig(AdapterConfig):
     neutral: ClassVar[Mapping[str, Any]] = {}
     unwritten = frozenset({"layers_to_transform", "layers_pattern"})
     copied = "ln_tuning_layers"
+    title = "LN tuning"
 
     def method(self, name: str) -> Method:
         raise AssertionError(f"{printable(name)} is copied, and has no site")

@@ -90,7 +90,7 @@ class LoraBias(Method, AsPeft):
 class Offset(Additive, AsPeft):
     """What becomes of the bias, as a matrix [out, 1]; b is [out], or [1, out]."""
 
-    name = "added bias"
+    name = LoraBias.name
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         return {"b": Spec("lora_B.bias", (site.shape[0],))}

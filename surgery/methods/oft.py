@@ -15,7 +15,10 @@ from surgery.core.site import Site
 from surgery.core.sums import row_sums
 from surgery.errors import MatchError, printable
 from surgery.methods.rotations import (
+    COPIES,
     FINE,
+    SPLITS,
+    block_of,
     cayley,
     cayley_off,
     cayley_solved,
@@ -66,6 +69,13 @@ class Oft(AtStrength, Mixing):
     def matrices(self, p: Params, site: Site) -> Params:
         """R by the side that it stands on: "R" right of the weight, transposed, or "L" left of it."""
         return {"L": p["R"]} if site.acting.name == "embedding" else p
+
+    def work_bytes(self, site: Site) -> int:
+        """Of D, which lies in as many blocks as R has, and is taken in as many as the rows have."""
+        (spec,) = self.tensors(site).values()
+        blocks, b = spec.shape[0], block_of(spec.shape[1])
+        extent = site.shape[0 if site.acting.name == "embedding" else 1]
+        return 8 * b * b * max(COPIES * blocks, blocks + SPLITS * (extent // b))
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
         (spec,) = self.tensors(site).values()

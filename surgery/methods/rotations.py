@@ -15,6 +15,8 @@ from surgery.core.method import Product
 from surgery.core.op import WHOLE
 
 Multiply = Callable[[Tensor, Tensor], Tensor]  # [..., b, b] each
+COPIES = 20  # of what `neumann` and `cayley` make: 13 at most are there at once, and malloc keeps others that are gone
+SPLITS = 3  # the same of a factor of a fine product
 FINE = 2.0**-42  # of a fine product of n terms, times n and the largest of each factor, see `exact_product`
 
 

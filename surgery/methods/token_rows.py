@@ -29,7 +29,7 @@ class TokenRows(Method, AsPeft):
     spelling: str = "token_adapter.trainable_tokens_delta"
     drawn: bool = False  # do they begin as normal numbers, not as what stands there?
 
-    name = "token rows"
+    name = "trainable tokens"
     couples = frozenset()
 
     @property

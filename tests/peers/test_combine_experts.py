@@ -222,6 +222,32 @@ def test_a_damaged_rank_of_a_matrix_makes_no_stack_of_it(printed: bool, rank: in
     assert not (tmp_path / "out").exists()
 
 
+def tables(folder: Path, ranks: dict[str, int]) -> Path:
+    """An adapter of two layers' matrices under a name that nobody knows, of rank 4, by a config that says otherwise."""
+    model = nn.ModuleDict({"0": nn.Module(), "1": nn.Module()})
+    for one in model.values():
+        one.table = nn.Parameter(torch.zeros(6, 5))
+    fields = {"r": 4, "target_parameters": ["0.table", "1.table"], "init_lora_weights": False}
+    surgery.save(surgery.inject(model, surgery.LoraConfig(**fields)), folder)
+    (folder / "surgery.base.json").unlink()
+    surgery.LoraConfig(**fields | {"rank_pattern": ranks}).save_pretrained(folder)
+    return folder
+
+
+def test_a_damaged_rank_that_nothing_tells_is_seen_by_the_other_layers_or_said(tmp_path: Path) -> None:
+    whole = surgery.combine([tables(tmp_path / "whole", {})], tmp_path / "out")
+    assert whole.notes == ()
+    found = r"one: 1\.table: the factors are those of 2 matrices .* those of 0\.table of 1; a damaged rank"
+    with pytest.raises(surgery.ShapeError, match=found):
+        surgery.combine([tables(tmp_path / "one", {"1.table": 2})], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    both = surgery.combine([tables(tmp_path / "both", {"0.table": 2, "1.table": 2})], tmp_path / "stacks")
+    told = "table is taken for a stack of 2 by its config's rank, since no surgery.base.json tells its shape"
+    assert [note.partition(".")[2] for note in both.notes] == [told, told]
+    assert both.summary().count(told) == 2
+    assert both.to_json()["notes"] == list(both.notes)
+
+
 def test_a_damaged_rank_of_a_stack_makes_no_more_experts(tmp_path: Path) -> None:
     folder = adapter("mixtral", tmp_path / "one", 1, "surgery")
     surgery.LoraConfig(**FIELDS | {"rank_pattern": {".*experts.down_proj": 1}}).save_pretrained(folder)

@@ -337,7 +337,7 @@ def test_the_command_line_inspects_plans_merges_verifies_and_unmerges(tmp_path: 
     by_peft(model, CASES["norms"][1]).save_pretrained(tmp_path / "adapter")
     base, adapter, out = (str(tmp_path / name) for name in ("base", "adapter", "out"))
     calls = {
-        "LN_TUNING": ["inspect", adapter],
+        "adapter: LN tuning; ": ["inspect", adapter],
         "3 to replace": ["plan", base, adapter],
         "": ["merge", base, adapter, out, "--reversible"],
         "bits": ["verify", base, adapter, out],

@@ -100,7 +100,8 @@ def inspect(path: Path, sha256: bool = False) -> Inspection:
 
 
 def _told(adapter: Adapter, config: Mapping[str, Any]) -> AdapterTold:
-    methods = {adapter.config.method(site).name for site in adapter.sites} or {config["peft_type"]}
+    whole = adapter.config.title
+    methods = {whole} if whole else {adapter.config.method(site).name for site in adapter.sites or [""]}
     numbers = [adapter.config.told(site) for site in adapter.sites]
     r, lora_alpha, alpha = (
         sorted({one[name] for one in numbers if name in one}) for name in ("r", "lora_alpha", "alpha")

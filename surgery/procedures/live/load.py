@@ -3,15 +3,17 @@
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from surgery.adapters import out_proj
 from surgery.adapters.peft import check_shapes, completed, drawn_notes
+from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter
 from surgery.core.names import Endings, in_base, nearest, owners, renaming
-from surgery.core.sharded import whole
+from surgery.core.sharded import is_sharded, whole
 from surgery.errors import MatchError, printable
 from surgery.hosts.holding import Awareness
 from surgery.io.fingerprint import BASE_PRINT
@@ -143,7 +145,16 @@ def _check_base(tree: Tree, adapter: Adapter, names: Mapping[str, str]) -> None:
         path, _, own = name.rpartition(".")
         module, (info, digest) = tree.modules[paths[path]], adapter.trained_on[name]
         weight = tree.held(paths[path]).get(own)
-        if weight is None or weight.is_meta or (weight.dtype, tuple(weight.shape)) != (info.dtype, info.shape):
+        if weight is None or weight.is_meta or not weight.numel():
+            continue
+        plain = {weight.dtype, info.dtype} <= set(PLAIN_DTYPES)
+        if plain and not is_sharded(weight) and weight.numel() != prod(info.shape):
+            raise MatchError(
+                f"{printable(adapter.where)}: it was trained on another base: {printable(name)} was "
+                f"{list(info.shape)} there, and here {list(weight.shape)}; load that base, or remove the adapter's "
+                f"{BASE_PRINT}"
+            )
+        if (weight.dtype, tuple(weight.shape)) != (info.dtype, info.shape):
             continue
         layer = tree.alone.get(f"{paths[path]}.{own}", module)
         found = base_sha256(layer) if isinstance(layer, Adapted) else sha256_of(weight)

@@ -3,7 +3,8 @@
 Files call them by the modules that hold them, as only a model tells; here names and the modules' known order do.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,9 +12,10 @@ from surgery.core.adapter import Adapter, Weighted, shape_of
 from surgery.core.name_map import USUAL
 from surgery.core.names import suffix_hits
 from surgery.core.select import ALL_LINEAR, select
-from surgery.errors import InputError, printable
+from surgery.errors import InputError, ShapeError, printable
+from surgery.io.fingerprint import BASE_PRINT
 from surgery.methods.lora import Lora
-from surgery.procedures.places.parameters import assigned, in_order
+from surgery.procedures.places.parameters import ORDER, assigned, in_order
 
 
 class ByParameter(NamedTuple):
@@ -21,6 +23,7 @@ class ByParameter(NamedTuple):
 
     given: Sequence[Weighted]
     parameters: frozenset[str]
+    notes: tuple[str, ...]  # on those of which no file tells whether they are stacks
 
 
 def by_parameter(given: Sequence[Weighted]) -> ByParameter:
@@ -30,7 +33,7 @@ def by_parameter(given: Sequence[Weighted]) -> ByParameter:
     renamed = [one._replace(adapter=_renamed(one.adapter, found)) for one, found in named]
     for one in renamed:
         _refuse_nested(one.adapter, parameters)
-    return ByParameter(renamed, parameters)
+    return ByParameter(renamed, parameters, tuple(note for one in renamed for note in _stacks(one.adapter, parameters)))
 
 
 class _Held:
@@ -65,6 +68,24 @@ def _refuse_nested(adapter: Adapter, parameters: Collection[str]) -> None:
                 f"{printable(adapter.where)}: {printable(name)} is adapted, and so are parameters of it, "
                 "or the stack that it is a part of; one of the two is wanted; load each into the model, and save it"
             )
+
+
+def _stacks(adapter: Adapter, parameters: Collection[str]) -> Iterator[str]:
+    """What is taken for a stack by nothing but a rank. ShapeError where other layers have it as another."""
+    first: dict[str, tuple[str, int]] = {}  # by the name without its numbers
+    for name in sorted(parameters & adapter.sites.keys() - adapter.trained_on.keys()):
+        method = adapter.config.method(name)
+        count = shape_of(adapter.sites[name], "A")[0] // method.r if isinstance(method, Lora) else 1
+        other, wanted = first.setdefault(re.sub(r"\d+", "#", name), (name, count))
+        where = f"{printable(adapter.where)}: {printable(name)}"
+        if count != wanted:
+            raise ShapeError(
+                f"{where}: the factors are those of {count} matrices by its config's rank, and those of "
+                f"{printable(other)} of {wanted}; a damaged rank looks so; save it again, or merge the adapters over "
+                "their base, which tells"
+            )
+        if count > 1 and name.rpartition(".")[2] not in ORDER:
+            yield f"{where} is taken for a stack of {count} by its config's rank, since no {BASE_PRINT} tells its shape"
 
 
 def _modules(sites: Iterable[str], parameters: Collection[str]) -> list[str]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -45,11 +45,20 @@ _LEFT_OUT = (
 class CombineReport(FidelityReport):
     """What was written, and how far it is from the exact sum: `relative_error` in all, `sites` one by one."""
 
+    notes: tuple[str, ...] = ()  # on what no file tells
+
     title = "surgery combine"
 
     @property
     def reproducible(self) -> bool:
         return self.method != "svd"  # LAPACK's bits differ from machine to machine
+
+    def summary(self) -> str:
+        """One line."""
+        return "; ".join([super().summary(), *self.notes])
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "notes": list(self.notes)}
 
 
 def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: bool = False) -> CombineReport:
@@ -61,7 +70,7 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
         raise UsageError("combine: no adapter is given; one or more are wanted")
     refuse_overlap(out, [Path(one.adapter.where) for one in given])
     configs = [_lora(one) for one in given]
-    given, parameters = by_parameter(given)
+    given, parameters, notes = by_parameter(given)
     spelled = spelled_without_model(sorted(parameters))
     _check_names(given)
     ops = _united(given, "the op of", lambda one: one.adapter.ops, lambda op: op)
@@ -86,7 +95,7 @@ def combine(given: Sequence[Weighted], out: Path, recipe: Recipe, *, overwrite: 
         if trained_on:
             staging.write(BASE_PRINT, base_print_bytes(trained_on))
         staging.write(CONFIG, config_bytes(config))
-    return CombineReport(out, recipe.method, sites)
+    return CombineReport(out, recipe.method, sites, notes)
 
 
 def _spill(spill: Spill, name: str, op: str | None, made: Factors) -> None:

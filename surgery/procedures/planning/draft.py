@@ -20,6 +20,7 @@ from surgery.procedures.places.stacking import merge_refusal
 from surgery.procedures.places.tied_heads import unlike_peft
 from surgery.procedures.places.tying import HEAD, Tying, tied_though_held, tying_of, vocabulary
 from surgery.procedures.planning.join import Joined
+from surgery.procedures.planning.remarks import loose
 from surgery.procedures.planning.ties import Settled, Tied, hidden_ties, settle_absent, settle_held
 from surgery.procedures.planning.true_config import Outcome
 from surgery.procedures.planning.wholes import Whole, same
@@ -68,6 +69,7 @@ class Draft:
         self.tied |= {index} if joined.stays_tied else set()
         self.namings.append(joined.naming)
         self.laid.append(given._replace(adapter=joined.adapter))
+        self.notes += [] if joined.refusals else loose(joined.adapter, joined.sites)
         self._names |= {*joined.adapter.sites, *(site.name for site, _ in joined.layers.values())}
         for name, whole in joined.wholes.items():
             self._replace(name, whole)

@@ -1,8 +1,10 @@
 """The join of an adapter to a checkpoint: names, ops and shapes agree, or it is refused."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 from surgery.adapters.peft import check_finite, check_shapes, completed
+from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter, Layer, Weighted, are_as_told, bias_layers
 from surgery.core.method import Method
 from surgery.core.name_map import USUAL
@@ -10,6 +12,7 @@ from surgery.core.names import in_base, naming_between, nearest, owners, suffix_
 from surgery.core.site import Site
 from surgery.errors import ConfigError, InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
+from surgery.io.fingerprint import BASE_PRINT
 from surgery.ops.attention import attention_site
 from surgery.ops.bias import bias_site
 from surgery.procedures.places.experts import laid_on
@@ -32,6 +35,7 @@ class Joined:
         self.adapter, alone = laid_on(base, given.adapter)
         self.ops, self.tying = ops, tying_of(base)
         self.layers: dict[str, tuple[Site, Layer]] = {}
+        self.sites: dict[str, Site] = {}  # by the adapter's names
         known = {site.name: site for site in map(attention_site, base.sites()) if "weight" in site.tensors}
         self.shared = shared_of(base)
         known |= {} if self.shared is None else self.shared.sites()
@@ -47,6 +51,7 @@ class Joined:
         self.refusals: list[InputError] = brought.refusals
         self.stays_tied = False  # does one layer change all that a shared embedding is?
         self.known = {name: self._as_grown(site) for name, site in known.items()}
+        self._check_sizes()
         self._sites()
         self._rows()
         self._drop_repeated()
@@ -58,6 +63,22 @@ class Joined:
         asks = self.tying.separable or any(name not in known for name in named)
         return self.tying.known_head if asks else None
 
+    def _check_sizes(self) -> None:
+        """A base whose weights have other numbers of elements than those that it was trained on is another."""
+        for name, (info, _) in self.adapter.trained_on.items():
+            there = self.naming.of(name)
+            here = self.base.info(there)
+            plain = here is not None and {here.dtype, info.dtype} <= set(PLAIN_DTYPES) and there not in self.wholes
+            if here is not None and plain and prod(here.shape) != prod(info.shape):
+                self.refusals.append(
+                    ShapeError(
+                        f"{printable(self.adapter.where)}: it was trained on another base: {printable(name)} was "
+                        f"{list(info.shape)} there, and here {list(here.shape)}; name that base, or remove the "
+                        f"adapter's {BASE_PRINT}"
+                    )
+                )
+                return
+
     def _sites(self) -> None:
         found = {name: self.known.get(self.naming.of(in_base(name))) for name in self.adapter.sites}
         choice = OpChoice(
@@ -66,26 +87,25 @@ class Joined:
             {name: one for name, one in found.items() if one is not None and one.op is None},
             self.ops,
         )
-        sites: dict[str, Site] = {}
         for name, there in sorted(found.items()):
             try:
                 if there is None:
                     raise MatchError(self._absent(name))
-                sites[name] = there.with_op(there.op or choice.of(name))
+                self.sites[name] = there.with_op(there.op or choice.of(name))
             except InputError as error:
                 self.refusals.append(error)
-        self._lay(sites)
+        self._lay()
 
-    def _lay(self, sites: Mapping[str, Site]) -> None:
+    def _lay(self) -> None:
         """The adapter over sites of the base, by its own names."""
         try:
-            self.adapter = completed(self.adapter, sites)
+            self.adapter = completed(self.adapter, self.sites)
             check_finite("what its sites share", self.adapter.shared, self.adapter.where)
         except InputError as error:
             self.refusals.append(error)
             return
         of_shared: list[tuple[Site, Layer]] = []
-        for name, site in sites.items():
+        for name, site in self.sites.items():
             try:
                 layer = self._layer(name, site)
                 if self._is_of_shared(site, layer):

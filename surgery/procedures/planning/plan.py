@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import nlargest
 from typing import Any
 
 from surgery.adapters import out_proj
@@ -10,6 +11,7 @@ from surgery.core.names import Naming
 from surgery.core.report import Report, in_units
 from surgery.core.site import TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source
+from surgery.core.workers import default_workers
 from surgery.errors import ConfigError, InputError, printable
 from surgery.hosts.change import Change, Watch
 from surgery.hosts.checkpoint import Checkpoint
@@ -186,6 +188,11 @@ def _work_bytes(change: Change) -> int:
     return 2 * weight.nbytes + 3 * wide * weight.nbytes // weight.torch_dtype.itemsize
 
 
+def _together(base: Checkpoint, changes: Sequence[Change]) -> int:
+    """How many weights are at work at once: one of each file, or one alone as PEFT merges it."""
+    return 1 if any(one.as_peft for one in changes) else min(default_workers(), len(base.files))
+
+
 def _written(changes: Sequence[Change]) -> dict[str, list[TensorInfo]]:
     return {one.site.weight.name: standing(one) for one in changes if not one.keep}
 
@@ -197,6 +204,7 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
     infos = {info.name: info for info in base.tensors() if info.name not in gone}
     infos |= {info.name: info for one in written.values() for info in one}
     tile = max((min(TILE_ELEMENTS, info.nbytes) for info in infos.values()), default=0)
+    together = _together(base, changes)
     sites = [size for one in draft.laid for size in one.adapter.site_bytes()]
     whole = [v.nbytes for one in adapters for v in (*one.adapter.saved.values(), *one.adapter.copies.values())]
     whole += [one.adapter.shared_bytes() for one in draft.laid]
@@ -209,9 +217,9 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         written_bytes=sum(info.nbytes for info in infos.values()),
         peak_bytes=_RUNTIME_BYTES
         + sum(whole)
-        + max(sites, default=0)
-        + 8 * _TILE_COPIES * tile
-        + max(map(_work_bytes, changes), default=0),
+        + sum(nlargest(together, sites))
+        + 8 * _TILE_COPIES * tile * together
+        + sum(nlargest(together, map(_work_bytes, changes))),
         undo_bytes=sum(sites) + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
         namings=tuple(draft.namings),
         laid=tuple(draft.laid),

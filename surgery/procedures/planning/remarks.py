@@ -1,17 +1,19 @@
 """Remarks: what a plan says of its adapters and stops nothing."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from surgery.adapters import out_proj
 from surgery.adapters.peft import drawn_notes
 from surgery.codecs.plain import PLAIN_DTYPES
-from surgery.core.adapter import Adapter, Weighted
+from surgery.core.adapter import Adapter, Weighted, are_as_told
 from surgery.core.names import Naming
 from surgery.core.select import unmatched
-from surgery.errors import printable, quoted
+from surgery.core.site import Site
+from surgery.errors import InputError, printable, quoted
 from surgery.hosts.checkpoint import Checkpoint
 
+_AXES = 2  # of a weight, that are outputs and inputs; a convolution has its kernel besides
 _DWARFS = 1000.0  # a weight of 1 adds the change as trained, which is some per cent of the base
 
 
@@ -32,6 +34,30 @@ def notes_of(adapter: Adapter) -> list[str]:
         if not any(f"{entry}." in name for name in adapter.saved):
             notes.append(f"{where}: modules_to_save entry {quoted(entry)} has no tensors")
     return notes
+
+
+def loose(adapter: Adapter, sites: Mapping[str, Site]) -> list[str]:
+    """Whether its tensors would fit weights twice as wide too, so that nothing of it tells its base from another."""
+    if not sites or adapter.trained_on or adapter.saved or not all(_fits_wider(adapter, *one) for one in sites.items()):
+        return []
+    named = adapter.config.base_model_name_or_path
+    base = f", which its config calls {printable(named)}," if named else ""
+    return [
+        f"{printable(adapter.where)}: its tensors fit weights of other sizes as well, so that whether this is its "
+        f"base{base} cannot be told"
+    ]
+
+
+def _fits_wider(adapter: Adapter, name: str, site: Site) -> bool:
+    """Does it, at this site by the adapter's own name?"""
+    if site.acting.stack or len(site.weight.shape) < _AXES:
+        return False
+    wider = tuple((2 if axis < _AXES else 1) * extent for axis, extent in enumerate(site.weight.shape))
+    as_wide = Site(site.name, {"weight": site.weight._replace(shape=wider)}, site.op)
+    try:
+        return are_as_told(adapter.sites[name], adapter.config.method(name).tensors(as_wide))
+    except InputError:
+        return False
 
 
 def unchecked(base: Checkpoint, adapter: Adapter, naming: Naming) -> list[str]:
