@@ -4,6 +4,7 @@ import doctest
 import importlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -81,23 +82,38 @@ def test_the_examples_of_docstrings_give_what_they_say(path: Path) -> None:
     assert found.failed == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("library", "the model is what it was, bit for bit"),
-        ("switch_adapters", "2 of 2 adapters go on as they were taught, alone and in one batch"),
-        ("train_and_merge", "transformers alone gives what the merged model gives, to the bit"),
-        ("train_lora", "8 of 8 sentences are told apart by the merged model"),
-        ("train_ia3", "8 of 8 sentences are told apart by the merged model"),
-        ("train_adalora", "8 of 8 sentences are told apart by the merged model"),
-        pytest.param(
-            "train_quantized",
-            "merged into nf4, the quantization-aware adapter is what it was",
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_an_example_runs(name: str, told: str, tmp_path: Path) -> None:
+EXAMPLES = {
+    "library": "the model is what it was, bit for bit",
+    "switch_adapters": "2 of 2 adapters go on as they were taught, alone and in one batch",
+    "train_and_merge": "transformers alone gives what the merged model gives, to the bit",
+    "train_lora": "8 of 8 sentences are told apart by the merged model",
+    "train_ia3": "8 of 8 sentences are told apart by the merged model",
+    "train_adalora": "8 of 8 sentences are told apart by the merged model",
+    "train_quantized": "merged into nf4, the quantization-aware adapter is what it was",
+}
+
+
+def each_example(*quick: str) -> pytest.MarkDecorator:
+    cases = [
+        pytest.param(name, told, id=name, marks=[] if name in quick else [pytest.mark.slow])
+        for name, told in EXAMPLES.items()
+    ]
+    return pytest.mark.parametrize(("name", "told"), cases)
+
+
+@each_example(*(name for name in EXAMPLES if name != "train_quantized"))
+def test_an_example_runs(
+    name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, for to begin another takes as long as it runs."""
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-1] == told
+    assert list(tmp_path.iterdir()) == []
+
+
+@each_example("library")
+def test_an_example_runs_in_a_process_of_its_own(name: str, told: str, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py")],

@@ -34,7 +34,7 @@ def exporter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 
 @pytest.mark.parametrize(
-    ("overwrite", "every"), [(True, 9), *(pytest.param(one, 1, marks=pytest.mark.slow) for one in (False, True))]
+    ("overwrite", "every"), [(True, 18), *(pytest.param(one, 1, marks=pytest.mark.slow) for one in (False, True))]
 )
 def test_an_export_with_slots_that_is_killed_leaves_the_old_the_new_or_none(
     tmp_path: Path, exporter: Zygote, tally: Counter[str], overwrite: bool, every: int

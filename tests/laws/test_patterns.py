@@ -132,10 +132,16 @@ def test_any_pattern_means_what_re_says_or_is_refused(pattern: str, name: str, f
     assert found == wanted
 
 
-@pytest.mark.parametrize("pattern", [*NESTED, FORKED])
-@pytest.mark.parametrize(
-    "field", ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"]
-)
+FIELDS = ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"]
+# Every pattern in one field, and in each other field some of them; all of them in `make test-all`.
+ENDLESS = [
+    pytest.param(field, pattern, marks=[pytest.mark.slow] if i and (i + j) % 4 else [])
+    for i, field in enumerate(FIELDS)
+    for j, pattern in enumerate([*NESTED, FORKED])
+]
+
+
+@pytest.mark.parametrize(("field", "pattern"), ENDLESS)
 def test_a_pattern_that_never_ends_is_refused_in_time(field: str, pattern: str) -> None:
     model = nn.ModuleDict({f"{LONG}{i}": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)])}) for i in range(3)})
     fields: dict = {"target_modules": ["0"], "layers_to_transform": 0 if field == "layers_pattern" else None}

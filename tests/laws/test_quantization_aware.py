@@ -51,7 +51,15 @@ SITED = [name for name, config in METHODS.items() if not config.copied]
 CASES = [METHODS[name](target_modules=["0"], **one) for name in SITED for one in SETTINGS[name]]
 each_case = pytest.mark.parametrize("config", CASES, ids=range(len(CASES)))
 each_format = pytest.mark.parametrize("form", FORMS)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# Each config in each format; the dtypes in turns, so that each goes with every config and every format.
+each_cell = pytest.mark.parametrize(
+    ("config", "form", "dtype"),
+    [
+        pytest.param(config, form, (torch.float32, torch.bfloat16)[(i + j) % 2], id=f"{i}-{form}")
+        for i, config in enumerate(CASES)
+        for j, form in enumerate(FORMS)
+    ],
+)
 
 
 def net(dtype: torch.dtype = torch.float32, layer: type[nn.Module] = nn.Linear) -> nn.Sequential:
@@ -86,9 +94,7 @@ def held(weight: Tensor, form: str) -> Tensor:
     return codec.decode(codec.fresh(weight.detach(), settings), weight.dtype)
 
 
-@each_case
-@each_format
-@each_dtype
+@each_cell
 def test_it_runs_to_the_bit_as_its_merge_held_in_the_format(config: Any, form: str, dtype: torch.dtype) -> None:
     aware = trained(surgery.inject(net(dtype), config, quantization_aware=form))
     plain = trained(surgery.inject(net(dtype), config))

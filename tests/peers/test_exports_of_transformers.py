@@ -28,17 +28,34 @@ QUICK = ("vit", "mixtral")  # one that is renamed in files, and one whose expert
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base in shards of bfloat16, with a tied head, and an adapter."""
-    root = tmp_path_factory.mktemp("llama")
+    """A base in shards of bfloat16, with a tied head, and an adapter; both with a tokenizer."""
+    return made(tmp_path_factory.mktemp("llama"), 1)  # to trace another layer takes half as long again
+
+
+@pytest.fixture(scope="module")
+def of_two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("llama of two"), 2)
+
+
+def made(root: Path, layers: int) -> Path:
     torch.manual_seed(0)
-    model = ARCHITECTURES["llama"]()
+    model = transformers.LlamaForCausalLM(small_llama(layers))
     model.config.tie_word_embeddings = True
     model.tie_weights()
     model.to(torch.bfloat16).save_pretrained(root / "base", max_shard_size="100KB")
     modules = ["q_proj", "down_proj"]
     surgery.inject(model, surgery.LoraConfig(r=4, target_modules=modules, init_lora_weights=False))
     surgery.save(model, root / "adapter")
+    for name in ("base", "adapter"):
+        (root / name / "tokenizer.json").write_text(json.dumps({"of": name}))
+    (root / "base" / "special_tokens_map.json").write_text("{}")
     return root
+
+
+def small_llama(layers: int) -> transformers.LlamaConfig:
+    config = ARCHITECTURES["llama"]().config
+    config.num_hidden_layers = layers
+    return config
 
 
 def run(*words: object) -> Any:
@@ -71,6 +88,8 @@ def test_a_checkpoint_is_merged_and_exported_in_one_go(
     assert run("verify", out) == 0
     assert run("verify", folders / "base", folders / "adapter", out) == 0
     transformers.AutoModelForCausalLM.from_pretrained(out)
+    carries_the_tokenizer(out)
+    assert (out / "model.safetensors.index.json").exists()
     (out / "model.onnx").write_bytes((out / "model.onnx").read_bytes() + b"\x72\x00")  # an empty producer_name more
     assert run("verify", out) == 4
 
@@ -94,8 +113,21 @@ def test_an_adapter_of_another_base_is_refused_as_merge_does(
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_at_a_weight_are_compared_with_the_live_model_too(folders: Path, tmp_path: Path) -> None:
-    proof = surgery.export_onnx(folders / "base", (folders / "adapter", 0.5), tmp_path / "out").proof
+def test_adapters_at_a_weight_are_compared_with_the_live_model_too_and_no_bars_are_drawn(
+    folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The settings of transformers stay as they are."""
+    logging = transformers.utils.logging
+    was = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        proof = surgery.export_onnx(folders / "base", (folders / "adapter", 0.5), tmp_path / "out").proof
+        assert logging.is_progress_bar_enabled()
+    finally:
+        if not was[1]:
+            logging.disable_progress_bar()
+    assert logging.get_verbosity() == was[0]
+    assert capfd.readouterr().err == ""
     assert all(one.adapted is not None and one.adapted.ok for one in proof.trials)
     assert not proof.left_out
 
@@ -155,10 +187,10 @@ def test_config_and_files_that_do_not_tell_of_the_same_tensors_are_refused(
     layers: int,
     told: str,
     way: dict[str, Any],
-    folders: Path,
+    of_two_layers: Path,
     tmp_path: Path,
 ) -> None:
-    base = rewritten(folders / "base", tmp_path / "base", tensors, num_hidden_layers=layers)
+    base = rewritten(of_two_layers / "base", tmp_path / "base", tensors, num_hidden_layers=layers)
     adapter = surgery.LoraConfig(r=2, target_modules=["layers.0.self_attn.q_proj"], init_lora_weights=False)
     model = surgery.inject(ARCHITECTURES["llama"](), adapter)
     surgery.save(model, tmp_path / "adapter")
@@ -167,15 +199,22 @@ def test_config_and_files_that_do_not_tell_of_the_same_tensors_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_head_of_another_task_stays_in_the_files_and_is_told_of(folders: Path, tmp_path: Path) -> None:
-    """And so do masks that were once stored, which the class says to ignore, and which are not told of."""
+def test_the_head_of_another_task_stays_in_the_files_and_is_told_of_as_is_what_does_not_fit_the_memory(
+    folders: Path, tmp_path: Path
+) -> None:
+    """So do masks that were once stored, which the class says to ignore, and which are not told of.
+
+    What does not fit the memory is not compared.
+    """
 
     def with_head(held: dict[str, Tensor]) -> None:
         held["score.weight"] = torch.ones(2, 64)
         held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
     base = rewritten(folders / "base", tmp_path / "base", with_head)
-    report = surgery.export_onnx(base, None, tmp_path / "out")
+    report = surgery.export_onnx(base, None, tmp_path / "out", max_memory="1KB")
+    assert "not run against the model" in report.summary()
+    assert report.proof.trials == ()
     assert report.unread == ["score.weight"]
     assert report.summary().endswith("; 1 tensors are of no part of the model")
     assert "score.weight" in load_file(tmp_path / "out" / "model.safetensors")
@@ -183,35 +222,16 @@ def test_the_head_of_another_task_stays_in_the_files_and_is_told_of(folders: Pat
 
 def test_swappable_adapters_come_with_the_tokenizer_as_merged_ones_do(folders: Path, tmp_path: Path) -> None:
     """What the adapter brings wins; an index of other files of weights is not carried."""
-    for name in ("base", "adapter"):
-        shutil.copytree(folders / name, tmp_path / name)
-        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"of": name}))
-    (tmp_path / "base" / "special_tokens_map.json").write_text("{}")
-    given = tmp_path / "base", tmp_path / "adapter"
-    surgery.export_onnx(*given, tmp_path / "merged")
-    surgery.export_onnx(*given, tmp_path / "out", swappable=True)
-    for name in ("tokenizer.json", "special_tokens_map.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
-    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == {"of": "adapter"}
-    assert (tmp_path / "merged" / "model.safetensors.index.json").exists()
+    surgery.export_onnx(folders / "base", folders / "adapter", tmp_path / "out", swappable=True)
+    carries_the_tokenizer(tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_an_export_draws_no_bars_and_leaves_the_settings_of_transformers(
-    folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    logging = transformers.utils.logging
-    was = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.enable_progress_bar()
-    try:
-        surgery.export_onnx(folders / "base", folders / "adapter", tmp_path / "out")
-        assert logging.is_progress_bar_enabled()
-    finally:
-        if not was[1]:
-            logging.disable_progress_bar()
-    assert logging.get_verbosity() == was[0]
-    assert capfd.readouterr().err == ""
+def carries_the_tokenizer(out: Path) -> None:
+    """The adapter's, and what the base has beside it."""
+    assert json.loads((out / "tokenizer.json").read_text()) == {"of": "adapter"}
+    assert (out / "special_tokens_map.json").read_text() == "{}"
 
 
 def test_fused_experts_are_made_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,12 +247,6 @@ def test_fused_experts_are_made_one_by_one(tmp_path: Path, monkeypatch: pytest.M
     ARCHITECTURES["mixtral"]().save_pretrained(tmp_path / "base")
     surgery.export_onnx(tmp_path / "base", None, tmp_path / "out", max_memory="1KB")
     assert len(made) == 4  # two stacks in each of two layers
-
-
-def test_what_does_not_fit_the_memory_is_not_compared_and_the_report_says_so(folders: Path, tmp_path: Path) -> None:
-    report = surgery.export_onnx(folders / "base", folders / "adapter", tmp_path / "out", max_memory="1KB")
-    assert "not run against the model" in report.summary()
-    assert report.proof.trials == ()
 
 
 def test_a_model_that_runs_for_one_length_alone_is_refused(tmp_path: Path) -> None:
