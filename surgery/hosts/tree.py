@@ -36,6 +36,7 @@ class State:
     importance: dict[str, Mapping[str, Importance]] = field(default_factory=dict)  # by adapter whose ranks are allotted
     biases: dict[str, Mapping[str, nn.Module]] = field(default_factory=dict)  # by adapter: modules whose bias it trains
     regularized: bool = False  # did the model itself put AdaLoRA's regularizer into its last loss?
+    owed: bool = False  # is a Trainer to add it, to the loss that it is about to compute?
 
     def require(self, adapter: str) -> None:
         """StateError if the model has no adapter of that name."""

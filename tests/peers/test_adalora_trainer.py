@@ -32,6 +32,30 @@ def run(model: LlamaForCausalLM, folder: Path, kind: type[Trainer] = Resuming, *
     return trainer(model, folder, kind, **({"max_steps": STEPS, "learning_rate": 0.02} | options))
 
 
+class OwnLoss(Trainer):
+    """Its loss is made of what the model gives, though the model has the labels."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **rest: Any) -> Any:  # noqa: ARG002
+        outputs = model(**inputs)
+        loss = outputs.logits.square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class OwnRegularizer(Trainer):
+    """Adds the regularizer itself, as in a plain loop."""
+
+    def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+        return super().compute_loss(model, inputs, *given, **named) + surgery.orthogonal_loss(model)
+
+
+class OwnLossResuming(surgery.AdapterTrainer, OwnLoss):
+    """The same with the mixin."""
+
+
+class OwnRegularizerResuming(surgery.AdapterTrainer, OwnRegularizer):
+    """The same with the mixin."""
+
+
 def left(model: LlamaForCausalLM) -> int:
     return sum(int((values != 0).sum()) for name, values in model.named_parameters() if "lora_E" in name)
 
@@ -94,6 +118,34 @@ def test_the_best_model_is_loaded_at_the_end(only_model: bool, tmp_path: Path) -
     scores = [line["eval_loss"] for line in best.state.log_history if "eval_loss" in line]
     assert max(scores) > scores[-1]
     assert best.evaluate()["eval_loss"] == pytest.approx(max(scores), rel=64 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Resuming, {}),
+        (Resuming, {"label_smoothing_factor": 0.1}),
+        (Resuming, {"gradient_accumulation_steps": 2}),
+        (Resuming, {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1}),
+        (OwnLossResuming, {}),
+        (OwnLossResuming, {"gradient_accumulation_steps": 2}),
+        (OwnRegularizerResuming, {}),
+    ],
+    ids=str,
+)
+def test_the_regularizer_counts_once_a_step_whatever_the_loss_is_made_of(
+    kind: type[Trainer], options: dict[str, Any], tmp_path: Path
+) -> None:
+    model, alone = injected(), injected(orth_reg_weight=0)
+    regularizer = surgery.orthogonal_loss(model).item()
+    assert regularizer > 0.1
+    first = []
+    for one, name in ((model, "with"), (alone, "without")):
+        again = run(one, tmp_path / name, kind, **options)
+        again.train()
+        first.append(losses(again)[1])
+    eps = torch.finfo(torch.float32).eps
+    assert first[0] - first[1] == pytest.approx(regularizer, abs=8 * eps * first[0])  # 4 sums, and what is logged
 
 
 def test_lora_beside_adalora_is_trained_and_resumed_too(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pytest
 import torch
 import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -16,10 +17,10 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 TEXTS = [" ".join(WORDS[2 + row * place % 40] for place in range(1, 9)) for row in range(16)]
 
 
-def injected() -> LlamaForCausalLM:
+def injected(config: object = None) -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMALL, vocab_size=len(WORDS)))
-    return surgery.inject(model, surgery.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    return surgery.inject(model, config or surgery.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -28,11 +29,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
-def trainer(model: LlamaForCausalLM, folder: Path) -> Any:
+def trainer(model: LlamaForCausalLM, folder: Path, **options: Any) -> Any:
     kind = type("Sft", (surgery.AdapterTrainer, trl.SFTTrainer), {})
-    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "bf16": False}
-    settings = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01}
-    arguments = trl.SFTConfig(str(folder), **quiet, **settings, max_length=16)
+    quiet: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "bf16": False}
+    settings: dict[str, Any] = {
+        "max_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.01,
+    }
+    settings |= {"logging_steps": 1}
+    arguments = trl.SFTConfig(str(folder), **(quiet | settings | options), max_length=16)
     data = datasets.Dataset.from_list([{"text": text} for text in TEXTS])
     return kind(model=model, args=arguments, train_dataset=data, processing_class=tokenizer())
 
@@ -48,3 +55,37 @@ def test_a_run_changes_the_adapter_alone_and_is_resumed_to_the_last_bit(tmp_path
     assert weights == {"adapter_model.safetensors"}
     trainer(again, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert all(torch.equal(values, after[name]) for name, values in again.state_dict().items())
+
+
+@pytest.mark.parametrize("loss", ["chunked_nll", "nll", "dft"])
+def test_the_regularizer_of_adalora_counts_in_every_loss(loss: str, tmp_path: Path) -> None:
+    first, regularizer = [], 0.0
+    for weight in (0.5, 0.0):
+        fields = {"init_r": 4, "target_r": 2, "total_step": 4, "tfinal": 1, "target_modules": ["q_proj"]}
+        model = injected(surgery.AdaLoraConfig(**fields, orth_reg_weight=weight))
+        regularizer += surgery.orthogonal_loss(model).item()
+        run = trainer(model, tmp_path / str(weight), loss_type=loss)
+        run.train()
+        first.append(next(line["loss"] for line in run.state.log_history if "loss" in line))
+    assert regularizer > 0.1
+    assert first[0] - first[1] == pytest.approx(regularizer, abs=4 * torch.finfo(torch.float32).eps * first[0])
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapted_head_is_trained_by_the_fused_loss_as_by_the_plain_one(
+    options: dict[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    trained = []
+    for loss in ("chunked_nll", "nll"):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SMALL, vocab_size=len(WORDS), tie_word_embeddings=tied))
+        surgery.inject(model, surgery.LoraConfig(**({"r": 4, "target_modules": ["q_proj"]} | options)))
+        before = {name: values.clone() for name, values in model.named_parameters() if values.requires_grad}
+        run = trainer(model, tmp_path / loss, loss_type=loss, max_steps=1, optim="sgd", max_grad_norm=0)
+        run.train()
+        trained.append({name: values - before[name] for name, values in model.named_parameters() if name in before})
+    for name, values in trained[1].items():  # sums over 18 tokens and 42 words, in another order
+        within = 18 * len(WORDS) * torch.finfo(torch.float32).eps * float(values.abs().max())
+        torch.testing.assert_close(trained[0][name], values, rtol=0, atol=within)
+    assert any("lm_head" in name and values.any() for name, values in trained[0].items())

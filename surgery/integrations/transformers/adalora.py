@@ -1,7 +1,7 @@
-"""AdaLoRA in models of transformers: its regularizer joins the loss that the model itself computes."""
+"""AdaLoRA in models of transformers: its regularizer joins the loss that the model itself computes, or its Trainer."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,12 +15,32 @@ def regularized(root: nn.Module, output: Any, given: tuple[Any, ...], named: Map
     """What a model so called has put out, with the regularizer in a loss that can be differentiated."""
     if not in_training(root):
         return output
-    if torch.is_grad_enabled():
-        return _regularized(root, output, given, named)
     state = state_of(root)
     assert state is not None
+    if torch.is_grad_enabled() and not state.owed:
+        return _regularized(root, output, given, named)
     state.regularized = False
     return output
+
+
+def with_regularizer(root: nn.Module, compute: Callable[[], Any], parts: int) -> Any:
+    """What `compute` gives: a loss, alone or first of several, with 1 / `parts` of the regularizer in it.
+
+    Whatever the loss is made of; the model itself adds nothing meanwhile. Who calls orthogonal_loss has added it.
+    """
+    state = state_of(root)
+    if state is None or not in_training(root) or not torch.is_grad_enabled():
+        return compute()
+    state.owed = True
+    try:
+        found = compute()
+        loss = found[0] if isinstance(found, tuple) else found
+        if not state.owed or not loss.requires_grad:
+            return found
+    finally:
+        state.owed = False
+    whole = _sum(root, loss, parts)
+    return (whole, *found[1:]) if isinstance(found, tuple) else whole
 
 
 def _regularized(root: nn.Module, output: Any, given: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
@@ -32,12 +52,16 @@ def _regularized(root: nn.Module, output: Any, given: tuple[Any, ...], named: Ma
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         return output
     state.regularized = True
-    with torch.autocast(loss.device.type, enabled=False):
-        whole = loss + regularizer(root).to(loss.device)
+    whole = _sum(root, loss, 1)
     if plain:
         return (whole, *output[1:])
     output["loss"] = whole
     return output
+
+
+def _sum(root: nn.Module, loss: Tensor, parts: int) -> Tensor:
+    with torch.autocast(loss.device.type, enabled=False):
+        return loss + regularizer(root).to(loss.device) / parts
 
 
 def _has_labels(root: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> bool:

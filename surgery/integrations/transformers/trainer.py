@@ -1,6 +1,7 @@
 """AdapterTrainer: what transformers' Trainer lacks to resume a model with adapters, and to load its best one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from surgery.adapters.peft import read_adapter
 from surgery.errors import UsageError, printable
 from surgery.hosts.tree import state_of
+from surgery.integrations.transformers.adalora import with_regularizer
 from surgery.procedures.live.adalora_progress import read_progress, read_reduced, with_open_ranks, write_progress
 from surgery.procedures.live.refill import refill
 from surgery.procedures.live.save import active_folders
@@ -51,6 +53,12 @@ class AdapterTrainer:
             refuse_untrained(mine)
         return super().train(*given, **named)  # type: ignore[misc]
 
+    def compute_loss(self: Any, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+        """As ever; of an AdaLoRA in training with its regularizer, once for each step of the optimizer."""
+        compute = partial(super().compute_loss, model, inputs, *given, **named)  # type: ignore[misc]
+        mine = _mine(self, self.model)
+        return compute() if mine is None else with_regularizer(mine, compute, _parts(self, named))
+
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         mine = _mine(self, self.model)
@@ -85,6 +93,18 @@ def load_checkpoint(root: nn.Module, folder: Path, read_open: Callable[[nn.Modul
             read_open(root, name, place)
         else:
             refill(root, read_adapter(place), name)
+
+
+def _parts(trainer: Any, told: Mapping[str, Any]) -> int:
+    """How many losses are summed for a step: as many as are accumulated, unless Trainer divides each by their number.
+
+    It does where the loss is a mean of its own batch, not of all items of the step.
+    """
+    summed = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if summed is None:
+        of_all = trainer.model_accepts_loss_kwargs and told.get("num_items_in_batch") is not None
+        summed = of_all or trainer.compute_loss_func is not None
+    return int(trainer.current_gradient_accumulation_steps) if summed else 1
 
 
 def _mine(trainer: Any, model: Any) -> nn.Module | None:

@@ -48,11 +48,13 @@ def orthogonal_loss(root: nn.Module) -> Tensor:
 
     UsageError where the model has put it into the loss of its last call already; StateError if no AdaLoRA is trained.
     """
-    if injected(root).regularized:
+    state = injected(root)
+    if state.regularized:
         raise UsageError(
             "orthogonal_loss: the model's own loss holds it, for its last call was given labels; use that loss as it "
             "is, or call the model without labels"
         )
+    state.owed = False  # who asks for it adds it
     return regularizer(root)
 
 
