@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora_config import AdaLoraConfig
     from surgery.methods.beft import BeftConfig
+    from surgery.methods.boft_config import BOFTConfig
     from surgery.methods.c3a import C3AConfig
     from surgery.methods.delora_config import DeloraConfig
     from surgery.methods.gralora import GraloraConfig
@@ -83,6 +84,7 @@ _HOMES = {
     "AdapterConfig": "core.config",
     "AdapterTrainer": "integrations.transformers",
     "C3AConfig": "methods.c3a",
+    "BOFTConfig": "methods.boft_config",
     "BeftConfig": "methods.beft",
     "CheckError": "errors",
     "CombineReport": "procedures.making.combine",
@@ -150,6 +152,7 @@ __all__ = [
     "AdaLoraConfig",
     "AdapterConfig",
     "AdapterTrainer",
+    "BOFTConfig",
     "BeftConfig",
     "C3AConfig",
     "CheckError",

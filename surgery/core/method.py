@@ -41,6 +41,10 @@ class Run(Protocol):
         """The same where the layer below is its op with them and nothing else, so that it need not be called."""
         ...
 
+    def laid(self) -> Dense:
+        """The weight and bias of the layer below, with what is laid over them; without what it does in training."""
+        ...
+
     def bias(self) -> Tensor | None:
         """What the output holds whatever the input: the base layer's bias, as the adapters below leave it."""
         ...

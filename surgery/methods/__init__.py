@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.beft import BeftConfig
+from surgery.methods.boft_config import BOFTConfig
 from surgery.methods.c3a import C3AConfig
 from surgery.methods.delora_config import DeloraConfig
 from surgery.methods.gralora import GraloraConfig
@@ -33,6 +34,7 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "PVERA": PveraConfig,
     "RANDLORA": RandLoraConfig,
     "OFT": OFTConfig,
+    "BOFT": BOFTConfig,
     "HRA": HRAConfig,
     "HIRA": HiraConfig,
     "DELORA": DeloraConfig,
