@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from surgery.methods.oft_config import OFTConfig
     from surgery.methods.pvera import PveraConfig
     from surgery.methods.randlora import RandLoraConfig
+    from surgery.methods.road import RoadConfig
     from surgery.methods.shira import ShiraConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
     from surgery.methods.vera import VeraConfig
@@ -115,6 +116,7 @@ _HOMES = {
     "PushReport": "procedures.writing.publish",
     "PveraConfig": "methods.pvera",
     "RandLoraConfig": "methods.randlora",
+    "RoadConfig": "methods.road",
     "ShapeError": "errors",
     "ShiraConfig": "methods.shira",
     "StateError": "errors",
@@ -184,6 +186,7 @@ __all__ = [
     "PushReport",
     "PveraConfig",
     "RandLoraConfig",
+    "RoadConfig",
     "ShapeError",
     "ShiraConfig",
     "StateError",

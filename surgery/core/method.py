@@ -90,6 +90,11 @@ class Method(ABC):
         """Rows that it replaces by those of its only tensor, "t", whatever stood there; most replace none."""
         return ()
 
+    @property
+    def together(self) -> int:
+        """Tiles hold multiples of so many rows of the stored weight, which it makes of each other."""
+        return 1
+
     @abstractmethod
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         """Its tensors at this site, by role."""
@@ -209,7 +214,8 @@ class Additive(Method):
 class Mixing(Method):
     """One whose every element of the outcome is made of several of the base's, by products.
 
-    Its `merge` takes tiles of whole rows of the stored weight, within which it mixes. It has no steps, for nothing
+    Its `merge` takes tiles of whole rows of the stored weight, within which it mixes, or of groups of rows, `together`,
+    among which. It has no steps, for nothing
     tells an element back from its outcome: undo keeps the weight. A subclass writes `merge`, `prepared` and `strayed`.
     """
 
@@ -223,6 +229,10 @@ class Mixing(Method):
     def strayed(self, base: Tensor, error: Tensor, p: Params, tile: Tile) -> Tensor:
         """[out, in] of the tile: how far from its outcome a correct merge in the factors' dtype may lie, of a base
         that is off by `error`. What rounding the outcome explains comes besides."""
+
+    def held_off(self, base: Tensor, p: Params, tile: Tile, dtype: torch.dtype) -> Tensor | float:  # noqa: ARG002  # most have none
+        """The same besides, of merges that hold in `dtype` what they multiply with."""
+        return 0.0
 
     def spread(self, p: Params, tile: Tile) -> Tensor:  # noqa: ARG002  # the same
         return torch.zeros(1, 1, dtype=torch.float64)  # `strayed` tells all

@@ -20,6 +20,7 @@ from surgery.methods.miss import MissConfig
 from surgery.methods.oft_config import OFTConfig
 from surgery.methods.pvera import PveraConfig
 from surgery.methods.randlora import RandLoraConfig
+from surgery.methods.road import RoadConfig
 from surgery.methods.shira import ShiraConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
 from surgery.methods.vera import VeraConfig
@@ -35,6 +36,7 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "RANDLORA": RandLoraConfig,
     "OFT": OFTConfig,
     "BOFT": BOFTConfig,
+    "ROAD": RoadConfig,
     "HRA": HRAConfig,
     "HIRA": HiraConfig,
     "DELORA": DeloraConfig,

@@ -200,6 +200,11 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "bias": st.sampled_from(["none", "all", "boft_only"]),
         "init_weights": st.just(True),
     },
+    "ROAD": {
+        "variant": st.sampled_from(["road_1", "road_2", "road_4"]),
+        "group_size": st.integers(1, 99).map(lambda pairs: 2 * pairs),
+        "init_weights": st.booleans(),
+    },
     "BEFT": {"init_weights": st.booleans()},
     "TRAINABLE_TOKENS": {"token_indices": st.just([]) | tokens, "init_weights": st.booleans()},
     "LOKR": {

@@ -129,7 +129,7 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("BEFT", _BEFT),
         *(
             (kind, _LORA)
-            for kind in ("LOHA", "LOKR", "RANDLORA", "OFT", "BOFT", "HRA", "HIRA", "DELORA", "GRALORA", "MISS")
+            for kind in ("LOHA", "LOKR", "RANDLORA", "OFT", "BOFT", "ROAD", "HRA", "HIRA", "DELORA", "GRALORA", "MISS")
         ),
     )
 }
