@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers.callback import AdaLoraCallback
     from surgery.methods.adalora_config import AdaLoraConfig
     from surgery.methods.beft import BeftConfig
+    from surgery.methods.boft_config import BOFTConfig
     from surgery.methods.c3a import C3AConfig
     from surgery.methods.delora_config import DeloraConfig
     from surgery.methods.gralora import GraloraConfig
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from surgery.methods.oft_config import OFTConfig
     from surgery.methods.pvera import PveraConfig
     from surgery.methods.randlora import RandLoraConfig
+    from surgery.methods.road import RoadConfig
     from surgery.methods.shira import ShiraConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
     from surgery.methods.vera import VeraConfig
@@ -86,6 +88,7 @@ _HOMES = {
     "AdapterConfig": "core.config",
     "AdapterTrainer": "integrations.transformers",
     "C3AConfig": "methods.c3a",
+    "BOFTConfig": "methods.boft_config",
     "BeftConfig": "methods.beft",
     "CheckError": "errors",
     "CombineReport": "procedures.making.combine",
@@ -116,6 +119,7 @@ _HOMES = {
     "PushReport": "procedures.writing.publish",
     "PveraConfig": "methods.pvera",
     "RandLoraConfig": "methods.randlora",
+    "RoadConfig": "methods.road",
     "ShapeError": "errors",
     "ShiraConfig": "methods.shira",
     "StateError": "errors",
@@ -153,6 +157,7 @@ __all__ = [
     "AdaLoraConfig",
     "AdapterConfig",
     "AdapterTrainer",
+    "BOFTConfig",
     "BeftConfig",
     "C3AConfig",
     "CheckError",
@@ -184,6 +189,7 @@ __all__ = [
     "PushReport",
     "PveraConfig",
     "RandLoraConfig",
+    "RoadConfig",
     "ShapeError",
     "ShiraConfig",
     "StateError",

@@ -45,6 +45,10 @@ class Run(Protocol):
         """The same where the layer below is its op with them and nothing else, so that it need not be called."""
         ...
 
+    def laid(self) -> Dense:
+        """The weight and bias of the layer below, with what is laid over them; without what it does in training."""
+        ...
+
     def bias(self) -> Tensor | None:
         """What the output holds whatever the input: the base layer's bias, as the adapters below leave it."""
         ...
@@ -89,6 +93,11 @@ class Method(ABC):
     def replaced_rows(self) -> tuple[int, ...]:
         """Rows that it replaces by those of its only tensor, "t", whatever stood there; most replace none."""
         return ()
+
+    @property
+    def together(self) -> int:
+        """Tiles hold multiples of so many rows of the stored weight, which it makes of each other."""
+        return 1
 
     @abstractmethod
     def tensors(self, site: Site) -> Mapping[str, Spec]:
@@ -219,7 +228,8 @@ class AtStrength(Method):
 class Mixing(Method):
     """One whose every element of the outcome is made of several of the base's, by products.
 
-    Its `merge` takes tiles of whole rows of the stored weight, within which it mixes. It has no steps, for nothing
+    Its `merge` takes tiles of whole rows of the stored weight, within which it mixes, or of groups of rows, `together`,
+    among which. It has no steps, for nothing
     tells an element back from its outcome: undo keeps the weight. A subclass writes `merge`, `prepared` and `strayed`.
     """
 
@@ -233,6 +243,10 @@ class Mixing(Method):
     def strayed(self, base: Tensor, error: Tensor, p: Params, tile: Tile) -> Tensor:
         """[out, in] of the tile: how far from its outcome a correct merge in the factors' dtype may lie, of a base
         that is off by `error`. What rounding the outcome explains comes besides."""
+
+    def held_off(self, base: Tensor, p: Params, tile: Tile, dtype: torch.dtype) -> Tensor | float:  # noqa: ARG002  # most have none
+        """The same besides, of merges that hold in `dtype` what they multiply with."""
+        return 0.0
 
     def spread(self, p: Params, tile: Tile) -> Tensor:  # noqa: ARG002  # the same
         return torch.zeros(1, 1, dtype=torch.float64)  # `strayed` tells all

@@ -76,7 +76,7 @@ class Site:
     op: Op | None = None
     aliases: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()  # other sites that hold the very same weight memory
-    together: int = 1  # rows of the stored weight that share no byte with those after them
+    together: int = 1  # rows of the stored weight that share no byte with those after them, and are read at once
 
     @property
     def weight(self) -> TensorInfo:

@@ -1,8 +1,9 @@
 """Change: what becomes of one weight; and the tiles of it that a merge tells of."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,11 @@ class Change:
     calibrated: Callable[[], Feedback] | None = None  # which inputs matter, where that is known beside the layers
     probes: int = 0  # inputs by which is measured what the codes do to the outputs
     as_peft: PeftMerge | None = None  # how the layers are merged, where that is not exactly
+
+    def __post_init__(self) -> None:
+        together = math.lcm(self.site.together, *(layer.method.together for layer in self.layers))
+        if together != self.site.together:
+            object.__setattr__(self, "site", replace(self.site, together=together))
 
     @property
     def origin(self) -> Site | None:

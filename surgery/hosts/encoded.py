@@ -201,7 +201,7 @@ def _fresh(change: Change, exact: Callable[[slice], Tensor]) -> Packed:
     """The scales of a weight that `exact` gives some rows of, in float64."""
     codec, settings = FORMS[change.into]
     shape, where = change.site.weight.shape, printable(change.site.weight.name)
-    values = (_rounded(change, exact(rows)) for rows in row_tiles(shape, TILE_ELEMENTS))
+    values = (_rounded(change, exact(rows)) for rows in row_tiles(shape, TILE_ELEMENTS, change.site.together))
     try:
         return codec.scales(values, shape, change.dtype, settings)
     except (ConfigError, ValueRangeError) as error:

@@ -108,7 +108,8 @@ class LivePart:
 
     def tiles(self, site: Site) -> Iterator[slice]:
         self.fresh = torch.empty_like(self.live.weight(site), memory_format=torch.contiguous_format)
-        return row_tiles(site.laid(site.weight).shape, TILE_ELEMENTS if self.fresh.is_cpu else GPU_TILE_ELEMENTS)
+        elements = TILE_ELEMENTS if self.fresh.is_cpu else GPU_TILE_ELEMENTS
+        return row_tiles(site.laid(site.weight).shape, elements, site.together)
 
     def store(self, site: Site, packed: Packed, rows: slice) -> None:
         self.fresh[rows] = packed.tensors["weight"]

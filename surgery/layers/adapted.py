@@ -7,18 +7,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from surgery.core.arithmetic import float_product
-from surgery.core.layered import layered
 from surgery.core.method import Dense, Method, Params, Product
-from surgery.core.op import WHOLE, Op
+from surgery.core.op import Op
 from surgery.core.room import Room
 from surgery.core.sharded import is_sharded, whole
 from surgery.core.site import Site
-from surgery.core.sums import sum_rows
 from surgery.layers.aware import Holding, held_merge
 from surgery.layers.bare import Bare
 from surgery.layers.called import inputs_of
 from surgery.layers.mixed import Mixed, Rows
-from surgery.layers.running import Below, Fitted, Over, Swappable
+from surgery.layers.running import Below, Fitted, Over, Swappable, effective
 from surgery.layers.slot import Slot, let_go
 
 Effective = Callable[[Dense, Product], Dense]  # what the running adapters make of a weight, by products of some kind
@@ -157,14 +155,7 @@ class Adapted(Bare):
 
     def _effective(self, base: Dense, product: Product) -> Dense:
         """What the running adapters make of a weight and a bias."""
-        layers = []
-        for one in self.running:
-            one.method.refuse_merge(self.site)
-            p = one.method.matrices(one.computed, self.site)
-            if one.method.couples:
-                p = one.method.told(p, sum_rows(one.method.terms(base.weight, p, WHOLE, product)))
-            layers.append((one.method, p))
-        return layered(base, layers, self.site, product)
+        return effective(base, self.running, self.site, product)
 
     def _laid(self) -> Dense:
         base = self.dense()

@@ -120,5 +120,8 @@ class Part:
     def plain(self) -> None:
         return None
 
+    def laid(self) -> Dense:
+        return self.whole.below.laid()
+
     def bias(self) -> Tensor | None:
         return self.whole.below.bias()

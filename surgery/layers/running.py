@@ -1,6 +1,6 @@
 """What runs at a layer: adapters over one another, the lowest over the base layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.arithmetic import float_product
-from surgery.core.method import Dense, Method, Params, Run
+from surgery.core.layered import layered
+from surgery.core.method import Dense, Method, Params, Product, Run
 from surgery.core.op import WHOLE, Op
 from surgery.core.room import Room
 from surgery.core.sharded import gathered
+from surgery.core.site import Site
+from surgery.core.sums import sum_rows
 from surgery.core.turned import tied
 from surgery.layers.aware import Holding
 from surgery.layers.mixed import Mixed
@@ -23,6 +26,7 @@ class Under(Protocol):
     """The layer that the adapters lie over."""
 
     op: Op
+    site: Site
     training: bool
     _modules: dict[str, nn.Module | None]
 
@@ -127,6 +131,18 @@ class Tied(Fitted):
         return tied(self.op, super()._running())
 
 
+def effective(base: Dense, running: Sequence[Fitted | Mixed], site: Site, product: Product) -> Dense:
+    """What adapters make of a weight and a bias, in their order."""
+    layers = []
+    for one in running:
+        one.method.refuse_merge(site)
+        p = one.method.matrices(one.computed, site)
+        if one.method.couples:
+            p = one.method.told(p, sum_rows(one.method.terms(base.weight, p, WHOLE, product)))
+        layers.append((one.method, p))
+    return layered(base, layers, site, product)
+
+
 class Below:
     """What lies under an adapter, as its branch sees it (core.method.Run): here the base layer alone."""
 
@@ -149,6 +165,9 @@ class Below:
         base_layer: Any = self.layer._modules["base_layer"]
         given = self.args or self.kwargs
         return self.layer.dense() if not given and is_plain_linear(base_layer) else None
+
+    def laid(self) -> Dense:
+        return self.layer.dense()
 
     def bias(self) -> Tensor | None:
         return self.layer.dense().bias
@@ -174,6 +193,14 @@ class Over:
 
     def plain(self) -> None:
         return None
+
+    def laid(self) -> Dense:
+        layers: list[Fitted | Mixed] = []
+        over: Below | Over = self
+        while isinstance(over, Over):
+            layers.insert(0, over.one)
+            over = over.below
+        return effective(over.laid(), layers, self.layer.site, float_product)
 
     def bias(self) -> Tensor | None:
         bias, on_bias = self.below.bias(), self.one.method.for_bias()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from surgery.core.config import AdapterConfig
 from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.beft import BeftConfig
+from surgery.methods.boft_config import BOFTConfig
 from surgery.methods.c3a import C3AConfig
 from surgery.methods.delora_config import DeloraConfig
 from surgery.methods.gralora import GraloraConfig
@@ -19,6 +20,7 @@ from surgery.methods.miss import MissConfig
 from surgery.methods.oft_config import OFTConfig
 from surgery.methods.pvera import PveraConfig
 from surgery.methods.randlora import RandLoraConfig
+from surgery.methods.road import RoadConfig
 from surgery.methods.shira import ShiraConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
 from surgery.methods.vera import VeraConfig
@@ -33,6 +35,8 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "PVERA": PveraConfig,
     "RANDLORA": RandLoraConfig,
     "OFT": OFTConfig,
+    "BOFT": BOFTConfig,
+    "ROAD": RoadConfig,
     "HRA": HRAConfig,
     "HIRA": HiraConfig,
     "DELORA": DeloraConfig,

@@ -19,6 +19,7 @@ from surgery.methods.rotations import (
     FINE,
     SPLITS,
     block_of,
+    by_blocks,
     cayley,
     cayley_off,
     cayley_solved,
@@ -26,6 +27,7 @@ from surgery.methods.rotations import (
     neumann,
     neumann_off,
     skew,
+    thinned,
     times,
 )
 from surgery.methods.spreads import unit_of
@@ -94,7 +96,7 @@ class Oft(AtStrength, Mixing):
         if not all_finite(weight):  # it stays so, which those who read it refuse
             return base
         rows = weight.T if "L" in p else weight
-        moved = self.strength * _by_blocks(rows.to(p["D"].dtype), p["D"], partial(times, product))
+        moved = self.strength * by_blocks(rows.to(p["D"].dtype), p["D"], partial(times, product))
         return base._replace(weight=weight + (moved.T if "L" in p else moved))
 
     def strayed(self, base: Tensor, error: Tensor, p: Params, tile: Tile) -> Tensor:  # noqa: ARG002  # of whole rows
@@ -106,7 +108,7 @@ class Oft(AtStrength, Mixing):
         largest = D.amax((-2, -1), keepdim=True).expand(D.shape)
         own = (b + 2) * unit * size + self._off(p, unit) + b * FINE * largest
         rows, errors = (one.T.abs() if turned else one.abs() for one in (base, error))
-        moved = _by_blocks(errors, D, torch.matmul) + _by_blocks(rows, own, torch.matmul)
+        moved = by_blocks(errors, D, torch.matmul) + by_blocks(rows, own, torch.matmul)
         total = errors + abs(self.strength) * moved
         return total.T if turned else total
 
@@ -128,10 +130,7 @@ class Oft(AtStrength, Mixing):
         with torch.autocast(numbers.device.type, enabled=False):
             Q = skew(numbers.to(torch.promote_types(numbers.dtype, torch.float32)))
             D = cayley_solved(Q) if self.series is None else neumann(Q, self.series, torch.matmul)
-        if training and self.dropout and len(D) > 1:
-            left = torch.ones(len(D), device=D.device)
-            left[torch.randperm(len(D), device=D.device)[: int(self.dropout * len(D))]] = 0
-            D = D * left.view(-1, 1, 1)
+        D = thinned(D, self.dropout) if training else D
         return torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + (D if self.strength == 1 else self.strength * D)
 
     def _held(self, numbers: Tensor, training: bool) -> Tensor:
@@ -170,7 +169,7 @@ def _turned(x: Tensor, R: Tensor, op: Op) -> Tensor:
         batch, places = x.shape[: -len(op.kernel) - 1], x.shape[-2:].numel()
         found = R.mT @ wide.reshape(*batch, -1, R.shape[-1], places)  # [*batch, blocks, b, places]
     else:
-        found = _by_blocks(wide.reshape(-1, x.shape[-1]), R, torch.matmul)
+        found = by_blocks(wide.reshape(-1, x.shape[-1]), R, torch.matmul)
     return found.reshape(x.shape).to(x.dtype)
 
 
@@ -184,15 +183,6 @@ def _found(op: Op) -> str:
         f"a convolution over {list(op.kernel)}, for which PEFT's OFT changes the outputs before anything is trained, "
         "and merges into a weight that gives others again"
     )
-
-
-def _by_blocks(rows: Tensor, D: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """[n, extent] -> [n, extent]: each block of a row by its block of D, or by the only one."""
-    n, extent = rows.shape
-    count, b = extent // D.shape[-1], D.shape[-1]
-    D = D.expand(count, b, b)
-    parts = rows.reshape(n, count, b).transpose(0, 1)  # [blocks, n, b]
-    return multiply(parts, D).transpose(0, 1).reshape(n, extent)
 
 
 def _divisor(extent: int, wanted: int) -> int:

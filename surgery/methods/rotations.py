@@ -131,5 +131,24 @@ def times(product: Product, A: Tensor, B: Tensor) -> Tensor:
     return product(A, B, WHOLE, 1.0, fine=True)
 
 
+def by_blocks(rows: Tensor, D: Tensor, multiply: Multiply) -> Tensor:
+    """[n, extent] -> [n, extent]: each block of a row by its block of D, or by the only one."""
+    n, extent = rows.shape
+    count, b = extent // D.shape[-1], D.shape[-1]
+    D = D.expand(count, b, b)
+    parts = rows.reshape(n, count, b).transpose(0, 1)  # [blocks, n, b]
+    return multiply(parts, D).transpose(0, 1).reshape(n, extent)
+
+
+def thinned(D: Tensor, dropout: float) -> Tensor:
+    """D [blocks, b, b] of one step of training, without so many of its blocks; of one there is none to leave out."""
+    count = int(dropout * len(D))
+    if count == 0:
+        return D
+    left = torch.ones(len(D), device=D.device)
+    left[torch.randperm(len(D), device=D.device)[:count]] = 0
+    return D * left.view(-1, 1, 1)
+
+
 def _eye(Q: Tensor) -> Tensor:
     return torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)

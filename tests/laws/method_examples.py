@@ -49,6 +49,11 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"oft_block_size": 4, "coft": True, "eps": 0.7},
         {"oft_block_size": 5, "coft": True, "eps": 0.7, "use_cayley_neumann": False, "block_share": True},
     ],
+    "BOFT": [
+        {"boft_block_size": 0, "boft_block_num": 2, "boft_dropout": 0.5},
+        {"boft_block_size": 10},
+    ],
+    "ROAD": [{"variant": "road_2", "group_size": 6}, {"variant": "road_4", "group_size": 4}],
     "PVERA": [{"r": 3, "pvera_dropout": 0.5}],
     "MISS": [{"r": 5, "miss_dropout": 0.5}, {"init_weights": "mini", "mini_r": 4}],
     "DELORA": [{"r": 3, "delora_lambda": -0.5}, {"lambda_pattern": {"layer": 4}, "module_dropout": 0.5}],
@@ -74,6 +79,8 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "ADALORA": {"init_r": 4, "lora_alpha": 4 + 1e-5},
     "VERA": {"r": 4},
     "OFT": {"oft_block_size": 4},
+    "BOFT": {"boft_block_size": 2},
+    "ROAD": {"group_size": 12},
     "TRAINABLE_TOKENS": {"token_indices": [7, 0, 3]},
     "PVERA": {"r": 4},
     "MISS": {"r": 4},  # of which IN is no multiple
@@ -121,6 +128,14 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     ("OFT", "convolution over two axes"): "PEFT's OFT changes the outputs before anything is trained",
     ("OFT", "convolution over three axes"): "a Conv3d",
     ("OFT", GROUPED): r"a convolution over \[2, 1\]",
+    ("BOFT", "conv1d"): "its op is conv1d",
+    ("BOFT", "attention"): "its op is attention",
+    ("BOFT", "embedding"): "its op is embedding",
+    ("BOFT", "scaled embedding"): "its op is embedding",
+    ("BOFT", "convolution over one axis"): "a Conv1d in 1 groups",
+    ("BOFT", "convolution over three axes"): "a Conv3d in 1 groups",
+    ("BOFT", GROUPED): "a Conv2d in 2 groups",
+    **{("ROAD", name): "RoAd acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("LOKR", name): "LoKr acts on" for name in EXAMPLES if name not in OF_LYCORIS},
     ("HRA", "conv1d"): "its op is conv1d",
     ("HRA", "attention"): "its op is attention",
@@ -133,7 +148,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
 }
 
 
-UNEVEN = {"DELORA", "C3A", "HRA"}  # which make fractions or roots of whole numbers
+UNEVEN = {"DELORA", "C3A", "HRA", "BOFT", "ROAD"}  # which make fractions or roots of whole numbers
 
 
 ONLY = {  # settings that are refused over other ops
@@ -231,6 +246,9 @@ class Below:
         return self.dense
 
     def plain(self) -> Dense:
+        return self.dense
+
+    def laid(self) -> Dense:
         return self.dense
 
     def bias(self) -> Tensor | None:

@@ -192,6 +192,20 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "use_cayley_neumann": st.booleans(),
         "num_cayley_neumann_terms": st.integers(1, 9),
     },
+    "BOFT": {
+        "boft_block_size": st.integers(1, 512),
+        "boft_block_num": st.just(0),
+        "boft_n_butterfly_factor": st.integers(1, 9),
+        "boft_dropout": st.floats(0, 1, exclude_max=True),
+        "fan_in_fan_out": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "boft_only"]),
+        "init_weights": st.just(True),
+    },
+    "ROAD": {
+        "variant": st.sampled_from(["road_1", "road_2", "road_4"]),
+        "group_size": st.integers(1, 99).map(lambda pairs: 2 * pairs),
+        "init_weights": st.booleans(),
+    },
     "BEFT": {"init_weights": st.booleans()},
     "TRAINABLE_TOKENS": {"token_indices": st.just([]) | tokens, "init_weights": st.booleans()},
     "LOKR": {

@@ -26,7 +26,7 @@ from surgery.core.method import Additive, Dense, Method, Mixing
 from surgery.core.op import WHOLE, Op
 from surgery.core.rounding import round_once, ulp
 from surgery.core.undo import Recorder, Restorer, accumulate
-from surgery.errors import ValueRangeError
+from surgery.errors import StateError, ValueRangeError
 from surgery.ops.bias import Bias
 
 
@@ -42,7 +42,7 @@ def test_a_merge_of_tiles_is_the_merge_of_the_whole_to_the_bit(method: Method, o
         stored = op.stored(torch.randn(OUT, IN)).contiguous().to(dtype).double()
         p = told(method, op, op.matrix(stored), trained(method, op, torch.float32))
         whole = op.stored(method.merge(Dense(op.matrix(stored)), p, WHOLE, exact_product).weight)
-        for rows in stored_tiles(op, step):
+        for rows in stored_tiles(op, math.lcm(step, method.together)):
             part = method.merge(Dense(op.matrix(stored[rows])), p, op.tile(rows), exact_product).weight
             assert same_bits(op.stored(part), whole[rows])
             assert same_bits(round_once(op.stored(part), dtype), round_once(whole, dtype)[rows])
@@ -158,10 +158,12 @@ def test_a_method_that_changes_a_bias_does_so_as_its_steps_over_a_matrix_of_one_
     if on_bias is None:
         assert merged.bias is base.bias
         return
-    for rows in (slice(0, OUT), slice(3, 7)):
+    for rows in (slice(0, OUT), slice(OUT // 2, OUT)) if method.together in {1, OUT // 2} else [slice(0, OUT)]:
+        column = Dense(base.bias[rows].unsqueeze(1))
+        assert same_bits(on_bias.merge(column, p, Bias().tile(rows), exact_product).weight[:, 0], merged.bias[rows])
         step = on_bias.steps(p, Bias().tile(rows), exact_product)
-        assert step is not None
-        assert same_bits(step.seen(Bias().stored).apply(base.bias[rows]), merged.bias[rows])
+        assert (step is None) == on_bias.mixes
+        assert step is None or same_bits(step.seen(Bias().stored).apply(base.bias[rows]), merged.bias[rows])
     assert not torch.equal(merged.bias, base.bias)
 
 
@@ -224,3 +226,12 @@ def test_what_a_base_is_off_by_is_carried_through_a_mix_and_no_further_than_told
     assert bool(((moved - here).abs() <= allowed).all())
     assert bool(((moved - here).abs() > method.strayed(w, 0 * error, p, WHOLE)).any())  # else it could not fail
     assert method.steps(p, WHOLE, exact_product) is None
+
+
+@each_mixing
+def test_a_tile_that_cuts_what_lies_together_is_refused(method: Mixing, op: Op):
+    stored = op.stored(torch.randn(OUT, IN).double())
+    p = matrices(method, op, trained(method, op))
+    for rows in (slice(0, 3), slice(1, len(stored)), slice(1, 1 + method.together)) if method.together > 1 else ():
+        with pytest.raises(StateError, match="no whole groups"):
+            method.merge(Dense(op.matrix(stored[rows])), p, op.tile(rows), exact_product)

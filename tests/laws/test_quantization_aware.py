@@ -34,6 +34,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "LOHA": [{"r": 4, "alpha": 6}],
     "HRA": [{"r": 4}, {"r": 3, "apply_GS": True}],
     "OFT": [{"oft_block_size": 16}, {"oft_block_size": 16, "use_cayley_neumann": False}],
+    "ROAD": [{"group_size": 16, "variant": "road_2"}],
+    "BOFT": [{"boft_block_size": 16}, {"boft_block_size": 16, "boft_n_butterfly_factor": 3}],
     "TRAINABLE_TOKENS": [{"token_indices": [7, 0]}],
     "PVERA": [{"r": 4}],
     "MISS": [{"r": 4}, {"r": 5, "init_weights": "mini", "mini_r": 4}],

@@ -155,9 +155,9 @@ def test_every_default_of_peft_is_known() -> None:
     assert {name: list(one.feedforward) for name, one in DEFAULTS["IA3"].items()} == feedforward
 
 
-@pytest.mark.parametrize("kind", ["VERA", "PVERA", "RANDLORA", "OFT", "HRA"])
+@pytest.mark.parametrize("kind", ["VERA", "PVERA", "RANDLORA", "OFT", "BOFT", "HRA"])
 def test_methods_of_other_shapes_adapt_by_default_what_lora_does(kind: str) -> None:
-    sizes = {"OFT": {"oft_block_size": 4}}.get(kind, {"r": 4})
+    sizes = {"OFT": {"oft_block_size": 4}, "BOFT": {}}.get(kind, {"r": 4})
     model = surgery.inject(MODELS["llama"](), METHODS[kind](**sizes))
     adapted = {name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, Adapted)}
     assert adapted == {"q_proj", "v_proj"}

@@ -56,6 +56,8 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "ia3 of inputs": lambda _: IA3Config(target_modules="0|2", feedforward_modules="0|2"),
     "adalora": lambda r: AdaLoraConfig(init_r=r, target_r=1, total_step=9, target_modules="0|2"),
     "oft": lambda _: OFTConfig(oft_block_size=4, target_modules="0|2"),
+    "road": lambda _: surgery.RoadConfig(group_size=2, target_modules="0|2"),
+    "boft": lambda _: surgery.BOFTConfig(boft_block_size=2, target_modules="0|2"),
     "hra": lambda r: HRAConfig(r=r, target_modules="0|2"),
     "c3a": lambda _: C3AConfig(block_size=2, target_modules="0|2"),
     "beft": lambda _: BeftConfig(target_modules="0|2"),
@@ -74,13 +76,15 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
 }
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")
 EVERYWHERE = ("lora", "ln_tuning")
-UNEVEN = ("delora", "oft", "hra", "c3a")  # whose numbers are no whole ones
+UNEVEN = ("delora", "oft", "boft", "road", "hra", "c3a")  # whose numbers are no whole ones
 WHERE: dict[str, set[str]] = {  # the layers that a rule is tried on, if not on linear ones
     **{rule: {*ON_LINEAR, "convolution"} for rule in ("ia3", "ia3 of inputs", "adalora")},
     **{
         rule: {"linear", "linear of sequences"}
         for rule in ("trainable tokens", "miss", "shira", "delora", "beft", "oft", "hra", "c3a")
     },
+    "road": {"linear", "linear of sequences"},
+    "boft": {"linear", "linear of sequences", "convolution"},
     "hira": {one for one in LAYERS if "groups" not in one},
     **{rule: {one for one in LAYERS if one.startswith("linear") or "convolution" in one} for rule in ("loha", "lokr")},
 }

@@ -21,6 +21,8 @@ FILE = "model.safetensors"
 TARGETS: dict[str, Any] = {"target_modules": ["0", "2"]}
 CONFIGS: dict[str, Callable[[], surgery.AdapterConfig]] = {
     "oft": lambda: surgery.OFTConfig(oft_block_size=16, **TARGETS),
+    "road": lambda: surgery.RoadConfig(group_size=32, variant="road_4", **TARGETS),
+    "boft": lambda: surgery.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, **TARGETS),
     "hra": lambda: surgery.HRAConfig(r=4, **TARGETS),
     "lora": lambda: surgery.LoraConfig(r=4, lora_alpha=6, **TARGETS),
     "dora": lambda: surgery.LoraConfig(r=4, lora_alpha=6, use_dora=True, **TARGETS),
@@ -34,6 +36,9 @@ CHAINS = [
     ("oft", "oft"),
     ("oft", "lora", "oft"),
     ("hra", "oft"),
+    ("boft", "lora", "boft"),
+    ("road", "ia3", "oft"),
+    ("lora", "road"),
 ]
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 each_chain = pytest.mark.parametrize("chain", CHAINS, ids="-".join)

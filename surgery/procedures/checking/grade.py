@@ -127,7 +127,7 @@ def _mixed(tile: MergedTile) -> tuple[Tensor, Tensor]:
         step = method.steps(p, part, product)
         value = method.merge(Dense(before), p, part, product).weight
         if isinstance(method, Mixing):
-            allowed = method.strayed(before, allowed, p, part)
+            allowed = method.strayed(before, allowed, p, part) + method.held_off(before, p, part, held)
         elif step is not None:
             allowed = step.carried(allowed) + ulp(step.rounded(before, value)[0], held) / 2
             allowed = allowed + method.spread_over(before, value, p, part, held)

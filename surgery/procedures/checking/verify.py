@@ -160,7 +160,8 @@ def _pieces(base: Checkpoint, source: Source, out: Checkpoint, changes: Iterable
             change = told(source, change)
             started = change.started()
             shape = change.site.laid(info).shape
-            for rows in row_tiles(shape, max(1, math.prod(shape)) if change.as_peft else TILE_ELEMENTS):
+            elements = max(1, math.prod(shape)) if change.as_peft else TILE_ELEMENTS
+            for rows in row_tiles(shape, elements, change.site.together):
                 yield Piece(name, partial(derived, source, out, change, started, rows))
     for name in found:
         yield Piece(name, partial(Grade, "different", why="it is not in the base"))
