@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from surgery.methods.randlora import RandLoraConfig
     from surgery.methods.shira import ShiraConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
+    from surgery.methods.vblora_config import VBLoRAConfig
     from surgery.methods.vera import VeraConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
@@ -121,6 +122,7 @@ _HOMES = {
     "TrainableTokensConfig": "methods.trainable_tokens",
     "UnmergeReport": "procedures.writing.unmerge_checkpoint",
     "UsageError": "errors",
+    "VBLoRAConfig": "methods.vblora_config",
     "ValueRangeError": "errors",
     "VeraConfig": "methods.vera",
     "VerifyReport": "procedures.checking.verify_report",
@@ -189,6 +191,7 @@ __all__ = [
     "TrainableTokensConfig",
     "UnmergeReport",
     "UsageError",
+    "VBLoRAConfig",
     "ValueRangeError",
     "VeraConfig",
     "VerifyReport",

@@ -19,6 +19,9 @@ PREFIX = f"{MODEL}model."
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"})
 
 
+_INDICES = frozenset({torch.uint8, torch.int16, torch.int32})
+
+
 class Found(NamedTuple):
     """A tensor of an adapter: its name there is `info.name`."""
 
@@ -124,7 +127,7 @@ class _Sorting:
             )
 
     def _fits(self, spelled: str, dtype: torch.dtype) -> bool:
-        return dtype.is_floating_point or (self.endings[spelled].integers and dtype == torch.int32)
+        return dtype.is_floating_point or (self.endings[spelled].integers and dtype in _INDICES)
 
     def _at_site(self, name: str, spelled: str, found: Found) -> None:
         site = name.removesuffix(spelled).rstrip(".")

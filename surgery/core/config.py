@@ -50,7 +50,7 @@ class Spelling(NamedTuple):
     role: str
     op: str | None = None
     alone: bool = False  # is it the only tensor of its site?
-    integers: bool = False  # does it hold indices? In int32; PEFT on Windows writes them as floats
+    integers: bool = False  # does it hold indices? In int32 here; files may have others, PEFT on Windows floats
 
 
 class ConfigFiles(Protocol):
@@ -180,6 +180,9 @@ class AdapterConfig(ABC, metaclass=OfFields):
 
     def check_fresh(self) -> None:  # most have nothing to refuse
         """ConfigError for what a fresh adapter cannot be trained with."""
+
+    def check_trained(self) -> None:  # most can be
+        """ConfigError for one whose tensors in a file are not to be trained."""
 
     def check_whole(self) -> None:  # most have nothing to refuse
         """ConfigError where tensors in a file are not all of the adapter."""

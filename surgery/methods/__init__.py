@@ -21,6 +21,7 @@ from surgery.methods.pvera import PveraConfig
 from surgery.methods.randlora import RandLoraConfig
 from surgery.methods.shira import ShiraConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
+from surgery.methods.vblora_config import VBLoRAConfig
 from surgery.methods.vera import VeraConfig
 
 METHODS: Mapping[str, type[AdapterConfig]] = {
@@ -32,6 +33,7 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "VERA": VeraConfig,
     "PVERA": PveraConfig,
     "RANDLORA": RandLoraConfig,
+    "VBLORA": VBLoRAConfig,
     "OFT": OFTConfig,
     "HRA": HRAConfig,
     "HIRA": HiraConfig,

@@ -64,6 +64,10 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     ],
     "RANDLORA": [{"r": 3, "randlora_dropout": 0.5, "randlora_alpha": -7}, {"r": 12, "randlora_alpha": 3}],
     "SHIRA": [{"r": 5, "random_seed": 3}],
+    "VBLORA": [
+        {"r": 3, "topk": 4, "vector_length": 1},
+        {"topk": 3, "save_only_topk_weights": True, "vblora_dropout": 0.5},
+    ],
     "C3A": [{"block_size": 1}, {"block_size": 5, "block_size_pattern": {"layer": 2}}],
 }
 
@@ -81,6 +85,7 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "SHIRA": {"r": 2},
     "C3A": {"block_size": 2, "init_weights": True},
     "HRA": {"r": 4},
+    "VBLORA": {"r": 4, "num_vectors": 7, "vector_length": 2},
 }
 
 
@@ -110,6 +115,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{(method, name): "VeRA acts on" for method in ("VERA", "PVERA") for name in EXAMPLES if name not in MATRICES},
     **{("MISS", name): "MiSS acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("RANDLORA", name): "RandLoRA acts on" for name in EXAMPLES if name not in MATRICES},
+    **{("VBLORA", name): "VB-LoRA acts on" for name in EXAMPLES if name not in MATRICES},
     **{("SHIRA", name): "SHiRA acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("C3A", name): "C3A acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("BEFT", name): "BEFT acts on" for name in EXAMPLES if name != "linear"},
@@ -133,7 +139,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
 }
 
 
-UNEVEN = {"DELORA", "C3A", "HRA"}  # which make fractions or roots of whole numbers
+UNEVEN = {"DELORA", "C3A", "HRA", "VBLORA"}  # which make fractions or roots of whole numbers
 
 
 ONLY = {  # settings that are refused over other ops
@@ -161,6 +167,12 @@ CASES = [
 
 
 each_case = pytest.mark.parametrize(("method", "op"), CASES)
+
+
+ACTING = {"VB-LoRA"}  # which change the outputs before anything is trained, as in PEFT
+
+
+each_idle = pytest.mark.parametrize(("method", "op"), [one for one in CASES if one.values[0].name not in ACTING])
 
 
 each_mixing, each_with_steps = (

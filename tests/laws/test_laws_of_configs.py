@@ -160,6 +160,18 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "fan_in_fan_out": st.booleans(),
         "init_weights": st.booleans(),
     },
+    "VBLORA": {
+        "r": st.integers(1, 512),
+        "num_vectors": st.integers(64, 1 << 20),
+        "vector_length": st.integers(1, 1 << 20),
+        "topk": st.integers(1, 64),
+        "save_only_topk_weights": st.booleans(),
+        "vblora_dropout": st.floats(0, 1, exclude_max=True),
+        "fan_in_fan_out": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "vblora_only"]),
+        "init_vector_bank_bound": st.floats(0, 2),
+        "init_logits_std": st.floats(0, 2),
+    },
     "C3A": {
         "block_size": st.integers(1, 512),
         "block_size_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),

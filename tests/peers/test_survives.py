@@ -21,6 +21,7 @@ KINDS: dict[str, Any] = {
     "lokr": lambda: surgery.LoKrConfig(r=1, init_weights=False, **TARGETS),
     "shira": lambda: surgery.ShiraConfig(r=2, init_weights=False, **TARGETS),
     "c3a": lambda: surgery.C3AConfig(block_size=2, **TARGETS),
+    "vblora": lambda: surgery.VBLoRAConfig(r=2, num_vectors=5, vector_length=2, **TARGETS),
     "hira": lambda: surgery.HiraConfig(r=2, init_weights=False, **TARGETS),
     "delora": lambda: surgery.DeloraConfig(r=2, init_weights=False, **TARGETS),
     "gralora": lambda: surgery.GraloraConfig(r=2, hybrid_r=1, init_weights=False, **TARGETS),

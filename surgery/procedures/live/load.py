@@ -53,6 +53,8 @@ def lay(
     """Lay an adapter over the model; every tensor finds its place, or nothing changes."""
     how = how or LayOptions()
     check_name(root, adapter_name)
+    if trainable:
+        adapter.config.check_trained()
     for note in (*out_proj.notes(adapter), *drawn_notes(adapter)):
         warnings.warn(note, stacklevel=2)
     with stacked(root, adapter.config):
