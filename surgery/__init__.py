@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from surgery.methods.randlora import RandLoraConfig
     from surgery.methods.shira import ShiraConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
+    from surgery.methods.unilora import UniLoraConfig
     from surgery.methods.vblora_config import VBLoRAConfig
     from surgery.methods.vera import VeraConfig
     from surgery.procedures.checking.diff import DiffReport
@@ -120,6 +121,7 @@ _HOMES = {
     "SurgeryError": "errors",
     "TaskType": "core.config",
     "TrainableTokensConfig": "methods.trainable_tokens",
+    "UniLoraConfig": "methods.unilora",
     "UnmergeReport": "procedures.writing.unmerge_checkpoint",
     "UsageError": "errors",
     "VBLoRAConfig": "methods.vblora_config",
@@ -189,6 +191,7 @@ __all__ = [
     "SurgeryError",
     "TaskType",
     "TrainableTokensConfig",
+    "UniLoraConfig",
     "UnmergeReport",
     "UsageError",
     "VBLoRAConfig",

@@ -223,6 +223,11 @@ def completed(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
 
 def drawn_notes(adapter: Adapter) -> list[str]:
     """What of an adapter its files leave to the generator of whoever reads them, to be said aloud."""
+    if adapter.is_unplaced:
+        return [
+            f"{printable(adapter.where)}: the places of its numbers are not in it: they are dealt over the model's modules "
+            "in their order, from its seed, as in PEFT; another version of numpy may deal others"
+        ]
     if adapter.config.keeps_shared():
         return []
     drawn = " and ".join(adapter.config.shared)

@@ -19,7 +19,7 @@ PREFIX = f"{MODEL}model."
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"})
 
 
-_INDICES = frozenset({torch.uint8, torch.int16, torch.int32})
+_INDICES = frozenset({torch.uint8, torch.int16, torch.int32, torch.int64})
 
 
 class Found(NamedTuple):
@@ -188,7 +188,7 @@ def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Foun
     """Each site has every role of a form; an adapter has at least one site."""
     alone = {spelling.role for spelling in config.endings().values() if spelling.alone}
     forms = config.forms()
-    if not sites:
+    if not sites and frozenset() not in forms:
         raise FormatError(f"{printable(where)}: no {config.peft_type} tensor in it; was it saved without its weights?")
     for site, held in sites.items():
         lacking = min((sorted(roles - held.keys()) for roles in forms), key=len)

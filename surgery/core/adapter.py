@@ -127,6 +127,11 @@ class Adapter:
         """With these at each site."""
         return replace(self, shared=shared, sites={name: _with_shared(p, shared) for name, p in self.sites.items()})
 
+    @property
+    def is_unplaced(self) -> bool:
+        """Do its files hold what its sites share, and leave these to be told by the config and a model?"""
+        return bool(self.shared) and not self.sites and frozenset() in self.config.forms()
+
     def named_shared(self) -> dict[str, Tensor]:
         """Those that sites share, by PEFT's names of them."""
         return {name: self.shared[role] for name, role in self.config.shared.items() if role in self.shared}

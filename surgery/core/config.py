@@ -175,6 +175,10 @@ class AdapterConfig(ABC, metaclass=OfFields):
         """By role, the shared tensors that an adapter over all these sites begins with."""
         return {}
 
+    def dealt(self, sites: Mapping[str, Site]) -> Mapping[str, Params]:  # noqa: ARG002  # for those that have such
+        """By site, what it has of tensors that are made for all of these together, in their order."""
+        return {}
+
     def check_given(self, value: object) -> None:  # most have nothing to refuse
         """ConfigError for what the config of peft that it was made of holds beside its fields, such as code."""
 

@@ -21,6 +21,7 @@ from surgery.methods.pvera import PveraConfig
 from surgery.methods.randlora import RandLoraConfig
 from surgery.methods.shira import ShiraConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
+from surgery.methods.unilora import UniLoraConfig
 from surgery.methods.vblora_config import VBLoRAConfig
 from surgery.methods.vera import VeraConfig
 
@@ -34,6 +35,7 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "PVERA": PveraConfig,
     "RANDLORA": RandLoraConfig,
     "VBLORA": VBLoRAConfig,
+    "UNILORA": UniLoraConfig,
     "OFT": OFTConfig,
     "HRA": HRAConfig,
     "HIRA": HiraConfig,

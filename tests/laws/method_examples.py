@@ -63,6 +63,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 2, "decompose_factor": 1, "rank_dropout": 0.2, "rank_dropout_scale": True},
     ],
     "RANDLORA": [{"r": 3, "randlora_dropout": 0.5, "randlora_alpha": -7}, {"r": 12, "randlora_alpha": 3}],
+    "UNILORA": [{"r": 3, "save_indices": True, "unilora_dropout": 0.5}, {"theta_d_length": 5, "proj_seed": 7}],
     "SHIRA": [{"r": 5, "random_seed": 3}],
     "VBLORA": [
         {"r": 3, "topk": 4, "vector_length": 1},
@@ -85,6 +86,7 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "SHIRA": {"r": 2},
     "C3A": {"block_size": 2, "init_weights": True},
     "HRA": {"r": 4},
+    "UNILORA": {"r": 4, "theta_d_length": 40},
     "VBLORA": {"r": 4, "num_vectors": 7, "vector_length": 2},
 }
 
@@ -116,6 +118,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("MISS", name): "MiSS acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("RANDLORA", name): "RandLoRA acts on" for name in EXAMPLES if name not in MATRICES},
     **{("VBLORA", name): "VB-LoRA acts on" for name in EXAMPLES if name not in MATRICES},
+    **{("UNILORA", name): "Uni-LoRA acts on" for name in EXAMPLES if name not in MATRICES},
     **{("SHIRA", name): "SHiRA acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("C3A", name): "C3A acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("BEFT", name): "BEFT acts on" for name in EXAMPLES if name != "linear"},
@@ -169,7 +172,7 @@ CASES = [
 each_case = pytest.mark.parametrize(("method", "op"), CASES)
 
 
-ACTING = {"VB-LoRA"}  # which change the outputs before anything is trained, as in PEFT
+ACTING = {"VB-LoRA", "Uni-LoRA"}  # which change the outputs before anything is trained, as in PEFT
 
 
 each_idle = pytest.mark.parametrize(("method", "op"), [one for one in CASES if one.values[0].name not in ACTING])

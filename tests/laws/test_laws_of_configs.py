@@ -172,6 +172,17 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_vector_bank_bound": st.floats(0, 2),
         "init_logits_std": st.floats(0, 2),
     },
+    "UNILORA": {
+        "r": st.integers(1, 512),
+        "proj_seed": st.integers(0, 2**64 - 1),
+        "theta_d_length": st.integers(1, 1 << 20),
+        "unilora_dropout": st.floats(0, 1, exclude_max=True),
+        "fan_in_fan_out": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "unilora_only"]),
+        "init_theta_d_bound": st.floats(0, 2, exclude_min=True),
+        "init_weights": st.booleans(),
+        "save_indices": st.booleans(),
+    },
     "C3A": {
         "block_size": st.integers(1, 512),
         "block_size_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),

@@ -71,6 +71,7 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "vera": lambda r: surgery.VeraConfig(r=r, target_modules="0|2"),
     "pvera": lambda r: surgery.PveraConfig(r=4 * r, target_modules="0|2"),  # of some d that is not zero
     "vblora": lambda r: surgery.VBLoRAConfig(r=r, num_vectors=5, vector_length=2, target_modules="0|2"),
+    "unilora": lambda r: surgery.UniLoraConfig(r=r, theta_d_length=9, target_modules="0|2"),
     "randlora": lambda r: surgery.RandLoraConfig(r=r, randlora_alpha=8, target_modules="0|2"),
 }
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")

@@ -141,7 +141,10 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("C3A", _C3A),
         ("BEFT", _BEFT),
         ("VBLORA", _VBLORA),
-        *((kind, _LORA) for kind in ("LOHA", "LOKR", "RANDLORA", "OFT", "HRA", "HIRA", "DELORA", "GRALORA", "MISS")),
+        *(
+            (kind, _LORA)
+            for kind in ("LOHA", "LOKR", "RANDLORA", "UNILORA", "OFT", "HRA", "HIRA", "DELORA", "GRALORA", "MISS")
+        ),
     )
 }
 

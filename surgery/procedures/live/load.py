@@ -23,6 +23,7 @@ from surgery.procedures.live.own_weight import base_sha256
 from surgery.procedures.live.room import with_room
 from surgery.procedures.live.save import DEFAULT
 from surgery.procedures.places.biases import given_biases
+from surgery.procedures.places.dealt import with_dealt
 from surgery.procedures.places.fused import fused
 from surgery.procedures.places.model_tree import Tree
 from surgery.procedures.places.parameters import assigned, module_of, targeted
@@ -69,7 +70,7 @@ def lay(
 
 def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
     """Where each tensor of an adapter goes in this model. InputError unless all have a place."""
-    adapter = fused(tree, adapter)
+    adapter = fused(tree, with_dealt(tree, adapter))
     given = {name: in_base(_module(tree, adapter, name)) for name in adapter.sites}
     given |= {name: name for name in sorted(adapter.targets)}
     renamed = renaming(list(dict.fromkeys(given.values())), tree.modules.keys())
