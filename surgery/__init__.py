@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from surgery.methods.pvera import PveraConfig
     from surgery.methods.randlora import RandLoraConfig
     from surgery.methods.shira import ShiraConfig
+    from surgery.methods.tinylora_config import TinyLoraConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
     from surgery.methods.unilora import UniLoraConfig
     from surgery.methods.vblora_config import VBLoRAConfig
@@ -120,6 +121,7 @@ _HOMES = {
     "StateError": "errors",
     "SurgeryError": "errors",
     "TaskType": "core.config",
+    "TinyLoraConfig": "methods.tinylora_config",
     "TrainableTokensConfig": "methods.trainable_tokens",
     "UniLoraConfig": "methods.unilora",
     "UnmergeReport": "procedures.writing.unmerge_checkpoint",
@@ -190,6 +192,7 @@ __all__ = [
     "StateError",
     "SurgeryError",
     "TaskType",
+    "TinyLoraConfig",
     "TrainableTokensConfig",
     "UniLoraConfig",
     "UnmergeReport",

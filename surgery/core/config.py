@@ -84,8 +84,10 @@ class AdapterConfig(ABC, metaclass=OfFields):
     by_ends: ClassVar[frozenset[str]] = frozenset()  # fields that list ends of names, from whatever character on
     unwritten: ClassVar[frozenset[str]] = frozenset()  # what PEFT's lacks: in the JSON only where it is set
     shared: ClassVar[Mapping[str, str]] = {}  # roles of the tensors that all sites share, by PEFT's names of these
+    deals: ClassVar[bool] = False  # are there tensors that are made for all sites together? See `dealt`
     copied: ClassVar[str] = ""  # what holds its copies of the modules that it targets, where it trains these whole
     repeats_rows: ClassVar[bool] = False  # do its files hold the rows that it replaces for each of tied modules?
+    shared_in_parts: ClassVar[bool] = False  # do files hold their rows one by one, numbered?
     repeats_shared: ClassVar[bool] = False  # do PEFT's files hold them at each site, too?
 
     target_modules: str | Sequence[str] | None = None
@@ -178,6 +180,25 @@ class AdapterConfig(ABC, metaclass=OfFields):
     def dealt(self, sites: Mapping[str, Site]) -> Mapping[str, Params]:  # noqa: ARG002  # for those that have such
         """By site, what it has of tensors that are made for all of these together, in their order."""
         return {}
+
+    def keeps_dealt(self) -> bool:
+        """Do its files hold what of these is made from a seed?"""
+        return True
+
+    def shared_rows(self, sites: int) -> int | None:  # noqa: ARG002  # as above
+        """How many rows so many sites have of what they share; None where any number may do."""
+        return None
+
+    def order_of(self, sites: Mapping[str, Params]) -> Sequence[str] | None:  # noqa: ARG002  # as above
+        """The order of the sites in which these were made, as their tensors tell; None where they do not."""
+        return None
+
+    def spelled_shared(self, shared: Params) -> dict[str, Tensor]:
+        """Tensors that sites share, by PEFT's names of them in files."""
+        named = {name: shared[role] for name, role in self.shared.items() if role in shared}
+        if not self.shared_in_parts:
+            return named
+        return {f"{name}.{at}": part for name, values in named.items() for at, part in enumerate(values.unbind())}
 
     def check_given(self, value: object) -> None:  # most have nothing to refuse
         """ConfigError for what the config of peft that it was made of holds beside its fields, such as code."""

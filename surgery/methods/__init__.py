@@ -20,6 +20,7 @@ from surgery.methods.oft_config import OFTConfig
 from surgery.methods.pvera import PveraConfig
 from surgery.methods.randlora import RandLoraConfig
 from surgery.methods.shira import ShiraConfig
+from surgery.methods.tinylora_config import TinyLoraConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
 from surgery.methods.unilora import UniLoraConfig
 from surgery.methods.vblora_config import VBLoRAConfig
@@ -36,6 +37,7 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "RANDLORA": RandLoraConfig,
     "VBLORA": VBLoRAConfig,
     "UNILORA": UniLoraConfig,
+    "TINYLORA": TinyLoraConfig,
     "OFT": OFTConfig,
     "HRA": HRAConfig,
     "HIRA": HiraConfig,

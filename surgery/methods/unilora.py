@@ -47,6 +47,7 @@ class UniLoraConfig(AdapterConfig):
         **{f"unilora_scales_{one}": Spelling(f"scale_{one}") for one in "AB"},
     }
     shared: ClassVar[Mapping[str, str]] = {"unilora_theta_d": "theta"}
+    deals: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any]] = {}
     unwritten: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
 
@@ -86,6 +87,9 @@ class UniLoraConfig(AdapterConfig):
 
     def dealt(self, sites: Mapping[str, Site]) -> Mapping[str, Params]:
         return _dealt(sites, self.r, self.theta_d_length, self.proj_seed)
+
+    def keeps_dealt(self) -> bool:
+        return self.save_indices
 
     def endings(self) -> Mapping[str, Spelling]:
         return self.spellings if self.save_indices else {}

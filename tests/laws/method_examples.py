@@ -64,6 +64,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     ],
     "RANDLORA": [{"r": 3, "randlora_dropout": 0.5, "randlora_alpha": -7}, {"r": 12, "randlora_alpha": 3}],
     "UNILORA": [{"r": 3, "save_indices": True, "unilora_dropout": 0.5}, {"theta_d_length": 5, "proj_seed": 7}],
+    "TINYLORA": [{"r": 4, "u": 3, "tinylora_dropout": 0.5}, {"save_projection": False, "projection_seed": 7}],
     "SHIRA": [{"r": 5, "random_seed": 3}],
     "VBLORA": [
         {"r": 3, "topk": 4, "vector_length": 1},
@@ -119,6 +120,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("RANDLORA", name): "RandLoRA acts on" for name in EXAMPLES if name not in MATRICES},
     **{("VBLORA", name): "VB-LoRA acts on" for name in EXAMPLES if name not in MATRICES},
     **{("UNILORA", name): "Uni-LoRA acts on" for name in EXAMPLES if name not in MATRICES},
+    **{("TINYLORA", name): "TinyLoRA acts on" for name in EXAMPLES if name not in MATRICES},
     **{("SHIRA", name): "SHiRA acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("C3A", name): "C3A acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("BEFT", name): "BEFT acts on" for name in EXAMPLES if name != "linear"},
@@ -211,8 +213,12 @@ def of_floats(p: Params, become: Callable[[Tensor], Tensor]) -> dict[str, Tensor
 
 
 def begun(method: Method, op: Op, base: Dense) -> Params:
-    """A fresh adapter with what its sites share, which is drawn for all of them."""
-    drawn = {role: torch.randn(spec.shape) for role, spec in method.tensors(site_of(op)).items() if spec.shared}
+    """A fresh adapter with what its sites share, which is drawn for all of them, or begins as zeros to be trained."""
+    shared = {role: spec for role, spec in method.tensors(site_of(op)).items() if spec.shared}
+    drawn = {
+        role: torch.randn(spec.shape) if spec.fixed or method.name in ACTING else torch.zeros(spec.shape)
+        for role, spec in shared.items()
+    }
     return {**method.init(site_of(op), lambda: base), **drawn}
 
 

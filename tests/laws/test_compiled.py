@@ -33,6 +33,7 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "c3a": lambda: surgery.C3AConfig(block_size=2, init_weights=True, **TARGETS),
     "vblora": lambda: surgery.VBLoRAConfig(r=4, num_vectors=7, vector_length=2, **TARGETS),
     "unilora": lambda: surgery.UniLoraConfig(r=4, theta_d_length=9, **TARGETS),
+    "tinylora": lambda: surgery.TinyLoraConfig(u=5, **TARGETS),
     "delora": lambda: surgery.DeloraConfig(r=4, **TARGETS),
     "gralora": lambda: surgery.GraloraConfig(r=4, hybrid_r=2, **TARGETS),
     "hira": lambda: surgery.HiraConfig(r=4, **TARGETS),

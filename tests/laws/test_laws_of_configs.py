@@ -183,6 +183,18 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_weights": st.booleans(),
         "save_indices": st.booleans(),
     },
+    "TINYLORA": {
+        "r": st.integers(1, 512),
+        "u": st.integers(1, 512),
+        "weight_tying": st.floats(0, 1),
+        "projection_seed": st.integers(0, 2**63 - 1),
+        "save_projection": st.booleans(),
+        "init_v_bound": st.floats(0, 2),
+        "tinylora_dropout": st.floats(0, 1, exclude_max=True),
+        "fan_in_fan_out": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "tinylora_only"]),
+        "init_weights": st.sampled_from([True, False, "uniform"]),
+    },
     "C3A": {
         "block_size": st.integers(1, 512),
         "block_size_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),

@@ -23,6 +23,7 @@ KINDS: dict[str, Any] = {
     "c3a": lambda: surgery.C3AConfig(block_size=2, **TARGETS),
     "vblora": lambda: surgery.VBLoRAConfig(r=2, num_vectors=5, vector_length=2, **TARGETS),
     "unilora": lambda: surgery.UniLoraConfig(r=2, theta_d_length=9, **TARGETS),
+    "tinylora": lambda: surgery.TinyLoraConfig(u=5, init_weights="uniform", **TARGETS),
     "hira": lambda: surgery.HiraConfig(r=2, init_weights=False, **TARGETS),
     "delora": lambda: surgery.DeloraConfig(r=2, init_weights=False, **TARGETS),
     "gralora": lambda: surgery.GraloraConfig(r=2, hybrid_r=1, init_weights=False, **TARGETS),

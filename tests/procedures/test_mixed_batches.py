@@ -72,6 +72,7 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "pvera": lambda r: surgery.PveraConfig(r=4 * r, target_modules="0|2"),  # of some d that is not zero
     "vblora": lambda r: surgery.VBLoRAConfig(r=r, num_vectors=5, vector_length=2, target_modules="0|2"),
     "unilora": lambda r: surgery.UniLoraConfig(r=r, theta_d_length=9, target_modules="0|2"),
+    "tinylora": lambda r: surgery.TinyLoraConfig(r=min(r, 2), u=3, target_modules="0|2"),
     "randlora": lambda r: surgery.RandLoraConfig(r=r, randlora_alpha=8, target_modules="0|2"),
 }
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")

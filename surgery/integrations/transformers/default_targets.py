@@ -143,7 +143,19 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("VBLORA", _VBLORA),
         *(
             (kind, _LORA)
-            for kind in ("LOHA", "LOKR", "RANDLORA", "UNILORA", "OFT", "HRA", "HIRA", "DELORA", "GRALORA", "MISS")
+            for kind in (
+                "LOHA",
+                "LOKR",
+                "RANDLORA",
+                "UNILORA",
+                "TINYLORA",
+                "OFT",
+                "HRA",
+                "HIRA",
+                "DELORA",
+                "GRALORA",
+                "MISS",
+            )
         ),
     )
 }

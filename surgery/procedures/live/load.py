@@ -113,7 +113,9 @@ def _sites_of(
         else tree.site(tree.first_name(names[name]))
         for name in (*(name for name in adapter.sites if name not in alone), *alone)
     }
-    adapter, sites = completed(adapter, there), dict[str, FittedSite]()
+    at = {name: place for place, name in enumerate(tree.modules)}
+    in_order = dict(sorted(there.items(), key=lambda item: at.get(item[1].name, -1)))  # a parameter is no module
+    adapter, sites = completed(adapter, in_order, in_order=True), dict[str, FittedSite]()
     for name, site in there.items():
         params, first, method = adapter.sites[name], site.name, adapter.config.method(alone.get(name, name))
         check_shapes(name, params, method.tensors(site), adapter.where)

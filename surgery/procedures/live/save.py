@@ -108,7 +108,7 @@ def _written(
         specs[there] = one.method.tensors(layer.site)
         params = one.params if state_dict is None else _picked(state_dict, layers, name, adapter)
         if own.keeps_shared() and not shared:
-            shared = {spelling: whole(params[role]) for spelling, role in own.shared.items()}
+            shared = own.spelled_shared({role: whole(params[role]) for role in own.shared.values()})
         sites[there] = {role: whole(params[role]) for role in params if not specs[there][role].shared}
     config, kept = own.written(sites)
     endings = {one.role: ending for ending, one in config.endings().items()}  # of what takes the place of others
