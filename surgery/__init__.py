@@ -68,7 +68,10 @@ if TYPE_CHECKING:
     from surgery.methods.randlora import RandLoraConfig
     from surgery.methods.road import RoadConfig
     from surgery.methods.shira import ShiraConfig
+    from surgery.methods.tinylora_config import TinyLoraConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
+    from surgery.methods.unilora import UniLoraConfig
+    from surgery.methods.vblora_config import VBLoRAConfig
     from surgery.methods.vera import VeraConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
@@ -125,9 +128,12 @@ _HOMES = {
     "StateError": "errors",
     "SurgeryError": "errors",
     "TaskType": "core.task",
+    "TinyLoraConfig": "methods.tinylora_config",
     "TrainableTokensConfig": "methods.trainable_tokens",
+    "UniLoraConfig": "methods.unilora",
     "UnmergeReport": "procedures.writing.unmerge_checkpoint",
     "UsageError": "errors",
+    "VBLoRAConfig": "methods.vblora_config",
     "ValueRangeError": "errors",
     "VeraConfig": "methods.vera",
     "VerifyReport": "procedures.checking.verify_report",
@@ -195,9 +201,12 @@ __all__ = [
     "StateError",
     "SurgeryError",
     "TaskType",
+    "TinyLoraConfig",
     "TrainableTokensConfig",
+    "UniLoraConfig",
     "UnmergeReport",
     "UsageError",
+    "VBLoRAConfig",
     "ValueRangeError",
     "VeraConfig",
     "VerifyReport",

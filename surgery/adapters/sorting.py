@@ -1,5 +1,6 @@
 """Sorting out: each tensor of an adapter's file has its place, by its name, or the file is refused."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -19,6 +20,10 @@ PREFIX = f"{MODEL}model."
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"})
 
 
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+_INDICES = frozenset({torch.uint8, torch.int16, torch.int32, torch.int64})
+
+
 class Found(NamedTuple):
     """A tensor of an adapter: its name there is `info.name`."""
 
@@ -35,6 +40,7 @@ def sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: 
     sorting = _Sorting(config, where)
     for found in tensors:
         sorting.take(found)
+    sorting.join_parts()
     if config.ties():
         sorting.settle_ties()
     config = _told_of_rows(config, sorting.sites, where)
@@ -65,6 +71,7 @@ class _Sorting:
         self.whole, self.endings = Endings(config.modules_to_save or ()), config.endings()
         self.sites: dict[str, dict[str, Found]] = {}
         self.shared: dict[str, Tensor] = {}
+        self.parts: dict[str, dict[int, Tensor]] = {}
         self.saved: dict[str, Tensor] = {}
         self.copies: dict[str, Tensor] = {}
         self.ops: dict[str, str] = {}
@@ -76,8 +83,10 @@ class _Sorting:
         dtype = found.info.torch_dtype
         name = found.info.name.removeprefix(PREFIX)
         spelled = next((end for end in suffixes(name) if end in self.endings), None)
-        role = self._shared_role(found.info.name)
-        if role is not None and dtype.is_floating_point:
+        role, part = self._shared_role(found.info.name), self._shared_part(found.info.name)
+        if part is not None and dtype.is_floating_point:
+            self.parts.setdefault(part[0], {})[part[1]] = found.values
+        elif role is not None and dtype.is_floating_point:
             self._share(role, found)
         elif spelled is not None and self._fits(spelled, dtype):
             self._at_site(name, spelled, _of_indices(found) if self.endings[spelled].integers else found)
@@ -113,6 +122,24 @@ class _Sorting:
         there = self.config.repeats_shared or path in {"", MODEL.rstrip(".")}
         return self.config.shared.get(last) if there else None
 
+    def _shared_part(self, name: str) -> tuple[str, int] | None:
+        """The role of a tensor that all sites share, and the number of this row of it."""
+        path, _, number = name.rpartition(".")
+        role = self.config.shared.get(path.removeprefix(MODEL)) if self.config.shared_in_parts else None
+        return (role, int(number)) if role is not None and _NUMBER.fullmatch(number) else None
+
+    def join_parts(self) -> None:
+        """FormatError unless the rows are numbered from 0 on, and alike."""
+        for role, parts in self.parts.items():
+            rows = [parts[at] for at in range(len(parts)) if at in parts]
+            if len(rows) < len(parts) or len({(one.dtype, one.shape) for one in rows}) > 1:
+                numbers = ", ".join(map(str, sorted(parts)))
+                raise FormatError(
+                    f"{printable(self.where)}: parts {numbers} of {role} are in it; all from 0 on, in one shape, are "
+                    "wanted; the file is incomplete; save it again"
+                )
+            self.shared[role] = torch.stack(rows)
+
     def _share(self, role: str, found: Found) -> None:
         """Once in memory, however often the file has it."""
         values = found.values
@@ -124,7 +151,7 @@ class _Sorting:
             )
 
     def _fits(self, spelled: str, dtype: torch.dtype) -> bool:
-        return dtype.is_floating_point or (self.endings[spelled].integers and dtype == torch.int32)
+        return dtype.is_floating_point or (self.endings[spelled].integers and dtype in _INDICES)
 
     def _at_site(self, name: str, spelled: str, found: Found) -> None:
         site = name.removesuffix(spelled).rstrip(".")
@@ -185,7 +212,7 @@ def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Foun
     """Each site has every role of a form; an adapter has at least one site."""
     alone = {spelling.role for spelling in config.endings().values() if spelling.alone}
     forms = config.forms()
-    if not sites:
+    if not sites and frozenset() not in forms:
         raise FormatError(f"{printable(where)}: no {config.peft_type} tensor in it; was it saved without its weights?")
     for site, held in sites.items():
         lacking = min((sorted(roles - held.keys()) for roles in forms), key=len)

@@ -16,25 +16,25 @@ from surgery.core.site import Site, TensorInfo
 class Stored(Mapping[str, Tensor]):
     """Params that lie in a file: each is read whenever it is asked for, by its name there, and not kept.
 
-    Those that sites share are in memory, once for all of them.
+    Others are in memory: those that sites share, once for all of them, and what is made for all together.
     """
 
     def __init__(
         self,
         infos: Mapping[str, TensorInfo],
         load: Callable[[str], Tensor],
-        shared: Mapping[str, Tensor] = MappingProxyType({}),
+        others: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        self.infos, self.load, self.shared = infos, load, shared  # by role; load by a name in the file
+        self.infos, self.load, self.others = infos, load, others  # by role; load by a name in the file
 
     def __getitem__(self, role: str) -> Tensor:
-        return self.shared[role] if role in self.shared else self.load(self.infos[role].name)
+        return self.others[role] if role in self.others else self.load(self.infos[role].name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter((*self.infos, *self.shared))
+        return iter((*self.infos, *self.others))
 
     def __len__(self) -> int:
-        return len(self.infos) + len(self.shared)
+        return len(self.infos) + len(self.others)
 
 
 def shape_of(params: Params, role: str) -> tuple[int, ...]:
@@ -49,9 +49,9 @@ def shapes_of(params: Params) -> Mapping[str, tuple[int, ...]]:
 
 
 def are_as_told(params: Params, specs: Mapping[str, Spec]) -> bool:
-    """Are they the tensors of these specs, in their shapes? Such as sites share may be yet to come."""
+    """Are they the tensors of these specs, in their shapes? What is made for all sites may be yet to come."""
     shapes = shapes_of(params)
-    wanted = {role for role, spec in specs.items() if role in shapes or not spec.shared}
+    wanted = {role for role, spec in specs.items() if role in shapes or not (spec.shared or spec.dealt)}
     return shapes.keys() == wanted and all(specs[role].fits(shape) for role, shape in shapes.items())
 
 
@@ -61,10 +61,10 @@ def nbytes_of(params: Params, but: Collection[str] = ()) -> int:
     return sum(one.nbytes for role, one in held.items() if role not in but)
 
 
-def _with_shared(params: Params, shared: Params) -> Params:
+def _with_others(params: Params, others: Params) -> Params:
     if isinstance(params, Stored):
-        return Stored(params.infos, params.load, shared)
-    return {**params, **shared}
+        return Stored(params.infos, params.load, {**params.others, **others})
+    return {**params, **others}
 
 
 class Layer(NamedTuple):
@@ -123,13 +123,24 @@ class Adapter:
         drawn = self.config.drawn(sites) if sites and not self.shared else {}
         return self.sharing(drawn) if drawn else self
 
+    def dealt(self, sites: Mapping[str, Site]) -> "Adapter":
+        """With what its files lack of the tensors that are made for all `sites` together, which stand in order."""
+        made = self.config.dealt(sites)
+        lacking = {name: {k: v for k, v in made[name].items() if k not in p} for name, p in self.sites.items()}
+        return replace(self, sites={name: _with_others(p, lacking[name]) for name, p in self.sites.items()})
+
     def sharing(self, shared: Mapping[str, Tensor]) -> "Adapter":
         """With these at each site."""
-        return replace(self, shared=shared, sites={name: _with_shared(p, shared) for name, p in self.sites.items()})
+        return replace(self, shared=shared, sites={name: _with_others(p, shared) for name, p in self.sites.items()})
+
+    @property
+    def is_unplaced(self) -> bool:
+        """Do its files hold what its sites share, and leave these to be told by the config and a model?"""
+        return bool(self.shared) and not self.sites and frozenset() in self.config.forms()
 
     def named_shared(self) -> dict[str, Tensor]:
         """Those that sites share, by PEFT's names of them."""
-        return {name: self.shared[role] for name, role in self.config.shared.items() if role in self.shared}
+        return self.config.spelled_shared(self.shared)
 
     def site_bytes(self) -> list[int]:
         """Of each site the tensors that are its own."""

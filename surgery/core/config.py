@@ -26,7 +26,7 @@ class Spelling(NamedTuple):
     role: str
     op: str | None = None
     alone: bool = False  # is it the only tensor of its site?
-    integers: bool = False  # does it hold indices? In int32; PEFT on Windows writes them as floats
+    integers: bool = False  # does it hold indices? In int32 here; files may have others, PEFT on Windows floats
 
 
 class ConfigFiles(Protocol):
@@ -61,8 +61,10 @@ class AdapterConfig(ABC, metaclass=OfFields):
     unwritten: ClassVar[frozenset[str]] = frozenset()  # what PEFT's lacks: in the JSON only where it is set
     shared: ClassVar[Mapping[str, str]] = {}  # roles of the tensors that all sites share, by PEFT's names of these
     title: ClassVar[str] = ""  # as users know it, where no method at its sites tells
+    deals: ClassVar[bool] = False  # are there tensors that are made for all sites together? See `dealt`
     copied: ClassVar[str] = ""  # what holds its copies of the modules that it targets, where it trains these whole
     repeats_rows: ClassVar[bool] = False  # do its files hold the rows that it replaces for each of tied modules?
+    shared_in_parts: ClassVar[bool] = False  # do files hold their rows one by one, numbered?
     repeats_shared: ClassVar[bool] = False  # do PEFT's files hold them at each site, too?
 
     target_modules: str | Sequence[str] | None = None
@@ -152,11 +154,37 @@ class AdapterConfig(ABC, metaclass=OfFields):
         """By role, the shared tensors that an adapter over all these sites begins with."""
         return {}
 
+    def dealt(self, sites: Mapping[str, Site]) -> Mapping[str, Params]:  # noqa: ARG002  # for those that have such
+        """By site, what it has of tensors that are made for all of these together, in their order."""
+        return {}
+
+    def keeps_dealt(self) -> bool:
+        """Do its files hold what of these is made from a seed?"""
+        return True
+
+    def shared_rows(self, sites: int) -> int | None:  # noqa: ARG002  # as above
+        """How many rows so many sites have of what they share; None where any number may do."""
+        return None
+
+    def order_of(self, sites: Mapping[str, Params]) -> Sequence[str] | None:  # noqa: ARG002  # as above
+        """The order of the sites in which these were made, as their tensors tell; None where they do not."""
+        return None
+
+    def spelled_shared(self, shared: Params) -> dict[str, Tensor]:
+        """Tensors that sites share, by PEFT's names of them in files."""
+        named = {name: shared[role] for name, role in self.shared.items() if role in shared}
+        if not self.shared_in_parts:
+            return named
+        return {f"{name}.{at}": part for name, values in named.items() for at, part in enumerate(values.unbind())}
+
     def check_given(self, value: object) -> None:  # most have nothing to refuse
         """ConfigError for what the config of peft that it was made of holds beside its fields, such as code."""
 
     def check_fresh(self) -> None:  # most have nothing to refuse
         """ConfigError for what a fresh adapter cannot be trained with."""
+
+    def check_trained(self) -> None:  # most can be
+        """ConfigError for one whose tensors in a file are not to be trained."""
 
     def check_whole(self) -> None:  # most have nothing to refuse
         """ConfigError where tensors in a file are not all of the adapter."""

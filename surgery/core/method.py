@@ -62,6 +62,7 @@ class Spec(NamedTuple):
     live: str = ""  # how a model spells it, where that is otherwise
     fixed: bool = False  # does training leave it as it began?
     shared: bool = False  # is it one tensor for all sites of the adapter?
+    dealt: bool = False  # is it made for all sites together, where files lack it?
     longer: tuple[int, ...] = ()  # axes along which other sites that share it may ask for more
 
     def fits(self, shape: tuple[int, ...]) -> bool:

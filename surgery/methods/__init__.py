@@ -22,7 +22,10 @@ from surgery.methods.pvera import PveraConfig
 from surgery.methods.randlora import RandLoraConfig
 from surgery.methods.road import RoadConfig
 from surgery.methods.shira import ShiraConfig
+from surgery.methods.tinylora_config import TinyLoraConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
+from surgery.methods.unilora import UniLoraConfig
+from surgery.methods.vblora_config import VBLoRAConfig
 from surgery.methods.vera import VeraConfig
 
 METHODS: Mapping[str, type[AdapterConfig]] = {
@@ -34,6 +37,9 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "VERA": VeraConfig,
     "PVERA": PveraConfig,
     "RANDLORA": RandLoraConfig,
+    "VBLORA": VBLoRAConfig,
+    "UNILORA": UniLoraConfig,
+    "TINYLORA": TinyLoraConfig,
     "OFT": OFTConfig,
     "BOFT": BOFTConfig,
     "ROAD": RoadConfig,

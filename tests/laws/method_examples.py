@@ -68,7 +68,13 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 2, "decompose_factor": 1, "rank_dropout": 0.2, "rank_dropout_scale": True},
     ],
     "RANDLORA": [{"r": 3, "randlora_dropout": 0.5, "randlora_alpha": -7}, {"r": 12, "randlora_alpha": 3}],
+    "UNILORA": [{"r": 3, "save_indices": True, "unilora_dropout": 0.5}, {"theta_d_length": 5, "proj_seed": 7}],
+    "TINYLORA": [{"r": 4, "u": 3, "tinylora_dropout": 0.5}, {"save_projection": False, "projection_seed": 7}],
     "SHIRA": [{"r": 5, "random_seed": 3}],
+    "VBLORA": [
+        {"r": 3, "topk": 4, "vector_length": 1},
+        {"topk": 3, "save_only_topk_weights": True, "vblora_dropout": 0.5},
+    ],
     "C3A": [{"block_size": 1}, {"block_size": 5, "block_size_pattern": {"layer": 2}}],
 }
 
@@ -88,6 +94,8 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "SHIRA": {"r": 2},
     "C3A": {"block_size": 2, "init_weights": True},
     "HRA": {"r": 4},
+    "UNILORA": {"r": 4, "theta_d_length": 40},
+    "VBLORA": {"r": 4, "num_vectors": 7, "vector_length": 2},
 }
 
 
@@ -117,6 +125,9 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{(method, name): "VeRA acts on" for method in ("VERA", "PVERA") for name in EXAMPLES if name not in MATRICES},
     **{("MISS", name): "MiSS acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("RANDLORA", name): "RandLoRA acts on" for name in EXAMPLES if name not in MATRICES},
+    **{("VBLORA", name): "VB-LoRA acts on" for name in EXAMPLES if name not in MATRICES},
+    **{("UNILORA", name): "Uni-LoRA acts on" for name in EXAMPLES if name not in MATRICES},
+    **{("TINYLORA", name): "TinyLoRA acts on" for name in EXAMPLES if name not in MATRICES},
     **{("SHIRA", name): "SHiRA acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("C3A", name): "C3A acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("BEFT", name): "BEFT acts on" for name in EXAMPLES if name != "linear"},
@@ -149,6 +160,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
 
 
 UNEVEN = {"DELORA", "C3A", "HRA", "BOFT", "ROAD"}  # which make fractions or roots of whole numbers
+UNEVEN = {"DELORA", "C3A", "HRA", "VBLORA"}  # which make fractions or roots of whole numbers
 
 
 ONLY = {  # settings that are refused over other ops
@@ -176,6 +188,12 @@ CASES = [
 
 
 each_case = pytest.mark.parametrize(("method", "op"), CASES)
+
+
+ACTING = {"VB-LoRA", "Uni-LoRA"}  # which change the outputs before anything is trained, as in PEFT
+
+
+each_idle = pytest.mark.parametrize(("method", "op"), [one for one in CASES if one.values[0].name not in ACTING])
 
 
 each_mixing, each_with_steps = (
@@ -211,8 +229,12 @@ def of_floats(p: Params, become: Callable[[Tensor], Tensor]) -> dict[str, Tensor
 
 
 def begun(method: Method, op: Op, base: Dense) -> Params:
-    """A fresh adapter with what its sites share, which is drawn for all of them."""
-    drawn = {role: torch.randn(spec.shape) for role, spec in method.tensors(site_of(op)).items() if spec.shared}
+    """A fresh adapter with what its sites share, which is drawn for all of them, or begins as zeros to be trained."""
+    shared = {role: spec for role, spec in method.tensors(site_of(op)).items() if spec.shared}
+    drawn = {
+        role: torch.randn(spec.shape) if spec.fixed or method.name in ACTING else torch.zeros(spec.shape)
+        for role, spec in shared.items()
+    }
     return {**method.init(site_of(op), lambda: base), **drawn}
 
 

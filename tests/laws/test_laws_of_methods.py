@@ -12,6 +12,7 @@ from method_examples import (
     Below,
     begun,
     each_case,
+    each_idle,
     each_op,
     each_pair,
     given,
@@ -35,6 +36,7 @@ from surgery.errors import MatchError
 from surgery.methods import METHODS
 from surgery.methods.adalora import AdaLora
 from surgery.methods.lora import Lora
+from surgery.methods.projections import ProjectionsConfig
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +100,7 @@ def test_the_roles_of_a_site_are_those_of_a_form_of_its_config(name: str, exampl
             assert [one.alone for one in held] == [True] or {one.role for one in held} in config.forms()
 
 
-@each_case
+@each_idle
 @pytest.mark.parametrize("training", [False, True], ids=["evaluating", "training"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_fresh_adapter_leaves_the_output_equal_to_the_bit(method: Method, op: Op, training: bool, dtype: torch.dtype):
@@ -123,7 +125,7 @@ def test_loras_orthogonal_start_leaves_the_output_equal_within_its_rounding(op: 
     assert bool(p["B"].any())
 
 
-@each_case
+@each_idle
 def test_a_fresh_adapter_leaves_the_merged_weight_equal(method: Method, op: Op):
     matrix = torch.randn(OUT, IN, dtype=torch.float64)
     fresh = begun(method, op, Dense(matrix))
@@ -215,7 +217,7 @@ def test_a_branch_is_differentiable_in_every_tensor(method: Method, op: Op):
     assert all(values.grad is not None and bool(values.grad.any()) for values in p.values() if values.requires_grad)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].shared])
+@pytest.mark.parametrize("name", [name for name in METHODS if issubclass(METHODS[name], ProjectionsConfig)])
 def test_what_all_sites_share_is_drawn_alike_each_time_and_fits_each_of_them(name: str):
     config = METHODS[name](**NEEDED[name])
     shapes = [(OUT, IN), (5, 30), (9, 9)]

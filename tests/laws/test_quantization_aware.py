@@ -45,6 +45,9 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "DELORA": [{"r": 4}],
     "SHIRA": [{"r": 8}],
     "C3A": [{"block_size": 16}],
+    "TINYLORA": [{"u": 5}],
+    "UNILORA": [{"theta_d_length": 40}],
+    "VBLORA": [{"r": 4, "num_vectors": 9, "vector_length": 16}],
     "GRALORA": [{"r": 8, "gralora_k": 4, "hybrid_r": 2}],
     "BEFT": [{}],
 }

@@ -72,11 +72,15 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "gralora": lambda r: GraloraConfig(r=r, alpha=4 * r, target_modules="0|2"),
     "vera": lambda r: surgery.VeraConfig(r=r, target_modules="0|2"),
     "pvera": lambda r: surgery.PveraConfig(r=4 * r, target_modules="0|2"),  # of some d that is not zero
+    "vblora": lambda r: surgery.VBLoRAConfig(r=r, num_vectors=5, vector_length=2, target_modules="0|2"),
+    "unilora": lambda r: surgery.UniLoraConfig(r=r, theta_d_length=9, target_modules="0|2"),
+    "tinylora": lambda r: surgery.TinyLoraConfig(r=min(r, 2), u=3, target_modules="0|2"),
     "randlora": lambda r: surgery.RandLoraConfig(r=r, randlora_alpha=8, target_modules="0|2"),
 }
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")
 EVERYWHERE = ("lora", "ln_tuning")
 UNEVEN = ("delora", "oft", "boft", "road", "hra", "c3a")  # whose numbers are no whole ones
+UNEVEN = ("delora", "oft", "hra", "c3a", "vblora")  # whose numbers are no whole ones
 WHERE: dict[str, set[str]] = {  # the layers that a rule is tried on, if not on linear ones
     **{rule: {*ON_LINEAR, "convolution"} for rule in ("ia3", "ia3 of inputs", "adalora")},
     **{

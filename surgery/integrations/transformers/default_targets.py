@@ -53,6 +53,19 @@ _VERA = (
 )
 _PVERA = (*_VERA, Default(("query", "value"), "dinov2"))
 _C3A = (*(one for one in _LORA if "gpt2" not in one.types), Default(("mlp.c_proj",), "gpt2 gpt_bigcode"))
+_VBLORA = (
+    Default(("q", "k", "v", "o", "wi", "wo"), "t5"),
+    Default(("q", "k", "v", "o", "wi_0", "wi_1", "wo"), "mt5"),
+    Default(("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), "bart opt"),
+    Default(("c_attn",), "gpt2 gpt_bigcode"),
+    Default(("query_key_value",), "bloom gpt_neox"),
+    Default(("q_proj", "v_proj"), "gemma gemma2 gemma3_text gpt_neo gptj llama llama4 qwen2 qwen3"),
+    Default(("query", "value"), "bert roberta"),
+    Default(("query_proj", "key_proj", "value_proj", "dense"), "deberta-v2"),
+    Default(("in_proj",), "deberta"),
+    Default(r".*language_model\..*\.(q_proj|v_proj)", "gemma4"),
+    Default(("q_proj", "k_proj", "v_proj", "o_proj"), "nemotron_h"),
+)
 _ADALORA = (
     Default(("q_proj", "v_proj"), "gemma gemma2 gemma3_text gpt_neo gptj llama llama4 qwen2 qwen3"),
     Default(("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), "bart opt"),
@@ -127,9 +140,24 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("SHIRA", _VERA),
         ("C3A", _C3A),
         ("BEFT", _BEFT),
+        ("VBLORA", _VBLORA),
         *(
             (kind, _LORA)
-            for kind in ("LOHA", "LOKR", "RANDLORA", "OFT", "BOFT", "ROAD", "HRA", "HIRA", "DELORA", "GRALORA", "MISS")
+            for kind in (
+                "LOHA",
+                "LOKR",
+                "RANDLORA",
+                "UNILORA",
+                "TINYLORA",
+                "OFT",
+                "BOFT",
+                "ROAD",
+                "HRA",
+                "HIRA",
+                "DELORA",
+                "GRALORA",
+                "MISS",
+            )
         ),
     )
 }

@@ -62,6 +62,8 @@ def _fresh(tree: Tree, config: AdapterConfig, start: Start) -> Fitting:
     config, sites = fresh_sites(tree, chosen.config, spelled, start.examples)
     drawn = config.drawn([site for site, _, _ in sites.values()])
     sites = {name: (site, method, {**p, **drawn}) for name, (site, method, p) in sites.items()} if drawn else sites
+    dealt = config.dealt({name: site for name, (site, _, _) in sites.items()})
+    sites = {name: (site, method, {**p, **dealt.get(name, {})}) for name, (site, method, p) in sites.items()}
     config, replaced = with_rows(tree, config, sites)
     for name in replaced:
         site, method = tree.site(name), config.method(name)

@@ -25,6 +25,7 @@ from surgery.procedures.live.own_weight import base_sha256
 from surgery.procedures.live.room import with_room
 from surgery.procedures.live.save import DEFAULT
 from surgery.procedures.places.biases import given_biases
+from surgery.procedures.places.dealt import with_dealt
 from surgery.procedures.places.fused import fused
 from surgery.procedures.places.model_tree import Tree
 from surgery.procedures.places.parameters import assigned, module_of, targeted
@@ -55,6 +56,8 @@ def lay(
     """Lay an adapter over the model; every tensor finds its place, or nothing changes."""
     how = how or LayOptions()
     check_name(root, adapter_name)
+    if trainable:
+        adapter.config.check_trained()
     for note in (*out_proj.notes(adapter), *drawn_notes(adapter)):
         warnings.warn(note, stacklevel=2)
     with stacked(root, adapter.config):
@@ -69,7 +72,7 @@ def lay(
 
 def fitting_of(tree: Tree, adapter: Adapter) -> Fitting:
     """Where each tensor of an adapter goes in this model. InputError unless all have a place."""
-    adapter = fused(tree, adapter)
+    adapter = fused(tree, with_dealt(tree, adapter))
     given = {name: in_base(_module(tree, adapter, name)) for name in adapter.sites}
     given |= {name: name for name in sorted(adapter.targets)}
     renamed = renaming(list(dict.fromkeys(given.values())), tree.modules.keys())
@@ -112,7 +115,9 @@ def _sites_of(
         else tree.site(tree.first_name(names[name]))
         for name in (*(name for name in adapter.sites if name not in alone), *alone)
     }
-    adapter, sites = completed(adapter, there), dict[str, FittedSite]()
+    at = {name: place for place, name in enumerate(tree.modules)}
+    in_order = dict(sorted(there.items(), key=lambda item: at.get(item[1].name, -1)))  # a parameter is no module
+    adapter, sites = completed(adapter, in_order, in_order=True), dict[str, FittedSite]()
     for name, site in there.items():
         params, first, method = adapter.sites[name], site.name, adapter.config.method(alone.get(name, name))
         check_shapes(name, params, method.tensors(site), adapter.where)

@@ -108,14 +108,16 @@ def _written(
         specs[there] = one.method.tensors(layer.site)
         params = one.params if state_dict is None else _picked(state_dict, layers, name, adapter)
         if own.keeps_shared() and not shared:
-            shared = {spelling: whole(params[role]) for spelling, role in own.shared.items()}
+            shared = own.spelled_shared({role: whole(params[role]) for role in own.shared.values()})
         sites[there] = {role: whole(params[role]) for role in params if not specs[there][role].shared}
     config, kept = own.written(sites)
+    endings = {one.role: ending for ending, one in config.endings().items()}  # of what takes the place of others
     found = {
-        f"{name}.{spec.spelling}": out_proj.written(name, role, kept[name][role])
+        f"{name}.{specs[name][role].spelling if role in specs[name] else endings[role]}": out_proj.written(
+            name, role, values
+        )
         for name in kept
-        for role, spec in specs[name].items()
-        if role in kept[name]
+        for role, values in kept[name].items()
     }
     repeated = {f"{name}.{spelling}": shared[spelling] for name in specs if own.repeats_shared for spelling in shared}
     return config, found | shared | repeated | _replacements(root, adapter, state_dict)

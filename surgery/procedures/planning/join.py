@@ -52,9 +52,20 @@ class Joined:
         self.stays_tied = False  # does one layer change all that a shared embedding is?
         self.known = {name: self._as_grown(site) for name, site in known.items()}
         self._check_sizes()
+        self._refuse_unplaced()
         self._sites()
         self._rows()
         self._drop_repeated()
+
+    def _refuse_unplaced(self) -> None:
+        if self.adapter.is_unplaced:
+            self.refusals.append(
+                MatchError(
+                    f"{printable(self.adapter.where)}: it names no weight: what it holds is dealt out over a model's "
+                    "modules in their order, which a checkpoint does not tell; merge it in memory, by surgery.load and "
+                    "surgery.merge, or train it with save_indices=True"
+                )
+            )
 
     def _head(self, named: Sequence[str], known: Mapping[str, Site]) -> Site | None:
         """One that is tied and absent, where the adapter may mean it."""

@@ -1,0 +1,216 @@
+"""VB-LoRA: W + B A, made of vectors of one bank for all sites, mixed by the softmax of their largest logits.
+
+https://arxiv.org/abs/2405.15179
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from surgery.core.arithmetic import exact_float64, factor_bytes, require_finite
+from surgery.core.exponential import exp
+from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.op import Factors, Op, Tile
+from surgery.core.site import Site
+from surgery.errors import MatchError, ValueRangeError, printable
+from surgery.methods.acts_on import only_linear_or_conv1d
+from surgery.methods.factored import factored
+from surgery.methods.spreads import product_spread, unit_of
+
+Mix = tuple[Tensor, Tensor]  # which vectors each part is made of, and how much of each: [..., topk] both
+_SIDES = ("A", "B")
+
+
+@dataclass(frozen=True)
+class Banked(Additive):
+    """`vectors` is [num_vectors, vector_length]; what mixes them is [r, in / vector_length, ...] of A and
+    [out / vector_length, r, ...] of B."""
+
+    r: int
+    topk: int
+    num_vectors: int
+    vector_length: int
+    dropout: float = 0.0
+
+    name = "VB-LoRA"
+
+    @abstractmethod
+    def own(self, side: str, parts: tuple[int, int]) -> Mapping[str, Spec]:
+        """Its tensors of A or B, which has parts [r, in / vector_length] or [out / vector_length, r]."""
+
+    @abstractmethod
+    def mix(self, p: Params, side: str) -> Mix:
+        """As the layer runs, differentiable."""
+
+    @abstractmethod
+    def exact_mix(self, p: Params, side: str) -> Mix:
+        """The same in float64, by a fixed sequence of operations."""
+
+    def tensors(self, site: Site) -> Mapping[str, Spec]:
+        only_linear_or_conv1d(site, self.name)
+        (out_features, in_features), length = site.shape, self.vector_length
+        if out_features % length or in_features % length:
+            raise MatchError(
+                f"{printable(site.name)}: vector_length is {length}, of which its {in_features} inputs and "
+                f"{out_features} outputs are no multiples; choose one that divides both, or exclude it"
+            )
+        bank = Spec("vblora_vector_bank", (self.num_vectors, length), shared=True)
+        of_A, of_B = (self.r, in_features // length), (out_features // length, self.r)
+        return {**self.own("A", of_A), **self.own("B", of_B), "vectors": bank}
+
+    def matrices(self, p: Params, site: Site) -> Params:  # noqa: ARG002  # the tensors tell
+        for role, values in p.items():  # what is not among the largest would pass unseen
+            require_finite(values, role)
+        vectors = exact_float64(p["vectors"])
+        A, B = (_summed(*self.exact_mix(p, side), vectors) for side in _SIDES)
+        return {**p, "A": _rows(A), "B": _columns(B)}
+
+    def work_bytes(self, site: Site) -> int:
+        return 2 * factor_bytes(site.shape, self.r)
+
+    def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
+        return product(p["B"], p["A"], tile, self.scaling)
+
+    def directions(self, p: Params) -> Tensor:
+        return p["A"]
+
+    def settings(self) -> Mapping[str, str]:
+        return {**super().settings(), "topk": str(self.topk)}
+
+    def spread(self, p: Params, tile: Tile) -> Tensor:
+        A, B = p["A"][:, tile[1]], p["B"][tile[0]]
+        unit = unit_of(*(values for role, values in p.items() if role not in _SIDES and values.is_floating_point()))
+        off_A, off_B = (unit * self._off(p, side) for side in _SIDES)
+        off_A, off_B = _rows(off_A)[:, tile[1]], _columns(off_B)[tile[0]]
+        mixed = off_B @ (A.abs() + off_A) + B.abs() @ off_A
+        return abs(self.scaling) * (mixed + product_spread(B, A, unit))
+
+    def _off(self, p: Params, side: str) -> Tensor:
+        """How far two correct sums of vectors may lie apart, in units."""
+        at, weights = self.exact_mix(p, side)
+        weights, vectors = weights.abs(), exact_float64(p["vectors"]).abs()
+        far = weights.clamp(min=2.0**-1000).log().abs()
+        # The exponent of each is off by a unit of it, and by two more where PEFT has it from a logarithm; so is each
+        # in the sum that all are divided by. Each of two exponentials rounds by two units, the division, the product
+        # and 2 (topk - 1) sums by one; on either side. What is left of 1 for the last is off by that of topk sums.
+        shared = (weights * far).sum(-1, keepdim=True)
+        each = weights * (3 * (far + shared) + 2 * (2 * self.topk + 4))
+        return _summed(at, each + self.topk * self._is_rest(weights), vectors)
+
+    def _is_rest(self, weights: Tensor) -> Tensor:
+        """1 where a weight is what the others leave of 1."""
+        return torch.zeros_like(weights)
+
+    def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
+        vectors = p["vectors"].to(x.device)  # of layers on several devices
+        A, B = (_bagged(*self.mix(p, side), vectors) for side in _SIDES)
+        return factored(x, run, op, Factors(_rows(A), _columns(B), self.scaling), self.dropout if training else 0.0)
+
+
+@dataclass(frozen=True)
+class VBLoRA(Banked):
+    """`logits_A` is [r, in / vector_length, num_vectors], `logits_B` [out / vector_length, r, num_vectors]."""
+
+    std: float = 0.1  # of the normal numbers that they begin as
+
+    def own(self, side: str, parts: tuple[int, int]) -> Mapping[str, Spec]:
+        return {f"logits_{side}": Spec(f"vblora_logits_{side}", (*parts, self.num_vectors))}
+
+    def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
+        specs = self.tensors(site)
+        return {role: torch.randn(specs[role].shape) * self.std for role in ("logits_A", "logits_B")}
+
+    def mix(self, p: Params, side: str) -> Mix:
+        largest, at = p[f"logits_{side}"].topk(self.topk, -1)
+        return at, largest.softmax(-1)
+
+    def exact_mix(self, p: Params, side: str) -> Mix:
+        """Of equal logits those count that torch.topk takes on a CPU."""
+        logits = p[f"logits_{side}"]
+        at = logits.detach().cpu().topk(self.topk, -1).indices
+        wide = exact_float64(logits)
+        largest = wide.gather(-1, at.to(wide.device))
+        powers = exp(largest - largest[..., :1])
+        return at.to(wide.device), powers / _in_order(powers)
+
+
+@dataclass(frozen=True)
+class VBLoRAOfTopK(Banked):
+    """`at_A` and `at_B` are [..., topk], `part_A` and `part_B` [..., topk - 1]: the last part is what is left of 1."""
+
+    def own(self, side: str, parts: tuple[int, int]) -> Mapping[str, Spec]:
+        spelling = f"vblora_logits_{side}_topk"
+        return {
+            f"at_{side}": Spec(f"{spelling}_indices", (*parts, self.topk), fixed=True),
+            f"part_{side}": Spec(f"{spelling}_weights", (*parts, self.topk - 1), fixed=True),
+        }
+
+    def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # nothing to make
+        raise AssertionError("a fresh adapter has logits")
+
+    def check_values(self, p: Params, site: Site, where: str) -> None:
+        for side in _SIDES:
+            at = p[f"at_{side}"]
+            if int(at.min()) < 0 or int(at.max()) >= self.num_vectors:
+                raise ValueRangeError(
+                    f"{printable(where)}: {printable(site.name)}: vblora_logits_{side}_topk_indices holds indices "
+                    f"beyond a bank of {self.num_vectors} vectors; those of its vectors are wanted; save or download "
+                    "it again"
+                )
+
+    def mix(self, p: Params, side: str) -> Mix:
+        at, parts = p[f"at_{side}"].to(torch.int64), p[f"part_{side}"]
+        return at, torch.cat([parts, 1 - parts.sum(-1, keepdim=True)], -1)
+
+    def exact_mix(self, p: Params, side: str) -> Mix:
+        parts = exact_float64(p[f"part_{side}"])
+        rest = 1 - _in_order(parts) if self.topk > 1 else torch.ones_like(p[f"at_{side}"], dtype=torch.float64)
+        return p[f"at_{side}"].to(rest.device, torch.int64), torch.cat([parts, rest], -1)
+
+    def _is_rest(self, weights: Tensor) -> Tensor:
+        return torch.ones_like(weights).cumsum(-1) == self.topk
+
+
+def of_top_k(p: Params, topk: int) -> Params:
+    """What the logits come to, as PEFT writes it: by places of theirs, without the last weight."""
+    held: dict[str, Tensor] = {}
+    for side in _SIDES:
+        largest, at = p[f"logits_{side}"].detach().topk(topk, -1)
+        held |= {f"at_{side}": at, f"part_{side}": largest.softmax(-1)[..., :-1].contiguous()}
+    return held
+
+
+def _in_order(values: Tensor) -> Tensor:
+    """[..., 1]: the sum along the last axis, from its first element on."""
+    total = values[..., :1]
+    for place in range(1, values.shape[-1]):
+        total = total + values[..., place : place + 1]
+    return total
+
+
+def _summed(at: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
+    """[..., vector_length]: the weighted vectors at these places, added in their order."""
+    total = weights[..., :1] * vectors[at[..., 0]]
+    for place in range(1, at.shape[-1]):
+        total = total + weights[..., place : place + 1] * vectors[at[..., place]]
+    return total
+
+
+def _bagged(at: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
+    """The same, in one step."""
+    found = F.embedding_bag(at.flatten(0, 1), vectors, per_sample_weights=weights.flatten(0, 1), mode="sum")
+    return found.view(*at.shape[:2], -1)
+
+
+def _rows(A: Tensor) -> Tensor:
+    """[r, in / vector_length, vector_length] -> [r, in]."""
+    return A.flatten(1)
+
+
+def _columns(B: Tensor) -> Tensor:
+    """[out / vector_length, r, vector_length] -> [out, r]."""
+    return B.transpose(1, 2).flatten(0, 1)
