@@ -166,6 +166,15 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "init_weights": st.sampled_from([True, False, "gaussian", "kaiming_uniform", "xavier_uniform"]),
         "bias": st.sampled_from(["none", "all", "c3a_only"]),
     },
+    "FOURIERFT": {
+        "n_frequency": st.integers(1, 512),
+        "scaling": numbers,
+        "random_loc_seed": st.integers(0, 99),
+        "fan_in_fan_out": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "fourier_only"]),
+        "n_frequency_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
+        "init_weights": st.booleans(),
+    },
     "IA3": {
         "feedforward_modules": st.none() | patterns | lists,
         "fan_in_fan_out": st.booleans(),

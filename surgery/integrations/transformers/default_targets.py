@@ -126,6 +126,7 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("PVERA", _PVERA),
         ("SHIRA", _VERA),
         ("C3A", _C3A),
+        ("FOURIERFT", _C3A),
         ("BEFT", _BEFT),
         *((kind, _LORA) for kind in ("LOHA", "LOKR", "RANDLORA", "OFT", "HRA", "HIRA", "DELORA", "GRALORA", "MISS")),
     )
