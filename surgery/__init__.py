@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from surgery.methods.shira import ShiraConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
     from surgery.methods.vera import VeraConfig
+    from surgery.methods.waveft import WaveFTConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
     from surgery.procedures.checking.verify_report import VerifyReport
@@ -126,6 +127,7 @@ _HOMES = {
     "ValueRangeError": "errors",
     "VeraConfig": "methods.vera",
     "VerifyReport": "procedures.checking.verify_report",
+    "WaveFTConfig": "methods.waveft",
     "adalora_step": "api.adalora",
     "combine": "api.made_adapters",
     "diff": "api.checking",
@@ -195,6 +197,7 @@ __all__ = [
     "ValueRangeError",
     "VeraConfig",
     "VerifyReport",
+    "WaveFTConfig",
     "adalora_step",
     "combine",
     "diff",

@@ -23,6 +23,7 @@ from surgery.methods.randlora import RandLoraConfig
 from surgery.methods.shira import ShiraConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
 from surgery.methods.vera import VeraConfig
+from surgery.methods.waveft import WaveFTConfig
 
 METHODS: Mapping[str, type[AdapterConfig]] = {
     "LORA": LoraConfig,
@@ -42,6 +43,7 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "SHIRA": ShiraConfig,
     "C3A": C3AConfig,
     "FOURIERFT": FourierFTConfig,
+    "WAVEFT": WaveFTConfig,
     "BEFT": BeftConfig,
     "LN_TUNING": LNTuningConfig,
     "TRAINABLE_TOKENS": TrainableTokensConfig,

@@ -4,7 +4,6 @@ S is [out, in] and holds c [count] at `half`: its rows, and its columns up to in
 would at the opposite row and column.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,34 +11,14 @@ from torch import Tensor
 from torch.fft import ifft, irfft, rfft, rfft2
 from torch.nn import functional as F
 
-from surgery.methods.frequencies import places
+from surgery.methods.drawn_places import places
 
 
 def half_places(c: Tensor, seed: int, shape: tuple[int, int]) -> Tensor:
     """[2, count]: rows and columns of S, drawn by this seed for the numbers c, where real transforms hold them."""
-    if torch.compiler.is_compiling():
-        found: Tensor = _node(c.detach(), str(seed), *shape)
-        return found
-    return _half_places(seed, len(c), shape, c.device)
-
-
-@torch.library.custom_op("surgery::half_places", mutates_args=())
-def _node(c: Tensor, seed: str, out_features: int, in_features: int) -> Tensor:
-    """The same in a compiled graph, where no generator is drawn from; a seed may be longer than torch's int."""
-    return _half_places(int(seed), len(c), (out_features, in_features), c.device).clone()
-
-
-@_node.register_fake
-def _(c: Tensor, seed: str, out_features: int, in_features: int) -> Tensor:  # noqa: ARG001  # its shape alone
-    return c.new_empty(2, len(c), dtype=torch.int64)
-
-
-@lru_cache(maxsize=64)
-def _half_places(seed: int, count: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # they outlive it
-        at = places(seed, count, shape, device)
-        opposite = -at % torch.tensor(shape, device=device).unsqueeze(1)
-        return torch.where(2 * at[1] > shape[1], opposite, at)
+    at = places(c, seed, shape)
+    opposite = torch.stack([-at[0] % shape[0], -at[1] % shape[1]])
+    return torch.where(2 * at[1] > shape[1], opposite, at)
 
 
 def transformed(c: Tensor, half: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -17,9 +17,10 @@ from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.acts_on import only_linear_or_conv1d
+from surgery.methods.drawn_places import places
 from surgery.methods.field_values import check_bias, check_count, check_counts, check_number, check_whole
 from surgery.methods.fourier import Laid, Spectral, half_places, transformed
-from surgery.methods.frequencies import factors, places
+from surgery.methods.frequencies import factors
 from surgery.methods.spreads import prime_factors, unit_of
 
 Bias = Literal["none", "all", "fourier_only"]
@@ -97,7 +98,7 @@ class FourierFT(Additive):
         return {"c": torch.zeros(shape) if self.zero else torch.randn(shape)}
 
     def matrices(self, p: Params, site: Site) -> Params:
-        B, A = factors(p["c"], places(self.seed, self.count, site.shape, p["c"].device), site.shape)
+        B, A = factors(p["c"], places(p["c"], self.seed, site.shape), site.shape)
         return {**p, "B": B, "A": A}
 
     def work_bytes(self, site: Site) -> int:

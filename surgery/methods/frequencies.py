@@ -4,24 +4,14 @@ Its element [j, k], times out * in, is the sum over t of c[t] cos(2 pi (u[t] j /
 """
 
 import math
-from functools import lru_cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import divided, exact_float64
+from surgery.methods.drawn_places import one_of_each
 
 _TERMS = 9  # of a series, whose rest is below 2^-54 up to pi / 4
-
-
-@lru_cache(maxsize=64)
-def places(seed: int, count: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """[2, count]: u and v, the rows and columns that PEFT draws for a weight of this shape, by the same call."""
-    with torch.inference_mode(False):  # they outlive it
-        drawn = torch.randperm(shape[0] * shape[1], generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-        flat = drawn[:count]
-        return torch.stack([flat // shape[1], flat % shape[1]]).to(device)
 
 
 def factors(c: Tensor, at: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -39,7 +29,7 @@ def factors(c: Tensor, at: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tens
     held, group = torch.unique(torch.where(back, out_features - u, u), return_inverse=True)
     cosines, sines = waves(in_features, c.device)
     of_cosines = of_sines = c.new_zeros(len(held), in_features)
-    for chosen in _one_of_each(group):
+    for chosen in one_of_each(group):
         angles = _angles(v[chosen], in_features).T  # [some, in]
         each, below = c[chosen].unsqueeze(1), torch.where(back[chosen], -1.0, 1.0).unsqueeze(1)
         of_cosines = of_cosines.index_add(0, group[chosen], each * cosines[angles])
@@ -78,13 +68,3 @@ def _series(y: Tensor, first: int) -> Tensor:
 def _angles(frequencies: Tensor, count: int) -> Tensor:
     """[count, frequencies]: which of so many parts of a turn each wave has come to, reduced as whole numbers."""
     return torch.arange(count, device=frequencies.device).unsqueeze(1) * frequencies % count
-
-
-def _one_of_each(group: Tensor) -> list[Tensor]:
-    """The indices of all, in order, in as many parts as the largest group has members; each has one of a group."""
-    order = torch.argsort(group, stable=True)
-    first = torch.searchsorted(group[order], group[order])
-    turn = torch.arange(len(group), device=group.device) - first
-    ends = torch.bincount(turn).cumsum(0).tolist()
-    order = order[torch.argsort(turn, stable=True)]
-    return [order[start:end] for start, end in pairwise([0, *ends])]

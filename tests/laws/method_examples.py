@@ -65,6 +65,11 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     "RANDLORA": [{"r": 3, "randlora_dropout": 0.5, "randlora_alpha": -7}, {"r": 12, "randlora_alpha": 3}],
     "SHIRA": [{"r": 5, "random_seed": 3}],
     "C3A": [{"block_size": 1}, {"block_size": 5, "block_size_pattern": {"layer": 2}}],
+    "WAVEFT": [
+        {"wavelet_family": "coif1", "scaling": -3},
+        {"n_frequency": 120, "wavelet_family": "db2"},
+        {"n_frequency_pattern": {"layer": 17}, "use_idwt": False, "random_loc_seed": 5},
+    ],
     "FOURIERFT": [{"n_frequency": 120, "scaling": -3}, {"n_frequency_pattern": {"layer": 7}, "random_loc_seed": 5}],
 }
 
@@ -82,6 +87,7 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "SHIRA": {"r": 2},
     "C3A": {"block_size": 2, "init_weights": True},
     "FOURIERFT": {"n_frequency": 30, "init_weights": True},
+    "WAVEFT": {"n_frequency": 30},
     "HRA": {"r": 4},
 }
 
@@ -115,6 +121,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("SHIRA", name): "SHiRA acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("C3A", name): "C3A acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("FOURIERFT", name): "FourierFT acts on" for name in EXAMPLES if name not in MATRICES},
+    **{("WAVEFT", name): "WaveFT acts on" for name in EXAMPLES if name not in MATRICES},
     **{("BEFT", name): "BEFT acts on" for name in EXAMPLES if name != "linear"},
     ("LORA", GROUPED): "in groups",
     **{("LOHA", name): "LoHa acts on" for name in EXAMPLES if name not in OF_LYCORIS},

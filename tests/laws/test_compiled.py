@@ -32,6 +32,7 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "shira": lambda: surgery.ShiraConfig(r=2, **TARGETS),
     "c3a": lambda: surgery.C3AConfig(block_size=2, init_weights=True, **TARGETS),
     "fourierft": lambda: surgery.FourierFTConfig(n_frequency=30, init_weights=True, **TARGETS),
+    "waveft": lambda: surgery.WaveFTConfig(n_frequency=30, wavelet_family="db2", **TARGETS),
     "delora": lambda: surgery.DeloraConfig(r=4, **TARGETS),
     "gralora": lambda: surgery.GraloraConfig(r=4, hybrid_r=2, **TARGETS),
     "hira": lambda: surgery.HiraConfig(r=4, **TARGETS),

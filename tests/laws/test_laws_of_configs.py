@@ -175,6 +175,17 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "n_frequency_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
         "init_weights": st.booleans(),
     },
+    "WAVEFT": {
+        "n_frequency": st.integers(1, 512),
+        "scaling": numbers,
+        "wavelet_family": st.sampled_from(["db1", "db3", "sym2", "coif1"]),
+        "use_idwt": st.booleans(),
+        "random_loc_seed": st.integers(0, 99),
+        "fan_in_fan_out": st.booleans(),
+        "bias": st.sampled_from(["none", "all", "waveft_only"]),
+        "n_frequency_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
+        "init_weights": st.booleans(),
+    },
     "IA3": {
         "feedforward_modules": st.none() | patterns | lists,
         "fan_in_fan_out": st.booleans(),

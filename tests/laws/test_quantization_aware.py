@@ -44,6 +44,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "SHIRA": [{"r": 8}],
     "C3A": [{"block_size": 16}],
     "FOURIERFT": [{"n_frequency": 300}],
+    "WAVEFT": [{"n_frequency": 300}],
     "GRALORA": [{"r": 8, "gralora_k": 4, "hybrid_r": 2}],
     "BEFT": [{}],
 }

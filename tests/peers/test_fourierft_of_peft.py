@@ -32,9 +32,10 @@ from surgery.cli import surgery as command
 from surgery.core.arithmetic import exact_product
 from surgery.core.op import WHOLE
 from surgery.core.site import Site, TensorInfo
+from surgery.methods.drawn_places import places
 from surgery.methods.fourier import Laid, Spectral, half_places, transformed
 from surgery.methods.fourierft import FourierFT
-from surgery.methods.frequencies import factors, places, waves
+from surgery.methods.frequencies import factors, waves
 from surgery.ops import OPS
 
 PART = 1.0
@@ -171,9 +172,9 @@ def test_the_product_is_the_transform_of_peft_within_the_spread_which_is_not_muc
     assert bool(((theirs.double() - exact).abs() <= spread).all())
     assert bool((spread <= 1e-3 * exact.square().mean().sqrt()).all())  # a wrong number among them is told
     S = torch.zeros(shape, dtype=torch.float64)
-    S[tuple(places(777, method.count, shape, CPU))] = c.double()
+    S[tuple(places(c, 777, shape))] = c.double()
     wide = torch.fft.ifft2(S).real * (shape[0] * shape[1])
-    B, A = factors(c, places(777, method.count, shape, CPU), shape)
+    B, A = factors(c, places(c, 777, shape), shape)
     assert bool(((B @ A - wide).abs() <= 2**-48 * math.log2(len(c) + 2) * c.double().abs().sum()).all())
     rows = slice(shape[0] // 3, shape[0] // 2 + 1)
     assert torch.equal(method.delta(p, (rows, slice(None)), exact_product), exact[rows])
@@ -187,7 +188,7 @@ def test_both_steps_are_the_transform_and_have_its_gradients(shape: tuple[int, i
     half = half_places(torch.empty(count), 7, shape)
     S = torch.zeros(shape, dtype=torch.float64)
     x, c = torch.randn(2, 3, shape[1], dtype=torch.float64), torch.randn(count, dtype=torch.float64)
-    S[tuple(places(7, count, shape, CPU))] = c
+    S[tuple(places(c, 7, shape))] = c
     W = torch.fft.ifft2(S).real
     x.requires_grad_()
     c.requires_grad_()
@@ -202,7 +203,7 @@ def test_both_steps_are_the_transform_and_have_its_gradients(shape: tuple[int, i
 
 def test_places_outlive_inference_mode_and_take_no_more_memory_than_they_are() -> None:
     with torch.inference_mode():
-        at = places(11, 5, (40, 30), CPU)
+        at = places(torch.empty(5), 11, (40, 30))
     assert not at.is_inference()
     assert at.untyped_storage().nbytes() == at.nbytes
 

@@ -28,6 +28,7 @@ METHODS: dict[str, Any] = {
     "shira": surgery.ShiraConfig(r=8, target_modules=["q_proj", "down_proj"]),
     "c3a": surgery.C3AConfig(block_size=32, target_modules=["q_proj", "down_proj"]),
     "fourierft": surgery.FourierFTConfig(n_frequency=300, target_modules=["q_proj", "down_proj"]),
+    "waveft": surgery.WaveFTConfig(n_frequency=300, target_modules=["q_proj", "down_proj"]),
     "hira": surgery.HiraConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "delora": surgery.DeloraConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "gralora": surgery.GraloraConfig(r=4, target_modules=["q_proj", "down_proj"]),

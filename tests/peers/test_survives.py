@@ -22,6 +22,7 @@ KINDS: dict[str, Any] = {
     "shira": lambda: surgery.ShiraConfig(r=2, init_weights=False, **TARGETS),
     "c3a": lambda: surgery.C3AConfig(block_size=2, **TARGETS),
     "fourierft": lambda: surgery.FourierFTConfig(n_frequency=20, scaling=6, **TARGETS),
+    "waveft": lambda: surgery.WaveFTConfig(n_frequency=20, scaling=100, init_weights=False, **TARGETS),
     "hira": lambda: surgery.HiraConfig(r=2, init_weights=False, **TARGETS),
     "delora": lambda: surgery.DeloraConfig(r=2, init_weights=False, **TARGETS),
     "gralora": lambda: surgery.GraloraConfig(r=2, hybrid_r=1, init_weights=False, **TARGETS),

@@ -66,6 +66,7 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "lokr": lambda r: LoKrConfig(r=r, alpha=4, init_weights=False, target_modules="0|2"),
     "shira": lambda r: ShiraConfig(r=r // 2, target_modules="0|2"),
     "fourierft": lambda r: surgery.FourierFTConfig(n_frequency=3 * r, target_modules="0|2"),
+    "waveft": lambda r: surgery.WaveFTConfig(n_frequency=2 * r, target_modules="0|2"),
     "hira": lambda r: HiraConfig(r=r, target_modules="0|2"),
     "delora": lambda r: DeloraConfig(r=r, target_modules="0|2"),
     "gralora": lambda r: GraloraConfig(r=r, alpha=4 * r, target_modules="0|2"),

@@ -53,6 +53,7 @@ _VERA = (
 )
 _PVERA = (*_VERA, Default(("query", "value"), "dinov2"))
 _C3A = (*(one for one in _LORA if "gpt2" not in one.types), Default(("mlp.c_proj",), "gpt2 gpt_bigcode"))
+_WAVEFT = tuple(one for one in _C3A if one.types not in {"btlm", "rwkv", "rwkv7"})
 _ADALORA = (
     Default(("q_proj", "v_proj"), "gemma gemma2 gemma3_text gpt_neo gptj llama llama4 qwen2 qwen3"),
     Default(("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), "bart opt"),
@@ -127,6 +128,7 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("SHIRA", _VERA),
         ("C3A", _C3A),
         ("FOURIERFT", _C3A),
+        ("WAVEFT", _WAVEFT),
         ("BEFT", _BEFT),
         *((kind, _LORA) for kind in ("LOHA", "LOKR", "RANDLORA", "OFT", "HRA", "HIRA", "DELORA", "GRALORA", "MISS")),
     )
