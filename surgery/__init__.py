@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from surgery.methods.boft_config import BOFTConfig
     from surgery.methods.c3a import C3AConfig
     from surgery.methods.delora_config import DeloraConfig
+    from surgery.methods.fourierft import FourierFTConfig
     from surgery.methods.gralora import GraloraConfig
     from surgery.methods.hira import HiraConfig
     from surgery.methods.hra import HRAConfig
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from surgery.methods.unilora import UniLoraConfig
     from surgery.methods.vblora_config import VBLoRAConfig
     from surgery.methods.vera import VeraConfig
+    from surgery.methods.waveft import WaveFTConfig
     from surgery.procedures.checking.diff import DiffReport
     from surgery.procedures.checking.inspect import Inspection
     from surgery.procedures.checking.verify_report import VerifyReport
@@ -103,6 +105,7 @@ _HOMES = {
     "ExportReport": "procedures.exports.export",
     "ExtractReport": "procedures.making.extract",
     "FormatError": "errors",
+    "FourierFTConfig": "methods.fourierft",
     "GraloraConfig": "methods.gralora",
     "HiraConfig": "methods.hira",
     "HRAConfig": "methods.hra",
@@ -137,6 +140,7 @@ _HOMES = {
     "ValueRangeError": "errors",
     "VeraConfig": "methods.vera",
     "VerifyReport": "procedures.checking.verify_report",
+    "WaveFTConfig": "methods.waveft",
     "adalora_step": "api.adalora",
     "combine": "api.made_adapters",
     "diff": "api.checking",
@@ -176,6 +180,7 @@ __all__ = [
     "ExportReport",
     "ExtractReport",
     "FormatError",
+    "FourierFTConfig",
     "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
@@ -210,6 +215,7 @@ __all__ = [
     "ValueRangeError",
     "VeraConfig",
     "VerifyReport",
+    "WaveFTConfig",
     "adalora_step",
     "combine",
     "diff",

@@ -8,6 +8,7 @@ from surgery.methods.beft import BeftConfig
 from surgery.methods.boft_config import BOFTConfig
 from surgery.methods.c3a import C3AConfig
 from surgery.methods.delora_config import DeloraConfig
+from surgery.methods.fourierft import FourierFTConfig
 from surgery.methods.gralora import GraloraConfig
 from surgery.methods.hira import HiraConfig
 from surgery.methods.hra import HRAConfig
@@ -27,6 +28,7 @@ from surgery.methods.trainable_tokens import TrainableTokensConfig
 from surgery.methods.unilora import UniLoraConfig
 from surgery.methods.vblora_config import VBLoRAConfig
 from surgery.methods.vera import VeraConfig
+from surgery.methods.waveft import WaveFTConfig
 
 METHODS: Mapping[str, type[AdapterConfig]] = {
     "LORA": LoraConfig,
@@ -50,6 +52,8 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "MISS": MissConfig,
     "SHIRA": ShiraConfig,
     "C3A": C3AConfig,
+    "FOURIERFT": FourierFTConfig,
+    "WAVEFT": WaveFTConfig,
     "BEFT": BeftConfig,
     "LN_TUNING": LNTuningConfig,
     "TRAINABLE_TOKENS": TrainableTokensConfig,

@@ -22,6 +22,7 @@ from surgery.methods.bias_config import BiasConfig
 from surgery.methods.circular import Circular, circular
 from surgery.methods.field_values import check_count, check_counts
 from surgery.methods.placed import Placed
+from surgery.methods.spreads import prime_factors
 
 Drawn = Literal["gaussian", "kaiming_uniform", "xavier_uniform"]
 Bias = Literal["none", "all", "c3a_only"]
@@ -123,7 +124,7 @@ class C3A(Placed):
         # the transform's own scale. The rest: that product, the division by `in`, the scaling.
         w = exact_float64(p["w"])
         unit = torch.finfo(torch.promote_types(p["w"].dtype, torch.float32)).eps / 2
-        passes = sum(math.sqrt(q) * (q + 4) for q in _prime_factors(self.block))
+        passes = sum(math.sqrt(q) * (q + 4) for q in prime_factors(self.block))
         norms: Tensor = torch.linalg.vector_norm(w, dim=2)  # [out / block, in / block]
         each = norms * ((3 * passes + 5) * unit * abs(self.scaling) / (w.shape[1] * self.block))
         at = torch.arange(len(w) * self.block, device=w.device)[tile[0]]
@@ -134,13 +135,3 @@ class C3A(Placed):
         x, w = x.to(wide), p["w"].to(wide)
         moved: Tensor = Circular.apply(x, w) if may_be_one_step(x, w) else circular(x, w)  # type: ignore[no-untyped-call]
         return onto(below, moved, self.scaling / x.shape[-1])
-
-
-def _prime_factors(number: int) -> list[int]:
-    found, q = [], 2
-    while number > 1:
-        while number % q == 0:
-            found.append(q)
-            number //= q
-        q += 1
-    return found

@@ -18,3 +18,14 @@ def product_spread(B: Tensor, A: Tensor, unit: float, others: int = 0) -> Tensor
 def unit_of(*given: Tensor) -> float:
     """Half an eps of the coarsest of their dtypes: what an operation rounds by, in proportion."""
     return max(torch.finfo(values.dtype).eps / 2 for values in given)
+
+
+def prime_factors(number: int) -> list[int]:
+    """In order, each as often as it divides."""
+    found, q = [], 2
+    while number > 1:
+        while number % q == 0:
+            found.append(q)
+            number //= q
+        q += 1
+    return found

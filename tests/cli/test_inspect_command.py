@@ -59,6 +59,8 @@ def test_inspect_names_each_kind_of_module_once_and_only_some_of_many(tmp_path: 
         (surgery.LoKrConfig(r=1, target_modules=["0"]), "LoKr; r 1; alpha 8; target_modules 0; "),
         (surgery.ShiraConfig(r=1, target_modules=["0"]), "SHiRA; r 1; target_modules 0; "),
         (surgery.C3AConfig(block_size=2, target_modules=["0"]), "C3A; target_modules 0; "),
+        (surgery.WaveFTConfig(n_frequency=5, target_modules=["0"]), "WaveFT; target_modules 0; "),
+        (surgery.FourierFTConfig(n_frequency=5, target_modules=["0"]), "FourierFT; target_modules 0; "),
         (
             surgery.LoraConfig(r=2, target_modules=["0", "1"], rank_pattern={"1": 1}),
             "LoRA; r 1 to 2; lora_alpha 8; target_modules 0, 1; ",

@@ -76,6 +76,12 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"topk": 3, "save_only_topk_weights": True, "vblora_dropout": 0.5},
     ],
     "C3A": [{"block_size": 1}, {"block_size": 5, "block_size_pattern": {"layer": 2}}],
+    "WAVEFT": [
+        {"wavelet_family": "coif1", "scaling": -3},
+        {"n_frequency": 120, "wavelet_family": "db2"},
+        {"n_frequency_pattern": {"layer": 17}, "use_idwt": False, "random_loc_seed": 5},
+    ],
+    "FOURIERFT": [{"n_frequency": 120, "scaling": -3}, {"n_frequency_pattern": {"layer": 7}, "random_loc_seed": 5}],
 }
 
 
@@ -93,6 +99,8 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "RANDLORA": {"r": 4, "randlora_alpha": 8},
     "SHIRA": {"r": 2},
     "C3A": {"block_size": 2, "init_weights": True},
+    "FOURIERFT": {"n_frequency": 30, "init_weights": True},
+    "WAVEFT": {"n_frequency": 30},
     "HRA": {"r": 4},
     "UNILORA": {"r": 4, "theta_d_length": 40},
     "VBLORA": {"r": 4, "num_vectors": 7, "vector_length": 2},
@@ -130,6 +138,8 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("TINYLORA", name): "TinyLoRA acts on" for name in EXAMPLES if name not in MATRICES},
     **{("SHIRA", name): "SHiRA acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("C3A", name): "C3A acts on Linear" for name in EXAMPLES if name != "linear"},
+    **{("FOURIERFT", name): "FourierFT acts on" for name in EXAMPLES if name not in MATRICES},
+    **{("WAVEFT", name): "WaveFT acts on" for name in EXAMPLES if name not in MATRICES},
     **{("BEFT", name): "BEFT acts on" for name in EXAMPLES if name != "linear"},
     ("LORA", GROUPED): "in groups",
     **{("LOHA", name): "LoHa acts on" for name in EXAMPLES if name not in OF_LYCORIS},
@@ -159,8 +169,15 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
 }
 
 
-UNEVEN = {"DELORA", "C3A", "HRA", "BOFT", "ROAD"}  # which make fractions or roots of whole numbers
-UNEVEN = {"DELORA", "C3A", "HRA", "VBLORA"}  # which make fractions or roots of whole numbers
+UNEVEN = {
+    "DELORA",
+    "C3A",
+    "HRA",
+    "BOFT",
+    "ROAD",
+    "VBLORA",
+    "FOURIERFT",
+}  # which make fractions or roots of whole numbers
 
 
 ONLY = {  # settings that are refused over other ops

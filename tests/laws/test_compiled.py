@@ -36,6 +36,8 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "vblora": lambda: surgery.VBLoRAConfig(r=4, num_vectors=7, vector_length=2, **TARGETS),
     "unilora": lambda: surgery.UniLoraConfig(r=4, theta_d_length=9, **TARGETS),
     "tinylora": lambda: surgery.TinyLoraConfig(u=5, **TARGETS),
+    "fourierft": lambda: surgery.FourierFTConfig(n_frequency=30, init_weights=True, **TARGETS),
+    "waveft": lambda: surgery.WaveFTConfig(n_frequency=30, wavelet_family="db2", **TARGETS),
     "delora": lambda: surgery.DeloraConfig(r=4, **TARGETS),
     "gralora": lambda: surgery.GraloraConfig(r=4, hybrid_r=2, **TARGETS),
     "hira": lambda: surgery.HiraConfig(r=4, **TARGETS),

@@ -48,6 +48,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "TINYLORA": [{"u": 5}],
     "UNILORA": [{"theta_d_length": 40}],
     "VBLORA": [{"r": 4, "num_vectors": 9, "vector_length": 16}],
+    "FOURIERFT": [{"n_frequency": 300}],
+    "WAVEFT": [{"n_frequency": 300}],
     "GRALORA": [{"r": 8, "gralora_k": 4, "hybrid_r": 2}],
     "BEFT": [{}],
 }

@@ -30,6 +30,8 @@ METHODS: dict[str, Any] = {
     "vblora": surgery.VBLoRAConfig(r=4, num_vectors=9, vector_length=16, target_modules=["q_proj", "down_proj"]),
     "unilora": surgery.UniLoraConfig(r=4, save_indices=True, target_modules=["q_proj", "down_proj"]),
     "tinylora": surgery.TinyLoraConfig(u=5, target_modules=["q_proj", "down_proj"]),
+    "fourierft": surgery.FourierFTConfig(n_frequency=300, target_modules=["q_proj", "down_proj"]),
+    "waveft": surgery.WaveFTConfig(n_frequency=300, target_modules=["q_proj", "down_proj"]),
     "hira": surgery.HiraConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "delora": surgery.DeloraConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "gralora": surgery.GraloraConfig(r=4, target_modules=["q_proj", "down_proj"]),

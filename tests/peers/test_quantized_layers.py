@@ -38,6 +38,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lokr": {"peft_type": "LOKR", "r": 2},
     "shira": {"peft_type": "SHIRA", "r": 8},
     "c3a": {"peft_type": "C3A", "block_size": 16, "init_weights": True},
+    "fourierft": {"peft_type": "FOURIERFT", "n_frequency": 300, "init_weights": True},
+    "waveft": {"peft_type": "WAVEFT", "n_frequency": 300},
     "beft": {"peft_type": "BEFT"},
 }
 SMALL = {

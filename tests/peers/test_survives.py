@@ -24,6 +24,8 @@ KINDS: dict[str, Any] = {
     "vblora": lambda: surgery.VBLoRAConfig(r=2, num_vectors=5, vector_length=2, **TARGETS),
     "unilora": lambda: surgery.UniLoraConfig(r=2, theta_d_length=9, **TARGETS),
     "tinylora": lambda: surgery.TinyLoraConfig(u=5, init_weights="uniform", **TARGETS),
+    "fourierft": lambda: surgery.FourierFTConfig(n_frequency=20, scaling=6, **TARGETS),
+    "waveft": lambda: surgery.WaveFTConfig(n_frequency=20, scaling=100, init_weights=False, **TARGETS),
     "hira": lambda: surgery.HiraConfig(r=2, init_weights=False, **TARGETS),
     "delora": lambda: surgery.DeloraConfig(r=2, init_weights=False, **TARGETS),
     "gralora": lambda: surgery.GraloraConfig(r=2, hybrid_r=1, init_weights=False, **TARGETS),
@@ -130,8 +132,12 @@ def test_hooks_on_a_layer_and_on_its_base_run_and_may_change_what_they_see(kind:
     model(X.clone().requires_grad_()).sum().backward()
     assert seen == ["base", "adapted", "backward"]
     watched = model(X)
-    # LoHa adds its delta to a weight that nothing watches: sums of at most 8 + 1 terms in two layers, rounded anew.
-    room = 0 if kind != "loha" else 2 * 2 * 9 * torch.finfo(torch.float32).eps * float(alone.abs().max())
+    # Two add their delta to a weight that nothing watches: sums of at most 8 + 1 terms in two layers, rounded anew.
+    room = (
+        0
+        if kind not in {"loha", "fourierft"}
+        else 2 * 2 * 9 * torch.finfo(torch.float32).eps * float(alone.abs().max())
+    )
     torch.testing.assert_close(watched, alone, rtol=0, atol=room)
     handles.append(model[2].register_forward_hook(lambda _module, _given, out: 2 * out))
     assert torch.equal(model(X), 2 * watched)

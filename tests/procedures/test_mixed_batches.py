@@ -67,6 +67,8 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "loha": lambda r: LoHaConfig(r=r, alpha=4, init_weights=False, target_modules="0|2"),
     "lokr": lambda r: LoKrConfig(r=r, alpha=4, init_weights=False, target_modules="0|2"),
     "shira": lambda r: ShiraConfig(r=r // 2, target_modules="0|2"),
+    "fourierft": lambda r: surgery.FourierFTConfig(n_frequency=3 * r, target_modules="0|2"),
+    "waveft": lambda r: surgery.WaveFTConfig(n_frequency=2 * r, target_modules="0|2"),
     "hira": lambda r: HiraConfig(r=r, target_modules="0|2"),
     "delora": lambda r: DeloraConfig(r=r, target_modules="0|2"),
     "gralora": lambda r: GraloraConfig(r=r, alpha=4 * r, target_modules="0|2"),
@@ -79,8 +81,7 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
 }
 ON_LINEAR = ("linear", "linear of sequences", "conv1d")
 EVERYWHERE = ("lora", "ln_tuning")
-UNEVEN = ("delora", "oft", "boft", "road", "hra", "c3a")  # whose numbers are no whole ones
-UNEVEN = ("delora", "oft", "hra", "c3a", "vblora")  # whose numbers are no whole ones
+UNEVEN = ("delora", "oft", "boft", "road", "hra", "c3a", "vblora", "fourierft")  # whose numbers are no whole ones
 WHERE: dict[str, set[str]] = {  # the layers that a rule is tried on, if not on linear ones
     **{rule: {*ON_LINEAR, "convolution"} for rule in ("ia3", "ia3 of inputs", "adalora")},
     **{

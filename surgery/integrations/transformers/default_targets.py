@@ -66,6 +66,7 @@ _VBLORA = (
     Default(r".*language_model\..*\.(q_proj|v_proj)", "gemma4"),
     Default(("q_proj", "k_proj", "v_proj", "o_proj"), "nemotron_h"),
 )
+_WAVEFT = tuple(one for one in _C3A if one.types not in {"btlm", "rwkv", "rwkv7"})
 _ADALORA = (
     Default(("q_proj", "v_proj"), "gemma gemma2 gemma3_text gpt_neo gptj llama llama4 qwen2 qwen3"),
     Default(("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), "bart opt"),
@@ -139,11 +140,13 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("PVERA", _PVERA),
         ("SHIRA", _VERA),
         ("C3A", _C3A),
+        ("FOURIERFT", _C3A),
+        ("WAVEFT", _WAVEFT),
         ("BEFT", _BEFT),
         ("VBLORA", _VBLORA),
         *(
             (kind, _LORA)
-            for kind in (
+            for kind in [
                 "LOHA",
                 "LOKR",
                 "RANDLORA",
@@ -157,7 +160,7 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
                 "DELORA",
                 "GRALORA",
                 "MISS",
-            )
+            ]
         ),
     )
 }
