@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.arithmetic import float_product
+from surgery.core.elementwise import Growth
+from surgery.core.layered import bias_steps
 from surgery.core.method import Dense, Method, Params, Run
-from surgery.core.op import WHOLE, Op
+from surgery.core.op import Op
 from surgery.core.room import Room
 from surgery.core.sharded import gathered
 from surgery.core.turned import tied
@@ -182,5 +184,8 @@ class Over:
         if bias is None:  # the adapter may bring one
             weight = self.layer.dense().weight
             bias = weight.new_zeros(len(weight))
-        column = Dense(bias.unsqueeze(1))  # [out, 1]
-        return on_bias.merge(column, self.one.computed, WHOLE, float_product).weight.squeeze(1)  # [out]
+        base = self.base()
+        (step,) = bias_steps(base.weight, [(self.one.method, self.one.computed)], float_product)
+        if isinstance(step, Growth):
+            step = step.over(torch.zeros_like(bias).unsqueeze(1) if base.bias is None else base.bias.unsqueeze(1))
+        return step.apply(bias.unsqueeze(1)).squeeze(1)  # [out]
