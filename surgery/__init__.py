@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from surgery.methods.beft import BeftConfig
     from surgery.methods.c3a import C3AConfig
     from surgery.methods.delora_config import DeloraConfig
+    from surgery.methods.glora_config import GloraConfig
     from surgery.methods.gralora import GraloraConfig
     from surgery.methods.hira import HiraConfig
     from surgery.methods.hra import HRAConfig
@@ -94,6 +95,7 @@ _HOMES = {
     "ExportReport": "procedures.exports.export",
     "ExtractReport": "procedures.making.extract",
     "FormatError": "errors",
+    "GloraConfig": "methods.glora_config",
     "GraloraConfig": "methods.gralora",
     "HiraConfig": "methods.hira",
     "HRAConfig": "methods.hra",
@@ -162,6 +164,7 @@ __all__ = [
     "ExportReport",
     "ExtractReport",
     "FormatError",
+    "GloraConfig",
     "GraloraConfig",
     "HRAConfig",
     "HiraConfig",

@@ -7,6 +7,7 @@ from surgery.methods.adalora_config import AdaLoraConfig
 from surgery.methods.beft import BeftConfig
 from surgery.methods.c3a import C3AConfig
 from surgery.methods.delora_config import DeloraConfig
+from surgery.methods.glora_config import GloraConfig
 from surgery.methods.gralora import GraloraConfig
 from surgery.methods.hira import HiraConfig
 from surgery.methods.hra import HRAConfig
@@ -37,6 +38,7 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "HIRA": HiraConfig,
     "DELORA": DeloraConfig,
     "GRALORA": GraloraConfig,
+    "GLORA": GloraConfig,
     "MISS": MissConfig,
     "SHIRA": ShiraConfig,
     "C3A": C3AConfig,

@@ -56,6 +56,11 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 4, "hybrid_r": 3, "alpha": -3, "gralora_dropout": 0.5},
         {"r": 6, "gralora_k": 1, "alpha": 5},
     ],
+    "GLORA": [
+        {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+        {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"},
+        {"config_A_B": "none", "r": 3},
+    ],
     "HIRA": [{"r": 2, "init_weights": "gaussian"}, {"rank_pattern": {"layer": 5}, "hira_dropout": 0.5}],
     "LOKR": [
         {"r": 1, "alpha": 5, "use_effective_conv2d": True},
@@ -104,6 +109,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("TRAINABLE_TOKENS", name): "of Embedding and Linear" for name in EXAMPLES if not HAS_ROWS & {name}},
     **{("DELORA", name): "DeLoRA acts on" for name in EXAMPLES if name != "linear"},
     **{("GRALORA", name): "GraLoRA acts on" for name in EXAMPLES if name not in {"linear", "conv1d"}},
+    **{("GLORA", name): "GLoRA acts on Linear" for name in EXAMPLES if name != "linear"},
     ("HIRA", "attention"): "an attention",
     ("HIRA", GROUPED): "in 2 groups",
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
@@ -186,8 +192,12 @@ each_pair = pytest.mark.parametrize(("name", "example"), [(n, e) for n in AT_SIT
 
 def trained(method: Method, op: Op, dtype: torch.dtype = torch.float64) -> Params:
     """Every tensor of the method filled with normal numbers, as training would leave it; one of indices as it began."""
-    fresh = begun(method, op, Dense(torch.ones(OUT, IN)))
-    return of_floats(fresh, lambda values: torch.randn(values.shape, dtype=dtype))
+    fresh, specs = begun(method, op, Dense(torch.ones(OUT, IN))), method.tensors(site_of(op))
+    moved = of_floats(fresh, lambda values: torch.randn(values.shape, dtype=dtype))
+    stays = {
+        role for role, spec in specs.items() if spec.fixed and not bool(fresh[role].any())
+    }  # for what is not there
+    return moved | {role: fresh[role].to(dtype) for role in stays if fresh[role].is_floating_point()}
 
 
 def of_floats(p: Params, become: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

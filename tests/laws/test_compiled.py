@@ -33,6 +33,8 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "c3a": lambda: surgery.C3AConfig(block_size=2, init_weights=True, **TARGETS),
     "delora": lambda: surgery.DeloraConfig(r=4, **TARGETS),
     "gralora": lambda: surgery.GraloraConfig(r=4, hybrid_r=2, **TARGETS),
+    "glora": lambda: surgery.GloraConfig(r=4, **TARGETS),
+    "glora vectors": lambda: surgery.GloraConfig(config_A_B="vector", config_C="vector", **TARGETS),
     "hira": lambda: surgery.HiraConfig(r=4, **TARGETS),
     "loha": lambda: surgery.LoHaConfig(r=4, alpha=12, use_effective_conv2d=True, **TARGETS),
     "lokr": lambda: surgery.LoKrConfig(r=1, alpha=3, use_effective_conv2d=True, **TARGETS),

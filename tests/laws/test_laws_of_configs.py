@@ -146,6 +146,14 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "bias": st.sampled_from(["none", "all", "gralora_only"]),
         "init_weights": st.booleans(),
     },
+    "GLORA": {
+        "r": st.integers(1, 512),
+        "bias": st.sampled_from(["none", "all", "glora_only"]),
+        "config_A_B": st.sampled_from(["lora", "vector", "constant", "none"]),
+        "config_C": st.sampled_from(["lora", "vector", "none"]),
+        "config_D_E": st.sampled_from(["vector", "constant", "none"]),
+        "init_weights": st.booleans(),
+    },
     "HIRA": {
         "r": st.integers(1, 512),
         "hira_dropout": st.floats(0, 1, exclude_max=True),

@@ -24,6 +24,7 @@ from surgery.core.arithmetic import exact_product, round_once, ulp
 from surgery.core.elementwise import Elementwise, Growth
 from surgery.core.method import Additive, Dense, Method, Mixing
 from surgery.core.op import WHOLE, Op
+from surgery.core.sums import sum_rows
 from surgery.core.undo import Recorder, Restorer, accumulate
 from surgery.errors import ValueRangeError
 from surgery.ops.bias import Bias
@@ -59,9 +60,10 @@ def test_the_spread_of_a_tile_is_that_tile_of_the_whole_spread(method: Method, o
         part = op.stored(method.spread(p, op.tile(rows))).expand(whole[rows].shape)
         assert torch.allclose(part, whole[rows], rtol=2 * OUT * IN * EPS, atol=0)  # plain sums, in any order
     if method.of_base:
-        whole = op.stored(method.base_spread(p, WHOLE, torch.bfloat16))
-        parts = [op.stored(method.base_spread(p, op.tile(rows), torch.bfloat16)) for rows in stored_tiles(op, 5)]
-        assert torch.allclose(torch.cat(parts), whole, rtol=2 * OUT * IN * EPS, atol=0)
+        whole = op.stored(method.base_spread(p, WHOLE, torch.bfloat16).expand(OUT, IN))
+        for rows in stored_tiles(op, 5):
+            part = op.stored(method.base_spread(p, op.tile(rows), torch.bfloat16)).expand(whole[rows].shape)
+            assert torch.allclose(part, whole[rows], rtol=2 * OUT * IN * EPS, atol=0)
         assert bool((whole > 0).all())
 
 
@@ -96,7 +98,11 @@ def test_what_a_step_says_of_rounding_covers_the_merge_in_the_dtype_of_the_weigh
     assert step is not None
     exact = step.apply(w.double())
     narrow = step.seen(lambda values: values.to(dtype))
-    plain = (w + w * narrow.values if isinstance(step, Growth) else narrow.apply(w)).double()
+    if isinstance(narrow, Growth):
+        grown = w * narrow.values
+        plain = (w + (grown if narrow.added is None else grown + narrow.added)).double()
+    else:
+        plain = narrow.apply(w).double()
     held, outcome = step.rounded(w.double(), exact)
     base = method.base_spread(p, WHOLE, dtype) * w.double().abs()
     assert bool(((plain - exact).abs() <= ulp(held, dtype) / 2 + ulp(outcome, dtype) / 2 + base).all())
@@ -129,6 +135,9 @@ def test_a_method_that_changes_a_bias_does_so_as_its_steps_over_a_matrix_of_one_
     if on_bias is None:
         assert merged.bias is base.bias
         return
+    if on_bias.couples:
+        assert on_bias.steps(p, WHOLE, exact_product) is None
+        p = on_bias.told(p, sum_rows(on_bias.terms(base.weight, p, WHOLE, exact_product)))
     for rows in (slice(0, OUT), slice(3, 7)):
         step = on_bias.steps(p, Bias().tile(rows), exact_product)
         assert step is not None

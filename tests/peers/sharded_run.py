@@ -36,6 +36,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "c3a": lambda: surgery.C3AConfig(block_size=3, **BOTH),
     "hira": lambda: surgery.HiraConfig(r=3, **BOTH),
     "delora": lambda: surgery.DeloraConfig(r=3, **BOTH),
+    "glora": lambda: surgery.GloraConfig(r=3, **BOTH),
     "gralora": lambda: surgery.GraloraConfig(r=3, gralora_k=3, **BOTH),
 }
 ALLOTTING = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 9}

@@ -30,6 +30,7 @@ METHODS: dict[str, Any] = {
     "hira": surgery.HiraConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "delora": surgery.DeloraConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "gralora": surgery.GraloraConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "glora": surgery.GloraConfig(r=4, target_modules=["q_proj", "down_proj"]),
 }
 # By name: the kind, the dtype of the model, and that of what 4 bits compute in.
 BASES = {

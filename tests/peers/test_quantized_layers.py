@@ -39,6 +39,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "shira": {"peft_type": "SHIRA", "r": 8},
     "c3a": {"peft_type": "C3A", "block_size": 16, "init_weights": True},
     "beft": {"peft_type": "BEFT"},
+    "glora": {"peft_type": "GLORA", "r": 4},
+    "glora of vectors": {"peft_type": "GLORA", "config_A_B": "vector", "config_C": "vector"},
 }
 SMALL = {
     "hidden_size": 64,

@@ -48,10 +48,19 @@ CONFIGS: dict[str, dict[str, Any]] = {  # a method is one line here
     "LOKR": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
     "MISS": {"r": 8, "target_modules": ["q_proj", "down_proj"]},
     "SHIRA": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
+    "GLORA": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
     "C3A": {"block_size": 16, "target_modules": ["q_proj", "down_proj"]},
 }
 PAIRS = [("LORA", "IA3"), ("IA3", "LORA"), ("LORA", "LORA"), ("IA3", "IA3"), ("LORA", "ADALORA"), ("ADALORA", "IA3")]
-PAIRS += [("LOHA", "LORA"), ("LORA", "LOKR"), ("LOKR", "LOHA"), ("LORA", "MISS"), ("LORA", "SHIRA"), ("LORA", "C3A")]
+PAIRS += [
+    ("LOHA", "LORA"),
+    ("LORA", "LOKR"),
+    ("LOKR", "LOHA"),
+    ("LORA", "MISS"),
+    ("LORA", "SHIRA"),
+    ("LORA", "C3A"),
+    ("LORA", "GLORA"),
+]
 
 
 def config(kind: str) -> dict[str, Any]:
@@ -60,7 +69,7 @@ def config(kind: str) -> dict[str, Any]:
 
 
 _INIT = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights", "ADALORA": "init_lora_weights"}
-_INIT |= dict.fromkeys(("LOHA", "LOKR", "MISS", "SHIRA", "C3A"), "init_weights")
+_INIT |= dict.fromkeys(("LOHA", "LOKR", "MISS", "SHIRA", "GLORA", "C3A"), "init_weights")
 
 
 @pytest.fixture

@@ -127,7 +127,10 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("SHIRA", _VERA),
         ("C3A", _C3A),
         ("BEFT", _BEFT),
-        *((kind, _LORA) for kind in ("LOHA", "LOKR", "RANDLORA", "OFT", "HRA", "HIRA", "DELORA", "GRALORA", "MISS")),
+        *(
+            (kind, _LORA)
+            for kind in ("LOHA", "LOKR", "RANDLORA", "OFT", "HRA", "HIRA", "DELORA", "GLORA", "GRALORA", "MISS")
+        ),
     )
 }
 
