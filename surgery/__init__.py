@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from surgery.methods.pvera import PveraConfig
     from surgery.methods.randlora import RandLoraConfig
     from surgery.methods.shira import ShiraConfig
+    from surgery.methods.supertuning import SupertuningConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
     from surgery.methods.vera import VeraConfig
     from surgery.procedures.checking.diff import DiffReport
@@ -118,6 +119,7 @@ _HOMES = {
     "ShapeError": "errors",
     "ShiraConfig": "methods.shira",
     "StateError": "errors",
+    "SupertuningConfig": "methods.supertuning",
     "SurgeryError": "errors",
     "TaskType": "core.config",
     "TrainableTokensConfig": "methods.trainable_tokens",
@@ -187,6 +189,7 @@ __all__ = [
     "ShapeError",
     "ShiraConfig",
     "StateError",
+    "SupertuningConfig",
     "SurgeryError",
     "TaskType",
     "TrainableTokensConfig",

@@ -21,6 +21,7 @@ from surgery.methods.oft_config import OFTConfig
 from surgery.methods.pvera import PveraConfig
 from surgery.methods.randlora import RandLoraConfig
 from surgery.methods.shira import ShiraConfig
+from surgery.methods.supertuning import SupertuningConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
 from surgery.methods.vera import VeraConfig
 
@@ -41,6 +42,7 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "GLORA": GloraConfig,
     "MISS": MissConfig,
     "SHIRA": ShiraConfig,
+    "SUPERTUNING": SupertuningConfig,
     "C3A": C3AConfig,
     "BEFT": BeftConfig,
     "LN_TUNING": LNTuningConfig,

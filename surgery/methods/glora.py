@@ -87,8 +87,7 @@ class Glora(Method):
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # as others'
         found = {}
         for role, (_, shape, *_) in self.tensors(site).items():
-            zero = role.endswith("0") or (self.zeros and not role.endswith("u"))
-            if zero:
+            if role.endswith("0") or (self.zeros and not role.endswith("u")):
                 found[role] = torch.zeros(shape)
             elif len(shape) == 1:
                 found[role] = torch.randn(1) * 0.02 if shape == (1,) else kaiming(shape, shape[0])
@@ -216,9 +215,7 @@ class OfWeight(Method):
 
     def _sums(self, p: Params, tile: Tile) -> Tensor:
         """[out, 1, 3] of the tile."""
-        sums = p["sums"][tile[0]].unsqueeze(1)
-        like = next(iter(p.values())).device
-        return sums.to(like)
+        return p["sums"][tile[0]].unsqueeze(1).to(next(iter(p.values())).device)
 
     def settings(self) -> Mapping[str, str]:
         return {"strength": self.strength.hex()}

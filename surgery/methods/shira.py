@@ -6,20 +6,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from surgery.core.config import AdapterConfig, Spelling
 from surgery.core.method import Dense, Params, Run, Spec
-from surgery.core.one_step import may_be_one_step
-from surgery.core.op import Op, Tile, in_dtype_of
+from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, ValueRangeError, printable, quoted
 from surgery.methods.acts_on import only_linear
 from surgery.methods.field_values import check_count, check_whole
 from surgery.methods.placed import Placed
-from surgery.methods.sparse import Sparse, laid
+from surgery.methods.sparse import laid_in, with_sparse
 
-_MANY = 1 << 12  # numbers of an input, with which one product of W + S takes less than one of each
 _OWN_MASK = "the places of its numbers come of code, mask_fn; make the adapter in PEFT, and load what it saves"
 
 
@@ -127,29 +124,8 @@ class Shira(Placed):
         return {"v": p["v"], "rows": rows, "columns": columns, "frame": p["v"].new_empty(*site.shape, 0)}
 
     def numbers(self, p: Params, tile: Tile) -> Tensor:
-        v, frame = p["v"], p["frame"]
-        height, width, _ = frame[tile].shape
-        row, column = p["rows"] - _start(tile[0]), p["columns"] - _start(tile[1])
-        if (height, width) != frame.shape[:2]:
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            here = inside.nonzero().squeeze(1)
-            v, row, column = (one.index_select(0, here) for one in (v, row, column))
-        return laid(None, v, row * width + column, (height, width))
+        return laid_in(tile, p["v"], p["rows"], p["columns"], p["frame"].shape[:2])
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # no dropout
-        v, at = self.scaled(p["v"]), p["at"]
-        plain = run.plain() if x.numel() >= _MANY else None
-        if plain is not None and may_be_one_step(x, plain.weight, v):
-            out: Tensor = Sparse.apply(x, *plain, v, at, plain.weight.shape)  # type: ignore[no-untyped-call]
-            return out
-        below, x = run(x), in_dtype_of(v, x)
-        shape = below.shape[-1], x.shape[-1]
-        if may_be_one_step(x, v):
-            moved: Tensor = Sparse.apply(x, None, None, v, at, shape)  # type: ignore[no-untyped-call]
-            return below + moved
-        rows, columns = at.to(torch.int64).unbind()
-        return below + F.linear(x, laid(None, v, rows * shape[1] + columns, shape))
-
-
-def _start(part: slice) -> int:
-    return part.start or 0
+        rows, columns = p["at"].to(torch.int64).unbind()
+        return with_sparse(x, run, self.scaled(p["v"]), rows * x.shape[-1] + columns)

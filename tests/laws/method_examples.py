@@ -69,6 +69,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     ],
     "RANDLORA": [{"r": 3, "randlora_dropout": 0.5, "randlora_alpha": -7}, {"r": 12, "randlora_alpha": 3}],
     "SHIRA": [{"r": 5, "random_seed": 3}],
+    "SUPERTUNING": [{"r": 3, "lora_alpha": -5, "lora_dropout": 0.5}, {"select_top": False, "sparsity": 0.3}],
     "C3A": [{"block_size": 1}, {"block_size": 5, "block_size_pattern": {"layer": 2}}],
 }
 
@@ -84,6 +85,7 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "MISS": {"r": 4},  # of which IN is no multiple
     "RANDLORA": {"r": 4, "randlora_alpha": 8},
     "SHIRA": {"r": 2},
+    "SUPERTUNING": {"sparsity": 0.75},
     "C3A": {"block_size": 2, "init_weights": True},
     "HRA": {"r": 4},
 }
@@ -117,6 +119,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("MISS", name): "MiSS acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("RANDLORA", name): "RandLoRA acts on" for name in EXAMPLES if name not in MATRICES},
     **{("SHIRA", name): "SHiRA acts on Linear" for name in EXAMPLES if name != "linear"},
+    **{("SUPERTUNING", name): "Super-Tuning acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("C3A", name): "C3A acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("BEFT", name): "BEFT acts on" for name in EXAMPLES if name != "linear"},
     ("LORA", GROUPED): "in groups",

@@ -30,6 +30,7 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "miss mini": lambda: surgery.MissConfig(r=5, mini_r=3, init_weights="mini", **TARGETS),
     "randlora": lambda: surgery.RandLoraConfig(r=4, randlora_alpha=8, **TARGETS),
     "shira": lambda: surgery.ShiraConfig(r=2, **TARGETS),
+    "supertuning": lambda: surgery.SupertuningConfig(sparsity=0.5, r=4, **TARGETS),
     "c3a": lambda: surgery.C3AConfig(block_size=2, init_weights=True, **TARGETS),
     "delora": lambda: surgery.DeloraConfig(r=4, **TARGETS),
     "gralora": lambda: surgery.GraloraConfig(r=4, hybrid_r=2, **TARGETS),

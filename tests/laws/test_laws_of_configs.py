@@ -168,6 +168,15 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "fan_in_fan_out": st.booleans(),
         "init_weights": st.booleans(),
     },
+    "SUPERTUNING": {
+        "sparsity": st.floats(0, 1, exclude_max=True),
+        "select_top": st.booleans(),
+        "save_precomputed_indices": st.just(True),
+        "r": st.integers(1, 512),
+        "lora_alpha": numbers,
+        "lora_dropout": st.floats(0, 1, exclude_max=True),
+        "init_weights": st.booleans(),
+    },
     "C3A": {
         "block_size": st.integers(1, 512),
         "block_size_pattern": st.dictionaries(patterns, st.integers(1, 64), max_size=3),
@@ -221,6 +230,8 @@ def test_a_config_read_from_its_json_is_equal(name: str, data: st.DataObject):
         chosen.pop("use_qalora", None)
     if chosen.get("layer_replication"):
         chosen.pop("bias", None)
+    if name == "SUPERTUNING" and "r" not in chosen:
+        chosen.pop("lora_alpha", None)
     if chosen.get("use_bdlora") or chosen.get("use_qalora"):
         others = ("use_dora", "lora_bias", "target_parameters", "init_lora_weights")
         chosen = {field: value for field, value in chosen.items() if field not in others}

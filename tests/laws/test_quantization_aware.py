@@ -42,6 +42,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "RANDLORA": [{"r": 32}],
     "DELORA": [{"r": 4}],
     "SHIRA": [{"r": 8}],
+    "SUPERTUNING": [{"sparsity": 0.9, "r": 4}],
     "C3A": [{"block_size": 16}],
     "GRALORA": [{"r": 8, "gralora_k": 4, "hybrid_r": 2}],
     "BEFT": [{}],

@@ -26,6 +26,7 @@ METHODS: dict[str, Any] = {
     "loha": surgery.LoHaConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "lokr": surgery.LoKrConfig(r=2, target_modules=["q_proj", "down_proj"]),
     "shira": surgery.ShiraConfig(r=8, target_modules=["q_proj", "down_proj"]),
+    "supertuning": surgery.SupertuningConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "c3a": surgery.C3AConfig(block_size=32, target_modules=["q_proj", "down_proj"]),
     "hira": surgery.HiraConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "delora": surgery.DeloraConfig(r=4, target_modules=["q_proj", "down_proj"]),

@@ -20,6 +20,7 @@ KINDS: dict[str, Any] = {
     "loha": lambda: surgery.LoHaConfig(r=2, init_weights=False, **TARGETS),
     "lokr": lambda: surgery.LoKrConfig(r=1, init_weights=False, **TARGETS),
     "shira": lambda: surgery.ShiraConfig(r=2, init_weights=False, **TARGETS),
+    "supertuning": lambda: surgery.SupertuningConfig(sparsity=0.5, r=2, init_weights=False, **TARGETS),
     "c3a": lambda: surgery.C3AConfig(block_size=2, **TARGETS),
     "hira": lambda: surgery.HiraConfig(r=2, init_weights=False, **TARGETS),
     "delora": lambda: surgery.DeloraConfig(r=2, init_weights=False, **TARGETS),
@@ -93,7 +94,9 @@ def test_it_goes_to_another_dtype_and_is_merged_there(kind: str, dtype: torch.dt
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", [one for one in KINDS if one not in {"dora", "delora"}])  # which start from weights
+@pytest.mark.parametrize(
+    "kind", [one for one in KINDS if one not in {"dora", "delora", "supertuning"}]
+)  # which start from weights
 def test_one_that_was_made_on_the_meta_device_takes_its_weights_later(kind: str) -> None:
     wanted = injected(kind)
     with torch.device("meta"):

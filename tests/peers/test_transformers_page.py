@@ -49,6 +49,7 @@ CONFIGS: dict[str, dict[str, Any]] = {  # a method is one line here
     "MISS": {"r": 8, "target_modules": ["q_proj", "down_proj"]},
     "SHIRA": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
     "GLORA": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
+    "SUPERTUNING": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
     "C3A": {"block_size": 16, "target_modules": ["q_proj", "down_proj"]},
 }
 PAIRS = [("LORA", "IA3"), ("IA3", "LORA"), ("LORA", "LORA"), ("IA3", "IA3"), ("LORA", "ADALORA"), ("ADALORA", "IA3")]
@@ -60,6 +61,7 @@ PAIRS += [
     ("LORA", "SHIRA"),
     ("LORA", "C3A"),
     ("LORA", "GLORA"),
+    ("SUPERTUNING", "LORA"),
 ]
 
 
@@ -69,7 +71,7 @@ def config(kind: str) -> dict[str, Any]:
 
 
 _INIT = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights", "ADALORA": "init_lora_weights"}
-_INIT |= dict.fromkeys(("LOHA", "LOKR", "MISS", "SHIRA", "GLORA", "C3A"), "init_weights")
+_INIT |= dict.fromkeys(("LOHA", "LOKR", "MISS", "SHIRA", "GLORA", "SUPERTUNING", "C3A"), "init_weights")
 
 
 @pytest.fixture

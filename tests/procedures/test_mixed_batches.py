@@ -69,6 +69,7 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "delora": lambda r: DeloraConfig(r=r, target_modules="0|2"),
     "gralora": lambda r: GraloraConfig(r=r, alpha=4 * r, target_modules="0|2"),
     "glora": lambda r: surgery.GloraConfig(r=r, target_modules="0|2"),
+    "supertuning": lambda r: surgery.SupertuningConfig(sparsity=0.5, r=r, target_modules="0|2"),
     "vera": lambda r: surgery.VeraConfig(r=r, target_modules="0|2"),
     "pvera": lambda r: surgery.PveraConfig(r=4 * r, target_modules="0|2"),  # of some d that is not zero
     "randlora": lambda r: surgery.RandLoraConfig(r=r, randlora_alpha=8, target_modules="0|2"),
@@ -80,7 +81,7 @@ WHERE: dict[str, set[str]] = {  # the layers that a rule is tried on, if not on 
     **{rule: {*ON_LINEAR, "convolution"} for rule in ("ia3", "ia3 of inputs", "adalora")},
     **{
         rule: {"linear", "linear of sequences"}
-        for rule in ("trainable tokens", "miss", "shira", "delora", "glora", "beft", "oft", "hra", "c3a")
+        for rule in ("trainable tokens", "miss", "shira", "supertuning", "delora", "glora", "beft", "oft", "hra", "c3a")
     },
     "hira": {one for one in LAYERS if "groups" not in one},
     **{rule: {one for one in LAYERS if one.startswith("linear") or "convolution" in one} for rule in ("loha", "lokr")},

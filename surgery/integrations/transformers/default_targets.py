@@ -129,7 +129,19 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
         ("BEFT", _BEFT),
         *(
             (kind, _LORA)
-            for kind in ("LOHA", "LOKR", "RANDLORA", "OFT", "HRA", "HIRA", "DELORA", "GLORA", "GRALORA", "MISS")
+            for kind in (
+                "LOHA",
+                "LOKR",
+                "RANDLORA",
+                "OFT",
+                "HRA",
+                "HIRA",
+                "DELORA",
+                "GLORA",
+                "GRALORA",
+                "MISS",
+                "SUPERTUNING",
+            )
         ),
     )
 }
