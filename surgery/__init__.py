@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from surgery.methods.c3a import C3AConfig
     from surgery.methods.delora_config import DeloraConfig
     from surgery.methods.fourierft import FourierFTConfig
+    from surgery.methods.glora_config import GloraConfig
     from surgery.methods.gralora import GraloraConfig
     from surgery.methods.hira import HiraConfig
     from surgery.methods.hra import HRAConfig
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from surgery.methods.randlora import RandLoraConfig
     from surgery.methods.road import RoadConfig
     from surgery.methods.shira import ShiraConfig
+    from surgery.methods.supertuning import SupertuningConfig
     from surgery.methods.tinylora_config import TinyLoraConfig
     from surgery.methods.trainable_tokens import TrainableTokensConfig
     from surgery.methods.unilora import UniLoraConfig
@@ -106,6 +108,7 @@ _HOMES = {
     "ExtractReport": "procedures.making.extract",
     "FormatError": "errors",
     "FourierFTConfig": "methods.fourierft",
+    "GloraConfig": "methods.glora_config",
     "GraloraConfig": "methods.gralora",
     "HiraConfig": "methods.hira",
     "HRAConfig": "methods.hra",
@@ -129,6 +132,7 @@ _HOMES = {
     "ShapeError": "errors",
     "ShiraConfig": "methods.shira",
     "StateError": "errors",
+    "SupertuningConfig": "methods.supertuning",
     "SurgeryError": "errors",
     "TaskType": "core.task",
     "TinyLoraConfig": "methods.tinylora_config",
@@ -181,6 +185,7 @@ __all__ = [
     "ExtractReport",
     "FormatError",
     "FourierFTConfig",
+    "GloraConfig",
     "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
@@ -204,6 +209,7 @@ __all__ = [
     "ShapeError",
     "ShiraConfig",
     "StateError",
+    "SupertuningConfig",
     "SurgeryError",
     "TaskType",
     "TinyLoraConfig",

@@ -45,6 +45,10 @@ _NO_WEIGHT = {
     "SHADOW": "it keeps a state beside the layers",
     "XLORA": "it mixes adapters by the input",
 }
+_UNTOLD = {
+    "ADAMSS": "its files do not tell which outputs a subspace of it is of: PEFT takes that anew from the base at hand, "
+    "by scikit-learn's k-means; merge it in PEFT, over the base that it was trained on",
+}
 
 
 def read_adapter(path: Path, scale: Scale | None = None) -> Adapter:
@@ -92,6 +96,7 @@ def config_from(data: Mapping[str, Any], where: str) -> AdapterConfig:
         known = f"supported are {', '.join(METHODS)}; see whether PEFT reads it"
         alone = _NO_WEIGHT.get(kind) if isinstance(kind, str) else None
         why = f"{alone}, which no merged weight can do; run it in PEFT" if alone else known
+        why = _UNTOLD.get(kind, why) if isinstance(kind, str) else why
         raise FormatError(f"{where}: peft_type is {printable(kind)!r}; {why}")
     return METHODS[kind].from_json(data, where)
 

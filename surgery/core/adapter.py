@@ -75,6 +75,7 @@ class Layer(NamedTuple):
     adapter: int = 0
     name: str = ""  # of the site, as the adapter has it
     sums: Tensor | None = None  # along what the method couples, of the whole weight
+    beside: Site | None = None  # whose weight that is, where it is not the one that the layer is laid over
 
     @property
     def told(self) -> Params:
@@ -85,10 +86,14 @@ class Layer(NamedTuple):
 Started = Sequence[tuple[Layer, Product]]  # layers with their tensors in memory, and what their tiles share
 
 
-def bias_layers(layers: Iterable[Layer]) -> tuple[Layer, ...]:
-    """What layers over a weight lay over the bias beside it."""
+def bias_layers(layers: Iterable[Layer], site: Site) -> tuple[Layer, ...]:
+    """What layers over the weight of a site lay over the bias beside it."""
     found = ((layer, layer.method.for_bias()) for layer in layers)
-    return tuple(layer._replace(method=method) for layer, method in found if method is not None)
+    return tuple(
+        layer._replace(method=method, beside=site if method.couples else None)
+        for layer, method in found
+        if method is not None
+    )
 
 
 class Weighted(NamedTuple):

@@ -63,6 +63,8 @@ class Elementwise(ABC):
 class Shift(Elementwise):
     """w + values."""
 
+    held: Tensor | None = None  # what a plain merge rounds on the way to them, by magnitude, if more than them
+
     adds = True
 
     def apply(self, w: Tensor) -> Tensor:
@@ -87,7 +89,10 @@ class Shift(Elementwise):
         return values, added + self.values
 
     def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        return self.values, before.abs().maximum(after.abs())
+        return self.values if self.held is None else self.held, before.abs().maximum(after.abs())
+
+    def seen(self, view: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, values=view(self.values), held=None if self.held is None else view(self.held))
 
 
 @dataclass(frozen=True)
@@ -158,35 +163,60 @@ class Affine(Elementwise):
 
 @dataclass(frozen=True)
 class Growth(Elementwise):
-    """w + base * values, of the base before any step: w * (1 + values) where it is the first; see `chained`."""
+    """w + base * values + added, of the base before any step; where it is the first, w * (1 + values) + added.
+
+    See `chained`.
+    """
+
+    added: Tensor | None = None  # nothing
+    terms: Tensor | None = None  # what is added by the magnitudes that it is a sum of, if these are more than it
 
     @property
-    def _scale(self) -> Scale:
-        return Scale(1 + self.values)
+    def _first(self) -> Scale | Affine:
+        return Scale(1 + self.values) if self.added is None else Affine(1 + self.values, self.added)
 
     def apply(self, w: Tensor) -> Tensor:
-        return self._scale.apply(w)
+        return self._first.apply(w)
 
     def onto(self, w: Tensor) -> Tensor:
-        return self._scale.onto(w)
+        return self._first.onto(w)
 
     def undo(self, w: Tensor) -> Tensor:
-        return self._scale.undo(w)
+        return self._first.undo(w)
 
     def falls(self) -> Tensor | None:
-        return self._scale.falls()
+        return self._first.falls()
 
     def reach(self, size: Tensor) -> Tensor:
-        return self._scale.reach(size)
+        return self._first.reach(size)
 
     def carried(self, error: Tensor) -> Tensor:
-        return self._scale.carried(error)
+        return self._first.carried(error)
 
     def after(self, values: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-        return values + self.values, added
+        return values + self.values, added if self.added is None else added + self.added
 
     def rounded(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        return before * self.values, before.abs().maximum(after.abs())
+        return self._held(before), before.abs().maximum(after.abs())
+
+    def seen(self, view: Callable[[Tensor], Tensor]) -> Self:
+        others = {
+            name: None if one is None else view(one) for name, one in (("added", self.added), ("terms", self.terms))
+        }
+        return replace(self, values=view(self.values), **others)
+
+    def over(self, base: Tensor) -> Shift:
+        """The same where the base is known, over whatever lies between."""
+        grown = base * self.values
+        return Shift(grown) if self.added is None else Shift(grown + self.added, self._held(base))
+
+    def _held(self, base: Tensor) -> Tensor:
+        grown = base * self.values
+        if self.added is None:
+            return grown
+        # Each value and each number added is rounded, and their product and sum: four times u of the two magnitudes
+        # at most, and half an ulp may be u / 2 of its number.
+        return 8 * (grown.abs() + (self.added.abs() if self.terms is None else self.terms))
 
 
 def chained(steps: Sequence[Elementwise]) -> list[Elementwise]:
@@ -207,7 +237,7 @@ def grounded(steps: Sequence[Elementwise], base: Tensor) -> list[Elementwise]:
     """A step for each of `steps`, over a base that is known: what one over others grows by is a shift then."""
     if not _last_over_others(steps):
         return list(steps)
-    return [Shift(base * one.values) if at and isinstance(one, Growth) else one for at, one in enumerate(steps)]
+    return [one.over(base) if at and isinstance(one, Growth) else one for at, one in enumerate(steps)]
 
 
 def _last_over_others(steps: Sequence[Elementwise]) -> int:

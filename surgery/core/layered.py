@@ -8,6 +8,7 @@ from surgery.core.elementwise import chained
 from surgery.core.method import Dense, Method, Params, Product
 from surgery.core.op import WHOLE
 from surgery.core.site import Site
+from surgery.core.sums import sum_rows
 from surgery.errors import MatchError, printable
 
 Layers = Sequence[tuple[Method, Params]]  # in their order; each with all that it has to be told
@@ -15,29 +16,43 @@ Layers = Sequence[tuple[Method, Params]]  # in their order; each with all that i
 
 def layered(base: Dense, layers: Layers, site: Site, product: Product) -> Dense:
     """The whole base with these in it."""
-    if any(method.of_base for method, _ in layers[1:]):
-        return Dense(_by_steps(base.weight, layers, site, product), _bias(base.bias, layers, product))
-    for method, p in layers:
-        base = method.merge(base, p, WHOLE, product)
-    return base
-
-
-def _by_steps(weight: Tensor, layers: Layers, site: Site, product: Product) -> Tensor:
-    steps = [method.steps(p, WHOLE, product) for method, p in layers]
-    if any(one is None for one in steps):
+    if not any(method.of_base for method, _ in layers[1:]):
+        for method, p in layers:
+            base = method.merge(base, p, WHOLE, product)
+        return base
+    if any(method.mixes for method, _ in layers):
         refuse_over([one for one, _ in layers], site)
-    for step in chained([one for one in steps if one is not None]):
-        weight = step.apply(weight)
-    return weight
+    bias = None if base.bias is None else laid_on_bias(base.weight, base.bias, layers, product)
+    return Dense(_by_steps(base.weight, layers, product), bias)
 
 
-def _bias(bias: Tensor | None, layers: Layers, product: Product) -> Tensor | None:
-    """[out]"""
+def laid_on_bias(weight: Tensor, bias: Tensor, layers: Layers, product: Product) -> Tensor:
+    """The base's bias [out] with what these methods over its weight make of it, in their order."""
+    own, column = on_bias(weight, layers, product), bias.unsqueeze(1)  # [out, 1]
+    if any(method.of_base for method, _ in own[1:]):
+        return _by_steps(column, own, product).squeeze(1)
+    for method, p in own:
+        column = method.merge(Dense(column), p, WHOLE, product).weight
+    return column.squeeze(1) if own else bias
+
+
+def on_bias(weight: Tensor, layers: Layers, product: Product) -> Layers:
+    """What methods over the base's weight do to a bias, as a matrix [out, 1]: one for each that does something."""
+    found = []
     for method, p in layers:
-        on_bias = method.for_bias()
-        if on_bias is not None and bias is not None:
-            bias = on_bias.merge(Dense(bias.unsqueeze(1)), p, WHOLE, product).weight.squeeze(1)
-    return bias
+        own = method.for_bias()
+        if own is not None:
+            sums = sum_rows(own.terms(weight, p, WHOLE, product)) if own.couples else None
+            found.append((own, p if sums is None else own.told(p, sums)))
+    return found
+
+
+def _by_steps(values: Tensor, layers: Layers, product: Product) -> Tensor:
+    steps = [method.steps(p, WHOLE, product) for method, p in layers]
+    assert None not in steps  # those that mix are refused, and the others have been told all
+    for step in chained([one for one in steps if one is not None]):
+        values = step.apply(values)
+    return values
 
 
 def refuse_over(methods: Sequence[Method], site: Site) -> None:

@@ -86,9 +86,13 @@ class Method(ABC):
     name: ClassVar[str]  # as users know it
     of_base: ClassVar[bool] = False  # does it add to what lies below what it makes of the base? Its step is a Growth
     turns: ClassVar[bool] = False  # is the same with A and B turned, in each other's place, its delta transposed?
-    leaves_weight: ClassVar[bool] = False  # does it change the bias alone?
     couples: ClassVar[frozenset[str]]  # along which axes elements depend on each other, by sums: see `terms`
     mixes: ClassVar[bool] = False  # does it make elements of several of the base's? See `Mixing`
+
+    @property
+    def leaves_weight(self) -> bool:
+        """Does it change the bias alone?"""
+        return False
 
     @property
     def replaced_rows(self) -> tuple[int, ...]:
@@ -134,14 +138,15 @@ class Method(ABC):
         return p
 
     def terms(self, base: Tensor, p: Params, tile: Tile, product: Product) -> Tensor:  # noqa: ARG002  # for those that couple
-        """[out, in] of the tile, where elements depend on each other: what of each is summed along what it couples.
+        """[out, in] of the tile, where elements depend on each other: what of each is summed along what it couples;
+        or [out, in, n], for n sums.
 
         `base` is the weight before any adapter, as it is of the sums that `told` takes.
         """
         return torch.zeros_like(base)
 
     def told(self, p: Params, sums: Tensor) -> Params:  # noqa: ARG002  # for those that couple
-        """`p` with what the sums [out] of all terms tell: with it, the merge is one of elements."""
+        """`p` with what the sums [out], or [out, n], of all terms tell: with it, the merge is one of elements."""
         return p
 
     @abstractmethod
@@ -153,7 +158,10 @@ class Method(ABC):
         """The merge as an elementwise step of this tile; None where elements depend on what `p` does not tell."""
 
     def for_bias(self) -> "Method | None":
-        """What it makes of the site's bias, as a matrix [out, 1]; None leaves it alone."""
+        """What it makes of the site's bias, as a matrix [out, 1]; None leaves it alone.
+
+        The sums of one that couples are over the site's weight.
+        """
         return None
 
     def directions(self, p: Params) -> Tensor | None:  # noqa: ARG002  # most know none

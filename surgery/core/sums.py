@@ -40,9 +40,9 @@ class TreeSum:
 
 
 def sum_rows(terms: Tensor) -> Tensor:
-    """[out, n] -> [out], by the same tree."""
+    """[out, n, ...] -> [out, ...], by the same tree."""
     tree = TreeSum()
-    tree.feed(terms.T)
+    tree.feed(terms.transpose(0, 1))
     return tree.total()
 
 

@@ -53,6 +53,11 @@ class Change:
         """The host's weight that the outcome is compared with; None if there is none."""
         return self.begins or (None if self.new else self.site)
 
+    @property
+    def beside(self) -> Site | None:
+        """The weight whose sums its layers ask for, where that is another than its own."""
+        return next((layer.beside for layer in self.layers if layer.beside is not None), None)
+
     def started(self) -> Started:
         """Its layers with their tensors in memory, as matrices, and what the tiles of the weight share."""
         return tuple(self._started(one, ExactProduct()) for one in self.layers)
@@ -172,8 +177,9 @@ def _stored(step: Elementwise, op: Op, shape: tuple[int, ...]) -> Elementwise:
 def reads_of(written: Mapping[str, Change], tensor: str) -> Sequence[str]:
     """The tensors of the source that one of the outcome depends on; `written` are the changes by what is written."""
     change = written.get(tensor)
-    origin = None if change is None else change.origin
-    return (tensor,) if change is None else () if origin is None else (origin.weight.name,)
+    if change is None:
+        return (tensor,)
+    return [one.weight.name for one in (change.origin, change.beside) if one is not None]
 
 
 def ends(site: Site, rows: slice) -> bool:

@@ -1,6 +1,7 @@
 """Couplings: the sums over a whole weight that some methods ask for, gathered a tile at a time."""
 
 from collections.abc import Callable, Iterable
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -19,35 +20,38 @@ def coupled(layers: Iterable[Layer]) -> bool:
 
 
 class Couplings:
-    """The sums for the layers over one weight.
+    """The sums for the layers over one weight, of that weight or of the one beside it.
 
     Where its stored rows hold all inputs of some outputs, those rows are enough for these. Where they hold some
-    inputs of all outputs, the whole weight is read first, once.
+    inputs of all outputs, or are of the other weight, the whole is read first, once.
     """
 
-    def __init__(self, site: Site, started: Started) -> None:
-        self.site, self.started = site, started
-        unknown = torch.full((site.shape[0],), torch.nan, dtype=torch.float64)
-        self.sums = {i: unknown.clone() for i, (layer, _) in enumerate(started) if layer.method.couples}
+    def __init__(self, site: Site, started: Started, beside: Site | None = None) -> None:
+        self.site, self.started, self.apart = beside or site, started, beside is not None
+        self.asking = [index for index, (layer, _) in enumerate(started) if layer.method.couples]
+        self.sums: dict[int, Tensor] = {}
         self.whole = False
 
     def told(self, rows: slice, load: Load) -> Started:
         """The layers with the sums that `rows` of the stored weight need; with all, after its last rows."""
-        outputs, inputs = self.site.acting.tile(rows)
-        if inputs == slice(None):
-            self._gather(outputs, [rows], load)
-        elif not self.whole:
-            self._gather(outputs, row_tiles(self.site.weight.shape, TILE_ELEMENTS), load)
+        tiles: Iterable[slice] = () if self.whole else [rows]
+        if not self.whole and (self.apart or self.site.acting.tile(rows)[1] != slice(None)):
+            tiles = row_tiles(self.site.weight.shape, TILE_ELEMENTS, self.site.together)
             self.whole = True
+        for outputs, of_these in groupby(tiles, lambda one: self.site.acting.tile(one)[0]):
+            self._gather(outputs, of_these, load)
         found = ((one._replace(sums=self.sums.get(i, one.sums)), by) for i, (one, by) in enumerate(self.started))
         return tuple(found)
 
     def _gather(self, outputs: slice, tiles: Iterable[slice], load: Load) -> None:
-        trees = {index: TreeSum() for index in self.sums}
+        trees = {index: TreeSum() for index in self.asking}
         for rows in tiles:
             matrix, tile = self.site.acting.matrix(load(rows)), self.site.acting.tile(rows)
             for index, tree in trees.items():
                 layer, product = self.started[index]
-                tree.feed(layer.method.terms(matrix, layer.params, tile, product).T)
+                tree.feed(layer.method.terms(matrix, layer.params, tile, product).transpose(0, 1))
         for index, tree in trees.items():
-            self.sums[index][outputs] = tree.total().to(self.sums[index].device)
+            total = tree.total().cpu()
+            if index not in self.sums:
+                self.sums[index] = total.new_full((self.site.shape[0], *total.shape[1:]), torch.nan)
+            self.sums[index][outputs] = total

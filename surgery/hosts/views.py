@@ -129,12 +129,18 @@ class Merged:
     def _told(self, change: Change, rows: slice, started: Started) -> tuple[Change, Started]:
         """Both with layers that know the sums that these rows need."""
         if change.site.name not in self.couplings:
-            self.couplings[change.site.name] = Couplings(change.site, started)
+            self.couplings[change.site.name] = Couplings(change.site, started, change.beside)
         couplings = self.couplings[change.site.name]
         with told_where(change.site):
-            started = couplings.told(rows, lambda part: _decoded(change, _opened(self.source, change, part)[1]))
+            started = couplings.told(rows, lambda part: self._summed(change, part))
         layers = [one._replace(sums=found.sums) for one, (found, _) in zip(change.layers, started, strict=True)]
         return replace(change, layers=tuple(layers)), started
+
+    def _summed(self, change: Change, rows: slice) -> Tensor:
+        """Rows of the weight whose sums the layers ask for, in float64."""
+        beside = change.beside
+        begin = _opened(self.source, change, rows)[1] if beside is None else plainly(self.source, beside, rows)
+        return _decoded(change, begin)
 
 
 def told(source: Source, change: Change) -> Change:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.arithmetic import float_product
-from surgery.core.layered import layered
+from surgery.core.elementwise import Growth
+from surgery.core.layered import layered, on_bias
 from surgery.core.method import Dense, Method, Params, Product, Run
 from surgery.core.op import WHOLE, Op
 from surgery.core.room import Room
@@ -203,11 +204,16 @@ class Over:
         return effective(over.laid(), layers, self.layer.site, float_product)
 
     def bias(self) -> Tensor | None:
-        bias, on_bias = self.below.bias(), self.one.method.for_bias()
-        if on_bias is None:
+        bias = self.below.bias()
+        if self.one.method.for_bias() is None:
             return bias
         if bias is None:  # the adapter may bring one
             weight = self.layer.dense().weight
             bias = weight.new_zeros(len(weight))
-        column = Dense(bias.unsqueeze(1))  # [out, 1]
-        return on_bias.merge(column, self.one.computed, WHOLE, float_product).weight.squeeze(1)  # [out]
+        base = self.base()
+        ((own, p),) = on_bias(base.weight, [(self.one.method, self.one.computed)], float_product)
+        column, step = bias.unsqueeze(1), own.steps(p, WHOLE, float_product)  # [out, 1]
+        if isinstance(step, Growth):
+            step = step.over(torch.zeros_like(column) if base.bias is None else base.bias.unsqueeze(1))
+        out = own.merge(Dense(column), p, WHOLE, float_product).weight if step is None else step.apply(column)
+        return out.squeeze(1)

@@ -9,6 +9,7 @@ from surgery.methods.boft_config import BOFTConfig
 from surgery.methods.c3a import C3AConfig
 from surgery.methods.delora_config import DeloraConfig
 from surgery.methods.fourierft import FourierFTConfig
+from surgery.methods.glora_config import GloraConfig
 from surgery.methods.gralora import GraloraConfig
 from surgery.methods.hira import HiraConfig
 from surgery.methods.hra import HRAConfig
@@ -23,6 +24,7 @@ from surgery.methods.pvera import PveraConfig
 from surgery.methods.randlora import RandLoraConfig
 from surgery.methods.road import RoadConfig
 from surgery.methods.shira import ShiraConfig
+from surgery.methods.supertuning import SupertuningConfig
 from surgery.methods.tinylora_config import TinyLoraConfig
 from surgery.methods.trainable_tokens import TrainableTokensConfig
 from surgery.methods.unilora import UniLoraConfig
@@ -49,8 +51,10 @@ METHODS: Mapping[str, type[AdapterConfig]] = {
     "HIRA": HiraConfig,
     "DELORA": DeloraConfig,
     "GRALORA": GraloraConfig,
+    "GLORA": GloraConfig,
     "MISS": MissConfig,
     "SHIRA": ShiraConfig,
+    "SUPERTUNING": SupertuningConfig,
     "C3A": C3AConfig,
     "FOURIERFT": FourierFTConfig,
     "WAVEFT": WaveFTConfig,

@@ -15,6 +15,7 @@ from surgery.errors import ConfigError, MatchError, ValueRangeError, printable, 
 from surgery.methods.acts_on import only_linear
 from surgery.methods.field_values import check_count, check_whole
 from surgery.methods.scattered import Scattered
+from surgery.methods.sparse import with_sparse
 
 _OWN_MASK = "the places of its numbers come of code, mask_fn; make the adapter in PEFT, and load what it saves"
 
@@ -123,4 +124,5 @@ class Shira(Scattered):
         return {"v": p["v"], "rows": rows, "columns": columns, "frame": p["v"].new_empty(*site.shape, 0)}
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # no dropout
-        return self.added(x, run, lambda _: (self.scaled(p["v"]), p["at"]))
+        rows, columns = p["at"].to(torch.int64).unbind()
+        return with_sparse(x, run, lambda shape: (self.scaled(p["v"]), rows * shape[1] + columns))

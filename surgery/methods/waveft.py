@@ -22,6 +22,7 @@ from surgery.methods.bias_config import BiasConfig
 from surgery.methods.drawn_places import one_of_each, places
 from surgery.methods.field_values import check_count, check_counts, check_number, check_whole
 from surgery.methods.scattered import Scattered
+from surgery.methods.sparse import with_sparse
 from surgery.methods.spreads import unit_of
 from surgery.methods.wavelets import FILTERS, brought_back
 
@@ -129,9 +130,9 @@ class WaveFT(Scattered):
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # no dropout
         def acting(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
             v, rows, columns = self._acting(p["c"], shape)
-            return self.scaled(v), torch.stack([rows, columns])
+            return self.scaled(v), rows * shape[1] + columns
 
-        return self.added(x, run, acting)
+        return with_sparse(x, run, acting)
 
     def _acting(self, c: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Values, and where in the matrix they act, each by itself."""

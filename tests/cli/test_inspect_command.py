@@ -58,6 +58,11 @@ def test_inspect_names_each_kind_of_module_once_and_only_some_of_many(tmp_path: 
         (surgery.LoHaConfig(r=3, alpha=2, target_modules=["0"]), "LoHa; r 3; alpha 2; target_modules 0; "),
         (surgery.LoKrConfig(r=1, target_modules=["0"]), "LoKr; r 1; alpha 8; target_modules 0; "),
         (surgery.ShiraConfig(r=1, target_modules=["0"]), "SHiRA; r 1; target_modules 0; "),
+        (surgery.GloraConfig(r=1, target_modules=["0"]), "GLoRA; r 1; target_modules 0; "),
+        (
+            surgery.SupertuningConfig(sparsity=0.5, r=1, target_modules=["0"]),
+            "Super-Tuning; r 1; lora_alpha 2; target_modules 0; ",
+        ),
         (surgery.C3AConfig(block_size=2, target_modules=["0"]), "C3A; target_modules 0; "),
         (surgery.WaveFTConfig(n_frequency=5, target_modules=["0"]), "WaveFT; target_modules 0; "),
         (surgery.FourierFTConfig(n_frequency=5, target_modules=["0"]), "FourierFT; target_modules 0; "),

@@ -61,6 +61,11 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 4, "hybrid_r": 3, "alpha": -3, "gralora_dropout": 0.5},
         {"r": 6, "gralora_k": 1, "alpha": 5},
     ],
+    "GLORA": [
+        {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+        {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"},
+        {"config_A_B": "none", "r": 3},
+    ],
     "HIRA": [{"r": 2, "init_weights": "gaussian"}, {"rank_pattern": {"layer": 5}, "hira_dropout": 0.5}],
     "LOKR": [
         {"r": 1, "alpha": 5, "use_effective_conv2d": True},
@@ -75,6 +80,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 3, "topk": 4, "vector_length": 1},
         {"topk": 3, "save_only_topk_weights": True, "vblora_dropout": 0.5},
     ],
+    "SUPERTUNING": [{"r": 3, "lora_alpha": -5, "lora_dropout": 0.5}, {"select_top": False, "sparsity": 0.3}],
     "C3A": [{"block_size": 1}, {"block_size": 5, "block_size_pattern": {"layer": 2}}],
     "WAVEFT": [
         {"wavelet_family": "coif1", "scaling": -3},
@@ -98,6 +104,7 @@ NEEDED: Mapping[str, dict[str, Any]] = {
     "MISS": {"r": 4},  # of which IN is no multiple
     "RANDLORA": {"r": 4, "randlora_alpha": 8},
     "SHIRA": {"r": 2},
+    "SUPERTUNING": {"sparsity": 0.75},
     "C3A": {"block_size": 2, "init_weights": True},
     "FOURIERFT": {"n_frequency": 30, "init_weights": True},
     "WAVEFT": {"n_frequency": 30},
@@ -127,6 +134,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("TRAINABLE_TOKENS", name): "of Embedding and Linear" for name in EXAMPLES if not HAS_ROWS & {name}},
     **{("DELORA", name): "DeLoRA acts on" for name in EXAMPLES if name != "linear"},
     **{("GRALORA", name): "GraLoRA acts on" for name in EXAMPLES if name not in {"linear", "conv1d"}},
+    **{("GLORA", name): "GLoRA acts on Linear" for name in EXAMPLES if name != "linear"},
     ("HIRA", "attention"): "an attention",
     ("HIRA", GROUPED): "in 2 groups",
     **{("ADALORA", name): "AdaLoRA acts on" for name in EXAMPLES if name not in ALLOTTED},
@@ -137,6 +145,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("UNILORA", name): "Uni-LoRA acts on" for name in EXAMPLES if name not in MATRICES},
     **{("TINYLORA", name): "TinyLoRA acts on" for name in EXAMPLES if name not in MATRICES},
     **{("SHIRA", name): "SHiRA acts on Linear" for name in EXAMPLES if name != "linear"},
+    **{("SUPERTUNING", name): "Super-Tuning acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("C3A", name): "C3A acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("FOURIERFT", name): "FourierFT acts on" for name in EXAMPLES if name not in MATRICES},
     **{("WAVEFT", name): "WaveFT acts on" for name in EXAMPLES if name not in MATRICES},
@@ -236,8 +245,12 @@ each_pair = pytest.mark.parametrize(("name", "example"), [(n, e) for n in AT_SIT
 
 def trained(method: Method, op: Op, dtype: torch.dtype = torch.float64) -> Params:
     """Every tensor of the method filled with normal numbers, as training would leave it; one of indices as it began."""
-    fresh = begun(method, op, Dense(torch.ones(OUT, IN)))
-    return of_floats(fresh, lambda values: torch.randn(values.shape, dtype=dtype))
+    fresh, specs = begun(method, op, Dense(torch.ones(OUT, IN))), method.tensors(site_of(op))
+    moved = of_floats(fresh, lambda values: torch.randn(values.shape, dtype=dtype))
+    stays = {
+        role for role, spec in specs.items() if spec.fixed and not bool(fresh[role].any())
+    }  # for what is not there
+    return moved | {role: fresh[role].to(dtype) for role in stays if fresh[role].is_floating_point()}
 
 
 def of_floats(p: Params, become: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

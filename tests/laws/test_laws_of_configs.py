@@ -147,6 +147,14 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "bias": st.sampled_from(["none", "all", "gralora_only"]),
         "init_weights": st.booleans(),
     },
+    "GLORA": {
+        "r": st.integers(1, 512),
+        "bias": st.sampled_from(["none", "all", "glora_only"]),
+        "config_A_B": st.sampled_from(["lora", "vector", "constant", "none"]),
+        "config_C": st.sampled_from(["lora", "vector", "none"]),
+        "config_D_E": st.sampled_from(["vector", "constant", "none"]),
+        "init_weights": st.booleans(),
+    },
     "HIRA": {
         "r": st.integers(1, 512),
         "hira_dropout": st.floats(0, 1, exclude_max=True),
@@ -195,6 +203,15 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "fan_in_fan_out": st.booleans(),
         "bias": st.sampled_from(["none", "all", "tinylora_only"]),
         "init_weights": st.sampled_from([True, False, "uniform"]),
+    },
+    "SUPERTUNING": {
+        "sparsity": st.floats(0, 1, exclude_max=True),
+        "select_top": st.booleans(),
+        "save_precomputed_indices": st.just(True),
+        "r": st.integers(1, 512),
+        "lora_alpha": numbers,
+        "lora_dropout": st.floats(0, 1, exclude_max=True),
+        "init_weights": st.booleans(),
     },
     "C3A": {
         "block_size": st.integers(1, 512),
@@ -283,6 +300,8 @@ def test_a_config_read_from_its_json_is_equal(name: str, data: st.DataObject):
         chosen.pop("use_qalora", None)
     if chosen.get("layer_replication"):
         chosen.pop("bias", None)
+    if name == "SUPERTUNING" and "r" not in chosen:
+        chosen.pop("lora_alpha", None)
     if chosen.get("use_bdlora") or chosen.get("use_qalora"):
         others = ("use_dora", "lora_bias", "target_parameters", "init_lora_weights")
         chosen = {field: value for field, value in chosen.items() if field not in others}

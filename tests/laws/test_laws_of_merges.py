@@ -25,6 +25,7 @@ from surgery.core.elementwise import Elementwise, Growth
 from surgery.core.method import Additive, Dense, Method, Mixing
 from surgery.core.op import WHOLE, Op
 from surgery.core.rounding import round_once, ulp
+from surgery.core.sums import sum_rows
 from surgery.core.undo import Recorder, Restorer, accumulate
 from surgery.errors import StateError, ValueRangeError
 from surgery.ops.bias import Bias
@@ -125,7 +126,11 @@ def test_what_a_step_says_of_rounding_covers_the_merge_in_the_dtype_of_the_weigh
     assert step is not None
     exact = step.apply(w.double())
     narrow = step.seen(lambda values: values.to(dtype))
-    plain = (w + w * narrow.values if isinstance(step, Growth) else narrow.apply(w)).double()
+    if isinstance(narrow, Growth):
+        grown = w * narrow.values
+        plain = (w + (grown if narrow.added is None else grown + narrow.added)).double()
+    else:
+        plain = narrow.apply(w).double()
     held, outcome = step.rounded(w.double(), exact)
     base = method.spread_over(w.double(), exact, p, WHOLE, dtype) if method.of_base else 0
     assert bool(((plain - exact).abs() <= ulp(held, dtype) / 2 + ulp(outcome, dtype) / 2 + base).all())
@@ -158,6 +163,9 @@ def test_a_method_that_changes_a_bias_does_so_as_its_steps_over_a_matrix_of_one_
     if on_bias is None:
         assert merged.bias is base.bias
         return
+    if on_bias.couples:
+        assert on_bias.steps(p, WHOLE, exact_product) is None
+        p = on_bias.told(p, sum_rows(on_bias.terms(base.weight, p, WHOLE, exact_product)))
     for rows in (slice(0, OUT), slice(OUT // 2, OUT)) if method.together in {1, OUT // 2} else [slice(0, OUT)]:
         column = Dense(base.bias[rows].unsqueeze(1))
         assert same_bits(on_bias.merge(column, p, Bias().tile(rows), exact_product).weight[:, 0], merged.bias[rows])

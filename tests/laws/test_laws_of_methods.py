@@ -31,6 +31,7 @@ from surgery.core.arithmetic import exact_product, float_product
 from surgery.core.method import Dense, Method, Mixing
 from surgery.core.op import WHOLE, Op
 from surgery.core.site import Site, TensorInfo
+from surgery.core.sums import sum_rows
 from surgery.core.turned import turned
 from surgery.errors import MatchError
 from surgery.methods import METHODS
@@ -146,6 +147,10 @@ def test_a_branch_is_the_merged_forward_within_the_spread(method: Method, op: Op
     if isinstance(method, Mixing):
         off = method.strayed(base.weight, torch.zeros(OUT, IN).double(), method.prepared(p, exact_product), WHOLE)
     spread = magnitude(op, x, off.expand(OUT, IN))
+    on_bias = method.for_bias()
+    if on_bias is not None and on_bias.couples:
+        p = on_bias.told(p, sum_rows(on_bias.terms(base.weight, p, WHOLE, exact_product)))
+        spread = spread + beside(op, on_bias.spread(p, WHOLE).squeeze(1))
     biases = beside(op, base.bias.abs() + merged.bias.abs())
     rounding = (IN + 2) * EPS * (magnitude(op, x, base.weight) + magnitude(op, x, merged.weight) + biases)
     assert bool((apart <= spread + rounding).all())
@@ -211,9 +216,9 @@ def test_whole_numbers_make_branch_and_merged_forward_equal_to_the_bit(name: str
 
 @each_case
 def test_a_branch_is_differentiable_in_every_tensor(method: Method, op: Op):
-    p = of_floats(trained(method, op), lambda values: values.requires_grad_())
-    x, matrix = given(op, torch.float64, 4), torch.randn(OUT, IN).double()
-    method.branch(x, Below(op, Dense(matrix)), op, p, True).square().sum().backward()
+    p = of_floats(trained(method, op), lambda values: values.requires_grad_(bool(values.any())))
+    x, base = given(op, torch.float64, 4), Dense(torch.randn(OUT, IN).double(), torch.randn(OUT).double())
+    method.branch(x, Below(op, base), op, p, True).square().sum().backward()
     assert all(values.grad is not None and bool(values.grad.any()) for values in p.values() if values.requires_grad)
 
 

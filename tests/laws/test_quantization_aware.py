@@ -44,6 +44,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "RANDLORA": [{"r": 32}],
     "DELORA": [{"r": 4}],
     "SHIRA": [{"r": 8}],
+    "SUPERTUNING": [{"sparsity": 0.9, "r": 4}],
     "C3A": [{"block_size": 16}],
     "TINYLORA": [{"u": 5}],
     "UNILORA": [{"theta_d_length": 40}],
@@ -52,6 +53,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "WAVEFT": [{"n_frequency": 300}],
     "GRALORA": [{"r": 8, "gralora_k": 4, "hybrid_r": 2}],
     "BEFT": [{}],
+    "GLORA": [{"r": 4}, {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}],
 }
 PLAIN, OTHER = (METHODS[name](target_modules=["0"], **SETTINGS[name][0]) for name in ("LORA", "IA3"))
 SITED = [name for name, config in METHODS.items() if not config.copied]

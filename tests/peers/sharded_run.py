@@ -33,11 +33,13 @@ KINDS: dict[str, Callable[[], Any]] = {
     "lokr": lambda: surgery.LoKrConfig(r=1, init_weights=False, **BOTH),
     "vera": lambda: surgery.VeraConfig(r=3, init_weights=False, **BOTH),
     "shira": lambda: surgery.ShiraConfig(r=2, init_weights=False, **BOTH),
+    "supertuning": lambda: surgery.SupertuningConfig(sparsity=0.5, r=2, init_weights=False, **BOTH),
     "c3a": lambda: surgery.C3AConfig(block_size=3, **BOTH),
     "fourierft": lambda: surgery.FourierFTConfig(n_frequency=30, **BOTH),
     "waveft": lambda: surgery.WaveFTConfig(n_frequency=30, init_weights=False, **BOTH),
     "hira": lambda: surgery.HiraConfig(r=3, **BOTH),
     "delora": lambda: surgery.DeloraConfig(r=3, **BOTH),
+    "glora": lambda: surgery.GloraConfig(r=3, **BOTH),
     "gralora": lambda: surgery.GraloraConfig(r=3, gralora_k=3, **BOTH),
 }
 ALLOTTING = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 9}

@@ -26,6 +26,7 @@ METHODS: dict[str, Any] = {
     "loha": surgery.LoHaConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "lokr": surgery.LoKrConfig(r=2, target_modules=["q_proj", "down_proj"]),
     "shira": surgery.ShiraConfig(r=8, target_modules=["q_proj", "down_proj"]),
+    "supertuning": surgery.SupertuningConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "c3a": surgery.C3AConfig(block_size=32, target_modules=["q_proj", "down_proj"]),
     "vblora": surgery.VBLoRAConfig(r=4, num_vectors=9, vector_length=16, target_modules=["q_proj", "down_proj"]),
     "unilora": surgery.UniLoraConfig(r=4, save_indices=True, target_modules=["q_proj", "down_proj"]),
@@ -35,6 +36,7 @@ METHODS: dict[str, Any] = {
     "hira": surgery.HiraConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "delora": surgery.DeloraConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "gralora": surgery.GraloraConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "glora": surgery.GloraConfig(r=4, target_modules=["q_proj", "down_proj"]),
 }
 # By name: the kind, the dtype of the model, and that of what 4 bits compute in.
 BASES = {

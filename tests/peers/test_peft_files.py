@@ -222,7 +222,9 @@ def test_a_setting_of_peft_that_is_not_served_is_refused_with_the_reason_and_the
 
 @pytest.mark.parametrize("kind", [kind.value for kind in peft.PeftType if kind.value not in METHODS])
 def test_a_method_of_peft_that_is_not_served_is_refused_by_name(kind: str) -> None:
-    with pytest.raises(surgery.FormatError, match=f"peft_type is '{kind}'; .*; (run it in PEFT|see whether PEFT)"):
+    with pytest.raises(
+        surgery.FormatError, match=f"peft_type is '{kind}'; .*; (run it in PEFT|see whether PEFT|merge it in PEFT)"
+    ):
         surgery.inject(made("llama"), {"peft_type": kind, "target_modules": ["q_proj"]})
 
 

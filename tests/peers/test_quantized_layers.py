@@ -37,10 +37,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "loha": {"peft_type": "LOHA", "r": 4},
     "lokr": {"peft_type": "LOKR", "r": 2},
     "shira": {"peft_type": "SHIRA", "r": 8},
+    "supertuning": {"peft_type": "SUPERTUNING", "sparsity": 0.9, "r": 4},
     "c3a": {"peft_type": "C3A", "block_size": 16, "init_weights": True},
     "fourierft": {"peft_type": "FOURIERFT", "n_frequency": 300, "init_weights": True},
     "waveft": {"peft_type": "WAVEFT", "n_frequency": 300},
     "beft": {"peft_type": "BEFT"},
+    "glora": {"peft_type": "GLORA", "r": 4},
+    "glora of vectors": {"peft_type": "GLORA", "config_A_B": "vector", "config_C": "vector"},
 }
 SMALL = {
     "hidden_size": 64,

@@ -48,6 +48,8 @@ CONFIGS: dict[str, dict[str, Any]] = {  # a method is one line here
     "LOKR": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
     "MISS": {"r": 8, "target_modules": ["q_proj", "down_proj"]},
     "SHIRA": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
+    "GLORA": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
+    "SUPERTUNING": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
     "C3A": {"block_size": 16, "target_modules": ["q_proj", "down_proj"]},
     "WAVEFT": {"n_frequency": 200, "target_modules": ["q_proj", "down_proj"]},
     "FOURIERFT": {"n_frequency": 200, "target_modules": ["q_proj", "down_proj"]},
@@ -55,6 +57,16 @@ CONFIGS: dict[str, dict[str, Any]] = {  # a method is one line here
 PAIRS = [("LORA", "IA3"), ("IA3", "LORA"), ("LORA", "LORA"), ("IA3", "IA3"), ("LORA", "ADALORA"), ("ADALORA", "IA3")]
 PAIRS += [("LOHA", "LORA"), ("LORA", "LOKR"), ("LOKR", "LOHA"), ("LORA", "MISS"), ("LORA", "SHIRA"), ("LORA", "C3A")]
 PAIRS += [("LORA", "FOURIERFT"), ("LORA", "WAVEFT")]
+PAIRS += [
+    ("LOHA", "LORA"),
+    ("LORA", "LOKR"),
+    ("LOKR", "LOHA"),
+    ("LORA", "MISS"),
+    ("LORA", "SHIRA"),
+    ("LORA", "C3A"),
+    ("LORA", "GLORA"),
+    ("SUPERTUNING", "LORA"),
+]
 
 
 def config(kind: str) -> dict[str, Any]:
@@ -64,6 +76,7 @@ def config(kind: str) -> dict[str, Any]:
 
 _INIT = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights", "ADALORA": "init_lora_weights"}
 _INIT |= dict.fromkeys(("LOHA", "LOKR", "MISS", "SHIRA", "C3A", "FOURIERFT", "WAVEFT"), "init_weights")
+_INIT |= dict.fromkeys(("LOHA", "LOKR", "MISS", "SHIRA", "GLORA", "SUPERTUNING", "C3A"), "init_weights")
 
 
 @pytest.fixture

@@ -72,6 +72,8 @@ RULES: dict[str, Callable[[int], AdapterConfig]] = {
     "hira": lambda r: HiraConfig(r=r, target_modules="0|2"),
     "delora": lambda r: DeloraConfig(r=r, target_modules="0|2"),
     "gralora": lambda r: GraloraConfig(r=r, alpha=4 * r, target_modules="0|2"),
+    "glora": lambda r: surgery.GloraConfig(r=r, target_modules="0|2"),
+    "supertuning": lambda r: surgery.SupertuningConfig(sparsity=0.5, r=r, target_modules="0|2"),
     "vera": lambda r: surgery.VeraConfig(r=r, target_modules="0|2"),
     "pvera": lambda r: surgery.PveraConfig(r=4 * r, target_modules="0|2"),  # of some d that is not zero
     "vblora": lambda r: surgery.VBLoRAConfig(r=r, num_vectors=5, vector_length=2, target_modules="0|2"),
@@ -86,7 +88,7 @@ WHERE: dict[str, set[str]] = {  # the layers that a rule is tried on, if not on 
     **{rule: {*ON_LINEAR, "convolution"} for rule in ("ia3", "ia3 of inputs", "adalora")},
     **{
         rule: {"linear", "linear of sequences"}
-        for rule in ("trainable tokens", "miss", "shira", "delora", "beft", "oft", "hra", "c3a")
+        for rule in ("trainable tokens", "miss", "shira", "supertuning", "delora", "glora", "beft", "oft", "hra", "c3a")
     },
     "road": {"linear", "linear of sequences"},
     "boft": {"linear", "linear of sequences", "convolution"},

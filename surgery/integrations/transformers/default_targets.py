@@ -158,8 +158,10 @@ DEFAULTS: Mapping[str, Mapping[str, Default]] = {
                 "HRA",
                 "HIRA",
                 "DELORA",
+                "GLORA",
                 "GRALORA",
                 "MISS",
+                "SUPERTUNING",
             ]
         ),
     )

@@ -91,7 +91,7 @@ def _changes(name: str, layer: Adapted, model_dtype: torch.dtype, clones: Clones
     dtype = plain_dtype(layer.beneath, model_dtype) if held else site.weight.torch_dtype
     on_weight = tuple(layer for layer in layers if not layer.method.leaves_weight)
     weight, bias = Change(site, dtype, on_weight, held=held), bias_site(site)
-    on_bias = bias_layers(layers)
+    on_bias = bias_layers(layers, site)
     return (weight, Change(bias, bias.weight.torch_dtype, on_bias, held=held)) if bias and on_bias else (weight,)
 
 

@@ -137,7 +137,23 @@ class _Held:
 def _merged_bias(layer: Adapted, change: Change) -> Tensor:
     bias = layer.base_layer.bias
     assert isinstance(bias, Tensor)
-    return Merged(LiveWeights({change.site.name: bias}, [change.site]), [change]).load(change.site).tensors["weight"]
+    source = _Beside({change.site.name: bias}, layer)
+    return Merged(source, [change]).load(change.site).tensors["weight"]
+
+
+class _Beside(LiveWeights):
+    """The bias of a layer, and the layer's weight for what depends on that."""
+
+    def __init__(self, biases: Mapping[str, Tensor], layer: Adapted) -> None:
+        super().__init__(biases, [])
+        self.layer = layer
+
+    def load(self, site: Site, rows: slice | None = None) -> Packed:
+        if site.name in self.parameters:
+            return super().load(site, rows)
+        if is_quantized(self.layer.base_layer):
+            return _Held(packed_of_layer(self.layer.base_layer, site.name), site).load(site, rows)
+        return LiveWeights({site.name: self.layer.base_weight}, [site]).load(site, rows)
 
 
 def _import(library: str, into: str) -> None:

@@ -45,7 +45,8 @@ class LiveRecorder:
         if tile.change.held:  # whose layer is put back as it was
             return
         if tile.first:
-            self.recorder = Recorder() if self.kind == "index" and tile.steps is not None else None
+            by_index = self.kind == "index" and tile.steps is not None and tile.change.beside is None
+            self.recorder = Recorder() if by_index else None
         if self.recorder is not None and tile.steps is not None and tile.original is not None:
             self.recorder.add(tile.original, tile.merged, tile.steps, tile.near_ties)
         if tile.last:
@@ -65,6 +66,7 @@ def merge_in_place(layers: Mapping[str, Adapted], changes: Changes, undo: UndoKi
     """Merge into plain layers; on an error all of them are as they were."""
     targets = {one.site.name: parameter_of(layer, one) for name, layer in layers.items() for one in changes[name]}
     flat = [one for name in layers for one in changes[name]]
+    flat.sort(key=lambda one: one.beside is None)  # what depends on the weight beside it, before that changes
     live = LiveWeights(targets, [change.site for change in flat])
     recorder, undone = LiveRecorder(live, undo), [one for one in flat if not one.held]
     originals = _hashes(live, undone)

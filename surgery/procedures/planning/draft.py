@@ -96,6 +96,7 @@ class Draft:
         for name, change in self.changes.items():
             if any(layer.method.mixes or layer.method.replaced_rows for layer in change.layers):
                 self._refuse(change)
+            self._check_beside(name, change)
             held = change.site.weight.dtype
             if held not in PLAIN_DTYPES:
                 what = str(held).removeprefix("torch.")
@@ -156,6 +157,18 @@ class Draft:
             refuse_over([layer.method for layer in change.layers], change.site)
         except MatchError as error:
             self.refusals.append(error)
+
+    def _check_beside(self, name: str, change: Change) -> None:
+        """The weight that a bias depends on is one of the base's, as it is."""
+        weight = None if change.beside is None else change.beside.weight.name
+        replaced = weight in self.changes and self.changes[weight].saved is not None
+        if weight is not None and (replaced or self.base.info(weight) is None):
+            self.refusals.append(
+                MatchError(
+                    f"{printable(name)}: {change.layers[0].method.name} makes it of {printable(weight)}, which is not "
+                    "in the base as it is; leave it out of target_modules, or merge without what replaces or ties it"
+                )
+            )
 
     def _replace(self, name: str, whole: Whole) -> None:
         before = self.changes.get(name)

@@ -160,7 +160,7 @@ class Joined:
             del self.layers[site.weight.name]
 
     def _add(self, site: Site, layer: Layer) -> None:
-        bias, on_bias = bias_site(site), bias_layers([layer])
+        bias, on_bias = bias_site(site), bias_layers([layer], site)
         first = site.weight if bias is None or not layer.method.leaves_weight else bias.weight
         if first.name in self.layers:
             other = self.layers[first.name][1].name

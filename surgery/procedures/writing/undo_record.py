@@ -63,6 +63,7 @@ class UndoRecord:
         self.displaced: list[str] = list(data["displaced"])
         self.headers = {name: base64.b64decode(raw) for name, raw in data["headers"].items()}
         self.layout = layout_of(self.headers, data["sizes"])
+        self.biases = {info.name: info for info in self.layout.infos() if info.name.endswith(".bias")}
         self.tensors: dict[str, dict[str, Any]] = data["tensors"]
         self.streams_sha256: dict[str, str] = dict(data["streams_sha256"])
         for name in (*self.files, *self.displaced, *self.headers, *self.streams_sha256):
@@ -109,16 +110,23 @@ class UndoRecord:
             params = adapter.sites[name]  # first: any other name is no site
             method = adapter.config.method(name).weighted(weight)
             if op is not None and op.name in {"linear", "conv1d", "embedding"}:  # others know more than their name
-                site = Site(info.name, {"weight": info, "bias": info}, op)
+                site = Site(info.name, {"weight": info, **self._bias_of(info)}, op)
                 check_shapes(name, params, method.tensors(site), RECORD)
                 method.check_values(params, site, RECORD)
-            if method.couples and sums is None:
-                raise FormatError(f"{printable(self.folder)}: {RECORD} lacks the sums of {printable(name)}")
             layers.append(Layer(method, params, index, name, sums))
-        laid = bias_layers(layers) if field.get("op") == Bias.name else tuple(layers)
         held = info if there is None else info._replace(dtype=there.dtype)
         new = there is None or there.shape != info.shape or info.name in merged.packed
-        return Change(Site(info.name, {"weight": held}, op), info.torch_dtype, laid, new=new)
+        site = Site(info.name, {"weight": held}, op)
+        laid = bias_layers(layers, site) if field.get("op") == Bias.name else tuple(layers)
+        for layer in laid:
+            if layer.method.couples and layer.sums is None:
+                raise FormatError(f"{printable(self.folder)}: {RECORD} lacks the sums of {printable(layer.name)}")
+        return Change(site, info.torch_dtype, laid, new=new)
+
+    def _bias_of(self, info: TensorInfo) -> Mapping[str, TensorInfo]:
+        """Of the module of a weight, or of this bias itself."""
+        there = self.biases.get(f"{info.name.rpartition('.')[0]}.bias")
+        return {} if there is None else {"bias": there}
 
     def undo(self, change: Change) -> Undo:
         """What the weight of `change` needs; read anew at each call."""

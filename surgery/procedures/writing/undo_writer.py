@@ -147,8 +147,12 @@ class FileUndo:
 
 
 def _is_kept(change: Change) -> bool:
-    """Can nothing but the original bring it back? More are found so while they are merged."""
-    return bool(change.held or change.through or change.mixes) or change.saved is not None or change.as_peft is not None
+    """Can nothing but the original bring it back? More are found so while they are merged.
+
+    The sums that a bias depends on, of the weight beside it, take more than the bias.
+    """
+    others = (change.saved, change.as_peft, change.beside)
+    return bool(change.held or change.through or change.mixes) or any(one is not None for one in others)
 
 
 def _held_in(base: Checkpoint, change: Change) -> Sequence[str]:
