@@ -128,7 +128,8 @@ def _shift(values: Tensor, along: int) -> Tensor:
     """Which multiples of 2^-shift have 22 bits, as it broadcasts over the values."""
     if values.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=values.device)
-    largest = values.abs().amax(dim=along, keepdim=True)
+    lowest, highest = values.amin(dim=along, keepdim=True), values.amax(dim=along, keepdim=True)
+    largest = torch.maximum(highest, -lowest)  # half of what magnitudes, and the largest of them, take
     if not bool(torch.isfinite(largest).all()):
         raise ValueRangeError("a factor holds NaN or infinity; finite numbers are wanted; train or save it again")
     exponent = torch.frexp(largest).exponent
