@@ -135,7 +135,8 @@ def _shift(values: Tensor, along: int) -> Tensor:
     """Which multiples of 2^-shift have 22 bits, as it broadcasts over the values."""
     if values.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=values.device)
-    largest = values.abs().amax(dim=along, keepdim=True)
+    lowest, highest = values.amin(dim=along, keepdim=True), values.amax(dim=along, keepdim=True)
+    largest = torch.maximum(highest, -lowest)  # half of what magnitudes, and the largest of them, take
     exponent = torch.frexp(largest).exponent.to(torch.int64)  # of zero it is 0
     if not bool(((largest < 2.0**EXPONENT_LIMIT) & (exponent >= -EXPONENT_LIMIT)).all()):  # one look at a device
         _refuse(largest)

@@ -17,6 +17,7 @@ from surgery.core.sums import row_sums
 from surgery.errors import ConfigError, MatchError, ValueRangeError, printable
 from surgery.methods.bias_config import BiasConfig
 from surgery.methods.field_values import check_count
+from surgery.methods.hra_spread import reflected, slanted
 from surgery.methods.kaiming import kaiming
 from surgery.methods.rotations import COPIES, FINE, inverse, times
 from surgery.methods.spreads import unit_of
@@ -24,7 +25,7 @@ from surgery.methods.spreads import unit_of
 Bias = Literal["none", "all", "hra_only"]
 Dot = Callable[[Tensor, Tensor], Tensor]
 _NEAR = 2.0**-12  # what Gram-Schmidt has to leave of a vector, in float32 of which it is rounded to 2^-24
-_SURE = 8
+_SIGMAS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,9 @@ class Hra(AtStrength, Mixing):
         """With "L" and "C"."""
         require_finite(p["U"], "U")
         dot = partial(_dot, product)
-        V = self._vectors(exact_float64(p["U"]), dot)
-        if not all_finite(V.detach()) or (self.orthogonal and self._leaves_little(p["U"], V)):
+        rest = self._rest(exact_float64(p["U"]), dot)
+        V = _units(rest)
+        if not all_finite(V.detach()) or (self.orthogonal and bool((_norms(rest) < _NEAR).any())):
             raise ValueRangeError(
                 "a vector of U is zero, or beyond what can be squared, or apply_GS leaves less than 2^-12 of it beside "
                 "those before; what it reflects is not told; train it again"
@@ -117,51 +119,42 @@ class Hra(AtStrength, Mixing):
         return base._replace(weight=weight + self.strength * moved)
 
     def strayed(self, base: Tensor, error: Tensor, p: Params, tile: Tile) -> Tensor:  # noqa: ARG002  # of whole rows
-        # Roundings are taken as independent and as often up as down: their sum is beyond _SURE times the root of the
-        # sum of their squares once in 10^13 (Hoeffding). Those of a sum of n products are 2 n, of the partial sums.
-        V = self._vectors(exact_float64(p["U"]), _plain_dot)
-        unit, n = unit_of(p["U"]), len(V)
-        before, after, Y = _sizes(V)
-        A, W, L, C = V.abs(), base.abs(), p["L"].abs(), p["C"].abs()
-        # Each reflection takes 2 (K u) u^T from K, what came before it: a sum for each row, and a norm for all.
-        squares = 8 * n * (W.square() @ before.square()) @ after.square().T
-        squares += 4 * (n + 16) * (base @ Y).square() @ after.square().T
-        # W H is a sum, and K is rounded by each, W to the factors' dtype, and the outcome to it.
-        squares += (2 * n + self.r + 2) * (W + 2 * (W @ Y.abs()) @ A.T).square()
-        own = _SURE * unit * squares.sqrt()
-        if self.orthogonal:
-            own = own + self._slanted(exact_float64(p["U"]), V, base, unit)
+        # Not a sure bound. Each rounding counts as a number of mean zero, whatever those before it were, which is not
+        # so of numbers that are chosen against it. Where it is, a sum of them is beyond _SIGMAS times the root of the
+        # sum of their squares, each at its largest, once in 10^13 (Azuma and Hoeffding: 2 exp(-_SIGMAS^2 / 2)). A sure
+        # bound adds up what this squares: n roundings of a sum of n products, and over a row what those are off by.
+        # With r = 8 and random vectors that is 9 times as much for n = 64, 55 times for n = 1024 and 113 times for
+        # n = 4096, about 1.7 sqrt(n); and it is 4 % of a weight there, as much as training changes.
+        U, unit, n = exact_float64(p["U"]), unit_of(p["U"]), len(p["U"])
+        V = self._vectors(U, _plain_dot)
+        A, W, L, C, Y = V.abs(), base.abs(), p["L"].abs(), p["C"].abs(), V
         grid = (n + self.r) * FINE * n * W.amax(1, keepdim=True) * L.amax() * self.r * C.amax()
-        return error + abs(self.strength) * (2 * (error @ Y.abs()) @ A.T + own + grid)
-
-    def _slanted(self, U: Tensor, V: Tensor, base: Tensor, unit: float) -> Tensor:
-        """What the weight may be off by because Gram-Schmidt rounds.
-
-        Its vectors are those of columns that sums of n products have moved, r times; so each is off by sqrt(2 r) |R^-1|
-        times as much in norm, to first order, along itself and those before.
-        """
-        n, r = U.shape
-        units, A = _units(U), V.abs()
-        slant = (2 * r) ** 0.5 * torch.linalg.inv(V.T @ units).norm() * r * _SURE * (2 * n + 5) ** 0.5 * unit
-        length, along = base.square().sum(1, keepdim=True).sqrt(), (base @ V).abs().sum(1, keepdim=True)  # [out, 1]
-        off: Tensor = 2 * slant * (length * A.sum(1) + along * (A + units.abs()).sum(1))
-        return off
+        if self.orthogonal:
+            squares, slant = slanted(V, torch.triu(V.T @ _units(U)), base)
+            grid = grid + slant
+        else:
+            squares, Y = reflected(V, W, base)
+        # W H is a sum of n products, H is rounded, W to the factors' dtype, and the outcome to it.
+        squares = squares + (2 * n + self.r + 2) * (W + 2 * (W @ Y.abs()) @ A.T).square()
+        return error + abs(self.strength) * (2 * (error @ Y.abs()) @ A.T + _SIGMAS * unit * squares.sqrt() + grid)
 
     def _vectors(self, U: Tensor, dot: Dot) -> Tensor:
         """The columns at length 1, and orthogonal if they are to be."""
+        return _units(self._rest(U, dot))
+
+    def _rest(self, U: Tensor, dot: Dot) -> Tensor:
+        """The columns, or what Gram-Schmidt leaves of each at length 1 beside those before."""
         if not self.orthogonal:
-            return _units(U)
-        found: list[Tensor] = []
+            return U
+        before: list[Tensor] = []
+        left: list[Tensor] = []
         for u in _units(U).T.unsqueeze(1):  # [1, in]
             rest = u
-            for v in found:
+            for v in before:
                 rest = rest - dot(v, rest) * v
-            found.append(_units(rest.T).T)
-        return torch.cat(found).T
-
-    def _leaves_little(self, U: Tensor, V: Tensor) -> bool:
-        along = torch.triu(V.T @ _units(exact_float64(U)), 1).detach()  # [r, r], of length 1 in all
-        return bool((1 - along.square().sum(0) < _NEAR**2).any())
+            left.append(rest)
+            before.append(_units(rest.T).T)
+        return torch.cat(left).T
 
     def settings(self) -> Mapping[str, str]:
         vectors = {"vectors": "orthogonal"} if self.orthogonal else {}
@@ -185,6 +178,12 @@ def _units(U: Tensor) -> Tensor:
     return (rows / row_sums(rows * rows).sqrt().unsqueeze(1)).T
 
 
+def _norms(U: Tensor) -> Tensor:
+    """[r], of its columns, by sums of one order."""
+    rows = U.detach().T.contiguous()
+    return row_sums(rows * rows).sqrt()
+
+
 def _dot(product: Product, u: Tensor, v: Tensor) -> Tensor:
     """Of rows: [n, in] each -> [n, 1]."""
     return product(u.unsqueeze(1), v.unsqueeze(2), WHOLE, 1.0, fine=True).flatten(1)
@@ -205,19 +204,6 @@ def _pairs(V: Tensor, dot: Dot) -> tuple[Tensor, Tensor]:
     L = torch.stack([u, w], 1).flatten(0, 1)
     R = torch.stack([2 * w + 4 * dot(u, w) * v, -2 * v], 1).flatten(0, 1)
     return torch.cat([L, rows[paired:]]).T, torch.cat([R, -2 * rows[paired:]]).T
-
-
-def _sizes(V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[in, r] each: what |u_i| becomes at most by all reflections before it, and by all after it; and Y.
-
-    H = I - 2 (y_1 u_1^T + ... + y_r u_r^T), of y_i = H_1 ... H_(i - 1) u_i; the rows of a rotation have length 1.
-    """
-    A, G, eye = V.abs(), V.T @ V, torch.eye(V.shape[1], dtype=V.dtype, device=V.device)
-    Y = torch.linalg.solve_triangular(eye + 2 * torch.triu(G, 1), V, upper=True, left=False)
-    Z = torch.linalg.solve_triangular(eye + 2 * torch.tril(G, -1), V, upper=False, left=False).abs()
-    B = A.T @ A
-    before, after = A + 2 * Y.abs() @ torch.triu(B, 1), A + 2 * Z @ torch.tril(B, -1)
-    return before.clamp(max=1), after.clamp(max=1), Y
 
 
 def _ahead(products: Tensor) -> Tensor:

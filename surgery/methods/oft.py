@@ -136,9 +136,11 @@ class Oft(AtStrength, Mixing):
     def _held(self, numbers: Tensor, training: bool) -> Tensor:
         """Within the ball; a gradient passes as if they had been there before."""
         within = self._within(numbers.detach())
-        if not training:
+        if not (training and numbers.requires_grad and torch.is_grad_enabled()):
             return within + (numbers - numbers.detach())
-        with torch.no_grad():  # as PEFT: each step of training begins within it
+        # Written, as in PEFT: the step that follows begins there. Unwritten it would begin beyond the ball, and where
+        # it ended, and so what is saved and merged, would be another. What takes no step is left as it is.
+        with torch.no_grad():
             numbers.copy_(within)
         return numbers
 

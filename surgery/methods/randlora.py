@@ -121,9 +121,8 @@ class RandLora(Additive):
 
     def matrices(self, p: Params, site: Site) -> Params:
         wide = {role: exact_float64(values) for role, values in _cut(p, site.shape).items()}
-        left, right = _in_order(
-            wide["B"].flatten(1), (wide["L"].unsqueeze(2) * wide["A"] * wide["G"]).flatten(0, 1), site.shape
-        )
+        bases = (wide["L"].unsqueeze(2) * wide["A"]).mul_(wide["G"])  # [r, n, low]
+        left, right = _in_order(wide["B"].flatten(1), bases.flatten(0, 1), site.shape)
         return {**p, "left": left, "right": right}  # [out, k], [k, in]
 
     def work_bytes(self, site: Site) -> int:
