@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.adapters import out_proj
-from surgery.adapters.peft import check_shapes, completed, drawn_notes
+from surgery.adapters.completing import completed, drawn_notes
+from surgery.adapters.peft import check_shapes
 from surgery.core.adapter import Adapter
 from surgery.core.names import Endings, in_base, nearest, owners, renaming
 from surgery.core.sharded import whole

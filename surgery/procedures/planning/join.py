@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from surgery.adapters.peft import check_finite, check_shapes, completed
+from surgery.adapters.completing import completed
+from surgery.adapters.peft import check_finite, check_shapes
 from surgery.core.adapter import Adapter, Layer, Weighted, are_as_told, bias_layers
 from surgery.core.method import Method
 from surgery.core.name_map import USUAL
