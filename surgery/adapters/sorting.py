@@ -1,12 +1,12 @@
 """Sorting out: each tensor of an adapter's file has its place, by its name, or the file is refused."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from surgery.adapters.parts import MODEL, joined, part_of
 from surgery.core.adapter import Adapter, Stored
 from surgery.core.config import AdapterConfig
 from surgery.core.method import Params
@@ -15,12 +15,10 @@ from surgery.core.site import TensorInfo
 from surgery.errors import ConfigError, FormatError, printable
 from surgery.io.header import SPELLINGS
 
-MODEL = "base_model."  # what PEFT puts before the names of tensors that all sites share
 PREFIX = f"{MODEL}model."
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"})
 
 
-_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 _INDICES = frozenset({torch.uint8, torch.int16, torch.int32, torch.int64})
 
 
@@ -40,7 +38,7 @@ def sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: 
     sorting = _Sorting(config, where)
     for found in tensors:
         sorting.take(found)
-    sorting.join_parts()
+    sorting.shared |= {role: joined(role, parts, where) for role, parts in sorting.parts.items()}
     if config.ties():
         sorting.settle_ties()
     config = _told_of_rows(config, sorting.sites, where)
@@ -83,7 +81,7 @@ class _Sorting:
         dtype = found.info.torch_dtype
         name = found.info.name.removeprefix(PREFIX)
         spelled = next((end for end in suffixes(name) if end in self.endings), None)
-        role, part = self._shared_role(found.info.name), self._shared_part(found.info.name)
+        role, part = self._shared_role(found.info.name), part_of(self.config, found.info.name)
         if part is not None and dtype.is_floating_point:
             self.parts.setdefault(part[0], {})[part[1]] = found.values
         elif role is not None and dtype.is_floating_point:
@@ -121,24 +119,6 @@ class _Sorting:
         path, _, last = name.rpartition(".")
         there = self.config.repeats_shared or path in {"", MODEL.rstrip(".")}
         return self.config.shared.get(last) if there else None
-
-    def _shared_part(self, name: str) -> tuple[str, int] | None:
-        """The role of a tensor that all sites share, and the number of this row of it."""
-        path, _, number = name.rpartition(".")
-        role = self.config.shared.get(path.removeprefix(MODEL)) if self.config.shared_in_parts else None
-        return (role, int(number)) if role is not None and _NUMBER.fullmatch(number) else None
-
-    def join_parts(self) -> None:
-        """FormatError unless the rows are numbered from 0 on, and alike."""
-        for role, parts in self.parts.items():
-            rows = [parts[at] for at in range(len(parts)) if at in parts]
-            if len(rows) < len(parts) or len({(one.dtype, one.shape) for one in rows}) > 1:
-                numbers = ", ".join(map(str, sorted(parts)))
-                raise FormatError(
-                    f"{printable(self.where)}: parts {numbers} of {role} are in it; all from 0 on, in one shape, are "
-                    "wanted; the file is incomplete; save it again"
-                )
-            self.shared[role] = torch.stack(rows)
 
     def _share(self, role: str, found: Found) -> None:
         """Once in memory, however often the file has it."""

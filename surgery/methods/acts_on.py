@@ -14,6 +14,11 @@ def only_linear_or_conv1d(site: Site, method: str) -> None:
     _only(site, method, ("linear", "conv1d"), "Linear and Conv1D of transformers")
 
 
+def only_matrices(site: Site, method: str) -> None:
+    """MatchError for a site that is neither of these nor an Embedding."""
+    _only(site, method, ("linear", "conv1d", "embedding"), "Linear, Conv1D of transformers and Embedding")
+
+
 def _only(site: Site, method: str, ops: tuple[str, ...], told: str) -> None:
     if site.acting.name not in ops or site.acting.alone:
         raise MatchError(

@@ -15,13 +15,17 @@ from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
 from surgery.errors import StateError, ValueRangeError, printable
-from surgery.methods.acts_on import only_linear_or_conv1d
+from surgery.methods.acts_on import only_matrices
 from surgery.methods.spreads import product_spread, unit_of
 
 
 @dataclass(frozen=True)
 class TinyLora(Additive):
-    """U is [out, r], V [r, in], P [u, r, r], v [groups, u]; `group` [1] says which row of v is the site's."""
+    """U is [out, r], V [r, in], P [u, r, r], v [groups, u]; `group` [1] says which row of v is the site's.
+
+    Of an embedding, which is stored transposed, U is [in, r] and V [r, out]: as PEFT has it, and as who sees no more
+    than the stored weight takes it for a Linear's.
+    """
 
     r: int
     u: int
@@ -31,11 +35,12 @@ class TinyLora(Additive):
     name = "TinyLoRA"
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        only_linear_or_conv1d(site, self.name)
-        (out_features, in_features), r = site.shape, rank_of(site, self.r)
+        only_matrices(site, self.name)
+        r = rank_of(site, self.r)
+        high, wide = site.shape[::-1] if _is_embedding(site.acting) else site.shape
         return {
-            "U": Spec("tinylora_B", (out_features, r), fixed=True),
-            "V": Spec("tinylora_A", (r, in_features), fixed=True),
+            "U": Spec("tinylora_B", (high, r), fixed=True),
+            "V": Spec("tinylora_A", (r, wide), fixed=True),
             "P": Spec("tinylora_P", (self.u, r, r), fixed=True, dealt=True),
             "group": Spec("tinylora_group", (1,), fixed=True, dealt=True),
             "v": Spec("tinylora_v", (1, self.u), shared=True, longer=(0,)),
@@ -49,7 +54,8 @@ class TinyLora(Additive):
                 f"{printable(site.name)}: it is on the meta device, and TinyLoRA begins with parts of its weight; give "
                 "the model its weights first"
             )
-        U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
+        stored = weight.T if _is_embedding(site.acting) else weight
+        U, S, Vh = torch.linalg.svd(stored.float(), full_matrices=False)
         U, S, V = (part.to(weight.dtype) for part in (U[:, :r], S[:r], Vh[:r]))
         root = S.sqrt()
         return {
@@ -67,35 +73,43 @@ class TinyLora(Additive):
                 f"{groups}; the file is incomplete, or of other modules; save it again"
             )
 
-    def matrices(self, p: Params, site: Site) -> Params:  # noqa: ARG002  # the tensors tell
+    def matrices(self, p: Params, site: Site) -> Params:
+        """`left` and `right` are the factors; with `turned`, whatever it holds, those of the transposed delta."""
         U, V, P = (exact_float64(p[role]) for role in "UVP")
         R = _in_order(_own(p).to(P).view(-1, 1, 1) * P)  # [r, r]
-        return {**p, "UR": _in_order(U.T.unsqueeze(2) * R.unsqueeze(1)), "wide V": V}  # [out, r], [r, in]
+        found = {**p, "left": _in_order(U.T.unsqueeze(2) * R.unsqueeze(1)), "right": V}  # [high, r], [r, wide]
+        return {**found, "turned": p["group"]} if _is_embedding(site.acting) else found
 
     def work_bytes(self, site: Site) -> int:
         return 2 * factor_bytes(site.shape, rank_of(site, self.r))
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
-        return product(p["UR"], p["wide V"], tile, self.scaling)
+        if "turned" in p:
+            return product(p["left"], p["right"], tile[::-1], self.scaling).mT
+        return product(p["left"], p["right"], tile, self.scaling)
 
-    def directions(self, p: Params) -> Tensor:
-        return p["wide V"]
+    def directions(self, p: Params) -> Tensor | None:
+        return None if "turned" in p else p["right"]
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
-        # Each of U R is a sum of r products of sums of u products, all rounded, on either side.
-        unit, V = unit_of(*(p[role] for role in "UVPv")), p["wide V"][:, tile[1]]
+        # Each element of U R is a sum of r products of sums of u products, all rounded, on either side.
+        rows, columns = tile[::-1] if "turned" in p else tile
+        unit, right = unit_of(*(p[role] for role in "UVPv")), p["right"][:, columns]
         U, P = (exact_float64(p[role]).abs() for role in "UP")
         R = (_own(p).to(P).abs().view(-1, 1, 1) * P).sum(0)  # [r, r]
-        off = 2 * (len(P) + len(R) + 2) * unit * (U[tile[0]] @ R)
-        return abs(self.scaling) * (off @ V.abs() + product_spread(p["UR"][tile[0]], V, unit))
+        off = 2 * (len(P) + len(R) + 2) * unit * (U[rows] @ R)
+        found = abs(self.scaling) * (off @ right.abs() + product_spread(p["left"][rows], right, unit))
+        return found.mT if "turned" in p else found
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
         below, U, V, P = run(x), p["U"], p["V"], p["P"]
-        v = _own(p).to(P.device)  # of layers on several devices
-        R = (v @ P.flatten(1)).view(P.shape[1:])  # [r, r]
+        dropped = self.dropout if training else 0.0
+        R = (_own(p).to(P.device) @ P.flatten(1)).view(P.shape[1:])  # [r, r]; v may be of layers on several devices
+        if _is_embedding(op):
+            h = F.dropout(op.apply(x, U.T), dropped)  # [*batch, r]
+            return op.mix_onto(below, F.linear(h, R.T), V.T, self.scaling)
         x = in_dtype_of(V, x)
-        if training and self.dropout:
-            x = F.dropout(x, self.dropout)
+        x = F.dropout(x, dropped) if dropped else x
         return op.mix_onto(below, F.linear(op.apply(x, V), R), U, self.scaling)
 
 
@@ -109,6 +123,10 @@ def projections(u: int, r: int, seed: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.normal(mean=0.0, std=1.0 / (r**0.5), size=(u, r, r), generator=generator)
     return drawn.to(dtype).to(drawn.dtype) if dtype.is_floating_point else drawn
+
+
+def _is_embedding(op: Op) -> bool:
+    return op.name == "embedding"
 
 
 def _own(p: Params) -> Tensor:

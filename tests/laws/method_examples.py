@@ -143,7 +143,7 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
     **{("RANDLORA", name): "RandLoRA acts on" for name in EXAMPLES if name not in MATRICES},
     **{("VBLORA", name): "VB-LoRA acts on" for name in EXAMPLES if name not in MATRICES},
     **{("UNILORA", name): "Uni-LoRA acts on" for name in EXAMPLES if name not in MATRICES},
-    **{("TINYLORA", name): "TinyLoRA acts on" for name in EXAMPLES if name not in MATRICES},
+    **{("TINYLORA", name): "TinyLoRA acts on" for name in EXAMPLES if not {name} & (MATRICES | HAS_ROWS)},
     **{("SHIRA", name): "SHiRA acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("SUPERTUNING", name): "Super-Tuning acts on Linear" for name in EXAMPLES if name != "linear"},
     **{("C3A", name): "C3A acts on Linear" for name in EXAMPLES if name != "linear"},

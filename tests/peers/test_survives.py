@@ -32,6 +32,8 @@ KINDS: dict[str, Any] = {
     "glora": lambda: surgery.GloraConfig(r=2, init_weights=False, **TARGETS),
     "gralora": lambda: surgery.GraloraConfig(r=2, hybrid_r=1, init_weights=False, **TARGETS),
 }
+FROM_WEIGHTS = {"dora", "delora", "supertuning", "tinylora"}  # which start from them
+UNWATCHED = {"loha", "fourierft", "glora"}  # which add their delta to a weight that nothing watches
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -99,9 +101,7 @@ def test_it_goes_to_another_dtype_and_is_merged_there(kind: str, dtype: torch.dt
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "kind", [one for one in KINDS if one not in {"dora", "delora", "supertuning"}]
-)  # which start from weights
+@pytest.mark.parametrize("kind", [one for one in KINDS if one not in FROM_WEIGHTS])
 def test_one_that_was_made_on_the_meta_device_takes_its_weights_later(kind: str) -> None:
     wanted = injected(kind)
     with torch.device("meta"):
@@ -136,14 +136,8 @@ def test_hooks_on_a_layer_and_on_its_base_run_and_may_change_what_they_see(kind:
     model(X.clone().requires_grad_()).sum().backward()
     assert seen == ["base", "adapted", "backward"]
     watched = model(X)
-    # Two add their delta to a weight that nothing watches: sums of at most 8 + 1 terms in two layers, rounded anew.
-    room = (
-        0
-        if kind not in {"loha", "fourierft"}
-        else 2 * 2 * 9 * torch.finfo(torch.float32).eps * float(alone.abs().max())
-    )
-    # These add to a weight that nothing watches: sums of at most 8 + 1 terms in two layers, rounded anew.
-    room = 0 if kind not in {"loha", "glora"} else 2 * 2 * 9 * torch.finfo(torch.float32).eps * float(alone.abs().max())
+    # Sums of at most 8 + 1 terms in two layers, rounded anew.
+    room = 2 * 2 * 9 * torch.finfo(torch.float32).eps * float(alone.abs().max()) if kind in UNWATCHED else 0
     torch.testing.assert_close(watched, alone, rtol=0, atol=room)
     handles.append(model[2].register_forward_hook(lambda _module, _given, out: 2 * out))
     assert torch.equal(model(X), 2 * watched)

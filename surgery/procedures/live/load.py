@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.adapters import out_proj
-from surgery.adapters.peft import check_shapes, completed, drawn_notes
+from surgery.adapters.completing import completed, drawn_notes
+from surgery.adapters.peft import check_shapes
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter
 from surgery.core.names import Endings, in_base, nearest, owners, renaming

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from surgery.adapters.peft import check_finite, check_shapes, completed
+from surgery.adapters.completing import completed
+from surgery.adapters.peft import check_finite, check_shapes
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter, Layer, Weighted, are_as_told, bias_layers
 from surgery.core.method import Method

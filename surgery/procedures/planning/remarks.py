@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from surgery.adapters import out_proj
-from surgery.adapters.peft import drawn_notes
+from surgery.adapters.completing import drawn_notes
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter, Weighted, are_as_told
 from surgery.core.names import Naming
