@@ -345,6 +345,47 @@ def test_an_argument_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
         model.load_adapter(tmp_path, "third", token="secret")
     with pytest.raises(surgery.UsageError, match="no_such"):
         model.load_adapter(tmp_path, "third", no_such=1)
+    with pytest.raises(surgery.UsageError, match="where the model's layers are"):
+        model.load_adapter(tmp_path, "third", device_map="auto")
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_under_an_adapter_keeps_its_size(options: dict[str, Any], tied: bool) -> None:
+    model = surgery.inject(llama(tie_word_embeddings=tied), surgery.LoraConfig(**(FIRST | options)))
+    before, size = state(model), model.config.vocab_size
+    with pytest.raises(surgery.StateError, match=f"of {size} tokens; resize the model first"):
+        model.resize_token_embeddings(size + 11)
+    assert unchanged(model, before)
+    model.resize_token_embeddings(size)
+    assert unchanged(model, before)
+
+
+def test_a_vocabulary_beside_adapters_is_resized_as_ever(tmp_path: Path) -> None:
+    model = adapted()
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 3, pad_to_multiple_of=8, mean_resizing=False)
+    grown = -(-(size + 3) // 8) * 8
+    assert model(torch.tensor([[grown - 1]])).logits.shape[-1] == grown
+    model.save_merged(tmp_path / "out")
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == grown
+
+
+@pytest.mark.parametrize("name", ["training", "items", "__base__"])
+def test_a_word_that_modules_have_for_something_else_names_no_adapter(name: str) -> None:
+    with pytest.raises(surgery.UsageError, match="this word for something else"):
+        llama_with(name)
+
+
+def test_what_a_layer_holds_is_asked_for_as_in_peft() -> None:
+    factors = adapted().model.layers[0].self_attn.q_proj.lora_A
+    assert list(factors) == list(factors.keys()) == [name for name, _ in factors.items()]
+    assert "first" in factors
+    assert [one.weight.shape for one in factors.values()] == [factors[name].weight.shape for name in factors]
+
+
+def llama_with(name: str) -> LlamaForCausalLM:
+    return surgery.inject(llama(), surgery.LoraConfig(**FIRST), adapter_name=name)
 
 
 def test_an_adapter_is_loaded_from_a_sub_folder_that_is_in_its_folder(tmp_path: Path) -> None:
