@@ -361,6 +361,27 @@ def test_a_vocabulary_under_an_adapter_keeps_its_size(options: dict[str, Any], t
     assert unchanged(model, before)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": [1]},
+    ],
+    ids=str,
+)
+def test_tied_weights_under_adapters_are_tied_again_as_they_are(options: dict[str, Any]) -> None:
+    model = surgery.inject(llama(tie_word_embeddings=True), surgery.LoraConfig(**(FIRST | options)))
+    before, running = state(model), outputs(model)
+    model.tie_weights()
+    assert unchanged(model, before)
+    assert torch.equal(outputs(model), running)
+    surgery.eject(model).tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_a_vocabulary_beside_adapters_is_resized_as_ever(tmp_path: Path) -> None:
     model = adapted()
     size = model.config.vocab_size

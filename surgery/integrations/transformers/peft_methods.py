@@ -44,6 +44,14 @@ class PeftMethods(nn.Module):
         resized: Any = super().resize_token_embeddings  # type: ignore[misc]
         return resized(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
+    def tie_weights(self, *given: Any, **named: Any) -> Any:
+        """As ever. What adapters lie over stays as it is: a tied weight was so before them, and is."""
+        tied: Any = getattr(self, "all_tied_weights_keys", None) or {}
+        modules = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
+        if any(isinstance(self.get_submodule(name), Adapted | Replaced) for name in modules):
+            return None
+        return super().tie_weights(*given, **named)  # type: ignore[misc]
+
     def disable_adapter(self) -> switch.Switched:
         """Run the base alone; a context manager that takes it back."""
         return switch.disable_adapters(self)
