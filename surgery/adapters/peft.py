@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from surgery.adapters import out_proj
+from surgery.adapters.found import Found
 from surgery.adapters.out_proj import Scale
 from surgery.adapters.parts import MODEL
-from surgery.adapters.sorting import PREFIX, Found, sorted_out
+from surgery.adapters.sorting import PREFIX, sorted_out
 from surgery.core.adapter import Adapter, shapes_of
 from surgery.core.arithmetic import all_finite
 from surgery.core.config import AdapterConfig

@@ -1,36 +1,22 @@
 """Sorting out: each tensor of an adapter's file has its place, by its name, or the file is refused."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from surgery.adapters.found import Found, of_indices, shapes, stored
 from surgery.adapters.parts import MODEL, joined, part_of
-from surgery.core.adapter import Adapter, Stored
+from surgery.core.adapter import Adapter
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Params
 from surgery.core.names import Endings, in_base, owners, suffixes
-from surgery.core.site import TensorInfo
 from surgery.errors import ConfigError, FormatError, printable
 from surgery.io.header import SPELLINGS
 
 PREFIX = f"{MODEL}model."
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"})
-
-
+_HEADS = frozenset({"lm_head", "embed_out"})
 _INDICES = frozenset({torch.uint8, torch.int16, torch.int32, torch.int64})
-
-
-class Found(NamedTuple):
-    """A tensor of an adapter: its name there is `info.name`."""
-
-    info: TensorInfo
-    load: Callable[[str], Tensor]  # by that name
-
-    @property
-    def values(self) -> Tensor:
-        return self.load(self.info.name)
 
 
 def sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: Mapping[str, str]) -> Adapter:
@@ -41,15 +27,17 @@ def sorted_out(config: AdapterConfig, tensors: list[Found], where: str, sha256: 
     sorting.shared |= {role: joined(role, parts, where) for role, parts in sorting.parts.items()}
     if config.ties():
         sorting.settle_ties()
+    if config.rows() is None:
+        sorting.settle_rows()
     config = _told_of_rows(config, sorting.sites, where)
     if not sorting.targets:
         _check_complete(config, sorting.sites, where)
     _check_shared(config, sorting.shared, where)
-    config = config.as_shaped({name: _shapes(held) for name, held in sorting.sites.items()})
+    config = config.as_shaped({name: shapes(held) for name, held in sorting.sites.items()})
     _resolve(config, sorting.sites, where)
     adapter = Adapter(
         config,
-        {name: _stored(held) for name, held in sorting.sites.items()},
+        {name: stored(held) for name, held in sorting.sites.items()},
         sorting.saved,
         sorting.copies,
         sorting.ops,
@@ -87,15 +75,15 @@ class _Sorting:
         elif role is not None and dtype.is_floating_point:
             self._share(role, found)
         elif spelled is not None and self._fits(spelled, dtype):
-            self._at_site(name, spelled, _of_indices(found) if self.endings[spelled].integers else found)
+            self._at_site(name, spelled, of_indices(found) if self.endings[spelled].integers else found)
         elif self.config.copied and f".{self.config.copied}." in name:
             self._of_target(name, found)
         elif name.endswith(".base_layer.weight"):
-            self._put(self.copies, in_base(name), found)
+            self._put(self.copies, in_base(name).replace(".token_adapter.", "."), found)
         elif self._is_bias(name):
             self._bias(name, found)
         elif self._is_saved(name):
-            self._put(self.saved, name, found)
+            self._of_whole(name, found)
         elif name.endswith(".weight") and name.split(".")[-2] in _EMBEDDINGS:
             self._put(self.copies, name, found)  # as PEFT saves them where the vocabulary was resized
         else:
@@ -113,6 +101,18 @@ class _Sorting:
         for name, values in list(self.copies.items()):
             if any(torch.equal(values, one) for one in self.saved.values()):
                 self.saved[name] = self.copies.pop(name)
+
+    def settle_rows(self) -> None:
+        """Of a head that is tied, PEFT writes the rows of its embedding again where the vocabulary was resized."""
+        alone = {one.role for one in self.endings.values() if one.alone}
+        rows = {name: held for name, held in self.sites.items() if held.keys() <= alone}
+        heads = [name for name in rows if name.rpartition(".")[2] in _HEADS]
+        embedding = next((held for name, held in rows.items() if name not in heads), {})
+        for name in heads:
+            if all(
+                role in embedding and torch.equal(embedding[role].values, rows[name][role].values) for role in alone
+            ):
+                del self.sites[name]
 
     def _shared_role(self, name: str) -> str | None:
         """That of a tensor that all sites share."""
@@ -163,6 +163,11 @@ class _Sorting:
         if not self._is_saved(name):
             self.biases.add(name)
 
+    def _of_whole(self, name: str, found: Found) -> None:
+        """PEFT writes those of a resized vocabulary three times: the copy's under two names, and what it replaces."""
+        if ".original_module." not in name:
+            self._put(self.saved, name.replace(".modules_to_save.", "."), found)
+
     def _is_saved(self, name: str) -> bool:
         return any(self.whole.end(module) for module in owners(name))
 
@@ -172,20 +177,6 @@ class _Sorting:
             where = printable(self.where)
             raise FormatError(f"{where}: two tensors are {printable(name)}; one is wanted; save it again")
         held[name] = found.values
-
-
-def _shapes(held: Mapping[str, Found]) -> Mapping[str, tuple[int, ...]]:
-    return {role: found.info.shape for role, found in held.items()}
-
-
-def _stored(held: Mapping[str, Found]) -> Params:
-    loads = {found.info.name: found.load for found in held.values()}
-    return Stored({role: found.info for role, found in held.items()}, lambda name: loads[name](name))
-
-
-def _of_indices(found: Found) -> Found:
-    """The same in int32."""
-    return Found(found.info._replace(dtype=torch.int32), lambda name: found.load(name).to(torch.int32))
 
 
 def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]], where: str) -> None:
@@ -225,8 +216,8 @@ def _told_of_rows(config: AdapterConfig, sites: Mapping[str, Mapping[str, Found]
     if config.rows() is None and len(names) != 1:
         found = ", ".join(map(printable, names)) or "none"
         raise FormatError(
-            f"{printable(where)}: trainable_token_indices is of one embedding, and rows are there of {found}; the file "
-            "is incomplete; save it again"
+            f"{printable(where)}: trainable_token_indices is of one embedding, and rows are there of {found}; those of "
+            "one are wanted; save it again"
         )
     try:
         return config.with_rows(names)

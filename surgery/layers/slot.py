@@ -1,6 +1,6 @@
 """Slot: one tensor name, such as `lora_A`, holding its tensor for each adapter."""
 
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Collection, ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,26 @@ class Slot(Bare):
 
     def __getitem__(self, adapter: str) -> Any:
         """As PEFT's layers are asked: `lora_A["default"].weight`."""
-        return {**self._modules, **self._parameters, **self._buffers}[adapter]
+        return self._held[adapter]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def keys(self) -> KeysView[str]:
+        """The adapters."""
+        return self._held.keys()
+
+    def values(self) -> ValuesView[Any]:
+        """What it holds for each."""
+        return self._held.values()
+
+    def items(self) -> ItemsView[str, Any]:
+        """Both."""
+        return self._held.items()
+
+    @property
+    def _held(self) -> dict[str, Any]:
+        return {**self._modules, **self._parameters, **self._buffers}
 
     def __contains__(self, adapter: str) -> bool:
         return adapter in self._modules or adapter in self._parameters or adapter in self._buffers

@@ -52,8 +52,10 @@ class AdaLora(Additive, AsPeft):
         return {"A": fresh["A"] * 0.02, "E": fresh["E"] * 0, "B": fresh["B"] * 0.02} if self.zero else fresh
 
     def matrices(self, p: Params, site: Site) -> Params:  # noqa: ARG002  # the shapes tell all
-        # In float64 A * E is exact, where the factors have 24 bits or fewer.
-        return {**p, "wide B": exact_float64(p["B"]), "AE": exact_float64(p["A"]) * exact_float64(p["E"])}
+        # In float64 A * E is exact, where the factors have 24 bits or fewer. Triplets that are gone, which files leave
+        # out, have no part in the grid that B is rounded to either.
+        B = exact_float64(p["B"]).masked_fill(p["E"].T == 0, 0)
+        return {**p, "wide B": B, "AE": exact_float64(p["A"]) * exact_float64(p["E"])}
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
         return product(p["wide B"], p["AE"], tile, self.scaling)

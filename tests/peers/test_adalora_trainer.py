@@ -148,6 +148,17 @@ def test_the_regularizer_counts_once_a_step_whatever_the_loss_is_made_of(
     assert first[0] - first[1] == pytest.approx(regularizer, abs=8 * eps * first[0])  # 4 sums, and what is logged
 
 
+def test_a_live_merge_of_ranks_that_have_fallen_has_the_bits_of_one_of_its_files(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = injected(init_r=8)
+    run(model, tmp_path / "run", learning_rate=0.3).train()
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_merged(tmp_path / "live")
+    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "streamed")
+    live, streamed = (load_file(tmp_path / where / "model.safetensors") for where in ("live", "streamed"))
+    assert [name for name in live if not torch.equal(live[name], streamed[name])] == []
+
+
 def test_lora_beside_adalora_is_trained_and_resumed_too(tmp_path: Path) -> None:
     def both() -> LlamaForCausalLM:
         model = injected()

@@ -253,3 +253,10 @@ def test_an_adapter_is_loaded_from_a_sub_folder_that_is_in_its_folder(tmp_path: 
     for wrong in ("..", "none"):
         with pytest.raises(surgery.InputError):
             model.load_adapter(tmp_path / "repository", "fourth", subfolder=wrong)
+
+
+def test_what_a_layer_holds_is_asked_for_as_in_peft() -> None:
+    factors = adapted().model.layers[0].self_attn.q_proj.lora_A
+    assert list(factors) == list(factors.keys()) == [name for name, _ in factors.items()]
+    assert "first" in factors
+    assert [one.weight.shape for one in factors.values()] == [factors[name].weight.shape for name in factors]

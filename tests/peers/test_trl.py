@@ -71,6 +71,29 @@ def test_the_regularizer_of_adalora_counts_in_every_loss(loss: str, tmp_path: Pa
     assert first[0] - first[1] == pytest.approx(regularizer, abs=4 * torch.finfo(torch.float32).eps * first[0])
 
 
+def test_dpo_trains_the_adapter_against_the_model_that_it_is_given(tmp_path: Path) -> None:
+    kind = type("Dpo", (surgery.AdapterTrainer, trl.DPOTrainer), {})
+    quiet: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "bf16": False}
+    settings: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
+    rows = [{"prompt": "w1 w2", "chosen": f" w3 w{row}", "rejected": f" w5 w{row + 2}"} for row in range(16)]
+
+    def run(model: LlamaForCausalLM, folder: str) -> Any:
+        arguments = trl.DPOConfig(str(tmp_path / folder), **quiet, **settings, learning_rate=0.01)
+        data = datasets.Dataset.from_list(rows)
+        reference = injected()
+        return kind(model=model, ref_model=reference, args=arguments, train_dataset=data, processing_class=tokenizer())
+
+    model, again = injected(), injected()
+    whole, resumed = run(model, "whole"), run(again, "resumed")
+    whole.train()
+    losses = [line["loss"] for line in whole.state.log_history if "loss" in line]
+    assert losses[0] == torch.tensor(2.0).log().item()  # the two agree
+    assert losses[-1] < losses[0]
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    after = model.state_dict()
+    assert all(torch.equal(values, after[name]) for name, values in again.state_dict().items())
+
+
 @pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_adapted_head_is_trained_by_the_fused_loss_as_by_the_plain_one(

@@ -70,3 +70,11 @@ def test_an_argument_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
         model.load_adapter(tmp_path, "third", token="secret")
     with pytest.raises(surgery.UsageError, match="no_such"):
         model.load_adapter(tmp_path, "third", no_such=1)
+    with pytest.raises(surgery.UsageError, match="where the model's layers are"):
+        model.load_adapter(tmp_path, "third", device_map="auto")
+
+
+@pytest.mark.parametrize("name", ["training", "items", "__base__"])
+def test_a_word_that_modules_have_for_something_else_names_no_adapter(name: str) -> None:
+    with pytest.raises(surgery.UsageError, match="this word for something else"):
+        surgery.inject(llama(), surgery.LoraConfig(**FIRST), adapter_name=name)

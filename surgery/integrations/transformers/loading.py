@@ -17,6 +17,7 @@ from surgery.core.adapter import Adapter
 from surgery.errors import AbsentError, EnvironmentFault, InputError, MatchError, UsageError, printable
 from surgery.hosts.bitsandbytes_layers import never_round_scales
 from surgery.integrations.transformers.quantizing import load_settings
+from surgery.integrations.transformers.resizing import resize
 from surgery.integrations.transformers.subclass import attach
 from surgery.io.hub import Located, located
 from surgery.io.strict_json import read_json
@@ -53,6 +54,7 @@ def load_model(
         return base_model(place, wanted, None)
     adapter = read_adapter(place.path)
     model = base_model(_base_of(place, adapter), wanted, adapter)
+    resize(model, adapter)
     lay(model, adapter, trainable=trainable)
     attach(model)
     return model

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from surgery.errors import StateError, printable
 from surgery.hosts.quantized import is_quantized, shape_of_layer
 from surgery.integrations.transformers.model import output_heads
 from surgery.integrations.transformers.quantizing import tell_ejected
+from surgery.layers import Adapted, Replaced
 from surgery.procedures.live import switch
 from surgery.procedures.live.eject import eject
 from surgery.procedures.live.held_layers import Landing
@@ -31,6 +33,24 @@ class PeftMethods(nn.Module):
         """Print how many numbers are trained, and how many there are."""
         trained, there = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,} || all params: {there:,} || trainable%: {100 * trained / there:.4f}")
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Any:
+        """As ever. StateError where the size changes, and an adapter lies over the embedding of tokens or the head."""
+        if new_num_tokens is not None:
+            step = pad_to_multiple_of or 1
+            _refuse_resizing(self, -(-new_num_tokens // step) * step)
+        resized: Any = super().resize_token_embeddings  # type: ignore[misc]
+        return resized(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    def tie_weights(self, *given: Any, **named: Any) -> Any:
+        """As ever. What adapters lie over stays as it is: a tied weight was so before them, and is."""
+        tied: Any = getattr(self, "all_tied_weights_keys", None) or {}
+        modules = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
+        if any(isinstance(self.get_submodule(name), Adapted | Replaced) for name in modules):
+            return None
+        return super().tie_weights(*given, **named)  # type: ignore[misc]
 
     def disable_adapter(self) -> switch.Switched:
         """Run the base alone; a context manager that takes it back."""
@@ -77,3 +97,14 @@ class PeftMethods(nn.Module):
         if keep_merged:
             tell_ejected(self)
         return self
+
+
+def _refuse_resizing(root: Any, tokens: int) -> None:
+    """StateError where an adapter's tensors have a number for each token that there was."""
+    ends = {id(one) for one in (root.get_input_embeddings(), root.get_output_embeddings())}
+    for name, module in root.named_modules():
+        if id(module) in ends and isinstance(module, Adapted | Replaced) and len(module.weight) != tokens:
+            raise StateError(
+                f"resize_token_embeddings: an adapter lies over {printable(name)}, of {len(module.weight)} tokens; "
+                "resize the model first, then inject"
+            )

@@ -24,7 +24,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "load_config": (None,),
     "device_map": (None,),
 }
+_HUB = ("local_files_only", "token", "cache_dir", "force_download", "proxies")
 _INSTEAD = "set HF_TOKEN, HF_HOME or HF_HUB_OFFLINE in the environment"
+_ALONE = "leave it out; an adapter is laid where the model's layers are, in float32 or their dtype"
 
 
 def given(
@@ -36,7 +38,8 @@ def given(
     """The adapter at `where`, or the one that `config` and `state_dict` are. UsageError unless it is one of both."""
     for name, value in options.items():
         if name not in ("revision", "subfolder") and value not in _NEUTRAL.get(name, ()):
-            raise UsageError(f"load_adapter: {name}={printable(value)}; it cannot be given here; {_INSTEAD}")
+            step = _INSTEAD if name in _HUB else _ALONE
+            raise UsageError(f"load_adapter: {name}={printable(value)}; it cannot be given here; {step}")
     if where is not None:
         place = located(where, options.get("revision"), options.get("subfolder"))
         return read_adapter(place.path)

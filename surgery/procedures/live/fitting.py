@@ -16,7 +16,7 @@ from surgery.errors import ConfigError, MatchError, StateError, UsageError, prin
 from surgery.hosts.of_peft import refuse_adapters_of_peft
 from surgery.hosts.quantized import hold, is_quantized
 from surgery.hosts.tree import State, adapted_layers, refuse_merged, set_state, state_of
-from surgery.layers import Adapted, Replaced, SharedSlot, Slot, Spelled, shared_slots
+from surgery.layers import BASE, Adapted, Replaced, SharedSlot, Slot, Spelled, shared_slots
 from surgery.layers.aware import Holding
 from surgery.procedures.places.biases import Biases, lay_biases, refuse_clash, run_biases
 from surgery.procedures.places.model_tree import Tree, wrap
@@ -199,8 +199,12 @@ def _copied(original: nn.Module, tensors: Mapping[str, Tensor] | None, trainable
 
 def check_name(root: nn.Module, adapter: str) -> None:
     """UsageError for a name that cannot be one; StateError if it is taken, or adapters are merged."""
-    if not _NAME.fullmatch(adapter) or hasattr(_PROBE, adapter) or hasattr(nn.ModuleDict(), adapter):
+    if not _NAME.fullmatch(adapter):
         raise UsageError(f"adapter name {printable(adapter)!r}: letters, digits, _ and - are wanted")
+    if adapter == BASE or hasattr(_PROBE, adapter) or hasattr(nn.ModuleDict(), adapter):
+        raise UsageError(
+            f"adapter name {printable(adapter)!r}: modules have this word for something else; another is wanted"
+        )
     refuse_adapters_of_peft(root)
     state = state_of(root)
     if state is not None and adapter in state.configs:
