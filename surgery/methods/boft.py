@@ -39,7 +39,8 @@ class Boft(AtStrength, Mixing):
     def tensors(self, site: Site) -> Mapping[str, Spec]:
         op, (out_features, in_features) = site.acting, site.shape
         if op.name != "linear" and (len(op.kernel) != 2 or op.groups > 1):
-            found = f"a Conv{len(op.kernel)}d in {op.groups} groups" if op.kernel else f"its op is {op.name}"
+            groups = f" in {op.groups} groups" if op.groups > 1 else ""
+            found = f"a Conv{len(op.kernel)}d{groups}" if op.kernel else f"its op is {op.name}"
             raise MatchError(
                 f"{printable(site.name)}: {found}; BOFT acts on Linear and Conv2d in one group, as in PEFT; exclude it"
             )

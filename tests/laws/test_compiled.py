@@ -24,7 +24,7 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "hra": lambda: surgery.HRAConfig(r=4, **TARGETS),
     "oft": lambda: surgery.OFTConfig(oft_block_size=5, **TARGETS),
     "coft": lambda: surgery.OFTConfig(oft_block_size=5, use_cayley_neumann=False, coft=True, **TARGETS),
-    "road": lambda: surgery.RoadConfig(group_size=4, **TARGETS),
+    "road": lambda: surgery.RoadConfig(group_size=4, variant="road_4", **TARGETS),
     "boft": lambda: surgery.BOFTConfig(boft_block_size=5, **TARGETS),
     "beft": lambda: surgery.BeftConfig(**TARGETS),
     "trainable_tokens": lambda: surgery.TrainableTokensConfig(token_indices=[7, 0], **TARGETS),
