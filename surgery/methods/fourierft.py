@@ -137,15 +137,11 @@ class FourierFT(Additive):
     def _added(self, x: Tensor, c: Tensor, shape: tuple[int, int]) -> Tensor:
         """What it adds to the output of a weight of this shape."""
         half, x = half_places(c, self.seed, shape), in_dtype_of(c, x)
-        if not may_be_one_step(x, c):
-            wide = c.to(torch.promote_types(c.dtype, torch.float32))  # no transform is of half types
-            delta = (transformed(wide, half, shape) * self.scaling).to(c.dtype)
-            return F.linear(x, delta)
-        if _few(x, shape, self.count):
-            few: Tensor = Spectral.apply(x, c * self.scaling, half, shape)  # type: ignore[no-untyped-call]
-            return few
-        many: Tensor = Laid.apply(x, None, None, c * self.scaling, half, shape)  # type: ignore[no-untyped-call]
-        return many
+        if _few(x, shape, self.count) and may_be_one_step(x, c):
+            moved: Tensor = Spectral.apply(x, c * self.scaling, half, shape)  # type: ignore[no-untyped-call]
+            return moved
+        wide = c.to(torch.promote_types(c.dtype, torch.float32))  # no transform is of half types
+        return F.linear(x, (transformed(wide, half, shape) * self.scaling).to(c.dtype))
 
 
 def _few(x: Tensor, shape: tuple[int, int], count: int) -> bool:
