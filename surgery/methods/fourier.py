@@ -34,16 +34,16 @@ def transformed(c: Tensor, half: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 class Laid(torch.autograd.Function):
-    """x (W + D)^T + bias, where D is real(ifft2(S)), of whose S the numbers alone get a gradient; without W, x D^T."""
+    """x (W + real(ifft2(S)))^T + bias, where of S the numbers alone get a gradient."""
 
     @staticmethod
     def forward(  # noqa: PLR0913, PLR0917  # autograd passes no values but tensors and numbers
-        ctx: Any, x: Tensor, W: Tensor | None, bias: Tensor | None, c: Tensor, half: Tensor, shape: tuple[int, int]
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, c: Tensor, half: Tensor, shape: tuple[int, int]
     ) -> Tensor:
         of_W, of_c = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         ctx.save_for_backward(x if of_W or of_c else None, W, c, half)
         ctx.shape = shape
-        return F.linear(x, _over(W, transformed(c, half, shape)), bias)
+        return F.linear(x, W + transformed(c, half, shape), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -52,7 +52,7 @@ class Laid(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])  # [batch, out]
         found: list[Tensor | None] = [None] * 6
         if of_x:
-            found[0] = grad @ _over(W, transformed(c, half, ctx.shape))
+            found[0] = grad @ (W + transformed(c, half, ctx.shape))
         if of_bias:
             found[2] = rows.sum(0)
         if of_W or of_c:
@@ -60,10 +60,6 @@ class Laid(torch.autograd.Function):
             found[1] = of_both if of_W else None
             found[3] = _sampled(of_both, half) if of_c else None
         return tuple(found)
-
-
-def _over(W: Tensor | None, delta: Tensor) -> Tensor:
-    return delta if W is None else W + delta
 
 
 def _sampled(grad: Tensor, half: Tensor) -> Tensor:

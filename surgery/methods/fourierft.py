@@ -12,7 +12,7 @@ from surgery.core.arithmetic import factor_bytes, float_product
 from surgery.core.config import Spelling
 from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
 from surgery.core.one_step import may_be_one_step
-from surgery.core.op import Op, Tile, in_dtype_of, onto
+from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.errors import ConfigError, MatchError, printable, quoted
@@ -122,24 +122,24 @@ class FourierFT(Additive):
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:  # noqa: ARG002  # no dropout
         c, plain = p["c"], run.plain()
-        below = run(x) if plain is None else None
-        shape = (x.shape[-1] if below is None else below.shape[-1], x.shape[-1])
-        if plain is not None:
-            shape = (plain.weight.shape[0], plain.weight.shape[1])
+        if plain is None:
+            below = run(x)
+            return below + self._added(x, c, (below.shape[-1], x.shape[-1]))
+        shape = plain.weight.shape[0], plain.weight.shape[1]
+        if _few(x, shape, self.count) or not may_be_one_step(x, plain.weight, c):
+            return run(x) + self._added(x, c, shape)
         half = half_places(c, self.seed, shape)
+        out: Tensor = Laid.apply(x, *plain, c * self.scaling, half, shape)  # type: ignore[no-untyped-call]
+        return out
+
+    def _added(self, x: Tensor, c: Tensor, shape: tuple[int, int]) -> Tensor:
+        """What it adds to the output of a weight of this shape."""
+        half, x = half_places(c, self.seed, shape), in_dtype_of(c, x)
         if _few(x, shape, self.count) and may_be_one_step(x, c):
-            moved: Tensor = Spectral.apply(x, c, half, shape)  # type: ignore[no-untyped-call]
-            return onto(run(x) if below is None else below, moved, self.scaling)
-        if plain is not None and may_be_one_step(x, plain.weight, c):
-            out: Tensor = Laid.apply(x, *plain, c * self.scaling, half, shape)  # type: ignore[no-untyped-call]
-            return out
-        below = run(x) if below is None else below
+            moved: Tensor = Spectral.apply(x, c * self.scaling, half, shape)  # type: ignore[no-untyped-call]
+            return moved
         wide = c.to(torch.promote_types(c.dtype, torch.float32))  # no transform is of half types
-        if may_be_one_step(x, c):
-            added: Tensor = Laid.apply(x, None, None, c * self.scaling, half, shape)  # type: ignore[no-untyped-call]
-            return below + added
-        D = (transformed(wide, half, shape) * self.scaling).to(c.dtype)
-        return below + F.linear(in_dtype_of(D, x), D)
+        return F.linear(x, (transformed(wide, half, shape) * self.scaling).to(c.dtype))
 
 
 def _few(x: Tensor, shape: tuple[int, int], count: int) -> bool:

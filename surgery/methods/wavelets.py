@@ -57,8 +57,8 @@ def brought_back(at: Tensor, shape: tuple[int, int], family: str) -> tuple[Tenso
         wide = one + (2 * half - size) // 2
         seconds.append((wide >= half).to(torch.int64))
         places.append(2 * (wide - half * seconds[-1]) + taps - (length - 2))  # [length, count]
-    shaped = length, length, len(at[0])
-    rows, columns = places[0].unsqueeze(1).expand(shaped), places[1].unsqueeze(0).expand(shaped)
+    both = length, length, -1
+    rows, columns = places[0].unsqueeze(1).expand(both), places[1].unsqueeze(0).expand(both)  # [length, length, count]
     weights = filters[:, seconds[1]].unsqueeze(1) * filters[:, seconds[0]].unsqueeze(0) / 2
     inside = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])
     found = [torch.where(inside, one, 0).flatten() for one in (rows, columns)]

@@ -194,7 +194,8 @@ def test_both_steps_are_the_transform_and_have_its_gradients(shape: tuple[int, i
     c.requires_grad_()
     room = 2**-46 * float(c.detach().abs().sum())
     assert float((transformed(c, half, shape) - W).abs().max()) <= room / (shape[0] * shape[1])
-    for run in (lambda x, c: Spectral.apply(x, c, half, shape), lambda x, c: Laid.apply(x, None, None, c, half, shape)):
+    none = torch.zeros(shape, dtype=torch.float64)
+    for run in (lambda x, c: Spectral.apply(x, c, half, shape), lambda x, c: Laid.apply(x, none, None, c, half, shape)):
         assert float((run(x, c) - x @ W.T).abs().max()) <= room
         if count < 100:
             assert torch.autograd.gradcheck(run, (x, c))
