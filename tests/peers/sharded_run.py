@@ -33,7 +33,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "lokr": lambda: surgery.LoKrConfig(r=1, init_weights=False, **BOTH),
     "vera": lambda: surgery.VeraConfig(r=3, init_weights=False, **BOTH),
     "shira": lambda: surgery.ShiraConfig(r=2, init_weights=False, **BOTH),
-    "supertuning": lambda: surgery.SupertuningConfig(sparsity=0.5, r=2, init_weights=False, **BOTH),
+    "supertuning": lambda: surgery.SupertuningConfig(sparsity=0.5, r=2, lora_alpha=1, **BOTH),
     "c3a": lambda: surgery.C3AConfig(block_size=3, **BOTH),
     "fourierft": lambda: surgery.FourierFTConfig(n_frequency=30, **BOTH),
     "waveft": lambda: surgery.WaveFTConfig(n_frequency=30, init_weights=False, **BOTH),

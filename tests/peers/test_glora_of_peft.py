@@ -192,6 +192,25 @@ def test_a_bias_is_made_of_the_weight_that_lies_in_another_file(tmp_path: Path) 
     assert all((tmp_path / "back" / file).read_bytes() == (apart / file).read_bytes() for file in names.values())
 
 
+@pytest.mark.parametrize("into", ["keep", "nf4"])
+def test_over_a_quantized_layer_the_bias_is_made_of_the_weight_that_it_holds(into: str) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(128, 64))
+    if into == "keep":
+        surgery.quantize(model, "nf4")
+    trained(surgery.inject(model, GloraConfig(r=2, target_modules=["0"])), 1 / 8)
+    W, b = (values.double() for values in model[0].dense())
+    p = {role: values.detach().double() for role, values in model[0].fitted["default"].params.items()}
+    wanted = b + b * p["D"] + p["E"] + (W @ p["Cd"] @ p["Cu"]).squeeze(1)
+    surgery.merge(model, into=into, min_retained=0, max_noise=9)
+    # The grids, as above, and one rounding.
+    room = 2 * 2.0**-21 * float(p["Cd"].abs().max() * p["Cu"].abs().max() * W.abs().sum(1).max())
+    room += torch.finfo(torch.float32).eps / 2 * float(wanted.abs().max())
+    assert float((model[0].base_layer.bias.double() - wanted).detach().abs().max()) <= room
+    surgery.unmerge(model)
+    assert torch.equal(model[0].base_layer.bias.double(), b)
+
+
 def test_zeros_that_hold_other_numbers_are_refused(tmp_path: Path) -> None:
     model = made("llama")
     by_peft(model, CASES["no bias"][1]).save_pretrained(tmp_path / "adapter")
@@ -212,7 +231,7 @@ def test_the_command_line_merges_and_takes_back(tmp_path: Path) -> None:
 
 
 def test_every_field_that_peft_writes_is_read_and_written_again(tmp_path: Path) -> None:
-    peft.GloraConfig(target_modules=["v", "q"], bias="glora_only", config_C="none").save_pretrained(tmp_path)
+    peft.GloraConfig(target_modules=["q"], bias="glora_only", config_C="none").save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert GloraConfig.from_json(written).to_json() == written
     with pytest.raises(surgery.ConfigError, match=r"config_C is 'constant'; one of 'lora', 'vector', 'none' is wanted"):

@@ -174,7 +174,7 @@ def test_the_command_line_merges_and_takes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"r": 4}, {"r": 4, "lora_alpha": 5.5, "select_top": False}], ids=str)
 def test_every_field_that_peft_writes_is_read_and_written_again(fields: dict[str, Any], tmp_path: Path) -> None:
-    peft.SupertuningConfig(target_modules=["v", "q"], **fields).save_pretrained(tmp_path)
+    peft.SupertuningConfig(target_modules=["q"], **fields).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert SupertuningConfig.from_json(written).to_json() == written
-    assert SupertuningConfig(target_modules=["v", "q"], **fields).to_json() == written
+    assert SupertuningConfig(target_modules=["q"], **fields).to_json() == written
