@@ -12,7 +12,6 @@ from surgery.core.names import in_base, naming_between, nearest, owners, suffix_
 from surgery.core.site import Site
 from surgery.errors import ConfigError, InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.io.fingerprint import BASE_PRINT
 from surgery.ops.attention import attention_site
 from surgery.ops.bias import bias_site
 from surgery.procedures.places.experts import laid_on
@@ -73,8 +72,7 @@ class Joined:
                 self.refusals.append(
                     ShapeError(
                         f"{printable(self.adapter.where)}: it was trained on another base: {printable(name)} was "
-                        f"{list(info.shape)} there, and here {list(here.shape)}; name that base, or remove the "
-                        f"adapter's {BASE_PRINT}"
+                        f"{list(info.shape)} there, and here {list(here.shape)}; name that base"
                     )
                 )
                 return
