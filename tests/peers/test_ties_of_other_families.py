@@ -67,7 +67,9 @@ FAMILIES = {
         ("model.decoder.output_projection", "model.encoder.embed_tokens"),
         {"input_ids": TOKENS[None]},
     ),
-    "BLT": Family(blt, "lm_head", ("model.local_encoder.embed_tokens",), {"input_ids": TOKENS[None], "use_cache": False}),
+    "BLT": Family(
+        blt, "lm_head", ("model.local_encoder.embed_tokens",), {"input_ids": TOKENS[None], "use_cache": False}
+    ),
 }
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 
