@@ -75,7 +75,6 @@ def config(case: str, **fields: Any) -> peft.BOFTConfig:
 
 
 def by_peft(model: nn.Module, case: str, **fields: Any) -> peft.PeftModel:
-    return trained(peft.get_peft_model(copy.deepcopy(model), config(case, **fields)), 0.3)
     return trained(peft.get_peft_model(copy.deepcopy(model), config(case, **fields)), 0.4)
 
 

@@ -253,11 +253,11 @@ def test_a_quantized_model_is_refused_with_what_does_measure_it(tmp_path: Path) 
     folder = merged(made("LlamaForCausalLM", tmp_path))
     base, adapter, out, more = folder / "base", folder / "adapter", folder / "in-codes", folder / "plain"
     surgery.merge_checkpoint(base, adapter, out, into="nf4", min_retained=-9.0, max_noise=9.0)
-    with pytest.raises(surgery.InputError, match="in-codes: it is quantized; .*`probes=16` instead of `outputs`"):
+    with pytest.raises(surgery.InputError, match=r"in-codes: it is quantized; .*`probes=16` instead of `outputs`"):
         surgery.verify_checkpoint(base, adapter, out, outputs=True)
     assert "output error" in surgery.verify_checkpoint(base, adapter, out, probes=16).summary()
     surgery.merge_checkpoint(out, adapter, more)
-    with pytest.raises(surgery.InputError, match="in-codes: it is quantized; .* leave `outputs` out"):
+    with pytest.raises(surgery.InputError, match=r"in-codes: it is quantized; .* leave `outputs` out"):
         surgery.verify_checkpoint(out, adapter, more, outputs=True)
     assert surgery.verify_checkpoint(out, adapter, more).counts["bits"] > 0
 

@@ -94,3 +94,12 @@ def test_a_weight_of_the_adapter_that_is_no_number_is_told_as_the_adapters(base:
         surgery.ValueRangeError, match=r"lm_head\.weight: the weight that the adapter brings.*the adapter,"
     ):
         surgery.merge_checkpoint(base, adapter, tmp_path / "out")
+
+
+def test_files_beside_an_adapter_s_own_that_look_like_it_are_told_as_unread(base: Path, adapter: Path) -> None:
+    assert not [note for note in surgery.plan(base, adapter).notes if "not read" in note]
+    for name in ("adapter_model-2.safetensors", "adapter_model.bin", "adapter_model.md", "optimizer.pt"):
+        (adapter / name).write_bytes(b"")
+    (note,) = [note for note in surgery.plan(base, adapter).notes if "not read" in note]
+    told = "adapter_model-2.safetensors, adapter_model.bin beside adapter_model.safetensors: not read"
+    assert note == f"{adapter}: {told}"

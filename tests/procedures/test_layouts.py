@@ -311,7 +311,7 @@ def test_ops_of_a_receipt_that_name_no_site_refuse_the_receipt_and_not_the_call(
     surgery.merge_checkpoint(base, adapter, out, ops={"q_proj": "linear"})
     path = out / "surgery.receipt.json"
     path.write_text(path.read_text().replace('"q_proj": "linear"', '"c_proj": "linear"'))
-    with pytest.raises(surgery.InputError, match="^`ops` c_proj: no site") as raised:
+    with pytest.raises(surgery.InputError, match=r"^`ops` c_proj: no site") as raised:
         surgery.verify_checkpoint(base, adapter, out)
     assert raised.value.exit_code == 3
     assert raised.value.__notes__ == ["ops c_proj=linear as the receipt tells"]

@@ -44,7 +44,7 @@ class VerifyReport(CaseReport):
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise CheckError(
                 f"{printable(self.out)}: {printable(name)} is different{more}: {why}; merge it anew, or name what it "
-                "was made with: the same base, adapters, weights and base_as"
+                "was made with: the same base, adapters, weights and `base_as`"
             )
         if self.outputs is not None and not self.outputs.ok:
             raise CheckError(f"{printable(self.out)}: outputs: {visible(self.outputs.why)}; the table has the figures")

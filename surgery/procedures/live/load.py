@@ -157,8 +157,7 @@ def _check_base(tree: Tree, adapter: Adapter, names: Mapping[str, str]) -> None:
         if plain and not is_sharded(weight) and weight.numel() != prod(info.shape):
             raise MatchError(
                 f"{printable(adapter.where)}: it was trained on another base: {printable(name)} was "
-                f"{list(info.shape)} there, and here {list(weight.shape)}; load that base, or remove the adapter's "
-                f"{BASE_PRINT}"
+                f"{list(info.shape)} there, and here {list(weight.shape)}; load that base"
             )
         if (weight.dtype, tuple(weight.shape)) != (info.dtype, info.shape):
             continue

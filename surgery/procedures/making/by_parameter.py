@@ -70,7 +70,7 @@ def _refuse_nested(adapter: Adapter, parameters: Collection[str]) -> None:
             )
 
 
-def _stacks(adapter: Adapter, parameters: Collection[str]) -> Iterator[str]:
+def _stacks(adapter: Adapter, parameters: frozenset[str]) -> Iterator[str]:
     """What is taken for a stack by nothing but a rank. ShapeError where other layers have it as another."""
     first: dict[str, tuple[str, int]] = {}  # by the name without its numbers
     for name in sorted(parameters & adapter.sites.keys() - adapter.trained_on.keys()):

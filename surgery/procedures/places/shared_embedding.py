@@ -3,7 +3,7 @@
 Encoder, decoder and output head each have a module of their own over its memory; `shared` itself may run nowhere.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from surgery.core.adapter import Layer
@@ -11,7 +11,7 @@ from surgery.core.site import Site, TensorInfo
 from surgery.core.turned import EMBEDDING, is_tied
 from surgery.errors import MatchError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.procedures.places.tying import tying_of
+from surgery.procedures.places.tying import is_embedding, tying_of
 
 _OWN = "shared"
 _SIDES = ("encoder", "decoder")
@@ -22,6 +22,7 @@ class Shared(NamedTuple):
 
     embedding: TensorInfo
     modules: Sequence[str]
+    runs: bool = False  # does the module that files have it under, too?
 
     @property
     def own(self) -> str:
@@ -51,13 +52,29 @@ def shared_of(base: Checkpoint) -> Shared | None:
     return Shared(found[0], absent) if absent else None
 
 
+def shared_in_memory(base: Checkpoint, asked: Collection[str]) -> Shared | None:
+    """One that a module of `asked` is, and files lack, as transformers ties them: FSMT's, or a head's own in BLT.
+
+    None where it is an embedding and a single head, of which tying tells.
+    """
+    ties = base.ties() if asked else {}
+    owners = {owner for name, owner in ties.items() if name.rpartition(".")[0] in asked and base.info(owner)}
+    if len(owners) != 1:
+        return None
+    (owner,) = owners
+    others = sorted(name.rpartition(".")[0] for name, one in ties.items() if one == owner and base.info(name) is None)
+    info = base.info(owner)
+    return None if info is None or (len(others) == 1 and is_embedding(owner)) else Shared(info, others, runs=True)
+
+
 def laid_on_all(shared: Shared, laid: Sequence[Laid], where: str) -> Laid:
     """What lies over the embedding, where the same lies over each of the modules. MatchError where it does not.
 
-    `shared` by itself may be left out.
+    A module that does not run may be left out.
     """
     names = [site.name for site, _ in laid]
-    missing = [name for name in shared.modules if name not in names]
+    running = [*shared.modules, *([shared.own] if shared.runs else [])]
+    missing = [name for name in running if name not in names]
     first = next(((site, layer) for site, layer in laid if site.acting.name == EMBEDDING), None)
     if missing or first is None or not all(_is_as(first[1], site, layer) for site, layer in laid):
         told = f"leaves {', '.join(map(printable, missing))} alone" if missing else "has not the same for each"

@@ -13,13 +13,12 @@ from surgery.core.names import in_base, naming_between, nearest, owners, suffix_
 from surgery.core.site import Site
 from surgery.errors import ConfigError, InputError, MatchError, ShapeError, printable
 from surgery.hosts.checkpoint import Checkpoint
-from surgery.io.fingerprint import BASE_PRINT
 from surgery.ops.attention import attention_site
 from surgery.ops.bias import bias_site
 from surgery.procedures.places.experts import laid_on
 from surgery.procedures.places.op_choice import OpChoice
 from surgery.procedures.places.rows import refuse_missing, same_rows
-from surgery.procedures.places.shared_embedding import Shared, laid_on_all, shared_of
+from surgery.procedures.places.shared_embedding import Shared, laid_on_all, shared_in_memory, shared_of
 from surgery.procedures.places.tying import tying_of, why_absent
 from surgery.procedures.planning.wholes import EXPLAINED, Wholes
 
@@ -38,10 +37,10 @@ class Joined:
         self.layers: dict[str, tuple[Site, Layer]] = {}
         self.sites: dict[str, Site] = {}  # by the adapter's names
         known = {site.name: site for site in map(attention_site, base.sites()) if "weight" in site.tensors}
-        self.shared = shared_of(base)
-        known |= {} if self.shared is None else self.shared.sites()
         known |= {site.name: site for site in alone.values()}
         named = [*map(in_base, self.adapter.sites), *_holding(self.adapter)]
+        self.shared = shared_of(base) or shared_in_memory(base, set(named) - known.keys())
+        known |= {} if self.shared is None else self.shared.sites()
         head = self._head(named, known)
         known |= {} if head is None else {head.name: head}
         usual = {name: known.get(USUAL.rename(name)) for name in named if name not in known}
@@ -85,8 +84,7 @@ class Joined:
                 self.refusals.append(
                     ShapeError(
                         f"{printable(self.adapter.where)}: it was trained on another base: {printable(name)} was "
-                        f"{list(info.shape)} there, and here {list(here.shape)}; name that base, or remove the "
-                        f"adapter's {BASE_PRINT}"
+                        f"{list(info.shape)} there, and here {list(here.shape)}; name that base"
                     )
                 )
                 return

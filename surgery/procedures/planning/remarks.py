@@ -2,9 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from surgery.adapters import out_proj
 from surgery.adapters.completing import drawn_notes
+from surgery.adapters.peft import TENSORS
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter, Weighted, are_as_told
 from surgery.core.names import Naming
@@ -13,6 +15,7 @@ from surgery.core.site import Site
 from surgery.errors import InputError, printable, quoted
 from surgery.hosts.checkpoint import Checkpoint
 
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth"})
 _AXES = 2  # of a weight, that are outputs and inputs; a convolution has its kernel besides
 _DWARFS = 1000.0  # a weight of 1 adds the change as trained, which is some per cent of the base
 
@@ -29,11 +32,19 @@ def notes_of(adapter: Adapter) -> list[str]:
         for field, entries in ({} if config.parameters() else config.unused(adapter.sites.keys())).items()
         for entry in entries  # of parameters, whose sites the files name otherwise, nothing is said
     ]
-    notes += [*out_proj.notes(adapter), *drawn_notes(adapter)]
+    notes += [*out_proj.notes(adapter), *drawn_notes(adapter), *_unread(adapter)]
     for entry in sorted(config.modules_to_save or ()):
         if not any(f"{entry}." in name for name in adapter.saved):
             notes.append(f"{where}: modules_to_save entry {quoted(entry)} has no tensors")
     return notes
+
+
+def _unread(adapter: Adapter) -> list[str]:
+    """Other files beside its own that look as if they held tensors of it."""
+    found = Path(adapter.where).glob("adapter_model*")
+    others = sorted(one.name for one in found if one.suffix in _WEIGHTS and one.name not in adapter.files)
+    told = ", ".join(map(printable, others))
+    return [f"{printable(adapter.where)}: {told} beside {TENSORS}: not read"] if others else []
 
 
 def loose(adapter: Adapter, sites: Mapping[str, Site]) -> list[str]:

@@ -105,13 +105,13 @@ def hidden_ties(
     for name, change in changes.items():
         embeds = name in known or (change.site.op is not None and change.site.op.name == "embedding")
         info = base.info(name)
-        if not embeds or info is None or _of_rows(change):
+        if not embeds or info is None or _of_rows(change) or (change.layers and _all_follow(change, False, shared)):
             continue
-        if ties_head(base, info):
-            found.append(_head_unknown(name))
-        elif not _all_follow(change, name in resized, shared):
+        unknown = ties_head(base, info)
+        if unknown or not _all_follow(change, name in resized, shared):
             others = _followers(base, name)
             found += [] if all(other in changes for other in others) else [_followed(name, others)]
+            found += [_head_unknown(name)] if unknown and not others else []
     return found
 
 
@@ -177,9 +177,10 @@ def _head_unknown(name: str) -> MatchError:
 
 
 def _followed(name: str, others: Sequence[str]) -> MatchError:
-    told = ", ".join(map(printable, others))
+    told = f"{', '.join(map(printable, others))} {'is' if len(others) == 1 else 'are'} tied to it"
     return MatchError(
-        f"{printable(name)}: {told} are tied to it, and only it is adapted; save the base with them apart first"
+        f"{printable(name)}: {told}, and only it is adapted; train one for all with ensure_weight_tying, or save the "
+        "base with them apart first"
     )
 
 
