@@ -42,7 +42,7 @@ def made(root: Path, layers: int) -> Path:
     model = transformers.LlamaForCausalLM(small_llama(layers))
     model.config.tie_word_embeddings = True
     model.tie_weights()
-    model.to(torch.bfloat16).save_pretrained(root / "base", max_shard_size="100KB")
+    model.to(torch.bfloat16).save_pretrained(root / "base", max_shard_size="40KB")
     modules = ["q_proj", "down_proj"]
     surgery.inject(model, surgery.LoraConfig(r=4, target_modules=modules, init_lora_weights=False))
     surgery.save(model, root / "adapter")
