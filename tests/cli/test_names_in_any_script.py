@@ -131,7 +131,6 @@ def test_the_command_line_on_an_ascii_terminal_escapes_what_it_names(
     done = subprocess.run(command, env={**os.environ, **environment}, check=False, capture_output=True)
     assert done.returncode == 0, done
     assert ASCII.encode() in done.stdout
-    assert ASCII.encode() in done.stderr
     assert b": no such file" in done.stderr
     assert (done.stdout + done.stderr).isascii()
 

@@ -16,7 +16,7 @@ from zygote import Outcome, Zygote
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
 COMMANDS = ("fresh", "overwrite", "reversible", "unmerge")
 POINTS = (  # at which a command is hurt: every so many of them
-    *(("fresh", 4), ("overwrite", 3)),
+    *(("fresh", 7), ("overwrite", 5)),
     *(pytest.param(name, 1, marks=pytest.mark.slow) for name in COMMANDS),
 )
 LOCK, STAGING, OLD = ".out.surgery-lock", ".out.surgery-staging", ".out.surgery-old"

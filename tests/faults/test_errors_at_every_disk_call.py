@@ -43,7 +43,7 @@ def at_every_call(arena: Arena, name: str, hurt: Hurt, errors: Sequence[str], ev
         refused(arena, name, hurt._replace(at=at, how=errors[at % len(errors)]))
 
 
-@pytest.mark.parametrize(("name", "every"), [("fresh", 4), ("overwrite", 3)])
+@pytest.mark.parametrize(("name", "every"), [("fresh", 7), ("overwrite", 5)])
 def test_a_call_that_is_refused_leaves_the_output_as_it_was(arena: Arena, name: str, every: int) -> None:
     at_every_call(arena, name, Hurt(disk_functions()), ERRORS, every)
 

@@ -60,13 +60,15 @@ SITED = [name for name, config in METHODS.items() if not config.copied]
 CASES = [METHODS[name](target_modules=["0"], **one) for name in SITED for one in SETTINGS[name]]
 each_case = pytest.mark.parametrize("config", CASES, ids=range(len(CASES)))
 each_format = pytest.mark.parametrize("form", FORMS)
-# Each config in each format; the dtypes in turns, so that each goes with every config and every format.
+# Each config in each format; the dtypes in turns, so that each goes with every config and every format. The rest is for
+# `make test-all`.
 each_cell = pytest.mark.parametrize(
     ("config", "form", "dtype"),
     [
-        pytest.param(config, form, (torch.float32, torch.bfloat16)[(i + j) % 2], id=f"{i}-{form}")
+        pytest.param(config, form, dtype, id=f"{i}-{form}-{dtype}", marks=[pytest.mark.slow] if (i + j + k) % 2 else [])
         for i, config in enumerate(CASES)
         for j, form in enumerate(FORMS)
+        for k, dtype in enumerate((torch.float32, torch.bfloat16))
     ],
 )
 

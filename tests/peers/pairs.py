@@ -1,7 +1,7 @@
 """Pairs: a model under peft and the same under surgery, and what is asked of both, whatever the method."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import surgery
 
 FILE = "model.safetensors"
+SLOW = [pytest.mark.slow]
 
 
 def trained(model: nn.Module, part: float) -> nn.Module:
@@ -64,15 +65,19 @@ def saved(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-def each_merge(cases: Iterable[str], dtypes: Iterable[torch.dtype]) -> pytest.MarkDecorator:
+def each_merge(cases: Iterable[str], dtypes: Sequence[torch.dtype]) -> pytest.MarkDecorator:
     """Each case in each dtype; peft's merge and its safe_merge in turns, so that each goes with each of both.
 
-    They are two ways through a layer of peft, whichever dtype and settings it has.
+    They are two ways through a layer of peft, whichever dtype and settings it has; the rest is for `make test-all`.
     """
-    dtypes = [*dtypes]
-    pairs = [(case, dtype, bool((i + j) % 2)) for i, case in enumerate(cases) for j, dtype in enumerate(dtypes)]
-    ids = [f"{case}-{dtype}-{'safe_merge' if safe else 'merge'}" for case, dtype, safe in pairs]
-    return pytest.mark.parametrize(("case", "dtype", "safe"), pairs, ids=ids)
+    ways = {"merge": 0, "safe_merge": 1}
+    found = [
+        pytest.param(case, dtype, bool(safe), id=f"{case}-{dtype}-{way}", marks=[] if (i + j) % 2 == safe else SLOW)
+        for i, case in enumerate(cases)
+        for j, dtype in enumerate(dtypes)
+        for way, safe in ways.items()
+    ]
+    return pytest.mark.parametrize(("case", "dtype", "safe"), found)
 
 
 def judge_merge_of_peft(model: nn.Module, theirs: nn.Module, folder: Path, safe: bool) -> None:
