@@ -107,6 +107,7 @@ def test_an_example_runs(
 ) -> None:
     """In this process, for to begin another takes as long as it runs."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as Python does for what it runs
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     assert capsys.readouterr().out.splitlines()[-1] == told
     assert list(tmp_path.iterdir()) == []

@@ -148,6 +148,12 @@ def test_the_regularizer_counts_once_a_step_whatever_the_loss_is_made_of(
     assert first[0] - first[1] == pytest.approx(regularizer, abs=8 * eps * first[0])  # 4 sums, and what is logged
 
 
+def test_what_is_evaluated_before_training_has_no_regularizer(tmp_path: Path) -> None:
+    model = injected()
+    alone, ours = run(model, tmp_path, Trainer), run(model, tmp_path, Resuming)
+    assert ours.evaluate()["eval_loss"] == alone.evaluate()["eval_loss"]
+
+
 def test_a_live_merge_of_ranks_that_have_fallen_has_the_bits_of_one_of_its_files(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "base")
     model = injected(init_r=8)

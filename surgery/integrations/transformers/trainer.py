@@ -104,7 +104,8 @@ def _parts(trainer: Any, told: Mapping[str, Any]) -> int:
     if summed is None:
         of_all = trainer.model_accepts_loss_kwargs and told.get("num_items_in_batch") is not None
         summed = of_all or trainer.compute_loss_func is not None
-    return int(trainer.current_gradient_accumulation_steps) if summed else 1
+    # Trainer has none before it trains, and what is computed then is no part of a step.
+    return getattr(trainer, "current_gradient_accumulation_steps", 1) if summed else 1
 
 
 def _mine(trainer: Any, model: Any) -> nn.Module | None:
