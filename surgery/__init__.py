@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from surgery.peft_names import OF_PEFT
+from surgery.public_names import HOMES, OF_PEFT
 
 if TYPE_CHECKING:
     from surgery import testing
@@ -87,83 +87,6 @@ if TYPE_CHECKING:
     from surgery.procedures.writing.merge_checkpoint import MergeReport
     from surgery.procedures.writing.publish import PushReport
     from surgery.procedures.writing.unmerge_checkpoint import UnmergeReport
-
-_HOMES = {
-    "AbsentError": "errors",
-    "AdaLoraCallback": "integrations.transformers.callback",
-    "AdaLoraConfig": "methods.adalora_config",
-    "AdapterConfig": "core.config",
-    "AdapterTrainer": "integrations.transformers",
-    "C3AConfig": "methods.c3a",
-    "BOFTConfig": "methods.boft_config",
-    "BeftConfig": "methods.beft",
-    "CheckError": "errors",
-    "CombineReport": "procedures.making.combine",
-    "ConfigError": "errors",
-    "ConfigTypeError": "errors",
-    "DeloraConfig": "methods.delora_config",
-    "DiffReport": "procedures.checking.diff",
-    "EnvironmentFault": "errors",
-    "ExportReport": "procedures.exports.export",
-    "ExtractReport": "procedures.making.extract",
-    "FormatError": "errors",
-    "FourierFTConfig": "methods.fourierft",
-    "GloraConfig": "methods.glora_config",
-    "GraloraConfig": "methods.gralora",
-    "HiraConfig": "methods.hira",
-    "HRAConfig": "methods.hra",
-    "IA3Config": "methods.ia3",
-    "InputError": "errors",
-    "Inspection": "procedures.checking.inspect",
-    "LoHaConfig": "methods.loha",
-    "LoKrConfig": "methods.lokr_config",
-    "LNTuningConfig": "methods.ln_tuning",
-    "LoraConfig": "methods.lora_config",
-    "MatchError": "errors",
-    "MergeReport": "procedures.writing.merge_checkpoint",
-    "OFTConfig": "methods.oft_config",
-    "MissConfig": "methods.miss",
-    "OutputExistsError": "errors",
-    "Plan": "procedures.planning.plan",
-    "PushReport": "procedures.writing.publish",
-    "PveraConfig": "methods.pvera",
-    "RandLoraConfig": "methods.randlora",
-    "RoadConfig": "methods.road",
-    "ShapeError": "errors",
-    "ShiraConfig": "methods.shira",
-    "StateError": "errors",
-    "SupertuningConfig": "methods.supertuning",
-    "SurgeryError": "errors",
-    "TaskType": "core.task",
-    "TinyLoraConfig": "methods.tinylora_config",
-    "TrainableTokensConfig": "methods.trainable_tokens",
-    "UniLoraConfig": "methods.unilora",
-    "UnmergeReport": "procedures.writing.unmerge_checkpoint",
-    "UsageError": "errors",
-    "VBLoRAConfig": "methods.vblora_config",
-    "ValueRangeError": "errors",
-    "VeraConfig": "methods.vera",
-    "VerifyReport": "procedures.checking.verify_report",
-    "WaveFTConfig": "methods.waveft",
-    "adalora_step": "api.adalora",
-    "combine": "api.made_adapters",
-    "diff": "api.checking",
-    "disable_adapters": "api.running",
-    "enable_adapters": "api.running",
-    "export_onnx": "api.export",
-    "extract": "api.made_adapters",
-    "inspect": "api.checking",
-    "load_model": "api.pretrained",
-    "merge_checkpoint": "api.files",
-    "mixed_batch": "api.running",
-    "orthogonal_loss": "api.adalora",
-    "plan": "api.files",
-    "push_to_hub": "api.files",
-    "save_merged": "api.pretrained",
-    "set_adapter": "api.running",
-    "unmerge_checkpoint": "api.files",
-    "verify_checkpoint": "api.checking",
-}
 
 __all__ = [
     "AbsentError",
@@ -261,7 +184,7 @@ def __getattr__(name: str) -> Any:
         return import_module("surgery.testing")
     if name.endswith("Config"):
         import_module("surgery.adapters.configs")  # a floor above the configs; lets them read and write files
-    value = getattr(import_module(f"surgery.{_HOMES.get(name, 'api.live')}"), name)
+    value = getattr(import_module(f"surgery.{HOMES.get(name, 'api.live')}"), name)
     globals()[name] = value
     return value
 

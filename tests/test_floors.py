@@ -20,7 +20,7 @@ FLOORS = (
     ("adapters", "hosts"),
     ("methods", "codecs", "ops", "layers", "io"),
     ("core",),
-    ("errors", "peft_names"),
+    ("errors", "public_names"),
 )
 WINGS = ("exports", "making", "live", "checking", "writing", "planning", "places")  # of procedures, top to bottom
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
