@@ -16,9 +16,10 @@ from surgery.adapters.sorting import PREFIX, sorted_out
 from surgery.core.adapter import Adapter, shapes_of
 from surgery.core.arithmetic import all_finite
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Params, Spec
+from surgery.core.method import Params
 from surgery.core.sharded import whole
 from surgery.core.site import TensorInfo
+from surgery.core.spec import Spec
 from surgery.errors import AbsentError, FormatError, InputError, ShapeError, ValueRangeError, printable
 from surgery.io.fingerprint import read_base_print
 from surgery.io.header import Entry, encode_header

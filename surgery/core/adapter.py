@@ -9,8 +9,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Method, Params, Product, Spec
+from surgery.core.method import Method, Params, Product
 from surgery.core.site import Site, TensorInfo
+from surgery.core.spec import Spec
 
 
 class Stored(Mapping[str, Tensor]):

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
@@ -13,20 +13,12 @@ from surgery.core.method import Method, Params
 from surgery.core.patterns import PatternTable
 from surgery.core.peft_fields import OfFields, as_json
 from surgery.core.site import Site
+from surgery.core.spec import Spelling
 from surgery.core.starter import Held, Starter
 from surgery.core.task import TASK_HEADS
 from surgery.errors import ConfigError, FormatError, printable, quoted
 
 Where = str | PathLike[str]
-
-
-class Spelling(NamedTuple):
-    """What a tensor's name in a file tells: its role, and the op it is made for, if only one."""
-
-    role: str
-    op: str | None = None
-    alone: bool = False  # is it the only tensor of its site?
-    integers: bool = False  # does it hold indices? In int32 here; files may have others, PEFT on Windows floats
 
 
 class ConfigFiles(Protocol):
@@ -53,7 +45,7 @@ class AdapterConfig(ABC, metaclass=OfFields):
     """
 
     peft_type: ClassVar[str]
-    spellings: ClassVar[Mapping[str, "Spelling"]]  # how PEFT ends the names of its tensors
+    spellings: ClassVar[Mapping[str, Spelling]]  # how PEFT ends the names of its tensors
     files: ClassVar[ConfigFiles]  # set where files are known
     neutral: ClassVar[Mapping[str, Any]]  # fields we know of, and the only value that leaves the maths alone
     reasons: ClassVar[Mapping[str, str]] = {}  # why another value of those is refused, and the next step

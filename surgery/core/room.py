@@ -5,9 +5,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from surgery.core.method import Method, Params, Run, Spec
+from surgery.core.method import Method, Params, Run
 from surgery.core.op import Op
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 
 
 class Room(Protocol):

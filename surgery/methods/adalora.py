@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
-from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 from surgery.errors import MatchError, printable
 from surgery.methods.spreads import product_spread, unit_of
 

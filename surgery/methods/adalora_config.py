@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from surgery.core.config import Spelling
 from surgery.core.method import Params
+from surgery.core.spec import Spelling
 from surgery.errors import ConfigError, printable, quoted
 from surgery.methods.adalora import BESIDE_RANK, AdaLora
 from surgery.methods.bias_config import BiasConfig

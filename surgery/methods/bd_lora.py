@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from surgery.core.elementwise import Shift
-from surgery.core.method import Dense, Method, Params, Product, Run, Spec
+from surgery.core.method import Dense, Method, Params, Product, Run
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.lora import Lora
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from surgery.core.as_peft import AsPeft
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import AdapterConfig
 from surgery.core.elementwise import Scale
-from surgery.core.method import AtStrength, Dense, Params, Product, Run, Spec
+from surgery.core.method import AtStrength, Dense, Params, Product, Run
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
+from surgery.core.spec import Spec, Spelling
 from surgery.errors import MatchError, printable
 from surgery.methods.acts_on import only_linear
 from surgery.methods.lora_bias import Offset

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
-from surgery.core.config import Spelling
+from surgery.core.spec import Spelling
 from surgery.errors import ConfigError
 from surgery.methods.bias_config import BiasConfig
 from surgery.methods.boft import Boft

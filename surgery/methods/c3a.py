@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import divided, exact_float64
-from surgery.core.config import Spelling
 from surgery.core.elementwise import Shift
-from surgery.core.method import Dense, Params, Product, Run, Spec
+from surgery.core.method import Dense, Params, Product, Run
 from surgery.core.one_step import may_be_one_step
 from surgery.core.op import Op, Tile, onto
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
+from surgery.core.spec import Spec, Spelling
 from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.acts_on import only_linear
 from surgery.methods.bias_config import BiasConfig

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import divided, exact_float64
-from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.op import Factors, Op, Tile, in_dtype_of, is_many
 from surgery.core.site import Site
 from surgery.core.source import TILE_ELEMENTS, row_tiles
+from surgery.core.spec import Spec
 from surgery.core.sums import TreeSum, row_sums
 from surgery.errors import StateError, printable
 from surgery.methods.acts_on import only_linear

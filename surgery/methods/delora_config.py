@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from surgery.core.config import Spelling
 from surgery.core.select import pattern_value
+from surgery.core.spec import Spelling
 from surgery.methods.bias_config import BiasConfig
 from surgery.methods.delora import Delora
 from surgery.methods.field_values import (

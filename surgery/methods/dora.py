@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64, exact_product, require_finite
 from surgery.core.elementwise import Affine
-from surgery.core.method import AtStrength, Dense, Params, Product, Run, Spec
+from surgery.core.method import AtStrength, Dense, Params, Product, Run
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
 from surgery.core.source import TILE_ELEMENTS, row_tiles
+from surgery.core.spec import Spec
 from surgery.core.sums import sum_rows
 from surgery.errors import MatchError, StateError, ValueRangeError, printable
 from surgery.methods.lora import Lora

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import factor_bytes, float_product
-from surgery.core.config import Spelling
-from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.one_step import may_be_one_step
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
+from surgery.core.spec import Spec, Spelling
 from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.acts_on import only_linear_or_conv1d
 from surgery.methods.bias_config import BiasConfig

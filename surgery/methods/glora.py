@@ -12,10 +12,11 @@ from torch import Tensor
 from surgery.core.arithmetic import exact_float64, exact_product, require_finite
 from surgery.core.elementwise import Growth
 from surgery.core.layered import laid_on_bias
-from surgery.core.method import AtStrength, Dense, Params, Product, Run, Spec
+from surgery.core.method import AtStrength, Dense, Params, Product, Run
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.rounding import ulp
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 from surgery.errors import ValueRangeError, printable
 from surgery.methods.acts_on import only_linear
 from surgery.methods.kaiming import kaiming

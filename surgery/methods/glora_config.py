@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from surgery.core.config import Spelling
+from surgery.core.spec import Spelling
 from surgery.errors import ConfigError, quoted
 from surgery.methods.bias_config import BiasConfig
 from surgery.methods.field_values import check_count

@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import AdapterConfig
 from surgery.core.elementwise import Growth
-from surgery.core.method import AtStrength, Dense, Params, Product, Run, Spec
+from surgery.core.method import AtStrength, Dense, Params, Product, Run
 from surgery.core.op import Op, Tile, in_dtype_of, is_many
 from surgery.core.rounding import ulp
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
+from surgery.core.spec import Spec, Spelling
 from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.field_values import check_count, check_counts, check_dropout
 from surgery.methods.kaiming import kaiming

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from surgery.core.as_peft import AsPeft
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import AdapterConfig
 from surgery.core.elementwise import Scale
 from surgery.core.field_checks import check_names, check_pattern
-from surgery.core.method import AtStrength, Dense, Params, Product, Run, Spec
+from surgery.core.method import AtStrength, Dense, Params, Product, Run
 from surgery.core.names import Endings
 from surgery.core.op import Op, Tile
 from surgery.core.patterns import Budget
 from surgery.core.site import Site
+from surgery.core.spec import Spec, Spelling
 from surgery.errors import ConfigError, MatchError, printable
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.method import Additive, Dense, Method, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Method, Params, Product, Run
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.eva import Eva
 from surgery.methods.lora import Lora

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import AdapterConfig
 from surgery.core.method import Method
+from surgery.core.spec import Spelling
 from surgery.errors import printable
 
 

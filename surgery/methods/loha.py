@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import exact_product
-from surgery.core.config import Spelling
-from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.one_step import is_eager
 from surgery.core.op import Op, Tile, adds_up, in_dtype_of
 from surgery.core.site import Site
+from surgery.core.spec import Spec, Spelling
 from surgery.methods.kaiming import kaiming
 from surgery.methods.lycoris import (
     NONE,

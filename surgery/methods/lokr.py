@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import exact_product, float_product
-from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 from surgery.methods.kaiming import kaiming
 from surgery.methods.lycoris import (
     NONE,

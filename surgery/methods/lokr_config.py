@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import ClassVar
 
-from surgery.core.config import Spelling
+from surgery.core.spec import Spelling
 from surgery.errors import ConfigError, quoted
 from surgery.methods.lokr import Init, LoKr
 from surgery.methods.lycoris import Dropouts, LycorisConfig

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
-from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.op import Factors, Op, Tile, in_dtype_of, is_many
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 from surgery.errors import ConfigError, MatchError, printable
 from surgery.methods import stacks
 from surgery.methods.kaiming import kaiming

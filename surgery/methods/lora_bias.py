@@ -10,9 +10,10 @@ from torch import Tensor
 from surgery.core.arithmetic import exact_float64
 from surgery.core.as_peft import AsPeft
 from surgery.core.elementwise import Shift
-from surgery.core.method import Additive, Dense, Method, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Method, Params, Product, Run
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 from surgery.errors import MatchError, printable
 from surgery.methods.kaiming import kaiming
 from surgery.methods.lora import Lora

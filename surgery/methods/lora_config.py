@@ -5,12 +5,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from surgery.core.config import Spelling
 from surgery.core.field_checks import check_names
 from surgery.core.method import Params
 from surgery.core.names import suffix_hits
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
+from surgery.core.spec import Spelling
 from surgery.core.starter import Held, Starter
 from surgery.errors import ConfigError, printable
 from surgery.methods.bd_lora import BdLora, blocks_of, check_blocks

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from surgery.core.method import Method, Params, Run, Spec
+from surgery.core.method import Method, Params, Run
 from surgery.core.op import Op
 from surgery.core.room import Room
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 from surgery.errors import MatchError, ShapeError
 from surgery.methods.lora import Lora
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.config import Spelling
-from surgery.core.method import Dense, Params, Run, Spec
+from surgery.core.method import Dense, Params, Run
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
+from surgery.core.spec import Spec, Spelling
 from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.acts_on import only_linear
 from surgery.methods.bias_config import BiasConfig

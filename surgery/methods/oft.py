@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import all_finite, exact_float64, require_finite
-from surgery.core.method import AtStrength, Dense, Mixing, Params, Product, Run, Spec
+from surgery.core.method import AtStrength, Dense, Mixing, Params, Product, Run
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 from surgery.core.sums import row_sums
 from surgery.errors import MatchError, printable
 from surgery.methods.rotations import (

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from surgery.core.config import Spelling
+from surgery.core.spec import Spelling
 from surgery.errors import ConfigError, FormatError, printable
 from surgery.methods.bias_config import BiasConfig
 from surgery.methods.field_values import check_between, check_count, check_dropout

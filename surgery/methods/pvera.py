@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from surgery.core.config import Spelling
+from surgery.core.spec import Spelling
 from surgery.errors import ConfigError
 from surgery.methods.field_values import check_whole
 from surgery.methods.vera import Vectors, VectorsConfig

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.elementwise import Shift
-from surgery.core.method import Dense, Method, Params, Product, Run, Spec
+from surgery.core.method import Dense, Method, Params, Product, Run
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.kaiming import kaiming
 from surgery.methods.lora import Lora

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64, factor_bytes
-from surgery.core.config import Spelling
-from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.op import Op, Tile, in_dtype_of, onto
 from surgery.core.site import Site
+from surgery.core.spec import Spec, Spelling
 from surgery.methods.acts_on import only_linear_or_conv1d
 from surgery.methods.field_values import check_count, check_number
 from surgery.methods.projections import ProjectionsConfig, held_beside, largest

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from surgery.core.angles import OFF, cos_sin
 from surgery.core.arithmetic import all_finite, exact_float64, require_finite
-from surgery.core.config import AdapterConfig, Spelling
-from surgery.core.method import AtStrength, Dense, Mixing, Params, Product, Run, Spec
+from surgery.core.config import AdapterConfig
+from surgery.core.method import AtStrength, Dense, Mixing, Params, Product, Run
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
+from surgery.core.spec import Spec, Spelling
 from surgery.errors import ConfigError, MatchError, StateError, printable
 from surgery.methods.acts_on import only_linear
 from surgery.methods.field_values import check_choice, check_count

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from surgery.core.config import AdapterConfig, Spelling
-from surgery.core.method import Dense, Params, Run, Spec
+from surgery.core.config import AdapterConfig
+from surgery.core.method import Dense, Params, Run
 from surgery.core.op import Op
 from surgery.core.site import Site
+from surgery.core.spec import Spec, Spelling
 from surgery.errors import ConfigError, MatchError, ValueRangeError, printable, quoted
 from surgery.methods.acts_on import only_linear
 from surgery.methods.field_values import check_count, check_whole

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64, require_finite
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import AdapterConfig
 from surgery.core.elementwise import Shift
-from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
+from surgery.core.spec import Spec, Spelling
 from surgery.errors import ConfigError, MatchError, StateError, ValueRangeError, printable
 from surgery.methods.acts_on import only_linear
 from surgery.methods.field_values import check_between, check_count, check_dropout, check_number

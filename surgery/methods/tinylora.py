@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64, factor_bytes
-from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 from surgery.errors import StateError, ValueRangeError, printable
 from surgery.methods.acts_on import only_matrices
 from surgery.methods.spreads import product_spread, unit_of

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from surgery.core.adapter import shape_of
-from surgery.core.config import Spelling
 from surgery.core.method import Params
 from surgery.core.site import Site
+from surgery.core.spec import Spelling
 from surgery.errors import ConfigError, quoted
 from surgery.methods.bias_config import BiasConfig
 from surgery.methods.field_values import (

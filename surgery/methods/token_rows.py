@@ -12,9 +12,10 @@ from torch import Tensor
 
 from surgery.core.arithmetic import require_finite
 from surgery.core.as_peft import AsPeft
-from surgery.core.method import Dense, Method, Params, Product, Run, Spec
+from surgery.core.method import Dense, Method, Params, Product, Run
 from surgery.core.op import Op, Tile
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 from surgery.errors import ConfigError, MatchError, printable
 
 _AXES = {"linear": 0, "embedding": 1}  # of the matrix [out, in], along which tokens lie

@@ -4,7 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from surgery.core.config import AdapterConfig, Spelling
+from surgery.core.config import AdapterConfig
+from surgery.core.spec import Spelling
 from surgery.errors import ConfigError, printable, quoted
 from surgery.methods.lora_fields import check_token_list
 from surgery.methods.token_rows import TokenRows

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import exact_float64, factor_bytes
-from surgery.core.config import Spelling
-from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.op import Factors, Op, Tile
 from surgery.core.site import Site
+from surgery.core.spec import Spec, Spelling
 from surgery.errors import ConfigError, ValueRangeError, printable
 from surgery.methods.acts_on import only_linear_or_conv1d
 from surgery.methods.bias_config import BiasConfig

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from surgery.core.arithmetic import exact_float64, factor_bytes, require_finite
 from surgery.core.exponential import exp
-from surgery.core.method import Additive, Dense, Params, Product, Run, Spec
+from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.op import Factors, Op, Tile
 from surgery.core.site import Site
+from surgery.core.spec import Spec
 from surgery.errors import MatchError, ValueRangeError, printable
 from surgery.methods.acts_on import only_linear_or_conv1d
 from surgery.methods.factored import factored

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from surgery.core.config import Spelling
 from surgery.core.method import Params
 from surgery.core.site import Site
+from surgery.core.spec import Spelling
 from surgery.errors import ConfigError
 from surgery.methods.bias_config import BiasConfig
 from surgery.methods.field_values import check_count, check_dropout, check_number

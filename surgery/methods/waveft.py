@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import exact_float64
-from surgery.core.config import Spelling
-from surgery.core.method import Dense, Params, Run, Spec
+from surgery.core.method import Dense, Params, Run
 from surgery.core.op import Op, Tile
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
+from surgery.core.spec import Spec, Spelling
 from surgery.errors import ConfigError, MatchError, printable, quoted
 from surgery.methods.acts_on import only_linear_or_conv1d
 from surgery.methods.bias_config import BiasConfig

@@ -9,8 +9,9 @@ from op_examples import EXAMPLES, GROUPED, IN, OUT, shape_given, site_of
 from torch import Tensor
 
 from surgery.core.arithmetic import exact_product
-from surgery.core.method import Dense, Method, Params, Spec
+from surgery.core.method import Dense, Method, Params
 from surgery.core.op import WHOLE, Op
+from surgery.core.spec import Spec
 from surgery.core.sums import sum_rows
 from surgery.methods import METHODS
 

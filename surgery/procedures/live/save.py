@@ -10,10 +10,11 @@ from surgery.adapters import out_proj
 from surgery.adapters.peft import CONFIG, TENSORS, adapter_bytes, config_bytes
 from surgery.adapters.sorting import PREFIX
 from surgery.core.config import AdapterConfig
-from surgery.core.method import Params, Spec
+from surgery.core.method import Params
 from surgery.core.names import suffix_hits
 from surgery.core.sharded import rest, whole, written_by_one
 from surgery.core.site import TensorInfo
+from surgery.core.spec import Spec
 from surgery.core.turned import tied
 from surgery.errors import MatchError, StateError, printable
 from surgery.hosts.tree import adapted_layers, injected, live_path, places, replaced_modules, spelled
