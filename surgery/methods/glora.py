@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surgery.core.arithmetic import exact_float64, exact_product, require_finite
+from surgery.core.arithmetic import exact_float64, exact_product
 from surgery.core.elementwise import Growth
 from surgery.core.layered import laid_on_bias
 from surgery.core.method import AtStrength, Dense, Params, Product, Run
@@ -102,7 +102,7 @@ class Glora(AtStrength):
 
     def steps(self, p: Params, tile: Tile, product: Product) -> Growth:
         for role in p.keys() & {"C0", "D0", "E0"}:
-            require_finite(p[role], role)
+            product.held(p[role], role)
         A, B = (_values(p, letter, tile, product, self.strength) for letter in "AB")
         return Growth(A, B)
 
@@ -188,7 +188,7 @@ class OfWeight(AtStrength):
 
     def steps(self, p: Params, tile: Tile, product: Product) -> Growth | None:
         for role in p.keys() & {"C", "Cd", "Cu", "C0"}:
-            require_finite(p[role], role)
+            product.held(p[role], role)
         rows = tile[0], slice(None)
         D, E = (_values(p, letter, rows, product, self.strength) for letter in "DE")
         if "sums" not in p:
@@ -221,10 +221,8 @@ def _values(p: Params, letter: str, tile: Tile, product: Product, strength: floa
         return product(p[f"{letter}d"], p[f"{letter}u"], tile, strength)
     if letter not in p:
         zeros = p[f"{letter}0"]
-        require_finite(zeros[tile if zeros.dim() > 1 else tile[0]], f"{letter}0")
-        return torch.zeros(1, 1, dtype=torch.float64, device=zeros.device)
-    require_finite(p[letter], letter)
-    values = exact_float64(p[letter]).view(-1, 1)
+        return product.held(zeros[tile if zeros.dim() > 1 else tile[0]], f"{letter}0").new_zeros(1, 1)
+    values = product.held(p[letter], letter).view(-1, 1)
     return (values if len(values) == 1 else values[tile[0]]) * strength
 
 

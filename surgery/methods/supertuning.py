@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.core.arithmetic import exact_float64, require_finite
+from surgery.core.arithmetic import exact_float64
 from surgery.core.config import AdapterConfig
 from surgery.core.elementwise import Shift
 from surgery.core.method import Additive, Dense, Params, Product, Run
@@ -129,6 +129,9 @@ class Supertuning(Additive):
             found["B"] = Spec("supertuning_lora_B.weight", (out_features, self.r))
         return found
 
+    def settings(self) -> Mapping[str, str]:
+        return {**super().settings(), **({"lora": self.ratio.hex()} if self.r else {})}
+
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:
         shapes = {role: spec.shape for role, spec in self.tensors(site).items()}
         weight = base().weight.detach()
@@ -168,17 +171,12 @@ class Supertuning(Additive):
         return S if low_rank is None else S + low_rank
 
     def steps(self, p: Params, tile: Tile, product: Product) -> Shift:
-        require_finite(p["v"], "v")
-        S, low_rank = self._parts({**p, "v": exact_float64(p["v"])}, tile, product)
+        S, low_rank = self._parts(p, tile, product)
         # A plain merge adds one and then the other: four times the two cover what it rounds of them, and of their sum.
         return Shift(S) if low_rank is None else Shift(S + low_rank, 4 * (S.abs() + low_rank.abs()))
 
-    def merge(self, base: Dense, p: Params, tile: Tile, product: Product) -> Dense:
-        require_finite(p["v"], "v")
-        return base._replace(weight=base.weight + self.delta(p, tile, product))
-
     def _parts(self, p: Params, tile: Tile, product: Product) -> tuple[Tensor, Tensor | None]:
-        S = laid_in(tile, p["v"], p["rows"], p["columns"], p["frame"].shape[:2])
+        S = laid_in(tile, product.held(p["v"], "v"), p["rows"], p["columns"], p["frame"].shape[:2])
         S = S if self.scaling == 1 else S * self.scaling
         return S, product(p["B"], p["A"], tile, self.scaling * self.ratio) if self.r else None
 

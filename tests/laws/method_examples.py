@@ -1,6 +1,7 @@
 """Every method over every op, as cases of the laws; trained tensors, bases and inputs for them."""
 
 from collections.abc import Callable, Mapping
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -179,15 +180,8 @@ UNFIT = {  # which refuse each other, and what is said of it; the last where it 
 }
 
 
-UNEVEN = {
-    "DELORA",
-    "C3A",
-    "HRA",
-    "BOFT",
-    "ROAD",
-    "VBLORA",
-    "FOURIERFT",
-}  # which make fractions or roots of whole numbers
+# Which make fractions or roots of whole numbers.
+UNEVEN = {"DELORA", "C3A", "HRA", "BOFT", "ROAD", "VBLORA", "FOURIERFT"}
 
 
 ONLY = {  # settings that are refused over other ops
@@ -238,6 +232,19 @@ each_step = pytest.mark.parametrize(
 each_lasting = pytest.mark.parametrize(("method", "op"), [one for one in CASES if not one.values[0].replaced_rows])
 
 
+# Two of a kind, over one op, whose tensors have the same names and shapes.
+each_twins = pytest.mark.parametrize(
+    ("method", "twin", "op"),
+    [
+        pytest.param(one.values[0], other.values[0], one.values[1], id=f"{one.id}-{other.id}")
+        for one, other in combinations(CASES, 2)
+        if type(one.values[0]) is type(other.values[0])
+        and one.values[1] is other.values[1]
+        and one.values[0].tensors(site_of(one.values[1])) == other.values[0].tensors(site_of(one.values[1]))
+    ],
+)
+
+
 each_op = pytest.mark.parametrize("op", [op for op in EXAMPLES.values() if op.groups == 1], ids=lambda op: op.name)
 
 
@@ -248,9 +255,8 @@ def trained(method: Method, op: Op, dtype: torch.dtype = torch.float64) -> Param
     """Every tensor of the method filled with normal numbers, as training would leave it; one of indices as it began."""
     fresh, specs = begun(method, op, Dense(torch.ones(OUT, IN))), method.tensors(site_of(op))
     moved = of_floats(fresh, lambda values: torch.randn(values.shape, dtype=dtype))
-    stays = {
-        role for role, spec in specs.items() if spec.fixed and not bool(fresh[role].any())
-    }  # for what is not there
+    # Fixed zeros stand for what is not there.
+    stays = {role for role, spec in specs.items() if spec.fixed and not bool(fresh[role].any())}
     return moved | {role: fresh[role].to(dtype) for role in stays if fresh[role].is_floating_point()}
 
 

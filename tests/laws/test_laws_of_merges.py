@@ -10,6 +10,7 @@ from method_examples import (
     each_lasting,
     each_mixing,
     each_step,
+    each_twins,
     each_with_steps,
     matrices,
     of_floats,
@@ -209,6 +210,17 @@ def test_a_weight_scales_what_a_merge_changes(method: Method, op: Op, weight: fl
     assert same_bits(method.weighted(1.0).merge(Dense(w), p, WHOLE, exact_product).weight, merged)
     assert method.weighted(weight).settings() != method.settings()
     assert all(isinstance(text, str) for pair in method.settings().items() for text in pair)
+
+
+@each_twins
+def test_two_that_make_other_merges_of_the_same_tensors_have_other_settings(method: Method, twin: Method, op: Op):
+    w, p = torch.randn(OUT, IN).double(), trained(method, op)
+    merged, other = (
+        one.merge(Dense(w, torch.ones(OUT).double()), told(one, op, w, p), WHOLE, exact_product)
+        for one in (method, twin)
+    )
+    alike = same_bits(merged.weight, other.weight) and same_bits(merged.bias, other.bias)
+    assert alike or method.settings() != twin.settings()
 
 
 @each_case
