@@ -83,7 +83,7 @@ def verify_checkpoint(  # noqa: PLR0913  # three things and their options
         )
         _check_outputs(outputs, layers or inputs is not None, treatment.base_as)
         if outputs:
-            hugging.refuse_unlike(source, found)
+            hugging.refuse_uncompared(source, found)
         scale, said = told.out_proj_scale(mha_out_proj_scale)
         given = weighted(adapters, scale)
         with calibrated(treatment, calibration) as treatment:

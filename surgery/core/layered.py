@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from surgery.core.elementwise import chained
+from surgery.core.elementwise import Elementwise, chained
 from surgery.core.method import Dense, Method, Params, Product
 from surgery.core.op import WHOLE
 from surgery.core.site import Site
@@ -20,17 +20,18 @@ def layered(base: Dense, layers: Layers, site: Site, product: Product) -> Dense:
         for method, p in layers:
             base = method.merge(base, p, WHOLE, product)
         return base
-    if any(method.mixes for method, _ in layers):
+    steps = [method.steps(p, WHOLE, product) for method, p in layers]
+    if None in steps:
         refuse_over([one for one, _ in layers], site)
     bias = None if base.bias is None else laid_on_bias(base.weight, base.bias, layers, product)
-    return Dense(_by_steps(base.weight, layers, product), bias)
+    return Dense(_by_steps(base.weight, steps), bias)
 
 
 def laid_on_bias(weight: Tensor, bias: Tensor, layers: Layers, product: Product) -> Tensor:
     """The base's bias [out] with what these methods over its weight make of it, in their order."""
     own, column = on_bias(weight, layers, product), bias.unsqueeze(1)  # [out, 1]
     if any(method.of_base for method, _ in own[1:]):
-        return _by_steps(column, own, product).squeeze(1)
+        return _by_steps(column, [method.steps(p, WHOLE, product) for method, p in own]).squeeze(1)
     for method, p in own:
         column = method.merge(Dense(column), p, WHOLE, product).weight
     return column.squeeze(1) if own else bias
@@ -47,10 +48,10 @@ def on_bias(weight: Tensor, layers: Layers, product: Product) -> Layers:
     return found
 
 
-def _by_steps(values: Tensor, layers: Layers, product: Product) -> Tensor:
-    steps = [method.steps(p, WHOLE, product) for method, p in layers]
-    assert None not in steps  # those that mix are refused, and the others have been told all
-    for step in chained([one for one in steps if one is not None]):
+def _by_steps(values: Tensor, steps: Sequence[Elementwise | None]) -> Tensor:
+    known = [one for one in steps if one is not None]
+    assert len(known) == len(steps)  # what mixes is refused over others, and the rest has been told all
+    for step in chained(known):
         values = step.apply(values)
     return values
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from threading import Lock
 
+import torch
 from torch import Tensor
 
 from surgery.codecs import FORMS, cut
@@ -22,7 +23,7 @@ class Through:
     def __init__(self, source: Source, forms: Mapping[str, str]) -> None:
         self.source, self.forms = source, forms
         self._lock = Lock()
-        self._recent: dict[str, Packed] = {}  # the scales of those that are read
+        self._recent: dict[tuple[str, torch.dtype], Packed] = {}  # the scales of those that are read
 
     def sites(self) -> Iterable[Site]:
         return self.source.sites()
@@ -42,13 +43,13 @@ class Through:
         return self.source.load(site, rows).tensors["weight"].to(site.weight.torch_dtype)
 
     def _scales(self, site: Site) -> Packed:
-        name = site.weight.name
+        read = site.weight.name, site.weight.torch_dtype
         with self._lock:
-            if name not in self._recent:
+            if read not in self._recent:
                 for old in list(self._recent)[: -default_workers()]:  # one for each that reads, and no more
                     del self._recent[old]
-                self._recent[name] = self._fresh(site)
-            return self._recent[name]
+                self._recent[read] = self._fresh(site)
+            return self._recent[read]
 
     def _fresh(self, site: Site) -> Packed:
         codec, settings = FORMS[self.forms[site.weight.name]]

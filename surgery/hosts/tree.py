@@ -35,8 +35,9 @@ class State:
     mixed: tuple[str, ...] = ()  # the adapter of each row, while a batch is mixed
     importance: dict[str, Mapping[str, Importance]] = field(default_factory=dict)  # by adapter whose ranks are allotted
     biases: dict[str, Mapping[str, nn.Module]] = field(default_factory=dict)  # by adapter: modules whose bias it trains
-    regularized: bool = False  # did the model itself put AdaLoRA's regularizer into its last loss?
-    owed: bool = False  # is a Trainer to add it, to the loss that it is about to compute?
+    regularized: bool = False  # is AdaLoRA's regularizer in the last loss, by the model itself or its Trainer?
+    by_trainer: bool = False  # does a Trainer compute a loss, so that the model itself adds nothing?
+    owed: bool = False  # is the Trainer to add it to that loss?
 
     def require(self, adapter: str) -> None:
         """StateError if the model has no adapter of that name."""

@@ -204,16 +204,23 @@ class Over:
         return effective(over.laid(), layers, self.layer.site, float_product)
 
     def bias(self) -> Tensor | None:
-        bias = self.below.bias()
-        if self.one.method.for_bias() is None:
+        bias, own = self.below.bias(), self.one.method.for_bias()
+        if own is None:
             return bias
+        base = self.base() if bias is None or own.couples or own.of_base else None
         if bias is None:  # the adapter may bring one
-            weight = self.layer.dense().weight
-            bias = weight.new_zeros(len(weight))
-        base = self.base()
-        ((own, p),) = on_bias(base.weight, [(self.one.method, self.one.computed)], float_product)
-        column, step = bias.unsqueeze(1), own.steps(p, WHOLE, float_product)  # [out, 1]
+            assert base is not None
+            bias = base.weight.new_zeros(len(base.weight))
+        out = self._on(bias.unsqueeze(1), base)  # [out, 1]
+        return out.squeeze(1).to(bias.dtype)
+
+    def _on(self, column: Tensor, base: Dense | None) -> Tensor:
+        """A bias, as a matrix, with what is made of it, maybe by way of the base."""
+        method = self.one.method
+        matrices = method.matrices(self.one.computed, self.layer.site)
+        ((own, p),) = on_bias(column if base is None else base.weight, [(method, matrices)], float_product)
+        step = own.steps(p, WHOLE, float_product)
         if isinstance(step, Growth):
-            step = step.over(torch.zeros_like(column) if base.bias is None else base.bias.unsqueeze(1))
-        out = own.merge(Dense(column), p, WHOLE, float_product).weight if step is None else step.apply(column)
-        return out.squeeze(1)
+            known = None if base is None else base.bias
+            step = step.over(torch.zeros_like(column) if known is None else known.unsqueeze(1))
+        return own.merge(Dense(column), p, WHOLE, float_product).weight if step is None else step.apply(column)

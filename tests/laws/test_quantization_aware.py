@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 import surgery
 from surgery.codecs import FORMS
+from surgery.core.arithmetic import float_product
+from surgery.layers.running import effective
 from surgery.methods import METHODS
 from surgery.procedures.planning.treatment import LIVE_FORMS
 
@@ -129,7 +131,8 @@ def test_the_gradient_is_that_of_the_unheld_weight_at_the_held_one(config: Any, 
     aware(x).square().sum().backward()
     weight, bias = (one.detach().requires_grad_() for one in (aware[0].weight, aware[0].bias))
     F.linear(x, weight, bias).square().sum().backward()
-    unheld = [(plain[0].weight, weight.grad), (plain[0].bias, bias.grad)]
+    laid = effective(plain[0].dense(), plain[0].running, plain[0].site, float_product)  # both at once, as sums go
+    unheld = [(one, gradient.to(one.dtype)) for one, gradient in zip(laid, (weight.grad, bias.grad), strict=True)]
     torch.autograd.backward(*zip(*(pair for pair in unheld if pair[0].grad_fn is not None), strict=True))
     for found, wanted in zip(_fitted(aware), _fitted(plain), strict=True):
         assert found.grad is not None

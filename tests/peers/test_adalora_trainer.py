@@ -48,12 +48,31 @@ class OwnRegularizer(Trainer):
         return super().compute_loss(model, inputs, *given, **named) + surgery.orthogonal_loss(model)
 
 
+class OwnRegularizerFirst(Trainer):
+    """The same, before the model is called."""
+
+    def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+        mine = surgery.orthogonal_loss(model)
+        return mine + super().compute_loss(model, inputs, *given, **named)
+
+
 class OwnLossResuming(surgery.AdapterTrainer, OwnLoss):
     """The same with the mixin."""
 
 
 class OwnRegularizerResuming(surgery.AdapterTrainer, OwnRegularizer):
     """The same with the mixin."""
+
+
+class OwnRegularizerFirstResuming(surgery.AdapterTrainer, OwnRegularizerFirst):
+    """The same with the mixin."""
+
+
+class Doubling(surgery.AdapterTrainer, Trainer):
+    """Adds the regularizer to a loss that has it."""
+
+    def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+        return super().compute_loss(model, inputs, *given, **named) + surgery.orthogonal_loss(model)
 
 
 def left(model: LlamaForCausalLM) -> int:
@@ -130,6 +149,7 @@ def test_the_best_model_is_loaded_at_the_end(only_model: bool, tmp_path: Path) -
         (OwnLossResuming, {}),
         (OwnLossResuming, {"gradient_accumulation_steps": 2}),
         (OwnRegularizerResuming, {}),
+        (OwnRegularizerFirstResuming, {}),
     ],
     ids=str,
 )
@@ -146,6 +166,12 @@ def test_the_regularizer_counts_once_a_step_whatever_the_loss_is_made_of(
         first.append(losses(again)[1])
     eps = torch.finfo(torch.float32).eps
     assert first[0] - first[1] == pytest.approx(regularizer, abs=8 * eps * first[0])  # 4 sums, and what is logged
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.1}], ids=str)
+def test_the_regularizer_is_not_added_twice(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(surgery.UsageError, match="the last loss holds it"):
+        run(injected(), tmp_path, Doubling, **options).train()
 
 
 def test_what_is_evaluated_before_training_has_no_regularizer(tmp_path: Path) -> None:

@@ -211,6 +211,24 @@ def test_over_a_quantized_layer_the_bias_is_made_of_the_weight_that_it_holds(int
     assert torch.equal(model[0].base_layer.bias.double(), b)
 
 
+def test_over_a_base_that_is_read_from_a_format_the_bias_is_made_of_the_weight_as_it_reads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(128, 64))
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / FILE)
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    surgery.save(trained(surgery.inject(copy.deepcopy(model), GloraConfig(r=2, target_modules=["0"])), 1 / 8), adapter)
+    surgery.merge_checkpoint(tmp_path / "base", adapter, out, base_as="nf4", compute_dtype="bfloat16")
+    held: Any = surgery.load(surgery.quantize(copy.deepcopy(model).bfloat16(), "nf4"), adapter)
+    W, b = held[0].dense().weight.double(), model[0].bias.double()
+    p = {role: values.detach().double() for role, values in held[0].fitted["default"].params.items()}
+    wanted = b + b * p["D"] + p["E"] + (W @ p["Cd"] @ p["Cu"]).squeeze(1)
+    # The grids, as above, and one rounding.
+    room = 2 * 2.0**-21 * float(p["Cd"].abs().max() * p["Cu"].abs().max() * W.abs().sum(1).max())
+    room += torch.finfo(torch.float32).eps / 2 * float(wanted.abs().max())
+    assert float((load_file(out / FILE)["0.bias"].double() - wanted).abs().max()) <= room
+
+
 def test_zeros_that_hold_other_numbers_are_refused(tmp_path: Path) -> None:
     model = made("llama")
     by_peft(model, CASES["no bias"][1]).save_pretrained(tmp_path / "adapter")

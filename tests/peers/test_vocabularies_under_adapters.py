@@ -16,8 +16,9 @@ import surgery
 def test_a_vocabulary_under_an_adapter_keeps_its_size(options: dict[str, Any], tied: bool) -> None:
     model = surgery.inject(llama(tie_word_embeddings=tied), surgery.LoraConfig(**(FIRST | options)))
     before, size = state(model), model.config.vocab_size
-    with pytest.raises(surgery.StateError, match=f"of {size} tokens; resize the model first"):
-        model.resize_token_embeddings(size + 11)
+    for asked in ({"new_num_tokens": size + 11}, {"pad_to_multiple_of": size - 1}):
+        with pytest.raises(surgery.StateError, match=f"of {size} tokens; resize the model first"):
+            model.resize_token_embeddings(**asked)
     assert unchanged(model, before)
     model.resize_token_embeddings(size)
     assert unchanged(model, before)

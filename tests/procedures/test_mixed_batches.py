@@ -259,9 +259,8 @@ def test_a_name_that_is_not_there_is_refused_with_those_that_are() -> None:
 
 
 def test_an_adapter_that_is_called_as_none_is_refused() -> None:
-    net = surgery.inject(linear(), RULES["lora"](2), adapter_name=BASE)
-    with pytest.raises(StateError, match="an adapter is called __base__"):
-        mixed(net, inputs(), NAMES)
+    with pytest.raises(UsageError, match="'__base__': modules have this word for something else"):
+        surgery.inject(linear(), RULES["lora"](2), adapter_name=BASE)
 
 
 @pytest.mark.parametrize(

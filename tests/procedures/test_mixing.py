@@ -217,6 +217,7 @@ METHODS = {
     "cayley": lambda: surgery.OFTConfig(oft_block_size=WIDE, use_cayley_neumann=False, target_modules=["0"]),
     "hra": lambda: surgery.HRAConfig(r=WIDE // 2, target_modules=["0"]),
 }
+GROUP = 4096  # rows that no tile parts
 MERGE = """
 import sys, surgery
 surgery.merge_checkpoint(*sys.argv[1:])
@@ -227,9 +228,18 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc tells the peak here")
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_memory_that_a_plan_tells_is_no_less_than_a_merge_of_huge_blocks_takes(kind: str, tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(WIDE, 8))
+    _peak_is_told(nn.Linear(WIDE, 8), METHODS[kind](), tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc tells the peak here")
+def test_the_memory_that_a_plan_tells_is_no_less_than_a_merge_of_large_groups_of_rows_takes(tmp_path: Path) -> None:
+    _peak_is_told(nn.Linear(512, GROUP), surgery.RoadConfig(group_size=GROUP, target_modules=["0"]), tmp_path)
+
+
+def _peak_is_told(layer: nn.Module, config: surgery.AdapterConfig, tmp_path: Path) -> None:
+    model = nn.Sequential(layer)
     start = write_base(tmp_path / "base", model.state_dict())
-    surgery.save(surgery.inject(model, METHODS[kind]()), tmp_path / "adapter")
+    surgery.save(surgery.inject(model, config), tmp_path / "adapter")
     told = surgery.plan(start, tmp_path / "adapter").peak_bytes
     call = [sys.executable, "-c", MERGE, *(str(one) for one in (start, tmp_path / "adapter", tmp_path / "out"))]
     found = subprocess.run(call, capture_output=True, text=True, check=True).stdout

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from surgery.integrations.transformers.loading import Wanted, load_model
     from surgery.integrations.transformers.model import is_pretrained, output_heads, room_of
     from surgery.integrations.transformers.names import name_map, names_in_memory, ties_in_memory
-    from surgery.integrations.transformers.outputs import agreements, refuse_unlike, run_experts_singly
+    from surgery.integrations.transformers.outputs import agreements, refuse_uncompared, run_experts_singly
     from surgery.integrations.transformers.quantizing import tell_ejected, tell_quantized
     from surgery.integrations.transformers.saving import save_merged
     from surgery.integrations.transformers.subclass import attach, detach
@@ -37,7 +37,7 @@ __all__ = [
     "name_map",
     "names_in_memory",
     "output_heads",
-    "refuse_unlike",
+    "refuse_uncompared",
     "room_of",
     "run_experts_singly",
     "save_merged",
@@ -65,7 +65,7 @@ _HOMES = {
     "name_map": "names",
     "names_in_memory": "names",
     "output_heads": "model",
-    "refuse_unlike": "outputs",
+    "refuse_uncompared": "outputs",
     "room_of": "model",
     "run_experts_singly": "outputs",
     "save_merged": "saving",

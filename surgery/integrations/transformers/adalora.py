@@ -17,7 +17,7 @@ def regularized(root: nn.Module, output: Any, given: tuple[Any, ...], named: Map
         return output
     state = state_of(root)
     assert state is not None
-    if torch.is_grad_enabled() and not state.owed:
+    if torch.is_grad_enabled() and not state.by_trainer:
         return _regularized(root, output, given, named)
     state.regularized = False
     return output
@@ -31,14 +31,15 @@ def with_regularizer(root: nn.Module, compute: Callable[[], Any], parts: int) ->
     state = state_of(root)
     if state is None or not in_training(root) or not torch.is_grad_enabled():
         return compute()
-    state.owed = True
+    state.by_trainer = state.owed = True
     try:
         found = compute()
         loss = found[0] if isinstance(found, tuple) else found
         if not state.owed or not loss.requires_grad:
             return found
     finally:
-        state.owed = False
+        state.by_trainer = state.owed = False
+    state.regularized = True
     whole = _sum(root, loss, parts)
     return (whole, *found[1:]) if isinstance(found, tuple) else whole
 

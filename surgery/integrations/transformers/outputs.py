@@ -88,7 +88,7 @@ def agreements(
     return replace(told, left_out=known.true.left_out)
 
 
-def refuse_unlike(base: Checkpoint, out: Checkpoint) -> None:
+def refuse_uncompared(base: Checkpoint, out: Checkpoint) -> None:
     """InputError where the outputs of one of them are not compared, before anything is read."""
     if quantization_of(out.config):
         raise InputError(

@@ -38,9 +38,9 @@ class PeftMethods(nn.Module):
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> Any:
         """As ever. StateError where the size changes, and an adapter lies over the embedding of tokens or the head."""
-        if new_num_tokens is not None:
+        if new_num_tokens is not None or pad_to_multiple_of is not None:
             step = pad_to_multiple_of or 1
-            _refuse_resizing(self, -(-new_num_tokens // step) * step)
+            _refuse_resizing(self, new_num_tokens, step)
         resized: Any = super().resize_token_embeddings  # type: ignore[misc]
         return resized(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
@@ -99,12 +99,17 @@ class PeftMethods(nn.Module):
         return self
 
 
-def _refuse_resizing(root: Any, tokens: int) -> None:
+def _refuse_resizing(root: Any, wanted: int | None, step: int) -> None:
     """StateError where an adapter's tensors have a number for each token that there was."""
+    tokens = -(-(_tokens(root.get_input_embeddings()) if wanted is None else wanted) // step) * step
     ends = {id(one) for one in (root.get_input_embeddings(), root.get_output_embeddings())}
     for name, module in root.named_modules():
-        if id(module) in ends and isinstance(module, Adapted | Replaced) and len(module.weight) != tokens:
+        if id(module) in ends and isinstance(module, Adapted | Replaced) and _tokens(module) != tokens:
             raise StateError(
-                f"resize_token_embeddings: an adapter lies over {printable(name)}, of {len(module.weight)} tokens; "
+                f"resize_token_embeddings: an adapter lies over {printable(name)}, of {_tokens(module)} tokens; "
                 "resize the model first, then inject"
             )
+
+
+def _tokens(module: Any) -> int:
+    return len(module.base_weight if isinstance(module, Adapted) else module.weight)

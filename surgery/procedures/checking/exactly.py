@@ -34,7 +34,7 @@ def as_merged(
     return {name: _moved(values, plain[name], merged[name]) for name, values in true.items()}
 
 
-class Held:
+class HeldProduct:
     """The exact product, where it lies as near to the plain one as the grid explains; else what is nearest to it."""
 
     def __call__(self, B: Tensor, A: Tensor, tile: Tile, scaling: float, *, fine: bool = False) -> Tensor:
@@ -49,7 +49,7 @@ class Held:
         return exact_product.held(values, role)
 
 
-held_product = Held()
+held_product = HeldProduct()
 
 
 def held_rounding(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,13 +46,14 @@ def adalora_of(state: State, adapter: str) -> AdaLoraConfig:
 def orthogonal_loss(root: nn.Module) -> Tensor:
     """What keeps the vectors of the triplets orthogonal: weight * mean |A A^T - I|, |B^T B - I|, summed over adapters.
 
-    UsageError where the model has put it into the loss of its last call already; StateError if no AdaLoRA is trained.
+    UsageError where the model or AdapterTrainer has put it into the last loss already; StateError if no AdaLoRA is
+    trained.
     """
     state = injected(root)
     if state.regularized:
         raise UsageError(
-            "orthogonal_loss: the model's own loss holds it, for its last call was given labels; use that loss as it "
-            "is, or call the model without labels"
+            "orthogonal_loss: the last loss holds it, of a model that was given labels, or of AdapterTrainer; use that "
+            "loss as it is, or call the model without labels"
         )
     state.owed = False  # who asks for it adds it
     return regularizer(root)

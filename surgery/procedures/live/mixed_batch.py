@@ -85,10 +85,6 @@ def _checked(root: nn.Module, adapter_names: Sequence[str]) -> tuple[str, ...]:
     refuse_merged(root, "mix a batch")
     if not state.enabled:
         raise StateError("adapter_names: the adapters are disabled; enable_adapters first")
-    if BASE in state.configs:
-        raise StateError(
-            f"adapter_names: an adapter is called {BASE}, which here means none; load it under another name"
-        )
     chosen = set(names) - {BASE}
     _refuse_ranks_in_training(root, state, chosen)
     _refuse_whole_batches(root, chosen)

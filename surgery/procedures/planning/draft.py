@@ -163,9 +163,10 @@ class Draft:
         weight = None if change.beside is None else change.beside.weight.name
         replaced = weight in self.changes and self.changes[weight].saved is not None
         if weight is not None and (replaced or self.base.info(weight) is None):
+            method = next(one.method.name for one in change.layers if one.beside is not None)
             self.refusals.append(
                 MatchError(
-                    f"{printable(name)}: {change.layers[0].method.name} makes it of {printable(weight)}, which is not "
+                    f"{printable(name)}: {method} makes it of {printable(weight)}, which is not "
                     "in the base as it is; leave it out of target_modules, or merge without what replaces or ties it"
                 )
             )

@@ -3,13 +3,14 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import nlargest
+from math import prod
 from typing import Any
 
 from surgery.adapters import out_proj
 from surgery.core.adapter import Weighted
 from surgery.core.names import Naming
 from surgery.core.report import Report, in_units
-from surgery.core.site import TensorInfo
+from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS, Source
 from surgery.core.workers import default_workers
 from surgery.errors import ConfigError, InputError, printable
@@ -17,6 +18,7 @@ from surgery.hosts.change import Change, Watch
 from surgery.hosts.checkpoint import Checkpoint
 from surgery.hosts.encoded import Encoded, standing, told_in_headers
 from surgery.hosts.through import Through
+from surgery.procedures.planning.beside import follow_weights
 from surgery.procedures.planning.covering import cover, leave_plain
 from surgery.procedures.planning.draft import Draft
 from surgery.procedures.planning.feeding import feed_back
@@ -149,6 +151,7 @@ def make_plan(
         leave_plain(draft)
     else:
         unpack(draft, treatment.compute_dtype, treatment.into == "16bit")
+    follow_weights(draft)
     draft.settle(treatment.tied)
     draft.notes += [
         note
@@ -175,8 +178,13 @@ def make_plan(
 
 
 def _sums_bytes(change: Change) -> int:
-    """Of the sums that its layers have to know, a float64 for each output."""
-    return sum(8 * change.site.shape[0] for layer in change.layers if layer.method.couples)
+    """Of the sums that its layers have to know, a float64 for each output; what is beside its weight is kept whole."""
+    return sum(8 * change.site.shape[0] for layer in change.layers if layer.method.couples and layer.beside is None)
+
+
+def _rows_together(site: Site) -> int:
+    """Elements of the rows that no tile parts."""
+    return site.together * prod(site.weight.shape[1:])
 
 
 def _work_bytes(change: Change) -> int:
@@ -188,7 +196,7 @@ def _work_bytes(change: Change) -> int:
     return 2 * weight.nbytes + 3 * wide * weight.nbytes // weight.torch_dtype.itemsize
 
 
-def _together(base: Checkpoint, changes: Sequence[Change]) -> int:
+def _at_once(base: Checkpoint, changes: Sequence[Change]) -> int:
     """How many weights are at work at once: one of each file, or one alone as PEFT merges it."""
     return 1 if any(one.as_peft for one in changes) else min(default_workers(), len(base.files))
 
@@ -203,8 +211,9 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
     gone = {held for name in written if name in base.packed for held in base.holding(name)}
     infos = {info.name: info for info in base.tensors() if info.name not in gone}
     infos |= {info.name: info for one in written.values() for info in one}
-    tile = max((min(TILE_ELEMENTS, info.nbytes) for info in infos.values()), default=0)
-    together = _together(base, changes)
+    tiles = [min(TILE_ELEMENTS, info.nbytes) for info in infos.values()]
+    tile = max([*tiles, *(_rows_together(one.site) for one in changes)], default=0)
+    at_once = _at_once(base, changes)
     sites = [size for one in draft.laid for size in one.adapter.site_bytes()]
     whole = [v.nbytes for one in adapters for v in (*one.adapter.saved.values(), *one.adapter.copies.values())]
     whole += [one.adapter.shared_bytes() for one in draft.laid]
@@ -217,9 +226,9 @@ def _costed(base: Checkpoint, adapters: Sequence[Weighted], draft: Draft, config
         written_bytes=sum(info.nbytes for info in infos.values()),
         peak_bytes=_RUNTIME_BYTES
         + sum(whole)
-        + sum(nlargest(together, sites))
-        + 8 * _TILE_COPIES * tile * together
-        + sum(nlargest(together, map(_work_bytes, changes))),
+        + sum(nlargest(at_once, sites))
+        + 8 * _TILE_COPIES * tile * at_once
+        + sum(nlargest(at_once, map(_work_bytes, changes))),
         undo_bytes=sum(sites) + sum(whole) + sum(one.site.weight.nbytes + _sums_bytes(one) for one in changes),
         namings=tuple(draft.namings),
         laid=tuple(draft.laid),

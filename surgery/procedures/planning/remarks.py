@@ -21,7 +21,7 @@ _DWARFS = 1000.0  # a weight of 1 adds the change as trained, which is some per 
 
 
 def notes_of(adapter: Adapter) -> list[str]:
-    """What its config names and its tensors do not."""
+    """What its config names and its tensors do not, what is drawn for it, and files beside it that are not read."""
     config, where = adapter.config, printable(adapter.where)
     notes = [
         f"{where}: target_modules entry {quoted(entry)} has no tensors"
