@@ -10,7 +10,7 @@ from torch import Tensor
 
 from surgery.core.field_checks import check_layers, check_names, check_pattern
 from surgery.core.method import Method, Params
-from surgery.core.patterns import PatternTable
+from surgery.core.patterns import ENDING, PatternTable
 from surgery.core.peft_fields import OfFields, as_json
 from surgery.core.site import Site
 from surgery.core.spec import Spelling
@@ -57,6 +57,8 @@ class AdapterConfig(ABC, metaclass=OfFields):
     copied: ClassVar[str] = ""  # what holds its copies of the modules that it targets, where it trains these whole
     repeats_rows: ClassVar[bool] = False  # do its files hold the rows that it replaces for each of tied modules?
     shared_in_parts: ClassVar[bool] = False  # do files hold their rows one by one, numbered?
+    draws_places: ClassVar[bool] = False  # are the places of its numbers drawn from a seed, and in no file?
+    pattern_form: ClassVar[str] = ENDING  # how PEFT matches a key of its patterns with a name
     repeats_shared: ClassVar[bool] = False  # do PEFT's files hold them at each site, too?
 
     target_modules: str | Sequence[str] | None = None
@@ -236,7 +238,7 @@ class AdapterConfig(ABC, metaclass=OfFields):
             if field.name.endswith("_pattern") and isinstance(value, Mapping):
                 if not all(isinstance(key, str) for key in value):
                     raise ConfigError(f"{field.name} has a key that is not a name or pattern; it must be a string")
-                table = PatternTable(value)
+                table = PatternTable(value, self.pattern_form)
                 table.check(field.name)
                 object.__setattr__(self, field.name, table)
 

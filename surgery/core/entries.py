@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from surgery.core.config import AdapterConfig
 from surgery.core.names import suffix_hits
-from surgery.core.patterns import GLOB, Budget, PatternTable
+from surgery.core.patterns import ENDING, GLOB, Budget, PatternTable
 from surgery.core.select import chosen_layers, refuse_unmatched
 
 RE = "re:"
@@ -51,7 +51,7 @@ def in_peft_terms(config: AdapterConfig, names: Collection[str]) -> InPeftTerms:
                 found[field.name] = _ending(found[field.name], hits, names)
             spelled |= {name: entry for entry, there in hits.items() for name in there if name not in value}
         elif field.name.endswith("_pattern") and isinstance(value, PatternTable):
-            keys = {key: _expression(key) for key in value}
+            keys = {key: _key(key, value.form) for key in value}
             spelled |= {after: before for before, after in keys.items()}
             found[field.name] = {keys[key]: one for key, one in value.items()}
     changed = {name: value for name, value in found.items() if value != getattr(config, name)}
@@ -119,6 +119,12 @@ def _expression(entry: str) -> str:
     if GLOB.fullmatch(entry):
         return _translated(entry)
     return re.escape(entry).replace(r"\-", "-") if _NAME.fullmatch(entry) else entry
+
+
+def _key(entry: str, form: str) -> str:
+    """The same of a table's key; where PEFT's form wants a part before it, that of one that may be a whole name."""
+    found = _expression(entry)
+    return found if found == entry or form == ENDING else rf"(?!)|(?:.*\.)?(?:{found})"
 
 
 def _translated(glob: str) -> str:

@@ -22,6 +22,7 @@ CASELESS_SETS = 32
 
 EXACT = "{}"
 ENDING = r"(.*\.)?({})$"  # PEFT's form for a key of rank_pattern or alpha_pattern
+BELOW = r".*\.{}$"  # the same for a key of FourierFT's n_frequency_pattern; a whole name is no end there
 LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # PEFT's form for layers_pattern
 SAVED = r"(^|.*\.){}($|\..*)"  # PEFT's form for what lies in an entry of modules_to_save
 
@@ -97,8 +98,9 @@ class Budget:
 class PatternTable(dict[str, Any]):
     """Values by pattern, as in `rank_pattern`; what it finds for a name is found once."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any], form: str = ENDING) -> None:
         super().__init__(values)
+        self.form = form
         self.budget = Budget()
         self.keys_of: dict[str, str | None] = {}
 
@@ -108,21 +110,22 @@ class PatternTable(dict[str, Any]):
             if GLOB.fullmatch(key) and _GLOB_ALONE.search(key):  # put into PEFT's terms before it is matched
                 continue
             try:
-                self.budget.check(key, ENDING)
+                self.budget.check(key, self.form)
             except ConfigError as error:
                 raise ConfigError(f"{field}: {error}") from error
 
     def unused(self, names: Collection[str]) -> list[str]:
-        """The keys that match the end of none of `names`."""
-        used = {self.key_of(name) for name in names}
+        """The keys that match the end of none of `names`, and are none."""
+        used = {*names, *(self.key_of(name) for name in names)}
         return [
-            key for key in self if key not in used and not any(self.budget.match(key, one, ENDING) for one in names)
+            key for key in self if key not in used and not any(self.budget.match(key, one, self.form) for one in names)
         ]
 
     def key_of(self, name: str) -> str | None:
-        """The first key that matches the end of `name` (PEFT's rule)."""
+        """The first key that matches the end of `name`, or else is that name (PEFT's rule)."""
         if name not in self.keys_of:
-            self.keys_of[name] = next((key for key in self if self.budget.match(key, name, ENDING)), None)
+            found = (key for key in self if self.budget.match(key, name, self.form))
+            self.keys_of[name] = next(found, name if name in self else None)
         return self.keys_of[name]
 
 

@@ -1,9 +1,41 @@
 """Drawn places: where in a weight an adapter has numbers of which no file tells; the seed does, as in PEFT."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from surgery.core.site import Site
+from surgery.errors import ConfigError, MatchError, printable, quoted
+from surgery.methods.acts_on import only_linear_or_conv1d
+from surgery.methods.field_values import check_count, check_counts, check_number, check_whole
+
+
+def check_fields(count: object, scaling: object, seed: object, pattern: object) -> None:
+    """ConfigError for what n_frequency, scaling, random_loc_seed and n_frequency_pattern cannot be."""
+    check_count("n_frequency", count)
+    check_number("scaling", scaling)
+    check_whole("random_loc_seed", seed, -(1 << 63), (1 << 64) - 1)
+    if not isinstance(pattern, Mapping):
+        raise ConfigError(f"n_frequency_pattern is {quoted(pattern)}; a table is wanted")
+    check_counts("n_frequency_pattern", pattern)
+
+
+def check_room(site: Site, method: str, count: int) -> None:
+    """MatchError where the site's weight is no matrix, or has no room for so many numbers."""
+    only_linear_or_conv1d(site, method)
+    out_features, in_features = site.shape
+    if count > out_features * in_features:
+        raise MatchError(
+            f"{printable(site.name)}: n_frequency is {count}, and its weight has {out_features * in_features} numbers; "
+            "choose a smaller one by n_frequency_pattern, or exclude it"
+        )
+
+
+def place_bytes(shape: tuple[int, int]) -> int:
+    """What drawing takes: of all places, each an int64, some are chosen."""
+    return 8 * shape[0] * shape[1]
 
 
 def places(c: Tensor, seed: int, shape: tuple[int, int]) -> Tensor:

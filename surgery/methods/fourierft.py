@@ -12,14 +12,12 @@ from surgery.core.arithmetic import factor_bytes, float_product
 from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.one_step import may_be_one_step
 from surgery.core.op import Op, Tile, in_dtype_of
+from surgery.core.patterns import BELOW
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.core.spec import Spec, Spelling
-from surgery.errors import ConfigError, MatchError, printable, quoted
-from surgery.methods.acts_on import only_linear_or_conv1d
 from surgery.methods.bias_config import BiasConfig
-from surgery.methods.drawn_places import places
-from surgery.methods.field_values import check_count, check_counts, check_number, check_whole
+from surgery.methods.drawn_places import check_fields, check_room, place_bytes, places
 from surgery.methods.fourier import Laid, Spectral, half_places, transformed
 from surgery.methods.frequencies import factors
 from surgery.methods.spreads import prime_factors, unit_of
@@ -45,6 +43,8 @@ class FourierFTConfig(BiasConfig):
     bias_of_adapted = "fourier_only"
     spellings: ClassVar[Mapping[str, Spelling]] = {"fourierft_spectrum": Spelling("c")}
     neutral: ClassVar[Mapping[str, Any]] = {}
+    draws_places = True
+    pattern_form = BELOW
 
     n_frequency: int = 1000
     scaling: float = 150.0
@@ -56,12 +56,7 @@ class FourierFTConfig(BiasConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("n_frequency", self.n_frequency)
-        check_number("scaling", self.scaling)
-        check_whole("random_loc_seed", self.random_loc_seed, -(1 << 63), (1 << 64) - 1)
-        if not isinstance(self.n_frequency_pattern, Mapping):
-            raise ConfigError(f"n_frequency_pattern is {quoted(self.n_frequency_pattern)}; a table is wanted")
-        check_counts("n_frequency_pattern", self.n_frequency_pattern)
+        check_fields(self.n_frequency, self.scaling, self.random_loc_seed, self.n_frequency_pattern)
 
     def method(self, name: str) -> "FourierFT":
         count = pattern_value(self.n_frequency_pattern, name, self.n_frequency)
@@ -82,13 +77,7 @@ class FourierFT(Additive):
     name = "FourierFT"
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        only_linear_or_conv1d(site, self.name)
-        out_features, in_features = site.shape
-        if self.count > out_features * in_features:
-            raise MatchError(
-                f"{printable(site.name)}: n_frequency is {self.count}, and its weight has "
-                f"{out_features * in_features} numbers; choose a smaller one by n_frequency_pattern, or exclude it"
-            )
+        check_room(site, self.name, self.count)
         return {"c": Spec("fourierft_spectrum", (self.count,))}
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
@@ -100,9 +89,11 @@ class FourierFT(Additive):
         return {**p, "B": B, "A": A}
 
     def work_bytes(self, site: Site) -> int:
-        out_features, in_features = site.shape
         r = 2 * min(self.count, min(site.shape) // 2 + 1)
-        return factor_bytes(site.shape, r) + 8 * out_features * in_features  # of all places some are drawn
+        return factor_bytes(site.shape, r) + place_bytes(site.shape)
+
+    def settings(self) -> Mapping[str, str]:
+        return {**super().settings(), "seed": str(self.seed)}
 
     def delta(self, p: Params, tile: Tile, product: Product) -> Tensor:
         return product(p["B"], p["A"], tile, self.scaling / (len(p["B"]) * p["A"].shape[1]))

@@ -16,17 +16,17 @@ from surgery.core.op import Op, Tile
 from surgery.core.select import pattern_value
 from surgery.core.site import Site
 from surgery.core.spec import Spec, Spelling
-from surgery.errors import ConfigError, MatchError, printable, quoted
-from surgery.methods.acts_on import only_linear_or_conv1d
+from surgery.errors import ConfigError, quoted
 from surgery.methods.bias_config import BiasConfig
-from surgery.methods.drawn_places import one_of_each, places
-from surgery.methods.field_values import check_count, check_counts, check_number, check_whole
+from surgery.methods.drawn_places import check_fields, check_room, one_of_each, place_bytes, places
 from surgery.methods.scattered import Scattered
 from surgery.methods.sparse import with_sparse
 from surgery.methods.spreads import unit_of
 from surgery.methods.wavelets import FILTERS, brought_back
 
 Bias = Literal["none", "all", "waveft_only"]
+
+_HELD = 15  # numbers for each that is brought back: values, places, and what sorts and sums them, as measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class WaveFTConfig(BiasConfig):
     bias_of_adapted = "waveft_only"
     spellings: ClassVar[Mapping[str, Spelling]] = {"waveft_spectrum": Spelling("c")}
     neutral: ClassVar[Mapping[str, Any]] = {"proportional_parameters": False}
+    draws_places = True
     reasons: ClassVar[Mapping[str, str]] = {
         "proportional_parameters": "how many numbers a layer has would depend on all others; tell it by "
         "n_frequency_pattern, by full names"
@@ -64,12 +65,7 @@ class WaveFTConfig(BiasConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("n_frequency", self.n_frequency)
-        check_number("scaling", self.scaling)
-        check_whole("random_loc_seed", self.random_loc_seed, -(1 << 63), (1 << 64) - 1)
-        if not isinstance(self.n_frequency_pattern, Mapping):
-            raise ConfigError(f"n_frequency_pattern is {quoted(self.n_frequency_pattern)}; a table is wanted")
-        check_counts("n_frequency_pattern", self.n_frequency_pattern)
+        check_fields(self.n_frequency, self.scaling, self.random_loc_seed, self.n_frequency_pattern)
         if not isinstance(self.wavelet_family, str) or (self.use_idwt and self.wavelet_family not in FILTERS):
             raise ConfigError(
                 f"wavelet_family is {quoted(self.wavelet_family)}; one of {', '.join(map(repr, FILTERS))} is wanted, "
@@ -97,13 +93,7 @@ class WaveFT(Scattered):
     name = "WaveFT"
 
     def tensors(self, site: Site) -> Mapping[str, Spec]:
-        only_linear_or_conv1d(site, self.name)
-        out_features, in_features = site.shape
-        if self.count > out_features * in_features:
-            raise MatchError(
-                f"{printable(site.name)}: n_frequency is {self.count}, and its weight has "
-                f"{out_features * in_features} numbers; choose a smaller one by n_frequency_pattern, or exclude it"
-            )
+        check_room(site, self.name, self.count)
         return {"c": Spec("waveft_spectrum", (self.count,))}
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
@@ -112,7 +102,7 @@ class WaveFT(Scattered):
 
     def matrices(self, p: Params, site: Site) -> Params:
         """What comes to one place is summed in the order of c, by operations of its own."""
-        v, rows, columns = self._acting(exact_float64(p["c"]), site.shape)
+        v, rows, columns = self._acting(exact_float64(p["c"]), site.shape, inside=True)
         flat, group = torch.unique(rows * site.shape[1] + columns, return_inverse=True)
         summed = size = v.new_zeros(len(flat))
         for chosen in one_of_each(group):
@@ -120,6 +110,13 @@ class WaveFT(Scattered):
             size = size.index_add(0, group[chosen], v[chosen].abs())
         at = {"rows": flat // site.shape[1], "columns": flat % site.shape[1]}
         return {**p, "v": summed, "size": size, **at, "frame": v.new_empty(*site.shape, 0)}
+
+    def work_bytes(self, site: Site) -> int:
+        each = 1 if self.family is None else len(FILTERS[self.family]) ** 2
+        return place_bytes(site.shape) + 8 * _HELD * each * self.count
+
+    def settings(self) -> Mapping[str, str]:
+        return {**super().settings(), "seed": str(self.seed), "wavelet": self.family or "none"}
 
     def spread(self, p: Params, tile: Tile) -> Tensor:
         # PEFT rounds either filter's number, their product, that with each c, the sum of all that come to an element,
@@ -134,10 +131,14 @@ class WaveFT(Scattered):
 
         return with_sparse(x, run, acting)
 
-    def _acting(self, c: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, and where in the matrix they act, each by itself."""
+    def _acting(self, c: Tensor, shape: tuple[int, int], inside: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, and where in the matrix they act, each by itself; or those `inside`, whose number no shape tells."""
         at = places(c, self.seed, shape)
         if self.family is None:
             return c, at[0], at[1]
         rows, columns, weights = brought_back(at, shape, self.family)
-        return c.repeat(len(weights) // len(c)) * weights.to(c.dtype), rows, columns
+        v = c.repeat(len(weights) // len(c)) * weights.to(c.dtype)
+        if not inside:
+            return v, rows, columns
+        kept = weights != 0  # those outside would come to one place, thousands of them, each in a step of its own
+        return v[kept], rows[kept], columns[kept]

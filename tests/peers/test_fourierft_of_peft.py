@@ -37,7 +37,9 @@ from surgery.methods.fourier import Laid, Spectral, half_places, transformed
 from surgery.methods.fourierft import FourierFT
 from surgery.methods.frequencies import factors, waves
 from surgery.ops import OPS
+from surgery.procedures.writing.small_files import RECEIPT
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*drawn from its seed")
 PART = 1.0
 CASES: dict[str, dict[str, Any]] = {
     "few": {"n_frequency": 12},
@@ -258,3 +260,61 @@ def test_over_lora_and_under_c3a_it_adds_to_what_they_make_also_under_autocast()
         assert near(outputs(model), adapted, torch.bfloat16)
     assert near(outputs(surgery.merge(model)), adapted, torch.float32)
     assert torch.equal(outputs(surgery.eject(model)), outputs(made()))
+
+
+def test_loading_and_merging_say_that_its_places_have_to_be_drawn(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path / "base")
+    by_peft(made(), config("few"), PART).save_pretrained(tmp_path / "adapter")
+    told = "the places of its numbers are not in it: they are drawn from its seed"
+    with pytest.warns(UserWarning, match=told):
+        surgery.load(made(), tmp_path / "adapter")
+    assert any(told in one for one in surgery.plan(tmp_path / "base", tmp_path / "adapter").notes)
+    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert told in (tmp_path / "out" / RECEIPT).read_text()
+
+
+def test_settings_tell_merges_of_the_same_tensors_apart() -> None:
+    told = [FourierFT(3.0, 5, seed).settings() for seed in (7, 8)]
+    assert [one["seed"] for one in told] == ["7", "8"]
+
+
+KEYS = ["q_proj|v_proj", "(q|v)_proj", "self_attn.v_proj|", "layers.0.self_attn.q_proj", ".*q_proj"]
+
+
+@pytest.mark.parametrize("key", [*KEYS, "model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.v_proj|x"])
+def test_keys_of_its_pattern_mean_what_they_mean_in_peft(key: str, tmp_path: Path) -> None:
+    targets = ["q_proj", "v_proj"]
+    fields = peft.FourierFTConfig(n_frequency=9, target_modules=targets, n_frequency_pattern={key: 5})
+    check_files(fields, torch.float32, PART, tmp_path)
+    check_fresh(fields)
+
+
+@pytest.mark.parametrize(
+    "key", ["0", "block.0", "*.0", "re:block\\.[01]", "re:(b)lock\\.0|.*(l)\\2\\.0", "nest.block.0"]
+)
+def test_keys_of_ours_mean_ends_of_names_and_peft_reads_them_so(key: str, tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        def block() -> nn.Module:
+            return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+        nest = nn.ModuleDict({"block": block()})
+        return nn.ModuleDict({"nest": nest, "block": block(), "block0": nn.Linear(4, 4), "0": nn.Linear(4, 4)})
+
+    wanted = {
+        "0": {"0", "block.0", "nest.block.0"},
+        "block.0": {"block.0", "nest.block.0"},
+        "*.0": {"block.0", "nest.block.0"},
+        "re:block\\.[01]": {"block.0", "nest.block.0", "block.1", "nest.block.1"},
+        "re:(b)lock\\.0|.*(l)\\2\\.0": {"block.0", "nest.block.0"},
+        "nest.block.0": {"nest.block.0"},
+    }[key]
+    model = surgery.inject(
+        net(), surgery.FourierFTConfig(n_frequency=9, target_modules=["0", "1", "block0"], n_frequency_pattern={key: 5})
+    )
+    surgery.save(model, tmp_path)
+    for one in (model, peft.PeftModel.from_pretrained(net(), tmp_path)):
+        found = {name: len(v) for name, v in one.named_parameters() if "spectrum" in name}
+        short = {
+            name.partition(".fourierft")[0].removeprefix("base_model.model.") for name in found if found[name] == 5
+        }
+        assert short == wanted

@@ -4,6 +4,7 @@ import copy
 import math
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import peft
 import pytest
@@ -24,7 +25,9 @@ from placed_pairs import (
     made,
     near,
 )
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import surgery
@@ -32,10 +35,13 @@ from surgery.cli import surgery as command
 from surgery.core.arithmetic import exact_product
 from surgery.core.op import WHOLE
 from surgery.core.site import Site, TensorInfo
+from surgery.methods.drawn_places import one_of_each
 from surgery.methods.waveft import WaveFT
 from surgery.methods.wavelets import FILTERS
 from surgery.ops import OPS
+from surgery.procedures.writing.small_files import RECEIPT
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*drawn from its seed")
 PART = 0.25
 CASES: dict[str, dict[str, Any]] = {
     "few": {"n_frequency": 12},
@@ -223,3 +229,60 @@ def test_over_lora_and_under_shira_it_adds_to_what_they_make_also_under_autocast
         assert near(outputs(model), adapted, torch.bfloat16)
     assert near(outputs(surgery.merge(model)), adapted, torch.float32)
     assert torch.equal(outputs(surgery.eject(model)), outputs(made()))
+
+
+def test_loading_and_merging_say_that_its_places_have_to_be_drawn(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path / "base")
+    by_peft(made(), config("few"), PART).save_pretrained(tmp_path / "adapter")
+    told = "the places of its numbers are not in it: they are drawn from its seed"
+    with pytest.warns(UserWarning, match=told):
+        surgery.load(made(), tmp_path / "adapter")
+    assert any(told in one for one in surgery.plan(tmp_path / "base", tmp_path / "adapter").notes)
+    surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert told in (tmp_path / "out" / RECEIPT).read_text()
+
+
+def test_settings_tell_merges_of_the_same_tensors_apart() -> None:
+    told = [WaveFT(3.0, 5, family, seed).settings() for family, seed in (("db2", 7), (None, 8))]
+    assert [(one["seed"], one["wavelet"]) for one in told] == [("7", "db2"), ("8", "none")]
+
+
+@pytest.mark.parametrize("family", FILTERS)
+def test_no_place_has_more_numbers_than_a_filter_brings_there(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[int] = []
+
+    def counted(group: Tensor) -> list[Tensor]:
+        found = one_of_each(group)
+        parts.append(len(found))
+        return found
+
+    monkeypatch.setattr("surgery.methods.waveft.one_of_each", counted)
+    shape = (40, 30)
+    site = Site("0", {"weight": TensorInfo("0.weight", torch.float32, shape)}, OPS["linear"])
+    WaveFT(3.0, 1200, family).matrices({"c": torch.randn(1200)}, site)
+    assert 0 < parts[0] <= len(FILTERS[family]) ** 2
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made within it take at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Any] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.made += [ref(one) for one in tree_leaves(out) if isinstance(one, Tensor)]
+        live = [one.untyped_storage() for weak in self.made if (one := weak()) is not None]
+        self.most = max(self.most, sum({one.data_ptr(): one.nbytes() for one in live}.values()))
+        return out
+
+
+@pytest.mark.parametrize("family", ["db1", "coif1", None])
+def test_a_plan_counts_the_memory_that_its_matrices_take(family: str | None) -> None:
+    site = Site("0", {"weight": TensorInfo("0.weight", torch.float32, (200, 150))}, OPS["linear"])
+    method = WaveFT(3.0, 9000, family, seed=12345)
+    with Held() as held:
+        method.matrices({"c": torch.randn(9000)}, site)
+    assert held.most <= method.work_bytes(site) <= 3 * held.most
