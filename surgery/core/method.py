@@ -214,8 +214,8 @@ class Mixing(Method):
     """One whose every element of the outcome is made of several of the base's, by products.
 
     Its `merge` takes tiles of whole rows of the stored weight, within which it mixes, or of groups of rows, `together`,
-    among which. It has no steps, for nothing
-    tells an element back from its outcome: undo keeps the weight. A subclass writes `merge`, `prepared` and `strayed`.
+    among which. It has no steps, for nothing tells an element back from its outcome: undo keeps the weight. A subclass
+    writes `merge`, `prepared` and `strayed`.
     """
 
     couples = frozenset()

@@ -1,5 +1,6 @@
 """TreeSum: sums by a fixed tree of elementwise additions, the same bits however the terms come in; and exact sums."""
 
+from collections.abc import Iterable
 from fractions import Fraction
 
 import torch
@@ -55,6 +56,15 @@ def row_sums(terms: Tensor) -> Tensor:
             sums[:, 0] += terms[:, -1]
         terms = sums
     return terms.sum(1)  # of one number, or none
+
+
+def added(terms: Iterable[Tensor]) -> Tensor:
+    """Their sum, from the first on: each is there for no longer than it takes to add it."""
+    terms = iter(terms)
+    total = next(terms)
+    for one in terms:
+        total = total + one
+    return total
 
 
 def exact_sum(values: Tensor) -> Fraction | float:

@@ -7,6 +7,7 @@ each 2^(i - 1) blocks the odd halves come after the even ones. P_1 leaves them w
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -17,7 +18,17 @@ from surgery.core.op import Op, Tile
 from surgery.core.site import Site
 from surgery.core.spec import Spec
 from surgery.errors import MatchError, printable
-from surgery.methods.rotations import FINE, Multiply, by_blocks, cayley, cayley_off, cayley_solved, thinned, times
+from surgery.methods.rotations import (
+    COPIES,
+    FINE,
+    Multiply,
+    by_blocks,
+    cayley,
+    cayley_off,
+    cayley_solved,
+    thinned,
+    times,
+)
 from surgery.methods.spreads import unit_of
 
 
@@ -46,7 +57,8 @@ class Boft(AtStrength, Mixing):
                 f"{printable(site.name)}: {found}; BOFT acts on Linear and Conv2d in one group, as in PEFT; exclude it"
             )
         b, rest = (self.size, 0) if self.size else divmod(in_features, self.blocks)
-        if rest or b == 0 or in_features % (b * 2 ** (self.depth - 1)) or (self.depth > 1 and b % 2):
+        deep = self.depth > max(1, in_features.bit_length())  # told first: of a larger one 2^depth takes long
+        if deep or rest or b == 0 or in_features % (b * 2 ** (self.depth - 1)) or (self.depth > 1 and b % 2):
             raise MatchError(
                 f"{printable(site.name)}: {in_features} numbers make an output, which cannot be cut into {self._told}; "
                 "choose another boft_block_size or boft_block_num, or exclude it"
@@ -56,6 +68,10 @@ class Boft(AtStrength, Mixing):
 
     def matrices(self, p: Params, site: Site) -> Params:  # noqa: ARG002  # the shapes tell all
         return {**p, "s": p["s"].flatten()}
+
+    def work_bytes(self, site: Site) -> int:
+        """Of D, of all factors at once."""
+        return 8 * COPIES * prod(self.tensors(site)["R"].shape)
 
     def init(self, site: Site, base: Callable[[], Dense]) -> Params:  # noqa: ARG002  # for others
         shapes = {role: spec.shape for role, spec in self.tensors(site).items()}

@@ -122,7 +122,7 @@ class RandLora(Additive):
     def matrices(self, p: Params, site: Site) -> Params:
         wide = {role: exact_float64(values) for role, values in _cut(p, site.shape).items()}
         bases = (wide["L"].unsqueeze(2) * wide["A"]).mul_(wide["G"])  # [r, n, low]
-        left, right = _in_order(wide["B"].flatten(1), bases.flatten(0, 1), site.shape)
+        left, right = _turned(wide["B"].flatten(1), bases.flatten(0, 1), site.shape)
         return {**p, "left": left, "right": right}  # [out, k], [k, in]
 
     def work_bytes(self, site: Site) -> int:
@@ -141,7 +141,7 @@ class RandLora(Additive):
         shape = below.shape[-1], x.shape[-1]
         cut = {role: values.to(x.device) for role, values in _cut(p, shape).items()}  # of layers on several devices
         bases: Tensor = _Bases.apply(cut["A"], cut["L"], cut["G"])  # type: ignore[no-untyped-call]
-        left, right = _in_order(cut["B"].flatten(1), bases.flatten(0, 1), shape)
+        left, right = _turned(cut["B"].flatten(1), bases.flatten(0, 1), shape)
         x = in_dtype_of(right, x)
         if training and self.dropout:
             x = F.dropout(x, self.dropout)
@@ -170,7 +170,7 @@ def _cut(p: Params, shape: tuple[int, int]) -> Params:
     return {"L": p["L"], "G": p["G"], "A": p["A"][..., :low], "B": p["B"][:high, :bases]}
 
 
-def _in_order(B: Tensor, A: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _turned(B: Tensor, A: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """[high, k] and [k, low], turned where a weight has more inputs than outputs: [out, k] and [k, in]."""
     out_features, in_features = shape
     return (B, A) if in_features <= out_features else (A.mT, B.mT)

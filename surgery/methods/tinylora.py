@@ -15,6 +15,7 @@ from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.op import Op, Tile, in_dtype_of
 from surgery.core.site import Site
 from surgery.core.spec import Spec
+from surgery.core.sums import added
 from surgery.errors import StateError, ValueRangeError, printable
 from surgery.methods.acts_on import only_matrices
 from surgery.methods.spreads import product_spread, unit_of
@@ -76,9 +77,10 @@ class TinyLora(Additive):
 
     def matrices(self, p: Params, site: Site) -> Params:
         """`left` and `right` are the factors; with `turned`, whatever it holds, those of the transposed delta."""
-        U, V, P = (exact_float64(p[role]) for role in "UVP")
-        R = _in_order(_own(p).to(P).view(-1, 1, 1) * P)  # [r, r]
-        found = {**p, "left": _in_order(U.T.unsqueeze(2) * R.unsqueeze(1)), "right": V}  # [high, r], [r, wide]
+        U, V = (exact_float64(p[role]) for role in "UV")
+        R = added(v * exact_float64(P) for v, P in zip(_own(p).to(U), p["P"], strict=True))  # [r, r]
+        left = added(column.unsqueeze(1) * row for column, row in zip(U.T, R, strict=True))  # [high, r]
+        found = {**p, "left": left, "right": V}  # [r, wide]
         return {**found, "turned": p["group"]} if _is_embedding(site.acting) else found
 
     def work_bytes(self, site: Site) -> int:
@@ -133,11 +135,3 @@ def _is_embedding(op: Op) -> bool:
 def _own(p: Params) -> Tensor:
     """[u]: the row of v that is the site's."""
     return p["v"].index_select(0, p["group"].to(p["v"].device)).squeeze(0)
-
-
-def _in_order(values: Tensor) -> Tensor:
-    """The sum along the first axis, from its first element on."""
-    total = values[0]
-    for one in values[1:]:
-        total = total + one
-    return total

@@ -64,7 +64,6 @@ class TinyLoraConfig(BiasConfig):
     init_v_bound: float = 0.02
     tinylora_dropout: float = 0.0
     fan_in_fan_out: bool = False  # read and written for PEFT; the op decides, see hosts
-    bias: str = "none"  # which biases of the base are trained
     init_weights: bool | str = True
 
     def __post_init__(self) -> None:

@@ -58,7 +58,6 @@ class UniLoraConfig(BiasConfig):
     theta_d_length: int = 256
     unilora_dropout: float = 0.0
     fan_in_fan_out: bool = False  # read and written for PEFT; the op decides, see hosts
-    bias: str = "none"  # which biases of the base are trained
     init_theta_d_bound: float = 0.02
     init_weights: bool = True
     save_indices: bool = False

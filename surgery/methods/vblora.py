@@ -17,6 +17,7 @@ from surgery.core.method import Additive, Dense, Params, Product, Run
 from surgery.core.op import Factors, Op, Tile
 from surgery.core.site import Site
 from surgery.core.spec import Spec
+from surgery.core.sums import added
 from surgery.errors import MatchError, ValueRangeError, printable
 from surgery.methods.acts_on import only_linear_or_conv1d
 from surgery.methods.factored import factored
@@ -24,6 +25,7 @@ from surgery.methods.spreads import product_spread, unit_of
 
 Mix = tuple[Tensor, Tensor]  # which vectors each part is made of, and how much of each: [..., topk] both
 _SIDES = ("A", "B")
+_FLOAT32 = torch.finfo(torch.float32).eps / 2  # what it rounds by
 
 
 @dataclass(frozen=True)
@@ -85,25 +87,25 @@ class Banked(Additive):
     def spread(self, p: Params, tile: Tile) -> Tensor:
         A, B = p["A"][:, tile[1]], p["B"][tile[0]]
         unit = unit_of(*(values for role, values in p.items() if role not in _SIDES and values.is_floating_point()))
-        off_A, off_B = (unit * self._off(p, side) for side in _SIDES)
+        off_A, off_B = (self._off(p, side, unit) for side in _SIDES)
         off_A, off_B = _rows(off_A)[:, tile[1]], _columns(off_B)[tile[0]]
         mixed = off_B @ (A.abs() + off_A) + B.abs() @ off_A
         return abs(self.scaling) * (mixed + product_spread(B, A, unit))
 
-    def _off(self, p: Params, side: str) -> Tensor:
-        """How far two correct sums of vectors may lie apart, in units."""
+    def _off(self, p: Params, side: str, unit: float) -> Tensor:
+        """How far a correct sum of vectors may lie from the exact one."""
         at, weights = self.exact_mix(p, side)
         weights, vectors = weights.abs(), exact_float64(p["vectors"]).abs()
-        far = weights.clamp(min=2.0**-1000).log().abs()
-        # The exponent of each is off by a unit of it, and by two more where PEFT has it from a logarithm; so is each
-        # in the sum that all are divided by. Each of two exponentials rounds by two units, the division, the product
-        # and 2 (topk - 1) sums by one; on either side. What is left of 1 for the last is off by that of topk sums.
-        shared = (weights * far).sum(-1, keepdim=True)
-        each = weights * (3 * (far + shared) + 2 * (2 * self.topk + 4))
-        return _summed(at, each + self.topk * self._is_rest(weights), vectors)
+        # A softmax is computed in float32 or wider: its exponents round by a unit of theirs, two exponentials by two
+        # units each, the division and topk - 1 sums by one. Then it is rounded to the dtype, as are the product with
+        # a vector and topk - 1 sums of such.
+        fine = min(unit, _FLOAT32)
+        rounded = (self.topk + 4) * fine + (self.topk + 1) * unit
+        off = rounded * weights + _by_exponents(weights, fine) + self._read_off(weights, unit)
+        return _summed(at, off, vectors)
 
-    def _is_rest(self, weights: Tensor) -> Tensor:
-        """1 where a weight is what the others leave of 1."""
+    def _read_off(self, weights: Tensor, unit: float) -> Tensor:  # noqa: ARG002  # of those that files hold as logits
+        """The same of weights that the softmax is given by other numbers than logits."""
         return torch.zeros_like(weights)
 
     def branch(self, x: Tensor, run: Run, op: Op, p: Params, training: bool) -> Tensor:
@@ -130,13 +132,15 @@ class VBLoRA(Banked):
         return at, largest.softmax(-1)
 
     def exact_mix(self, p: Params, side: str) -> Mix:
-        """Of equal logits those count that torch.topk takes on a CPU."""
-        logits = p[f"logits_{side}"]
-        at = logits.detach().cpu().topk(self.topk, -1).indices
-        wide = exact_float64(logits)
-        largest = wide.gather(-1, at.to(wide.device))
+        wide = exact_float64(p[f"logits_{side}"])
+        at = _largest(wide, self.topk)
+        largest = wide.gather(-1, at)
         powers = exp(largest - largest[..., :1])
-        return at.to(wide.device), powers / _in_order(powers)
+        return at, powers / added(torch.split(powers, 1, -1))
+
+    def work_bytes(self, site: Site) -> int:
+        """With the logits in float64 and sorted, of one side at a time."""
+        return super().work_bytes(site) + 3 * 8 * self.r * self.num_vectors * max(site.shape) // self.vector_length
 
 
 @dataclass(frozen=True)
@@ -169,36 +173,46 @@ class VBLoRAOfTopK(Banked):
 
     def exact_mix(self, p: Params, side: str) -> Mix:
         parts = exact_float64(p[f"part_{side}"])
-        rest = 1 - _in_order(parts) if self.topk > 1 else torch.ones_like(p[f"at_{side}"], dtype=torch.float64)
+        rest = (
+            1 - added(torch.split(parts, 1, -1))
+            if self.topk > 1
+            else torch.ones_like(p[f"at_{side}"], dtype=torch.float64)
+        )
         return p[f"at_{side}"].to(rest.device, torch.int64), torch.cat([parts, rest], -1)
 
-    def _is_rest(self, weights: Tensor) -> Tensor:
-        return torch.ones_like(weights).cumsum(-1) == self.topk
+    def _read_off(self, weights: Tensor, unit: float) -> Tensor:
+        # PEFT takes logarithms: each is computed to a unit of float32, or wider, and rounded to the dtype. What is
+        # left of 1 is off by the roundings of topk sums, by which all are divided then.
+        is_rest = torch.ones_like(weights).cumsum(-1) == self.topk
+        return _by_exponents(weights, unit + min(unit, _FLOAT32)) + self.topk * unit * (is_rest + weights)
 
 
 def of_top_k(p: Params, topk: int) -> Params:
     """What the logits come to, as PEFT writes it: by places of theirs, without the last weight."""
     held: dict[str, Tensor] = {}
     for side in _SIDES:
-        largest, at = p[f"logits_{side}"].detach().topk(topk, -1)
-        held |= {f"at_{side}": at, f"part_{side}": largest.softmax(-1)[..., :-1].contiguous()}
+        logits = p[f"logits_{side}"].detach()
+        at = _largest(logits, topk)
+        held |= {f"at_{side}": at, f"part_{side}": logits.gather(-1, at).softmax(-1)[..., :-1].contiguous()}
     return held
 
 
-def _in_order(values: Tensor) -> Tensor:
-    """[..., 1]: the sum along the last axis, from its first element on."""
-    total = values[..., :1]
-    for place in range(1, values.shape[-1]):
-        total = total + values[..., place : place + 1]
-    return total
+def _largest(logits: Tensor, topk: int) -> Tensor:
+    """[..., topk]: where the largest are, in order; of equal ones those that come first, on any machine."""
+    wide = exact_float64(logits.detach()) + 0.0  # which makes of -0.0 and 0.0 the same bits
+    return torch.sort(wide, dim=-1, descending=True, stable=True).indices[..., :topk].to(logits.device)
+
+
+def _by_exponents(weights: Tensor, unit: float) -> Tensor:
+    """What weights are off by, where each exponent is by a unit of it: its own, and all in the sum that divides."""
+    far = weights.clamp(min=2.0**-1000).log().abs()
+    return unit * weights * (far + (weights * far).sum(-1, keepdim=True))
 
 
 def _summed(at: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
     """[..., vector_length]: the weighted vectors at these places, added in their order."""
-    total = weights[..., :1] * vectors[at[..., 0]]
-    for place in range(1, at.shape[-1]):
-        total = total + weights[..., place : place + 1] * vectors[at[..., place]]
-    return total
+    places = zip(at.unbind(-1), torch.split(weights, 1, -1), strict=True)
+    return added(weight * vectors[place] for place, weight in places)
 
 
 def _bagged(at: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:

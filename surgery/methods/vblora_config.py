@@ -56,7 +56,6 @@ class VBLoRAConfig(BiasConfig):
     save_only_topk_weights: bool = False
     vblora_dropout: float = 0.0
     fan_in_fan_out: bool = False  # read and written for PEFT; the op decides, see hosts
-    bias: str = "none"  # which biases of the base are trained
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
 

@@ -89,3 +89,13 @@ def test_a_pickle_is_refused_with_the_next_step(folder: Path, capsys: pytest.Cap
     (folder / "adapter" / "adapter_model.safetensors").rename(folder / "adapter" / "adapter_model.bin")
     assert merged(folder) == 3
     assert "load it in PEFT and save it again" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*dealt over the model's modules")
+def test_numbers_are_dealt_of_no_longer_vector_than_the_file_holds(tmp_path: Path) -> None:
+    config = surgery.UniLoraConfig(theta_d_length=8, target_modules=["0"])
+    surgery.save(surgery.inject(nn.Sequential(nn.Linear(8, 12)), config), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"theta_d_length": 2_000_000_000}))
+    with pytest.raises(surgery.ShapeError, match=r"theta is \[8\], but \[2000000000\] is wanted"):
+        surgery.load(nn.Sequential(nn.Linear(8, 12)), tmp_path)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -165,6 +166,13 @@ def test_blocks_that_do_not_fit_are_refused_where_peft_refuses_them(fields: dict
         surgery.inject(copy.deepcopy(model), surgery.BOFTConfig(target_modules=["0"], **fields))
     with pytest.raises(ValueError, match=r"(?i)must be|invalid"):
         peft.get_peft_model(model, peft.BOFTConfig(target_modules=["0"], **fields))
+
+
+def test_factors_beyond_any_cut_are_refused_at_once() -> None:
+    config, start = surgery.BOFTConfig(target_modules=["0"], boft_n_butterfly_factor=2**31 - 1), time.process_time()
+    with pytest.raises(MatchError, match=f"blocks of 4, even ones, dealt out {2**31 - 1} times"):
+        surgery.inject(nn.Sequential(nn.Linear(64, 8)), config)
+    assert time.process_time() - start < 0.5
 
 
 def test_of_a_config_with_more_factors_peft_trains_one_without_its_extension(

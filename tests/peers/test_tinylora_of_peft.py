@@ -21,9 +21,12 @@ from pairs import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import surgery
+from surgery.layers.adapted import Adapted
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "bos_token_id": 0, "eos_token_id": 0}
@@ -205,6 +208,27 @@ def test_what_cannot_begin_is_refused_by_name() -> None:
         model = MODELS["llama"]()
     with pytest.raises(surgery.StateError, match="it is on the meta device, and TinyLoRA begins with parts of its"):
         surgery.inject(model, surgery.TinyLoraConfig(target_modules=["q_proj"]))
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **kwargs or {})
+        self.numbers = max([self.numbers, *(one.numel() for one in tree_leaves(found) if torch.is_tensor(one))])
+        return found
+
+
+def test_its_matrices_take_no_more_than_they_have_numbers_each() -> None:
+    model = surgery.inject(nn.Sequential(nn.Linear(48, 64)), surgery.TinyLoraConfig(r=16, u=8, target_modules=["0"]))
+    layer = next(one for one in model.modules() if isinstance(one, Adapted))
+    fitted = layer.fitted["default"]
+    params = fitted.params
+    with Largest() as largest:
+        found = fitted.method.matrices(params, layer.site)
+    assert largest.numbers == found["left"].numel() == 64 * 16
 
 
 def test_the_command_line_takes_it_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

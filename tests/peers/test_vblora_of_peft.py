@@ -17,6 +17,7 @@ from pairs import (
     merge_live_and_on_files,
     noise,
     outputs,
+    saved,
     trained,
     within_noise,
 )
@@ -25,6 +26,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import surgery
+from surgery.methods.vblora import VBLoRA, _largest, of_top_k
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "bos_token_id": 0, "eos_token_id": 0}
@@ -179,6 +181,50 @@ def test_one_whose_files_are_to_have_no_logits_is_trained_before_it_is_saved_and
     assert not [name for name, values in again.named_parameters() if values.requires_grad]
     with pytest.raises(surgery.ConfigError, match="the file has no logits, so that it is merged and run"):
         surgery.load(copy.deepcopy(model), tmp_path, trainable=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("top_k", [False, True], ids=["logits", "top k"])
+def test_of_tensors_in_16_bits_a_merge_passes_verify_and_one_at_nine_tenths_does_not(
+    top_k: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """peft's own, which makes float32 of them on a CPU, and all of it in their dtype, as elsewhere."""
+    torch.manual_seed(0)
+    model, fields = nn.Sequential(nn.Linear(512, 768, bias=False)), {"target_modules": ["0"]}
+    nn.init.zeros_(model[0].weight)  # so that no rounding of the outcome hides another
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.VBLoRAConfig(**fields, save_only_topk_weights=top_k))
+    theirs.to(dtype).save_pretrained(tmp_path / "adapter")
+    torch.set_default_dtype(dtype)  # in which peft makes logits of weights, and reads no others
+    try:
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter", autocast_adapter_dtype=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    layer = read.to(dtype).base_model.model[0]
+    with torch.no_grad():
+        A, B = layer._get_lora_matrices("default")
+        deltas = [layer.get_delta_weight("default"), B @ A]
+    assert [one.dtype for one in deltas] == [torch.float32, dtype]
+    saved(model, tmp_path / "base")
+    for at, delta in enumerate(deltas):
+        for strength, grade in {1.0: "rounding", 0.9: "different"}.items():
+            (tmp_path / f"{at} {strength}").mkdir()
+            save_file({"0.weight": strength * delta.float()}, tmp_path / f"{at} {strength}" / FILE)
+            found = surgery.verify_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / f"{at} {strength}")
+            assert found.tensors["0.weight"].grade == grade
+
+
+def test_of_equal_logits_the_first_count_on_any_machine() -> None:
+    logits = torch.zeros(2, 3, 300)
+    logits[..., ::2] = -0.0
+    logits[0, 0, [7, 299]] = 1.0
+    found = _largest(logits.bfloat16(), 3)
+    assert found[0, 0].tolist() == [7, 299, 0]
+    assert bool((found.flatten(0, 1)[1:] == torch.arange(3)).all())
+    different = torch.randperm(300).float()
+    assert torch.equal(_largest(different, 9), different.topk(9).indices)
+    ours = VBLoRA(scaling=1.0, r=2, topk=3, num_vectors=300, vector_length=4)
+    assert torch.equal(ours.exact_mix({"logits_A": logits}, "A")[0], found)
+    assert torch.equal(of_top_k({"logits_A": logits, "logits_B": logits}, 3)["at_B"], found)
 
 
 def test_indices_beyond_the_bank_are_refused(tmp_path: Path) -> None:

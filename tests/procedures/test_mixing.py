@@ -215,6 +215,7 @@ WIDE = 1280  # inputs of one weight, all in one block: dense, 13 MB in float64
 METHODS = {
     "oft": lambda: surgery.OFTConfig(oft_block_size=WIDE, target_modules=["0"]),
     "cayley": lambda: surgery.OFTConfig(oft_block_size=WIDE, use_cayley_neumann=False, target_modules=["0"]),
+    "boft": lambda: surgery.BOFTConfig(boft_block_size=WIDE // 2, boft_n_butterfly_factor=2, target_modules=["0"]),
     "hra": lambda: surgery.HRAConfig(r=WIDE // 2, target_modules=["0"]),
 }
 GROUP = 4096  # rows that no tile parts

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from surgery.adapters.peft import check_shapes
 from surgery.core.adapter import Adapter
 from surgery.core.select import select
 from surgery.errors import MatchError, printable
@@ -21,5 +22,7 @@ def with_dealt(tree: Tree, adapter: Adapter) -> Adapter:
         )
     sites = {name: tree.site(name) for name in names}
     for name, site in sites.items():
-        config.method(name).tensors(site)  # refuses those that it does not act on
+        specs = config.method(name).tensors(site).items()  # refuses those that it does not act on
+        shared = {role: spec for role, spec in specs if role in adapter.shared}
+        check_shapes(name, adapter.shared, shared, adapter.where)  # before as many are dealt as the config says
     return replace(adapter, sites=config.dealt(sites)).sharing(adapter.shared)
