@@ -183,7 +183,7 @@ def _check_complete(config: AdapterConfig, sites: Mapping[str, Mapping[str, Foun
     """Each site has every role of a form; an adapter has at least one site."""
     alone = {spelling.role for spelling in config.endings().values() if spelling.alone}
     forms = config.forms()
-    if not sites and frozenset() not in forms:
+    if not sites and not (config.shared and frozenset() in forms):  # what sites share may be all that a file has
         raise FormatError(f"{printable(where)}: no {config.peft_type} tensor in it; was it saved without its weights?")
     for site, held in sites.items():
         lacking = min((sorted(roles - held.keys()) for roles in forms), key=len)

@@ -117,5 +117,13 @@ def _told(error: BaseException) -> tuple[str, int]:
             return _OUT_OF_MEMORY, EnvironmentFault.exit_code
         case RuntimeError() | ImportError() if _NO_MEMORY.search(str(error)):
             return _OUT_OF_MEMORY, EnvironmentFault.exit_code
+    return _unforeseen(error)
+
+
+def _unforeseen(error: BaseException) -> tuple[str, int]:
+    """The same, of one that nothing here raises: after a signal that was dropped, it came of that."""
+    come = Interrupted.come()
+    if come is not None:
+        return "interrupted", come.exit_code
     found = f"{type(error).__name__}: {printable(error)}"
     return f"{found}; this is a bug of surgery; run again with --debug and report it", 1

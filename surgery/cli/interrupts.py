@@ -5,6 +5,7 @@ import signal
 from types import FrameType
 
 _ENDING = (signal.SIGINT, signal.SIGTERM)
+_came: list[int] = []  # the numbers of those that came
 
 
 class Interrupted(BaseException):  # as KeyboardInterrupt is none of the errors
@@ -13,6 +14,11 @@ class Interrupted(BaseException):  # as KeyboardInterrupt is none of the errors
     def __init__(self, number: int) -> None:
         super().__init__()
         self.exit_code = 128 + number
+
+    @staticmethod
+    def come() -> "Interrupted | None":
+        """One that came, whatever became of it: compiled code that imports may drop it, and what it lacks fail later."""
+        return Interrupted(_came[0]) if _came else None
 
     @staticmethod
     def within(error: BaseException) -> "Interrupted | None":
@@ -32,6 +38,7 @@ def listen() -> None:
 def _first(number: int, _: FrameType | None) -> None:
     for ending in _ENDING:
         signal.signal(ending, _second)
+    _came.append(number)
     raise Interrupted(number)
 
 

@@ -1,5 +1,6 @@
 """Each exit code, and what stands on stderr then: one line, `surgery: ...`, with names escaped."""
 
+import contextlib
 import errno
 import json
 import os
@@ -19,8 +20,9 @@ from outcomes import Run, told
 
 import surgery
 from surgery.api import checking
+from surgery.cli import interrupts
 from surgery.cli import surgery as command
-from surgery.cli.interrupts import Interrupted
+from surgery.cli.interrupts import Interrupted, listen
 from surgery.core.site import TensorInfo
 from surgery.io.fingerprint import base_print_bytes
 from surgery.io.lock import Lock
@@ -325,6 +327,27 @@ def test_a_signal_that_python_turns_into_another_error_is_a_signal_still(
 
     monkeypatch.setattr(checking, "inspect", fail)
     found = run("inspect", "x")
+    assert (found.code, found.err) == (128 + signal.SIGTERM, "surgery: interrupted\n")
+
+
+def test_a_signal_that_compiled_code_drops_is_told_by_the_failure_that_comes_of_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupts, "_came", [])
+
+    def fail(*_: object, **__: object) -> None:
+        with contextlib.suppress(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise AttributeError("module 'numpy' has no attribute 'nonzero'")
+
+    monkeypatch.setattr(checking, "inspect", fail)
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    listen()
+    try:
+        found = run("inspect", "x")
+    finally:
+        for one, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(one, handler)
     assert (found.code, found.err) == (128 + signal.SIGTERM, "surgery: interrupted\n")
 
 

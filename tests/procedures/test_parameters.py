@@ -17,7 +17,7 @@ from surgery.core.codec import Packed
 from surgery.core.op import WHOLE
 from surgery.core.site import Site, TensorInfo
 from surgery.core.source import TILE_ELEMENTS
-from surgery.errors import ConfigError, FormatError, MatchError, ShapeError, StateError
+from surgery.errors import ConfigError, FormatError, InputError, MatchError, StateError
 from surgery.methods import METHODS
 from surgery.ops import ROLES
 from surgery.ops.experts import parameter_op
@@ -220,9 +220,9 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path: Path) -> None:
     save_file({"bank.weight": other.bank.weight.detach()}, tmp_path / "base/model.safetensors")
     found = r"trained on another base: bank.weight was \[3, 5, 4\] there, and here \[2, 5, 4\]"
     for told in (found, r"A is \[6, 4\], but \[4, 4\] is wanted"):
-        with pytest.raises(ShapeError, match=told):
+        with pytest.raises(InputError, match=told):
             surgery.load(other, tmp_path / "adapter")
-        with pytest.raises(ShapeError, match=told):
+        with pytest.raises(InputError, match=told):
             surgery.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
         (tmp_path / "adapter/surgery.base.json").unlink(missing_ok=True)
 
