@@ -17,7 +17,7 @@ class Interrupted(BaseException):  # as KeyboardInterrupt is none of the errors
 
     @staticmethod
     def come() -> "Interrupted | None":
-        """One that came, whatever became of it: compiled code that imports may drop it, and what it lacks fail later."""
+        """One that came, whatever became of it: compiled code that imports may drop it, and fail of what it lacks."""
         return Interrupted(_came[0]) if _came else None
 
     @staticmethod

@@ -82,14 +82,24 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"r": 3, "topk": 4, "vector_length": 1},
         {"topk": 3, "save_only_topk_weights": True, "vblora_dropout": 0.5},
     ],
-    "SUPERTUNING": [{"r": 3, "lora_alpha": -5, "lora_dropout": 0.5}, {"select_top": False, "sparsity": 0.3}],
+    "SUPERTUNING": [
+        {"r": 3, "lora_alpha": -5, "lora_dropout": 0.5},
+        {"r": 3},
+        {"select_top": False, "sparsity": 0.3},
+    ],
     "C3A": [{"block_size": 1}, {"block_size": 5, "block_size_pattern": {"layer": 2}}],
     "WAVEFT": [
         {"wavelet_family": "coif1", "scaling": -3},
         {"n_frequency": 120, "wavelet_family": "db2"},
+        {"random_loc_seed": 5},
+        {"wavelet_family": "db2"},
         {"n_frequency_pattern": {"layer": 17}, "use_idwt": False, "random_loc_seed": 5},
     ],
-    "FOURIERFT": [{"n_frequency": 120, "scaling": -3}, {"n_frequency_pattern": {"layer": 7}, "random_loc_seed": 5}],
+    "FOURIERFT": [
+        {"n_frequency": 120, "scaling": -3},
+        {"n_frequency_pattern": {"layer": 7}, "random_loc_seed": 5},
+        {"random_loc_seed": 5},
+    ],
 }
 
 
