@@ -64,15 +64,20 @@ def drawn_notes(adapter: Adapter) -> list[str]:
             f"{printable(adapter.where)}: places or projections are not in it: they are dealt over the model's modules "
             "in their order, from its seed, as in PEFT; another version of torch or numpy may deal others"
         ]
-    if adapter.config.draws_places:
-        return [
-            f"{printable(adapter.where)}: the places of its numbers are not in it: they are drawn from its seed, as "
-            "torch does on a CPU, as in PEFT; another version of torch may draw others"
-        ]
     if adapter.config.keeps_shared():
         return []
     drawn = " and ".join(adapter.config.shared)
     return [
         f"{printable(adapter.where)}: {drawn} are not in it: they are drawn from its seed, as torch does on a CPU, and "
         "rounded to the base's dtype, as in PEFT; another version of torch may draw others"
+    ]
+
+
+def place_notes(adapter: Adapter) -> list[str]:
+    """The same where no file of its kind has it: a plan says so, and nobody is warned of what is always so."""
+    if not adapter.config.draws_places:
+        return []
+    return [
+        f"{printable(adapter.where)}: the places of its numbers are not in it: they are drawn from its seed, as torch "
+        "does on a CPU, as in PEFT; another version of torch may draw others"
     ]

@@ -136,7 +136,7 @@ def test_a_model_of_transformers_adds_the_regularizer_to_its_own_loss_and_only_o
         model(input_ids=tokens, labels=tokens, return_dict=False)[0],
     ):
         assert torch.equal(output.detach(), task + regularizer)
-        with pytest.raises(surgery.UsageError, match="the model's own loss holds it"):
+        with pytest.raises(surgery.UsageError, match="the last loss holds it"):
             surgery.orthogonal_loss(model)
     assert torch.equal(model(input_ids=tokens).logits, model(input_ids=tokens, return_dict=False)[0])
     assert isinstance(surgery.orthogonal_loss(model), Tensor)

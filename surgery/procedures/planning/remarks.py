@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from surgery.adapters import out_proj
-from surgery.adapters.completing import drawn_notes
+from surgery.adapters.completing import drawn_notes, place_notes
 from surgery.adapters.peft import TENSORS
 from surgery.codecs.plain import PLAIN_DTYPES
 from surgery.core.adapter import Adapter, Weighted, are_as_told
@@ -32,7 +32,7 @@ def notes_of(adapter: Adapter) -> list[str]:
         for field, entries in ({} if config.parameters() else config.unused(adapter.sites.keys())).items()
         for entry in entries  # of parameters, whose sites the files name otherwise, nothing is said
     ]
-    notes += [*out_proj.notes(adapter), *drawn_notes(adapter), *_unread(adapter)]
+    notes += [*out_proj.notes(adapter), *drawn_notes(adapter), *place_notes(adapter), *_unread(adapter)]
     for entry in sorted(config.modules_to_save or ()):
         if not any(f"{entry}." in name for name in adapter.saved):
             notes.append(f"{where}: modules_to_save entry {quoted(entry)} has no tensors")
