@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import exact_float64
+from surgery.core.polynomial import polynomial
 from surgery.errors import ValueRangeError
 
 OFF = 2.0**-50
@@ -33,19 +34,11 @@ def cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
     for part in _PARTS:
         r = r - k * part
     square = r * r
-    cos, sin = 1 + square * _series(square, _COS), r + r * (square * _series(square, _SIN))
+    cos, sin = 1 + square * polynomial(square, _COS), r + r * (square * polynomial(square, _SIN))
     turn = k.to(torch.int64) & 3  # quarters
     odd = (turn & 1) == 1
     cos, sin = torch.where(odd, sin, cos), torch.where(odd, cos, sin)
     return torch.where((turn == 1) | (turn == 2), -cos, cos), torch.where(turn >= 2, -sin, sin)
-
-
-def _series(square: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    total = torch.full_like(square, coefficients[-1])
-    for one in coefficients[-2::-1]:
-        total = total * square
-        total = total + one
-    return total
 
 
 def _parts() -> tuple[float, float, float]:

@@ -5,10 +5,10 @@ torch's own has other bits in the body that is computed by vectors than in the r
 
 import math
 
-import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import power_of_two
+from surgery.core.polynomial import polynomial
 
 # e^x = 2^n e^r, where |r| is at most ln 2 / 2, about 0.3466. In units u = 2^-53 of the value, which are half an ulp or
 # more: x - n * _HIGH is exact, as n * _HIGH has 43 bits; subtracting n * _LOW rounds by 0.35 u. The polynomial leaves
@@ -26,10 +26,7 @@ def exp(x: Tensor) -> Tensor:
     x = x.clamp(_LOWEST, _HIGHEST)
     n = (x * _PER_LN2).round()
     r = (x - n * _HIGH) - n * _LOW
-    value = torch.full_like(r, _COEFFICIENTS[0])
-    for coefficient in _COEFFICIENTS[1:]:
-        value = value * r
-        value = value + coefficient
+    value = polynomial(r, _COEFFICIENTS)
     half = (n.detach() / 2).floor()  # 2^n itself may be no float64
     return value * power_of_two(half) * power_of_two(n.detach() - half)
 
@@ -38,4 +35,4 @@ _LOWEST, _HIGHEST = -760.0, 720.0  # e^x is 0 and infinity there
 _PER_LN2 = 1 / math.log(2)
 _HIGH = float.fromhex("0x1.62e42feep-1")  # ln 2 to 32 bits
 _LOW = float.fromhex("0x1.a39ef35793c76p-33")  # the rest of it
-_COEFFICIENTS = [1 / math.factorial(k) for k in range(13, -1, -1)]
+_COEFFICIENTS = [1 / math.factorial(k) for k in range(14)]

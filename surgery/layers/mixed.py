@@ -41,7 +41,7 @@ class Rows:
         parts = [run(name, x.index_select(0, index), index) for name, index in groups.items()]
         return torch.cat(parts).index_select(0, back)
 
-    def refuse_uncompared(self, site: str, x: Tensor, has_batch: bool) -> None:
+    def refuse_unlike(self, site: str, x: Tensor, has_batch: bool) -> None:
         """Rows are told by the first axis: UsageError unless there is one of batches, of the right length."""
         if not has_batch or len(x) != self.count:
             raise UsageError(
@@ -72,7 +72,7 @@ class Mixed(NamedTuple):
 
     def branch(self, x: Tensor, below: Run, op: Op, training: bool) -> Tensor:
         """What each row alone would give; the layer below sees the whole batch at once where it can."""
-        self.rows.refuse_uncompared(self.site, x, has_batch(x, op))
+        self.rows.refuse_unlike(self.site, x, has_batch(x, op))
         if len(self.rows.groups) == 1:
             return self._of_group(next(iter(self.rows.groups)), x, below, op, training)
         whole = Whole(x, below)

@@ -74,7 +74,7 @@ class Replaced(nn.Module):
         if not args:
             return self.running(**kwargs)  # which says what is missing
         x, *rest = args
-        self.apart.rows.refuse_uncompared(self.apart.site, x, has_batch(x, self.apart.op))
+        self.apart.rows.refuse_unlike(self.apart.site, x, has_batch(x, self.apart.op))
         return self.apart.rows.apart(x, lambda name, part, _: self._copy(name)(part, *rest, **kwargs))
 
     def _copy(self, adapter: str) -> nn.Module:

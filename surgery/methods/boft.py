@@ -90,7 +90,7 @@ class Boft(AtStrength, Mixing):
             return base
         turned, multiply = weight.to(p["D"].dtype), partial(times, product)
         for at, D in enumerate(p["D"]):
-            turned = turned + _dealt(turned, D.mT, at, multiply)
+            turned = turned + _shuffled(turned, D.mT, at, multiply)
         turned = turned * p["s"][tile[0]].to(turned.dtype).unsqueeze(1)
         return base._replace(weight=self._part_of_the_way(weight, turned))
 
@@ -105,8 +105,8 @@ class Boft(AtStrength, Mixing):
             R = D.abs() + eye
             grid = b * FINE * D.abs().amax((-2, -1), keepdim=True)
             own = (cayley_off(Q[at], D, unit, unit) + grid).mT
-            off = _dealt(off, R.mT + own, at, torch.matmul) + _dealt(size, own, at, torch.matmul)
-            size = _dealt(size, R.mT, at, torch.matmul)
+            off = _shuffled(off, R.mT + own, at, torch.matmul) + _shuffled(size, own, at, torch.matmul)
+            size = _shuffled(size, R.mT, at, torch.matmul)
         sums = min(base.shape[1], b**self.depth) + (self.depth - 1) * b
         moved: Tensor = (off + (sums + 3) * unit * size) * exact_float64(p["s"])[tile[0]].abs().unsqueeze(1)
         return abs(1 - self.strength) * error + abs(self.strength) * moved
@@ -159,11 +159,11 @@ def _backwards(R: Tensor) -> Iterable[tuple[int, Tensor]]:
 def _turned(rows: Tensor, R: Tensor, order: Callable[[Tensor], Iterable[tuple[int, Tensor]]]) -> Tensor:
     """[n, in] -> [n, in]: by each factor in this order."""
     for at, one in order(R):
-        rows = _dealt(rows, one, at, torch.matmul)
+        rows = _shuffled(rows, one, at, torch.matmul)
     return rows
 
 
-def _dealt(rows: Tensor, D: Tensor, at: int, multiply: Multiply) -> Tensor:
+def _shuffled(rows: Tensor, D: Tensor, at: int, multiply: Multiply) -> Tensor:
     """rows P D P^T, of the P that belongs to this place among the factors."""
     if at == 0:
         return by_blocks(rows, D, multiply)

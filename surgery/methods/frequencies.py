@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from surgery.core.arithmetic import divided, exact_float64
+from surgery.core.polynomial import polynomial
 from surgery.methods.drawn_places import one_of_each
 
 _TERMS = 9  # of a series, whose rest is below 2^-54 up to pi / 4
@@ -58,11 +59,7 @@ def waves(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _series(y: Tensor, first: int) -> Tensor:
     """1 - y / ((first + 1) (first + 2)) + ..., Taylor's of the cosine (0), or of the sine over its angle (1)."""
-    terms = [(-1) ** k / math.factorial(2 * k + first) for k in reversed(range(_TERMS))]
-    total = torch.full_like(y, terms[0])
-    for term in terms[1:]:
-        total = total * y + term
-    return total
+    return polynomial(y, [(-1) ** k / math.factorial(2 * k + first) for k in range(_TERMS)])
 
 
 def _angles(frequencies: Tensor, count: int) -> Tensor:
